@@ -1,0 +1,13 @@
+"""Fine-tuning RWKV with Bone and Bat: see README.md for the public API."""
+
+__version__ = "0.1.0"
+__all__ = ["load_model"]
+
+
+def __getattr__(name: str):
+    # Lazily, so that `import rwkv_bone.config` stays free of torch.
+    if name == "load_model":
+        from rwkv_bone.loading import load_model
+
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

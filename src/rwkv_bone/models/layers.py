@@ -1,0 +1,102 @@
+"""Layers that every generation uses. Each casts its own parameters to the activations' dtype.
+
+So a frozen parameter may be bf16 and a trained one fp32 in the same model, with no autocast. Under ZeRO stage 3 a
+parameter may only be read inside its own module's forward, which is why the casts are here and not in the callers.
+
+Sizes: B batch, T tokens, C channels, V vocabulary, R rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_bone.ops.cross_entropy import CHUNK_ROWS, IGNORE, linear_cross_entropy
+
+
+class Linear(nn.Linear):
+    """A projection without bias: x [..., in] -> [..., out]. Adapters take the place of these."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def reset_parameters(self) -> None:
+        """Nothing: weights come from a checkpoint or from `init_from_scratch`."""
+
+
+class LayerNorm(nn.LayerNorm):
+    """x [..., C] -> [..., C], eps 1e-5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class HeadNorm(nn.Module):
+    """`ln_x`: GroupNorm over each head. x [B, T, C] -> [B, T, C]."""
+
+    def __init__(self, n_head: int, n_embd: int, eps: float):
+        super().__init__()
+        self.n_head, self.eps = n_head, eps
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.group_norm(x.flatten(0, 1), self.n_head, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return rows.view_as(x)
+
+
+class Embedding(nn.Embedding):
+    """ids [B, T] -> [B, T, C] in `dtype`."""
+
+    def __init__(self, vocab_size: int, n_embd: int, dtype: torch.dtype):
+        super().__init__(vocab_size, n_embd)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight).to(self.dtype)
+
+    def reset_parameters(self) -> None:
+        """Nothing: weights come from a checkpoint or from `init_from_scratch`."""
+
+
+class Head(Linear):
+    """hidden [..., C] -> logits [..., V]; with labels [...] -> their summed fp32 loss, without logits."""
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, l2wrap: float = 0.0) -> Tensor:
+        if labels is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden.flatten(0, -2), self.weight, labels.flatten(), l2wrap=l2wrap)
+
+
+def adapted_head_loss(head: nn.Module, hidden: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
+    """The same sum for a head that an adapter has replaced: row chunks, each recomputed in backward.
+
+    hidden [..., C], labels [...]. Costs one more product of the head than `Head` does.
+    """
+    rows = (labels.flatten() != IGNORE).nonzero().squeeze(1)
+    hidden, labels = hidden.flatten(0, -2)[rows], labels.flatten()[rows]
+
+    def chunk_loss(part: Tensor, target: Tensor) -> Tensor:
+        logits = head(part).float()
+        loss = F.cross_entropy(logits, target, reduction="sum")
+        if l2wrap:
+            # Half the square of the largest logit has the gradient that L2Wrap adds; its value stays out of the loss.
+            penalty = 0.5 * l2wrap * logits.amax(dim=1).square().sum()
+            loss = loss + penalty - penalty.detach()
+        return loss
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part, target in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
+        total = total + checkpoint(chunk_loss, part, target, use_reentrant=False)
+    return total
+
+
+def token_shift(x: Tensor, last: Tensor | None) -> Tensor:
+    """x [B, T, C] one token later: row 0 is `last` [B, C], the row before this sequence, or zeros."""
+    first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
+    return torch.cat([first, x[:, :-1]], dim=1)

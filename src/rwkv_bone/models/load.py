@@ -1,0 +1,62 @@
+"""Getting weights into a model: from a checkpoint or from upstream's initialisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_bone import checkpoint
+from rwkv_bone.checkpoint import Architecture
+from rwkv_bone.config import ModelConfig
+from rwkv_bone.errors import UserError
+from rwkv_bone.models.rwkv import GENERATIONS, RWKV
+
+
+def load_base_into(
+    model: RWKV, state: Mapping[str, Tensor], dtype: torch.dtype | None = None, source: str = "checkpoint"
+) -> None:
+    """Give the model the checkpoint's tensors, strictly: every key and shape must match (else UserError).
+
+    With `dtype` they are converted; without, they stay what the file holds (mapped, nothing is copied).
+    """
+    checkpoint.match_keys(model.state_dict(), state, source)
+    tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in state.items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
+
+
+def architecture_from_scratch(config: ModelConfig) -> Architecture:
+    """The architecture of a new RWKV-7 of the sizes the user gave; ranks as in released models of that width."""
+    head_size = config.head_size or 64
+    if config.n_embd % head_size:
+        raise UserError(f"--n_embd {config.n_embd} is not a multiple of --head_size {head_size}")
+    if config.my_testing and "7" not in config.my_testing:
+        raise UserError(f"--my_testing {config.my_testing}: only RWKV-7 (x070) is trained from scratch")
+    return Architecture(
+        version=7,
+        n_layer=config.n_layer,
+        n_embd=config.n_embd,
+        n_head=config.n_embd // head_size,
+        head_size=head_size,
+        dim_ffn=config.dim_ffn or 4 * config.n_embd,
+        vocab_size=config.vocab_size,
+        low_rank=GENERATIONS[7].low_rank_sizes(config.n_embd),
+    )
+
+
+@torch.no_grad()
+def init_from_scratch(model: RWKV, seed: int) -> None:
+    """Fill a model with upstream's initialisation; the same seed gives the same weights."""
+    generation, arch = GENERATIONS[model.arch.version], model.arch
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.fill_(1.0)
+                module.bias.zero_()
+        model.emb.weight.uniform_(-1e-4, 1e-4)
+        nn.init.orthogonal_(model.head.weight, gain=0.5 * math.sqrt(max(arch.vocab_size / arch.n_embd, 1)))
+        for layer, block in enumerate(model.blocks):
+            generation.initialise_block(block.att, block.ffn, layer, arch.n_layer)

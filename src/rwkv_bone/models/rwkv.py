@@ -1,0 +1,116 @@
+"""The shell that every generation shares: embedding, blocks, final norm, head.
+
+Parameter names are the checkpoint's keys. What differs between generations, the time mix and the channel mix, is in one
+file each, registered in GENERATIONS.
+
+Sizes: B batch, T tokens, C channels, H heads, N head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_bone.checkpoint import Architecture
+from rwkv_bone.models import v7
+from rwkv_bone.models.layers import Embedding, Head, LayerNorm, adapted_head_loss
+
+GENERATIONS = {7: v7}
+
+
+class LayerState(NamedTuple):
+    """What one block carries from one piece of a sequence to the next."""
+
+    att_shift: Tensor  # [B, C], the last input row of the time mix
+    wkv: Tensor  # [B, H, N, N] fp32, rows = value index, columns = key index
+    ffn_shift: Tensor  # [B, C], the last input row of the channel mix
+
+
+class Block(nn.Module):
+    def __init__(self, arch: Architecture, layer: int, op: str):
+        super().__init__()
+        generation = GENERATIONS[arch.version]
+        if layer == 0:
+            self.ln0 = LayerNorm(arch.n_embd)
+        self.ln1 = LayerNorm(arch.n_embd)
+        self.ln2 = LayerNorm(arch.n_embd)
+        self.att = generation.TimeMix(arch, layer, op)
+        self.ffn = generation.ChannelMix(arch, layer)
+        self.layer = layer
+
+    def forward(self, x: Tensor, shared: Tensor | None, state: LayerState | None, return_state: bool):
+        """x [B, T, C] -> (x, shared, LayerState or None). `shared` is what a generation hands from block to block."""
+        if self.layer == 0:
+            x = self.ln0(x)
+        rows = self.ln1(x)
+        att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
+        mixed, shared, wkv = self.att(rows, shared, att_shift, wkv, return_state)
+        x = x + mixed
+        cells = self.ln2(x)
+        x = x + self.ffn(cells, ffn_shift)
+        return x, shared, LayerState(rows[:, -1], wkv, cells[:, -1]) if return_state else None
+
+
+class RWKV(nn.Module):
+    """A whole model; build it with `build`, fill it with `models.load.load_base_into` or `init_from_scratch`."""
+
+    def __init__(self, arch: Architecture, op: str, dtype: torch.dtype):
+        super().__init__()
+        self.arch, self.dtype = arch, dtype
+        self.emb = Embedding(arch.vocab_size, arch.n_embd, dtype)
+        self.blocks = nn.ModuleList(Block(arch, layer, op) for layer in range(arch.n_layer))
+        self.ln_out = LayerNorm(arch.n_embd)
+        self.head = Head(arch.n_embd, arch.vocab_size)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        state: list[LayerState] | None = None,
+        labels: Tensor | None = None,
+        return_state: bool = False,
+        l2wrap: float = 0.0,
+        grad_cp: bool = False,
+    ):
+        """Logits, or the summed loss, of token ids.
+
+        ids [B, T] int64; state: one LayerState a block, as an earlier call returned it (None = start of a document).
+        labels [B, T] int64, already shifted: labels[:, t] is what position t should predict, -100 = not trained.
+        Returns logits [B, T, V] in `self.dtype`, or with labels the fp32 sum of the cross-entropy over labelled
+        positions; with return_state a pair of that and the new state. grad_cp recomputes each block in backward.
+        """
+        x, shared, after = self.emb(ids), None, []
+        for layer, block in enumerate(self.blocks):
+            before = state[layer] if state is not None else None
+            if grad_cp and torch.is_grad_enabled():
+                x, shared, new = checkpoint(block, x, shared, before, return_state, use_reentrant=False)
+            else:
+                x, shared, new = block(x, shared, before, return_state)
+            after.append(new)
+        hidden = self.ln_out(x)
+        if labels is None:
+            result = self.head(hidden)
+        elif isinstance(self.head, Head):
+            result = self.head(hidden, labels, l2wrap)
+        else:
+            result = adapted_head_loss(self.head, hidden, labels, l2wrap)
+        return (result, after) if return_state else result
+
+    def unused_keys(self) -> set[str]:
+        """Parameters that the checkpoint format holds but the forward never reads: they cannot be trained."""
+        return {f"blocks.{layer}.att.{name}" for layer, block in enumerate(self.blocks) for name in block.att.unused}
+
+    def lr_scale(self, key: str) -> float:
+        """The learning-rate multiple that upstream's training gives a parameter."""
+        return GENERATIONS[self.arch.version].lr_scale(key)
+
+
+def build(arch: Architecture, op: str = "auto", dtype: torch.dtype = torch.float32) -> RWKV:
+    """A model of this architecture with unset weights; make it under `torch.device("meta")` to allocate nothing.
+
+    `dtype` is that of the activations; each parameter keeps the dtype it is loaded with and is cast where it is used.
+    """
+    return RWKV(arch, op, dtype)

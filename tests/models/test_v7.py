@@ -1,0 +1,175 @@
+"""RWKV-7 against other people's implementations, and against itself in every way it can be run."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rwkv_bone import checkpoint, load_model
+from rwkv_bone.errors import UserError
+from rwkv_bone.models import build, load_base_into
+from tests.conftest import random_model
+from tests.rwkv_oracle import logits as oracle_logits
+
+TINY = "models/rwkv.cpp-tiny/tiny-rwkv-7v0-834K-FP32.pth"
+REVERSE = "models/blinkdl-reverse/rwkv7-reverse-L2-D32-ft.pth"
+
+
+def ids_of(vocab_size: int, length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_logits_equal_those_that_rwkv_cpp_expects(shared):
+    expected = np.fromfile(shared / "models/rwkv.cpp-tiny/expected-logits-7v0-834K.bin", dtype=np.float32)
+    model = load_model(shared / TINY)
+    with torch.no_grad():
+        got = model(torch.tensor([[0x22, 0x69, 0x6E]]))[0, -1].numpy()
+    assert np.abs(got - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("path, vocab_size", [(TINY, 256), (REVERSE, 12)])
+@pytest.mark.parametrize("length", [1, 17, 130])
+def test_logits_equal_those_of_the_rwkv_package(shared, path, vocab_size, length):
+    ids = ids_of(vocab_size, length)
+    model = load_model(shared / path)
+    with torch.no_grad():
+        got = model(ids)[0].numpy()
+    assert np.abs(got - oracle_logits(shared / path, ids[0].tolist())).max() < 1e-3
+
+
+def test_a_random_model_of_several_heads_equals_the_rwkv_package(tiny_checkpoint):
+    path = tiny_checkpoint(n_layer=3, n_embd=128, head_size=64, seed=3)
+    ids = ids_of(61, 40)
+    with torch.no_grad():
+        got = load_model(path)(ids)[0].numpy()
+    assert np.abs(got - oracle_logits(path, ids[0].tolist())).max() < 1e-3
+
+
+@pytest.mark.parametrize("op", ["torch", "cpu"])
+def test_a_whole_sequence_equals_token_by_token(tiny_checkpoint, op):
+    model, ids = load_model(tiny_checkpoint(), op=op), ids_of(61, 37, batch=2)
+    with torch.no_grad():
+        whole, last = model(ids, return_state=True)
+        state, pieces = None, []
+        for t in range(ids.shape[1]):
+            piece, state = model(ids[:, t : t + 1], state=state, return_state=True)
+            pieces.append(piece)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(state, last, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_flow_through_a_carried_state_exactly():
+    model, ids = random_model(), ids_of(61, 24, batch=2)
+    model(ids).square().sum().backward()
+    whole = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    first, state = model(ids[:, :11], return_state=True)
+    second = model(ids[:, 11:], state=state)
+    (first.square().sum() + second.square().sum()).backward()
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[key], rtol=1e-3, atol=1e-4 * float(whole[key].abs().max()))
+
+
+def test_every_parameter_gets_a_gradient():
+    model = random_model(n_layer=3)
+    labels = ids_of(61, 12, seed=1)
+    model(ids_of(61, 12), labels=labels).backward()
+    assert [key for key, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0] == []
+
+
+def test_loss_and_gradients_equal_plain_cross_entropy_on_the_logits():
+    model, ids = random_model(), ids_of(61, 20, batch=3)
+    labels = ids_of(61, 20, batch=3, seed=1)
+    labels[:, :5] = -100
+    labels[1] = -100
+    plain = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+    plain.backward()
+    expected = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    loss = model(ids, labels=labels)
+    loss.backward()
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-5)
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, expected[key], rtol=1e-3, atol=1e-5 * float(expected[key].abs().max())
+        )
+
+
+def test_recomputing_blocks_changes_no_gradient():
+    model, ids, labels = random_model(), ids_of(61, 20), ids_of(61, 20, seed=1)
+    model(ids, labels=labels).backward()
+    expected = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    model(ids, labels=labels, grad_cp=True).backward()
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, expected[key]), key
+
+
+def test_bf16_stays_near_fp32_and_fp32_parameters_may_sit_in_a_bf16_model(tiny_checkpoint):
+    path, ids = tiny_checkpoint(n_embd=64), ids_of(61, 50)
+    exact, rounded = load_model(path), load_model(path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = exact(ids)
+        error = (rounded(ids).float() - expected).norm() / expected.norm()
+        for name, parameter in rounded.named_parameters():
+            if checkpoint.param_part(name) != "projection":
+                parameter.data = parameter.data.float()
+        mixed = (rounded(ids).float() - expected).norm() / expected.norm()
+    assert error < 0.03 and mixed < 0.03
+
+
+def test_v0_v1_v2_in_layer_0_are_loaded_and_change_nothing(tiny_checkpoint, tmp_path):
+    path = tiny_checkpoint()
+    state = checkpoint.read_state(path)
+    for name in ("v0", "v1", "v2"):
+        state[f"blocks.0.att.{name}"] = torch.randn_like(state[f"blocks.1.att.{name}"])
+    checkpoint.write_state(tmp_path / "with_v.pth", state)
+    model, ids = load_model(tmp_path / "with_v.pth"), ids_of(61, 9)
+    assert model.arch.v_in_layer0
+    assert model.unused_keys() == {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
+    assert list(model.state_dict()) != [] and set(model.state_dict()) == set(state)
+    with torch.no_grad():
+        assert torch.equal(model(ids), load_model(path)(ids))
+
+
+def test_a_key_too_many_or_too_few_or_misshapen_is_named(tiny_checkpoint):
+    arch, state = checkpoint.load_base(tiny_checkpoint())
+    del state["blocks.1.ln2.bias"]
+    state["blocks.1.att.extra"] = torch.zeros(1)
+    state["blocks.0.ffn.value.weight"] = torch.zeros(3, 3)
+    with pytest.raises(UserError) as caught:
+        load_base_into(build(arch), state)
+    for part in ("missing blocks.1.ln2.bias", "unexpected blocks.1.att.extra", "blocks.0.ffn.value.weight is [3, 3]"):
+        assert part in str(caught.value)
+
+
+def test_from_scratch_the_same_seed_gives_the_same_weights_and_upstream_scales():
+    from rwkv_bone.config import ModelConfig
+    from rwkv_bone.models import architecture_from_scratch, init_from_scratch
+
+    arch = architecture_from_scratch(ModelConfig(n_layer=4, n_embd=128, vocab_size=256))
+    models = [build(arch) for _ in range(2)]
+    for model in models:
+        init_from_scratch(model, seed=7)
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert first["blocks.0.att.output.weight"].abs().max() == 0 and first["blocks.0.ffn.value.weight"].abs().max() == 0
+    assert first["emb.weight"].abs().max() <= 1e-4
+    assert first["blocks.3.att.ln_x.weight"].eq(1).all() and first["blocks.0.ln1.weight"].eq(1).all()
+    torch.testing.assert_close(
+        first["blocks.2.att.key.weight"] @ first["blocks.2.att.key.weight"].T, 0.01 * torch.eye(128)
+    )
+    with torch.no_grad():
+        loss = models[0](ids_of(256, 64), labels=ids_of(256, 64, seed=1)) / 64
+    assert abs(float(loss) - np.log(256)) < 0.5
+
+
+def test_low_rank_sizes_follow_the_released_models():
+    from rwkv_bone.models.v7 import low_rank_sizes
+
+    assert low_rank_sizes(768) == {"w": 64, "a": 64, "v": 32, "g": 128}
+    assert low_rank_sizes(2048) == {"w": 96, "a": 96, "v": 64, "g": 256}
+    assert low_rank_sizes(2560) == {"w": 96, "a": 96, "v": 64, "g": 320}
+    assert low_rank_sizes(4096) == {"w": 128, "a": 128, "v": 96, "g": 480}

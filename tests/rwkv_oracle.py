@@ -1,0 +1,30 @@
+"""Logits of the `rwkv` pip package, an independent implementation, in a process of its own.
+
+The package decides at import which generation it runs, so it cannot share a process with another generation.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def logits(checkpoint: Path, ids: list[int], version: int = 7) -> np.ndarray:
+    """Logits [T, V] of one sequence, fp32 on the CPU, by the `rwkv` package."""
+    switches = {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "1" if version == 7 else "0"}
+    command = [sys.executable, __file__, str(checkpoint), json.dumps(ids)]
+    done = subprocess.run(command, env={**os.environ, **switches}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return np.array(json.loads(done.stdout.splitlines()[-1]), dtype=np.float32)
+
+
+if __name__ == "__main__":
+    from rwkv.model import RWKV
+
+    path, tokens = sys.argv[1], json.loads(sys.argv[2])
+    model = RWKV(model=path.removesuffix(".pth"), strategy="cpu fp32")
+    output, _ = model.forward(tokens, None, full_output=True)
+    print(json.dumps(output.reshape(len(tokens), -1).tolist()))
