@@ -1,0 +1,82 @@
+"""Megatron's .bin/.idx pair, as RWKV's tools write it: token ids made beforehand, memory-mapped.
+
+The .idx file, little-endian: "MMIDIDX\\0\\0", version u64 = 1, dtype code u8, number of sequences S u64, number of
+document bounds D u64, lengths i32 [S] in tokens, positions i64 [S] in bytes of the .bin file, document bounds i64 [D]
+counted in sequences, from 0 to S. The .bin file is the tokens of all sequences, one after another. In the field a
+document ends with the end-of-document token, which is part of the data.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_bone.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+# Codes 6 and 7 are floating point: no token ids.
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+
+
+def find_pair(path: Path) -> Path | None:
+    """The common name (without .bin or .idx) of the pair that `path` names, or None if it names no pair."""
+    if path.suffix in (".bin", ".idx"):
+        return path.with_suffix("")
+    if path.is_file():
+        return None
+    if any(part_of(path, suffix).exists() for suffix in (".bin", ".idx")):
+        return path
+    return None
+
+
+def part_of(pair: Path, suffix: str) -> Path:
+    return pair.with_name(pair.name + suffix)
+
+
+def read_pair(pair: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens of all documents, memory-mapped [N]; lengths int64 [documents])."""
+    dtype, lengths, bounds = _read_index(part_of(pair, ".idx"))
+    data = part_of(pair, ".bin")
+    expected = int(lengths.sum()) * dtype.itemsize
+    found = data.stat().st_size if data.is_file() else None
+    if found is None:
+        raise UserError(f"{data}: missing; a binidx pair is two files, {data.name} and {pair.name}.idx")
+    if found != expected:
+        state = "truncated" if found < expected else "from another pair"
+        raise UserError(f"{data}: {found} bytes, but {pair.name}.idx describes {expected}: one of the two is {state}")
+    if not expected:
+        raise UserError(f"{pair}: the pair has no tokens")
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    return np.memmap(data, dtype=dtype, mode="r"), np.diff(ends[bounds])
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); a pair is a .bin and a .idx file") from error
+    if not content.startswith(MAGIC):
+        raise UserError(f"{path}: not a Megatron index (it does not begin with MMIDIDX)")
+    if len(content) < HEADER.size:
+        raise UserError(f"{path}: truncated: {len(content)} bytes, less than the header")
+    _, version, code, sequences, documents = HEADER.unpack_from(content)
+    if version != 1:
+        raise UserError(f"{path}: version {version} of the format, expected 1")
+    if code not in DTYPES:
+        raise UserError(f"{path}: dtype code {code}, expected one of {', '.join(map(str, DTYPES))} (integers)")
+    expected = HEADER.size + 12 * sequences + 8 * documents
+    if len(content) != expected:
+        raise UserError(f"{path}: {len(content)} bytes, but its header describes {expected}: truncated or damaged")
+
+    dtype = np.dtype(DTYPES[code]).newbyteorder("<")
+    lengths = np.frombuffer(content, "<i4", sequences, HEADER.size).astype(np.int64)
+    positions = np.frombuffer(content, "<i8", sequences, HEADER.size + 4 * sequences)
+    bounds = np.frombuffer(content, "<i8", documents, HEADER.size + 12 * sequences)
+    if (lengths < 0).any() or not np.array_equal(positions, (np.cumsum(lengths) - lengths) * dtype.itemsize):
+        raise UserError(f"{path}: lengths and positions of the sequences do not fit together: damaged")
+    if not documents or bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any():
+        raise UserError(f"{path}: the document bounds do not run from 0 to {sequences}: damaged")
+    return dtype, lengths, bounds

@@ -1,0 +1,136 @@
+"""Text to ids and back: bytes, RWKV World, or any tokenizer.json.
+
+A tokenizer has `name`, `vocab_size`, `eod` (the id that ends a document), `encode(str) -> list[int]`, without `eod`,
+and `decode(list[int]) -> str`. Incomplete UTF-8 and ids that are no token decode to U+FFFD.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from functools import cache, cached_property
+from importlib import resources
+from pathlib import Path
+
+from rwkv_bone.errors import UserError
+
+# The World vocabulary has 65529 tokens and models round it up, at most to 65536.
+WORLD_SIZES = range(65529, 65537)
+END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+
+
+def load_tokenizer(name: str, vocab_size: int):
+    """`auto`, `bytes`, `world` or the path of a tokenizer.json; `auto` chooses by the model's vocab_size."""
+    if name == "auto":
+        if vocab_size == ByteTokenizer.vocab_size:
+            name = "bytes"
+        elif vocab_size in WORLD_SIZES:
+            name = "world"
+        else:
+            raise UserError(
+                f"--tokenizer auto: the model's vocabulary of {vocab_size} is neither 256 (bytes) nor about 65536 "
+                "(RWKV World): give --tokenizer the path of the model's tokenizer.json"
+            )
+    if name == "bytes":
+        return ByteTokenizer()
+    if name == "world":
+        return WorldTokenizer()
+    return JsonTokenizer(Path(name))
+
+
+def _decode(pieces: Iterable[bytes]) -> str:
+    return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+class ByteTokenizer:
+    """id = byte value of the UTF-8 text; 0 ends a document."""
+
+    name = "bytes"
+    vocab_size = 256
+    eod = 0
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: list[int]) -> str:
+        return _decode(bytes([i]) if i < 256 else UNKNOWN for i in ids)
+
+
+@cache
+def _rust_world():
+    """Reading the vocabulary takes most of a second."""
+    try:
+        from pyrwkv_tokenizer import RWKVTokenizer
+    except ImportError as error:
+        raise UserError("--tokenizer world needs a package: pip install pyrwkv-tokenizer==0.9.1") from error
+    return RWKVTokenizer()
+
+
+class WorldTokenizer:
+    """RWKV World (rwkv_vocab_v20230424), encoded by the Rust package pyrwkv-tokenizer; 0 ends a document."""
+
+    name = "world"
+    vocab_size = 65536
+    eod = 0
+
+    def __init__(self):
+        self._rust = _rust_world()
+
+    def encode(self, text: str) -> list[int]:
+        return self._rust.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        # The package's own decode panics on incomplete UTF-8, which a model writes now and then.
+        return _decode(self._pieces.get(i, UNKNOWN) for i in ids)
+
+    @cached_property
+    def _pieces(self) -> dict[int, bytes]:
+        """{id: bytes}, from the package's lines `id literal length`; a literal is a Python str or bytes."""
+        vocabulary = resources.files("pyrwkv_tokenizer") / "rwkv_vocab_v20230424.txt"
+        pieces = {self.eod: b""}
+        for line in vocabulary.read_text(encoding="utf-8").strip().split("\n"):
+            number, rest = line.split(" ", 1)
+            literal, length = rest.rsplit(" ", 1)
+            piece = ast.literal_eval(literal)
+            pieces[int(number)] = piece if isinstance(piece, bytes) else piece.encode("utf-8")
+            assert len(pieces[int(number)]) == int(length), f"World vocabulary, token {number}"
+        return pieces
+
+
+class JsonTokenizer:
+    """A tokenizer.json of Hugging Face's `tokenizers`; the end of a document is found by its usual names."""
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise UserError(f"--tokenizer {path}: no such file; expected auto, bytes, world or a tokenizer.json")
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise UserError("--tokenizer with a tokenizer.json needs a package: pip install tokenizers") from error
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing more specific
+            raise UserError(f"--tokenizer {path}: not a tokenizer.json ({error})") from error
+        self.name = str(path)
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.eod = self._find_eod()
+
+    def _find_eod(self) -> int:
+        for token in END_OF_DOCUMENT:
+            number = self._tokenizer.token_to_id(token)
+            if number is not None:
+                return number
+        special = [number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+        if len(special) == 1:
+            return special[0]
+        raise UserError(
+            f"--tokenizer {self.name}: no token that ends a document: expected one named {', '.join(END_OF_DOCUMENT)}, "
+            f"or exactly one special token (found {len(special)})"
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -1,0 +1,207 @@
+"""Every sample once per pass, on some rank; the same batches again; exact counts."""
+
+from collections import Counter
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv_bone.data import BatchPlan, load_dataset
+
+IGNORED = -100
+
+
+@pytest.fixture
+def make_dataset(write_jsonl, config):
+    """Factory: `count` prompt/response samples of different lengths."""
+
+    def make(count: int, **settings):
+        rows = [{"prompt": "p" * (i % 5), "response": f"{i}" + "r" * (3 * i % 7)} for i in range(count)]
+        return load_dataset(config(write_jsonl(*rows), **settings), 256)
+
+    return make
+
+
+@pytest.fixture
+def make_stream(write_jsonl, config):
+    """Factory: a stream in which every token tells its position, for `--dataload get`."""
+
+    def make(count: int, **settings):
+        text = "".join(chr(1 + i) for i in range(count - 1))
+        return load_dataset(config(write_jsonl({"text": text}), dataload="get", **settings), 256)
+
+    return make
+
+
+def windows(plan: BatchPlan, epoch: int):
+    """The batches of each optimiser step of an epoch, over all micro-batches and ranks."""
+    for step in range(plan.steps_per_epoch):
+        places = product(range(plan.accumulate), range(plan.world_size))
+        yield [plan.batch(epoch, step, micro, rank) for micro, rank in places]
+
+
+def origins(plan: BatchPlan, epoch: int) -> list[str]:
+    return [row for window in windows(plan, epoch) for batch in window for row in batch.rows]
+
+
+SHAPES = [(1, 1, 1), (4, 1, 1), (3, 2, 1), (2, 1, 3), (2, 3, 2), (16, 1, 2)]
+
+
+@pytest.mark.parametrize(("micro_bsz", "accumulate", "world_size"), SHAPES)
+@pytest.mark.parametrize("count", [1, 5, 12, 41])
+def test_an_epoch_is_the_whole_data_once(make_dataset, count, micro_bsz, accumulate, world_size):
+    dataset = make_dataset(count)
+    plan = BatchPlan(dataset, micro_bsz=micro_bsz, accumulate=accumulate, world_size=world_size, seed=3)
+    assert plan.steps_per_epoch == -(-count // (micro_bsz * accumulate * world_size))
+    for epoch in range(2):
+        assert sorted(origins(plan, epoch)) == sorted(sample.origin for sample in dataset)
+
+
+@pytest.mark.parametrize(("micro_bsz", "accumulate", "world_size"), SHAPES)
+def test_labels_are_the_trained_tokens_and_padding_is_ignored(make_dataset, micro_bsz, accumulate, world_size):
+    dataset = make_dataset(29)
+    samples = {sample.origin: sample for sample in dataset}
+    plan = BatchPlan(dataset, micro_bsz=micro_bsz, accumulate=accumulate, world_size=world_size)
+    for window in windows(plan, 0):
+        for batch in window:
+            assert batch.ids.shape == batch.labels.shape and batch.ids.shape[0] == micro_bsz
+            assert batch.ids.dtype == batch.labels.dtype == torch.int64
+            tokens = 0
+            for row in range(micro_bsz):
+                ids, labels = batch.ids[row].tolist(), batch.labels[row].tolist()
+                sample = samples[batch.rows[row]] if row < len(batch.rows) else None
+                length = len(sample.ids) - 1 if sample else 0
+                tokens += length
+                expected = [int(sample.ids[t + 1]) if sample.trained[t + 1] else IGNORED for t in range(length)]
+                assert labels == expected + [IGNORED] * (len(labels) - length)
+                assert ids == (sample.ids[:-1].tolist() if sample else []) + [0] * (len(ids) - length)
+            assert batch.tokens == tokens
+
+
+@pytest.mark.parametrize(("micro_bsz", "accumulate", "world_size"), SHAPES)
+@pytest.mark.parametrize("dataload", ["pad", "get"])
+def test_window_tokens_count_every_label_of_the_window(
+    make_dataset, make_stream, dataload, micro_bsz, accumulate, world_size
+):
+    dataset = make_dataset(29, ctx_len=8) if dataload == "pad" else make_stream(100, ctx_len=8)
+    plan = BatchPlan(dataset, micro_bsz=micro_bsz, accumulate=accumulate, world_size=world_size)
+    for window in windows(plan, 1):
+        counted = sum(int((batch.labels != IGNORED).sum()) for batch in window)
+        assert counted > 0
+        assert {batch.window_tokens for batch in window} == {counted}
+
+
+def test_the_last_window_is_used_and_spread_over_the_ranks(make_dataset):
+    plan = BatchPlan(make_dataset(11), micro_bsz=2, accumulate=2, world_size=2)
+    *_, last = windows(plan, 0)
+    assert [len(batch.rows) for batch in last] == [1, 1, 1, 0]
+    assert all((batch.labels[len(batch.rows) :] == IGNORED).all() for batch in last)
+
+
+def test_a_batch_is_as_wide_as_its_longest_sample(make_dataset):
+    dataset = make_dataset(40, ctx_len=512)
+    lengths = {sample.origin: len(sample.ids) - 1 for sample in dataset}
+    for window in windows(BatchPlan(dataset, micro_bsz=4), 0):
+        for batch in window:
+            assert batch.ids.shape[1] == max(lengths[row] for row in batch.rows)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 11])
+def test_mini_epochs_go_on_where_the_last_one_ended(make_dataset, steps):
+    """The peer read the head of the data again in every short epoch and never the rest (B12)."""
+    dataset = make_dataset(20)
+    whole = BatchPlan(dataset, micro_bsz=2, accumulate=2, seed=1)
+    short = BatchPlan(dataset, micro_bsz=2, accumulate=2, seed=1, steps_per_epoch=steps)
+    passes = [row for epoch in range(2 * steps) for row in origins(whole, epoch)]
+    mini = [row for epoch in range(2 * whole.steps_per_epoch) for row in origins(short, epoch)]
+    assert short.steps_per_epoch == steps
+    assert mini == passes
+    assert set(Counter(mini).values()) == {2 * steps}
+
+
+def test_fewer_samples_than_one_batch_work(make_dataset):
+    """The peer's index ran past the end of a small data set (B12)."""
+    dataset = make_dataset(3)
+    plan = BatchPlan(dataset, micro_bsz=16, accumulate=4, world_size=2, steps_per_epoch=5)
+    for epoch in range(3):
+        for window in windows(plan, epoch):
+            assert sum(len(batch.rows) for batch in window) == 3
+
+
+@pytest.mark.parametrize("dataload", ["pad", "get"])
+def test_the_same_place_gives_the_same_batch_in_any_order(make_dataset, make_stream, dataload):
+    dataset = make_dataset(20) if dataload == "pad" else make_stream(100, ctx_len=8)
+    settings = dict(micro_bsz=2, accumulate=2, world_size=2)
+    places = list(product(range(3), range(2), range(2), range(2)))
+    first, again = (BatchPlan(dataset, seed=5, **settings) for _ in range(2))
+    forwards = {place: first.batch(*place) for place in places}
+    for place in reversed(places):
+        batch = again.batch(*place)
+        assert torch.equal(batch.ids, forwards[place].ids) and torch.equal(batch.labels, forwards[place].labels)
+        assert batch.rows == forwards[place].rows
+    other = BatchPlan(dataset, seed=6, **settings)
+    assert any(other.batch(*place).rows != forwards[place].rows for place in places)
+
+
+def test_epochs_are_shuffled_differently(make_dataset):
+    plan = BatchPlan(make_dataset(50), micro_bsz=4)
+    first, second = origins(plan, 0), origins(plan, 1)
+    assert first != second and first != sorted(first)
+
+
+def test_an_optimiser_step_has_the_same_samples_however_they_are_spread(make_dataset):
+    dataset = make_dataset(41)
+    shapes = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
+    plans = [BatchPlan(dataset, micro_bsz=m, accumulate=a, world_size=w) for m, a, w in shapes]
+    steps = [[{row for batch in window for row in batch.rows} for window in windows(plan, 0)] for plan in plans]
+    assert steps[0] == steps[1] == steps[2]
+
+
+@pytest.mark.parametrize("mask", ["response", "none", "pad"])
+@pytest.mark.parametrize("dataload", ["pad", "only"])
+def test_every_mask_works_with_whole_samples(make_dataset, dataload, mask):
+    """In the peer, masks crashed with `only` and `get` (B11, B13)."""
+    dataset = make_dataset(9, dataload=dataload, loss_mask=mask, micro_bsz=1)
+    lengths = {sample.origin: len(sample.ids) - 1 for sample in dataset}
+    for window in windows(BatchPlan(dataset, micro_bsz=1), 0):
+        (batch,) = window
+        assert batch.ids.shape == (1, lengths[batch.rows[0]])
+        prompt = int((batch.ids == ord("p")).sum())
+        assert (batch.labels == IGNORED).sum() == (max(prompt - 1, 0) if mask == "response" else 0)
+
+
+@pytest.mark.parametrize("mask", ["none", "pad"])
+def test_random_windows_work_with_the_masks_that_mask_nothing(make_dataset, mask):
+    """In the peer, masks crashed with `only` and `get` (B11, B13)."""
+    dataset = make_dataset(9, dataload="get", loss_mask=mask, ctx_len=4)
+    for window in windows(BatchPlan(dataset, micro_bsz=2), 0):
+        assert all((batch.labels != IGNORED).all() for batch in window)
+
+
+def test_random_windows_are_consecutive_tokens_of_the_stream(make_stream):
+    dataset = make_stream(101, ctx_len=8)
+    plan = BatchPlan(dataset, micro_bsz=3, accumulate=2, world_size=2)
+    assert plan.steps_per_epoch == -(-101 // (8 * 12))
+    stream, starts = np.array(dataset.tokens), set()
+    for epoch in range(100):
+        for window in windows(plan, epoch):
+            for batch in window:
+                for ids, labels in zip(batch.ids.tolist(), batch.labels.tolist(), strict=True):
+                    start = ids[0] - 1
+                    starts.add(start)
+                    assert ids == stream[start : start + 8].tolist()
+                    assert labels == stream[start + 1 : start + 9].tolist()
+    assert starts == set(range(101 - 8))
+
+
+def test_ranks_draw_different_windows(make_stream):
+    """The peer seeded all ranks alike, so that all devices read the same tokens."""
+    plan = BatchPlan(make_stream(250, ctx_len=8), micro_bsz=8, accumulate=2, world_size=2)
+    drawn = [tuple(batch.rows) for batch in next(windows(plan, 0))]
+    assert len(set(drawn)) == 4
+
+
+def test_a_stream_shorter_than_the_context_is_one_short_window(make_stream):
+    batch = BatchPlan(make_stream(6, ctx_len=64), micro_bsz=2).batch(0, 0, 0, 0)
+    assert batch.ids.shape == (2, 5) and batch.window_tokens == 10
