@@ -1,0 +1,230 @@
+"""What the flags of RWKV-PEFT (its 2024 and mid-2025 scripts) mean here. Used by `cli.py` only.
+
+Every flag of theirs that is not one of ours is in a table below: it is translated, ignored with a line saying so where
+that changes nothing, or refused with the reason. Nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from rwkv_bone.config import BONE_MODES
+from rwkv_bone.errors import UserError
+
+
+class Ignored(NamedTuple):
+    why: str
+    harmless: tuple[str, ...] | None = None  # the values under which ignoring the flag changes nothing; None = all
+
+
+class Means(NamedTuple):
+    value: Any
+    why: str
+
+
+ZERO, ONE = ("0",), ("1",)
+PILE = "the Pile pre-training schedule of RWKV-LM is not part of this repository"
+STOP = "a run ends after --epoch_count epochs of --epoch_steps"
+SHUFFLED = "the order of the data follows from --random_seed alone"
+NOT_YET = "not supported yet"
+LORA_LATER = "LoRA and PiSSA are not supported yet; --peft bone is"
+QUANT_LATER = "quantised base weights are not supported yet"
+STATE_LATER = "state tuning and infinite context are not supported yet"
+
+IGNORED = {
+    "pre_ffn": Ignored("every block of RWKV-7 has its time mix", ZERO),
+    "head_qk": Ignored("RWKV-7 has no headQK layer", ZERO),
+    "tiny_att_dim": Ignored("RWKV-7 has no tiny attention", ZERO),
+    "tiny_att_layer": Ignored("RWKV-7 has no tiny attention; --tiny_att_dim decides"),
+    "my_pos_emb": Ignored("RWKV-7 has no position embedding", ZERO),
+    "my_ffn_shift": Ignored("the token shift is one position", ONE),
+    "my_att_shift": Ignored("the token shift is one position", ONE),
+    "head_size_divisor": Ignored("RWKV-7 fixes it at 8 (the epsilon of ln_x)", ("8",)),
+    "dropout": Ignored("there is no dropout here", ZERO),
+    "layerwise_lr": Ignored("RWKV-7's w0 always learns at twice the rate, all else at the rate given", ONE),
+    "weight_decay_final": Ignored("the weight decay is constant, --weight_decay", ("-1",)),
+    "my_pile_version": Ignored(PILE),
+    "my_pile_stage": Ignored(PILE, ZERO),
+    "my_pile_shift": Ignored(PILE),
+    "my_pile_edecay": Ignored(PILE, ZERO),
+    "magic_prime": Ignored(SHUFFLED),
+    "my_random_steps": Ignored(SHUFFLED, ZERO),
+    "my_sample_len": Ignored("the length of a sample is --ctx_len", ZERO),
+    "my_qa_mask": Ignored("--loss_mask says what is trained", ZERO),
+    "my_exit": Ignored(STOP, ("99999999",)),
+    "my_exit_tokens": Ignored(STOP, ZERO),
+    "load_partial": Ignored("checkpoints load completely or not at all", ZERO),
+    "data_shuffle": Ignored("samples are always shuffled, by --random_seed", ONE),
+    "sft_split": Ignored("all rows of --data_file are used; to use fewer, cut the file", ("train",)),
+    "mask_id": Ignored("only --loss_mask se reads it, which is not supported yet"),
+    "lora_config": Ignored("only --peft lora reads it, which is not supported yet"),
+    "pissa_config": Ignored("only --peft pissa reads it, which is not supported yet"),
+    "quant": Ignored(QUANT_LATER, ("none",)),
+    "state_tune": Ignored(STATE_LATER, ("0", "false")),
+    "train_type": Ignored(STATE_LATER, ("none",)),
+    "chunk_ctx": Ignored("only --train_type infctx reads it, which is not supported yet"),
+    "optim": Ignored("the optimiser is AdamW", ("none", "adam", "adamw")),
+    "fla": Ignored("--op chooses the WKV operator"),
+    "fused_kernel": Ignored("--op chooses the WKV operator"),
+    "compile": Ignored("nothing here is compiled by torch.compile"),
+    "l2warp_sparse": Ignored("--l2wrap is the penalty's weight"),
+    "avg_loss": Ignored("the loss of a step is the mean over all its trained tokens"),
+    "ds_bucket_mb": Ignored("DeepSpeed's bucket size follows from what is trained"),
+    "enable_progress_bar": Ignored("the progress bar is always shown", ("1", "true", "")),
+}
+BLOCK_FLAGS = ("bone_config", "disha_config", "peft_config")
+TRAIN_FLAGS = (*IGNORED, *BLOCK_FLAGS, "dim_att")
+
+NO_FP16 = "fp16 overflows in RWKV-7 and is not supported: use bf16, or fp32"
+VALUES = {  # flag of ours -> a value of theirs -> what it means, or why it is refused
+    "peft": {
+        "disha": Means("bone", "DiSHA and MiSS are other names of Bone"),
+        "miss": Means("bone", "DiSHA and MiSS are other names of Bone"),
+        **dict.fromkeys(("lora", "pissa"), LORA_LATER),
+        **dict.fromkeys(("state", "adalora", "prefix"), NOT_YET),
+    },
+    "precision": {
+        **dict.fromkeys(("bf16-true", "bf16-mixed"), Means("bf16", "frozen weights bf16, trained ones fp32")),
+        **dict.fromkeys(("fp16", "16", "16-true", "16-mixed"), NO_FP16),
+        **dict.fromkeys(("32", "32-true"), "write --precision fp32"),
+        "tf32": "matrices are multiplied in full bf16 or fp32: use one of these",
+    },
+    "data_type": {
+        **dict.fromkeys(
+            ("utf-8", "utf-16le"), 'plain text is not read: write it as JSON lines, {"text": ...} (--data_type jsonl)'
+        ),
+        **dict.fromkeys(("numpy", "uint16"), "token arrays are not read: use a .bin/.idx pair (--data_type binidx)"),
+        "dummy": "there is no dummy data: name a file",
+    },
+    "loss_mask": dict.fromkeys(("qa", "se"), "not supported yet; of prompt/response rows only the response is trained"),
+    "lr_schedule": {"wsd": "in RWKV-PEFT wsd was a cosine to 0: use --lr_schedule cos --lr_final 0"},
+    "op": dict.fromkeys(("fla", "triton"), Means("auto", "there is no Triton operator here")),
+    "strategy": dict.fromkeys(
+        ("single-device", "ddp", "deepspeed", "fsdp"), "every run goes through DeepSpeed ZeRO: use deepspeed_stage_1"
+    ),
+    "warmup_steps": {"-1": Means(0, "no warm-up")},
+    "random_seed": {"-1": Means(42, "every run is seeded")},
+}
+
+MERGE_IGNORED = {
+    "quant": Ignored(QUANT_LATER, ("none",)),
+    "device": Ignored("merging runs on the CPU"),
+    "type": Ignored(LORA_LATER, ("bone", "disha")),
+    "lora_alpha": Ignored("only LoRA reads it, which is not supported yet"),
+    "lora_init": Ignored(LORA_LATER, ("",)),
+}
+MERGE_FLAGS = tuple(MERGE_IGNORED)
+
+
+def translate_train(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(settings under our names, notes for the user) of the flags given; RWKV-PEFT's flags arrive as raw text."""
+    theirs = [name for name in TRAIN_FLAGS if name in given]
+    given, notes = _read_values(given)
+    for name in BLOCK_FLAGS:
+        if name in given:
+            settings = _block_config(name, given.pop(name))
+            if "bone_mode" not in settings | given:
+                notes.append(f"--{name} names no mode: bone; RWKV-PEFT before bone_mode trained what is now called bat")
+            for key, value in settings.items():
+                _set(given, key, value, f"--{name}")
+    if "dim_att" in given:
+        width = given.pop("dim_att")
+        if not width.isdecimal():
+            raise UserError(f"--dim_att {width}: expected a whole number")
+        if int(width):
+            _set(given, "n_embd", int(width), "--dim_att")  # RWKV-7's time mix is as wide as the model
+    given, ignored = _ignore(given, IGNORED)
+    notes += ignored
+    if theirs and "config" not in given:
+        notes += _unsaid(given, f"an RWKV-PEFT command line (it has --{theirs[0]})", adapter="bone_r" in given)
+    return given, notes
+
+
+def translate_merge(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """As `translate_train`, for merge.py."""
+    return _ignore(given, MERGE_IGNORED)
+
+
+def _read_values(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    notes = []
+    given = dict(given)
+    for name, table in VALUES.items():
+        meaning = table.get(str(given.get(name)))
+        if isinstance(meaning, str):
+            raise UserError(f"--{name} {given[name]}: {meaning}")
+        if meaning:
+            notes.append(f"--{name} {given[name]} is read as --{name} {meaning.value}: {meaning.why}")
+            given[name] = meaning.value
+    return given, notes
+
+
+def _ignore(given: dict[str, Any], table: dict[str, Ignored]) -> tuple[dict[str, Any], list[str]]:
+    notes = []
+    for name in [name for name in given if name in table]:
+        flag = f"--{name} {given[name]}".strip()
+        why, harmless = table[name]
+        if harmless is not None and not any(_same(given[name], value) for value in harmless):
+            raise UserError(f"{flag}: {why}; remove the flag" + (f" or give {harmless[0]}" if harmless[0] else ""))
+        notes.append(f"{flag} is ignored: {why}")
+    return {name: value for name, value in given.items() if name not in table}, notes
+
+
+def _same(a: str, b: str) -> bool:
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a.lower() == b.lower()
+
+
+def _block_config(flag: str, text: str) -> dict[str, Any]:
+    """The adapter's settings from `{"bone_mode": "bat", "bone_load": "", "bone_r": 64}` or DiSHA's shorter keys."""
+    try:
+        config = json.loads(text)
+    except ValueError:
+        raise UserError(
+            f"--{flag} {text}: not JSON; expected, quoted for the shell, --{flag} "
+            '\'{"bone_mode":"bone","bone_load":"","bone_r":64}\''
+        ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"--{flag} {text}: expected a JSON object")
+    config = {key.removeprefix("bone_"): value for key, value in config.items()}
+    form = config.pop("init_weights", True)
+    if form is not True:
+        raise UserError(
+            f"--{flag} init_weights {json.dumps(form)}: Hugging Face's bat has its blocks along columns and its mini "
+            "shares them; neither is the Bat trained here (rows): give --bone_mode bone or --bone_mode bat"
+        )
+    unknown = config.keys() - {"mode", "load", "r"}
+    if unknown:
+        raise UserError(f"--{flag}: unknown key {', '.join(sorted(unknown))}; expected bone_mode, bone_load, bone_r")
+    if config.get("mode", "bone") not in BONE_MODES:
+        # RWKV-PEFT's own default, "mode", trained no adapter at all and said nothing.
+        raise UserError(f"--{flag}: mode {config['mode']!r} is none of {', '.join(BONE_MODES)}")
+    for key, kind, what in (("r", int, "a whole number"), ("load", str, "a path")):
+        if type(config.get(key, kind())) is not kind:
+            raise UserError(f"--{flag}: {key} {json.dumps(config[key])}: expected {what}")
+    return {f"bone_{key}": value for key, value in config.items()}
+
+
+def _set(given: dict[str, Any], name: str, value: Any, source: str) -> None:
+    if given.setdefault(name, value) != value:
+        raise UserError(f"--{name} {given[name]} contradicts {source}, which says {value}: keep one")
+
+
+def _unsaid(given: dict[str, Any], who: str, adapter: bool) -> list[str]:
+    """Settings of ours whose meaning or default differs from RWKV-PEFT's: changes `given`, returns the notes."""
+    notes = []
+    if "peft" not in given and not adapter:
+        given["peft"] = "none"
+        notes.append(f"{who} without --peft trains every weight: read as --peft none")
+    if given.get("peft", "bone") != "none" and "train_parts" not in given:
+        notes.append("without --train_parts only the adapter is trained; RWKV-PEFT then trains time and ln too")
+    steps, window = given.get("epoch_steps", 0), given.get("accumulate_grad_batches", 1)
+    if steps and window > 1:
+        given["epoch_steps"] = -(-steps // window)
+        notes.append(
+            f"{who} counts --epoch_steps in forward passes: {steps} of them, {window} to a step, "
+            f"are {given['epoch_steps']} optimiser steps here"
+        )
+    return notes

@@ -1,0 +1,251 @@
+"""The command line and config.json are made from config.py and lose nothing of it."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+from rwkv_bone import cli
+from rwkv_bone.config import MergeConfig
+from rwkv_bone.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NEEDED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
+MERGE = ["--base_model", "base.pth", "--peft_checkpoint", "out/rwkv-0.pth", "--output", "merged.pth"]
+SPECS = [spec for section in cli.SECTIONS.values() for spec in fields(section)]
+
+
+def train(*words):
+    return cli.parse_train([*NEEDED, *words])
+
+
+def other_value(spec):
+    """A valid value of a setting that is not its default."""
+    choices = [choice for choice in spec.metadata["choices"] or ("first", "second") if choice != spec.default]
+    return {
+        bool: lambda: not spec.default,
+        int: lambda: spec.default + 1,
+        float: lambda: 0.5,
+        tuple: lambda: tuple(choices[:2]),
+        str: lambda: choices[0],
+    }[type(spec.default)]()
+
+
+def changed_everywhere():
+    """(command line, expected settings) with every setting away from its default, as far as they go together."""
+    expected = {spec.name: other_value(spec) for spec in SPECS}
+    expected |= {"peft": "bone", "dataload": "get"}
+    words = []
+    for name, value in expected.items():
+        words += [f"--{name}", *(value if isinstance(value, tuple) else [str(value)])]
+    return words, expected
+
+
+def settings(config):
+    return {name: value for section in asdict(config).values() for name, value in section.items()}
+
+
+def test_no_two_settings_share_a_name():
+    names = [spec.name for spec in SPECS]
+    assert len(names) == len(set(names))
+
+
+def test_flags_left_out_take_the_defaults_of_the_config():
+    expected = {spec.name: spec.default for spec in SPECS} | {"load_model": "base.pth", "data_file": "rows.jsonl"}
+    assert settings(train()) == expected
+
+
+def test_every_setting_is_a_flag():
+    words, expected = changed_everywhere()
+    assert settings(cli.parse_train(words)) == expected
+
+
+def test_help_explains_every_flag_with_choices_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_train(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for spec in SPECS:
+        assert f"--{spec.name} " in text
+        assert spec.metadata["help"].split(";")[0][:40] in text
+        for choice in spec.metadata["choices"] or ():
+            assert choice in text
+    assert "(default: 0.0002)" in text and "(default: bone)" in text
+
+
+def test_json_round_trip_keeps_every_setting():
+    config = cli.parse_train(changed_everywhere()[0])
+    assert cli.from_json(cli.to_json(config)) == config
+
+
+def test_config_file_is_the_start_and_flags_override_it(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(cli.to_json(train("--bone_r", "32", "--lr_init", "1e-3", "--targets", "ffn", "--grad_cp")))
+    config = cli.parse_train(["--config", str(path), "--lr_init", "5e-4", "--targets", "--grad_cp", "0"])
+    assert (config.adapter.bone_r, config.optim.lr_init, config.adapter.targets) == (32, 5e-4, ())
+    assert config.model.load_model == "base.pth" and config.model.grad_cp is False
+
+
+def test_config_file_of_an_older_version_gets_defaults_for_what_it_lacks():
+    text = json.dumps({"model": {"load_model": "a.pth"}, "data": {"data_file": "b"}, "optim": {"lr_init": 1}})
+    config = cli.from_json(text)
+    assert config.optim.lr_init == 1.0 and config.adapter.bone_r == 64
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "c.json: not JSON"),
+        ("[]", "expected an object of sections"),
+        ('{"model": 1}', "expected an object of sections"),
+        ('{"trainer": {}}', "unknown section 'trainer'"),
+        ('{"adapter": {"bone_rr": 1}}', "unknown setting adapter.bone_rr"),
+        ('{"adapter": {"bone_r": "64"}}', 'adapter.bone_r: expected a number, got "64"'),
+        ('{"adapter": {"bone_r": true}}', "adapter.bone_r: expected a number, got true"),
+        ('{"adapter": {"targets": "ffn"}}', "adapter.targets: expected a list of strings"),
+        ('{"model": {"grad_cp": 1}}', "model.grad_cp: expected true or false"),
+        ('{"model": {"n_layer": -1}}', "--n_layer -1: expected at least 0"),
+    ],
+)
+def test_broken_config_file_is_named_with_what_is_wrong(text, message):
+    with pytest.raises(UserError) as error:
+        cli.from_json(text, "c.json")
+    assert message in str(error.value)
+
+
+def test_missing_config_file_is_an_error():
+    with pytest.raises(UserError, match="--config nowhere.json: cannot be read"):
+        cli.parse_train(["--config", "nowhere.json"])
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--grad_cp"], True),
+        (["--grad_cp", "1"], True),
+        (["--grad_cp=true"], True),
+        (["--grad_cp", "True"], True),
+        (["--grad_cp", "0"], False),
+        (["--grad_cp", "false"], False),
+        (["--grad_cp", "1", "--grad_cp", "0"], False),
+    ],
+)
+def test_switches_are_written_with_or_without_a_value(words, expected):
+    assert train(*words).model.grad_cp is expected
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["ln", "time"], ("ln", "time")),
+        (["ln"], ("ln",)),
+        ([], ()),
+        (["[]"], ()),
+        ([""], ()),
+        (['["time", "ln"]'], ("time", "ln")),
+        (["[time,", "ln]"], ("time", "ln")),  # what a shell makes of ["time", "ln"]
+        (["[time,ln]"], ("time", "ln")),
+        (["['time']"], ("time",)),
+    ],
+)
+def test_lists_are_written_as_words_or_as_in_the_field(words, expected):
+    assert train("--train_parts", *words).adapter.train_parts == expected
+
+
+def test_field_names_with_spaces_stay_whole():
+    assert train("--sft_field", "my prompt", "the answer").data.sft_field == ("my prompt", "the answer")
+    assert train("--sft_field", '["my prompt", "the answer"]').data.sft_field == ("my prompt", "the answer")
+
+
+def test_of_a_flag_given_twice_the_last_one_counts():
+    assert train("--bone_r", "16", "--targets", "att", "--bone_r", "32", "--targets", "ffn").adapter.bone_r == 32
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--bone_rr", "1"], "--bone_rr is not a flag of train.py; did you mean --bone_r?"),
+        (["--epoch_stps=3"], "--epoch_stps is not a flag of train.py; did you mean --epoch_steps?"),
+        (["--qqqqqqq"], "--qqqqqqq is not a flag of train.py (--help"),
+        (["--bone"], "--bone is not a flag"),  # no abbreviations
+        (["-h2"], "-h"),
+        (["--bone_r", "many"], "--bone_r: expected a whole number, got 'many'"),
+        (["--bone_r", "1.5"], "--bone_r: expected a whole number"),
+        (["--lr_init", "fast"], "--lr_init: expected a number, got 'fast'"),
+        (["--lr_init", "nan"], "--lr_init nan: expected at least 0"),
+        (["--grad_cp", "maybe"], "--grad_cp: expected 1 or 0, got 'maybe'"),
+        (["--bone_r"], "--bone_r: expected one argument"),
+        (["--bone_mode", "col"], "--bone_mode col: expected one of bone, bat"),
+        (["--train_parts", "att"], "--train_parts att: expected one of emb, head, ln, time"),
+        (["--bone_r", "1", "loose"], "loose is not a flag"),
+    ],
+)
+def test_mistakes_name_the_flag_and_what_was_expected(words, message):
+    with pytest.raises(UserError) as error:
+        train(*words)
+    assert message in str(error.value)
+
+
+def test_merge_takes_the_fields_name_of_the_adapter():
+    expected = MergeConfig(base_model="base.pth", peft_checkpoint="out/rwkv-0.pth", output="merged.pth")
+    assert cli.parse_merge(MERGE) == expected
+    assert cli.parse_merge([word.replace("peft_checkpoint", "lora_checkpoint") for word in MERGE]) == expected
+
+
+def test_merge_says_what_is_missing_or_unknown():
+    with pytest.raises(UserError, match="--output is missing"):
+        cli.parse_merge(MERGE[:4])
+    with pytest.raises(UserError, match="--outputs is not a flag of merge.py; did you mean --output"):
+        cli.parse_merge([*MERGE, "--outputs", "x"])
+
+
+def test_notes_are_printed_by_the_first_process_only(capsys, monkeypatch):
+    train("--head_qk", "0", "--peft", "bone", "--train_parts", "[]")
+    assert capsys.readouterr().out == "note: --head_qk 0 is ignored: RWKV-7 has no headQK layer\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    train("--head_qk", "0")
+    assert capsys.readouterr().out == ""
+
+
+def test_run_turns_mistakes_into_a_sentence_and_a_status(capsys):
+    def mistake():
+        raise UserError("no such file")
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert cli.run(lambda: None) == 0
+    assert cli.run(mistake) == 2
+    assert capsys.readouterr().err == "error: no such file\n"
+    assert cli.run(interrupt) == 130
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0)
+
+
+def test_program_reports_a_mistake_without_traceback_from_any_folder(tmp_path):
+    program = [sys.executable, REPOSITORY / "train.py", "--bone_rr", "1"]
+    result = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --bone_rr") and result.stderr.count("\n") == 1
+
+
+def test_help_is_instant():
+    def seconds():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        program = [sys.executable, REPOSITORY / "train.py", "--help"]
+        subprocess.run(program, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "100"})
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.3  # processor time: other work on the machine does not count
+
+
+def test_the_command_line_needs_nothing_but_the_standard_library():
+    program = "import sys; sys.path.insert(0, 'src'); import rwkv_bone.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "lightning", "deepspeed"} & set(loaded.stdout.split())
