@@ -1,0 +1,448 @@
+// WKV-7, sequential in time, one block per (batch, head): forward and every gradient behind a plain C interface.
+//
+// Per head, with rows of S = value index i, columns = key index j, and decay w = exp(-e^-0.5 sigmoid(x)):
+//     sa_t = S_{t-1} a_t ;   S_t = S_{t-1} diag(w_t) + sa_t b_t^T + v_t k_t^T ;   y_t = S_t r_t
+// Backward, dS being the gradient of S_t that comes from later tokens:
+//     dS += dy_t r_t^T ;  dv = dS k ;  dsa = dS b ;  dk = dS^T v ;  db = dS^T sa ;  dS <- dS diag(w) + dsa a^T
+//     dr = S_t^T dy ;  da = S_{t-1}^T dsa ;  dlog w = colsum(dS o S_{t-1}) o w
+//
+// Sums over j need rows, sums over i need columns, so there are four kernels and each holds one matrix by lines:
+//     forward_kernel        time forward,   rows of S      y, sa (kept for backward)
+//     backward_rows_kernel  time backward,  rows of dS     dv, ds0, dsa (workspace)
+//     backward_keys_kernel  time backward,  columns of dS  dk, db, k dk + b db and dS at segment starts (workspace)
+//     backward_decay_kernel time forward,   columns of S   dr, da, dx
+// The two matrices never meet in registers. dlog w follows from X_t = colsum(S_t o gradient of S_t), the sum over a
+// column of state times its gradient, which changes along time only by products that are at hand:
+//     dlog w_t = X_{t-1} - a da_t ;   X_t = dlog w_t + (k dk + b db)_t - r dr_t
+// X is taken afresh at every segment start, so rounding does not build up along T. Nothing is divided by the decay and
+// no state is undone; every step is recomputed from s0 in the same order, so results repeat bit for bit.
+
+#include "common.h"
+
+#include <cmath>
+
+namespace {
+
+using namespace wkv;
+
+constexpr int kSegment = 64;  // tokens between fresh values of X; a multiple of kSteps
+constexpr float kScale = 0.60653065971263342f;  // e^-0.5
+
+__device__ __forceinline__ float decay(float x) { return expf(-kScale / (1.0f + expf(-x))); }
+
+// d log(decay) / dx. Written with exp(-|x|): 1 - sigmoid(x) would lose all digits for large x.
+__device__ __forceinline__ float decay_slope(float x) {
+  const float e = expf(-fabsf(x));
+  return -kScale * e / ((1.0f + e) * (1.0f + e));
+}
+
+template <int N>
+__device__ __forceinline__ void commit_decay(const Prefetch<float>& x, Tile<N>& tile, const Place<N>& place) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) tile.quad(place.step, place.quad).value[e] = decay(x.held.value[e]);
+}
+
+template <int N>
+__device__ __forceinline__ void commit_slope(const Prefetch<float>& x, Tile<N>& tile, const Place<N>& place) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) tile.quad(place.step, place.quad).value[e] = decay_slope(x.held.value[e]);
+}
+
+__device__ __forceinline__ int steps_in_tile(int64_t T, int64_t t0) { return T - t0 < kSteps ? int(T - t0) : kSteps; }
+
+__device__ __forceinline__ int64_t last_tile(int64_t T) { return (T - 1) / kSteps * kSteps; }
+
+__host__ __device__ __forceinline__ int64_t segments(int64_t T) { return (T + kSegment - 1) / kSegment; }
+
+template <typename T>
+struct Inputs {
+  int64_t tokens, heads;
+  const T* r;
+  const float* w;  // x, the raw decay
+  const T *k, *v, *a, *b;
+  const float* s0;  // may be null: zeros
+};
+
+template <typename T>
+struct Forward {
+  Inputs<T> in;
+  T* y;
+  float *sT, *sa;  // each may be null: not wanted
+};
+
+template <typename T>
+struct Backward {
+  Inputs<T> in;
+  const float* sa;
+  const T* dy;
+  const float* dsT;  // may be null: zeros
+  float *dsa, *key_products, *boundaries;  // [B, T, H, N] twice, [B, H, segments, N, N] columns first
+  T* dr;
+  float* dx;
+  T *dk, *dv, *da, *db;
+  float* ds0;  // may be null: not wanted
+};
+
+template <int N>
+struct ForwardTiles {
+  Tile<N> r, w, k, v, a, b, y, sa;
+};
+
+template <typename T, int N>
+__global__ void __launch_bounds__(Layout<N>::kThreads, 1) forward_kernel(Forward<T> p) {
+  WKV_SHARED(ForwardTiles<N>, tile);
+  const int64_t tokens = p.in.tokens;
+  const Place<N> place(tokens, p.in.heads);
+  Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), a(p.in.a), b(p.in.b);
+  Prefetch<float> w(p.in.w);
+  const auto fetch = [&](int64_t t0) {
+    const int64_t offset = place.offset(t0);
+    const bool inside = t0 + place.step < tokens;
+    r.fetch(offset, inside), w.fetch(offset, inside), k.fetch(offset, inside);
+    v.fetch(offset, inside), a.fetch(offset, inside), b.fetch(offset, inside);
+  };
+  const auto commit = [&] {
+    r.commit(tile.r, place), commit_decay(w, tile.w, place), k.commit(tile.k, place);
+    v.commit(tile.v, place), a.commit(tile.a, place), b.commit(tile.b, place);
+  };
+
+  Lines<N> S(place);
+  if (p.in.s0) S.load(p.in.s0 + place.head * N * N, false);
+  fetch(0);
+  commit();
+  __syncthreads();
+  for (int64_t t0 = 0; t0 < tokens; t0 += kSteps) {
+    if (t0 + kSteps < tokens) fetch(t0 + kSteps);
+    const int steps = steps_in_tile(tokens, t0);
+    for (int s = 0; s < steps; ++s) {
+      const PerLine<N> sa = S.dot(tile.a, s);
+      S.scale(tile.w, s);
+      S.add(sa, tile.b, s);
+      S.add(read(tile.v, place, s), tile.k, s);
+      write(tile.y, place, s, S.dot(tile.r, s));
+      write(tile.sa, place, s, sa);
+    }
+    __syncthreads();
+    if (place.step < steps) {
+      store(p.y, tile.y, place, place.offset(t0));
+      if (p.sa) store(p.sa, tile.sa, place, place.offset(t0));
+    }
+    commit();
+    __syncthreads();
+  }
+  if (p.sT) S.save(p.sT + place.head * N * N);
+}
+
+template <int N>
+struct RowsTiles {
+  Tile<N> r, w, k, a, b, dy, dv, dsa;
+};
+
+template <typename T, int N>
+__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_rows_kernel(Backward<T> p) {
+  WKV_SHARED(RowsTiles<N>, tile);
+  const int64_t tokens = p.in.tokens;
+  const Place<N> place(tokens, p.in.heads);
+  Prefetch<T> r(p.in.r), k(p.in.k), a(p.in.a), b(p.in.b), dy(p.dy);
+  Prefetch<float> w(p.in.w);
+  const auto fetch = [&](int64_t t0) {
+    const int64_t offset = place.offset(t0);
+    const bool inside = t0 + place.step < tokens;
+    r.fetch(offset, inside), w.fetch(offset, inside), k.fetch(offset, inside);
+    a.fetch(offset, inside), b.fetch(offset, inside), dy.fetch(offset, inside);
+  };
+  const auto commit = [&] {
+    r.commit(tile.r, place), commit_decay(w, tile.w, place), k.commit(tile.k, place);
+    a.commit(tile.a, place), b.commit(tile.b, place), dy.commit(tile.dy, place);
+  };
+
+  Lines<N> dS(place);
+  if (p.dsT) dS.load(p.dsT + place.head * N * N, false);
+  fetch(last_tile(tokens));
+  commit();
+  __syncthreads();
+  for (int64_t t0 = last_tile(tokens); t0 >= 0; t0 -= kSteps) {
+    if (t0 > 0) fetch(t0 - kSteps);
+    const int steps = steps_in_tile(tokens, t0);
+    for (int s = steps - 1; s >= 0; --s) {
+      dS.add(read(tile.dy, place, s), tile.r, s);
+      const PerLine<N> dsa = dS.dot(tile.b, s);
+      write(tile.dsa, place, s, dsa);
+      write(tile.dv, place, s, dS.dot(tile.k, s));
+      dS.scale(tile.w, s);
+      dS.add(dsa, tile.a, s);
+    }
+    __syncthreads();
+    if (place.step < steps) {
+      store(p.dv, tile.dv, place, place.offset(t0));
+      store(p.dsa, tile.dsa, place, place.offset(t0));
+    }
+    commit();
+    __syncthreads();
+  }
+  if (p.ds0) dS.save(p.ds0 + place.head * N * N);
+}
+
+// k and b are read by the writing lane only, which then puts dk and db in their place.
+template <int N>
+struct KeysTiles {
+  Tile<N> r, w, v, a, sa, dy, dsa, k_dk, b_db, products;
+};
+
+template <typename T, int N>
+__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_keys_kernel(Backward<T> p) {
+  WKV_SHARED(KeysTiles<N>, tile);
+  const int64_t tokens = p.in.tokens;
+  const Place<N> place(tokens, p.in.heads);
+  Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), a(p.in.a), b(p.in.b), dy(p.dy);
+  Prefetch<float> w(p.in.w), sa(p.sa), dsa(p.dsa);
+  const auto fetch = [&](int64_t t0) {
+    const int64_t offset = place.offset(t0);
+    const bool inside = t0 + place.step < tokens;
+    r.fetch(offset, inside), w.fetch(offset, inside), k.fetch(offset, inside);
+    v.fetch(offset, inside), a.fetch(offset, inside), b.fetch(offset, inside);
+    dy.fetch(offset, inside), sa.fetch(offset, inside), dsa.fetch(offset, inside);
+  };
+  const auto commit = [&] {
+    r.commit(tile.r, place), commit_decay(w, tile.w, place), k.commit(tile.k_dk, place);
+    v.commit(tile.v, place), a.commit(tile.a, place), b.commit(tile.b_db, place);
+    dy.commit(tile.dy, place), sa.commit(tile.sa, place), dsa.commit(tile.dsa, place);
+  };
+
+  Lines<N> dS(place);
+  if (p.dsT) dS.load(p.dsT + place.head * N * N, true);
+  float* boundaries = p.boundaries + place.head * segments(tokens) * N * N;
+  fetch(last_tile(tokens));
+  commit();
+  __syncthreads();
+  for (int64_t t0 = last_tile(tokens); t0 >= 0; t0 -= kSteps) {
+    if (t0 > 0) fetch(t0 - kSteps);
+    const int steps = steps_in_tile(tokens, t0);
+    for (int s = steps - 1; s >= 0; --s) {
+      dS.add(read(tile.r, place, s), tile.dy, s);
+      const PerLine<N> dk = dS.dot(tile.v, s);
+      const PerLine<N> db = dS.dot(tile.sa, s);
+      if (place.lane == 0) {
+        const PerLine<N> k_t = read(tile.k_dk, place, s);
+        const PerLine<N> b_t = read(tile.b_db, place, s);
+        PerLine<N> products;
+#pragma unroll
+        for (int l = 0; l < Layout<N>::kLines; ++l) products[l] = k_t[l] * dk[l] + b_t[l] * db[l];
+        write(tile.products, place, s, products);
+        write(tile.k_dk, place, s, dk);
+        write(tile.b_db, place, s, db);
+      }
+      dS.scale(read(tile.w, place, s));
+      dS.add(read(tile.a, place, s), tile.dsa, s);
+    }
+    if (t0 % kSegment == 0) dS.save(boundaries + t0 / kSegment * N * N);
+    __syncthreads();
+    if (place.step < steps) {
+      store(p.dk, tile.k_dk, place, place.offset(t0));
+      store(p.db, tile.b_db, place, place.offset(t0));
+      store(p.key_products, tile.products, place, place.offset(t0));
+    }
+    commit();
+    __syncthreads();
+  }
+}
+
+// As above, dr, da and dx take the places of r, a and the key products.
+template <int N>
+struct DecayTiles {
+  Tile<N> w, k, v, b, sa, dy, dsa, slope, r_dr, a_da, products_dx;
+};
+
+template <typename T, int N>
+__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(Backward<T> p) {
+  WKV_SHARED(DecayTiles<N>, tile);
+  const int64_t tokens = p.in.tokens;
+  const Place<N> place(tokens, p.in.heads);
+  Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), a(p.in.a), b(p.in.b), dy(p.dy);
+  Prefetch<float> w(p.in.w), sa(p.sa), dsa(p.dsa), products(p.key_products);
+  const auto fetch = [&](int64_t t0) {
+    const int64_t offset = place.offset(t0);
+    const bool inside = t0 + place.step < tokens;
+    r.fetch(offset, inside), w.fetch(offset, inside), k.fetch(offset, inside);
+    v.fetch(offset, inside), a.fetch(offset, inside), b.fetch(offset, inside);
+    dy.fetch(offset, inside), sa.fetch(offset, inside), dsa.fetch(offset, inside);
+    products.fetch(offset, inside);
+  };
+  const auto commit = [&] {
+    r.commit(tile.r_dr, place), commit_decay(w, tile.w, place), k.commit(tile.k, place);
+    v.commit(tile.v, place), a.commit(tile.a_da, place), b.commit(tile.b, place);
+    dy.commit(tile.dy, place), sa.commit(tile.sa, place), dsa.commit(tile.dsa, place);
+    products.commit(tile.products_dx, place), commit_slope(w, tile.slope, place);
+  };
+
+  Lines<N> S(place);
+  if (p.in.s0) S.load(p.in.s0 + place.head * N * N, true);
+  const float* boundaries = p.boundaries + place.head * segments(tokens) * N * N;
+  PerLine<N> X;
+  fetch(0);
+  commit();
+  __syncthreads();
+  for (int64_t t0 = 0; t0 < tokens; t0 += kSteps) {
+    if (t0 % kSegment == 0) X = S.dot(boundaries + t0 / kSegment * N * N);
+    if (t0 + kSteps < tokens) fetch(t0 + kSteps);
+    const int steps = steps_in_tile(tokens, t0);
+    for (int s = 0; s < steps; ++s) {
+      const PerLine<N> da = S.dot(tile.dsa, s);
+      S.scale(read(tile.w, place, s));
+      S.add(read(tile.b, place, s), tile.sa, s);
+      S.add(read(tile.k, place, s), tile.v, s);
+      const PerLine<N> dr = S.dot(tile.dy, s);
+      if (place.lane == 0) {
+        const PerLine<N> r_t = read(tile.r_dr, place, s);
+        const PerLine<N> a_t = read(tile.a_da, place, s);
+        const PerLine<N> products_t = read(tile.products_dx, place, s);
+        const PerLine<N> slope = read(tile.slope, place, s);
+        PerLine<N> dx;
+#pragma unroll
+        for (int l = 0; l < Layout<N>::kLines; ++l) {
+          const float dlogw = X[l] - a_t[l] * da[l];
+          dx[l] = dlogw * slope[l];
+          X[l] = dlogw + products_t[l] - r_t[l] * dr[l];
+        }
+        write(tile.r_dr, place, s, dr);
+        write(tile.a_da, place, s, da);
+        write(tile.products_dx, place, s, dx);
+      }
+    }
+    __syncthreads();
+    if (place.step < steps) {
+      store(p.dr, tile.r_dr, place, place.offset(t0));
+      store(p.da, tile.a_da, place, place.offset(t0));
+      store(p.dx, tile.products_dx, place, place.offset(t0));
+    }
+    commit();
+    __syncthreads();
+  }
+}
+
+// Our own error codes are negative; cudaError_t is positive.
+enum Error { kHeadSize = -1, kDtype = -2, kSize = -3, kPointer = -4 };
+
+template <typename T, int N>
+int run_forward(int64_t B, Forward<T> p, cudaStream_t stream) {
+  return launch(forward_kernel<T, N>, B * p.in.heads, Layout<N>::kThreads, stream, p);
+}
+
+template <typename T, int N>
+int run_backward(int64_t B, Backward<T> p, cudaStream_t stream) {
+  void (*const kernels[])(Backward<T>) = {backward_rows_kernel<T, N>, backward_keys_kernel<T, N>,
+                                          backward_decay_kernel<T, N>};
+  for (auto kernel : kernels) {
+    const int status = launch(kernel, B * p.in.heads, Layout<N>::kThreads, stream, p);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+// Calls f(T{}, std::integral_constant-like N) for the element type and the head size.
+template <int N>
+struct HeadSize {
+  static constexpr int value = N;
+};
+
+template <typename T, typename F>
+int with_head_size(int64_t N, F f) {
+  switch (N) {
+    case 8: return f(T{}, HeadSize<8>{});
+    case 16: return f(T{}, HeadSize<16>{});
+    case 32: return f(T{}, HeadSize<32>{});
+    case 64: return f(T{}, HeadSize<64>{});
+    case 128: return f(T{}, HeadSize<128>{});
+    default: return kHeadSize;
+  }
+}
+
+template <typename F>
+int dispatch(int dtype, int64_t N, F f) {
+  switch (dtype) {
+    case 0: return with_head_size<float>(N, f);
+    case 1: return with_head_size<BFloat16>(N, f);
+    default: return kDtype;
+  }
+}
+
+bool sizes_fit(int64_t B, int64_t T, int64_t H) {
+  const int64_t blocks = INT32_MAX;  // grid limit
+  return B >= 1 && T >= 1 && H >= 1 && B <= blocks && H <= blocks / B;
+}
+
+// Whole quads are loaded and stored.
+template <typename... Pointers>
+bool all_aligned(Pointers... pointers) {
+  return (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
+}
+
+template <typename... Pointers>
+bool all_given(Pointers... pointers) {
+  return (... && (pointers != nullptr));
+}
+
+template <typename T>
+Inputs<T> inputs(int64_t tokens, int64_t heads, const void* r, const float* w, const void* k, const void* v,
+                 const void* a, const void* b, const float* s0) {
+  const auto cast = [](const void* pointer) { return static_cast<const T*>(pointer); };
+  return {tokens, heads, cast(r), w, cast(k), cast(v), cast(a), cast(b), s0};
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t wkv7_saved_floats(int64_t B, int64_t T, int64_t H, int64_t N) { return B * T * H * N; }
+
+int64_t wkv7_workspace_floats(int64_t B, int64_t T, int64_t H, int64_t N) {
+  return 2 * B * T * H * N + B * H * segments(T) * N * N;
+}
+
+const char* wkv7_error(int code) {
+  switch (code) {
+    case kHeadSize: return "head size must be 8, 16, 32, 64 or 128";
+    case kDtype: return "dtype must be 0 (float32) or 1 (bfloat16)";
+    case kSize: return "batch, tokens and heads must be at least 1, and batch * heads below 2^31";
+    case kPointer: return "a required tensor is missing, or one is not aligned to 16 bytes";
+    default: return cudaGetErrorString(static_cast<cudaError_t>(code));
+  }
+}
+
+int wkv7_forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
+                 const void* v, const void* a, const void* b, const float* s0, void* y, float* sT, float* saved,
+                 int device, void* stream) {
+  if (!sizes_fit(B, T, H)) return kSize;
+  if (!all_given(r, w, k, v, a, b, y) || !all_aligned(r, w, k, v, a, b, s0, y, sT, saved)) return kPointer;
+  return dispatch(dtype, N, [&](auto type, auto size) -> int {
+    using Element = decltype(type);
+    const DeviceGuard guard(device);
+    if (guard.status != cudaSuccess) return guard.status;
+    const Forward<Element> p{inputs<Element>(T, H, r, w, k, v, a, b, s0), static_cast<Element*>(y), sT, saved};
+    return run_forward<Element, decltype(size)::value>(B, p, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int wkv7_backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
+                  const void* v, const void* a, const void* b, const float* s0, const float* saved, const void* dy,
+                  const float* dsT, float* workspace, void* dr, float* dw, void* dk, void* dv, void* da, void* db,
+                  float* ds0, int device, void* stream) {
+  if (!sizes_fit(B, T, H)) return kSize;
+  if (!all_given(r, w, k, v, a, b, saved, dy, workspace, dr, dw, dk, dv, da, db) ||
+      !all_aligned(r, w, k, v, a, b, s0, saved, dy, dsT, workspace, dr, dw, dk, dv, da, db, ds0))
+    return kPointer;
+  return dispatch(dtype, N, [&](auto type, auto size) -> int {
+    using Element = decltype(type);
+    const DeviceGuard guard(device);
+    if (guard.status != cudaSuccess) return guard.status;
+    const auto out = [](void* pointer) { return static_cast<Element*>(pointer); };
+    const int64_t elements = B * T * H * N;
+    const Backward<Element> p{inputs<Element>(T, H, r, w, k, v, a, b, s0),
+                              saved, static_cast<const Element*>(dy), dsT,
+                              workspace, workspace + elements, workspace + 2 * elements,
+                              out(dr), dw, out(dk), out(dv), out(da), out(db), ds0};
+    return run_backward<Element, decltype(size)::value>(B, p, static_cast<cudaStream_t>(stream));
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,33 @@
+"""Adapters: layers that stand in for a projection, putting them into models, and their files.
+
+A new adapter is one layer class and one line in `registry.py`.
+"""
+
+from rwkv_bone.adapters.bat import BatLinear
+from rwkv_bone.adapters.bone import BoneLinear
+from rwkv_bone.adapters.files import (
+    AdapterFile,
+    apply_adapter,
+    apply_adapter_file,
+    infer_adapter,
+    load_adapter_file,
+    read_adapter,
+)
+from rwkv_bone.adapters.inject import Injection, adapter_state, inject, load_adapter
+from rwkv_bone.adapters.registry import ADAPTERS
+
+__all__ = [
+    "ADAPTERS",
+    "AdapterFile",
+    "BatLinear",
+    "BoneLinear",
+    "Injection",
+    "adapter_state",
+    "apply_adapter",
+    "apply_adapter_file",
+    "infer_adapter",
+    "inject",
+    "load_adapter",
+    "load_adapter_file",
+    "read_adapter",
+]

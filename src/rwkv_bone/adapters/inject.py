@@ -1,0 +1,156 @@
+"""Putting adapters into a model, and their tensors in and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_bone.adapters.layer import AdapterLinear
+from rwkv_bone.adapters.registry import ADAPTERS
+from rwkv_bone.checkpoint import match_keys, param_part
+from rwkv_bone.config import TRAIN_PARTS
+from rwkv_bone.errors import UserError
+
+
+@dataclass
+class Count:
+    """What one target, or one part of the base, contributes. Numbers of parameters; total counts the base's own."""
+
+    modules: int = 0
+    trainable: int = 0
+    total: int = 0
+
+
+@dataclass
+class Injection:
+    """What `inject` did. `targets` and `parts` map names such as att.key or ln to their counts."""
+
+    kind: str
+    r: int
+    targets: dict[str, Count] = field(default_factory=dict)
+    parts: dict[str, Count] = field(default_factory=dict)
+    extra: list[str] = field(default_factory=list)  # keys of the base's tensors that are trained whole
+    trainable: int = 0
+    total: int = 0  # of the base
+
+    def metadata(self) -> dict:
+        """What an adapter file must say about itself to be applied or merged."""
+        return {"kind": self.kind, "blocks": "in", "r": self.r, "targets": list(self.targets), "extra": self.extra}
+
+    def lines(self) -> list[str]:
+        """The exact counts, for the user."""
+        rows = [(name, f"{count.modules} layers", f"r={self.r}", count) for name, count in self.targets.items()]
+        rows += [(name, f"{count.modules} tensors", "", count) for name, count in self.parts.items()]
+        rows.append((self.kind, "", "", Count(0, self.trainable, self.total)))
+        lines = [
+            f"{name:<16} {modules:>11}  {r:<6} {count.trainable:>14,} trainable of {count.total:>15,}"
+            for name, modules, r, count in rows
+        ]
+        lines[-1] += f"  ({self.trainable / max(self.total, 1):.3%} of the base)"
+        return lines
+
+
+def target_name(module: str) -> str:
+    """A module's name without its layer: blocks.3.att.key -> att.key."""
+    segments = module.split(".")
+    return ".".join(segments[2:] if segments[0] == "blocks" else segments)
+
+
+def matches(module: str, target: str) -> bool:
+    """Whether the dotted segments of `target` stand together in those of `module`: att.key, key, ffn, blocks.3."""
+    return f".{target}." in f".{module}."
+
+
+def inject(
+    model: nn.Module, *, kind: str, r: int, targets: Iterable[str] | None = None, train_parts: Collection[str] = ()
+) -> Injection:
+    """Replace projections by adapter layers, freeze everything else, and unfreeze the base's `train_parts`.
+
+    kind: a name in ADAPTERS. r: block size. targets: names as `matches` reads them, such as att.key, ffn or head;
+    empty or None = every projection under att and ffn. train_parts: emb, head, ln, time; their parameters become fp32.
+    UserError for a target or part that does not exist, and for an r that does not fit a layer; the model is then
+    unchanged.
+    """
+    if kind not in ADAPTERS:
+        raise UserError(f"--bone_mode {kind}: expected one of {', '.join(ADAPTERS)}")
+    chosen = _choose(model, list(targets or ()))
+    keys = _part_keys(model, train_parts)
+    for name, linear in chosen.items():
+        if f"{name}.weight" in keys:
+            raise UserError(f"{name} is both in --targets and in --train_parts: adapt it or train it whole, not both")
+        ADAPTERS[kind].check(linear.in_features, linear.out_features, r, name)
+
+    injection = Injection(kind, r, total=sum(parameter.numel() for parameter in model.parameters()))
+    model.requires_grad_(False)
+    for name, linear in chosen.items():
+        layer = ADAPTERS[kind](linear, r, name)
+        model.set_submodule(name, layer)
+        count = injection.targets.setdefault(target_name(name), Count())
+        count.modules += 1
+        count.trainable += layer.bone.numel()
+        count.total += layer.weight.numel()
+    unfreeze(model, keys)
+    for key, parameter in model.named_parameters():
+        if key in keys:
+            injection.extra.append(key)
+            count = injection.parts.setdefault(param_part(key), Count())
+            count.modules += 1
+            count.trainable += parameter.numel()
+            count.total += parameter.numel()
+    injection.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return injection
+
+
+def _choose(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if any(isinstance(module, AdapterLinear) for module in linears.values()):
+        raise UserError("the model has an adapter already: load the base again to put in another")
+    if not targets:
+        targets = [part for part in ("att", "ffn") if any(matches(name, part) for name in linears)] or ["att"]
+    for target in targets:
+        if not any(matches(name, target) for name in linears):
+            there = ", ".join(sorted({target_name(name) for name in linears}))
+            raise UserError(f"--targets {target} matches no projection of this model, which has {there}")
+    return {name: linear for name, linear in linears.items() if any(matches(name, target) for target in targets)}
+
+
+def _part_keys(model: nn.Module, train_parts: Collection[str]) -> set[str]:
+    unused = model.unused_keys() if hasattr(model, "unused_keys") else set()
+    keys: set[str] = set()
+    for part in train_parts:
+        if part not in TRAIN_PARTS:
+            raise UserError(f"--train_parts {part}: expected any of {', '.join(TRAIN_PARTS)}")
+        found = {key for key, _ in model.named_parameters() if param_part(key) == part} - unused
+        if not found:
+            raise UserError(f"--train_parts {part} matches no parameter of this model")
+        keys |= found
+    return keys
+
+
+def unfreeze(model: nn.Module, keys: Collection[str]) -> None:
+    """Make these parameters trainable fp32 copies, so that training never writes into a mapped checkpoint."""
+    for key, parameter in model.named_parameters():
+        if key in keys:
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+            parameter.requires_grad_(True)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable tensors under their checkpoint keys: fp32 copies on the CPU."""
+    return {
+        key: parameter.detach().to("cpu", torch.float32, copy=True)
+        for key, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def load_adapter(model: nn.Module, state: Mapping[str, Tensor], source: str = "the adapter") -> None:
+    """Copy adapter tensors into the trainable parameters. UserError unless keys and shapes are exactly theirs."""
+    trainable = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    match_keys(trainable, state, source)
+    with torch.no_grad():
+        for key, parameter in trainable.items():
+            parameter.copy_(state[key])

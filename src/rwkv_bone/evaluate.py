@@ -1,0 +1,53 @@
+"""How good a model is on held-out rows: the training loss, and exact answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from rwkv_bone.data import BatchPlan
+from rwkv_bone.generate import generate
+
+
+class Answer(NamedTuple):
+    """One prompt and what the model made of it; `got` ends before the end of the document."""
+
+    prompt: str
+    expected: str
+    got: str
+
+    @property
+    def correct(self) -> bool:
+        return self.got == self.expected
+
+
+@torch.no_grad()
+def heldout_loss(model, dataset, *, micro_bsz: int, device: torch.device | str = "cpu") -> tuple[float, int]:
+    """(nats per trained token, number of trained tokens) over every sample once, with the mask of training."""
+    plan = BatchPlan(dataset, micro_bsz=micro_bsz, accumulate=1, world_size=1, seed=0)
+    total, tokens = 0.0, 0
+    for step in range(plan.steps_per_epoch):
+        batch = plan.batch(0, step, 0, 0)
+        total += model(batch.ids.to(device), labels=batch.labels.to(device)).item()
+        tokens += batch.window_tokens
+    return total / max(tokens, 1), tokens
+
+
+def exact_match(
+    model, tokenizer, pairs: Sequence[tuple[str, str]], *, batch: int = 64, device: torch.device | str = "cpu"
+) -> tuple[float, list[Answer]]:
+    """(fraction of prompts whose greedy answer is the response exactly, every answer).
+
+    An answer may be one token longer than the longest response: more could not make it right.
+    """
+    longest = max((len(tokenizer.encode(response)) for _, response in pairs), default=0)
+    answers = []
+    for start in range(0, len(pairs), batch):
+        part = pairs[start : start + batch]
+        # A model needs one token to start from; the end of a document is what comes before any other.
+        prompts = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt, _ in part]
+        written = generate(model, prompts, max_new=longest + 1, stop_id=tokenizer.eod, device=device)
+        answers += [Answer(*pair, tokenizer.decode(ids)) for pair, ids in zip(part, written, strict=True)]
+    return sum(answer.correct for answer in answers) / max(len(answers), 1), answers

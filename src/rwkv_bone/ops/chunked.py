@@ -1,0 +1,173 @@
+"""RWKV-7's recurrence as matrix products over chunks of tokens: the portable form, on any device PyTorch knows.
+
+Within a chunk of L tokens the rank-one edits are gathered into one triangular system, so a chunk costs a few products
+and only one [N, N] product per chunk is sequential. The backward pass is explicit and remakes everything from the
+inputs and the state at the start of each chunk. Tails are padded with tokens that leave the state alone
+(r = k = v = a = b = 0, decay 1). Verified against ops/reference.py.
+
+Sizes: B batch, T tokens, H heads, N head size, n chunks, L tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkv_bone.ops.reference import DECAY_SCALE
+
+# The decay's bound of exp(-0.6065) per step keeps exp(+-sum of log decay) in fp32's range up to about 128 tokens.
+CHUNK = 32
+
+
+def wkv7_chunked(
+    *, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """r, w, k, v, a, b [B, T, H, N], state [B, H, N, N] (value, key) -> (y in r's dtype, last state).
+
+    Computes in float64 if the state is float64, otherwise in float32. See ops.reference for the formula.
+    """
+    return _Chunked.apply(r, w, k, v, a, b, state, chunk)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, r, w, k, v, a, b, state, chunk):
+        with torch.autocast(r.device.type, enabled=False):
+            c = _within_chunks(r, w, k, v, a, b, state.dtype, chunk)
+            starts = []
+            for i in range(c.change.shape[2]):
+                starts.append(state)
+                state = torch.baddbmm(
+                    torch.addcmul(c.added[:, :, i], state, c.kept[:, :, i]).flatten(0, 1),
+                    state.flatten(0, 1),
+                    c.change[:, :, i].flatten(0, 1),
+                ).view_as(state)
+            starts = torch.stack(starts, dim=2)  # [B, H, n, N, N]
+            y = c.own + c.reads @ starts.mT
+        ctx.save_for_backward(r, w, k, v, a, b, starts, state)
+        ctx.chunk = chunk
+        return _unchunk(y, r.shape[1]).to(r.dtype), state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dstate):
+        r, w, k, v, a, b, starts, last = ctx.saved_tensors
+        with torch.autocast(r.device.type, enabled=False):
+            grads = _backward(r, w, k, v, a, b, starts, last, dy, dstate, ctx.chunk)
+        # In bf16 the gradients are rounded once, here.
+        return *(g.to(x.dtype) for g, x in zip(grads, (r, w, k, v, a, b, starts), strict=True)), None
+
+
+def _chunk(x: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+    """[B, T, H, N] -> [B, H, n, L, N], the tail padded with zeros."""
+    B, T, H, N = x.shape
+    x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, -T % chunk))
+    return x.view(B, -1, chunk, H, N).permute(0, 3, 1, 2, 4)
+
+
+def _unchunk(x: Tensor, T: int) -> Tensor:
+    """[B, H, n, L, N] -> [B, T, H, N]."""
+    B, H, _, _, N = x.shape
+    return x.permute(0, 2, 3, 1, 4).reshape(B, -1, H, N)[:, :T]
+
+
+class _Chunks(NamedTuple):
+    """What needs no state, for every chunk at once; [B, H, n, L, N] unless said otherwise.
+
+    With S the state at a chunk's start: U = u0 + W S^T are the values the edits write, y = own + reads S^T, and the
+    state at the chunk's end is S * kept + S change + added.
+    """
+
+    r: Tensor
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    b: Tensor
+    # Sums of log decay up to a token, with or without its own, and from it to the end; exponentiated.
+    up: Tensor
+    up_before: Tensor
+    down: Tensor
+    to_end: Tensor
+    # r and a as they see the state at the chunk's start; k and b brought back to it, or on to the chunk's end.
+    r_start: Tensor
+    a_start: Tensor
+    k_start: Tensor
+    b_start: Tensor
+    k_end: Tensor
+    b_end: Tensor
+    # Who reads whom within the chunk: a reads b, a reads k, r reads k, r reads b. [B, H, n, L, L]
+    ab: Tensor
+    ak: Tensor
+    rk: Tensor
+    rb: Tensor
+    u0: Tensor
+    W: Tensor
+    own: Tensor
+    reads: Tensor
+    kept: Tensor  # [B, H, n, 1, N]
+    change: Tensor  # [B, H, n, N, N]
+    added: Tensor  # [B, H, n, N, N]
+
+
+def _within_chunks(r, w, k, v, a, b, dtype, chunk) -> _Chunks:
+    log_decay = _chunk(-DECAY_SCALE * torch.sigmoid(w.to(dtype)), chunk, dtype)
+    r, k, v, a, b = (_chunk(x, chunk, dtype) for x in (r, k, v, a, b))
+    total = log_decay.cumsum(dim=3)
+    end = total[..., -1:, :]
+    up, up_before = total.exp(), (total - log_decay).exp()
+    down, to_end = (-total).exp(), (end - total).exp()
+    r_start, a_start, k_start, b_start = r * up, a * up_before, k * down, b * down
+    k_end, b_end = k * to_end, b * to_end
+    ab, ak = (a_start @ b_start.mT).tril(-1), (a_start @ k_start.mT).tril(-1)
+    rk, rb = (r_start @ k_start.mT).tril(), (r_start @ b_start.mT).tril()
+    # Substitution: powers of ab (a Neumann series) reach 1e6 on repeated keys although the inverse stays near 1.
+    right = torch.cat([ak @ v, a_start], dim=-1)
+    u0, W = torch.linalg.solve_triangular(-ab, right, upper=False, unitriangular=True).chunk(2, dim=-1)
+    own, reads = rk @ v + rb @ u0, r_start + rb @ W
+    kept, change, added = end.exp(), W.mT @ b_end, v.mT @ k_end + u0.mT @ b_end
+    return _Chunks(
+        r, k, v, a, b, up, up_before, down, to_end, r_start, a_start, k_start, b_start, k_end, b_end,
+        ab, ak, rk, rb, u0, W, own, reads, kept, change, added,
+    )  # fmt: skip
+
+
+def _backward(r, w, k, v, a, b, starts, last, dy, dstate, chunk) -> tuple[Tensor, ...]:
+    c = _within_chunks(r, w, k, v, a, b, starts.dtype, chunk)
+    dy = _chunk(dy, chunk, starts.dtype)
+    from_y = dy.mT @ c.reads
+    d_ends = [None] * from_y.shape[2]
+    for i in reversed(range(len(d_ends))):
+        d_ends[i] = dstate
+        dstate = torch.baddbmm(
+            torch.addcmul(from_y[:, :, i], dstate, c.kept[:, :, i]).flatten(0, 1),
+            dstate.flatten(0, 1),
+            c.change[:, :, i].mT.flatten(0, 1),
+        ).view_as(dstate)
+    d_ends = torch.stack(d_ends, dim=2)  # gradient of each chunk's last state [B, H, n, N, N]
+    ends = torch.cat([starts[:, :, 1:], last[:, :, None]], dim=2)
+
+    u = c.u0 + c.W @ starts.mT
+    du = c.rb.mT @ dy + c.b_end @ d_ends.mT
+    dx = torch.linalg.solve_triangular(-c.ab.mT, du, upper=True, unitriangular=True)
+    dv = c.rk.mT @ dy + c.k_end @ d_ends.mT + c.ak.mT @ dx
+    dab, dak = (dx @ u.mT).tril(-1), (dx @ c.v.mT).tril(-1)
+    drk, drb = (dy @ c.v.mT).tril(), (dy @ u.mT).tril()
+    da = (dab @ c.b_start + dak @ c.k_start + dx @ starts) * c.up_before
+    dr = (drk @ c.k_start + drb @ c.b_start + dy @ starts) * c.up
+    dk = (dak.mT @ c.a_start + drk.mT @ c.r_start) * c.down + (c.v @ d_ends) * c.to_end
+    db = (dab.mT @ c.a_start + drb.mT @ c.r_start) * c.down + (u @ d_ends) * c.to_end
+
+    # A log decay scales all that passes over it: what r and a read later, less what k and b only write later.
+    at_read = c.a * da
+    through = c.r * dr - c.k * dk - c.b * db + at_read
+    later = through.flip(3).cumsum(3).flip(3) - at_read
+    dlog = later + (ends * d_ends).sum(dim=3, keepdim=True)
+    T = r.shape[1]
+    x = w.to(starts.dtype)
+    dw = _unchunk(dlog, T) * (-DECAY_SCALE * torch.sigmoid(x) * torch.sigmoid(-x))
+    dr, dk, dv, da, db = (_unchunk(g, T) for g in (dr, dk, dv, da, db))
+    return dr, dw, dk, dv, da, db, dstate

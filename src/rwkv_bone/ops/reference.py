@@ -1,0 +1,35 @@
+"""The definition of each WKV operator: the recurrence, one step at a time, in plain PyTorch.
+
+Everything else under ops/ and cuda/ is compared with this file. Use float64 for that; speed is not a goal.
+
+Sizes: B batch, T tokens, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DECAY_SCALE = math.exp(-0.5)
+
+
+def wkv7_reference(
+    *, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7 (Goose). r, w, k, v, a, b [B, T, H, N], state [B, H, N, N] (value index, key index) -> (y, last state).
+
+        decay_t = exp(-exp(-0.5) * sigmoid(w_t))
+        S_t = S_{t-1} diag(decay_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T
+        y_t = S_t r_t
+
+    Differentiable by autograd; all arguments of one floating-point type.
+    """
+    decay = torch.exp(-DECAY_SCALE * torch.sigmoid(w))
+    outputs = []
+    for t in range(r.shape[1]):
+        edit = (state @ a[:, t, :, :, None]) * b[:, t, :, None, :]  # [B, H, N, N]
+        state = state * decay[:, t, :, None, :] + edit + v[:, t, :, :, None] * k[:, t, :, None, :]
+        outputs.append((state @ r[:, t, :, :, None]).squeeze(-1))
+    return torch.stack(outputs, dim=1), state

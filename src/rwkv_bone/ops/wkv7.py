@@ -1,0 +1,178 @@
+"""RWKV-7's recurrence as one differentiable PyTorch operator. The definition is ops.reference.wkv7_reference.
+
+Sizes: B batch, T tokens, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import assume_constant_result
+
+from rwkv_bone.errors import UserError
+from rwkv_bone.ops import native, select_op
+from rwkv_bone.ops.chunked import wkv7_chunked
+from rwkv_bone.ops.reference import wkv7_reference
+
+CUDA_HEAD_SIZES = (8, 16, 32, 64, 128)
+
+
+def wkv7(
+    *,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    output_state: bool = False,
+    op: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y [B, T, H, N] in r's dtype, and with output_state also the state after the last token [B, H, N, N] float32.
+
+    r, k, v, a, b   [B, T, H, N], one dtype: float32, bfloat16, or float64 (op "torch" and "reference" only)
+    w               [B, T, H, N], the raw decay x: decay = exp(-exp(-0.5) * sigmoid(x)). Taken as float32: give it as
+                    float32 where you can, bfloat16 moves slow decays by up to 3 %
+    state           [B, H, N, N], rows = value index, columns = key index; None = zeros. Taken as float32
+    op              "auto", "cuda", "cpu", "torch" or "reference": see ops.select_op
+
+    Arithmetic and states are float32 (float64 for float64 inputs). Differentiable once, in everything. Under autocast
+    r, k, v, a, b are cast to its dtype. Raises UserError for a wrong shape, dtype, device or op.
+    """
+    if torch.is_autocast_enabled(r.device.type):
+        lower = torch.get_autocast_dtype(r.device.type)
+        common = lower if lower in native.DTYPES else torch.float32
+        r, k, v, a, b = (x.to(common) for x in (r, k, v, a, b))
+    _check(r=r, w=w, k=k, v=v, a=a, b=b, state=state)
+    B, _, H, N = r.shape
+    form = _form(op, r.device.type, r.dtype == torch.float64, N)
+    wide = torch.promote_types(r.dtype, torch.float32)
+    w = w.to(wide)
+    state = None if state is None else state.to(wide)
+    if form in ("cpu", "cuda"):
+        inputs = [x for x in (r, w, k, v, a, b, state) if x is not None]
+        save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        y, last, _ = wkv7_forward(r, w, k, v, a, b, state, save)
+        return (y, last) if output_state else y
+    if state is None:
+        state = torch.zeros(B, H, N, N, dtype=wide, device=r.device)
+    if form == "torch":
+        y, last = wkv7_chunked(r=r, w=w, k=k, v=v, a=a, b=b, state=state)
+    else:
+        with torch.autocast(r.device.type, enabled=False):
+            y, last = wkv7_reference(
+                r=r.to(wide), w=w, k=k.to(wide), v=v.to(wide), a=a.to(wide), b=b.to(wide), state=state
+            )
+        y = y.to(r.dtype)
+    return (y, last) if output_state else y
+
+
+def _check(*, r: Tensor, state: Tensor | None, **others: Tensor) -> None:
+    if r.dim() != 4 or 0 in r.shape:
+        raise UserError(f"wkv7: r must be [B, T, H, N] with no size 0, found {list(r.shape)}")
+    if r.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise UserError(f"wkv7: r must be float32, bfloat16 or float64, found {r.dtype}")
+    B, _, H, N = r.shape
+    shapes = {name: (x, r.shape) for name, x in others.items()}
+    if state is not None:
+        shapes["state"] = (state, torch.Size((B, H, N, N)))
+    for name, (x, expected) in shapes.items():
+        if x.shape != expected:
+            raise UserError(f"wkv7: {name} must be {list(expected)} to fit r {list(r.shape)}, found {list(x.shape)}")
+        if x.device != r.device:
+            raise UserError(f"wkv7: {name} must be on {r.device} like r, found it on {x.device}")
+        if name not in ("w", "state") and x.dtype != r.dtype:
+            raise UserError(f"wkv7: {name} must be {r.dtype} like r, found {x.dtype}")
+
+
+# Building and loading are not for torch.compile to trace.
+@assume_constant_result
+def _form(op: str, device_type: str, float64: bool, N: int) -> str:
+    if float64 and op == "auto":
+        return "torch"
+    form, _ = select_op(op, torch.device(device_type))
+    if form in ("cpu", "cuda"):
+        if float64:
+            raise UserError(f"--op {form} takes float32 and bfloat16, found float64: use --op torch")
+        if form == "cpu" and N % 8 or form == "cuda" and N not in CUDA_HEAD_SIZES:
+            takes = "a multiple of 8" if form == "cpu" else f"one of {', '.join(map(str, CUDA_HEAD_SIZES))}"
+            raise UserError(f"--op {form} needs a head size that is {takes}, found {N}: use --op torch")
+    return form
+
+
+@torch.library.custom_op("rwkv_bone::wkv7_forward", mutates_args=())
+def wkv7_forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The compiled kernel of r's device: (y, last state, what backward needs: empty unless `save`)."""
+    r, w, k, v, a, b, state = map(native.ready, (r, w, k, v, a, b, state))
+    y, last = _outputs(r)
+    saved = native.scratch("wkv7", "saved_floats", r) if save else w.new_empty(0)
+    native.call("wkv7", "forward", r, r, w, k, v, a, b, state, y, last, saved if save else None)
+    return y, last, saved
+
+
+@torch.library.custom_op("rwkv_bone::wkv7_backward", mutates_args=())
+def wkv7_backward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    saved: Tensor,
+    dy: Tensor,
+    dlast: Tensor | None,
+    want_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of r, w, k, v, a, b and the state (empty unless `want_state`)."""
+    r, w, k, v, a, b, state, dy, dlast = map(native.ready, (r, w, k, v, a, b, state, dy, dlast))
+    grads = _gradients(r, w, want_state)
+    workspace = native.scratch("wkv7", "workspace_floats", r)
+    d_inputs, d_state = grads[:6], grads[6] if want_state else None
+    native.call("wkv7", "backward", r, r, w, k, v, a, b, state, saved, dy, dlast, workspace, *d_inputs, d_state)
+    return grads
+
+
+def _outputs(r: Tensor) -> tuple[Tensor, Tensor]:
+    B, _, H, N = r.shape
+    return r.new_empty(r.shape), r.new_empty(B, H, N, N, dtype=torch.float32)
+
+
+def _gradients(r: Tensor, w: Tensor, want_state: bool) -> tuple[Tensor, ...]:
+    B, _, H, N = r.shape
+    dr, dk, dv, da, db = (r.new_empty(r.shape) for _ in range(5))
+    return dr, w.new_empty(w.shape), dk, dv, da, db, w.new_empty((B, H, N, N) if want_state else 0)
+
+
+@wkv7_forward.register_fake
+def _(r, w, k, v, a, b, state, save):
+    # How much is saved is the library's business; the trace only needs a size that depends on nothing else.
+    size = torch.library.get_ctx().new_dynamic_size() if save else 0
+    return *_outputs(r), w.new_empty(size)
+
+
+@wkv7_backward.register_fake
+def _(r, w, k, v, a, b, state, saved, dy, dlast, want_state):
+    return _gradients(r, w, want_state)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    # Otherwise autograd fills in zeros as large as `saved`, which nobody differentiates.
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy, dlast, _):
+    r, w, k, v, a, b, state, saved = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(r)
+    want_state = state is not None and ctx.needs_input_grad[6]
+    *grads, d_state = wkv7_backward(r, w, k, v, a, b, state, saved, dy, dlast, want_state)
+    return *grads, d_state if want_state else None, None
+
+
+wkv7_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)

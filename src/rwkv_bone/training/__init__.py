@@ -1,0 +1,1 @@
+"""Training under Lightning with DeepSpeed ZeRO; `fit.fit` is the way in."""

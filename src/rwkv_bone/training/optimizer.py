@@ -1,0 +1,53 @@
+"""AdamW and its parameter groups."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rwkv_bone.checkpoint import param_part
+from rwkv_bone.config import OptimConfig
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: matrices of projections, embedding, head and adapters, nothing else.
+
+    Upstream decays large matrices only; RWKV-7's w1, a1, g1, r_k and x_* have two or more axes but are not among them.
+    """
+    large = param_part(name) in ("projection", "emb", "head") or name.endswith(".bone")
+    return large and parameter.dim() >= 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Optimiser groups of every trainable parameter, each in exactly one.
+
+    A group's `lr` is the multiple of the learning rate that upstream gives it (`model.lr_scale`); the schedule supplies
+    the rate itself.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        decay = weight_decay if decays(name, parameter) else 0.0
+        groups.setdefault((model.lr_scale(name), decay), []).append(parameter)
+    placed = [id(parameter) for group in groups.values() for parameter in group]
+    assert sorted(placed) == sorted(id(parameter) for parameter in trained.values())
+    return [{"params": group, "lr": scale, "weight_decay": decay} for (scale, decay), group in groups.items()]
+
+
+def make_optimizer(groups: list[dict], config: OptimConfig, device: str, offload: bool) -> torch.optim.Optimizer:
+    """AdamW: PyTorch's, or DeepSpeed's CPU form where the optimiser state is offloaded.
+
+    DeepSpeed's is compiled by ninja and a C++ compiler the first time, which takes about 40 s.
+    """
+    options = {"betas": (config.beta1, config.beta2), "eps": config.adam_eps}
+    if not offload:
+        return torch.optim.AdamW(groups, **options, fused=device == "cuda")
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    # ninja lives beside this Python even where its environment has not been activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)

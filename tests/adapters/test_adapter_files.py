@@ -1,0 +1,188 @@
+"""Adapter files: ours with metadata, the field's without, and those that do not belong."""
+
+import pytest
+import torch
+
+from rwkv_bone import checkpoint
+from rwkv_bone.adapters import adapter_state, apply_adapter_file, infer_adapter, inject, load_adapter_file, read_adapter
+from rwkv_bone.errors import UserError
+from tests.conftest import random_model
+
+SHAPES = {
+    **{f"blocks.{layer}.att.{name}.weight": (32, 32) for layer in (0, 1) for name in ("key", "value")},
+    **{f"blocks.{layer}.ffn.key.weight": (128, 32) for layer in (0, 1)},
+    **{f"blocks.{layer}.ffn.value.weight": (32, 128) for layer in (0, 1)},
+    "blocks.0.ln1.weight": (32,),
+    "head.weight": (61, 32),
+}
+
+
+def bones(*modules, r=8, form="bone"):
+    """Adapter tensors for these modules: bone [r, out], row [in/r, r, r], column [out/r, r, r] or flat [out, r]."""
+    shapes = {
+        "bone": lambda rows, columns: (r, rows),
+        "row": lambda rows, columns: (columns // r, r, r),
+        "column": lambda rows, columns: (rows // r, r, r),
+        "flat": lambda rows, columns: (rows, r),
+    }
+    return {f"{module}.bone": torch.ones(shapes[form](*SHAPES[f"{module}.weight"])) for module in modules}
+
+
+EVERY_KEY = ("blocks.0.att.key", "blocks.1.att.key")
+EVERY_FFN = ("blocks.0.ffn.key", "blocks.1.ffn.key", "blocks.0.ffn.value", "blocks.1.ffn.value")
+
+
+def test_kind_and_r_are_read_from_the_shapes():
+    assert infer_adapter(bones(*EVERY_KEY), SHAPES) == ("bone", 8, ["att.key"], [])
+    assert infer_adapter(bones(*EVERY_FFN), SHAPES) == ("bone", 8, ["ffn.key", "ffn.value"], [])
+    assert infer_adapter(bones(*EVERY_FFN, form="row"), SHAPES) == ("bat", 8, ["ffn.key", "ffn.value"], [])
+    # On square weights alone the tensor could be PEFT's too; a .pth of the field holds RWKV-PEFT's.
+    assert infer_adapter(bones(*EVERY_KEY, form="row"), SHAPES)[:2] == ("bat", 8)
+    # r need not divide the inputs.
+    assert infer_adapter(bones(*EVERY_KEY, r=20), SHAPES)[:2] == ("bone", 20)
+
+
+def test_an_adapter_of_some_layers_names_them_one_by_one():
+    kind, r, targets, extra = infer_adapter(
+        bones("blocks.1.att.key", "blocks.0.att.value", "blocks.1.att.value") | {"blocks.0.ln1.weight": torch.ones(32)},
+        SHAPES,
+    )
+    assert (targets, extra) == (["blocks.1.att.key", "att.value"], ["blocks.0.ln1.weight"])
+
+
+@pytest.mark.parametrize(
+    "state,arguments,message",
+    [
+        (bones(*EVERY_FFN, form="column"), {}, r"ffn.key.bone is \[16, 8, 8\], expected \[4, 8, 8\].*PEFT's bat"),
+        (bones(*EVERY_FFN, form="flat"), {}, r"flat form of mid 2024 \[out, r\] is not supported"),
+        (bones(*EVERY_KEY, r=32), {}, "say --peft bone"),
+        (bones(*EVERY_KEY) | bones("blocks.0.att.value", form="row"), {}, r"\[2, 3\] dimensions"),
+        (bones(*EVERY_KEY) | bones("blocks.0.att.value", r=4), {}, r"att.value.bone is \[4, 32\], expected \[8, 32\]"),
+        (bones(*EVERY_KEY), {"kind": "bat"}, "read as bat, but .* those of bone"),
+        (bones(*EVERY_KEY), {"r": 16}, "with r 16, but its tensors have r 8"),
+        (bones(*EVERY_KEY) | {"blocks.0.att.key.lora_A": torch.ones(8, 32)}, {}, "lora_A is neither"),
+        (
+            bones(*EVERY_KEY) | {"blocks.0.ln1.weight": torch.ones(31)},
+            {},
+            r"ln1.weight is \[31\], in the base it is \[32\]",
+        ),
+        (bones(*EVERY_KEY) | {"blocks.0.att.key.weight": torch.ones(32, 32)}, {}, "both whole and with an adapter"),
+        ({"blocks.9.att.key.bone": torch.ones(8, 32)}, {}, "blocks.9.att.key.weight, which the base does not have"),
+        ({"blocks.0.ln1.bone": torch.ones(8, 32)}, {}, "blocks.0.ln1.weight, which the base does not have"),
+        ({"blocks.0.ln1.weight": torch.ones(32)}, {}, "not a Bone or Bat adapter"),
+        ({"blocks.0.att.key.bone": torch.ones(64, 32)}, {}, "--bone_r 64 is larger than the 32 inputs"),
+    ],
+)
+def test_what_does_not_fit_the_base_is_refused_with_its_name(state, arguments, message):
+    with pytest.raises(UserError, match=message):
+        infer_adapter(state, SHAPES, **arguments)
+
+
+def test_a_square_bone_is_taken_when_its_kind_is_given():
+    assert infer_adapter(bones(*EVERY_KEY, r=32), SHAPES, kind="bone")[:2] == ("bone", 32)
+
+
+@pytest.fixture
+def trained(tiny_checkpoint, tmp_path):
+    """Factory: (base path, adapter path, model) of a random adapter with metadata as training writes it."""
+
+    def make(kind="bone", r=8, dtype=torch.float32, train_parts=(), metadata=()):
+        path = tiny_checkpoint(dtype=dtype)
+        arch, base = checkpoint.load_base(path)
+        model = random_model(dtype=dtype)
+        injection = inject(model, kind=kind, r=r, train_parts=train_parts)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        about = {
+            "base": checkpoint.fingerprint(base),
+            "architecture": arch.to_dict(),
+            **injection.metadata(),
+            **dict(metadata),
+        }
+        checkpoint.write_state(tmp_path / "rwkv-0.pth", adapter_state(model), about)
+        return path, tmp_path / "rwkv-0.pth", model
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["bone", "bat"])
+def test_an_adapter_file_applied_to_its_base_gives_the_trained_model(trained, kind):
+    path, adapter, model = trained(kind, train_parts=["ln", "time"])
+    fresh = random_model()
+    found = apply_adapter_file(fresh, adapter, base=checkpoint.read_state(path))
+    assert (found.kind, found.r) == (kind, 8) and len(found.targets) == 6 and "ln_out.weight" in found.extra
+    ids = torch.arange(12)[None]
+    assert torch.equal(fresh(ids), model(ids))
+
+
+@pytest.mark.parametrize("suffix", ["bone", "disha"])
+def test_the_fields_adapters_need_no_metadata(trained, tmp_path, suffix):
+    path, adapter, model = trained("bat")
+    state = checkpoint.read_state(adapter)
+    torch.save(
+        {key.replace(".bone", f".{suffix}"): tensor.bfloat16() for key, tensor in state.items()}, tmp_path / "f.pth"
+    )
+    found = read_adapter(tmp_path / "f.pth", checkpoint.read_state(path))
+    assert (found.kind, found.r, found.metadata) == ("bat", 8, None)
+    assert found.state.keys() == state.keys()
+
+
+def test_an_adapter_of_another_base_is_refused(trained, tiny_checkpoint):
+    _, adapter, _ = trained()
+    other = checkpoint.read_state(tiny_checkpoint("other.pth", seed=1))
+    with pytest.raises(UserError, match="another base, with the same sizes and other weights"):
+        read_adapter(adapter, other)
+    larger = checkpoint.read_state(tiny_checkpoint("larger.pth", n_layer=3))
+    with pytest.raises(UserError, match="another base, with n_layer 2 against 3"):
+        read_adapter(adapter, larger)
+
+
+@pytest.mark.parametrize(
+    "changes,arguments,message",
+    [
+        ({}, {"kind": "bat"}, "--peft bat, but .* says bone"),
+        ({}, {"r": 4}, "--bone_r 4, but .* says 8"),
+        ({"kind": "bat"}, {}, "read as bat, but the shapes"),
+        ({"r": 16}, {}, "with r 16, but its tensors have r 8"),
+        ({"kind": "lora"}, {}, "kind 'lora' .* unknown to this version"),
+        ({"kind": "bat", "blocks": "out"}, {}, "blocks 'out' is unknown to this version"),
+    ],
+)
+def test_contradictions_between_flags_metadata_and_tensors_are_refused(trained, changes, arguments, message):
+    path, adapter, _ = trained(metadata=changes)
+    with pytest.raises(UserError, match=message):
+        read_adapter(adapter, checkpoint.read_state(path), **arguments)
+
+
+def test_a_diverged_adapter_is_refused(trained, tmp_path):
+    path, adapter, _ = trained()
+    state = {key: tensor.clone() for key, tensor in checkpoint.read_state(adapter).items()}
+    state["blocks.1.ffn.key.bone"][3, 3] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match="blocks.1.ffn.key.bone holds NaN"):
+        read_adapter(tmp_path / "nan.pth", checkpoint.read_state(path))
+
+
+def test_training_continues_from_an_adapter_of_the_same_kind_only(trained):
+    path, adapter, model = trained("bone", train_parts=["ln"])
+    fingerprint = checkpoint.fingerprint(checkpoint.read_state(path))
+    fresh = random_model()
+    injection = inject(fresh, kind="bone", r=8, train_parts=["ln"])
+    load_adapter_file(fresh, adapter, injection, base=fingerprint)
+    ids = torch.arange(12)[None]
+    assert torch.equal(fresh(ids), model(ids))
+    for kind, r, parts, message in (
+        ("bat", 8, ["ln"], "give --bone_mode bone --bone_r 8"),
+        ("bone", 4, ["ln"], "give --bone_mode bone --bone_r 8"),
+        ("bone", 8, [], "unexpected blocks.0.ln0.weight"),
+        ("bone", 8, ["ln", "emb"], "missing emb.weight"),
+    ):
+        fresh = random_model()
+        injection = inject(fresh, kind=kind, r=r, train_parts=parts)
+        with pytest.raises(UserError, match=message):
+            load_adapter_file(fresh, adapter, injection, base=fingerprint)
+    with pytest.raises(UserError, match="another base"):
+        load_adapter_file(fresh, adapter, injection, base="0" * 32)

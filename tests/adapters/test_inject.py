@@ -1,0 +1,190 @@
+"""Which modules get an adapter, what is trained, and how many parameters that is."""
+
+import pytest
+import torch
+
+from rwkv_bone import checkpoint
+from rwkv_bone.adapters import ADAPTERS, adapter_state, inject, load_adapter
+from rwkv_bone.adapters.layer import AdapterLinear
+from rwkv_bone.checkpoint import Architecture
+from rwkv_bone.errors import UserError
+from rwkv_bone.models import build
+from tests.conftest import random_model
+
+ALL = ["att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"]
+
+
+def adapted(model):
+    return {name for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
+
+
+def meta_model(n_layer, n_embd, dim_ffn, **ranks):
+    arch = Architecture(7, n_layer, n_embd, n_embd // 64, 64, dim_ffn, 65536, ranks)
+    with torch.device("meta"):
+        return build(arch, op="torch")
+
+
+def test_the_parameters_of_a_2_9b_model_are_those_of_the_papers():
+    model = meta_model(32, 2560, 10240, w=96, a=96, v=64, g=320)
+    injection = inject(model, kind="bone", r=64)
+    assert injection.trainable == 47_185_920  # "47.2M"
+    assert injection.targets["att.key"].trainable == 32 * 64 * 2560
+    # Over a symmetric channel mix, Bat's blocks along the inputs add up to the same number.
+    model = meta_model(32, 2560, 10240, w=96, a=96, v=64, g=320)
+    assert inject(model, kind="bat", r=64).trainable == 47_185_920
+
+
+def test_the_counts_of_a_0_1b_model_are_printed_per_target():
+    injection = inject(meta_model(12, 768, 3072, w=64, a=64, v=32, g=128), kind="bone", r=64)
+    lines = [" ".join(line.split()) for line in injection.lines()]
+    assert "att.key 12 layers r=64 589,824 trainable of 7,077,888" in lines
+    assert lines[-1].startswith("bone 5,308,416 trainable of 191,034,624")
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_default_is_every_projection_of_att_and_ffn_and_nothing_else_is_trained(kind):
+    model = random_model()
+    before = {key: parameter.clone() for key, parameter in model.named_parameters()}
+    injection = inject(model, kind=kind, r=8)
+    assert list(injection.targets) == ALL
+    assert adapted(model) == {f"blocks.{layer}.{name}" for layer in range(2) for name in ALL}
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{name}.bone" for name in adapted(model)}
+    assert injection.trainable == sum(tensor.numel() for tensor in adapter_state(model).values())
+    assert injection.total == sum(parameter.numel() for parameter in before.values())
+    # The base's keys are what they were, so its checkpoint still loads.
+    state = model.state_dict()
+    assert [key for key in state if not key.endswith(".bone")] == list(before)
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "targets,expected",
+    [
+        (["att.key"], {"blocks.0.att.key", "blocks.1.att.key"}),
+        (["key"], {f"blocks.{layer}.{part}.key" for layer in (0, 1) for part in ("att", "ffn")}),
+        (["head"], {"head"}),
+        (["blocks.1"], {f"blocks.1.{name}" for name in ALL}),
+        (["blocks.1.ffn.value", "att.output"], {"blocks.1.ffn.value", "blocks.0.att.output", "blocks.1.att.output"}),
+    ],
+)
+def test_targets_match_whole_segments_of_names(targets, expected):
+    model = random_model()
+    inject(model, kind="bone", r=4, targets=targets)
+    assert adapted(model) == expected
+
+
+@pytest.mark.parametrize("target", ["ke", "att.ke", "tt.key", "key.att", "emb", "att.w1", "blocks.2"])
+def test_a_target_that_matches_nothing_is_an_error_that_lists_what_there_is(target):
+    model = random_model()
+    with pytest.raises(UserError, match=f"--targets {target} .*att.key.*ffn.value.*head"):
+        inject(model, kind="bone", r=4, targets=["att.value", target])
+    assert not adapted(model)
+
+
+@pytest.mark.parametrize(
+    "part,examples",
+    [
+        ("emb", {"emb.weight"}),
+        ("head", {"head.weight"}),
+        ("ln", {"blocks.0.ln0.weight", "blocks.1.ln2.bias", "blocks.1.att.ln_x.weight", "ln_out.bias"}),
+        ("time", {"blocks.0.att.x_r", "blocks.1.att.w0", "blocks.1.att.v1", "blocks.0.att.r_k", "blocks.1.ffn.x_k"}),
+    ],
+)
+def test_train_parts_train_the_fields_words_in_fp32(part, examples):
+    model = random_model(dtype=torch.bfloat16)
+    injection = inject(model, kind="bone", r=8, train_parts=[part])
+    parameters = dict(model.named_parameters())
+    assert examples <= set(injection.extra)
+    assert set(injection.extra) == {
+        key for key, parameter in parameters.items() if parameter.requires_grad and not key.endswith(".bone")
+    }
+    assert {checkpoint.param_part(key) for key in injection.extra} == {part}
+    assert {parameters[key].dtype for key in injection.extra} == {torch.float32}
+    assert parameters["blocks.0.att.key.weight"].dtype == torch.bfloat16
+    assert injection.parts[part].trainable == sum(parameters[key].numel() for key in injection.extra)
+
+
+def test_training_a_part_leaves_the_loaded_tensors_alone():
+    model = random_model()
+    loaded = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    before = loaded["ln_out.weight"].clone()
+    inject(model, kind="bone", r=8, train_parts=["ln"])
+    with torch.no_grad():
+        model.ln_out.weight.add_(1)
+    assert torch.equal(loaded["ln_out.weight"], before)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"kind": "bonne"}, "--bone_mode bonne: expected one of bone, bat"),
+        ({"train_parts": ["times"]}, "--train_parts times: expected any of emb, head, ln, time"),
+        ({"targets": ["head"], "train_parts": ["head"]}, "head is both in --targets and in --train_parts"),
+        ({"r": 64}, "--bone_r 64 is larger than the 32 inputs of blocks.0.att.receptance"),
+        ({"kind": "bat", "r": 24}, "--bone_r 24 does not divide .* blocks.0.att.receptance"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_changes(arguments, message):
+    model = random_model()
+    with pytest.raises(UserError, match=message):
+        inject(model, **{"kind": "bone", "r": 8, **arguments})
+    assert not adapted(model) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_second_adapter_is_refused():
+    model = random_model()
+    inject(model, kind="bone", r=8)
+    with pytest.raises(UserError, match="has an adapter already"):
+        inject(model, kind="bat", r=8)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_every_adapter_gets_a_gradient_from_the_first_step(kind, grad_cp):
+    model = random_model(vocab_size=64)
+    inject(model, kind=kind, r=8, targets=["att", "ffn", "head"], train_parts=["ln", "time", "emb"])
+    ids = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(0))
+    model(ids, labels=ids.roll(-1, dims=1), grad_cp=grad_cp).backward()
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) > 13
+    assert [key for key, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()] == []
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def test_a_saved_adapter_gives_the_same_model_again():
+    first, second = random_model(), random_model()
+    for model in (first, second):
+        inject(model, kind="bat", r=8, train_parts=["ln"])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    state = adapter_state(first)
+    load_adapter(second, state)
+    ids = torch.arange(10)[None]
+    assert torch.equal(first(ids), second(ids))
+    with torch.no_grad():
+        first.blocks[0].att.key.bone.zero_()
+    assert state["blocks.0.att.key.bone"].any()  # a copy, not a view
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda state: state.pop("blocks.1.ffn.key.bone"), "missing blocks.1.ffn.key.bone"),
+        (lambda state: state.update({"blocks.7.att.key.bone": torch.zeros(8, 32)}), "unexpected blocks.7.att.key.bone"),
+        (
+            lambda state: state.update({"blocks.0.att.key.bone": torch.zeros(4, 32)}),
+            r"key.bone is \[4, 32\], .*\[8, 32\]",
+        ),
+    ],
+)
+def test_an_adapter_loads_only_if_every_key_and_shape_fits(change, message):
+    model = random_model()
+    inject(model, kind="bone", r=8)
+    state = adapter_state(model)
+    change(state)
+    with pytest.raises(UserError, match=message):
+        load_adapter(model, state)

@@ -1,0 +1,256 @@
+"""A merge gives a plain checkpoint that behaves as base + adapter, or gives nothing and says why."""
+
+import subprocess
+import sys
+import weakref
+import zipfile
+
+import pytest
+import torch
+
+from rwkv_bone import checkpoint, load_model, merging
+from rwkv_bone.adapters import BoneLinear, adapter_state, inject
+from rwkv_bone.config import MergeConfig
+from rwkv_bone.errors import UserError
+from rwkv_bone.merging import merge, merge_files
+from rwkv_bone.tensor_stream import write_tensors
+from tests.conftest import REPOSITORY, random_model
+from tests.rwkv_oracle import logits as oracle_logits
+
+IDS = torch.arange(3, 27)[None]
+
+
+@pytest.fixture
+def files(tiny_checkpoint, tmp_path):
+    """Factory: (base, adapter, output) paths, with a random adapter as training writes it."""
+
+    def make(kind="bone", r=8, dtype=torch.float32, train_parts=(), targets=None, metadata=True, std=0.05):
+        path = tiny_checkpoint(dtype=dtype)
+        arch, base = checkpoint.load_base(path)
+        model = random_model(dtype=dtype)
+        injection = inject(model, kind=kind, r=r, train_parts=train_parts, targets=targets)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(std * torch.randn_like(parameter))
+        about = {
+            "base": checkpoint.fingerprint(base),
+            "architecture": arch.to_dict(),
+            "step": 7,
+            **injection.metadata(),
+        }
+        checkpoint.write_state(tmp_path / "rwkv-0.pth", adapter_state(model), about if metadata else None)
+        return path, tmp_path / "rwkv-0.pth", tmp_path / "merged.pth"
+
+    return make
+
+
+def config(paths, **changes):
+    base, adapter, output = map(str, paths)
+    return MergeConfig(**{"base_model": base, "peft_checkpoint": adapter, "output": output, **changes})
+
+
+def left_behind(paths):
+    return {path.name for path in paths[2].parent.iterdir()} - {path.name for path in paths[:2]} - {"rwkv-0.json"}
+
+
+def logits(*arguments, **options):
+    with torch.no_grad():
+        return load_model(*arguments, op="torch", **options)(IDS).float()
+
+
+@pytest.mark.parametrize("kind", ["bone", "bat"])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_merged_model_matches_adapted_model(files, kind, dtype, tolerance, suffix):
+    paths = files(kind, dtype=dtype, train_parts=["ln", "time"])
+    output = paths[2].with_suffix(suffix)
+    report = "\n".join(merge_files(config(paths, output=str(output))))
+    base, live, alone = logits(paths[0]), logits(*paths[:2]), logits(output)
+    assert (live - base).abs().max() > 0.3
+    assert (alone - live).abs().max() < tolerance
+    for words in (
+        f"{kind}, r 8, step 7",
+        "12 weights",
+        "att.key",
+        "largest difference",
+        f"{output.stat().st_size:,} bytes",
+    ):
+        assert words in report
+
+
+def test_the_rwkv_package_runs_the_merged_file(files):
+    paths = files("bat", train_parts=["ln"])
+    merge_files(config(paths))
+    live = logits(*paths[:2])[0].numpy()
+    assert abs(oracle_logits(paths[2], IDS[0].tolist()) - live).max() < 1e-3
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_output_has_the_keys_order_shapes_and_dtypes_of_the_base(files, suffix):
+    paths = files("bone", targets=["att.key"], train_parts=["emb"])
+    # Some tensors of another width, an odd number of values among them, so that what follows must be realigned.
+    base = {
+        key: tensor.bfloat16() if ".ffn." in key or "w1" in key else tensor
+        for key, tensor in checkpoint.read_state(paths[0]).items()
+    }
+    base["blocks.0.att.k_a"] = base["blocks.0.att.k_a"][..., :31].bfloat16()
+    adapter = checkpoint.read_state(paths[1])
+    output = paths[2].with_suffix(suffix)
+    write_tensors(output, base, merging.merged_tensors(base, adapter, "bone"))
+    written = checkpoint.read_state(output)
+    if suffix == ".pth":
+        assert list(written) == list(base)
+        assert zipfile.ZipFile(output).testzip() is None
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in written.values())
+        assert torch.load(output, weights_only=True).keys() == base.keys()
+    assert written.keys() == base.keys()
+    for key, tensor in base.items():
+        assert (written[key].shape, written[key].dtype) == (tensor.shape, tensor.dtype)
+        changed = key.endswith("att.key.weight") or key == "emb.weight"
+        assert torch.equal(written[key], tensor) != changed
+    assert torch.equal(written["emb.weight"], adapter["emb.weight"])
+
+
+def test_merge_of_dictionaries_equals_merge_of_files(files):
+    paths = files("bat", dtype=torch.bfloat16, train_parts=["head"])
+    merge_files(config(paths))
+    expected = merge(checkpoint.read_state(paths[0]), checkpoint.read_state(paths[1]), kind="bat", r=8)
+    found = checkpoint.read_state(paths[2])
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_an_adapter_tensor_without_a_place_is_refused(files):
+    paths = files()
+    base, adapter = checkpoint.read_state(paths[0]), checkpoint.read_state(paths[1])
+    for key in ("blocks.2.att.key.bone", "blocks.0.att.gate.bone", "blocks.0.att.time_state"):
+        with pytest.raises(UserError, match=key.removesuffix(".bone")):
+            merge(base, {**adapter, key: torch.zeros(8, 32)}, kind="bone", r=8)
+
+
+def test_only_one_tensor_is_held_at_a_time(tmp_path):
+    layout = {str(number): torch.empty(1000) for number in range(20)}
+    alive = []
+
+    def tensors():
+        for key in layout:
+            assert sum(reference() is not None for reference in alive) <= 2  # the one being written, the next one
+            tensor = torch.full((1000,), float(key))
+            alive.append(weakref.ref(tensor))
+            yield key, tensor
+            del tensor
+
+    for name in ("a.pth", "a.safetensors"):
+        alive.clear()
+        write_tensors(tmp_path / name, layout, tensors())
+        assert all((tensor == float(key)).all() for key, tensor in checkpoint.read_state(tmp_path / name).items())
+
+
+def test_an_adapter_of_the_field_merges_without_metadata_and_says_so(files):
+    paths = files("bat", metadata=False)
+    report = "\n".join(merge_files(config(paths)))
+    assert "it has no metadata: kind and r were read from the shapes, the base could not be checked" in report
+    assert (logits(paths[2]) - logits(*paths[:2])).abs().max() < 2e-5
+
+
+def test_a_square_adapter_without_metadata_needs_its_kind(files):
+    paths = files(r=32, targets=["att.key"], metadata=False)
+    with pytest.raises(UserError, match="say --peft bone"):
+        merge_files(config(paths))
+    merge_files(config(paths, peft="bone"))
+    assert paths[2].exists()
+
+
+def test_an_existing_output_is_kept_unless_told_otherwise(files):
+    paths = files()
+    paths[2].write_text("precious")
+    with pytest.raises(UserError, match="exists and is kept.*--overwrite"):
+        merge_files(config(paths))
+    assert paths[2].read_text() == "precious"
+    merge_files(config(paths, overwrite=True))
+    assert checkpoint.load_base(paths[2])
+
+
+@pytest.mark.parametrize("which", ["base_model", "peft_checkpoint"])
+def test_neither_input_is_ever_overwritten(files, which):
+    paths = files()
+    merging_config = config(paths, output=getattr(config(paths), which), overwrite=True)
+    before = (paths[0].read_bytes(), paths[1].read_bytes())
+    with pytest.raises(UserError, match=f"is the --{which} itself"):
+        merge_files(merging_config)
+    assert (paths[0].read_bytes(), paths[1].read_bytes()) == before
+
+
+def test_an_output_of_an_unknown_kind_is_refused(files):
+    with pytest.raises(UserError, match="expected a name that ends in .pth or .safetensors"):
+        merge_files(config(files(), output="merged.bin"))
+
+
+def test_an_adapter_of_another_base_is_refused_and_nothing_is_written(files, tiny_checkpoint):
+    paths = files()
+    other = tiny_checkpoint("other.pth", seed=1)
+    with pytest.raises(UserError, match="trained on another base"):
+        merge_files(config((other, *paths[1:])))
+    assert left_behind(paths) == {"other.pth"}
+
+
+def test_a_file_that_reads_back_differently_is_not_kept(files, monkeypatch):
+    paths = files()
+
+    def damaged(path, layout, tensors):
+        write_tensors(path, layout, ((key, tensor + (key == "head.weight")) for key, tensor in tensors))
+
+    monkeypatch.setattr(merging, "write_tensors", damaged)
+    with pytest.raises(UserError, match="head.weight did not read back"):
+        merge_files(config(paths))
+    assert left_behind(paths) == set()
+
+
+def test_a_merge_whose_logits_differ_is_not_kept(files, monkeypatch):
+    paths = files()
+    monkeypatch.setattr(BoneLinear, "merged", staticmethod(lambda weight, bone: weight.clone()))
+    with pytest.raises(UserError, match="more than the .* that rounding to float32 explains"):
+        merge_files(config(paths))
+    assert left_behind(paths) == set()
+
+
+def test_the_logits_are_not_compared_when_the_user_says_so(files, monkeypatch):
+    paths = files()
+    monkeypatch.setattr(merging, "verify_logits", None)
+    assert "logits    not compared (--verify 0)" in merge_files(config(paths, verify=False))
+    assert paths[2].exists()
+
+
+def test_a_merge_that_overflows_the_bases_dtype_is_not_kept(files):
+    paths = files(dtype=torch.float16, std=1e6, metadata=False)
+    with pytest.raises(UserError, match="would hold NaN or infinity"):
+        merge_files(config(paths))
+    assert left_behind(paths) == set()
+
+
+def test_merge_py_needs_no_training_stack_and_no_compiler(files):
+    paths = files()
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_path('merge.py', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "print('LOADED', *{name.split('.')[0] for name in sys.modules})\n"
+    )
+    flags = ["--base_model", paths[0], "--lora_checkpoint", paths[1], "--output", paths[2]]
+    command = [sys.executable, "-c", code, *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, env={"PATH": "/nowhere"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert {"lightning", "deepspeed", "bitsandbytes", "peft", "transformers"} & loaded == set()
+    assert paths[2].exists() and "largest difference" in done.stdout
+
+
+def test_merge_py_answers_a_mistake_with_a_sentence_and_status_2(files):
+    paths = files()
+    flags = ["--base_model", paths[1], "--peft_checkpoint", paths[1], "--output", paths[2]]
+    done = subprocess.run([sys.executable, REPOSITORY / "merge.py", *flags], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "is an adapter, not a base checkpoint" in done.stderr
+    assert left_behind(paths) == set()

@@ -1,0 +1,80 @@
+"""A tiny training job, run in this process or as `python train.py` with as many processes as `devices` says."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_bone import checkpoint, cli
+from tests.conftest import REPOSITORY, random_model
+
+# Responses of unequal length, so that ranks and micro-batches have unequal numbers of trained tokens.
+ROWS = [(f"{n} -> ", str(n)[::-1] * (1 + n % 4)) for n in range(37, 48)]
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@dataclass
+class Job:
+    """`flags` are those of train.py; a call's own are added or take precedence."""
+
+    folder: Path
+    flags: dict
+
+    def argv(self, flags: dict) -> list[str]:
+        return [word for name, value in (self.flags | flags).items() for word in (f"--{name}", str(value))]
+
+    def run(self, name: str, **flags) -> Path:
+        """Train in this process, on one device; returns proj_dir."""
+        from rwkv_bone.training.fit import fit
+
+        fit(cli.parse_train(self.argv({**flags, "proj_dir": self.folder / name})))
+        return self.folder / name
+
+    def start(self, name: str, **flags) -> tuple[Path, subprocess.CompletedProcess]:
+        """Train with `python train.py`; returns proj_dir and what the program printed."""
+        argv = self.argv({**flags, "proj_dir": self.folder / name})
+        # A run in this process leaves its rendezvous in the environment, which would make this one join it.
+        environment = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
+        command = [sys.executable, REPOSITORY / "train.py", *argv]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        return self.folder / name, done
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+def adapter_of(folder: Path, name: str = "rwkv-0.pth") -> dict[str, torch.Tensor]:
+    return checkpoint.read_state(folder / name)
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory) -> Job:
+    """Bone on a random 2-layer model in fp32: 11 rows, 4 a step, one epoch of 3 steps."""
+    folder = tmp_path_factory.mktemp("training")
+    base, data = folder / "base.pth", folder / "rows.jsonl"
+    checkpoint.write_state(base, random_model(vocab_size=256, dtype=torch.bfloat16).state_dict())
+    data.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in ROWS))
+    flags = {
+        "load_model": base,
+        "data_file": data,
+        "accelerator": "cpu",
+        "precision": "fp32",
+        "op": "torch",
+        "bone_r": 8,
+        "micro_bsz": 4,
+        "ctx_len": 64,
+        "lr_init": 1e-2,
+        "lr_final": 1e-3,
+    }
+    return Job(folder, flags)

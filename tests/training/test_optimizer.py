@@ -1,0 +1,60 @@
+"""Parameter groups: every trained parameter once, decay on large matrices only, the decay bias w0 at twice the rate."""
+
+import pytest
+import torch
+
+from rwkv_bone.adapters import inject
+from rwkv_bone.config import ModelConfig, OptimConfig
+from rwkv_bone.models import architecture_from_scratch, build, init_from_scratch
+from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
+
+
+@pytest.fixture
+def model():
+    made = build(architecture_from_scratch(ModelConfig(n_layer=2, n_embd=32, vocab_size=61, head_size=16)), op="torch")
+    init_from_scratch(made, 0)
+    return made
+
+
+def placement(model, weight_decay=0.1) -> dict[str, tuple[float, float]]:
+    """{parameter name: (multiple of the learning rate, weight decay)}"""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, weight_decay)
+    return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+
+def test_full_training_places_every_parameter_once(model):
+    groups = parameter_groups(model, 0.1)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert set(placement(model)) == {name for name, _ in model.named_parameters()}
+
+
+def test_only_w0_learns_at_twice_the_rate(model):
+    doubled = {name for name, (scale, _) in placement(model).items() if scale != 1.0}
+    assert doubled == {"blocks.0.att.w0", "blocks.1.att.w0"}
+    assert all(placement(model)[name][0] == 2.0 for name in doubled)
+
+
+def test_only_projections_embedding_and_head_decay(model):
+    decayed = {name for name, (_, decay) in placement(model).items() if decay}
+    projections = {
+        f"blocks.{layer}.{part}.weight"
+        for layer in range(2)
+        for part in ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
+    }
+    assert decayed == projections | {"emb.weight", "head.weight"}
+
+
+@pytest.mark.parametrize("kind", ["bone", "bat"])
+def test_adapters_decay_and_frozen_parameters_are_in_no_group(model, kind):
+    inject(model, kind=kind, r=8)
+    placed = placement(model)
+    assert placed and all(name.endswith(".bone") for name in placed)
+    assert set(placed.values()) == {(1.0, 0.1)}
+
+
+def test_the_optimiser_is_adamw_with_the_configured_numbers(model):
+    config = OptimConfig(beta1=0.8, beta2=0.95, adam_eps=1e-7)
+    optimizer = make_optimizer(parameter_groups(model, 0.0), config, "cpu", offload=False)
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["betas"] == (0.8, 0.95) and optimizer.defaults["eps"] == 1e-7
