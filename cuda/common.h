@@ -64,8 +64,10 @@ struct Tile {  // fp32 [kSteps, N]
     return value[step][q];
   }
   __device__ __forceinline__ const Quad<float>& quad(int step, int q) const {
-    return const_cast<Tile*>(this)->quad(step, q);
+    WKV_ASSERT(step >= 0 && step < kSteps && q >= 0 && q < N / 4);
+    return value[step][q];
   }
+  __device__ __forceinline__ float at(int step, int i) const { return quad(step, i / 4).value[i % 4]; }
   __device__ __forceinline__ float& at(int step, int i) { return quad(step, i / 4).value[i % 4]; }
 };
 
@@ -125,7 +127,7 @@ struct PerLine {
 };
 
 template <int N>
-__device__ __forceinline__ PerLine<N> read(Tile<N>& tile, const Place<N>& place, int step) {
+__device__ __forceinline__ PerLine<N> read(const Tile<N>& tile, const Place<N>& place, int step) {
   PerLine<N> out;
 #pragma unroll
   for (int l = 0; l < Layout<N>::kLines; ++l) out[l] = tile.at(step, place.line + l);
@@ -211,8 +213,7 @@ struct Lines {
 };
 
 // Makes `device` current and puts the previous one back.
-class DeviceGuard {
- public:
+struct DeviceGuard {
   explicit DeviceGuard(int device) {
     status = cudaGetDevice(&previous);
     if (status == cudaSuccess && previous != device) {
@@ -227,8 +228,6 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
   cudaError_t status;
-
- private:
   int previous = 0;
   bool restore = false;
 };

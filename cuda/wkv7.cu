@@ -20,6 +20,7 @@
 #include "common.h"
 
 #include <cmath>
+#include <type_traits>
 
 namespace {
 
@@ -339,12 +340,10 @@ int run_backward(int64_t B, Backward<T> p, cudaStream_t stream) {
   return cudaSuccess;
 }
 
-// Calls f(T{}, std::integral_constant-like N) for the element type and the head size.
 template <int N>
-struct HeadSize {
-  static constexpr int value = N;
-};
+using HeadSize = std::integral_constant<int, N>;
 
+// Calls f(T{}, HeadSize<N>{}).
 template <typename T, typename F>
 int with_head_size(int64_t N, F f) {
   switch (N) {

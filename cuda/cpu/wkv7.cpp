@@ -44,7 +44,7 @@ struct Wkv7Backward {
 
 int64_t saved_floats_per_head(int64_t T, int64_t N) { return (T + SEGMENT - 1) / SEGMENT * N * N + T * N; }
 
-// One head's part of what the forward pass leaves: S at the start of each segment, [segments][value][key], then sa [T][N].
+// One head's part of what the forward pass leaves: S at each segment's start [segments][value][key], then sa [T][N].
 struct Saved {
     float *states, *sa;
     Saved(const Wkv7& p, float* saved, int64_t head) {

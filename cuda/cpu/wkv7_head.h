@@ -10,6 +10,7 @@
 
 // Vectors worked on at once: with more, the accumulators do not fit in 32 (AVX-512) or 16 registers.
 constexpr int TILE_VECTORS = LANES == 16 ? 4 : 2;
+constexpr int64_t TILE_FLOATS = TILE_VECTORS * LANES;
 
 // One step's rows as float, [N] each. Steps lie one after the other, each with all of its rows: arrays by name would
 // start at the same cache sets and evict each other.
@@ -72,18 +73,18 @@ INLINE void forward_tile(float* steps, int64_t n, int64_t N, int64_t x, float* S
     for (int64_t t = 0; t < n; t++) {
         const Step step(steps, t, N);
         const float* a_next = Step(steps, t + 1, N).a;
-        vec v[TILE], sum[TILE] = {}, sa_next[TILE] = {};
+        vec v[TILE], out[TILE] = {}, sa_next[TILE] = {};
         for (int i = 0; i < TILE; i++) v[i] = load(step.v + x + i * LANES);
         for (int64_t j = 0; j < N; j++)
             for (int i = 0; i < TILE; i++) {
                 float* at = S + j * N + x + i * LANES;
                 const vec s = load(at) * step.decay[j] + sa[i] * step.b[j] + v[i] * step.k[j];
                 store(at, s);
-                sum[i] += s * step.r[j];
+                out[i] += s * step.r[j];
                 sa_next[i] += s * a_next[j];
             }
         for (int i = 0; i < TILE; i++) {
-            store(y + t * N + x + i * LANES, sum[i]);
+            store(y + t * N + x + i * LANES, out[i]);
             store(sa_out + t * N + x + i * LANES, sa[i]);
             sa[i] = sa_next[i];
         }
@@ -104,7 +105,7 @@ static void forward_head_of(const Wkv7& p, const Wkv7Forward& f, int64_t head, f
         read_segment(p, first, n, nullptr, steps);
         if (f.saved) transpose(S, saved.states + t0 / SEGMENT * N * N, N);
         int64_t x = 0;
-        for (; x + TILE_VECTORS * LANES <= N; x += TILE_VECTORS * LANES) forward_tile<TILE_VECTORS>(steps, n, N, x, S, y, sa);
+        for (; x + TILE_FLOATS <= N; x += TILE_FLOATS) forward_tile<TILE_VECTORS>(steps, n, N, x, S, y, sa);
         for (; x < N; x += LANES) forward_tile<1>(steps, n, N, x, S, y, sa);
         for (int64_t t = 0; t < n; t++) write_row(p.dtype, f.y, first + t * p.H, N, y + t * N);
         if (f.saved) memcpy(saved.sa + t0 * N, sa, n * N * sizeof(float));
@@ -190,17 +191,19 @@ static void backward_head_of(const Wkv7& p, const Wkv7Backward& g, int64_t head,
     const Saved saved(p, const_cast<float*>(g.saved), head);
     for (int64_t t0 = (p.T - 1) / SEGMENT * SEGMENT; t0 >= 0; t0 -= SEGMENT) {
         const int64_t n = t0 + SEGMENT < p.T ? SEGMENT : p.T - t0, first = (batch * p.T + t0) * p.H + h;
+        const float* segment_sa = saved.sa + t0 * N;
         read_segment(p, first, n, g.dy, steps);
         memcpy(states, saved.states + t0 / SEGMENT * N * N, N * N * sizeof(float));
         int64_t x = 0;
-        for (; x + TILE_VECTORS * LANES <= N; x += TILE_VECTORS * LANES) remake_tile<TILE_VECTORS>(steps, saved.sa + t0 * N, n, N, x, states);
-        for (; x < N; x += LANES) remake_tile<1>(steps, saved.sa + t0 * N, n, N, x, states);
+        for (; x + TILE_FLOATS <= N; x += TILE_FLOATS) remake_tile<TILE_VECTORS>(steps, segment_sa, n, N, x, states);
+        for (; x < N; x += LANES) remake_tile<1>(steps, segment_sa, n, N, x, states);
         for (int64_t t = n - 1; t >= 0; t--) {
-            const float *before = states + t * N * N, *after = before + N * N, *sa = saved.sa + (t0 + t) * N;
-            backward_values(Step(steps, t, N), N, dS, dv, dsa);
-            for (x = 0; x + TILE_VECTORS * LANES <= N; x += TILE_VECTORS * LANES)
-                backward_keys<TILE_VECTORS>(Step(steps, t, N), N, x, before, after, sa, dsa, dS, keys);
-            for (; x < N; x += LANES) backward_keys<1>(Step(steps, t, N), N, x, before, after, sa, dsa, dS, keys);
+            const float *before = states + t * N * N, *after = before + N * N, *sa = segment_sa + t * N;
+            const Step step(steps, t, N);
+            backward_values(step, N, dS, dv, dsa);
+            for (x = 0; x + TILE_FLOATS <= N; x += TILE_FLOATS)
+                backward_keys<TILE_VECTORS>(step, N, x, before, after, sa, dsa, dS, keys);
+            for (; x < N; x += LANES) backward_keys<1>(step, N, x, before, after, sa, dsa, dS, keys);
             const int64_t row = first + t * p.H;
             write_row(p.dtype, g.dr, row, N, keys.dr);
             write_row(FLOAT32, g.dw, row, N, keys.dw);
