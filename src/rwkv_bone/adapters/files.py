@@ -34,11 +34,6 @@ class AdapterFile:
     extra: list[str]
     metadata: dict | None
 
-    @property
-    def adapted(self) -> list[str]:
-        """The modules that have an adapter."""
-        return [key.removesuffix(SUFFIX) for key in self.state if key.endswith(SUFFIX)]
-
 
 def read_adapter(
     path: str | Path, base: Mapping[str, Tensor], *, fingerprint: str | None = None, kind: str = "auto", r: int = 0
@@ -46,15 +41,15 @@ def read_adapter(
     """Read an adapter and check it against its base, tensor by tensor and by the fingerprint in its metadata.
 
     base: the base's tensors, for their names and shapes; fingerprint: of the base's file, needed when `base` holds
-    converted tensors and not those of the file. kind (`auto` = from the file) and r (0 = from the file) settle what an
-    adapter without metadata leaves open. UserError for everything that does not fit.
+    converted tensors and not those of the file. kind (`auto` = from the file) and r (0 = from the file) must be the
+    file's, and settle what an adapter without metadata leaves open. UserError for everything that does not fit.
     """
     state, metadata = rename_legacy(checkpoint.read_state(path)), checkpoint.read_metadata(path)
     if metadata is not None:
         _check_base(metadata, base, fingerprint or checkpoint.fingerprint(base), path)
-        for flag, typed, stored in (("--peft", kind, metadata["kind"]), ("--bone_r", r, metadata["r"])):
-            if typed not in ("auto", 0, stored):
-                raise UserError(f"{flag} {typed}, but {path} says {stored}: leave the flag out")
+        if kind not in ("auto", metadata["kind"]) or r not in (0, metadata["r"]):
+            asked = f"{metadata['kind'] if kind == 'auto' else kind} with r {r or metadata['r']}"
+            raise UserError(f"adapter {path} is {metadata['kind']} with r {metadata['r']}, the flags say {asked}")
         kind, r = metadata["kind"], metadata["r"]
         if kind not in ADAPTERS or metadata.get("blocks", "in") != "in":
             raise UserError(f"{path}: kind {kind!r} with blocks {metadata.get('blocks')!r} is unknown to this version")
@@ -113,10 +108,10 @@ def infer_adapter(
         raise UserError(f"its adapter tensors have {sorted(dims)} dimensions: expected all 2 (bone) or all 3 (bat)")
     found = KIND_OF_DIMS[dims.pop()]
     if kind not in ("auto", found):
-        raise UserError(f"it was to be read as {kind}, but the shapes of its tensors are those of {found}")
+        raise UserError(f"its tensors have the shapes of {found}, but {kind} was expected")
     found_r = next(iter(bones.values()))[0 if found == "bone" else 2]
     if r not in (0, found_r):
-        raise UserError(f"it was to be read with r {r}, but its tensors have r {found_r}")
+        raise UserError(f"its tensors have r {found_r}, but r {r} was expected")
     for module, shape in bones.items():
         out_features, in_features = base_shapes[f"{module}.weight"]
         if shape[0] == out_features != shape[1] and len(shape) == 2:
@@ -184,11 +179,7 @@ def load_adapter_file(model: nn.Module, path: str | Path, injection: Injection, 
 
     UserError unless the file has the same kind, r, targets and extra parts.
     """
-    adapter = read_adapter(path, dict(model.named_parameters()), fingerprint=base)
-    if (adapter.kind, adapter.r) != (injection.kind, injection.r):
-        raise UserError(
-            f"--bone_load {path} is {adapter.kind} with r {adapter.r}, this run is {injection.kind} with r "
-            f"{injection.r}: give --bone_mode {adapter.kind} --bone_r {adapter.r}"
-        )
+    parameters = dict(model.named_parameters())
+    adapter = read_adapter(path, parameters, fingerprint=base, kind=injection.kind, r=injection.r)
     load_adapter(model, adapter.state, f"--bone_load {path}")
     return adapter
