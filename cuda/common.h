@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef WKV_HOST_SHIM
 #define WKV_SHARED(type, name) type& name = shim::shared_memory<type>()
@@ -42,7 +43,14 @@ struct alignas(4 * sizeof(T)) Quad {
   T value[4];
 };
 
-constexpr int kSteps = 8;  // tokens per tile: 2N threads load one quad each per tensor
+constexpr int kSteps = 8;     // tokens per tile: 2N threads load one quad each per tensor
+constexpr int kSegment = 64;  // tokens between states kept in memory; a multiple of kSteps
+
+__device__ __forceinline__ int steps_in_tile(int64_t T, int64_t t0) { return T - t0 < kSteps ? int(T - t0) : kSteps; }
+
+__device__ __forceinline__ int64_t last_tile(int64_t T) { return (T - 1) / kSteps * kSteps; }
+
+__host__ __device__ __forceinline__ int64_t segments(int64_t T) { return (T + kSegment - 1) / kSegment; }
 
 template <int N>
 struct Layout {
@@ -79,12 +87,12 @@ struct Place {
   int64_t base;    // element (b, 0, h, 0) of a [B, T, H, N] tensor
   int64_t stride;  // from one token to the next
 
-  __device__ __forceinline__ Place(int64_t T, int64_t H)
+  __device__ __forceinline__ Place(int64_t T, int64_t H, int64_t head = blockIdx.x)
       : lane(threadIdx.x % 32 / 8),
         line((threadIdx.x / 32 * 8 + threadIdx.x % 8) * Layout<N>::kLines),
         step(threadIdx.x / (N / 4)),
         quad(threadIdx.x % (N / 4)),
-        head(blockIdx.x),
+        head(head),
         base((head / H * T * H + head % H) * N),
         stride(H * N) {}
 
@@ -102,15 +110,15 @@ struct Prefetch {
   __device__ __forceinline__ void fetch(int64_t offset, bool inside) {
     held = inside ? *reinterpret_cast<const Quad<T>*>(source + offset) : Quad<T>{};
   }
-  template <int N>
-  __device__ __forceinline__ void commit(Tile<N>& tile, const Place<N>& place) const {
+  template <int M, int N>
+  __device__ __forceinline__ void commit(Tile<M>& tile, const Place<N>& place) const {
 #pragma unroll
     for (int e = 0; e < 4; ++e) tile.quad(place.step, place.quad).value[e] = to_float(held.value[e]);
   }
 };
 
-template <typename T, int N>
-__device__ __forceinline__ void store(T* target, const Tile<N>& tile, const Place<N>& place, int64_t offset) {
+template <typename T, int M, int N>
+__device__ __forceinline__ void store(T* target, const Tile<M>& tile, const Place<N>& place, int64_t offset) {
   Quad<T> out;
 #pragma unroll
   for (int e = 0; e < 4; ++e) assign(out.value[e], tile.quad(place.step, place.quad).value[e]);
@@ -184,6 +192,14 @@ struct Lines {
   __device__ __forceinline__ void scale(const PerLine<N>& x) {
     each([&](float& s, int l, int, int) { s *= x[l]; });
   }
+  // lines += lines * vector, element by element
+  __device__ __forceinline__ void grow(const Tile<N>& vector, int step) {
+    each([&](float& s, int, int q, int e) { s += s * vector.quad(step, index(q)).value[e]; });
+  }
+  // line l += line l * x[l]
+  __device__ __forceinline__ void grow(const PerLine<N>& x) {
+    each([&](float& s, int l, int, int) { s += s * x[l]; });
+  }
   // line l += x[l] * vector
   __device__ __forceinline__ void add(const PerLine<N>& x, const Tile<N>& vector, int step) {
     each([&](float& s, int l, int q, int e) { s += x[l] * vector.quad(step, index(q)).value[e]; });
@@ -239,6 +255,62 @@ cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, cudaS
   const cudaError_t status = cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(threads), list, 0, stream);
   if (status != cudaSuccess) cudaGetLastError();  // reported by us: do not leave it for the caller's next check
   return status;
+}
+
+// Our own error codes are negative; cudaError_t is positive.
+enum Error { kHeadSize = -1, kDtype = -2, kSize = -3, kPointer = -4 };
+
+inline const char* error_text(int code) {
+  switch (code) {
+    case kHeadSize: return "head size must be 8, 16, 32, 64 or 128";
+    case kDtype: return "dtype must be 0 (float32) or 1 (bfloat16)";
+    case kSize: return "batch, tokens and heads must be at least 1, and the blocks of threads for them below 2^31";
+    case kPointer: return "a required tensor is missing, or one is not aligned to 16 bytes";
+    default: return cudaGetErrorString(static_cast<cudaError_t>(code));
+  }
+}
+
+template <int N>
+using HeadSize = std::integral_constant<int, N>;
+
+// Calls f(T{}, HeadSize<N>{}).
+template <typename T, typename F>
+int with_head_size(int64_t N, F f) {
+  switch (N) {
+    case 8: return f(T{}, HeadSize<8>{});
+    case 16: return f(T{}, HeadSize<16>{});
+    case 32: return f(T{}, HeadSize<32>{});
+    case 64: return f(T{}, HeadSize<64>{});
+    case 128: return f(T{}, HeadSize<128>{});
+    default: return kHeadSize;
+  }
+}
+
+template <typename F>
+int dispatch(int dtype, int64_t N, F f) {
+  switch (dtype) {
+    case 0: return with_head_size<float>(N, f);
+    case 1: return with_head_size<BFloat16>(N, f);
+    default: return kDtype;
+  }
+}
+
+inline bool sizes_fit(int64_t B, int64_t T, int64_t H, int64_t blocks_per_head = 1) {
+  const int64_t blocks = INT32_MAX;  // grid limit
+  if (B < 1 || T < 1 || H < 1 || blocks_per_head > blocks) return false;
+  const int64_t heads = blocks / blocks_per_head;
+  return B <= heads && H <= heads / B;
+}
+
+// Whole quads are loaded and stored.
+template <typename... Pointers>
+bool all_aligned(Pointers... pointers) {
+  return (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
+}
+
+template <typename... Pointers>
+bool all_given(Pointers... pointers) {
+  return (... && (pointers != nullptr));
 }
 
 }  // namespace wkv

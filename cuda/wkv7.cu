@@ -20,13 +20,11 @@
 #include "common.h"
 
 #include <cmath>
-#include <type_traits>
 
 namespace {
 
 using namespace wkv;
 
-constexpr int kSegment = 64;  // tokens between fresh values of X; a multiple of kSteps
 constexpr float kScale = 0.60653065971263342f;  // e^-0.5
 
 __device__ __forceinline__ float decay(float x) { return expf(-kScale / (1.0f + expf(-x))); }
@@ -48,12 +46,6 @@ __device__ __forceinline__ void commit_slope(const Prefetch<float>& x, Tile<N>& 
 #pragma unroll
   for (int e = 0; e < 4; ++e) tile.quad(place.step, place.quad).value[e] = decay_slope(x.held.value[e]);
 }
-
-__device__ __forceinline__ int steps_in_tile(int64_t T, int64_t t0) { return T - t0 < kSteps ? int(T - t0) : kSteps; }
-
-__device__ __forceinline__ int64_t last_tile(int64_t T) { return (T - 1) / kSteps * kSteps; }
-
-__host__ __device__ __forceinline__ int64_t segments(int64_t T) { return (T + kSegment - 1) / kSegment; }
 
 template <typename T>
 struct Inputs {
@@ -321,9 +313,6 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(
   }
 }
 
-// Our own error codes are negative; cudaError_t is positive.
-enum Error { kHeadSize = -1, kDtype = -2, kSize = -3, kPointer = -4 };
-
 template <typename T, int N>
 int run_forward(int64_t B, Forward<T> p, cudaStream_t stream) {
   return launch(forward_kernel<T, N>, B * p.in.heads, Layout<N>::kThreads, stream, p);
@@ -338,47 +327,6 @@ int run_backward(int64_t B, Backward<T> p, cudaStream_t stream) {
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
-}
-
-template <int N>
-using HeadSize = std::integral_constant<int, N>;
-
-// Calls f(T{}, HeadSize<N>{}).
-template <typename T, typename F>
-int with_head_size(int64_t N, F f) {
-  switch (N) {
-    case 8: return f(T{}, HeadSize<8>{});
-    case 16: return f(T{}, HeadSize<16>{});
-    case 32: return f(T{}, HeadSize<32>{});
-    case 64: return f(T{}, HeadSize<64>{});
-    case 128: return f(T{}, HeadSize<128>{});
-    default: return kHeadSize;
-  }
-}
-
-template <typename F>
-int dispatch(int dtype, int64_t N, F f) {
-  switch (dtype) {
-    case 0: return with_head_size<float>(N, f);
-    case 1: return with_head_size<BFloat16>(N, f);
-    default: return kDtype;
-  }
-}
-
-bool sizes_fit(int64_t B, int64_t T, int64_t H) {
-  const int64_t blocks = INT32_MAX;  // grid limit
-  return B >= 1 && T >= 1 && H >= 1 && B <= blocks && H <= blocks / B;
-}
-
-// Whole quads are loaded and stored.
-template <typename... Pointers>
-bool all_aligned(Pointers... pointers) {
-  return (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
-}
-
-template <typename... Pointers>
-bool all_given(Pointers... pointers) {
-  return (... && (pointers != nullptr));
 }
 
 template <typename T>
@@ -398,15 +346,7 @@ int64_t wkv7_workspace_floats(int64_t B, int64_t T, int64_t H, int64_t N) {
   return 2 * B * T * H * N + B * H * segments(T) * N * N;
 }
 
-const char* wkv7_error(int code) {
-  switch (code) {
-    case kHeadSize: return "head size must be 8, 16, 32, 64 or 128";
-    case kDtype: return "dtype must be 0 (float32) or 1 (bfloat16)";
-    case kSize: return "batch, tokens and heads must be at least 1, and batch * heads below 2^31";
-    case kPointer: return "a required tensor is missing, or one is not aligned to 16 bytes";
-    default: return cudaGetErrorString(static_cast<cudaError_t>(code));
-  }
-}
+const char* wkv7_error(int code) { return error_text(code); }
 
 int wkv7_forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
                  const void* v, const void* a, const void* b, const float* s0, void* y, float* sT, float* saved,

@@ -1,5 +1,6 @@
 """Fixtures that every test may use: third-party assets, and tiny random checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,21 +22,36 @@ def shared() -> Path:
     return folder
 
 
-def random_model(seed: int = 0, dtype=torch.float32, **sizes):
-    """A tiny RWKV-7 in which no weight is zero, so that every path carries signal."""
-    config = ModelConfig(**{"n_layer": 2, "n_embd": 32, "vocab_size": 61, "head_size": 16, **sizes})
-    model = build(architecture_from_scratch(config), op="torch")
-    init_from_scratch(model, seed)
+def random_model(seed: int = 0, dtype=torch.float32, version: int = 7, **sizes):
+    """A tiny model of any generation in which no weight is zero, so that every path carries signal."""
+    sizes = {"n_layer": 2, "n_embd": 32, "vocab_size": 61, "head_size": 16, **sizes}
+    arch = architecture_from_scratch(ModelConfig(**sizes))
+    if version != 7:
+        low_rank = {"mix": 8, "decay": 8} if version == 6 else {}
+        arch = replace(arch, version=version, dim_ffn=sizes.get("dim_ffn", 96), low_rank=low_rank)
+    model = build(arch, op="torch")
     generator = torch.Generator().manual_seed(seed)
+
+    def noise(parameter: torch.Tensor) -> torch.Tensor:
+        return torch.randn(parameter.shape, generator=generator)
+
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        if version == 7:
+            init_from_scratch(model, seed)
+            for parameter in model.parameters():
+                parameter.add_(0.05 * noise(parameter))
+        else:
+            for key, parameter in model.named_parameters():
+                if ".ln" in f".{key}":
+                    parameter.copy_(("weight" in key) + 0.1 * noise(parameter))
+                else:
+                    parameter.copy_(noise(parameter) * (parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.5))
     return model.to(dtype)
 
 
 @pytest.fixture
 def tiny_checkpoint(tmp_path):
-    """Factory: `tiny_checkpoint(dtype=torch.bfloat16, n_embd=64)` writes a random RWKV-7 and returns its path."""
+    """Factory: `tiny_checkpoint(dtype=torch.bfloat16, n_embd=64)` writes a random model and returns its path."""
 
     def make(name: str = "base.pth", seed: int = 0, dtype=torch.float32, **sizes) -> Path:
         path = tmp_path / name

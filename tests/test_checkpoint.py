@@ -31,11 +31,13 @@ def test_a_typed_size_that_contradicts_the_file_is_an_error(tiny_checkpoint, fla
         arch.check(ModelConfig(load_model=str(path), **{flag: value}), str(path))
 
 
-@pytest.mark.parametrize("generation", ["5", "6"])
-def test_third_party_files_of_other_generations_are_refused_by_name(shared, generation):
-    (path,) = (shared / "models/rwkv.cpp-tiny").glob(f"tiny-rwkv-{generation}v*.pth")
-    with pytest.raises(UserError, match=f"RWKV-{generation} is not supported yet"):
-        checkpoint.load_base(path)
+def test_generations_5_and_6_are_recognised_from_third_party_files(shared):
+    arch, _ = checkpoint.load_base(shared / "models/rwkv.cpp-tiny/tiny-rwkv-5v2-730K-FP32.pth")
+    assert (arch.version, arch.n_layer, arch.n_head, arch.head_size, arch.dim_ffn) == (5, 12, 8, 8, 256)
+    assert arch.low_rank == {}
+    arch, _ = checkpoint.load_base(shared / "models/rwkv.cpp-tiny/tiny-rwkv-6v0-1m-FP32.pth")
+    assert (arch.version, arch.n_head, arch.head_size, arch.dim_ffn) == (6, 8, 8, 224)
+    assert arch.low_rank == {"mix": 32, "decay": 64}
 
 
 @pytest.mark.parametrize(
@@ -50,10 +52,10 @@ def test_third_party_files_of_other_generations_are_refused_by_name(shared, gene
         (["blocks.0.att.key.bone"], "is an adapter"),
         (["transformer.wte.weight"], "not an RWKV checkpoint"),
         (["model.emb.weight"], "expected upstream's names"),
-        (["emb.weight", "blocks.0.att.r_k"], "blocks.0.att.w1 is missing"),
+        (["emb.weight", "blocks.0.att.r_k"], "looks like RWKV-7, but blocks.0.ffn.key.weight is missing"),
     ],
 )
-def test_what_is_not_a_rwkv_7_base_is_refused_with_what_it_is(keys, sentence):
+def test_what_is_not_a_base_of_ours_is_refused_with_what_it_is(keys, sentence):
     with pytest.raises(UserError, match=sentence):
         checkpoint.architecture_of({key: torch.zeros(2, 2) for key in keys}, "x.pth")
 

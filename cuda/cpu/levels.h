@@ -12,6 +12,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+
 #define LANES 4
 namespace portable {
 #include "simd.h"
@@ -80,3 +82,14 @@ extern "C" int wkv_set_level(int level) {
     chosen_level = level < 0 ? best_level() : level;
     return chosen_level;
 }
+
+// The chosen level, or the next one whose vectors divide a row of N.
+static int level_for(int64_t N) { return chosen_level == AVX512 && N % 16 ? AVX2 : chosen_level; }
+
+// `function` as compiled for that level.
+#if defined(__x86_64__)
+#define AT_LEVEL(function, N) \
+    (level_for(N) == AVX512 ? avx512::function : level_for(N) == AVX2 ? avx2::function : portable::function)
+#else
+#define AT_LEVEL(function, N) portable::function
+#endif

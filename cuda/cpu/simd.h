@@ -5,6 +5,10 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+// Vectors worked on at once: with more, the accumulators do not fit in 32 (AVX-512) or 16 registers.
+constexpr int TILE_VECTORS = LANES == 16 ? 4 : 2;
+constexpr int64_t TILE_FLOATS = TILE_VECTORS * LANES;
+
 INLINE vec load(const float* p) { return *reinterpret_cast<const loose_vec*>(p); }
 INLINE void store(float* p, vec x) { *reinterpret_cast<loose_vec*>(p) = x; }
 INLINE vec broadcast(float x) { return x - vec{}; }
@@ -64,4 +68,20 @@ INLINE void write_row(int dtype, void* tensor, int64_t row, int64_t N, const flo
         const uint32_t nearest_even = (bits[i] + 0x7fff + ((bits[i] >> 16) & 1)) >> 16;
         to[i] = uint16_t((bits[i] & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest_even);  // NaN stays NaN
     }
+}
+
+// to = from^T, N by N.
+INLINE void transpose(const float* from, float* to, int64_t N) {
+    for (int64_t i = 0; i < N; i += 4)
+        for (int64_t j = 0; j < N; j += 4) {
+#if defined(__x86_64__)
+            __m128 line[4];
+            for (int64_t n = 0; n < 4; n++) line[n] = _mm_loadu_ps(from + (j + n) * N + i);
+            _MM_TRANSPOSE4_PS(line[0], line[1], line[2], line[3]);
+            for (int64_t n = 0; n < 4; n++) _mm_storeu_ps(to + (i + n) * N + j, line[n]);
+#else
+            for (int64_t n = 0; n < 4; n++)
+                for (int64_t m = 0; m < 4; m++) to[(i + n) * N + j + m] = from[(j + m) * N + i + n];
+#endif
+        }
 }

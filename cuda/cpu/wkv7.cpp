@@ -4,15 +4,9 @@
 // of 8. The mathematics is in wkv7_head.h.
 
 #include <cstdint>
-#include <cstdlib>
 #include <initializer_list>
 
-#include <omp.h>
-
 namespace {
-
-enum { FLOAT32 = 0, BFLOAT16 = 1 };
-enum { OK = 0, BAD_SHAPE = 1, BAD_TYPE = 2, OUT_OF_MEMORY = 3 };
 
 constexpr int64_t SEGMENT = 32;
 constexpr int64_t STEP_ROWS = 8;
@@ -63,32 +57,7 @@ int64_t scratch_floats(int64_t N) {
 
 #define KERNEL_HEADER "wkv7_head.h"
 #include "levels.h"
-
-namespace {
-
-int check(const Wkv7& p) {
-    if (p.B < 1 || p.T < 1 || p.H < 1 || p.N < 8 || p.N % 8) return BAD_SHAPE;
-    return p.dtype == FLOAT32 || p.dtype == BFLOAT16 ? OK : BAD_TYPE;
-}
-
-// Runs one_head(head, scratch) for every head on at most `threads` threads (0: OpenMP's default).
-template <class OneHead>
-int for_each_head(const Wkv7& p, int threads, OneHead one_head) {
-    const int64_t heads = p.B * p.H, floats = scratch_floats(p.N);
-    if (threads < 1) threads = omp_get_max_threads();
-    if (threads > heads) threads = int(heads);
-    float* scratch = static_cast<float*>(aligned_alloc(64, threads * floats * sizeof(float)));
-    if (!scratch) return OUT_OF_MEMORY;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t head = 0; head < heads; head++) one_head(head, scratch + omp_get_thread_num() * floats);
-    free(scratch);
-    return OK;
-}
-
-// The chosen level, or the next one whose vectors divide a row.
-int level_for(int64_t N) { return chosen_level == AVX512 && N % 16 ? AVX2 : chosen_level; }
-
-}  // namespace
+#include "heads.h"
 
 extern "C" {
 
@@ -103,11 +72,7 @@ int wkv7_forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const vo
     const Wkv7 p = {dtype, B, T, H, N, r, w, k, v, a, b, s0};
     const Wkv7Forward f = {y, sT, saved};
     if (int code = check(p)) return code;
-    auto run = portable::forward_head;
-#if defined(__x86_64__)
-    if (level_for(N) == AVX2) run = avx2::forward_head;
-    if (level_for(N) == AVX512) run = avx512::forward_head;
-#endif
+    const auto run = AT_LEVEL(forward_head, N);
     return for_each_head(p, device, [&](int64_t head, float* scratch) { run(p, f, head, scratch); });
 }
 
@@ -118,21 +83,9 @@ int wkv7_backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const v
     const Wkv7 p = {dtype, B, T, H, N, r, w, k, v, a, b, s0};
     const Wkv7Backward g = {saved, dy, dsT, dr, dw, dk, dv, da, db, ds0};
     if (int code = check(p)) return code;
-    auto run = portable::backward_head;
-#if defined(__x86_64__)
-    if (level_for(N) == AVX2) run = avx2::backward_head;
-    if (level_for(N) == AVX512) run = avx512::backward_head;
-#endif
+    const auto run = AT_LEVEL(backward_head, N);
     return for_each_head(p, device, [&](int64_t head, float* scratch) { run(p, g, head, scratch); });
 }
 
-const char* wkv7_error(int code) {
-    switch (code) {
-        case OK: return "success";
-        case BAD_SHAPE: return "every size must be at least 1 and the head size a multiple of 8";
-        case BAD_TYPE: return "only float32 and bfloat16 are supported";
-        case OUT_OF_MEMORY: return "out of memory";
-        default: return "unknown error";
-    }
-}
+const char* wkv7_error(int code) { return error_text(code); }
 }

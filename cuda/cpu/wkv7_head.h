@@ -8,10 +8,6 @@
 // start of each segment, and sa, for the backward pass. That one remakes the states of a segment from there, exactly,
 // with a vector running over key indices, since most of its sums go over value indices.
 
-// Vectors worked on at once: with more, the accumulators do not fit in 32 (AVX-512) or 16 registers.
-constexpr int TILE_VECTORS = LANES == 16 ? 4 : 2;
-constexpr int64_t TILE_FLOATS = TILE_VECTORS * LANES;
-
 // One step's rows as float, [N] each. Steps lie one after the other, each with all of its rows: arrays by name would
 // start at the same cache sets and evict each other.
 struct Step {
@@ -46,21 +42,6 @@ INLINE void read_segment(const Wkv7& p, int64_t first, int64_t n, const void* dy
         }
     }
     memset(Step(steps, n, N).a, 0, N * sizeof(float));
-}
-
-INLINE void transpose(const float* from, float* to, int64_t N) {
-    for (int64_t i = 0; i < N; i += 4)
-        for (int64_t j = 0; j < N; j += 4) {
-#if defined(__x86_64__)
-            __m128 line[4];
-            for (int64_t n = 0; n < 4; n++) line[n] = _mm_loadu_ps(from + (j + n) * N + i);
-            _MM_TRANSPOSE4_PS(line[0], line[1], line[2], line[3]);
-            for (int64_t n = 0; n < 4; n++) _mm_storeu_ps(to + (i + n) * N + j, line[n]);
-#else
-            for (int64_t n = 0; n < 4; n++)
-                for (int64_t m = 0; m < 4; m++) to[(i + n) * N + j + m] = from[(j + m) * N + i + n];
-#endif
-        }
 }
 
 // n steps for the TILE vectors of value indices that start at x; S [key][value]. Each pass over S also gathers

@@ -50,10 +50,11 @@ class Architecture:
     def describe(self) -> str:
         """One line for the user."""
         ranks = " ".join(f"{name}={rank}" for name, rank in self.low_rank.items())
+        ranks = f", low-rank {ranks}" if ranks else ""
         extra = ", v0 v1 v2 in layer 0" if self.v_in_layer0 else ""
         return (
             f"RWKV-{self.version}, {self.n_layer} layers, width {self.n_embd}, {self.n_head} heads of "
-            f"{self.head_size}, channel mix {self.dim_ffn}, vocabulary {self.vocab_size}, low-rank {ranks}{extra}"
+            f"{self.head_size}, channel mix {self.dim_ffn}, vocabulary {self.vocab_size}{ranks}{extra}"
         )
 
     def to_dict(self) -> dict:
@@ -122,33 +123,45 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 def architecture_of(state: Mapping[str, Tensor], source: str | Path = "checkpoint") -> Architecture:
     """Recognise a base checkpoint from its keys and shapes; UserError says what it is when it is not one of ours."""
-    _refuse_other_kinds(state, source)
+    version = _generation(state, source)
     try:
         vocab_size, n_embd = state["emb.weight"].shape
-        n_head, head_size = state["blocks.0.att.r_k"].shape
-        low_rank = {name: state[f"blocks.0.att.{name}1"].shape[1] for name in ("w", "a", "g")}
         n_layer = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-        v_in_layer0 = "blocks.0.att.v1" in state
-        v_layer = 0 if v_in_layer0 else 1
-        low_rank["v"] = state[f"blocks.{v_layer}.att.v1"].shape[1] if n_layer > v_layer else 0
+        n_head, head_size = state["blocks.0.att.r_k" if version == 7 else "blocks.0.att.time_faaaa"].shape
+        v_in_layer0 = version == 7 and "blocks.0.att.v1" in state
         return Architecture(
-            version=7,
+            version=version,
             n_layer=n_layer,
             n_embd=n_embd,
             n_head=n_head,
             head_size=head_size,
             dim_ffn=state["blocks.0.ffn.key.weight"].shape[0],
             vocab_size=vocab_size,
-            low_rank=low_rank,
+            low_rank=_low_rank(state, version, 0 if v_in_layer0 else min(1, n_layer - 1)),
             v_in_layer0=v_in_layer0,
         )
     except KeyError as error:
-        raise UserError(f"{source} looks like RWKV-7, but {error.args[0]} is missing: it is incomplete") from error
+        raise UserError(
+            f"{source} looks like RWKV-{version}, but {error.args[0]} is missing: it is incomplete"
+        ) from error
     except ValueError as error:
-        raise UserError(f"{source} looks like RWKV-7, but a tensor has an unexpected shape: {error}") from error
+        raise UserError(f"{source} looks like RWKV-{version}, but a tensor has an odd shape: {error}") from error
 
 
-def _refuse_other_kinds(state: Mapping[str, Tensor], source: str | Path) -> None:
+def _low_rank(state: Mapping[str, Tensor], version: int, v_layer: int) -> dict[str, int]:
+    """The ranks of a generation's low-rank networks; `v_layer` is a layer that has RWKV-7's v1, if any has."""
+    if version == 5:
+        return {}
+    if version == 6:
+        mixed = state["blocks.0.att.time_maa_w2"].shape[1]
+        return {"mix": mixed, "decay": state["blocks.0.att.time_decay_w1"].shape[1]}
+    ranks = {name: state[f"blocks.0.att.{name}1"].shape[1] for name in ("w", "a", "g")}
+    v1 = state.get(f"blocks.{v_layer}.att.v1")
+    return {**ranks, "v": 0 if v1 is None else v1.shape[1]}
+
+
+def _generation(state: Mapping[str, Tensor], source: str | Path) -> int:
+    """5, 6 or 7; UserError naming what the file is instead."""
     keys = list(state)
 
     def has(pattern: str) -> bool:
@@ -160,22 +173,24 @@ def _refuse_other_kinds(state: Mapping[str, Tensor], source: str | Path) -> None
         raise UserError(f"{source} has keys such as {keys[0]}; expected upstream's names such as emb.weight")
     if not has(r"^emb\.weight$") or not has(r"^blocks\.0\."):
         raise UserError(
-            f"{source} is not an RWKV checkpoint: no emb.weight and blocks.0.*, but keys such as {keys[:3]}"
+            f"{source} is not an RWKV checkpoint: no emb.weight and blocks.0.*, but has keys such as {keys[0]}"
         )
-    later = (
-        (r"\.ffn\.s_emb", "RWKV-7a (DeepEmbed) is not supported yet"),
-        (r"\.qkv\.", "RWKV-7b is not supported yet"),
-        (r"rosa", "RWKV-8 is not supported yet"),
-        (r"\.att\.time_maa_x$", "RWKV-6 is not supported yet"),
-        (r"\.att\.(time_mix_g|gate\.weight)$", "RWKV-5 is not supported yet"),
-        (r"\.att\.time_faaaa$", "RWKV-5 (x051 or older) is not supported"),
+    refused = (
+        (r"\.ffn\.s_emb", "RWKV-7a (DeepEmbed) is not supported"),
+        (r"\.qkv\.", "RWKV-7b is not supported"),
+        (r"rosa", "RWKV-8 is not supported"),
         (r"\.att\.time_first$", "RWKV-4 is not supported"),
     )
-    for pattern, verdict in later:
+    for pattern, verdict in refused:
         if has(pattern):
-            raise UserError(f"{source}: {verdict}; expected an RWKV-7 (x070) checkpoint")
-    if not has(r"^blocks\.0\.att\.r_k$"):
-        raise UserError(f"{source}: an unknown RWKV generation; expected an RWKV-7 (x070) checkpoint")
+            raise UserError(
+                f"{source}: {verdict}; expected an RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070) checkpoint"
+            )
+    for pattern, version in ((r"\.att\.r_k$", 7), (r"\.att\.time_maa_w1$", 6), (r"\.att\.time_mix_g$", 5)):
+        if has(pattern):
+            return version
+    kind = "RWKV-5 of version x051 or older" if has(r"\.att\.time_(faaaa|decay)$") else "an unknown RWKV generation"
+    raise UserError(f"{source}: {kind}; expected an RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070) checkpoint")
 
 
 def load_base(path: str | Path) -> tuple[Architecture, dict[str, Tensor]]:

@@ -153,8 +153,8 @@ def test_importing_the_operators_compiles_nothing(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA toolkit on this machine")
-def test_the_cuda_library_has_the_same_functions_as_the_cpu_one(tmp_path):
-    cuda = ctypes.CDLL(str(build.cuda_library("wkv7", ["sm_90"], tmp_path)))
-    cpu = native.library("wkv7", "cpu")
-    for name in ("forward", "backward", "saved_floats", "workspace_floats", "error"):
-        assert getattr(cuda, f"wkv7_{name}") and getattr(cpu, f"wkv7_{name}")
+def test_a_cuda_source_becomes_a_library_that_loads_without_a_gpu(workshop):
+    (workshop / "sources/toy.cu").write_text("#define ANSWER 7\n__global__ void kernel() {}\n" + SOURCE)
+    assert answer(build.cuda_library("toy", ["sm_80", "sm_90"], workshop / "cache")) == 7
+    with pytest.raises(build.BuildError, match="(?s)compiling a kernel failed.*sm_1"):
+        build.cuda_library("toy", ["sm_1"], workshop / "cache")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone.checkpoint import Architecture
-from rwkv_bone.models import v7
+from rwkv_bone.models import v5, v6, v7
 from rwkv_bone.models.layers import Embedding, Head, LayerNorm, adapted_head_loss
 
-GENERATIONS = {7: v7}
+GENERATIONS = {5: v5, 6: v6, 7: v7}
 
 
 class LayerState(NamedTuple):

@@ -1,7 +1,7 @@
 """WKV operators, each in several forms with one meaning, and the choice between the forms.
 
     reference   the recurrence step by step: the definition (ops/reference.py)
-    torch       chunked PyTorch, on any device (ops/chunked.py)
+    torch       chunked PyTorch, on any device (ops/chunked.py, ops/chunked6.py)
     cpu         C++ for the processor (cuda/cpu/)
     cuda        CUDA (cuda/)
 

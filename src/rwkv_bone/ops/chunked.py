@@ -50,7 +50,7 @@ class _Chunked(torch.autograd.Function):
             y = c.own + c.reads @ starts.mT
         ctx.save_for_backward(r, w, k, v, a, b, starts, state)
         ctx.chunk = chunk
-        return _unchunk(y, r.shape[1]).to(r.dtype), state
+        return join_chunks(y, r.shape[1]).to(r.dtype), state
 
     @staticmethod
     @once_differentiable
@@ -62,14 +62,14 @@ class _Chunked(torch.autograd.Function):
         return *(g.to(x.dtype) for g, x in zip(grads, (r, w, k, v, a, b, starts), strict=True)), None
 
 
-def _chunk(x: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+def split_chunks(x: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
     """[B, T, H, N] -> [B, H, n, L, N], the tail padded with zeros."""
     B, T, H, N = x.shape
     x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, -T % chunk))
     return x.view(B, -1, chunk, H, N).permute(0, 3, 1, 2, 4)
 
 
-def _unchunk(x: Tensor, T: int) -> Tensor:
+def join_chunks(x: Tensor, T: int) -> Tensor:
     """[B, H, n, L, N] -> [B, T, H, N]."""
     B, H, _, _, N = x.shape
     return x.permute(0, 2, 3, 1, 4).reshape(B, -1, H, N)[:, :T]
@@ -114,8 +114,8 @@ class _Chunks(NamedTuple):
 
 
 def _within_chunks(r, w, k, v, a, b, dtype, chunk) -> _Chunks:
-    log_decay = _chunk(-DECAY_SCALE * torch.sigmoid(w.to(dtype)), chunk, dtype)
-    r, k, v, a, b = (_chunk(x, chunk, dtype) for x in (r, k, v, a, b))
+    log_decay = split_chunks(-DECAY_SCALE * torch.sigmoid(w.to(dtype)), chunk, dtype)
+    r, k, v, a, b = (split_chunks(x, chunk, dtype) for x in (r, k, v, a, b))
     total = log_decay.cumsum(dim=3)
     end = total[..., -1:, :]
     up, up_before = total.exp(), (total - log_decay).exp()
@@ -137,7 +137,7 @@ def _within_chunks(r, w, k, v, a, b, dtype, chunk) -> _Chunks:
 
 def _backward(r, w, k, v, a, b, starts, last, dy, dstate, chunk) -> tuple[Tensor, ...]:
     c = _within_chunks(r, w, k, v, a, b, starts.dtype, chunk)
-    dy = _chunk(dy, chunk, starts.dtype)
+    dy = split_chunks(dy, chunk, starts.dtype)
     from_y = dy.mT @ c.reads
     d_ends = [None] * from_y.shape[2]
     for i in reversed(range(len(d_ends))):
@@ -168,6 +168,6 @@ def _backward(r, w, k, v, a, b, starts, last, dy, dstate, chunk) -> tuple[Tensor
     dlog = later + (ends * d_ends).sum(dim=3, keepdim=True)
     T = r.shape[1]
     x = w.to(starts.dtype)
-    dw = _unchunk(dlog, T) * (-DECAY_SCALE * torch.sigmoid(x) * torch.sigmoid(-x))
-    dr, dk, dv, da, db = (_unchunk(g, T) for g in (dr, dk, dv, da, db))
+    dw = join_chunks(dlog, T) * (-DECAY_SCALE * torch.sigmoid(x) * torch.sigmoid(-x))
+    dr, dk, dv, da, db = (join_chunks(g, T) for g in (dr, dk, dv, da, db))
     return dr, dw, dk, dv, da, db, dstate

@@ -33,3 +33,24 @@ def wkv7_reference(
         state = state * decay[:, t, :, None, :] + edit + v[:, t, :, :, None] * k[:, t, :, None, :]
         outputs.append((state @ r[:, t, :, :, None]).squeeze(-1))
     return torch.stack(outputs, dim=1), state
+
+
+def wkv6_reference(*, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """RWKV-6 (Finch), and RWKV-5 (Eagle), whose decay does not change over time.
+
+    r, k, v [B, T, H, N], w like r (RWKV-6) or [H, N] (RWKV-5), u [H, N], state [B, H, N, N] (value index, key index)
+    -> (y, last state).
+
+        decay_t = exp(-exp(w_t))
+        y_t = (S_{t-1} + v_t (u * k_t)^T) r_t
+        S_t = S_{t-1} diag(decay_t) + v_t k_t^T
+
+    Differentiable by autograd; all arguments of one floating-point type.
+    """
+    decay = torch.exp(-torch.exp(w)).expand_as(r)
+    outputs = []
+    for t in range(r.shape[1]):
+        write = v[:, t, :, :, None] * k[:, t, :, None, :]  # [B, H, N, N]
+        outputs.append(((state + write * u[:, None, :]) @ r[:, t, :, :, None]).squeeze(-1))
+        state = state * decay[:, t, :, None, :] + write
+    return torch.stack(outputs, dim=1), state

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result
 
-from rwkv_bone.errors import UserError
-from rwkv_bone.ops import native, select_op
+from rwkv_bone.ops import native
+from rwkv_bone.ops.arguments import check, choose_form
 from rwkv_bone.ops.chunked import wkv7_chunked
 from rwkv_bone.ops.reference import wkv7_reference
-
-CUDA_HEAD_SIZES = (8, 16, 32, 64, 128)
 
 
 def wkv7(
@@ -44,9 +41,9 @@ def wkv7(
         lower = torch.get_autocast_dtype(r.device.type)
         common = lower if lower in native.DTYPES else torch.float32
         r, k, v, a, b = (x.to(common) for x in (r, k, v, a, b))
-    _check(r=r, w=w, k=k, v=v, a=a, b=b, state=state)
+    check("wkv7", r=r, w=w, k=k, v=v, a=a, b=b, state=state)
     B, _, H, N = r.shape
-    form = _form(op, r.device.type, r.dtype == torch.float64, N)
+    form = choose_form("wkv7", op, r.device.type, r.dtype == torch.float64, N)
     wide = torch.promote_types(r.dtype, torch.float32)
     w = w.to(wide)
     state = None if state is None else state.to(wide)
@@ -66,39 +63,6 @@ def wkv7(
             )
         y = y.to(r.dtype)
     return (y, last) if output_state else y
-
-
-def _check(*, r: Tensor, state: Tensor | None, **others: Tensor) -> None:
-    if r.dim() != 4 or 0 in r.shape:
-        raise UserError(f"wkv7: r must be [B, T, H, N] with no size 0, found {list(r.shape)}")
-    if r.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise UserError(f"wkv7: r must be float32, bfloat16 or float64, found {r.dtype}")
-    B, _, H, N = r.shape
-    shapes = {name: (x, r.shape) for name, x in others.items()}
-    if state is not None:
-        shapes["state"] = (state, torch.Size((B, H, N, N)))
-    for name, (x, expected) in shapes.items():
-        if x.shape != expected:
-            raise UserError(f"wkv7: {name} must be {list(expected)} to fit r {list(r.shape)}, found {list(x.shape)}")
-        if x.device != r.device:
-            raise UserError(f"wkv7: {name} must be on {r.device} like r, found it on {x.device}")
-        if name not in ("w", "state") and x.dtype != r.dtype:
-            raise UserError(f"wkv7: {name} must be {r.dtype} like r, found {x.dtype}")
-
-
-# Building and loading are not for torch.compile to trace.
-@assume_constant_result
-def _form(op: str, device_type: str, float64: bool, N: int) -> str:
-    if float64 and op == "auto":
-        return "torch"
-    form, _ = select_op(op, torch.device(device_type))
-    if form in ("cpu", "cuda"):
-        if float64:
-            raise UserError(f"--op {form} takes float32 and bfloat16, found float64: use --op torch")
-        if form == "cpu" and N % 8 or form == "cuda" and N not in CUDA_HEAD_SIZES:
-            takes = "a multiple of 8" if form == "cpu" else f"one of {', '.join(map(str, CUDA_HEAD_SIZES))}"
-            raise UserError(f"--op {form} needs a head size that is {takes}, found {N}: use --op torch")
-    return form
 
 
 @torch.library.custom_op("rwkv_bone::wkv7_forward", mutates_args=())

@@ -1,0 +1,44 @@
+// How a library runs over its heads: one thread per head of one batch row at a time. Include after levels.h, with
+// scratch_floats(N) defined: the floats of working memory that one head needs.
+
+#pragma once
+
+#include <cstdlib>
+
+#include <omp.h>
+
+namespace {
+
+enum { OK = 0, BAD_SHAPE = 1, BAD_TYPE = 2, OUT_OF_MEMORY = 3 };
+
+const char* error_text(int code) {
+    switch (code) {
+        case OK: return "success";
+        case BAD_SHAPE: return "every size must be at least 1 and the head size a multiple of 8";
+        case BAD_TYPE: return "only float32 and bfloat16 are supported";
+        case OUT_OF_MEMORY: return "out of memory";
+        default: return "unknown error";
+    }
+}
+
+template <class Problem>
+int check(const Problem& p) {
+    if (p.B < 1 || p.T < 1 || p.H < 1 || p.N < 8 || p.N % 8) return BAD_SHAPE;
+    return p.dtype == FLOAT32 || p.dtype == BFLOAT16 ? OK : BAD_TYPE;
+}
+
+// Runs one_head(head, scratch) for every head on at most `threads` threads (0: OpenMP's default).
+template <class Problem, class OneHead>
+int for_each_head(const Problem& p, int threads, OneHead one_head) {
+    const int64_t heads = p.B * p.H, floats = scratch_floats(p.N);
+    if (threads < 1) threads = omp_get_max_threads();
+    if (threads > heads) threads = int(heads);
+    float* scratch = static_cast<float*>(aligned_alloc(64, threads * floats * sizeof(float)));
+    if (!scratch) return OUT_OF_MEMORY;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t head = 0; head < heads; head++) one_head(head, scratch + omp_get_thread_num() * floats);
+    free(scratch);
+    return OK;
+}
+
+}  // namespace

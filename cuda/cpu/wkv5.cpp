@@ -1,0 +1,4 @@
+#define WKV(name) wkv5_##name
+constexpr bool DECAY_PER_TOKEN = false;
+
+#include "wkv6.h"

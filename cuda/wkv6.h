@@ -1,0 +1,531 @@
+// WKV-5 and WKV-6, sequential in time: forward and every gradient. WKV-5 is WKV-6 with a decay that does not change
+// along time; only where the decay is read and how its gradient is summed differ.
+//
+// Per head, with rows of S = value index i, columns = key index j, decay w = exp(-exp(x)) and bonus u:
+//     y_t = (S_{t-1} + v_t (u o k_t)^T) r_t ;   S_t = S_{t-1} diag(w_t) + v_t k_t^T
+// Backward, dS_t being the gradient of S_t that comes from later tokens:
+//     dv = dS_t k + dy (r . (u o k)) ;   dk = dS_t^T v + u o r (v . dy) ;   dS_{t-1} = dS_t diag(w_t) + dy_t r_t^T
+//     dr = S_{t-1}^T dy + u o k (v . dy) ;   du = sum over t of r o k (v . dy) ;   dw = colsum(dS_t o S_{t-1})
+//
+// Two kernels walk all of a (batch, head) and leave S at every segment's start and dS at its end; the other three take
+// the segments side by side. Sums over j need rows, sums over i need columns:
+//     forward_kernel              time forward,  rows of S      y, S at segment starts (kept for backward)
+//     backward_values_kernel      time backward, rows of dS     dv, du, ds0, dS at segment ends (workspace)
+//     backward_keys_kernel        time backward, columns of dS  dk
+//     backward_receptance_kernel  time forward,  columns of S   dr
+//     backward_decay_kernel       both, tile by tile            dx
+// x has no bound and w takes any value from 1 down to 0, so nothing is divided by w and no state is undone. dw is the sum
+// above, over S and dS themselves. w o dw also follows from running sums of r o dr and k o dk, but as a difference of
+// numbers that do not shrink with w: at x = 3 it is 1e-9 of them, far below their rounding.
+// Sums run in one order, so results repeat bit for bit.
+#pragma once
+
+#include "common.h"
+
+#include <cmath>
+
+namespace wkv {
+
+enum class Decay { kPerHead, kPerToken };  // x is [H, N] (WKV-5) or [B, T, H, N] (WKV-6)
+
+// w - 1. A state is multiplied by w as S + S (w - 1): next to 1 a float w is off by 3e-8, which slow decays repeat for
+// 1 / (1 - w) tokens.
+__device__ __forceinline__ float growth(float x) { return expm1f(-expf(x)); }
+
+// dw / dx, as one exponential: exp(x) alone may be infinite where the product has long been zero.
+__device__ __forceinline__ float decay_slope(float x) { return -expf(x - expf(x)); }
+
+template <int M, int N>
+__device__ __forceinline__ void commit_growth(const Prefetch<float>& x, Tile<M>& tile, const Place<N>& place) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) tile.quad(place.step, place.quad).value[e] = growth(x.held.value[e]);
+}
+
+template <int M, int N>
+__device__ __forceinline__ void commit_slope(const Prefetch<float>& x, Tile<M>& tile, const Place<N>& place) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) tile.quad(place.step, place.quad).value[e] = decay_slope(x.held.value[e]);
+}
+
+template <typename T>
+struct Inputs {
+  int64_t tokens, heads;
+  const T* r;
+  const float* w;  // x, the raw decay
+  const T *k, *v;
+  const float *u, *s0;  // s0 may be null: zeros
+};
+
+template <typename T>
+struct Forward {
+  Inputs<T> in;
+  T* y;
+  float *sT, *starts;  // each may be null: not wanted. starts [B, H, segments, N, N]
+};
+
+template <typename T>
+struct Backward {
+  Inputs<T> in;
+  const float* starts;
+  const T* dy;
+  const float* dsT;  // may be null: zeros
+  float* ends;       // [B, H, segments, N, N]
+  T* dr;
+  float* dx;
+  T *dk, *dv;
+  float *du, *ds0;  // ds0 may be null: not wanted
+};
+
+// What this thread reads of x at token t0 + place.step: `shift` columns after the quad it reads of other tensors.
+template <Decay D, int N>
+__device__ __forceinline__ int64_t decay_offset(const Place<N>& place, int64_t heads, int64_t t0, int shift = 0) {
+  return shift + (D == Decay::kPerToken ? place.offset(t0) : place.head % heads * N + 4 * place.quad);
+}
+
+// Sum of x over the threads that share place.step; each of them gets it.
+template <int N>
+__device__ __forceinline__ float sum_over_quads(float x) {
+#pragma unroll
+  for (int other = 1; other < N / 4; other *= 2) x += __shfl_xor_sync(Layout<N>::kWarpMask, x, other);
+  return x;
+}
+
+// One number for every step of a tile.
+struct PerStep {
+  float value[kSteps];
+
+  template <int N>
+  __device__ __forceinline__ void commit(float x, const Place<N>& place) {
+    if (place.quad == 0) value[place.step] = x;
+  }
+  __device__ __forceinline__ float operator[](int step) const { return value[step]; }
+};
+
+// r . (u o k) at this thread's step.
+template <int N, typename T>
+__device__ __forceinline__ float bonus(const Prefetch<T>& r, const Quad<float>& u, const Prefetch<T>& k) {
+  float part = 0.0f;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) part += to_float(r.held.value[e]) * u.value[e] * to_float(k.held.value[e]);
+  return sum_over_quads<N>(part);
+}
+
+// v . dy at this thread's step.
+template <int N, typename T>
+__device__ __forceinline__ float dot(const Prefetch<T>& v, const Prefetch<T>& dy) {
+  float part = 0.0f;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) part += to_float(v.held.value[e]) * to_float(dy.held.value[e]);
+  return sum_over_quads<N>(part);
+}
+
+template <int N>
+__device__ __forceinline__ Quad<float> quad_of_u(const float* u, const Place<N>& place, int64_t heads) {
+  return *reinterpret_cast<const Quad<float>*>(u + place.head % heads * N + 4 * place.quad);
+}
+
+template <int N>
+__device__ __forceinline__ PerLine<N> lines_of_u(const float* u, const Place<N>& place, int64_t heads) {
+  PerLine<N> out;
+#pragma unroll
+  for (int l = 0; l < Layout<N>::kLines; ++l) out[l] = u[place.head % heads * N + place.line + l];
+  return out;
+}
+
+template <int N>
+struct ForwardTiles {
+  Tile<N> r, growth, k, v, y;
+  PerStep bonus;
+};
+
+template <typename T, int N, Decay D>
+__global__ void __launch_bounds__(Layout<N>::kThreads, 1) forward_kernel(Forward<T> p) {
+  WKV_SHARED(ForwardTiles<N>, tile);
+  const int64_t tokens = p.in.tokens, heads = p.in.heads;
+  const Place<N> place(tokens, heads);
+  const Quad<float> u = quad_of_u(p.in.u, place, heads);
+  Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v);
+  Prefetch<float> w(p.in.w);
+  const auto fetch = [&](int64_t t0) {
+    const int64_t offset = place.offset(t0);
+    const bool inside = t0 + place.step < tokens;
+    r.fetch(offset, inside), k.fetch(offset, inside), v.fetch(offset, inside);
+    w.fetch(decay_offset<D>(place, heads, t0), inside);
+  };
+  const auto commit = [&] {
+    r.commit(tile.r, place), commit_growth(w, tile.growth, place), k.commit(tile.k, place), v.commit(tile.v, place);
+    tile.bonus.commit(bonus<N>(r, u, k), place);
+  };
+
+  Lines<N> S(place);
+  if (p.in.s0) S.load(p.in.s0 + place.head * N * N, false);
+  fetch(0);
+  commit();
+  __syncthreads();
+  for (int64_t t0 = 0; t0 < tokens; t0 += kSteps) {
+    if (p.starts && t0 % kSegment == 0) S.save(p.starts + (place.head * segments(tokens) + t0 / kSegment) * N * N);
+    if (t0 + kSteps < tokens) fetch(t0 + kSteps);
+    const int steps = steps_in_tile(tokens, t0);
+    for (int s = 0; s < steps; ++s) {
+      const PerLine<N> v_t = read(tile.v, place, s);
+      PerLine<N> y = S.dot(tile.r, s);
+#pragma unroll
+      for (int l = 0; l < Layout<N>::kLines; ++l) y[l] += v_t[l] * tile.bonus[s];
+      write(tile.y, place, s, y);
+      S.grow(tile.growth, s);
+      S.add(v_t, tile.k, s);
+    }
+    __syncthreads();
+    if (place.step < steps) store(p.y, tile.y, place, place.offset(t0));
+    commit();
+    __syncthreads();
+  }
+  if (p.sT) S.save(p.sT + place.head * N * N);
+}
+
+template <int N>
+struct ValuesTiles {
+  Tile<N> r, growth, k, dy, dv;
+  PerStep bonus;
+};
+
+template <typename T, int N, Decay D>
+__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_values_kernel(Backward<T> p) {
+  WKV_SHARED(ValuesTiles<N>, tile);
+  const int64_t tokens = p.in.tokens, heads = p.in.heads;
+  const Place<N> place(tokens, heads);
+  const Quad<float> u = quad_of_u(p.in.u, place, heads);
+  Quad<float> du{};  // of this thread's step of every tile
+  Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), dy(p.dy);
+  Prefetch<float> w(p.in.w);
+  const auto fetch = [&](int64_t t0) {
+    const int64_t offset = place.offset(t0);
+    const bool inside = t0 + place.step < tokens;
+    r.fetch(offset, inside), k.fetch(offset, inside), v.fetch(offset, inside), dy.fetch(offset, inside);
+    w.fetch(decay_offset<D>(place, heads, t0), inside);
+  };
+  const auto commit = [&] {
+    r.commit(tile.r, place), commit_growth(w, tile.growth, place), k.commit(tile.k, place), dy.commit(tile.dy, place);
+    tile.bonus.commit(bonus<N>(r, u, k), place);
+    const float v_dy = dot<N>(v, dy);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) du.value[e] += to_float(r.held.value[e]) * to_float(k.held.value[e]) * v_dy;
+  };
+
+  Lines<N> dS(place);
+  if (p.dsT) dS.load(p.dsT + place.head * N * N, false);
+  fetch(last_tile(tokens));
+  commit();
+  __syncthreads();
+  for (int64_t t0 = last_tile(tokens); t0 >= 0; t0 -= kSteps) {
+    if (t0 == last_tile(tokens) || (t0 + kSteps) % kSegment == 0)
+      dS.save(p.ends + (place.head * segments(tokens) + t0 / kSegment) * N * N);
+    if (t0 > 0) fetch(t0 - kSteps);
+    const int steps = steps_in_tile(tokens, t0);
+    for (int s = steps - 1; s >= 0; --s) {
+      const PerLine<N> dy_t = read(tile.dy, place, s);
+      PerLine<N> dv = dS.dot(tile.k, s);
+#pragma unroll
+      for (int l = 0; l < Layout<N>::kLines; ++l) dv[l] += dy_t[l] * tile.bonus[s];
+      write(tile.dv, place, s, dv);
+      dS.grow(tile.growth, s);
+      dS.add(dy_t, tile.r, s);
+    }
+    __syncthreads();
+    if (place.step < steps) store(p.dv, tile.dv, place, place.offset(t0));
+    if (t0 > 0) commit();
+    __syncthreads();
+  }
+  if (p.ds0) dS.save(p.ds0 + place.head * N * N);
+
+  tile.dv.quad(place.step, place.quad) = du;
+  __syncthreads();
+  if (place.step == 0) {
+#pragma unroll
+    for (int s = 1; s < kSteps; ++s)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) du.value[e] += tile.dv.quad(s, place.quad).value[e];
+    *reinterpret_cast<Quad<float>*>(p.du + place.head * N + 4 * place.quad) = du;
+  }
+}
+
+// Tokens [begin, end) of one head.
+struct Segment {
+  int64_t begin, end;
+
+  __device__ __forceinline__ Segment(int64_t index, int64_t tokens)
+      : begin(index * kSegment), end(begin + kSegment < tokens ? begin + kSegment : tokens) {}
+};
+
+template <int N>
+struct KeysTiles {
+  Tile<N> r, growth, v, dy, dk;
+  PerStep v_dy;
+};
+
+template <typename T, int N, Decay D>
+__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_keys_kernel(Backward<T> p) {
+  WKV_SHARED(KeysTiles<N>, tile);
+  const int64_t tokens = p.in.tokens, heads = p.in.heads, count = segments(tokens);
+  const Place<N> place(tokens, heads, blockIdx.x / count);
+  const Segment segment(blockIdx.x % count, tokens);
+  const PerLine<N> u = lines_of_u(p.in.u, place, heads);
+  Prefetch<T> r(p.in.r), v(p.in.v), dy(p.dy);
+  Prefetch<float> w(p.in.w);
+  const auto fetch = [&](int64_t t0) {
+    const int64_t offset = place.offset(t0);
+    const bool inside = t0 + place.step < tokens;
+    r.fetch(offset, inside), v.fetch(offset, inside), dy.fetch(offset, inside);
+    w.fetch(decay_offset<D>(place, heads, t0), inside);
+  };
+  const auto commit = [&] {
+    r.commit(tile.r, place), commit_growth(w, tile.growth, place), v.commit(tile.v, place), dy.commit(tile.dy, place);
+    tile.v_dy.commit(dot<N>(v, dy), place);
+  };
+
+  Lines<N> dS(place);
+  dS.load(p.ends + int64_t(blockIdx.x) * N * N, true);
+  fetch(last_tile(segment.end));
+  commit();
+  __syncthreads();
+  for (int64_t t0 = last_tile(segment.end); t0 >= segment.begin; t0 -= kSteps) {
+    if (t0 > segment.begin) fetch(t0 - kSteps);
+    const int steps = steps_in_tile(segment.end, t0);
+    for (int s = steps - 1; s >= 0; --s) {
+      const PerLine<N> r_t = read(tile.r, place, s);
+      PerLine<N> dk = dS.dot(tile.v, s);
+#pragma unroll
+      for (int l = 0; l < Layout<N>::kLines; ++l) dk[l] += u[l] * r_t[l] * tile.v_dy[s];
+      write(tile.dk, place, s, dk);
+      dS.grow(read(tile.growth, place, s));
+      dS.add(r_t, tile.dy, s);
+    }
+    __syncthreads();
+    if (place.step < steps) store(p.dk, tile.dk, place, place.offset(t0));
+    commit();
+    __syncthreads();
+  }
+}
+
+template <int N>
+struct ReceptanceTiles {
+  Tile<N> growth, k, v, dy, dr;
+  PerStep v_dy;
+};
+
+template <typename T, int N, Decay D>
+__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_receptance_kernel(Backward<T> p) {
+  WKV_SHARED(ReceptanceTiles<N>, tile);
+  const int64_t tokens = p.in.tokens, heads = p.in.heads, count = segments(tokens);
+  const Place<N> place(tokens, heads, blockIdx.x / count);
+  const Segment segment(blockIdx.x % count, tokens);
+  const PerLine<N> u = lines_of_u(p.in.u, place, heads);
+  Prefetch<T> k(p.in.k), v(p.in.v), dy(p.dy);
+  Prefetch<float> w(p.in.w);
+  const auto fetch = [&](int64_t t0) {
+    const int64_t offset = place.offset(t0);
+    const bool inside = t0 + place.step < tokens;
+    k.fetch(offset, inside), v.fetch(offset, inside), dy.fetch(offset, inside);
+    w.fetch(decay_offset<D>(place, heads, t0), inside);
+  };
+  const auto commit = [&] {
+    commit_growth(w, tile.growth, place), k.commit(tile.k, place), v.commit(tile.v, place), dy.commit(tile.dy, place);
+    tile.v_dy.commit(dot<N>(v, dy), place);
+  };
+
+  Lines<N> S(place);
+  S.load(p.starts + int64_t(blockIdx.x) * N * N, true);
+  fetch(segment.begin);
+  commit();
+  __syncthreads();
+  for (int64_t t0 = segment.begin; t0 < segment.end; t0 += kSteps) {
+    if (t0 + kSteps < segment.end) fetch(t0 + kSteps);
+    const int steps = steps_in_tile(segment.end, t0);
+    for (int s = 0; s < steps; ++s) {
+      const PerLine<N> k_t = read(tile.k, place, s);
+      PerLine<N> dr = S.dot(tile.dy, s);
+#pragma unroll
+      for (int l = 0; l < Layout<N>::kLines; ++l) dr[l] += u[l] * k_t[l] * tile.v_dy[s];
+      write(tile.dr, place, s, dr);
+      S.grow(read(tile.growth, place, s));
+      S.add(k_t, tile.v, s);
+    }
+    __syncthreads();
+    if (place.step < steps) store(p.dr, tile.dr, place, place.offset(t0));
+    commit();
+    __syncthreads();
+  }
+}
+
+// S and dS meet here. A block takes kColumns columns, a thread four rows of one of them: so little that it holds all of a
+// tile's S while it walks dS back through that tile.
+constexpr int kColumns = kSteps;  // thread (step, quad) of a tile is thread (column, rows) of the states
+
+template <int N>
+struct DecayTiles {
+  Tile<N> v, dy;
+  Tile<kColumns> r, growth, k, slope, dx;
+  Quad<float> starts[kSegment / kSteps][Layout<N>::kThreads];  // each thread's S at the start of every tile
+};
+
+template <typename T, int N, Decay D>
+__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(Backward<T> p) {
+  WKV_SHARED(DecayTiles<N>, tile);
+  constexpr int kBlocks = N / kColumns;
+  const int64_t tokens = p.in.tokens, heads = p.in.heads, count = segments(tokens);
+  // With one decay per head the block takes all segments, one after another, and sums.
+  const int64_t first = D == Decay::kPerToken ? blockIdx.x / kBlocks % count : 0;
+  const int64_t last = D == Decay::kPerToken ? first + 1 : count;
+  const Place<N> place(tokens, heads, blockIdx.x / kBlocks / (D == Decay::kPerToken ? count : 1));
+  const int columns = blockIdx.x % kBlocks * kColumns;
+  const bool loads_columns = place.quad < kColumns / 4;
+
+  Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), dy(p.dy);
+  Prefetch<float> w(p.in.w);
+  const auto load = [&](int64_t t0, bool gradients) {
+    const int64_t offset = place.offset(t0);
+    const bool inside = t0 + place.step < tokens;
+    v.fetch(offset, inside), k.fetch(offset + columns, inside && loads_columns);
+    w.fetch(decay_offset<D>(place, heads, t0, columns), inside && loads_columns);
+    if (gradients) dy.fetch(offset, inside), r.fetch(offset + columns, inside && loads_columns);
+    __syncthreads();
+    v.commit(tile.v, place);
+    if (loads_columns) k.commit(tile.k, place), commit_growth(w, tile.growth, place);
+    if (gradients) dy.commit(tile.dy, place);
+    if (gradients && loads_columns) r.commit(tile.r, place), commit_slope(w, tile.slope, place);
+    __syncthreads();
+  };
+  const auto read_state = [&](const float* states, int64_t index) {
+    const float* from = states + (place.head * count + index) * N * N + 4 * place.quad * N + columns + place.step;
+    return Quad<float>{from[0], from[N], from[2 * N], from[3 * N]};
+  };
+  Quad<float> S;
+  const auto step_forward = [&](int s) {
+    const float growth = tile.growth.at(s, place.step), k_t = tile.k.at(s, place.step);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      S.value[e] += S.value[e] * growth;
+      S.value[e] += tile.v.quad(s, place.quad).value[e] * k_t;
+    }
+  };
+
+  float total = 0.0f;  // of dw
+  for (int64_t index = first; index < last; ++index) {
+    const Segment segment(index, tokens);
+    S = read_state(p.starts, index);
+    for (int64_t t0 = segment.begin; t0 < segment.end; t0 += kSteps) {
+      tile.starts[(t0 - segment.begin) / kSteps][threadIdx.x] = S;
+      if (t0 + kSteps >= segment.end) break;
+      load(t0, false);
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) step_forward(s);
+    }
+    Quad<float> dS = read_state(p.ends, index);
+    for (int64_t t0 = last_tile(segment.end); t0 >= segment.begin; t0 -= kSteps) {
+      load(t0, true);
+      const int steps = steps_in_tile(segment.end, t0);
+      Quad<float> before[kSteps];
+      S = tile.starts[(t0 - segment.begin) / kSteps][threadIdx.x];
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        before[s] = S;
+        if (s < steps) step_forward(s);
+      }
+      float dw[kSteps] = {};
+#pragma unroll
+      for (int s = kSteps - 1; s >= 0; --s) {
+        if (s >= steps) continue;
+        const float growth = tile.growth.at(s, place.step), r_t = tile.r.at(s, place.step);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          dw[s] += dS.value[e] * before[s].value[e];
+          dS.value[e] += dS.value[e] * growth;
+          dS.value[e] += tile.dy.quad(s, place.quad).value[e] * r_t;
+        }
+      }
+      if constexpr (D == Decay::kPerHead) {
+        float sum = 0.0f;  // of the tile first: long sums lose digits
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) sum += dw[s];
+        total += sum;
+      } else {
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+          const float sum = sum_over_quads<N>(dw[s]);
+          if (place.quad == 0) tile.dx.at(s, place.step) = sum * tile.slope.at(s, place.step);
+        }
+        __syncthreads();
+        if (loads_columns && place.step < steps) store(p.dx, tile.dx, place, place.offset(t0) + columns);
+      }
+    }
+  }
+  if constexpr (D == Decay::kPerHead) {
+    total = sum_over_quads<N>(total);
+    const int column = columns + place.step;
+    if (place.quad == 0) p.dx[place.head * N + column] = total * decay_slope(p.in.w[place.head % heads * N + column]);
+  }
+}
+
+inline int64_t state_floats(int64_t B, int64_t T, int64_t H, int64_t N) { return B * H * segments(T) * N * N; }
+
+template <typename T>
+Inputs<T> inputs(int64_t tokens, int64_t heads, const void* r, const float* w, const void* k, const void* v,
+                 const float* u, const float* s0) {
+  const auto cast = [](const void* pointer) { return static_cast<const T*>(pointer); };
+  return {tokens, heads, cast(r), w, cast(k), cast(v), u, s0};
+}
+
+// The C interface without its names: see README.md.
+template <Decay D>
+int forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
+            const void* v, const float* u, const float* s0, void* y, float* sT, float* saved, int device,
+            void* stream) {
+  if (!all_given(r, w, k, v, u, y) || !all_aligned(r, w, k, v, u, s0, y, sT, saved)) return kPointer;
+  return dispatch(dtype, N, [&](auto type, auto size) -> int {
+    using Element = decltype(type);
+    constexpr int kN = decltype(size)::value;
+    if (!sizes_fit(B, T, H, segments(T) * (kN / kColumns))) return kSize;
+    const DeviceGuard guard(device);
+    if (guard.status != cudaSuccess) return guard.status;
+    const Forward<Element> p{inputs<Element>(T, H, r, w, k, v, u, s0), static_cast<Element*>(y), sT, saved};
+    return launch(forward_kernel<Element, kN, D>, B * H, Layout<kN>::kThreads, static_cast<cudaStream_t>(stream), p);
+  });
+}
+
+template <Decay D>
+int backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
+             const void* v, const float* u, const float* s0, const float* saved, const void* dy, const float* dsT,
+             float* workspace, void* dr, float* dw, void* dk, void* dv, float* du, float* ds0, int device,
+             void* stream) {
+  if (!all_given(r, w, k, v, u, saved, dy, workspace, dr, dw, dk, dv, du) ||
+      !all_aligned(r, w, k, v, u, s0, saved, dy, dsT, workspace, dr, dw, dk, dv, du, ds0))
+    return kPointer;
+  return dispatch(dtype, N, [&](auto type, auto size) -> int {
+    using Element = decltype(type);
+    constexpr int kN = decltype(size)::value;
+    const int64_t column_blocks = kN / kColumns;
+    if (!sizes_fit(B, T, H, segments(T) * column_blocks)) return kSize;
+    const DeviceGuard guard(device);
+    if (guard.status != cudaSuccess) return guard.status;
+    const auto out = [](void* pointer) { return static_cast<Element*>(pointer); };
+    const Backward<Element> p{inputs<Element>(T, H, r, w, k, v, u, s0), saved, static_cast<const Element*>(dy), dsT,
+                              workspace, out(dr), dw, out(dk), out(dv), du, ds0};
+    const int64_t parts = B * H * segments(T);
+    struct Step {
+      void (*kernel)(Backward<Element>);
+      int64_t blocks;
+    };
+    const Step steps[] = {{backward_values_kernel<Element, kN, D>, B * H},
+                          {backward_keys_kernel<Element, kN, D>, parts},
+                          {backward_receptance_kernel<Element, kN, D>, parts},
+                          {backward_decay_kernel<Element, kN, D>,
+                           (D == Decay::kPerToken ? parts : B * H) * column_blocks}};
+    for (const Step& step : steps) {
+      const int status = launch(step.kernel, step.blocks, Layout<kN>::kThreads, static_cast<cudaStream_t>(stream), p);
+      if (status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
+  });
+}
+
+}  // namespace wkv

@@ -1,0 +1,77 @@
+"""RWKV-5 (x052, Eagle): time mix and channel mix.
+
+Notable: the decay is a parameter, constant over time; the current token enters the output with a bonus u
+(`time_faaaa`) before it enters the state; `time_mix_*` is the share of the current token, not of the previous one as in
+later generations.
+
+Sizes: B batch, T tokens, C channels, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_bone.checkpoint import Architecture
+from rwkv_bone.models.layers import HeadNorm, Linear, token_shift
+from rwkv_bone.ops.wkv6 import wkv5
+
+# Upstream divides by 8 and then uses eps 1e-5, which is the same as eps 64e-5 without the division.
+GROUP_NORM_EPS = 64e-5
+
+
+class TimeMix(nn.Module):
+    unused = ()
+
+    def __init__(self, arch: Architecture, layer: int, op: str):
+        super().__init__()
+        C, H, N = arch.n_embd, arch.n_head, arch.head_size
+        self.n_head, self.head_size, self.op = H, N, op
+        for name in "kvrg":
+            setattr(self, f"time_mix_{name}", nn.Parameter(torch.empty(1, 1, C)))
+        self.time_decay = nn.Parameter(torch.empty(H, N))
+        self.time_faaaa = nn.Parameter(torch.empty(H, N))
+        self.receptance = Linear(C, C)
+        self.key = Linear(C, C)
+        self.value = Linear(C, C)
+        self.gate = Linear(C, C)
+        self.output = Linear(C, C)
+        self.ln_x = HeadNorm(H, C, GROUP_NORM_EPS)
+
+    def forward(
+        self, x: Tensor, shared: None, last: Tensor | None, state: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, None, Tensor | None]:
+        """x [B, T, C], last [B, C], state [B, H, N, N] -> (output [B, T, C], None, state)."""
+        B, T, C = x.shape
+        heads = (B, T, self.n_head, self.head_size)
+        previous = token_shift(x, last)
+        xk, xv, xr, xg = (torch.lerp(previous, x, getattr(self, f"time_mix_{name}").to(x.dtype)) for name in "kvrg")
+        r, k, v = (y.view(heads) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
+        g = F.silu(self.gate(xg))
+        y, state = wkv5(r=r, w=self.time_decay, k=k, v=v, u=self.time_faaaa, state=state, output_state=True, op=self.op)
+        y = self.ln_x(y.reshape(B, T, C))
+        return self.output(y * g), None, state if return_state else None
+
+
+class ChannelMix(nn.Module):
+    def __init__(self, arch: Architecture, layer: int):
+        super().__init__()
+        C = arch.n_embd
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
+        self.key = Linear(C, arch.dim_ffn)
+        self.receptance = Linear(C, C)
+        self.value = Linear(arch.dim_ffn, C)
+
+    def forward(self, x: Tensor, last: Tensor | None) -> Tensor:
+        """x [B, T, C], last [B, C] -> [B, T, C]."""
+        previous = token_shift(x, last)
+        xk = torch.lerp(previous, x, self.time_mix_k.to(x.dtype))
+        xr = torch.lerp(previous, x, self.time_mix_r.to(x.dtype))
+        return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)).square())
+
+
+def lr_scale(key: str) -> float:
+    """Upstream trains the decay at twice and the bonus at three times the learning rate."""
+    return 2.0 if key.endswith("time_decay") else 3.0 if key.endswith("time_faaaa") else 1.0

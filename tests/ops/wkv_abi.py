@@ -1,0 +1,82 @@
+"""Calls an operator's library through its C interface (`cuda/README.md`) on CPU tensors. All outputs start as NaN."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+INPUTS = {"wkv5": "rwkvu", "wkv6": "rwkvu", "wkv7": "rwkvab"}  # in the interface's order, each of one letter
+
+Case = dict[str, Tensor | None]  # as the make_case functions of wkv_inputs and wkv6_inputs give it
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+class Library:
+    """The functions of one operator ("wkv5", "wkv6" or "wkv7") of a shared library; `raw` is the library itself."""
+
+    def __init__(self, path: Path | str, operator: str):
+        self.raw, self.operator, self.inputs = ctypes.CDLL(str(path)), operator, INPUTS[operator]
+        start = [INT, *[SIZE] * 4, *[POINTER] * (len(self.inputs) + 1)]  # dtype; B, T, H, N; inputs and s0
+        end = [INT, POINTER]  # device, stream
+        self.function("forward").argtypes = [*start, *[POINTER] * 3, *end]  # y sT saved
+        # saved dy dsT workspace, gradients of inputs and s0
+        self.function("backward").argtypes = [*start, *[POINTER] * (4 + len(self.inputs) + 1), *end]
+        for name in ("saved_floats", "workspace_floats"):
+            self.function(name).argtypes, self.function(name).restype = [SIZE] * 4, SIZE
+        self.function("error").restype = ctypes.c_char_p
+
+    def function(self, name: str):
+        return getattr(self.raw, f"{self.operator}_{name}")
+
+    def error(self, code: int) -> str:
+        return self.function("error")(code).decode()
+
+    def call(self, name: str, case: Case, *tensors: Tensor | None) -> None:
+        """forward or backward of `case`, with the tensors that follow s0 in the interface."""
+        code = self.function(name)(*self.problem(case), *map(pointer, tensors), 0, None)
+        assert code == 0, self.error(code)
+
+    def problem(self, case: Case) -> tuple:
+        """The arguments that begin both calls. `case` must outlive the call."""
+        r = case["r"]
+        return DTYPES[r.dtype], *r.shape, *(pointer(case[name]) for name in (*self.inputs, "state"))
+
+    def scratch(self, case: Case) -> tuple[Tensor, Tensor]:
+        """What forward saves for backward, and backward's workspace."""
+        saved, workspace = (self.function(name)(*case["r"].shape) for name in ("saved_floats", "workspace_floats"))
+        return poisoned((saved,)), poisoned((workspace,))
+
+    def gradients(self, case: Case) -> dict[str, Tensor]:
+        """Outputs of backward in the interface's order, as it wants them: a row per sequence of what all share."""
+        r = case["r"]
+        B, _, H, N = r.shape
+        outputs = {}
+        for name in self.inputs:
+            dtype = r.dtype if name not in "wu" else torch.float32
+            outputs[f"d{name}"] = poisoned(tuple(r.shape) if case[name].dim() == 4 else (B, H, N), dtype)
+        return {**outputs, "dstate0": poisoned((B, H, N, N))}
+
+    def run(self, case: Case) -> dict[str, Tensor]:
+        """y, state and every gradient, named and shaped as the `reference_gradients` functions do it."""
+        r = case["r"]
+        B, _, H, N = r.shape
+        saved, workspace = self.scratch(case)
+        y, state = poisoned(tuple(r.shape), r.dtype), poisoned((B, H, N, N))
+        self.call("forward", case, y, state, saved)
+        outputs = self.gradients(case)
+        self.call("backward", case, saved, case["dy"], case["dstate"], workspace, *outputs.values())
+        summed = {name: x.sum(0) for name, x in outputs.items() if x.dim() == 3}
+        return {"y": y, "state": state, **outputs, **summed}
