@@ -68,6 +68,25 @@ def test_the_field_script_for_pretraining_says_that_every_weight_is_trained(caps
     assert any("read as --peft none" in note for note in notes_of(capsys))
 
 
+def test_the_field_script_for_state_tuning(capsys):
+    config = parse("--load_model m --data_file d --train_type state --my_testing x060")
+    assert config.adapter.kind == "state"
+    config = parse("--load_model m --data_file d --state_tune 1")
+    assert config.adapter.kind == "state"
+    assert any("--peft state" in note for note in notes_of(capsys))
+    config = parse("--load_model m --data_file d --peft bone --train_type state --train_parts ln")
+    assert (config.adapter.kind, config.adapter.train_parts) == ("bone", ("ln", "state"))
+
+
+def test_the_field_script_for_infinite_context(capsys):
+    config = parse("--load_model m --data_file d --peft bone --train_type infctx --chunk_ctx 1024 --ctx_len 16384")
+    assert (config.model.chunk_ctx, config.data.ctx_len) == (1024, 16384)
+    assert parse("--load_model m --data_file d --peft bone --train_type infctx").model.chunk_ctx == 512
+    assert any("exact gradient" in note for note in notes_of(capsys))
+    with pytest.raises(UserError, match="--train_type rlhf: expected none, state or infctx"):
+        parse("--load_model m --data_file d --train_type rlhf")
+
+
 def test_an_adapter_config_without_peft_still_trains_the_adapter():
     config = parse("--load_model m --data_file d --bone_config", '{"bone_mode":"bat","bone_r":8}')
     assert config.adapter.kind == "bat"
@@ -86,7 +105,7 @@ def test_every_argument_of_the_field_is_understood(argument, capsys):
 @pytest.mark.parametrize(
     "words, reason",
     [
-        ("--pre_ffn 1", "every block of RWKV-7"),
+        ("--pre_ffn 1", "every block"),
         ("--head_qk 64", "headQK"),
         ("--tiny_att_dim 32", "tiny attention"),
         ("--my_pos_emb 1024", "position"),
@@ -102,13 +121,9 @@ def test_every_argument_of_the_field_is_understood(argument, capsys):
         ("--data_shuffle 0", "shuffled"),
         ("--sft_split train[:1000]", "cut the file"),
         ("--quant nf4", "not supported yet"),
-        ("--state_tune", "not supported yet"),
-        ("--train_type infctx", "not supported yet"),
-        ("--train_type state", "not supported yet"),
         ("--optim adam_mini", "AdamW"),
         ("--peft lora", "not supported yet"),
         ("--peft pissa", "not supported yet"),
-        ("--peft state", "not supported yet"),
         ("--precision fp16", "overflows"),
         ("--precision tf32", "bf16 or fp32"),
         ("--precision 32", "fp32"),

@@ -74,7 +74,7 @@ def test_merged_model_matches_adapted_model(files, kind, dtype, tolerance, suffi
         f"{kind}, r 8, step 7",
         "12 weights",
         "att.key",
-        "largest difference",
+        "differ from base + adapter by",
         f"{output.stat().st_size:,} bytes",
     ):
         assert words in report
@@ -208,9 +208,18 @@ def test_a_file_that_reads_back_differently_is_not_kept(files, monkeypatch):
     assert left_behind(paths) == set()
 
 
+def test_a_merge_whose_weights_compute_something_else_is_not_kept(files, monkeypatch):
+    paths = files()
+    monkeypatch.setattr(BoneLinear, "merged", staticmethod(lambda weight, bone: weight.clone()))
+    with pytest.raises(AssertionError, match="blocks.0.att.receptance.weight: merged weight and adapter layer differ"):
+        merge_files(config(paths))
+    assert left_behind(paths) == set()
+
+
 def test_a_merge_whose_logits_differ_is_not_kept(files, monkeypatch):
     paths = files()
     monkeypatch.setattr(BoneLinear, "merged", staticmethod(lambda weight, bone: weight.clone()))
+    monkeypatch.setattr(merging, "verify_formula", lambda *_: None)
     with pytest.raises(UserError, match="more than the .* that rounding to float32 explains"):
         merge_files(config(paths))
     assert left_behind(paths) == set()
@@ -244,7 +253,7 @@ def test_merge_py_needs_no_training_stack_and_no_compiler(files):
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.splitlines()[-1].split())
     assert {"lightning", "deepspeed", "bitsandbytes", "peft", "transformers"} & loaded == set()
-    assert paths[2].exists() and "largest difference" in done.stdout
+    assert paths[2].exists() and "differ from base + adapter" in done.stdout
 
 
 def test_merge_py_answers_a_mistake_with_a_sentence_and_status_2(files):

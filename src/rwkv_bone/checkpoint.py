@@ -76,13 +76,13 @@ class Architecture:
 
 
 def param_part(key: str) -> str:
-    """The part a checkpoint key belongs to: emb, head, ln, projection, or time (all else inside att and ffn)."""
+    """The part a key belongs to: emb, head, ln, projection, state, or time (all else inside att and ffn)."""
     segments = key.split(".")
     if segments[0] in ("emb", "head"):
         return segments[0]
     if any(segment.startswith("ln") for segment in segments[:-1]):
         return "ln"
-    return "projection" if segments[-1] == "weight" else "time"
+    return {"weight": "projection", "time_state": "state"}.get(segments[-1], "time")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:

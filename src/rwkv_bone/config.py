@@ -12,9 +12,9 @@ from typing import Any
 
 from rwkv_bone.errors import UserError
 
-PEFT_KINDS = ("none", "bone")
+PEFT_KINDS = ("none", "bone", "state")
 BONE_MODES = ("bone", "bat")
-TRAIN_PARTS = ("emb", "head", "ln", "time")
+TRAIN_PARTS = ("emb", "head", "ln", "time", "state")
 OPERATORS = ("auto", "cuda", "cpu", "torch")
 ACCELERATORS = ("auto", "gpu", "cpu")
 STRATEGIES = (
@@ -64,11 +64,15 @@ class ModelConfig:
     head_size: int = knob(0, "head size; 0 = read from the checkpoint (from scratch: 64)")
     my_testing: str = knob("", "generation, x070 for RWKV-7; empty = read from the checkpoint, else checked against it")
     op: str = knob("auto", "WKV operator", OPERATORS)
+    chunk_ctx: int = knob(0, "run sequences in chunks of so many tokens, with the exact gradient; 0 = whole")
+    bptt_chunks: int = knob(0, "with chunk_ctx: cut the gradient after so many chunks; 0 = never, exact")
     grad_cp: bool = knob(False, "recompute each block in backward: less memory, about a third more time")
 
     def __post_init__(self):
         _check_choices(self)
-        _check_at_least(self, 0, "n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size")
+        _check_at_least(self, 0, "n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size", "chunk_ctx", "bptt_chunks")
+        if self.bptt_chunks and not self.chunk_ctx:
+            raise UserError("--bptt_chunks cuts the gradient between chunks: give --chunk_ctx too, or remove it")
         if not self.load_model and not (self.n_layer and self.n_embd and self.vocab_size):
             raise UserError(
                 "--load_model is empty: name a checkpoint, or give --n_layer, --n_embd and --vocab_size "
@@ -78,12 +82,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    peft: str = knob("bone", "what is trained: an adapter, or (none) every weight", PEFT_KINDS)
+    peft: str = knob("bone", "what is trained: an adapter, the initial state, or (none) every weight", PEFT_KINDS)
     bone_mode: str = knob("bone", "bone (linear) or bat (row form, the delta also depends on the weight)", BONE_MODES)
     bone_r: int = knob(64, "block size r: trainable parameters grow with it")
     bone_load: str = knob("", "adapter to continue from")
     targets: tuple[str, ...] = knob((), "projections to adapt, such as att.key ffn; empty = all of att and ffn")
-    train_parts: tuple[str, ...] = knob((), "base parameters to train too", TRAIN_PARTS)
+    train_parts: tuple[str, ...] = knob((), "what to train besides: base parameters, the initial state", TRAIN_PARTS)
 
     def __post_init__(self):
         _check_choices(self)
@@ -93,10 +97,13 @@ class AdapterConfig:
                 if getattr(self, name):
                     raise UserError(f"--{name} has no meaning with --peft none, which trains every weight: remove one")
 
+        if self.peft == "state" and self.targets:
+            raise UserError("--targets has no meaning with --peft state, which adapts no projection: remove one")
+
     @property
     def kind(self) -> str:
-        """The adapter's registry name: `bone`, `bat`, or `none`."""
-        return self.bone_mode if self.peft == "bone" else "none"
+        """The adapter's registry name, `bone` or `bat`; or `state`, or `none`."""
+        return self.bone_mode if self.peft == "bone" else self.peft
 
 
 @dataclass(frozen=True)

@@ -30,19 +30,18 @@ SHUFFLED = "the order of the data follows from --random_seed alone"
 NOT_YET = "not supported yet"
 LORA_LATER = "LoRA and PiSSA are not supported yet; --peft bone is"
 QUANT_LATER = "quantised base weights are not supported yet"
-STATE_LATER = "state tuning and infinite context are not supported yet"
 
 IGNORED = {
-    "pre_ffn": Ignored("every block of RWKV-7 has its time mix", ZERO),
-    "head_qk": Ignored("RWKV-7 has no headQK layer", ZERO),
-    "tiny_att_dim": Ignored("RWKV-7 has no tiny attention", ZERO),
-    "tiny_att_layer": Ignored("RWKV-7 has no tiny attention; --tiny_att_dim decides"),
-    "my_pos_emb": Ignored("RWKV-7 has no position embedding", ZERO),
+    "pre_ffn": Ignored("every block has its time mix", ZERO),
+    "head_qk": Ignored("there is no headQK layer", ZERO),
+    "tiny_att_dim": Ignored("there is no tiny attention", ZERO),
+    "tiny_att_layer": Ignored("there is no tiny attention; --tiny_att_dim decides"),
+    "my_pos_emb": Ignored("there is no position embedding", ZERO),
     "my_ffn_shift": Ignored("the token shift is one position", ONE),
     "my_att_shift": Ignored("the token shift is one position", ONE),
-    "head_size_divisor": Ignored("RWKV-7 fixes it at 8 (the epsilon of ln_x)", ("8",)),
+    "head_size_divisor": Ignored("it is fixed at 8 (the epsilon of ln_x)", ("8",)),
     "dropout": Ignored("there is no dropout here", ZERO),
-    "layerwise_lr": Ignored("RWKV-7's w0 always learns at twice the rate, all else at the rate given", ONE),
+    "layerwise_lr": Ignored("each parameter has upstream's multiple of the rate (w0 of RWKV-7: 2)", ONE),
     "weight_decay_final": Ignored("the weight decay is constant, --weight_decay", ("-1",)),
     "my_pile_version": Ignored(PILE),
     "my_pile_stage": Ignored(PILE, ZERO),
@@ -61,9 +60,6 @@ IGNORED = {
     "lora_config": Ignored("only --peft lora reads it, which is not supported yet"),
     "pissa_config": Ignored("only --peft pissa reads it, which is not supported yet"),
     "quant": Ignored(QUANT_LATER, ("none",)),
-    "state_tune": Ignored(STATE_LATER, ("0", "false")),
-    "train_type": Ignored(STATE_LATER, ("none",)),
-    "chunk_ctx": Ignored("only --train_type infctx reads it, which is not supported yet"),
     "optim": Ignored("the optimiser is AdamW", ("none", "adam", "adamw")),
     "fla": Ignored("--op chooses the WKV operator"),
     "fused_kernel": Ignored("--op chooses the WKV operator"),
@@ -74,15 +70,15 @@ IGNORED = {
     "enable_progress_bar": Ignored("the progress bar is always shown", ("1", "true", "")),
 }
 BLOCK_FLAGS = ("bone_config", "disha_config", "peft_config")
-TRAIN_FLAGS = (*IGNORED, *BLOCK_FLAGS, "dim_att")
+TRAIN_FLAGS = (*IGNORED, *BLOCK_FLAGS, "dim_att", "train_type", "state_tune")
 
-NO_FP16 = "fp16 overflows in RWKV-7 and is not supported: use bf16, or fp32"
+NO_FP16 = "fp16 overflows in RWKV and is not supported: use bf16, or fp32"
 VALUES = {  # flag of ours -> a value of theirs -> what it means, or why it is refused
     "peft": {
         "disha": Means("bone", "DiSHA and MiSS are other names of Bone"),
         "miss": Means("bone", "DiSHA and MiSS are other names of Bone"),
         **dict.fromkeys(("lora", "pissa"), LORA_LATER),
-        **dict.fromkeys(("state", "adalora", "prefix"), NOT_YET),
+        **dict.fromkeys(("adalora", "prefix"), NOT_YET),
     },
     "precision": {
         **dict.fromkeys(("bf16-true", "bf16-mixed"), Means("bf16", "frozen weights bf16, trained ones fp32")),
@@ -128,12 +124,14 @@ def translate_train(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 notes.append(f"--{name} names no mode: bone; RWKV-PEFT before bone_mode trained what is now called bat")
             for key, value in settings.items():
                 _set(given, key, value, f"--{name}")
+    given, said = _train_type(given)
+    notes += said
     if "dim_att" in given:
         width = given.pop("dim_att")
         if not width.isdecimal():
             raise UserError(f"--dim_att {width}: expected a whole number")
         if int(width):
-            _set(given, "n_embd", int(width), "--dim_att")  # RWKV-7's time mix is as wide as the model
+            _set(given, "n_embd", int(width), "--dim_att")  # the time mix is as wide as the model
     given, ignored = _ignore(given, IGNORED)
     notes += ignored
     if theirs and "config" not in given:
@@ -205,6 +203,26 @@ def _block_config(flag: str, text: str) -> dict[str, Any]:
         if type(config.get(key, kind())) is not kind:
             raise UserError(f"--{flag}: {key} {json.dumps(config[key])}: expected {what}")
     return {f"bone_{key}": value for key, value in config.items()}
+
+
+def _train_type(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`--train_type state` (or `--state_tune 1`) and `--train_type infctx` under our names."""
+    given, notes = dict(given), []
+    kind = given.pop("train_type", "none")
+    tuned = given.pop("state_tune", "0").lower()
+    if kind not in ("none", "", "state", "infctx"):
+        raise UserError(f"--train_type {kind}: expected none, state or infctx")
+    if kind == "state" or tuned in ("1", "true"):
+        if given.get("peft", "none") in ("none", "state"):
+            given["peft"] = "state"
+            notes.append("state tuning is --peft state here: the initial state is trained and nothing else")
+        else:
+            given["train_parts"] = tuple(dict.fromkeys((*given.get("train_parts", ()), "state")))
+            notes.append("state tuning beside an adapter is --train_parts state here")
+    if kind == "infctx" and not given.get("chunk_ctx"):
+        given["chunk_ctx"] = 512
+        notes.append("--train_type infctx is --chunk_ctx here: chunks of 512 tokens, with the exact gradient")
+    return given, notes
 
 
 def _set(given: dict[str, Any], name: str, value: Any, source: str) -> None:

@@ -64,7 +64,7 @@ def test_an_adapter_of_some_layers_names_them_one_by_one():
         (
             bones(*EVERY_KEY) | {"blocks.0.ln1.weight": torch.ones(31)},
             {},
-            r"ln1.weight is \[31\], in the base it is \[32\]",
+            r"ln1.weight is \[31\], for the base it would be \[32\]",
         ),
         (bones(*EVERY_KEY) | {"blocks.0.att.key.weight": torch.ones(32, 32)}, {}, "both whole and with an adapter"),
         ({"blocks.9.att.key.bone": torch.ones(8, 32)}, {}, "blocks.9.att.key.weight, which the base does not have"),

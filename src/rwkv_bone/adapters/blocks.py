@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-SMALLEST_CHUNK_CPU, SMALLEST_CHUNK_GPU = 64, 2048  # rows that keep the device busy
+SMALLEST_CHUNK_CPU = 64 * 2560  # elements: fewer, and calls cost more than the arithmetic in them
+SMALLEST_CHUNK_GPU = 2048 * 2560
 
 
 def blocks(x: Tensor, r: int) -> Tensor:
@@ -38,7 +39,8 @@ def tile_add_(x: Tensor, side: Tensor) -> Tensor:
 
 
 def token_chunks(x: Tensor, count: int) -> Iterator[slice]:
-    """At most `count` ranges that cover the rows of x [T, ...], fewer where they would be too small for the device."""
-    rows = x.shape[0]
-    step = max(SMALLEST_CHUNK_CPU if x.device.type == "cpu" else SMALLEST_CHUNK_GPU, -(-rows // count))
+    """At most `count` ranges that cover the rows of x [T, n], fewer where they would be too small for the device."""
+    rows, width = x.shape
+    smallest = SMALLEST_CHUNK_CPU if x.device.type == "cpu" else SMALLEST_CHUNK_GPU
+    step = max(-(-rows // count), smallest // width, 1)
     return (slice(start, start + step) for start in range(0, rows, step))

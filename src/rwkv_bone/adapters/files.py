@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rwkv_bone import checkpoint
-from rwkv_bone.adapters.inject import Injection, inject, load_adapter, target_name, unfreeze
+from rwkv_bone.adapters.inject import STATE, Injection, inject, load_adapter, target_name, unfreeze
 from rwkv_bone.adapters.registry import ADAPTERS
 from rwkv_bone.errors import UserError
 
@@ -51,7 +51,7 @@ def read_adapter(
             asked = f"{metadata['kind'] if kind == 'auto' else kind} with r {r or metadata['r']}"
             raise UserError(f"adapter {path} is {metadata['kind']} with r {metadata['r']}, the flags say {asked}")
         kind, r = metadata["kind"], metadata["r"]
-        if kind not in ADAPTERS or metadata.get("blocks", "in") != "in":
+        if kind not in (*ADAPTERS, STATE) or metadata.get("blocks", "in") != "in":
             raise UserError(f"{path}: kind {kind!r} with blocks {metadata.get('blocks')!r} is unknown to this version")
     shapes = {key: tuple(tensor.shape) for key, tensor in base.items()}
     try:
@@ -97,12 +97,17 @@ def infer_adapter(
     """(kind, r, targets, extra keys) of adapter tensors, from their shapes beside the base's.
 
     A 2-D tensor [r, out] is Bone; a 3-D tensor [in/r, r, r] is Bat, on square weights too, where PEFT's blocks along
-    the outputs have the same shape: no file of the field holds those. A given kind or r must agree. UserError when a
-    tensor fits no layer of the base, is of a form that is not supported, or could be read in two ways.
+    the outputs have the same shape: no file of the field holds those. Tensors of the initial state alone are of the
+    kind `state`. A given kind or r must agree. UserError when a tensor fits no layer of the base, is of a form that is
+    not supported, or could be read in two ways.
     """
     bones = {key.removesuffix(SUFFIX): tuple(tensor.shape) for key, tensor in state.items() if key.endswith(SUFFIX)}
     extra = [key for key in state if not key.endswith(SUFFIX)]
     _check_names(bones, extra, state, base_shapes)
+    if not bones:
+        if kind not in ("auto", STATE):
+            raise UserError(f"it was to be read as {kind}, but it holds an initial state and no adapter")
+        return STATE, 0, [], extra
     dims = {len(shape) for shape in bones.values()}
     if len(dims) > 1 or not dims <= KIND_OF_DIMS.keys():
         raise UserError(f"its adapter tensors have {sorted(dims)} dimensions: expected all 2 (bone) or all 3 (bat)")
@@ -137,19 +142,27 @@ def _check_names(
     base_shapes: Mapping[str, Sequence[int]],
 ) -> None:
     for key in extra:
-        if key not in base_shapes:
+        expected = _state_shape(key, base_shapes) if checkpoint.param_part(key) == STATE else base_shapes.get(key)
+        if expected is None:
             raise UserError(f"{key} is neither an adapter tensor (<module>{SUFFIX}) nor a tensor of the base")
-        if tuple(state[key].shape) != tuple(base_shapes[key]):
-            raise UserError(f"{key} is {list(state[key].shape)}, in the base it is {list(base_shapes[key])}")
+        if tuple(state[key].shape) != tuple(expected):
+            raise UserError(f"{key} is {list(state[key].shape)}, for the base it would be {list(expected)}")
         if key.removesuffix(".weight") in bones:
             raise UserError(f"{key} is there both whole and with an adapter: expected one of them")
-    if not bones:
+    if not bones and not (extra and all(checkpoint.param_part(key) == STATE for key in extra)):
         raise UserError(
             f"it has no tensor named <module>{SUFFIX} or <module>{LEGACY_SUFFIX}: not a Bone or Bat adapter"
         )
     for module in bones:
         if len(base_shapes.get(f"{module}.weight", ())) != 2:
             raise UserError(f"{module}{SUFFIX} belongs to {module}.weight, which the base does not have")
+
+
+def _state_shape(key: str, base_shapes: Mapping[str, Sequence[int]]) -> tuple[int, int, int] | None:
+    """[H, N, N] of the initial state `key` of a layer, None if the base has no such layer."""
+    layer = key.removesuffix("time_state")
+    heads = base_shapes.get(f"{layer}r_k") or base_shapes.get(f"{layer}time_faaaa")
+    return None if heads is None else (heads[0], heads[1], heads[1])
 
 
 def _targets(bones: Mapping[str, tuple[int, ...]], base_shapes: Mapping[str, Sequence[int]]) -> list[str]:
@@ -169,6 +182,8 @@ def apply_adapter_file(model: nn.Module, path: str | Path, base: Mapping[str, Te
 
 def apply_adapter(model: nn.Module, adapter: AdapterFile) -> None:
     """Put an adapter into a model that holds its base."""
+    if any(checkpoint.param_part(key) == STATE for key in adapter.extra):
+        model.add_time_state()
     inject(model, kind=adapter.kind, r=adapter.r, targets=adapter.targets)
     unfreeze(model, adapter.extra)
     load_adapter(model, adapter.state, f"adapter {adapter.path}")

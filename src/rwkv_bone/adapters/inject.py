@@ -14,6 +14,8 @@ from rwkv_bone.checkpoint import match_keys, param_part
 from rwkv_bone.config import TRAIN_PARTS
 from rwkv_bone.errors import UserError
 
+STATE = "state"  # the part that is not in a base checkpoint, and the kind that trains it alone
+
 
 @dataclass
 class Count:
@@ -69,14 +71,18 @@ def inject(
 ) -> Injection:
     """Replace projections by adapter layers, freeze everything else, and unfreeze the base's `train_parts`.
 
-    kind: a name in ADAPTERS. r: block size. targets: names as `matches` reads them, such as att.key, ffn or head;
-    empty or None = every projection under att and ffn. train_parts: emb, head, ln, time; their parameters become fp32.
+    kind: a name in ADAPTERS, or `state`: no adapter, the initial state is trained. r: block size. targets: names as
+    `matches` reads them, such as att.key, ffn or head; empty or None = every projection under att and ffn.
+    train_parts: emb, head, ln, time, whose parameters become fp32, and state, which the model gets if it has none.
     UserError for a target or part that does not exist, and for an r that does not fit a layer; the model is then
     unchanged.
     """
-    if kind not in ADAPTERS:
+    if kind == STATE:
+        chosen, r, train_parts = {}, 0, {*train_parts, STATE}
+    elif kind in ADAPTERS:
+        chosen = _choose(model, list(targets or ()))
+    else:
         raise UserError(f"--bone_mode {kind}: expected one of {', '.join(ADAPTERS)}")
-    chosen = _choose(model, list(targets or ()))
     keys = _part_keys(model, train_parts)
     for name, linear in chosen.items():
         if f"{name}.weight" in keys:
@@ -84,6 +90,9 @@ def inject(
         ADAPTERS[kind].check(linear.in_features, linear.out_features, r, name)
 
     injection = Injection(kind, r, total=sum(parameter.numel() for parameter in model.parameters()))
+    if STATE in train_parts:
+        model.add_time_state()
+        keys |= {key for key, _ in model.named_parameters() if param_part(key) == STATE}
     model.requires_grad_(False)
     for name, linear in chosen.items():
         layer = ADAPTERS[kind](linear, r, name)
@@ -120,7 +129,7 @@ def _choose(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
 def _part_keys(model: nn.Module, train_parts: Collection[str]) -> set[str]:
     unused = model.unused_keys() if hasattr(model, "unused_keys") else set()
     keys: set[str] = set()
-    for part in train_parts:
+    for part in set(train_parts) - {STATE}:
         if part not in TRAIN_PARTS:
             raise UserError(f"--train_parts {part}: expected any of {', '.join(TRAIN_PARTS)}")
         found = {key for key, _ in model.named_parameters() if param_part(key) == part} - unused

@@ -50,6 +50,33 @@ class HeadNorm(nn.Module):
         return rows.view_as(x)
 
 
+class StatefulMix(nn.Module):
+    """Base of every generation's TimeMix: knows the state that a document starts from.
+
+    `time_state` [H, N, N] (rows = value index, columns = key index, as in the field's state files) is absent, which
+    means zeros, unless `add_time_state` puts it there.
+    """
+
+    def __init__(self, n_head: int, head_size: int):
+        super().__init__()
+        self.n_head, self.head_size = n_head, head_size
+        self.register_parameter("time_state", None)
+
+    def add_time_state(self) -> None:
+        """Give this layer an initial state of zeros, fp32, unless it has one."""
+        if self.time_state is not None:
+            return
+        shape = (self.n_head, self.head_size, self.head_size)
+        device = next(self.parameters()).device
+        self.time_state = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+
+    def start(self, state: Tensor | None, batch: int) -> Tensor | None:
+        """`state` [B, H, N, N] if a sequence goes on, otherwise the initial state for each of `batch` sequences."""
+        if state is not None or self.time_state is None:
+            return state
+        return self.time_state.float().expand(batch, -1, -1, -1)
+
+
 class Embedding(nn.Embedding):
     """ids [B, T] -> [B, T, C] in `dtype`."""
 

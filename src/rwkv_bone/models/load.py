@@ -20,10 +20,16 @@ def load_base_into(
 ) -> None:
     """Give the model the checkpoint's tensors, strictly: every key and shape must match (else UserError).
 
-    With `dtype` they are converted; without, they stay what the file holds (mapped, nothing is copied).
+    With `dtype` they are converted; without, they stay what the file holds (mapped, nothing is copied). A checkpoint
+    that carries a trained initial state keeps it, in fp32.
     """
+    if any(checkpoint.param_part(key) == "state" for key in state):
+        model.add_time_state()
     checkpoint.match_keys(model.state_dict(), state, source)
-    tensors = {key: tensor.to(dtype) if dtype else tensor for key, tensor in state.items()}
+    tensors = {}
+    for key, tensor in state.items():
+        wanted = torch.float32 if checkpoint.param_part(key) == "state" else dtype
+        tensors[key] = tensor.to(wanted) if wanted else tensor
     model.load_state_dict(tensors, strict=True, assign=True)
 
 

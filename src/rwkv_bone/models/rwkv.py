@@ -24,9 +24,9 @@ GENERATIONS = {5: v5, 6: v6, 7: v7}
 class LayerState(NamedTuple):
     """What one block carries from one piece of a sequence to the next."""
 
-    att_shift: Tensor  # [B, C], the last input row of the time mix
+    att_shift: Tensor  # [B, C] fp32, the last input row of the time mix
     wkv: Tensor  # [B, H, N, N] fp32, rows = value index, columns = key index
-    ffn_shift: Tensor  # [B, C], the last input row of the channel mix
+    ffn_shift: Tensor  # [B, C] fp32, the last input row of the channel mix
 
 
 class Block(nn.Module):
@@ -51,7 +51,7 @@ class Block(nn.Module):
         x = x + mixed
         cells = self.ln2(x)
         x = x + self.ffn(cells, ffn_shift)
-        return x, shared, LayerState(rows[:, -1], wkv, cells[:, -1]) if return_state else None
+        return x, shared, LayerState(rows[:, -1].float(), wkv, cells[:, -1].float()) if return_state else None
 
 
 class RWKV(nn.Module):
@@ -98,6 +98,11 @@ class RWKV(nn.Module):
         else:
             result = adapted_head_loss(self.head, hidden, labels, l2wrap)
         return (result, after) if return_state else result
+
+    def add_time_state(self) -> None:
+        """Give every block that has none an initial state, `blocks.N.att.time_state` [H, N, N], zero and fp32."""
+        for block in self.blocks:
+            block.att.add_time_state()
 
     def unused_keys(self) -> set[str]:
         """Parameters that the checkpoint format holds but the forward never reads: they cannot be trained."""

@@ -14,20 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_bone.checkpoint import Architecture
-from rwkv_bone.models.layers import HeadNorm, Linear, token_shift
+from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift
 from rwkv_bone.ops.wkv6 import wkv5
 
 # Upstream divides by 8 and then uses eps 1e-5, which is the same as eps 64e-5 without the division.
 GROUP_NORM_EPS = 64e-5
 
 
-class TimeMix(nn.Module):
+class TimeMix(StatefulMix):
     unused = ()
 
     def __init__(self, arch: Architecture, layer: int, op: str):
-        super().__init__()
+        super().__init__(arch.n_head, arch.head_size)
         C, H, N = arch.n_embd, arch.n_head, arch.head_size
-        self.n_head, self.head_size, self.op = H, N, op
+        self.op = op
         for name in "kvrg":
             setattr(self, f"time_mix_{name}", nn.Parameter(torch.empty(1, 1, C)))
         self.time_decay = nn.Parameter(torch.empty(H, N))
@@ -44,12 +44,22 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, None, Tensor | None]:
         """x [B, T, C], last [B, C], state [B, H, N, N] -> (output [B, T, C], None, state)."""
         B, T, C = x.shape
+        state = self.start(state, B)
         heads = (B, T, self.n_head, self.head_size)
         previous = token_shift(x, last)
         xk, xv, xr, xg = (torch.lerp(previous, x, getattr(self, f"time_mix_{name}").to(x.dtype)) for name in "kvrg")
         r, k, v = (y.view(heads) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
         g = F.silu(self.gate(xg))
-        y, state = wkv5(r=r, w=self.time_decay, k=k, v=v, u=self.time_faaaa, state=state, output_state=True, op=self.op)
+        y, state = wkv5(
+            r=r,
+            w=self.time_decay,
+            k=k,
+            v=v,
+            u=self.time_faaaa,
+            state=state,
+            output_state=True,
+            op=self.op,
+        )
         y = self.ln_x(y.reshape(B, T, C))
         return self.output(y * g), None, state if return_state else None
 

@@ -14,21 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_bone.checkpoint import Architecture
-from rwkv_bone.models.layers import HeadNorm, Linear, token_shift
+from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift
 from rwkv_bone.ops.wkv6 import wkv6
 
 GROUP_NORM_EPS = 64e-5
 MIXED = "wkvrg"  # the order of the five inputs in time_maa_w1 and time_maa_w2
 
 
-class TimeMix(nn.Module):
+class TimeMix(StatefulMix):
     unused = ()
 
     def __init__(self, arch: Architecture, layer: int, op: str):
-        super().__init__()
+        super().__init__(arch.n_head, arch.head_size)
         C, H, N = arch.n_embd, arch.n_head, arch.head_size
         mix, decay = arch.low_rank["mix"], arch.low_rank["decay"]
-        self.n_head, self.head_size, self.op = H, N, op
+        self.op = op
         for name in ("x", *MIXED):
             setattr(self, f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, C)))
         self.time_maa_w1 = nn.Parameter(torch.empty(C, len(MIXED) * mix))
@@ -49,6 +49,7 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, None, Tensor | None]:
         """x [B, T, C], last [B, C], state [B, H, N, N] -> (output [B, T, C], None, state)."""
         B, T, C = x.shape
+        state = self.start(state, B)
         heads = (B, T, self.n_head, self.head_size)
 
         def param(name: str) -> Tensor:

@@ -16,17 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_bone.checkpoint import Architecture
-from rwkv_bone.models.layers import HeadNorm, Linear, token_shift
+from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift
 from rwkv_bone.ops.wkv7 import wkv7
 
 GROUP_NORM_EPS = 64e-5  # for every head size: upstream's constant, not a formula
 
 
-class TimeMix(nn.Module):
+class TimeMix(StatefulMix):
     def __init__(self, arch: Architecture, layer: int, op: str):
-        super().__init__()
+        super().__init__(arch.n_head, arch.head_size)
         C, H, N, rank = arch.n_embd, arch.n_head, arch.head_size, arch.low_rank
-        self.layer, self.n_head, self.head_size, self.op = layer, H, N, op
+        self.layer, self.op = layer, op
 
         def row() -> nn.Parameter:
             return nn.Parameter(torch.empty(1, 1, C))
@@ -53,6 +53,7 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [B, T, C], v_first [B, T, C] of layer 0, last [B, C], state [B, H, N, N] -> (output, v_first, state)."""
         B, T, C = x.shape
+        state = self.start(state, B)
         heads = (B, T, self.n_head, self.head_size)
 
         def param(name: str) -> Tensor:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
+from rwkv_bone.errors import UserError
+
 
 def clock(seconds: float) -> str:
     """3725 -> `1:02:05`, 65 -> `1:05`."""
@@ -50,13 +52,16 @@ class StepLog(Callback):
         record = asdict(module.window) | {
             "grad_norm": float(trainer.model.get_global_grad_norm()),
             "tokens_per_s": round(module.window.tokens / seconds, 1),
-            "seconds": round(seconds, 4),
+            "seconds": round(seconds, 6),
             "peak_memory_mb": round(peak_memory_mb(module.device), 1),
         }
         self.records.append(record)
         if self._file:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise UserError(f"{self.path} could not be written: {error.strerror}") from error
         if trainer.logger:
             trainer.logger.log_metrics(record, step=record["step"])
 
@@ -101,8 +106,9 @@ class Progress(Callback):
             self.stream.write("\n")
 
 
-def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+def smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average over about a twentieth of the values, at most 50, corrected for its start."""
+    weight = 1 - 1 / min(max(len(values) / 20, 2), 50)
     out, mean = [], 0.0
     for i, value in enumerate(values, start=1):
         mean = weight * mean + (1 - weight) * value

@@ -9,7 +9,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
+import signal
+import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +26,7 @@ from rwkv_bone.adapters import Injection, inject, load_adapter_file
 from rwkv_bone.checkpoint import Architecture, atomic_path
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data import BatchPlan, load_dataset, load_pairs, load_tokenizer
+from rwkv_bone.data.binidx import find_pair
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import RWKV, architecture_from_scratch, build, init_from_scratch, load_base_into
 from rwkv_bone.ops import select_op
@@ -41,6 +45,7 @@ class Prepared:
 
     model: RWKV
     arch: Architecture
+    kernel: str  # one sentence
     injection: Injection | None
     output: Output
 
@@ -49,12 +54,11 @@ def fit(config: TrainConfig) -> Path:
     """Train as `config` says and return the last file of trained parameters; UserError for what a user can mend."""
     silence_libraries()
     main = is_main_process()
-    say = print if main else lambda *_: None
+    say = partial(print, flush=True) if main else lambda *_: None
     device = select_device(config.run.accelerator)
     folder = project.check_folder(config) if main else Path(config.run.proj_dir)
     seed_everything(config.run.random_seed, verbose=False)
-    op, kernel = select_op(config.model.op, torch.device(device))
-    prepared = prepare_model(config, op)
+    prepared = prepare_model(config, torch.device(device))
     dataset = load_dataset(config.data, prepared.arch.vocab_size)
     world_size = config.run.devices * config.run.num_nodes
     plan = BatchPlan(
@@ -71,14 +75,14 @@ def fit(config: TrainConfig) -> Path:
         plan,
         config.run.epoch_count,
         config.optim,
-        grad_cp=config.model.grad_cp,
+        running=config.model,
         offload=offloads(config.run.strategy),
     )
+    for line in header(config, prepared, device, dataset, module):
+        say(line)
     heldout = prepare_heldout(config, prepared.arch, folder, say)
     strategy = make_strategy(config.run, device, trainable=count(prepared.model, trained=True))
     logger = wandb_logger(config, folder, say)
-    for line in header(config, prepared, device, kernel, dataset, module):
-        say(line)
     if main:
         project.clear_folder(folder)
         with atomic_path(folder / project.CONFIG, overwrite=True) as temporary:
@@ -116,8 +120,13 @@ def fit(config: TrainConfig) -> Path:
             # Lightning kill the main process before it has finished writing.
             raise SystemExit(0) from None
         raise
+    except Exception:
+        # The others would wait for this one in their next collective.
+        trainer.strategy.launcher.kill(signal.SIGTERM)
+        raise
     if main:
-        draw_loss(folder / project.PLOT, log.records, heldout and (heldout.before.loss, heldout.after.loss))
+        with atomic_path(folder / project.PLOT, overwrite=True) as temporary:
+            draw_loss(temporary, log.records, heldout and (heldout.before.loss, heldout.after.loss))
         for line in footer(config, folder, save.last_path):
             say(line)
     return save.last_path
@@ -128,7 +137,7 @@ def is_main_process() -> bool:
     return rank_zero_only.rank == 0 and LightningEnvironment().node_rank() == 0
 
 
-def prepare_model(config: TrainConfig, op: str) -> Prepared:
+def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
     """Base model in memory (or mapped), adapter injected, everything that is not trained frozen."""
     dtype = DTYPES[config.run.precision]
     path, kind = config.model.load_model, config.adapter.kind
@@ -136,12 +145,14 @@ def prepare_model(config: TrainConfig, op: str) -> Prepared:
         if kind != "none":
             raise UserError("--load_model is empty: an adapter needs a base model; --peft none trains one from scratch")
         arch, base = architecture_from_scratch(config.model), {}
+        op, kernel = select_op(config.model.op, device, f"wkv{arch.version}")
         model = build(arch, op=op, dtype=dtype)
         init_from_scratch(model, config.run.random_seed)
         dtypes = dict.fromkeys(model.state_dict(), torch.bfloat16)
     else:
         arch, base = checkpoint.load_base(path)
         arch.check(config.model, path)
+        op, kernel = select_op(config.model.op, device, f"wkv{arch.version}")
         with torch.device("meta"):
             model = build(arch, op=op, dtype=dtype)
         # What is trained is trained in fp32; a frozen base is kept in the dtype of the arithmetic.
@@ -159,7 +170,7 @@ def prepare_model(config: TrainConfig, op: str) -> Prepared:
         unused = model.unused_keys()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in unused)
-        return Prepared(model, arch, None, Output(tuple(dtypes), metadata, dtypes))
+        return Prepared(model, arch, kernel, None, Output(tuple(dtypes), metadata, dtypes))
     injection = inject(
         model,
         kind=kind,
@@ -167,10 +178,14 @@ def prepare_model(config: TrainConfig, op: str) -> Prepared:
         targets=config.adapter.targets or None,
         train_parts=config.adapter.train_parts,
     )
+    with torch.no_grad():
+        for key in injection.extra:
+            # From the file's own values, not from their rounding to the arithmetic's dtype.
+            model.get_parameter(key).copy_(base[key])
     if config.adapter.bone_load:
         load_adapter_file(model, config.adapter.bone_load, injection, base=metadata["base"])
     keys = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return Prepared(model, arch, injection, Output(keys, metadata | injection.metadata()))
+    return Prepared(model, arch, kernel, injection, Output(keys, metadata | injection.metadata()))
 
 
 def prepare_heldout(config: TrainConfig, arch: Architecture, folder: Path, say) -> HeldOut | None:
@@ -183,7 +198,7 @@ def prepare_heldout(config: TrainConfig, arch: Architecture, folder: Path, say) 
     dataset = load_dataset(replace(config.data, dataload="pad"), arch.vocab_size, path)
     say(f"held-out  {dataset.lines()[0]}; {len(dataset):,} samples")
     pairs, tokenizer = [], None
-    if config.run.eval_samples:
+    if config.run.eval_samples and find_pair(Path(path)) is None:  # token ids alone have no prompts to answer
         tokenizer = load_tokenizer(config.data.tokenizer, arch.vocab_size)
         pairs = load_pairs(config.data, path, tokenizer)[: config.run.eval_samples]
     return HeldOut(
@@ -207,18 +222,18 @@ def count(model: torch.nn.Module, trained: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
-def header(config: TrainConfig, prepared: Prepared, device: str, kernel: str, dataset, module: TrainingModule):
+def header(config: TrainConfig, prepared: Prepared, device: str, dataset, module: TrainingModule):
     """What was found and what will be done, one fact a line."""
     run, plan = config.run, module.plan
     if device == "cuda":
         where = f"{plan.world_size} x {torch.cuda.get_device_name()}"
     else:
-        where = f"CPU with {os.cpu_count()} cores, {plan.world_size} {'process' if plan.world_size == 1 else 'processes'}"
+        where = f"CPU with {os.cpu_count()} cores, {plan.world_size} process{'es' * (plan.world_size > 1)}"
     offload = ", optimiser on the CPU" if offloads(run.strategy) else ""
     yield f"model     {config.model.load_model or 'from scratch'}: {prepared.arch.describe()}"
     stage = f"DeepSpeed ZeRO stage {zero_stage(run.strategy)}{offload}"
     yield f"device    {where}; {stage}, {run.precision}"
-    yield f"kernel    {kernel}"
+    yield f"kernel    {prepared.kernel}"
     if prepared.injection:
         for line in prepared.injection.lines():
             yield f"adapter   {line}"
@@ -231,6 +246,10 @@ def header(config: TrainConfig, prepared: Prepared, device: str, kernel: str, da
         f"steps     {module.epochs} epochs of {plan.steps_per_epoch:,} optimiser steps; a step is {plan.micro_bsz} "
         f"samples x {plan.accumulate} forward passes x {plan.world_size} devices"
     )
+    if config.model.chunk_ctx:
+        cut = config.model.bptt_chunks
+        gradient = f"cut after every {cut} (--bptt_chunks)" if cut else "exact"
+        yield f"context   sequences run in chunks of {config.model.chunk_ctx} tokens; gradient {gradient}"
     if offloads(run.strategy):
         yield "optimiser DeepSpeed's CPU Adam; it is compiled once, on first use, which takes about 40 s"
 
@@ -240,6 +259,12 @@ def footer(config: TrainConfig, folder: Path, trained: Path):
     yield f"\nresults   {trained}, {folder / project.LOG}, {folder / project.PLOT}"
     if config.adapter.kind == "none":
         return
-    merge = ["python", "merge.py", "--base_model", config.model.load_model]
-    merge += ["--peft_checkpoint", str(trained), "--output", str(folder / "merged.pth")]
-    yield f"next      {shlex.join(merge)}"
+    merge = [from_here(sys.executable), from_here(Path(sys.argv[0]).with_name("merge.py"))]
+    merge += ["--base_model", config.model.load_model, "--peft_checkpoint", str(trained)]
+    yield f"next      {shlex.join([*merge, '--output', str(folder / 'merged.pth')])}"
+
+
+def from_here(path: str | Path) -> str:
+    """A path as one would type it: relative if it lies below the working directory."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative

@@ -15,9 +15,10 @@ from lightning.pytorch import LightningModule
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
-from rwkv_bone.config import OptimConfig
+from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.data import Batch, BatchPlan
 from rwkv_bone.errors import UserError
+from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
 from rwkv_bone.training.schedule import learning_rate
 
@@ -56,10 +57,12 @@ class MicroBatches(Dataset):
 class TrainingModule(LightningModule):
     """Holds the bare model; no name of this class ever reaches a file."""
 
-    def __init__(self, model, plan: BatchPlan, epochs: int, config: OptimConfig, *, grad_cp: bool, offload: bool):
+    def __init__(
+        self, model, plan: BatchPlan, epochs: int, config: OptimConfig, *, running: ModelConfig, offload: bool
+    ):
         super().__init__()
         self.model, self.plan, self.epochs, self.config = model, plan, epochs, config
-        self.grad_cp, self.offload = grad_cp, offload
+        self.running, self.offload = running, offload
         self.total_steps = epochs * plan.steps_per_epoch
         self.window: Window | None = None  # the last one whose step was taken
         self._pending: Window | None = None
@@ -92,11 +95,19 @@ class TrainingModule(LightningModule):
                 f"optimiser step {self._step + 1} has no trained token: every label of {self._rows()} is masked; "
                 "look at these rows, at --loss_mask and at --ctx_len (a response beyond it is cut off)"
             )
-        loss = self.model(batch.ids, labels=batch.labels, l2wrap=self.config.l2wrap, grad_cp=self.grad_cp)
+        loss = self._loss(batch)
         self._sums[self.global_rank * self.plan.accumulate + self._micro] = loss.detach()
         self._sums[-1] += batch.tokens
         # Averaging over ranks divides by world_size and Lightning by accumulate: both are undone here.
         return loss * (self.plan.world_size * self.plan.accumulate / self._trained)
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """Sum over the trained tokens of one micro-batch."""
+        how = {"l2wrap": self.config.l2wrap, "grad_cp": self.running.grad_cp}
+        chunk, cut = self.running.chunk_ctx, self.running.bptt_chunks
+        if chunk:
+            return chunked_loss(self.model, batch.ids, batch.labels, chunk=chunk, bptt_chunks=cut, **how)
+        return self.model(batch.ids, labels=batch.labels, **how)
 
     def on_before_optimizer_step(self, optimizer) -> None:
         """At the end of a window: the true loss over all ranks, or the end of the run if it is not finite."""

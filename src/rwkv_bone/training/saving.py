@@ -72,6 +72,8 @@ class SaveTrained(Callback):
             self._save(trainer, module, f"rwkv-{self.epoch_begin + epoch}-s{step}.pth")
 
     def on_exception(self, trainer, module, exception) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            self.say(f"stopped by the keyboard; last saved: {self.last_path or 'nothing yet (see --save_steps)'}")
         # Only this exception is raised on every rank, so only then can all take part in gathering.
         if isinstance(exception, SaveFailed) or not isinstance(exception, RunStopped) or module.window is None:
             return
