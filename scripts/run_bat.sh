@@ -14,14 +14,14 @@ eval_data=assets/numbers_heldout.jsonl # rows kept out of training, measured bef
 proj_dir=out/bat                       # results: adapters rwkv-N.pth, log, loss curve
 
 bone_mode=bat  # bone: linear; bat: also uses the frozen weight
-bone_r=64      # block size: trainable parameters grow with it
+bone_r=32      # block size: trainable parameters grow with it
 
 ctx_len=128                 # tokens per sample; longer ones are cut
-micro_bsz=16                # samples per device and forward pass; lower it when memory runs out
+micro_bsz=32                # samples per device and forward pass; lower it when memory runs out
 accumulate_grad_batches=1   # forward passes per optimiser step
-epoch_count=2               # times through the data
+epoch_count=3               # times through the data
 epoch_save=1                # save every so many epochs
-lr_init=1e-3                # learning rate after warm-up (large models: 2e-5 to 1e-4)
+lr_init=3e-3                # learning rate after warm-up (large models: 2e-5 to 1e-4)
 lr_final=1e-4               # learning rate at the end
 warmup_steps=10             # optimiser steps of warm-up
 accelerator=auto            # gpu, cpu, or auto: gpu if there is one

@@ -58,6 +58,18 @@ def largest_difference(a: dict, b: dict) -> float:
     return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """One thread a process, since models this small are slower on several; afterwards the environment as it was."""
+    threads, environment = torch.get_num_threads(), dict(os.environ)
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # otherwise Lightning sets its own number
+    yield
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 @pytest.fixture(scope="session")
 def job(tmp_path_factory) -> Job:
     """Bone on a random 2-layer model in fp32: 11 rows, 4 a step, one epoch of 3 steps."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from rwkv_bone import checkpoint, cli
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import fit as fit_module
+from tests.conftest import random_model
 from tests.training.conftest import ROWS, adapter_of, largest_difference, log_of
 
 FIELDS = {
@@ -148,15 +150,41 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(jo
     assert not os.path.exists(job.folder / "file/out")
 
 
-def test_training_every_weight_keeps_the_bases_keys_and_dtypes(job):
-    folder = job.run("full", peft="none", lr_init=1e-3, weight_decay=0.1)
-    base, trained = checkpoint.read_state(job.flags["load_model"]), adapter_of(folder)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_training_every_weight_keeps_the_bases_keys_and_dtypes_and_file(job, dtype):
+    path = job.folder / f"full-{dtype}.pth"
+    checkpoint.write_state(path, random_model(vocab_size=256, dtype=dtype).state_dict())
+    content = path.read_bytes()
+    folder = job.run(f"full-{dtype}", load_model=path, peft="none", lr_init=1e-3, weight_decay=0.1)
+    assert path.read_bytes() == content
+    base, trained = checkpoint.read_state(path), adapter_of(folder)
     assert list(trained) == list(base)
     for key, tensor in trained.items():
         assert tensor.dtype == base[key].dtype and tensor.shape == base[key].shape
     changed = [key for key in base if not torch.equal(base[key], trained[key])]
     assert len(changed) > 0.9 * len(base)
     assert checkpoint.architecture_of(trained) == checkpoint.architecture_of(base)
+
+
+def test_trained_base_parts_start_from_the_files_own_values(job):
+    path = job.folder / "fp32.pth"
+    checkpoint.write_state(path, random_model(vocab_size=256).state_dict())
+    flags = {"load_model": path, "precision": "bf16", "train_parts": "ln"}
+    config = cli.parse_train(job.argv(flags))
+    prepared = fit_module.prepare_model(config, torch.device("cpu"))
+    base, live = checkpoint.read_state(path), dict(prepared.model.named_parameters())
+    assert torch.equal(live["blocks.1.ln1.weight"].detach(), base["blocks.1.ln1.weight"])
+    assert live["blocks.1.att.key.weight"].dtype == torch.bfloat16
+    assert "blocks.1.ln1.weight" in prepared.output.keys and "emb.weight" not in prepared.output.keys
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload"])
+def test_an_offloaded_optimiser_gives_the_same_adapter(job, strategy):
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler to build DeepSpeed's CPU Adam with")
+    reference = job.run(f"reference-{strategy}")
+    folder = job.run(strategy, strategy=strategy)
+    assert largest_difference(adapter_of(folder), adapter_of(reference)) < 2e-5
 
 
 def test_training_from_scratch_on_windows_of_text_gives_a_loadable_bf16_model(job):

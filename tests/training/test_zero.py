@@ -4,6 +4,8 @@ Two real processes, on the CPU, started by Lightning from `python train.py`.
 """
 
 import json
+import shlex
+import subprocess
 
 import pytest
 import torch
@@ -63,6 +65,14 @@ def test_two_processes_save_the_adapter_of_one(whole, stages, stage):
     assert_same_run(folder, whole)
 
 
+def test_the_command_printed_last_merges_the_adapter(stages):
+    folder, done = stages[1]
+    command = done.stdout.splitlines()[-1].removeprefix("next ").strip()
+    merged = subprocess.run(shlex.split(command), capture_output=True, text=True)
+    assert merged.returncode == 0, merged.stderr
+    assert (folder / "merged.pth").is_file()
+
+
 def test_held_out_numbers_are_the_same_at_every_stage(stages):
     reports = [json.loads((stages[stage][0] / "evaluation.json").read_text()) for stage in (1, 2, 3)]
     for when in ("before", "after"):
@@ -75,8 +85,6 @@ def test_two_processes_print_once_and_without_noise(stages, stage):
     done = stages[stage][1]
     assert done.stderr == ""
     starts = [line.split()[0] for line in done.stdout.splitlines() if line and not line.startswith(" ")]
-    assert set(starts) == {
-        "model", "device", "kernel", "adapter", "data", "held-out", "steps", "before", "step", "after", "results", "next",
-    }  # fmt: skip
-    for once in ("model", "device", "kernel", "steps", "after", "results", "next"):
-        assert starts.count(once) == 1
+    once = ["after", "device", "held-out", "kernel", "model", "next", "results", "steps"]
+    assert set(starts) == {*once, "adapter", "data", "before", "step"}
+    assert sorted(start for start in starts if start in once) == once

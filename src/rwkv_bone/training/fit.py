@@ -180,8 +180,9 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
     )
     with torch.no_grad():
         for key in injection.extra:
-            # From the file's own values, not from their rounding to the arithmetic's dtype.
-            model.get_parameter(key).copy_(base[key])
+            # From the file's own values, not from their rounding to the arithmetic's dtype. A base has no initial state.
+            if key in base:
+                model.get_parameter(key).copy_(base[key])
     if config.adapter.bone_load:
         load_adapter_file(model, config.adapter.bone_load, injection, base=metadata["base"])
     keys = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -1,0 +1,84 @@
+"""The progress line, the log file and the smoothing of the loss curve."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rwkv_bone.errors import UserError
+from rwkv_bone.training.callbacks import Progress, StepLog, clock, draw_loss, smoothed
+from rwkv_bone.training.module import Window
+
+
+class Screen(io.StringIO):
+    def __init__(self, terminal: bool):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def play(path: Path, stream: Screen, total: int) -> None:
+    """Callbacks through `total` optimiser steps of falling loss, two forward passes each."""
+    engine = SimpleNamespace(get_global_grad_norm=lambda: torch.tensor(0.5))
+    trainer = SimpleNamespace(is_global_zero=True, model=engine, logger=None)
+    module = SimpleNamespace(total_steps=total, epochs=2, device=torch.device("cpu"), window=None)
+    log = StepLog(path)
+    progress = Progress(log, stream)
+    for callback in (log, progress):
+        callback.on_train_start(trainer, module)
+    for index in range(2 * total):
+        module.window_finished = lambda index=index: index % 2 == 1
+        step = index // 2
+        module.window = Window(step + 1, 2 * step // total, 4.0 - step / total, 1e-3, 100, 60)
+        for callback in (log, progress):
+            callback.on_train_batch_end(trainer, module, None, None, index)
+    log.teardown(trainer, module, "fit")
+
+
+def test_a_file_gets_about_twenty_plain_lines_and_always_the_last(tmp_path):
+    stream = Screen(terminal=False)
+    play(tmp_path / "log", stream, 103)
+    lines = stream.getvalue().splitlines()
+    assert 15 <= len(lines) <= 22
+    assert "\r" not in stream.getvalue() and "\033" not in stream.getvalue()
+    assert lines[0].startswith("step 1/103  epoch 1/2  loss 4.0000  lr 1.00e-03  ")
+    assert lines[-1].startswith("step 103/103  epoch 2/2  loss 3.1") and lines[-1].endswith("0:00 left")
+
+
+def test_a_terminal_gets_one_line_that_is_redrawn(tmp_path):
+    stream = Screen(terminal=True)
+    play(tmp_path / "log", stream, 10)
+    text = stream.getvalue()
+    assert text.count("\r") == 10 and text.count("\n") == 1 and text.endswith("\n")
+    assert "[############............] step 5/10" in text
+
+
+def test_one_json_line_per_optimiser_step_not_per_forward_pass(tmp_path):
+    play(tmp_path / "log", Screen(terminal=False), 7)
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 8))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_log_that_cannot_be_written_stops_the_run_with_a_sentence():
+    with pytest.raises(UserError, match="/dev/full could not be written: No space left on device"):
+        play(Path("/dev/full"), Screen(terminal=False), 3)
+
+
+def test_clock_reads_like_a_clock():
+    assert [clock(s) for s in (0, 9.6, 65, 3599.6, 3725)] == ["0:00", "0:10", "1:05", "1:00:00", "1:02:05"]
+
+
+def test_smoothing_keeps_a_constant_and_the_length():
+    assert smoothed([2.5] * 50) == pytest.approx([2.5] * 50)
+    assert len(smoothed([1.0, 2.0, 3.0])) == 3 and 1.0 < smoothed([1.0, 2.0, 3.0])[-1] < 3.0
+
+
+def test_a_run_of_one_step_can_be_drawn(tmp_path):
+    draw_loss(tmp_path / "loss.png", [{"step": 1, "loss": 2.0}], (3.0, 1.0))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
