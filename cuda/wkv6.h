@@ -14,22 +14,24 @@
 //     backward_keys_kernel        time backward, columns of dS  dk
 //     backward_receptance_kernel  time forward,  columns of S   dr
 //     backward_decay_kernel       both, tile by tile            dx
-// x has no bound and w takes any value from 1 down to 0, so nothing is divided by w and no state is undone. dw is the sum
-// above, over S and dS themselves. w o dw also follows from running sums of r o dr and k o dk, but as a difference of
-// numbers that do not shrink with w: at x = 3 it is 1e-9 of them, far below their rounding.
-// Sums run in one order, so results repeat bit for bit.
+// x has no bound and w takes any value from 1 down to 0, so nothing is divided by w and no state is undone. dw is the
+// sum above, over S and dS themselves. w o dw also follows from running sums of r o dr and k o dk, but as a difference
+// of numbers that do not shrink with w: at x = 3 it is 1e-9 of them, far below their rounding. Sums run in one order,
+// so results repeat bit for bit.
 #pragma once
 
 #include "common.h"
 
 #include <cmath>
 
-namespace wkv {
+namespace wkv6 {
+
+using namespace wkv;
 
 enum class Decay { kPerHead, kPerToken };  // x is [H, N] (WKV-5) or [B, T, H, N] (WKV-6)
 
-// w - 1. A state is multiplied by w as S + S (w - 1): next to 1 a float w is off by 3e-8, which slow decays repeat for
-// 1 / (1 - w) tokens.
+// w - 1. A state is multiplied by w as S + S (w - 1): a float next to 1 is off by 3e-8, and a slow decay repeats that
+// for 1 / (1 - w) tokens.
 __device__ __forceinline__ float growth(float x) { return expm1f(-expf(x)); }
 
 // dw / dx, as one exponential: exp(x) alone may be infinite where the product has long been zero.
@@ -357,8 +359,8 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_receptance_ke
   }
 }
 
-// S and dS meet here. A block takes kColumns columns, a thread four rows of one of them: so little that it holds all of a
-// tile's S while it walks dS back through that tile.
+// S and dS meet here. A block takes kColumns columns, a thread four rows of one of them: so little that the thread
+// holds S before every step of a tile while it walks dS back through that tile.
 constexpr int kColumns = kSteps;  // thread (step, quad) of a tile is thread (column, rows) of the states
 
 template <int N>
@@ -429,7 +431,7 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         before[s] = S;
-        if (s < steps) step_forward(s);
+        step_forward(s);
       }
       float dw[kSteps] = {};
 #pragma unroll
@@ -528,4 +530,4 @@ int backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* 
   });
 }
 
-}  // namespace wkv
+}  // namespace wkv6

@@ -20,7 +20,7 @@ ROWS = [(f"{n} -> ", str(n)[::-1] * (1 + n % 4)) for n in range(37, 45)]
 KINDS = {
     "bone": {"peft": "bone", "train_parts": "ln time"},
     "bat": {"peft": "bone", "bone_mode": "bat", "train_parts": "state"},
-    "state": {"peft": "state", "lr_init": 0.1},
+    "state": {"peft": "state", "lr_init": 0.02},
 }
 
 
@@ -57,6 +57,10 @@ def test_training_lowers_the_loss_and_the_merged_file_runs_in_the_rwkv_package(v
     base, folder = trained
     losses = [line["loss"] for line in log_of(folder)]
     assert losses[-1] < losses[0]
+    if folder.name == "state":
+        state = adapter_of(folder, "rwkv-1.pth")
+        assert set(state) == {f"blocks.{layer}.att.time_state" for layer in range(2)}
+        assert all(x.shape == (2, 16, 16) and x.dtype == torch.float32 and x.any() for x in state.values())
     merged = tmp_path / "merged.pth"
     report = merge_files(MergeConfig(str(base), str(folder / "rwkv-1.pth"), str(merged)))
     assert any(line.startswith("logits") for line in report)
@@ -71,16 +75,6 @@ def test_training_lowers_the_loss_and_the_merged_file_runs_in_the_rwkv_package(v
     exact = tmp_path / "merged-fp32.pth"
     checkpoint.write_state(exact, {key: tensor.float() for key, tensor in checkpoint.read_state(merged).items()})
     assert abs(alone.numpy() - oracle_logits(exact, ids[0].tolist(), version)).max() < 1e-3
-
-
-def test_a_trained_state_is_the_only_thing_in_its_file_and_in_the_fields_layout(generation_job, trained, version):
-    folder = trained[1]
-    if folder.name != "state":
-        pytest.skip("looks at the run with --peft state")
-    state = adapter_of(folder, "rwkv-1.pth")
-    assert set(state) == {f"blocks.{layer}.att.time_state" for layer in range(2)}
-    assert all(tensor.shape == (2, 16, 16) and tensor.dtype == torch.float32 for tensor in state.values())
-    assert all(tensor.abs().max() > 0 for tensor in state.values())
 
 
 @pytest.mark.parametrize("op", ["torch", "cpu"])
@@ -135,13 +129,11 @@ def test_a_truncated_gradient_is_another_one(version):
     assert torch.equal(norms[0], norms[2]) and not torch.allclose(norms[0], norms[1], rtol=1e-3)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_chunked_context_on_two_processes_saves_the_adapter_of_the_whole_run(generation_job, version, stage):
-    if version != 6 and stage != 3:
-        pytest.skip("stage 1 is tried with one generation")
-    whole = generation_job.run(f"whole-{stage}", op="torch", epoch_count=1)
+def test_chunked_context_on_two_processes_saves_the_adapter_of_the_whole_run(generation_job, version):
+    stage = {5: 1, 6: 2, 7: 3}[version]
+    whole = generation_job.run("whole", op="torch", epoch_count=1)
     flags = {"chunk_ctx": 8, "devices": 2, "micro_bsz": 2, "op": "torch", "grad_cp": 1, "epoch_count": 1}
-    folder, done = generation_job.start(f"chunks-{stage}", strategy=f"deepspeed_stage_{stage}", **flags)
+    folder, done = generation_job.start("chunks", strategy=f"deepspeed_stage_{stage}", **flags)
     assert done.returncode == 0, done.stderr
     assert "chunks of 8 tokens; gradient exact" in done.stdout
     assert largest_difference(adapter_of(folder), adapter_of(whole)) < 2e-5

@@ -11,7 +11,7 @@ from rwkv_bone.ops import native
 from rwkv_bone.ops.chunked6 import wkv6_chunked
 from rwkv_bone.ops.reference import wkv6_reference
 from rwkv_bone.ops.wkv6 import wkv5, wkv6
-from tests.ops import wkv6_abi
+from tests.ops import wkv_abi
 from tests.ops.wkv6_inputs import INPUTS, OPERATORS, cases, make_case, reference_gradients
 from tests.ops.wkv_inputs import relative_error
 
@@ -88,7 +88,7 @@ def level(request, operator):
     library = native.library(operator, "cpu")
     if library.wkv_set_level(request.param) != request.param:
         pytest.skip("this processor lacks the instruction set")
-    yield wkv6_abi.Library(library._name, operator)
+    yield wkv_abi.Library(library._name, operator)
     library.wkv_set_level(-1)
 
 
@@ -98,7 +98,7 @@ def level(request, operator):
 def test_the_cpp_kernel_agrees_with_the_reference_at_every_instruction_set(operator, name, dtype, level):
     case, expected = problem(operator, name, dtype)
     # Through the C interface, where every output is filled with NaN first.
-    assert_agrees(wkv6_abi.run(level, case), expected, dtype)
+    assert_agrees(level.run(case), expected, dtype)
 
 
 @pytest.mark.parametrize("op", FORMS)

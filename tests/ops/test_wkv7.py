@@ -11,7 +11,7 @@ from rwkv_bone.ops import native
 from rwkv_bone.ops.chunked import wkv7_chunked
 from rwkv_bone.ops.reference import wkv7_reference
 from rwkv_bone.ops.wkv7 import wkv7
-from tests.ops import wkv7_abi
+from tests.ops import wkv_abi
 from tests.ops.wkv_inputs import INPUTS, cases, make_case, reference_gradients, relative_error
 
 CASES = cases()
@@ -77,7 +77,7 @@ def level(request):
     library = native.library("wkv7", "cpu")
     if library.wkv_set_level(request.param) != request.param:
         pytest.skip("this processor lacks the instruction set")
-    yield wkv7_abi.load(library._name)
+    yield wkv_abi.Library(library._name, "wkv7")
     library.wkv_set_level(-1)
 
 
@@ -87,7 +87,7 @@ def level(request):
 def test_the_cpp_kernel_agrees_with_the_reference_at_every_instruction_set(name, dtype, level):
     case, expected = problem(name, dtype)
     # Through the C interface, where every output is filled with NaN first.
-    assert_agrees(wkv7_abi.run(level, case), expected, dtype)
+    assert_agrees(level.run(case), expected, dtype)
 
 
 @pytest.mark.parametrize("op", FORMS)
