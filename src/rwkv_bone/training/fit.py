@@ -180,7 +180,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
     )
     with torch.no_grad():
         for key in injection.extra:
-            # From the file's own values, not from their rounding to the arithmetic's dtype. A base has no initial state.
+            # From the file's own values, not from their rounding to the arithmetic's dtype. An initial state is new.
             if key in base:
                 model.get_parameter(key).copy_(base[key])
     if config.adapter.bone_load:
