@@ -2,7 +2,8 @@
 # Trains the initial state of an RWKV and nothing else: sh scripts/run_state.sh [--flag value ...]
 #
 # The state that every document starts from, blocks.N.att.time_state, takes the place of a prompt; the weights stay.
-# @@EXPECTED@@
+# As it stands: numbers written out in English words again, in about a minute on two CPU cores. Expected: held-out loss
+# 1.82 before, about 0.1 after; exact answers 0 of 100 before, 30 to 60 after.
 # For your own run copy this file and edit the variables, or override any of them: sh scripts/run_state.sh --lr_init 0.1
 # `python train.py --help` lists every flag. Paths below are relative to the repository; paths given as flags are
 # relative to where you are.
@@ -18,8 +19,8 @@ micro_bsz=16                # samples per device and forward pass; lower it when
 accumulate_grad_batches=1   # forward passes per optimiser step
 epoch_count=4               # times through the data
 epoch_save=1                # save every so many epochs
-lr_init=3e-3                # learning rate after warm-up; a state takes a far larger one than weights do
-lr_final=1e-4               # learning rate at the end
+lr_init=1e-1                # learning rate after warm-up; a state takes a far larger one than weights do
+lr_final=1e-2               # learning rate at the end
 warmup_steps=10             # optimiser steps of warm-up
 accelerator=auto            # gpu, cpu, or auto: gpu if there is one
 devices=1                   # GPUs, or CPU processes

@@ -33,18 +33,20 @@ from rwkv_bone.adapters.layer import AdapterLinear, compute_dtype, weight_grads
 from rwkv_bone.errors import UserError
 
 # Some batched products copy their operands: in chunks, those copies are small.
-TOKEN_CHUNKS = 64
+TOKEN_CHUNKS = 24
 
 
 def rotate(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
     """(x + z [T, in], s [T, r]) of the formulas above, with one new activation and no other of that size."""
     r = bone.shape[1]
     transposed = bone.to(x.dtype).transpose(1, 2)
-    rotated = x.new_empty(x.shape)
+    rotated, sums = x.new_empty(x.shape), x.new_empty(x.shape[0], r)
     for rows in token_chunks(x, TOKEN_CHUNKS):
+        # All of a chunk at once, while it is in the cache.
         torch.bmm(blocks(x[rows], r), transposed, out=blocks(rotated[rows], r))
-    sums = fold(rotated, r)
-    return rotated.add_(x), sums
+        sums[rows] = fold(rotated[rows], r)
+        rotated[rows] += x[rows]
+    return rotated, sums
 
 
 class BatFunction(torch.autograd.Function):
