@@ -3,13 +3,15 @@
     python benchmarks/context.py [--model assets/rwkv7-tiny.pth] [--chunk 512] [--tokens 1024 4096 16384 65536]
 
 Each row is a process of its own, so that its peak is its own. Before any row, the chunked gradient is compared with
-the whole one at the shortest length; rows are printed only if they agree. On a CPU the peak is that of resident memory
-above what the process held before the step; on CUDA it is the allocator's.
+the whole one at the shortest length; rows are printed only if they agree. On a CPU (Linux) the peak is that of resident
+memory above what the process held before the step, with glibc told to give freed blocks back; on CUDA it is the
+allocator's.
 """
 
 import argparse
 import json
-import resource
+import os
+import re
 import subprocess
 import sys
 import time
@@ -50,18 +52,29 @@ def step(model, tokens: int, chunk: int, device: str):
     (loss / tokens).backward()
 
 
+def reset_peak(device: str) -> int:
+    """Forget the peak so far; returns the bytes held now."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes(device)
+
+
 def peak_bytes(device: str) -> int:
     import torch
 
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def measure(path: str, tokens: int, chunk: int, device: str) -> dict:
     model = prepared(path, device)
     step(model, min(tokens, 256), chunk, device)  # builds the kernel, fills the allocator's pools
-    before = peak_bytes(device)
+    before = reset_peak(device)
     start = time.perf_counter()
     step(model, tokens, chunk, device)
     seconds = time.perf_counter() - start
@@ -100,7 +113,9 @@ def main() -> None:
     for tokens in options.tokens:
         for chunk in (0, options.chunk) if tokens <= options.whole_up_to else (options.chunk,):
             command = [sys.executable, __file__, "--model", options.model, "--device", options.device]
-            done = subprocess.run([*command, "--row", f"{tokens},{chunk}"], capture_output=True, text=True, check=True)
+            command += ["--row", f"{tokens},{chunk}"]
+            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             row = json.loads(done.stdout.splitlines()[-1])
             print(f"{tokens:>8} {chunk or 'whole':>6} {row['mb']:>9.0f} {row['seconds']:>8.1f}", flush=True)
 

@@ -82,6 +82,14 @@ def test_gradients_flow_through_a_carried_state_exactly(version):
 
 
 @every_generation
+def test_a_state_holds_no_memory_but_its_own(version):
+    _, state = random_model(version=version)(ids_of(61, 50, batch=2), return_state=True)
+    for layer in state:
+        assert all(part.dtype == torch.float32 for part in layer)
+        assert all(part.untyped_storage().nbytes() == part.numel() * 4 for part in layer)
+
+
+@every_generation
 def test_every_parameter_gets_a_gradient(version):
     model = random_model(version=version, n_layer=3)
     labels = ids_of(61, 12, seed=1)

@@ -72,8 +72,10 @@ class BatFunction(torch.autograd.Function):
             grad_bone = torch.zeros_like(bone, dtype=compute_dtype(bone))
             for rows in token_chunks(g, TOKEN_CHUNKS):
                 part = blocks(grad_x[rows], r)
-                # Contiguous, which `part + sums` would not be: bf16 products of strided batches are twice as slow.
-                grad_z = torch.add(part, sums[rows], out=part.new_empty(part.shape))
+                # Contiguous, which `part + sums` would not be: bf16 products of strided batches are twice as slow. In
+                # two steps, since adding and rearranging in one is far slower than both.
+                grad_z = part.clone(memory_format=torch.contiguous_format)
+                grad_z += sums[rows]
                 if need_bone:
                     grad_bone += grad_z.transpose(1, 2) @ blocks(x[rows], r)
                 part.baddbmm_(grad_z, block_weights)

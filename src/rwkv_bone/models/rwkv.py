@@ -51,7 +51,11 @@ class Block(nn.Module):
         x = x + mixed
         cells = self.ln2(x)
         x = x + self.ffn(cells, ffn_shift)
-        return x, shared, LayerState(rows[:, -1].float(), wkv, cells[:, -1].float()) if return_state else None
+        if not return_state:
+            return x, shared, None
+        # Copies: a view of the last row would keep all rows in memory for as long as the state lives.
+        att_shift, ffn_shift = (part[:, -1].to(torch.float32, copy=True) for part in (rows, cells))
+        return x, shared, LayerState(att_shift, wkv, ffn_shift)
 
 
 class RWKV(nn.Module):
