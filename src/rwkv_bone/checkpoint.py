@@ -106,6 +106,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             log.warning("%s is in torch's old file format: it is read into memory whole instead of being mapped", path)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            # torch's own text advises to load unsafely.
+            reason = "it was not written by torch.save, or holds more than tensors"
         raise UserError(
             f"{path} cannot be read as a checkpoint ({reason}): it may be cut short or of another kind; "
             f"its size is {path.stat().st_size:,} bytes, compare that with where it came from"
