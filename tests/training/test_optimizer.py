@@ -55,6 +55,6 @@ def test_adapters_decay_and_frozen_parameters_are_in_no_group(model, kind):
 
 def test_the_optimiser_is_adamw_with_the_configured_numbers(model):
     config = OptimConfig(beta1=0.8, beta2=0.95, adam_eps=1e-7)
-    optimizer = make_optimizer(parameter_groups(model, 0.0), config, "cpu", offload=False)
+    optimizer = make_optimizer(parameter_groups(model, 0.0), config)
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["betas"] == (0.8, 0.95) and optimizer.defaults["eps"] == 1e-7

@@ -70,14 +70,7 @@ def fit(config: TrainConfig) -> Path:
         steps_per_epoch=config.run.epoch_steps or None,
     )
     check_schedule(config.run.epoch_count * plan.steps_per_epoch, config.optim)
-    module = TrainingModule(
-        prepared.model,
-        plan,
-        config.run.epoch_count,
-        config.optim,
-        running=config.model,
-        offload=offloads(config.run.strategy),
-    )
+    module = TrainingModule(prepared.model, plan, config.run.epoch_count, config.optim, config.model)
     for line in header(config, prepared, device, dataset, module):
         say(line)
     heldout = prepare_heldout(config, prepared.arch, folder, say)
@@ -251,8 +244,6 @@ def header(config: TrainConfig, prepared: Prepared, device: str, dataset, module
         cut = config.model.bptt_chunks
         gradient = f"cut after every {cut} (--bptt_chunks)" if cut else "exact"
         yield f"context   sequences run in chunks of {config.model.chunk_ctx} tokens; gradient {gradient}"
-    if offloads(run.strategy):
-        yield "optimiser DeepSpeed's CPU Adam; it is compiled once, on first use, which takes about 40 s"
 
 
 def footer(config: TrainConfig, folder: Path, trained: Path):

@@ -57,12 +57,10 @@ class MicroBatches(Dataset):
 class TrainingModule(LightningModule):
     """Holds the bare model; no name of this class ever reaches a file."""
 
-    def __init__(
-        self, model, plan: BatchPlan, epochs: int, config: OptimConfig, *, running: ModelConfig, offload: bool
-    ):
+    def __init__(self, model, plan: BatchPlan, epochs: int, config: OptimConfig, running: ModelConfig):
         super().__init__()
         self.model, self.plan, self.epochs, self.config = model, plan, epochs, config
-        self.running, self.offload = running, offload
+        self.running = running
         self.total_steps = epochs * plan.steps_per_epoch
         self.window: Window | None = None  # the last one whose step was taken
         self._pending: Window | None = None
@@ -81,7 +79,7 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self):
         groups = parameter_groups(self.model, self.config.weight_decay)
-        optimizer = make_optimizer(groups, self.config, self.device.type, self.offload)
+        optimizer = make_optimizer(groups, self.config)
         schedule = LambdaLR(optimizer, lambda step: learning_rate(step, self.total_steps, self.config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

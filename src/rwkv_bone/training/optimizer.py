@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
 import torch
 from torch import nn
 
@@ -38,16 +34,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": group, "lr": scale, "weight_decay": decay} for (scale, decay), group in groups.items()]
 
 
-def make_optimizer(groups: list[dict], config: OptimConfig, device: str, offload: bool) -> torch.optim.Optimizer:
-    """AdamW: PyTorch's, or DeepSpeed's CPU form where the optimiser state is offloaded.
-
-    DeepSpeed's is compiled by ninja and a C++ compiler the first time, which takes about 40 s.
-    """
-    options = {"betas": (config.beta1, config.beta2), "eps": config.adam_eps}
-    if not offload:
-        return torch.optim.AdamW(groups, **options, fused=device == "cuda")
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    # ninja lives beside this Python even where its environment has not been activated.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
+def make_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW in PyTorch's fused form, which runs on the GPU and, where ZeRO offloads its state, on the CPU."""
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)

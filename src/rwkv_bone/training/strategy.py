@@ -99,7 +99,7 @@ def make_strategy(config: RunConfig, device: str, trainable: int) -> DeepSpeedSt
     # DeepSpeed allocates whole buckets, by default 0.8 GB, however small an adapter is.
     bucket = min(max(trainable, 1_000_000), 200_000_000)
     chosen = CpuDeepSpeedStrategy if device == "cpu" else DeepSpeedStrategy
-    return chosen(
+    strategy = chosen(
         stage=stage,
         offload_optimizer=offloads(config.strategy),
         offload_parameters=offloads(config.strategy) and stage == 3,
@@ -111,6 +111,10 @@ def make_strategy(config: RunConfig, device: str, trainable: int) -> DeepSpeedSt
         precision_plugin=KeepDtypes(),
         process_group_backend="gloo" if device == "cpu" else "nccl",
     )
+    # With offload DeepSpeed otherwise insists on an Adam of its own, compiled at the first run: minutes, and a failure
+    # where a path has a space in it. PyTorch's fused AdamW does the same work.
+    strategy.config["zero_force_ds_cpu_optimizer"] = False
+    return strategy
 
 
 def silence_libraries() -> None:
