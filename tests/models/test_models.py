@@ -128,7 +128,7 @@ def test_recomputing_blocks_changes_no_gradient(version):
 
 
 @every_generation
-def test_bf16_stays_near_fp32_and_fp32_parameters_may_sit_in_a_bf16_model(tiny_checkpoint, version):
+def test_bf16_loses_no_more_than_twice_what_the_rwkv_package_loses_in_bf16(tiny_checkpoint, version):
     path, ids = tiny_checkpoint(version=version, n_embd=64), ids_of(61, 50)
     exact, rounded = load_model(path), load_model(path, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -138,7 +138,10 @@ def test_bf16_stays_near_fp32_and_fp32_parameters_may_sit_in_a_bf16_model(tiny_c
             if checkpoint.param_part(name) != "projection":
                 parameter.data = parameter.data.float()
         mixed = (rounded(ids).float() - expected).norm() / expected.norm()
-    assert error < 0.05 and mixed < 0.05
+        theirs = torch.from_numpy(oracle_logits(path, ids[0].tolist(), version, "bf16"))
+        allowed = 2 * (theirs - expected[0]).norm() / expected.norm()
+    # The second: trained parameters are fp32 in a bf16 model.
+    assert error < allowed and mixed < allowed
 
 
 def test_v0_v1_v2_in_layer_0_are_loaded_and_change_nothing(tiny_checkpoint, tmp_path):
