@@ -25,10 +25,13 @@ def write_jsonl(tmp_path):
 
 
 @pytest.fixture
-def config():
+def config(tmp_path):
     """Factory: a DataConfig for byte tokens."""
 
-    def make(path: str, **settings) -> DataConfig:
-        return DataConfig(**{"data_file": path, "tokenizer": "bytes", **settings})
+    def make(path: str | tuple[str, ...], **settings) -> DataConfig:
+        files = (path,) if isinstance(path, str) else tuple(path)
+        return DataConfig(
+            **{"data_file": files, "tokenizer": "bytes", "cache_dir": str(tmp_path / "cache"), **settings}
+        )
 
     return make

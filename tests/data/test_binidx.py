@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rwkv_bone.data import BatchPlan, load_dataset, load_tokenizer
+from rwkv_bone.data.binidx import PairWriter
 from rwkv_bone.errors import UserError
 
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
@@ -80,6 +81,56 @@ def test_a_document_trains_on_no_token_of_its_neighbour(write_pair, config):
 def test_a_token_outside_the_vocabulary_is_named(write_pair, config, ids, dtype, bad):
     with pytest.raises(UserError, match=rf"pair.bin document 1: token {bad} is outside the model's vocabulary of 256"):
         load_dataset(config(write_pair([[5, 0]], [ids], dtype=dtype)), 256)
+
+
+def test_qa_finds_the_responses_in_ready_made_tokens(write_pair, config):
+    documents = [
+        [list(b"User: hi\n\nAssistant: ho\0")],
+        [list(b"no turns\0")],
+        [list(b"User: a\n\nAssistant: b\n\nUser: c\0")],
+    ]
+    dataset = load_dataset(config(write_pair(*documents), loss_mask="qa"), 256)
+    assert [bytes(sample.ids[sample.trained].tolist()) for sample in dataset] == [b" ho\0", b" b\n\n"]
+    assert "pair.bin document 1" in dataset.lines()[2]
+
+
+def test_a_slice_of_a_pair_is_of_its_documents(write_pair, config):
+    path = write_pair([[1, 0]], [[2, 3, 0]], [[4, 0]], [[5, 0]])
+    dataset = load_dataset(config(path, sft_split="[1:3]"), 256)
+    assert [sample.ids.tolist() for sample in dataset] == [[2, 3, 0], [4, 0]]
+    assert dataset[0].origin == f"{path}.bin document 1"
+    assert load_dataset(config(path, sft_split="[1:3]", dataload="get"), 256).tokens.tolist() == [2, 3, 0, 4, 0]
+
+
+def test_documents_with_tokens_outside_the_vocabulary_may_be_skipped(write_pair, config):
+    path = write_pair([[5, 0]], [[300, 0]], [[]], [[7, 0]], dtype="int32")
+    dataset = load_dataset(config(path, bad_rows="skip"), 256)
+    assert [sample.ids.tolist() for sample in dataset] == [[5, 0], [7, 0]]
+    assert any("token outside the model's vocabulary: 1 rows" in line for line in dataset.lines())
+    with pytest.raises(UserError, match="every document has tokens outside"):
+        load_dataset(config(write_pair([[300, 0]]), bad_rows="skip"), 256)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_what_is_written_is_what_others_write(write_pair, tmp_path, dtype):
+    documents = [[5, 6, 0], [], [7, 0], list(range(100)), [0]]
+    expected = write_pair(*([document] for document in documents), dtype=dtype)
+    with PairWriter(tmp_path / "ours", np.dtype(dtype)) as pair:
+        for part in (documents[:2], documents[2:3], [], documents[3:]):
+            pair.write(np.array(sum(part, []), dtype=dtype), np.array([len(document) for document in part], dtype=int))
+    for ending in (".bin", ".idx"):
+        assert (tmp_path / f"ours{ending}").read_bytes() == (tmp_path / f"pair{ending}").read_bytes()
+    assert expected == str(tmp_path / "pair")
+
+
+def test_a_pair_that_fails_half_way_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), PairWriter(tmp_path / "new" / "pair", np.dtype("u2")) as pair:
+        pair.write(np.array([1], dtype="u2"), np.array([1]))
+        raise RuntimeError
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(UserError, match="could not be written"), PairWriter(tmp_path / "x", np.dtype("u2")) as pair:
+        (tmp_path / "x.idx").mkdir()
+    assert not list(tmp_path.glob(".*"))
 
 
 def damage(path: str, ending: str, change) -> None:

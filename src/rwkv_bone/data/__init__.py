@@ -3,9 +3,9 @@
 `load_dataset` reads and tokenises; `BatchPlan` says which samples make up which micro-batch on which rank.
 """
 
-from rwkv_bone.data.dataset import Dataset, Sample, load_dataset, load_pairs
-from rwkv_bone.data.sampler import Batch, BatchPlan
-from rwkv_bone.data.templates import choose_template, render
+from rwkv_bone.data.dataset import Dataset, Sample
+from rwkv_bone.data.load import load_dataset, load_pairs
+from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenizer import load_tokenizer
 
 __all__ = [
@@ -13,9 +13,17 @@ __all__ = [
     "BatchPlan",
     "Dataset",
     "Sample",
-    "choose_template",
     "load_dataset",
     "load_pairs",
+    "load_template",
     "load_tokenizer",
-    "render",
 ]
+
+
+def __getattr__(name: str):
+    # Lazily: the processes that tokenise import this package too, and have no use for torch.
+    if name in ("Batch", "BatchPlan"):
+        from rwkv_bone.data import sampler
+
+        return getattr(sampler, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ document ends with the end-of-document token, which is part of the data.
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -19,6 +20,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 # Codes 6 and 7 are floating point: no token ids.
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 
 def find_pair(path: Path) -> Path | None:
@@ -51,6 +53,67 @@ def read_pair(pair: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{pair}: the pair has no tokens")
     ends = np.concatenate([[0], np.cumsum(lengths)])
     return np.memmap(data, dtype=dtype, mode="r"), np.diff(ends[bounds])
+
+
+class PairWriter:
+    """Writes a pair document by document, each one sequence. Both files appear together when the block ends well."""
+
+    def __init__(self, pair: Path, dtype: np.dtype, overwrite: bool = False):
+        self._targets = [part_of(pair, suffix) for suffix in (".bin", ".idx")]
+        for target in self._targets:
+            if target.exists() and not overwrite:
+                raise UserError(f"{target} exists and is kept: give another name, or --overwrite")
+        self._temporary = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in self._targets]
+        self._dtype = np.dtype(dtype)
+        self._lengths: list[np.ndarray] = []
+
+    def __enter__(self) -> PairWriter:
+        try:
+            self._targets[0].parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._temporary[0], "wb")
+        except OSError as error:
+            raise self._refused(error) from error
+        return self
+
+    def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Documents one after another: tokens [N] and their lengths [documents], which add up to N."""
+        assert len(tokens) == lengths.sum()
+        try:
+            self._file.write(tokens.astype(self._dtype.newbyteorder("<")).tobytes())
+        except OSError as error:
+            raise self._refused(error) from error
+        self._lengths.append(lengths.astype(np.int64))
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        except OSError as problem:
+            raise self._refused(problem) from problem
+        finally:
+            self._file.close()
+            for path in self._temporary:
+                path.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        lengths = np.concatenate([np.empty(0, dtype=np.int64), *self._lengths])
+        if lengths.max(initial=0) > np.iinfo(np.int32).max:
+            raise UserError(f"{self._targets[0]}: a document of {lengths.max():,} tokens; the format's limit is 2^31")
+        header = HEADER.pack(MAGIC, 1, CODES[self._dtype], len(lengths), len(lengths) + 1)
+        positions = (np.cumsum(lengths) - lengths) * self._dtype.itemsize
+        bounds = np.arange(len(lengths) + 1)
+        with open(self._temporary[1], "wb") as index:
+            index.write(header + lengths.astype("<i4").tobytes())
+            index.write(positions.astype("<i8").tobytes() + bounds.astype("<i8").tobytes())
+            index.flush()
+            os.fsync(index.fileno())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for temporary, target in zip(self._temporary, self._targets, strict=True):
+            os.replace(temporary, target)
+
+    def _refused(self, error: OSError) -> UserError:
+        return UserError(f"{self._targets[0]}: could not be written ({error.strerror or error})")
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:

@@ -1,201 +1,262 @@
-"""A data file as tokenised samples, held in a few flat arrays.
+"""Samples cut from tokenised documents, and everything about them that an order of batches needs to know.
 
-A sample is a document, or a prompt with its response; it ends with the tokenizer's end-of-document id. Of each sample
-the tokens from some position on are trained: from the response on, or from the second token on (the first has nothing
-to be predicted from).
+A document is a list of ids of which some are targets; it may lie anywhere in a memory-mapped file. A sample is a
+document of at most `ctx_len` predictions (`ctx_len` + 1 ids), or what --long_samples makes of a longer one.
+
+Sizes: D documents of a source, N tokens of a source, n samples, L ids of a sample.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator
+import copy
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
 import numpy as np
 
-from rwkv_bone.config import DataConfig
-from rwkv_bone.data.binidx import find_pair, read_pair
-from rwkv_bone.data.jsonl import detect_fields, read_field, read_rows
-from rwkv_bone.data.templates import choose_template, render
-from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.errors import UserError
 
-VOCABULARY_SCAN = 1 << 24  # tokens looked at in one go, so that a memory-mapped file is never in memory as a whole
+SCAN = 1 << 24  # tokens looked at in one go, so that a memory-mapped file is never in memory as a whole
 ORIGINS_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Sample:
     ids: np.ndarray  # int32 [L]
-    trained: np.ndarray  # bool [L]: this token is a target
+    trained: np.ndarray  # bool [L]: this token is a target; False for the first, which nothing predicts
     origin: str  # such as "data.jsonl:17"
 
 
 @dataclass(frozen=True)
-class Source:
-    """The documents of one file, uncut."""
+class Documents:
+    """The documents of one source, uncut. Arrays may be memory-mapped."""
 
     kind: str  # one line for the user
-    tokens: np.ndarray  # integers [N]: all documents, one after another
-    lengths: np.ndarray  # int64 [documents]
-    first_trained: np.ndarray  # int64 [documents]: position in the document from which on tokens are trained
+    tokens: np.ndarray  # integers [N]
+    starts: np.ndarray  # int64 [D]: position of each document's first id, ascending
+    lengths: np.ndarray  # int64 [D]
+    trained: np.ndarray | None  # bool [N]; None: every token but the first of a document
+    prompts: np.ndarray | None  # uint64 [D]: equal for equal prompts, see `prompt_hash`; None: not known yet
     origin_prefix: str
-    origin_numbers: np.ndarray  # int64 [documents]: line or document number
+    origin_numbers: np.ndarray  # int64 [D]: line, row or document number
+    notes: tuple[str, ...] = ()  # further lines for the user: what was skipped, where the cache is
 
     def origin(self, index: int) -> str:
         return f"{self.origin_prefix}{self.origin_numbers[index]}"
 
 
+def prompt_hash(ids: np.ndarray, first_trained: int) -> int:
+    """64 bits of the ids before the first target; of all ids if nothing but the first comes before it."""
+    part = ids[:first_trained] if first_trained > 1 else ids
+    return int.from_bytes(hashlib.blake2b(part.astype("<u4").tobytes(), digest_size=8).digest(), "little")
+
+
+def count_trained(trained: np.ndarray | None, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Targets at positions starts + 1 to ends - 1 of each span, int64; `starts` ascending, spans possibly adjoining."""
+    if trained is None or not len(starts):
+        return np.maximum(ends - starts - 1, 0)
+    counts = np.zeros(len(starts), dtype=np.int64)
+    first = 0
+    while first < len(starts):
+        base = starts[first]
+        last = max(first + 1, int(np.searchsorted(starts, base + SCAN)))
+        sums = np.concatenate([[0], np.cumsum(trained[base : ends[first:last].max()], dtype=np.int64)])
+        begin = np.minimum(starts[first:last] + 1, ends[first:last])
+        counts[first:last] = sums[ends[first:last] - base] - sums[begin - base]
+        first = last
+    return counts
+
+
+class TokenStream:
+    """Pieces of several arrays, read as one: `len`, and slices that come as a new array."""
+
+    def __init__(self, pieces: Sequence[np.ndarray]):
+        self._pieces = pieces
+        self._ends = np.cumsum([len(piece) for piece in pieces])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        start, stop, _ = span.indices(len(self))
+        found = []
+        while start < stop:
+            number = int(np.searchsorted(self._ends, start, side="right"))
+            piece, begin = self._pieces[number], start - (self._ends[number] - len(self._pieces[number]))
+            found.append(piece[begin : begin + stop - start].astype(np.int64))
+            start += len(found[-1])
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+
 class Dataset:
-    """Samples cut to `ctx_len` predictions (`ctx_len` + 1 ids); those with nothing left to train on are left out.
+    """Samples with at least one target each; documents without any are left out, counted and named.
 
     With `windows` (--dataload get) nothing is cut: batches are windows of `tokens`, the whole stream.
     """
 
-    def __init__(self, source: Source, ctx_len: int, windows: bool = False):
+    def __init__(
+        self,
+        parts: Sequence[Documents],
+        ctx_len: int,
+        *,
+        windows: bool = False,
+        long_samples: str = "cut",
+        weights: Sequence[float] | None = None,
+    ):
         self.ctx_len = ctx_len
         self.windows = windows
-        self.tokens = source.tokens
-        self._source = source
-        starts = np.cumsum(source.lengths) - source.lengths
-        lengths = source.lengths if windows else np.minimum(source.lengths, ctx_len + 1)
-        firsts = np.maximum(source.first_trained, 1)
-        trained = np.maximum(lengths - firsts, 0)
-        self._documents = np.flatnonzero(trained)
-        self._dropped = np.flatnonzero(trained == 0)
-        self._cut = np.flatnonzero(lengths < source.lengths)
+        self._parts = tuple(parts)
+        self._whole = True
+        self._notes: list[str] = []
+        tables = [self._samples_of(number, long_samples) for number in range(len(parts))]
+        part, document, start, length, counts = (np.concatenate(column) for column in zip(*tables, strict=True))
+        self._part = part  # int32 [n]: index into _parts
+        self._document = document  # int64 [n]: number of the document in its part
+        self._start = start  # int64 [n]: position of the first id in the part's tokens
+        self.lengths = length  # int64 [n]: ids
+        self.trained_counts = counts  # int64 [n]: targets
+        self.repeats = None if weights is None else np.asarray(weights, dtype=np.float64)[part]
         if not len(self):
+            longest = max(int(documents.lengths.max(initial=0)) for documents in parts)
+            remedy = "raise --ctx_len" if longest > ctx_len + 1 else "check --loss_mask, which marks nothing"
             raise UserError(
-                f"{source.origin(0)} and every other sample: no token to train on within --ctx_len {ctx_len} "
-                f"(longest sample: {source.lengths.max()} tokens). Raise --ctx_len"
+                f"{parts[0].origin(0)} and every other sample: no token to train on within --ctx_len {ctx_len} "
+                f"(longest sample: {longest:,} tokens): {remedy}"
             )
-        self._starts, self._lengths, self._firsts = (a[self._documents] for a in (starts, lengths, firsts))
-        self.trained_counts = trained[self._documents]  # int64 [samples]
+
+    def _samples_of(self, number: int, long_samples: str) -> tuple[np.ndarray, ...]:
+        """(part, document, start, length, trained count) of the samples of one part; notes what is not among them."""
+        documents, limit = self._parts[number], self.ctx_len + 1
+        full, starts = np.asarray(documents.lengths), np.asarray(documents.starts)
+        index, lengths = np.arange(len(full)), full
+        too_long = np.flatnonzero(full > limit)
+        if len(too_long) and not self.windows:
+            lost = int((full[too_long] - limit).sum())
+            what = f"{len(too_long):,} samples longer than --ctx_len {self.ctx_len}"
+            if long_samples == "cut":
+                lengths = np.minimum(full, limit)
+                counts = f"{len(too_long):,} samples, {lost:,} tokens left out"
+                self._notes.append(f"cut at --ctx_len {self.ctx_len}: {counts}")
+            elif long_samples == "drop":
+                index = np.flatnonzero(full <= limit)
+                starts, lengths = starts[index], full[index]
+                self._notes.append(
+                    f"dropped (--long_samples drop): {what}, {int(full[too_long].sum()):,} tokens "
+                    f"({self._named(documents, too_long)})"
+                )
+            else:
+                # Neighbouring pieces share one id, the last target of one and the first input of the next.
+                pieces = np.maximum(-(-(full - 1) // self.ctx_len), 1)
+                index = np.repeat(index, pieces)
+                piece = np.arange(len(index)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+                starts = starts[index] + piece * self.ctx_len
+                lengths = np.minimum(full[index] - piece * self.ctx_len, limit)
+                count = int(pieces[too_long].sum())
+                self._notes.append(f"split (--long_samples split): {what} became {count:,}")
+        counts = count_trained(documents.trained, starts, starts + lengths)
+        kept = np.flatnonzero(counts)
+        if len(kept) < len(counts):
+            empty = index[counts == 0]
+            self._notes.append(
+                f"left out, no token to train on within --ctx_len {self.ctx_len}: {len(empty):,} samples "
+                f"({self._named(documents, empty)})"
+            )
+        return np.full(len(kept), number, dtype=np.int32), index[kept], starts[kept], lengths[kept], counts[kept]
+
+    @staticmethod
+    def _named(documents: Documents, index: np.ndarray) -> str:
+        shown = ", ".join(documents.origin(i) for i in index[:ORIGINS_SHOWN])
+        return shown + ", ..." * (len(index) > ORIGINS_SHOWN)
 
     def __len__(self) -> int:
-        return len(self._documents)
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> Sample:
-        start, length = self._starts[index], self._lengths[index]
-        ids = np.array(self.tokens[start : start + length], dtype=np.int32)
-        return Sample(ids, np.arange(length) >= self._firsts[index], self._source.origin(self._documents[index]))
+        documents = self._parts[self._part[index]]
+        start, length = self._start[index], self.lengths[index]
+        ids = np.array(documents.tokens[start : start + length], dtype=np.int32)
+        trained = np.ones(length, dtype=bool)
+        if documents.trained is not None:
+            trained[:] = documents.trained[start : start + length]
+        trained[0] = False
+        return Sample(ids, trained, documents.origin(self._document[index]))
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """uint64 [n]: equal for samples of equal prompts, and for the pieces of one document."""
+        groups = np.empty(len(self), dtype=np.uint64)
+        for number, documents in enumerate(self._parts):
+            mine = np.flatnonzero(self._part == number)
+            if documents.prompts is not None:
+                groups[mine] = documents.prompts[self._document[mine]]
+            elif len(mine):
+                groups[mine] = self._hashes(documents, self._document[mine])
+        return groups
+
+    @staticmethod
+    def _hashes(documents: Documents, index: np.ndarray) -> np.ndarray:
+        distinct, back = np.unique(index, return_inverse=True)
+        hashes = np.empty(len(distinct), dtype=np.uint64)
+        for row, document in enumerate(distinct):
+            start = documents.starts[document]
+            span = slice(start, start + documents.lengths[document])
+            first = 0 if documents.trained is None else int(np.argmax(documents.trained[span]))
+            hashes[row] = prompt_hash(documents.tokens[span], first)
+        return hashes[back]
+
+    @cached_property
+    def tokens(self) -> np.ndarray | TokenStream:
+        """The ids of all documents as one stream: memory-mapped if the source is, for --dataload get."""
+        pieces = []
+        for number, documents in enumerate(self._parts):
+            chosen = slice(None) if self._whole else np.unique(self._document[self._part == number])
+            starts, lengths = documents.starts[chosen], documents.lengths[chosen]
+            ends = starts + lengths
+            breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+            for first, last in zip([0, *breaks], [*breaks, len(starts)], strict=True):
+                if last > first:
+                    pieces.append(documents.tokens[starts[first] : ends[last - 1]])
+        return pieces[0] if len(pieces) == 1 else TokenStream(pieces)
+
+    def subset(self, indices: np.ndarray, *, windows: bool | None = None) -> Dataset:
+        """The samples `indices`, in that order; `windows` (default: as here) says how they are read."""
+        part = copy.copy(self)
+        part._whole = False
+        part.__dict__.pop("groups", None)
+        part.__dict__.pop("tokens", None)
+        for name in ("_part", "_document", "_start", "lengths", "trained_counts", "repeats"):
+            column = getattr(self, name)
+            setattr(part, name, None if column is None else column[indices])
+        if windows is not None:
+            part.windows = windows
+        return part
+
+    def pairs(self, tokenizer, limit: int | None = None) -> list[tuple[str, str]]:
+        """(all before the last response, that response) as text, of the first `limit` samples that have both, uncut."""
+        pairs: list[tuple[str, str]] = []
+        for index in range(len(self)):
+            if limit is not None and len(pairs) == limit:
+                break
+            sample = self[index]
+            documents, document = self._parts[self._part[index]], self._document[index]
+            begins = np.flatnonzero(np.diff(sample.trained.astype(np.int8)) == 1) + 1
+            whole = self._start[index] == documents.starts[document] and len(sample.ids) == documents.lengths[document]
+            if documents.trained is not None and whole and begins[-1] > 1:
+                response = sample.ids[begins[-1] :][sample.trained[begins[-1] :]]
+                response = response[: len(response) - (response[-1] == tokenizer.eod)]
+                texts = [tokenizer.decode(ids.tolist()) for ids in (sample.ids[: begins[-1]], response)]
+                pairs.append((texts[0], texts[1]))
+        return pairs
 
     def lines(self) -> list[str]:
         """What was read, and what was left out, for the user."""
-        source = self._source
+        lines = [documents.kind for documents in self._parts]
         if self.windows:
-            counts = f"{len(source.lengths):,} documents, {len(self.tokens):,} tokens"
-            return [source.kind, f"{counts}, read in random windows of --ctx_len {self.ctx_len}"]
-        counts = f"{len(self):,} samples, {self._lengths.sum():,} tokens, {self.trained_counts.sum():,} of them trained"
-        lines = [source.kind, f"{counts}; longest {self._lengths.max():,}"]
-        if len(self._cut):
-            lost = source.lengths[self._cut] - (self.ctx_len + 1)
-            lines.append(f"cut at --ctx_len {self.ctx_len}: {len(self._cut):,} samples, {lost.sum():,} tokens left out")
-        if len(self._dropped):
-            shown = ", ".join(source.origin(i) for i in self._dropped[:ORIGINS_SHOWN])
-            more = ", ..." if len(self._dropped) > ORIGINS_SHOWN else ""
-            count = f"{len(self._dropped):,} samples"
-            lines.append(f"left out, no token to train on within --ctx_len {self.ctx_len}: {count} ({shown}{more})")
-        return lines
-
-
-def load_dataset(cfg: DataConfig, vocab_size: int, path: str | None = None) -> Dataset:
-    """Read, tokenise and check `path` (default: cfg.data_file) for a model with `vocab_size` tokens."""
-    path = _existing(path or cfg.data_file)
-    windows = cfg.dataload == "get"
-    pair = _pair_of(cfg, path)
-    if pair:
-        source = _read_binidx(pair)
-    else:
-        fields = detect_fields(path, cfg.data_type, cfg.sft_field)
-        if windows and len(fields) == 2 and cfg.loss_mask == "response":
-            raise UserError(
-                "--dataload get cuts windows anywhere, so that responses lose their prompts: use --dataload pad, "
-                "or --loss_mask none to train on the whole stream"
-            )
-        source = _read_jsonl(cfg, path, fields, vocab_size)
-    _check_vocabulary(source, vocab_size)
-    return Dataset(source, cfg.ctx_len, windows)
-
-
-def load_pairs(cfg: DataConfig, path: str, tokenizer) -> list[tuple[str, str]]:
-    """(prompt, response) as the template writes them for `tokenizer`; empty if `path` is not prompt/response data."""
-    file = _existing(path)
-    if _pair_of(cfg, file):
-        return []
-    fields = detect_fields(file, cfg.data_type, cfg.sft_field)
-    if len(fields) == 1:
-        return []
-    return [texts for _, texts in _read_texts(cfg, file, fields, tokenizer)]
-
-
-def _existing(name: str) -> Path:
-    path = Path(name)
-    if not path.is_file() and find_pair(path) is None:
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{name} {found}: --data_file and --eval_data take a .jsonl file or a .bin/.idx pair")
-    return path
-
-
-def _pair_of(cfg: DataConfig, path: Path) -> Path | None:
-    """The binidx pair to read, or None for JSONL."""
-    if cfg.data_type in ("jsonl", "sft"):
-        pair = None
-    else:
-        pair = find_pair(path) or (path if cfg.data_type == "binidx" else None)
-    if cfg.sft_field and (pair or cfg.data_type == "jsonl"):
-        kind = "binidx" if pair else "jsonl"
-        raise UserError(f"--sft_field has no meaning when {path} is read as --data_type {kind}: remove one of the two")
-    return pair
-
-
-def _read_binidx(pair: Path) -> Source:
-    tokens, lengths = read_pair(pair)
-    firsts, numbers = np.zeros_like(lengths), np.arange(len(lengths))
-    return Source(f"{pair}: binidx, {tokens.dtype}", tokens, lengths, firsts, f"{pair}.bin document ", numbers)
-
-
-def _read_jsonl(cfg: DataConfig, path: Path, fields: tuple[str, ...], vocab_size: int) -> Source:
-    tokenizer = load_tokenizer(cfg.tokenizer, vocab_size)
-    tokens = array("i")
-    lengths, firsts, numbers = array("q"), array("q"), array("q")
-    for number, texts in _read_texts(cfg, path, fields, tokenizer):
-        *before, last = (tokenizer.encode(text) for text in texts)
-        prompt = before[0] if before else []
-        tokens.extend(prompt)
-        tokens.extend(last)
-        tokens.append(tokenizer.eod)
-        lengths.append(len(prompt) + len(last) + 1)
-        firsts.append(len(prompt) if cfg.loss_mask == "response" else 0)
-        numbers.append(number)
-    kind = f"{path}: {' and '.join(fields)}; tokenizer {tokenizer.name}"
-    if len(fields) == 2:
-        trained = "the response" if cfg.loss_mask == "response" else "prompt and response"
-        kind += f", template {choose_template(cfg.template, tokenizer.name)}, trained on {trained}"
-    flat = (np.frombuffer(values, dtype=values.typecode) for values in (tokens, lengths, firsts))
-    return Source(kind, *flat, f"{path}:", np.frombuffer(numbers, dtype=np.int64))
-
-
-def _read_texts(cfg: DataConfig, path: Path, fields: tuple[str, ...], tokenizer) -> Iterator[tuple[int, tuple]]:
-    """(line number, (text,)) or (line number, (prompt, response)) of every row, as they are tokenised."""
-    template = choose_template(cfg.template, tokenizer.name)
-    for number, row in read_rows(path):
-        where = f"{path}:{number}"
-        if len(fields) == 1:
-            yield number, (read_field(row, fields[0], where),)
+            counts = f"{len(self):,} documents, {len(self.tokens):,} tokens"
+            lines.append(f"{counts}, read in random windows of --ctx_len {self.ctx_len}")
         else:
-            prompt = read_field(row, fields[0], where, may_be_empty=True)
-            yield number, render(template, prompt, read_field(row, fields[1], where))
-
-
-def _check_vocabulary(source: Source, vocab_size: int) -> None:
-    for start in range(0, len(source.tokens), VOCABULARY_SCAN):
-        part = source.tokens[start : start + VOCABULARY_SCAN]
-        if part.max() >= vocab_size or part.min() < 0:
-            position = start + int(np.flatnonzero((part >= vocab_size) | (part < 0))[0])
-            document = int(np.searchsorted(np.cumsum(source.lengths), position, side="right"))
-            raise UserError(
-                f"{source.origin(document)}: token {source.tokens[position]} is outside the model's vocabulary of "
-                f"{vocab_size} ({source.kind}): use the tokenizer the model was trained with"
-            )
+            counts = f"{len(self):,} samples, {self.lengths.sum():,} tokens"
+            lines.append(f"{counts}, {self.trained_counts.sum():,} of them trained; longest {self.lengths.max():,}")
+        return [*lines, *self._notes, *(note for documents in self._parts for note in documents.notes)]

@@ -1,39 +1,61 @@
 """Which samples make up which batch: a pure function of (seed, epoch, step, micro, rank).
 
-An optimiser step consumes one window of micro_bsz x accumulate x world_size samples. The windows follow one another
-through a seeded permutation of the data; after a full pass comes a new permutation. An epoch is a full pass, or
+An optimiser step consumes one window: `accumulate` micro-batches on each of `world_size` ranks. The windows follow one
+another through a seeded order of the data; after a full pass comes a new order. An epoch is a full pass, or
 `steps_per_epoch` windows: the next epoch goes on where it ended, so that a pass repeats no sample and leaves none out.
 
-Sizes: B samples of a micro-batch, T positions.
+Passes may differ in their number of steps: packed, other samples meet in a row; with weights, other samples take part.
+
+Sizes: B rows of a micro-batch, T positions, D documents of a packed row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from rwkv_bone.data.dataset import Dataset
+from rwkv_bone.data.packing import best_fit
+from rwkv_bone.errors import UserError
 
 IGNORED = -100
+PASSES_KEPT = 2
 
 
 @dataclass
 class Batch:
-    ids: torch.Tensor  # int64 [B, T]
+    ids: torch.Tensor  # int64 [B, T]; packed [1, T]
     labels: torch.Tensor  # int64 [B, T]: the target of each position, -100 where none is trained
     rows: list[str]  # where the samples came from; shorter than B if the batch was filled up with empty rows
     tokens: int  # of this micro-batch, padding not counted
     window_tokens: int  # trained labels of the whole window: all micro-batches of the step, on all ranks
+    widest: int  # the largest T among the ranks, which run this micro-batch at the same time
+    cu_seqlens: torch.Tensor | None = None  # packed: int64 [D + 1], where each document begins and the last one ends
+
+    def to(self, device: torch.device | str) -> Batch:
+        bounds = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return replace(self, ids=self.ids.to(device), labels=self.labels.to(device), cu_seqlens=bounds)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the data: micro-batch i holds samples[bounds[i] : bounds[i + 1]]."""
+
+    samples: np.ndarray  # int64: each sample as often as the pass has it
+    bounds: np.ndarray  # int64 [micro-batches of all windows + 1]
 
 
 class BatchPlan:
-    """Batches of `micro_bsz` samples, as wide as the longest of them needs.
+    """The micro-batches of a run, of whole samples.
 
-    The last window of a pass is filled up with empty rows (all labels ignored), spread over ranks and micro-batches.
-    A dataset of `windows` gives random windows of its token stream instead, each rank its own, every token trained; an
-    epoch is then as many of them as hold the tokens of the stream once.
+    Padded: `micro_bsz` samples, each a row, as wide as the longest of them needs; the last window of a pass is filled
+    up with empty rows (all labels ignored), spread over ranks and micro-batches. `pack`: one row of at most micro_bsz x
+    ctx_len tokens, filled with documents one after another; where the last window of a pass has none left, a row of one
+    ignored token.
+    A dataset of `windows` gives random windows of its token stream instead, each rank its own, every token trained; a
+    pass is then as many of them as hold the tokens of the stream once.
     """
 
     def __init__(
@@ -45,47 +67,161 @@ class BatchPlan:
         world_size: int = 1,
         seed: int = 0,
         steps_per_epoch: int | None = None,
+        pack: bool = False,
     ):
         self.dataset = dataset
         self.micro_bsz = micro_bsz
         self.accumulate = accumulate
         self.world_size = world_size
         self.seed = seed
-        self.window = micro_bsz * accumulate * world_size  # samples per optimiser step
-        self._width = min(dataset.ctx_len, len(dataset.tokens) - 1)  # T of the windows of a stream
-        samples = -(-len(dataset.tokens) // self._width) if dataset.windows else len(dataset)
-        self._steps_per_pass = -(-samples // self.window)
-        self.steps_per_epoch = steps_per_epoch or self._steps_per_pass
-        self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self.pack = pack and not dataset.windows
+        # Tokens of a packed micro-batch. Samples of a dataset that is meant for windows may be longer than ctx_len.
+        self.budget = max(micro_bsz * dataset.ctx_len, int(dataset.lengths.max()) - 1)
+        self._per_window = accumulate * world_size  # micro-batches of an optimiser step
+        self._width = min(dataset.ctx_len, len(dataset.tokens) - 1) if dataset.windows else 0  # T of a stream's windows
+        self._fixed_steps = steps_per_epoch
+        self._pass_steps: dict[int, int] = {}
+        self._passes: dict[int, Pass] = {}
+        self._offsets = None if dataset.repeats is None else _offsets(dataset.repeats, seed)
+
+    def steps_in(self, epoch: int) -> int:
+        """The optimiser steps of an epoch."""
+        return self._fixed_steps or self._steps_in_pass(epoch)
+
+    def total_steps(self, epochs: int) -> int:
+        """The optimiser steps of the first `epochs` epochs. Raises UserError if there is none."""
+        steps = sum(self.steps_in(epoch) for epoch in range(epochs))
+        if not steps:
+            raise UserError(
+                f"--data_weights are so small that {epochs} passes use none of the {len(self.dataset):,} samples: "
+                "give larger weights or more epochs"
+            )
+        return steps
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, step in the epoch) of an optimiser step of the run; all count from 0."""
+        return divmod(step, self._fixed_steps) if self._fixed_steps else self._locate_in_passes(step)
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether this optimiser step of the run, 0 the first, is the last of its epoch."""
+        epoch, step = self.locate(step)
+        return step + 1 == self.steps_in(epoch)
 
     def batch(self, epoch: int, step: int, micro: int, rank: int) -> Batch:
         """The micro-batch `micro` (of `accumulate`) of optimiser step `step` of `epoch`; all count from 0."""
         if self.dataset.windows:
             return self._stream_batch(epoch, step, micro, rank)
-        window = self._window(epoch * self.steps_per_epoch + step)
-        mine = window[micro * self.world_size + rank :: self.accumulate * self.world_size]
-        samples = [self.dataset[index] for index in mine]
-        width = max((len(sample.ids) - 1 for sample in samples), default=1)
-        ids = np.zeros((self.micro_bsz, width), dtype=np.int64)
-        labels = np.full((self.micro_bsz, width), IGNORED, dtype=np.int64)
-        for row, sample in enumerate(samples):
-            length = len(sample.ids) - 1
-            ids[row, :length] = sample.ids[:-1]
-            labels[row, :length] = np.where(sample.trained[1:], sample.ids[1:], IGNORED)
+        if self._fixed_steps:
+            epoch, step = self._locate_in_passes(epoch * self._fixed_steps + step)
+        order = self._pass(epoch)
+        first = step * self._per_window
+        begin, end = order.bounds[first], order.bounds[first + self._per_window]
+        window_tokens = int(self.dataset.trained_counts[order.samples[begin:end]].sum())
+        mine = first + micro * self.world_size + rank
+        begin, end = order.bounds[mine : mine + 2]
+        samples = [self.dataset[index] for index in order.samples[begin:end]]
+        lengths = [len(sample.ids) - 1 for sample in samples]
+        if self.pack:
+            bounds = np.cumsum([0, *(lengths or [1])])
+            shape, places = (1, bounds[-1]), [(0, start) for start in bounds[: len(samples)]]
+        else:
+            bounds = None
+            shape, places = (self.micro_bsz, max(lengths, default=1)), [(row, 0) for row in range(len(samples))]
+        ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+        for sample, length, (row, start) in zip(samples, lengths, places, strict=True):
+            ids[row, start : start + length] = sample.ids[:-1]
+            labels[row, start : start + length] = np.where(sample.trained[1:], sample.ids[1:], IGNORED)
         return Batch(
             ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
             rows=[sample.origin for sample in samples],
-            tokens=sum(len(sample.ids) - 1 for sample in samples),
-            window_tokens=int(self.dataset.trained_counts[window].sum()),
+            tokens=sum(lengths),
+            window_tokens=window_tokens,
+            widest=self._widest(order, mine - rank),
+            cu_seqlens=None if bounds is None else torch.from_numpy(bounds),
         )
 
-    def _window(self, step: int) -> np.ndarray:
-        """Indices of the samples of the step-th optimiser step since the beginning, at most `window` of them."""
-        number, step = divmod(step, self._steps_per_pass)
-        if self._shuffled[0] != number:
-            self._shuffled = number, np.random.default_rng([self.seed, number]).permutation(len(self.dataset))
-        return self._shuffled[1][step * self.window : (step + 1) * self.window]
+    def lines(self) -> list[str]:
+        """How full the micro-batches of the first pass are, for the user."""
+        if self.dataset.windows or not self._steps_in_pass(0):
+            return []
+        order = self._pass(0)
+        lengths, counts = self.dataset.lengths[order.samples] - 1, np.diff(order.bounds)
+        used = int(lengths.sum())
+        if self.pack:
+            rows = int((counts > 0).sum())
+            unused = 1 - used / (rows * self.budget)
+            count = f"{rows:,} row{'s' * (rows != 1)}"
+            return [f"packed into {count} of at most {self.budget:,} tokens, {unused:.1%} of that unused"]
+        widths = np.zeros(len(counts), dtype=np.int64)
+        np.maximum.at(widths, np.repeat(np.arange(len(counts)), counts), lengths)
+        padding = 1 - used / int((widths * self.micro_bsz).sum())
+        return [f"padded to the longest sample of each batch: {padding:.1%} of all positions are padding"]
+
+    def _locate_in_passes(self, step: int) -> tuple[int, int]:
+        number = 0
+        while step >= (steps := self._steps_in_pass(number)):
+            number, step = number + 1, step - steps
+        return number, step
+
+    def _steps_in_pass(self, number: int) -> int:
+        if number not in self._pass_steps:
+            if self.dataset.windows:
+                micro_batches = -(-len(self.dataset.tokens) // (self._width * self.micro_bsz))
+            elif self.pack:
+                micro_batches = len(self._pass(number).bounds) - 1
+            else:
+                micro_batches = -(-self._counts(number).sum() // self.micro_bsz)
+            self._pass_steps[number] = int(-(-micro_batches // self._per_window))
+        return self._pass_steps[number]
+
+    def _counts(self, number: int) -> np.ndarray:
+        """How often pass `number` has each sample, int64 [n]: its weight, rounded down or up so that passes add up."""
+        if self._offsets is None:
+            return np.ones(len(self.dataset), dtype=np.int64)
+        repeats = self.dataset.repeats
+        before, after = (np.floor(repeats * passes + self._offsets) for passes in (number, number + 1))
+        return (after - before).astype(np.int64)
+
+    def _pass(self, number: int) -> Pass:
+        if number not in self._passes:
+            while len(self._passes) >= PASSES_KEPT:
+                del self._passes[next(iter(self._passes))]
+            self._passes[number] = self._order(number)
+        return self._passes[number]
+
+    def _order(self, number: int) -> Pass:
+        random = np.random.default_rng([self.seed, number])
+        samples = random.permutation(np.repeat(np.arange(len(self.dataset)), self._counts(number)))
+        if self.pack:
+            places = self._spread(best_fit(self.dataset.lengths[samples] - 1, self.budget), samples, random)
+        else:
+            # Each window deals out its samples over its micro-batches, one by one.
+            positions = np.arange(len(samples))
+            places = positions // (self.micro_bsz * self._per_window) * self._per_window + positions % self._per_window
+        windows = -(-(places.max(initial=-1) + 1) // self._per_window)
+        counts = np.bincount(places, minlength=windows * self._per_window)
+        return Pass(samples[np.argsort(places, kind="stable")], np.cumsum([0, *counts]))
+
+    def _spread(self, rows: np.ndarray, samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """The micro-batch of each sample, from its packed row: rows in random order, in each window the fullest first.
+
+        So the ranks, which take neighbours at the same time, have about the same to do.
+        """
+        fill = np.bincount(rows, weights=self.dataset.lengths[samples] - 1)
+        order = random.permutation(len(fill))
+        order = order[np.lexsort((-fill[order], np.arange(len(fill)) // self._per_window))]
+        place = np.empty(len(fill), dtype=np.int64)
+        place[order] = np.arange(len(fill))
+        return place[rows]
+
+    def _widest(self, order: Pass, first: int) -> int:
+        """T of the widest of the micro-batches that all ranks run at the same time, the first of which is `first`."""
+        bounds = order.bounds[first : first + self.world_size + 1]
+        lengths = self.dataset.lengths[order.samples[bounds[0] : bounds[-1]]] - 1
+        if self.pack:
+            lengths = np.diff(np.cumsum([0, *lengths])[bounds - bounds[0]])
+        return int(lengths.max(initial=1))
 
     def _stream_batch(self, epoch: int, step: int, micro: int, rank: int) -> Batch:
         stream = self.dataset.tokens
@@ -97,5 +233,20 @@ class BatchPlan:
             labels=torch.from_numpy(windows[:, 1:].copy()),
             rows=[f"tokens {start} to {start + self._width}" for start in starts],
             tokens=self.micro_bsz * self._width,
-            window_tokens=self.window * self._width,
+            window_tokens=self.micro_bsz * self._per_window * self._width,
+            widest=self._width,
         )
+
+
+def _offsets(repeats: np.ndarray, seed: int) -> np.ndarray:
+    """Where in its fraction each sample begins, float64 [n] in (0, 1): samples of one weight spread evenly, seeded.
+
+    A sample of weight r is in passes 0 to p - 1 floor(p r + offset) times, so that over all samples of that weight
+    every pass has r times their number, to one sample.
+    """
+    shuffled = np.random.default_rng([seed, 0, 1]).permutation(len(repeats))
+    offsets = np.empty(len(repeats))
+    for weight in np.unique(repeats):
+        same = shuffled[repeats[shuffled] == weight]
+        offsets[same] = (np.arange(len(same)) + 0.5) / len(same)
+    return offsets

@@ -1,15 +1,17 @@
 """Text to ids and back: bytes, RWKV World, or any tokenizer.json.
 
 A tokenizer has `name`, `vocab_size`, `eod` (the id that ends a document), `encode(str) -> list[int]`, without `eod`,
-and `decode(list[int]) -> str`. Incomplete UTF-8 and ids that are no token decode to U+FFFD.
+`decode(list[int]) -> str` and `identity() -> str`, which differs wherever ids may differ. Incomplete UTF-8 and ids that
+are no token decode to U+FFFD.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 from collections.abc import Iterable
 from functools import cache, cached_property
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 from rwkv_bone.errors import UserError
@@ -50,6 +52,9 @@ class ByteTokenizer:
     vocab_size = 256
     eod = 0
 
+    def identity(self) -> str:
+        return "bytes"
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
@@ -67,6 +72,14 @@ def _rust_world():
     return RWKVTokenizer()
 
 
+def _world_vocabulary():
+    return resources.files("pyrwkv_tokenizer") / "rwkv_vocab_v20230424.txt"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 class WorldTokenizer:
     """RWKV World (rwkv_vocab_v20230424), encoded by the Rust package pyrwkv-tokenizer; 0 ends a document."""
 
@@ -76,6 +89,9 @@ class WorldTokenizer:
 
     def __init__(self):
         self._rust = _rust_world()
+
+    def identity(self) -> str:
+        return f"world {metadata.version('pyrwkv-tokenizer')} {_digest(_world_vocabulary().read_bytes())}"
 
     def encode(self, text: str) -> list[int]:
         return self._rust.encode(text)
@@ -87,9 +103,8 @@ class WorldTokenizer:
     @cached_property
     def _pieces(self) -> dict[int, bytes]:
         """{id: bytes}, from the package's lines `id literal length`; a literal is a Python str or bytes."""
-        vocabulary = resources.files("pyrwkv_tokenizer") / "rwkv_vocab_v20230424.txt"
         pieces = {self.eod: b""}
-        for line in vocabulary.read_text(encoding="utf-8").strip().split("\n"):
+        for line in _world_vocabulary().read_text(encoding="utf-8").strip().split("\n"):
             number, rest = line.split(" ", 1)
             literal, length = rest.rsplit(" ", 1)
             piece = ast.literal_eval(literal)
@@ -113,8 +128,12 @@ class JsonTokenizer:
         except Exception as error:  # the package raises nothing more specific
             raise UserError(f"--tokenizer {path}: not a tokenizer.json ({error})") from error
         self.name = str(path)
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self.eod = self._find_eod()
+        self._content = path.read_bytes()
+
+    def identity(self) -> str:
+        return f"tokenizers {metadata.version('tokenizers')} {_digest(self._content)}"
 
     def _find_eod(self) -> int:
         for token in END_OF_DOCUMENT:

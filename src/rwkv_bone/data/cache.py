@@ -1,0 +1,254 @@
+"""Tokenised data on disk, under a name that is a hash of everything it was made from.
+
+An entry is a folder of flat arrays, which readers map into memory, and `meta.json`, which says what they are. It is
+made under a temporary name and renamed, so that a reader sees all of it or nothing. Of several processes that want the
+same entry one makes it, and the others wait for it; where the file system knows no locks each makes it and one wins.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_bone.errors import UserError
+
+FOLDER = ".rwkv_bone_cache"
+META = "meta.json"
+SMALL = 1 << 20  # bytes of data that are tokenised faster than they are looked up
+HASHED = 1 << 26  # bytes of a file up to which its content is read each time, whatever its dates say
+CHECKED = 1 << 28  # bytes of an array up to which its checksum is compared each time
+
+
+class Arrays:
+    """Flat arrays that grow, in memory or as files of a folder."""
+
+    def __init__(self, folder: Path | None):
+        self._folder = folder
+        self._parts: dict[str, list[np.ndarray]] = {}
+        self._files: dict[str, list] = {}  # name -> [file, dtype, count, checksum]
+
+    def append(self, **arrays: np.ndarray | None) -> None:
+        for name, array in arrays.items():
+            if array is None:
+                continue
+            if self._folder is None:
+                self._parts.setdefault(name, []).append(array)
+                continue
+            if name not in self._files:
+                self._files[name] = [open(self._folder / name, "wb"), array.dtype.str, 0, 0]
+            record, data = self._files[name], np.ascontiguousarray(array).data.cast("B") if array.size else b""
+            record[0].write(data)
+            record[2] += array.size
+            record[3] = zlib.crc32(data, record[3])
+
+    def drop(self, name: str) -> None:
+        """Forget what was appended under `name`, if anything was."""
+        self._parts.pop(name, None)
+        if record := self._files.pop(name, None):
+            record[0].close()
+            (self._folder / name).unlink()
+
+    def finish(self) -> dict[str, np.ndarray]:
+        """Everything appended; as files, also described by `described`."""
+        if self._folder is None:
+            return {name: np.concatenate(parts) for name, parts in self._parts.items()}
+        for record in self._files.values():
+            record[0].flush()
+            os.fsync(record[0].fileno())
+            record[0].close()
+        return {name: _mapped(self._folder / name, *record[1:3]) for name, record in self._files.items()}
+
+    def described(self) -> dict[str, dict]:
+        return {name: {"dtype": r[1], "count": r[2], "crc32": r[3]} for name, r in self._files.items()}
+
+    def close(self) -> None:
+        for record in self._files.values():
+            record[0].close()
+
+
+Entry = tuple[dict[str, np.ndarray], dict]  # (arrays, what else was recorded)
+Build = Callable[[Arrays], dict]  # fills the arrays and returns what else to record, as JSON
+
+
+class Cache:
+    """The entries of one folder, and the hashes of the files that they were made from."""
+
+    def __init__(self, data: Path, cache_dir: str = ""):
+        self.notes: list[str] = []
+        if not cache_dir and not data.parent.is_dir():  # the name of a dataset on the hub
+            cache_dir = str(_of_user())
+        beside = Path(cache_dir) if cache_dir else data.absolute().parent / FOLDER
+        self._folders = [beside]
+        if cache_dir:
+            if not _writable(beside):
+                raise UserError(f"--cache_dir {cache_dir}: cannot be written: name another folder")
+        elif not _writable(beside):
+            self._folders.insert(0, _of_user())
+            if not _writable(self._folders[0]):
+                raise UserError(f"neither {beside} nor {self._folders[0]} can be written: name a --cache_dir")
+            self.notes.append(f"cache in {self._folders[0]}, since {beside.parent} cannot be written")
+        self.folder = self._folders[0]
+
+    def content(self, paths: list[Path], name: str) -> str:
+        """A hash of the bytes of all files, wherever they lie; remembered for a large file until it is touched."""
+        digest = hashlib.blake2b(digest_size=20)
+        for path in paths:
+            digest.update(self._file_hash(path).encode())
+        if not paths:
+            raise UserError(f"{name}: no file of it is there to be read")
+        return digest.hexdigest()
+
+    def _file_hash(self, path: Path) -> str:
+        try:
+            status = os.stat(path)
+            # The change time moves whenever a file is written, whatever is done to its modification time.
+            seen = [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            if status.st_size <= HASHED:
+                return _hash(path)
+            record = self.folder / "files" / hashlib.blake2b(seen[0].encode(), digest_size=16).hexdigest()
+            with suppress(OSError, ValueError):
+                known = json.loads(record.read_text(encoding="utf-8"))
+                if known.get("seen") == seen:
+                    return str(known["hash"])
+            found = _hash(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        with suppress(OSError):  # remembering only saves time
+            record.parent.mkdir(exist_ok=True)
+            temporary = record.with_name(f".{record.name}.{os.getpid()}")
+            temporary.write_text(json.dumps({"seen": seen, "hash": found}), encoding="utf-8")
+            os.replace(temporary, record)
+        return found
+
+    def entry(self, made_from: Mapping, build: Build) -> Entry:
+        """The entry for `made_from` (anything JSON), built now if it is not there."""
+        key = hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=20).hexdigest()
+        if found := self._read(key):
+            return found
+        with self._lock(key):
+            return self._read(key) or self._build(key, build)
+
+    def _read(self, key: str) -> Entry | None:
+        for folder in self._folders:
+            if not (folder / key).exists():
+                continue
+            try:
+                return _read_entry(folder / key)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                note = f"cache entry {folder / key} is damaged ({error}): made again"
+                if note not in self.notes:
+                    self.notes.append(note)
+        return None
+
+    def _build(self, key: str, build: Build) -> Entry:
+        target = self.folder / key
+        temporary = None
+        try:
+            temporary = Path(tempfile.mkdtemp(prefix=f".{key[:8]}.", dir=self.folder))
+            arrays = Arrays(temporary)
+            try:
+                record = build(arrays)
+                arrays.finish()
+            finally:
+                arrays.close()
+            meta = json.dumps({"arrays": arrays.described(), "record": record}).encode()
+            (temporary / META).write_bytes(meta + f"\n{zlib.crc32(meta)}".encode())
+            temporary.chmod(0o777 & ~_umask())
+            for _ in range(3):
+                try:
+                    os.rename(temporary, target)
+                    break
+                except OSError:
+                    # Something is there: damaged, or made by another process just now.
+                    if not target.exists():
+                        raise
+                    if found := self._read(key):
+                        return found
+                    target.unlink() if target.is_file() else shutil.rmtree(target, ignore_errors=True)
+            return _read_entry(target)
+        except OSError as error:
+            raise UserError(
+                f"cache folder {self.folder}: could not be written ({error.strerror or error}): make room, or name "
+                "another with --cache_dir"
+            ) from error
+        finally:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    @contextmanager
+    def _lock(self, key: str) -> Iterator[None]:
+        path = self.folder / f".{key}.lock"
+        file = None
+        try:
+            with suppress(OSError):
+                file = open(path, "w")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+            if file:
+                file.close()
+
+
+def in_memory(build: Build) -> Entry:
+    arrays = Arrays(None)
+    record = build(arrays)
+    return arrays.finish(), record
+
+
+def _read_entry(folder: Path) -> Entry:
+    content, _, checksum = (folder / META).read_bytes().rpartition(b"\n")
+    if int(checksum) != zlib.crc32(content):
+        raise ValueError(f"the content of {META} has changed")
+    meta, arrays = json.loads(content), {}
+    for name, described in meta["arrays"].items():
+        path = folder / name
+        expected = np.dtype(described["dtype"]).itemsize * described["count"]
+        if path.stat().st_size != expected:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes, not {expected}")
+        arrays[name] = _mapped(path, described["dtype"], described["count"])
+        if expected <= CHECKED and expected and zlib.crc32(arrays[name].data.cast("B")) != described["crc32"]:
+            raise ValueError(f"the content of {name} has changed")
+    return arrays, meta["record"]
+
+
+def _mapped(path: Path, dtype: str, count: int) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype=dtype)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=20)
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _of_user() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_bone" / "data"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,37 @@
+"""Whole samples into rows of a fixed budget of tokens, with little of it unused.
+
+Bounded best fit: each sample goes to the open row that it fills up best, or opens a row; of more than `OPEN` open rows
+the fullest is closed. Samples are taken in the order given, which is random, except that of every `WINDOW` of them the
+longest come first: the shorter ones then fill the gaps that these leave. Time grows with the number of samples only.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+import numpy as np
+
+OPEN = 1024
+WINDOW = 64
+
+
+def best_fit(lengths: np.ndarray, budget: int) -> np.ndarray:
+    """lengths int64 [n], each from 1 to `budget` -> the row of each sample, int64 [n]: 0 to the number of rows - 1."""
+    assert not len(lengths) or 1 <= lengths.min() <= lengths.max() <= budget
+    order = np.lexsort((-lengths, np.arange(len(lengths)) // WINDOW))
+    rows, count = [], 0
+    room: list[tuple[int, int]] = []  # of every open row: (tokens that still fit in, row), sorted
+    for length in lengths[order].tolist():
+        place = bisect_left(room, (length, 0))
+        if place < len(room):
+            left, row = room.pop(place)
+        else:
+            left, row, count = budget, count, count + 1
+        rows.append(row)
+        if left > length:
+            insort(room, (left - length, row))
+            if len(room) > OPEN:
+                del room[0]
+    result = np.empty(len(lengths), dtype=np.int64)
+    result[order] = rows
+    return result

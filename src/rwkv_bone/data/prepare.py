@@ -1,0 +1,134 @@
+"""Rows of text to a .bin/.idx pair: python -m rwkv_bone.data.prepare --input data.jsonl --output data
+
+The pair is what the field's json2binidx tool makes of the same rows, byte for byte: training then maps it into memory.
+Rows of prompt and response are not for this: their masks would be lost, and training reads and caches them as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_bone import cli
+from rwkv_bone.config import BAD_ROWS, knob
+from rwkv_bone.data.binidx import PairWriter
+from rwkv_bone.data.conversation import Layout, conversation
+from rwkv_bone.data.sources import Rows, open_source
+from rwkv_bone.data.tokenise import (
+    Block,
+    Encoded,
+    Progress,
+    RowReader,
+    Skipped,
+    blocks,
+    check_vocabulary,
+    run,
+    token_dtype,
+)
+from rwkv_bone.data.tokenizer import load_tokenizer
+from rwkv_bone.errors import UserError
+
+DTYPES = ("auto", "uint16", "int32")
+ANY_SIZE = 1 << 31  # of a vocabulary: a tokenizer named by the user says its own
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    input: tuple[str, ...] = knob((), "files of rows with a text each: JSON lines (or .gz), JSON list, CSV, Parquet")
+    output: str = knob("", "common name of the pair: output.bin and output.idx")
+    tokenizer: str = knob("world", "bytes, world, or the path of a tokenizer.json")
+    field: str = knob("text", "name of the field that holds the text")
+    append_eod: bool = knob(True, "end each document with the end-of-document id, as the field's data has it")
+    dtype: str = knob("auto", "of the tokens; auto = uint16 if the vocabulary fits", DTYPES)
+    workers: int = knob(0, "processes; 0 = by the size of the input and the cores of the machine")
+    bad_rows: str = knob("stop", "what to do with rows that cannot be used: stop, or skip and count them", BAD_ROWS)
+    overwrite: bool = knob(False, "replace an existing pair")
+
+    def __post_init__(self):
+        for name, choices in (("dtype", DTYPES), ("bad_rows", BAD_ROWS)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"--{name} {getattr(self, name)}: expected one of {', '.join(choices)}")
+        for name in ("input", "output", "field"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing")
+        if self.tokenizer == "auto":
+            raise UserError("--tokenizer auto: there is no model here to choose by; name world, bytes or a file")
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers}: expected at least 0")
+
+
+@dataclass(frozen=True)
+class DocumentSettings:
+    """As tokenise.RowSettings, for texts that are documents."""
+
+    reader: RowReader
+    field: str
+    tokenizer: str
+    append_eod: bool
+    dtype: str
+
+    def encoder(self):
+        tokenizer = load_tokenizer(self.tokenizer, ANY_SIZE)
+        dtype, layout = np.dtype(self.dtype), Layout("text", (self.field,))
+        end = [tokenizer.eod] if self.append_eod else []
+
+        def encode_row(row: dict, where: str) -> np.ndarray:
+            ids = np.array(tokenizer.encode(conversation(row, layout, where).document) + end, dtype=np.int64)
+            check_vocabulary(ids, np.iinfo(dtype).max + 1, where, tokenizer.name)
+            return ids.astype(dtype)
+
+        def encode_block(block: Block) -> Encoded:
+            rows = list(self.reader.each(block[0], encode_row))
+            tokens = [ids for _, ids in rows if not isinstance(ids, str)]
+            return Encoded(
+                np.concatenate([np.empty(0, dtype=dtype), *tokens]),
+                np.array([len(ids) for ids in tokens], dtype=np.int64),
+                skipped=[(ids, number) for number, ids in rows if isinstance(ids, str)],
+                bytes=block[1],
+            )
+
+        return encode_block
+
+
+def prepare(cfg: PrepareConfig) -> None:
+    sources = [open_source(name) for name in cfg.input]
+    for name, source in zip(cfg.input, sources, strict=True):
+        if not isinstance(source, Rows):
+            raise UserError(f"{name}: {source.kind}; expected rows with a field {cfg.field!r}")
+    tokenizer = load_tokenizer(cfg.tokenizer, ANY_SIZE)
+    dtype = token_dtype(tokenizer.vocab_size) if cfg.dtype == "auto" else np.dtype(cfg.dtype)
+    files = [path for source in sources for path in source.files]
+    total = sum(path.stat().st_size for path in files)
+    packed = any(path.suffix == ".gz" for path in files)  # then nobody knows how much there is
+    progress, documents, left_out = Progress("tokenising", 0 if packed else total), 0, []
+    with PairWriter(Path(cfg.output), dtype, cfg.overwrite) as pair:
+        try:
+            for source in sources:
+                skipped = Skipped()
+                reader = RowReader(source.parse, source.prefix, cfg.bad_rows == "skip")
+                settings = DocumentSettings(reader, cfg.field, cfg.tokenizer, cfg.append_eod, dtype.str)
+                for block in run(settings, blocks(source.items()), total, cfg.workers):
+                    pair.write(block.tokens, block.lengths)
+                    progress.add(block.bytes, len(block.tokens))
+                    documents += len(block.lengths)
+                    skipped.add(block.skipped)
+                left_out += skipped.lines(source.prefix)
+        finally:
+            progress.close()
+        if not documents:
+            raise UserError(f"{', '.join(cfg.input)}: no usable rows; {'; '.join(left_out)}")
+    print(f"{cfg.output}.bin, .idx: {documents:,} documents, {dtype.name}, tokenizer {tokenizer.name}")
+    print(progress.speed())
+    for line in left_out:
+        print(line)
+
+
+def main() -> None:
+    prepare(cli.parse_section("prepare", __doc__.split("\n\n")[0], PrepareConfig, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

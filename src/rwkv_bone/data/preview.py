@@ -1,0 +1,161 @@
+"""What a run would train on, before it runs: python -m rwkv_bone.data.preview --data_file data.jsonl
+
+Takes the command line of train.py, of which the flags about data and the vocabulary count, and prints a few samples,
+their trained tokens in green, and what there is of samples, tokens and trained tokens, how long samples are, and what
+was cut or left out and why.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_bone import cli, field_flags
+from rwkv_bone.config import DataConfig, knob
+from rwkv_bone.data import Dataset, Sample, load_dataset, load_tokenizer
+from rwkv_bone.data.packing import best_fit
+from rwkv_bone.errors import UserError
+
+GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
+LINE_BREAK = "\N{RETURN SYMBOL}"
+BAR = 40
+BINS = 12
+VOCABULARIES = {"bytes": 256, "world": 65536, "auto": 65536}
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    samples: int = knob(3, "samples to print, spread evenly over the data; 0 = counts only")
+    show_tokens: int = knob(400, "tokens of each to print; 0 = all")
+    color: str = knob("auto", "trained tokens in green, or (never) inside [[ ]]", ("auto", "always", "never"))
+
+    def __post_init__(self):
+        if self.color not in ("auto", "always", "never"):
+            raise UserError(f"--color {self.color}: expected one of auto, always, never")
+        for name in ("samples", "show_tokens"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: expected at least 0")
+
+
+def parse(argv: list[str]) -> tuple[PreviewConfig, DataConfig, int]:
+    """(settings of the preview, settings of the data, vocabulary size) that `argv` asks for."""
+    parser = cli._Parser("preview", __doc__.split("\n\n")[1])
+    cli._add_fields(parser.add_argument_group("preview"), PreviewConfig)
+    parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help="as for train.py")
+    for name, section in cli.SECTIONS.items():
+        cli._add_fields(parser.add_argument_group(name), section)
+    given, notes = field_flags.translate_train(parser.read(argv, field_flags.TRAIN_FLAGS))
+    saved = cli._read_config(Path(given["config"])) if "config" in given else {}
+    preview = PreviewConfig(**cli._of_section(given, PreviewConfig))
+    data = DataConfig(**{**saved.get("data", {}), **cli._of_section(given, DataConfig)})
+    cli._print_notes(notes)
+    model = {**saved.get("model", {}), **given}
+    return preview, data, _vocab_size(model.get("load_model", ""), model.get("vocab_size", 0), data.tokenizer)
+
+
+def _vocab_size(load_model: str, vocab_size: int, tokenizer: str) -> int:
+    if load_model:
+        from rwkv_bone.checkpoint import architecture_of, read_state
+
+        return architecture_of(read_state(load_model), load_model).vocab_size
+    if vocab_size:
+        return vocab_size
+    # A tokenizer.json is asked: any number will do to load it.
+    return VOCABULARIES.get(tokenizer) or load_tokenizer(tokenizer, 1 << 30).vocab_size
+
+
+def preview(argv: list[str]) -> None:
+    settings, cfg, vocab_size = parse(argv)
+    colored = settings.color == "always" or (settings.color == "auto" and sys.stdout.isatty())
+    tokenizer = load_tokenizer(cfg.tokenizer, vocab_size)
+    dataset = load_dataset(cfg, vocab_size)
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, settings.samples).round().astype(int))
+    for index in chosen:
+        print(f"{describe(dataset[index])}\n{show(dataset[index], tokenizer, colored, settings.show_tokens)}\n")
+    for line in [*dataset.lines(), *statistics(dataset), *packing(dataset, cfg.micro_bsz)]:
+        print(line)
+
+
+def describe(sample: Sample) -> str:
+    return f"--- {sample.origin}: {len(sample.ids):,} tokens, {sample.trained.sum():,} of them trained"
+
+
+def show(sample: Sample, tokenizer, colored: bool, limit: int = 0) -> str:
+    """The text of a sample: trained tokens marked, line breaks visible, the end-of-document id as <end>."""
+    shown = len(sample.ids) if limit == 0 else min(limit, len(sample.ids))
+    text = []
+    for trained, begin, end in _runs(sample.trained[:shown]):
+        run = _readable(sample.ids[begin:end], tokenizer)
+        if colored:
+            text.append(f"{GREEN if trained else DIM}{run}{RESET}")
+        else:
+            text.append(f"[[{run}]]" if trained else run)
+    rest = len(sample.ids) - shown
+    if rest:
+        text.append(f"\n... {rest:,} more tokens, {sample.trained[shown:].sum():,} of them trained")
+    return "".join(text)
+
+
+def _readable(ids: np.ndarray, tokenizer) -> str:
+    parts = np.split(ids, np.flatnonzero(ids == tokenizer.eod) + 1)
+    texts = []
+    for part in parts:
+        ended = int(len(part) > 0 and part[-1] == tokenizer.eod)
+        text = tokenizer.decode(part[: len(part) - ended].tolist())
+        text = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+        texts.append(text.replace("\n", f"{LINE_BREAK}\n") + "<end>" * ended)
+    return "".join(texts)
+
+
+def _runs(flags: np.ndarray) -> Iterator[tuple[bool, int, int]]:
+    """(value, begin, end) of each run of equal values."""
+    bounds = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        yield bool(flags[begin]), begin, end
+
+
+def statistics(dataset: Dataset) -> Iterator[str]:
+    """Share of trained tokens, and a histogram of the samples' lengths."""
+    lengths, trained = dataset.lengths, dataset.trained_counts
+    yield f"trained: {trained.sum() / lengths.sum():.1%} of the tokens, {trained.mean():.1f} a sample"
+    middle, most = np.percentile(lengths, [50, 95])
+    yield f"length in tokens: mean {lengths.mean():.1f}, median {middle:.0f}, 95% up to {most:.0f}"
+    step = _round_up(int(lengths.max()) / BINS)
+    counts = np.bincount((lengths - 1) // step)
+    width = len(f"{len(counts) * step:,}")
+    for i in range(int(np.argmax(counts > 0)), len(counts)):
+        bar = "#" * -(-int(counts[i]) * BAR // int(counts.max()))
+        yield f"  {i * step + 1:>{width},} to {(i + 1) * step:>{width},} {bar:{BAR}} {counts[i]:,}"
+
+
+def _round_up(width: float) -> int:
+    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    scale = 1
+    while True:
+        for factor in (1, 2, 5):
+            if factor * scale >= width:
+                return factor * scale
+        scale *= 10
+
+
+def packing(dataset: Dataset, micro_bsz: int) -> Iterator[str]:
+    """How many tokens of its rows --dataload pack leaves unused, and one sample a row would."""
+    if dataset.windows:
+        return
+    predictions = dataset.lengths - 1
+    budget = micro_bsz * dataset.ctx_len
+    rows = int(best_fit(predictions, budget).max()) + 1
+    unused = 1 - predictions.sum() / (rows * budget)
+    alone = 1 - predictions.sum() / (len(dataset) * dataset.ctx_len)
+    yield f"packed (--dataload pack): {rows:,} x {budget:,} tokens, {unused:.1%} of them unused"
+    yield f"one sample a row: {len(dataset):,} x {dataset.ctx_len:,} tokens, {alone:.1%} of them unused"
+
+
+if __name__ == "__main__":
+    # A terminal that cannot show a character shows its number.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.exit(cli.run(lambda: preview(sys.argv[1:])))

@@ -1,0 +1,264 @@
+"""Rows and texts to flat arrays of ids: a block of rows at a time, on several processes where there is much to do.
+
+What comes out does not depend on the number of processes: blocks are made by the reader and collected in its order.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rwkv_bone.data.conversation import Layout, conversation
+from rwkv_bone.data.dataset import prompt_hash
+from rwkv_bone.data.masks import encode
+from rwkv_bone.data.templates import load_template
+from rwkv_bone.data.tokenizer import load_tokenizer
+from rwkv_bone.errors import UserError
+
+BLOCK = 1 << 21  # bytes of rows that a process is given at a time
+PARALLEL = 1 << 26  # bytes from which on processes pay: each takes a second to start and to read a vocabulary
+PROCESSES = 16
+ORIGINS_SHOWN = 3
+SKIP_HINT = "(--bad_rows skip leaves such rows out and counts them)"
+
+Block = tuple[list, int]  # (items, their size in bytes)
+
+
+@dataclass
+class Encoded:
+    """The documents of a block."""
+
+    tokens: np.ndarray  # uint16 or int32 [N]
+    lengths: np.ndarray  # int64 [D]
+    trained: np.ndarray | None = None  # bool [N]
+    prompts: np.ndarray | None = None  # uint64 [D]
+    numbers: np.ndarray | None = None  # int64 [D]
+    skipped: list[tuple[str, int]] = field(default_factory=list)  # (reason, number of the row)
+    unanswered: int = 0  # turns after the last response
+    bytes: int = 0  # of the source
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+
+
+def check_vocabulary(ids: np.ndarray, vocab_size: int, where: str, tokenizer: str) -> None:
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+        bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise UserError(
+            f"{where}: token {bad} is outside the model's vocabulary of {vocab_size} (tokenizer {tokenizer}): "
+            "use the tokenizer the model was trained with"
+        )
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Rows out of what a source yields, with what is wrong with them."""
+
+    parse: Callable[[Any, str], dict]
+    prefix: str
+    skip: bool
+
+    def each(self, items: Iterable[tuple[int, Any]], function: Callable[[dict, str], Any]) -> Iterator[tuple[int, Any]]:
+        """(number, function(row, where)) of each row; of one to be skipped (number, the reason)."""
+        for number, raw in items:
+            where = f"{self.prefix}{number}"
+            try:
+                if isinstance(raw, UserError):
+                    raise raw
+                yield number, function(self.parse(raw, where), where)
+            except UserError as error:
+                if not self.skip:
+                    raise UserError(f"{error} {SKIP_HINT}") from error
+                yield number, reason_of(str(error), where)
+
+
+class Skipped:
+    """Counts of the rows left out, by reason, with the numbers of the first few."""
+
+    def __init__(self, counts: dict[str, tuple[int, list[int]]] | None = None):
+        self.counts = counts or {}
+
+    def add(self, found: Iterable[tuple[str, int]]) -> None:
+        for reason, number in found:
+            count, first = self.counts.get(reason, (0, []))
+            self.counts[reason] = (count + 1, [*first, number][:ORIGINS_SHOWN])
+
+    def lines(self, prefix: str) -> list[str]:
+        lines = []
+        for reason, (count, first) in self.counts.items():
+            named = ", ".join(f"{prefix}{number}" for number in first) + ", ..." * (count > len(first))
+            lines.append(f"skipped (--bad_rows skip), {reason}: {count:,} rows ({named})")
+        return lines
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """All that decides what becomes of a row; goes to other processes, where `encoder` makes the function."""
+
+    reader: RowReader
+    layout: Layout
+    template: str
+    tokenizer: str
+    vocab_size: int
+    loss_mask: str
+    mask_id: str
+
+    def encoder(self) -> Callable[[Block], Encoded]:
+        tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
+        template = load_template(self.template, tokenizer.name)
+        dtype, may_exceed = token_dtype(self.vocab_size), tokenizer.vocab_size > self.vocab_size
+
+        def encode_row(row: dict, where: str) -> tuple[np.ndarray, np.ndarray, int]:
+            talk = conversation(row, self.layout, where)
+            ids, trained = encode(template.render(talk), tokenizer, self.loss_mask, self.mask_id)
+            if may_exceed:
+                check_vocabulary(ids, self.vocab_size, where, tokenizer.name)
+            return ids.astype(dtype), trained, talk.unanswered
+
+        def encode_block(block: Block) -> Encoded:
+            rows = list(self.reader.each(block[0], encode_row))
+            good = [(number, *row) for number, row in rows if not isinstance(row, str)]
+            numbers, ids, masks, unanswered = zip(*good, strict=True) if good else ((), (), (), ())
+            return Encoded(
+                np.concatenate([np.empty(0, dtype=dtype), *ids]),
+                np.array([len(row) for row in ids], dtype=np.int64),
+                np.concatenate([np.empty(0, dtype=bool), *masks]),
+                np.array([prompt_hash(row, int(np.argmax(mask))) for row, mask in zip(ids, masks, strict=True)], "u8"),
+                np.array(numbers, dtype=np.int64),
+                [(reason, number) for number, reason in rows if isinstance(reason, str)],
+                sum(unanswered),
+                block[1],
+            )
+
+        return encode_block
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """As RowSettings, for pieces of texts: each becomes a stretch of ids, of one document in all."""
+
+    name: str
+    tokenizer: str
+    vocab_size: int
+
+    def encoder(self) -> Callable[[Block], Encoded]:
+        tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
+        dtype = token_dtype(self.vocab_size)
+
+        def encode_block(block: Block) -> Encoded:
+            texts, size = block
+            ids = np.array([i for text in texts for i in tokenizer.encode(text)], dtype=np.int64)
+            check_vocabulary(ids, self.vocab_size, self.name, tokenizer.name)
+            return Encoded(ids.astype(dtype), np.array([len(ids)]), bytes=size)
+
+        return encode_block
+
+
+def reason_of(message: str, where: str) -> str:
+    """What is wrong, without the place and the particulars, so that rows can be counted by it."""
+    reason = re.split(r"[;:(]|, expected|, found", message.removeprefix(where).lstrip(": "))[0]
+    return re.sub(r"\d+", "N", reason).strip()
+
+
+def blocks(items: Iterable[tuple[int, Any, int]]) -> Iterator[Block]:
+    """`items` (number, raw, bytes) in groups of about BLOCK bytes."""
+    group, size = [], 0
+    for number, raw, count in items:
+        group.append((number, raw))
+        size += count
+        if size >= BLOCK:
+            yield group, size
+            group, size = [], 0
+    if group:
+        yield group, size
+
+
+def run(settings, source: Iterable[Block], total: int, processes: int = 0) -> Iterator:
+    """`settings.encoder()` on every block, in order; with 0 `processes` the `total` of bytes decides how many."""
+    count = processes or (usable_processes(total) if total >= PARALLEL else 1)
+    if count == 1:
+        yield from map(settings.encoder(), source)
+        return
+    # Started afresh rather than forked: the parent may have threads, and CUDA.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=_start, initargs=(settings,)) as pool:
+        waiting: deque = deque()
+        try:
+            for block in source:
+                waiting.append(pool.submit(_work, block))
+                if len(waiting) > 2 * count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that tokenises ended early: if it left no message above, the machine may be out of memory"
+            ) from error
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def usable_processes(total: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, PROCESSES, total // (PARALLEL // 4)))
+
+
+def _start(settings) -> None:
+    global _encode
+    _encode = settings.encoder()
+
+
+def _work(block: Block):
+    return _encode(block)
+
+
+class Progress:
+    """A bar on a terminal, once something has taken two seconds; elsewhere nothing."""
+
+    WIDTH = 30
+
+    def __init__(self, label: str, total: int, stream=None):
+        self.label, self.total, self.stream = label, total, stream or sys.stderr
+        self.bytes = self.tokens = 0
+        self.begin = self.shown = time.perf_counter()
+        self._drawn = False
+
+    def add(self, count: int, tokens: int) -> None:
+        self.bytes += count
+        self.tokens += tokens
+        now = time.perf_counter()
+        if self.stream.isatty() and now - self.begin > 2 and now - self.shown > 0.2:
+            self.shown, self._drawn = now, True
+            self.stream.write(f"\r{self._bar()}{self.label}  {self.speed()}\033[K")
+            self.stream.flush()
+
+    def _bar(self) -> str:
+        if not self.total:
+            return ""
+        filled = min(self.WIDTH * self.bytes // self.total, self.WIDTH)
+        return f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] "
+
+    def close(self) -> None:
+        if self._drawn:
+            self.stream.write("\r\033[K")
+            self.stream.flush()
+
+    def speed(self) -> str:
+        seconds = max(time.perf_counter() - self.begin, 1e-6)
+        return (
+            f"{self.bytes / 1e6:,.1f} MB, {self.tokens:,} tokens in {seconds:.1f} s "
+            f"({self.bytes / 1e6 / seconds:,.1f} MB/s, {self.tokens / seconds:,.0f} tokens/s)"
+        )

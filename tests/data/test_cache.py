@@ -1,0 +1,272 @@
+"""Data is tokenised once: what is cached is what would be made anew, for every process, until something changes."""
+
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rwkv_bone.data import cache, load, load_dataset, tokenise
+from rwkv_bone.data.cache import Cache
+from rwkv_bone.errors import UserError
+
+ROWS = [{"prompt": f"p{i}", "response": "r" * (i % 7 + 1)} for i in range(40)]
+
+
+def samples(dataset) -> list:
+    return [(s.ids.tolist(), s.trained.tolist(), s.origin) for s in dataset]
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if (path / cache.META).is_file())
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The number of times that rows were tokenised."""
+    count, original = [], tokenise.RowSettings.encoder
+
+    def encoder(self):
+        count.append(1)
+        return original(self)
+
+    monkeypatch.setattr(tokenise.RowSettings, "encoder", encoder)
+    return count
+
+
+def test_the_second_time_nothing_is_tokenised(write_jsonl, config, tmp_path, made):
+    cfg = config(write_jsonl(*ROWS, {"prompt": "a", "response": ""}), bad_rows="skip")
+    first, second = load_dataset(cfg, 256), load_dataset(cfg, 256)
+    assert len(made) == 1 and samples(first) == samples(second) and len(first) == 40
+    assert np.array_equal(first.groups, second.groups)
+    assert all(isinstance(second._parts[0].tokens, kind) for kind in (np.memmap,))
+    assert second.lines()[:-1] == first.lines()[:-1]
+    assert "tokenised 0.0 MB" in first.lines()[-1] and second.lines()[-1].endswith(
+        f"from the cache {tmp_path / 'cache'}"
+    )
+
+
+def test_the_cache_lies_beside_the_data_and_small_data_needs_none(write_jsonl, config, tmp_path, monkeypatch):
+    path = write_jsonl(*ROWS)
+    load_dataset(config(path, cache_dir=""), 256)
+    assert not (tmp_path / cache.FOLDER).exists()
+    monkeypatch.setattr(load, "SMALL", 0)
+    dataset = load_dataset(config(path, cache_dir=""), 256)
+    assert len(entries(tmp_path / cache.FOLDER)) == 1 and cache.FOLDER in dataset.lines()[-1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss_mask": "none"},
+        {"template": "world"},
+        {"bad_rows": "skip"},
+        {"sft_split": "[:30]"},
+        {"sft_field": ("response", "prompt")},
+        {"tokenizer": "world"},
+    ],
+)
+def test_whatever_changes_the_tokens_makes_a_new_entry(write_jsonl, config, change, made):
+    path = write_jsonl(*ROWS)
+    load_dataset(config(path), 65536)
+    load_dataset(config(path, **change), 65536)
+    load_dataset(config(path, **change), 65536)
+    assert len(made) == 2
+
+
+def test_lengths_and_batches_are_no_part_of_an_entry(write_jsonl, config, made):
+    path = write_jsonl(*ROWS)
+    for change in ({}, {"ctx_len": 4}, {"long_samples": "split"}, {"dataload": "pad"}, {"micro_bsz": 2}):
+        load_dataset(config(path, **change), 256)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("hashed", [0, cache.HASHED], ids=["remembered", "read each time"])
+def test_a_changed_byte_anywhere_makes_a_new_entry(write_jsonl, config, monkeypatch, made, hashed):
+    monkeypatch.setattr(cache, "HASHED", hashed)
+    path = write_jsonl(*ROWS)
+    load_dataset(config(path), 256)
+    load_dataset(config(path), 256)
+    assert len(made) == 1
+    dates, content = os.stat(path), bytearray(Path(path).read_bytes())
+    content[content.index(b"p17")] = ord("q")
+    Path(path).write_bytes(content)
+    os.utime(path, ns=(dates.st_atime_ns, dates.st_mtime_ns))  # as `cp -p` or a careless editor would
+    changed = load_dataset(config(path), 256)
+    assert len(made) == 2 and bytes(changed[17].ids[:3].tolist()) == b"q17"
+
+
+def test_a_changed_template_file_makes_a_new_entry(write_jsonl, config, tmp_path, made):
+    path, template = write_jsonl(*ROWS), tmp_path / "template.txt"
+    for mark in "AB":
+        template.write_text(f"Q {{prompt}} {mark} {{response}}")
+        first = load_dataset(config(path, template=str(template)), 256)[0]
+        assert bytes(first.ids.tolist()) == f"Q p0 {mark} r\0".encode()
+    assert len(made) == 2
+
+
+def test_the_data_may_be_moved(write_jsonl, config, tmp_path, made):
+    first = load_dataset(config(write_jsonl(*ROWS)), 256)
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.move(tmp_path / "data.jsonl", tmp_path / "elsewhere" / "other.jsonl")
+    second = load_dataset(config(str(moved)), 256)
+    assert len(made) == 1 and second[3].origin == f"{moved}:4"
+    assert [s.ids.tolist() for s in first] == [s.ids.tolist() for s in second]
+
+
+def break_meta(entry: Path) -> None:
+    (entry / cache.META).write_text('{"arrays": 3}')
+
+
+def lose_meta(entry: Path) -> None:
+    (entry / cache.META).unlink()
+
+
+def flip_a_bit(entry: Path) -> None:
+    content = bytearray((entry / "tokens").read_bytes())
+    content[5] ^= 1
+    (entry / "tokens").write_bytes(content)
+
+
+def truncate(entry: Path) -> None:
+    (entry / "trained").write_bytes((entry / "trained").read_bytes()[:-1])
+
+
+def lose_an_array(entry: Path) -> None:
+    (entry / "lengths").unlink()
+
+
+def become_a_file(entry: Path) -> None:
+    shutil.rmtree(entry)
+    entry.write_text("not a folder")
+
+
+@pytest.mark.parametrize("damage", [break_meta, lose_meta, flip_a_bit, truncate, lose_an_array, become_a_file])
+def test_a_damaged_entry_is_made_again_and_said(write_jsonl, config, tmp_path, made, damage):
+    cfg = config(write_jsonl(*ROWS))
+    first = samples(load_dataset(cfg, 256))
+    damage(entries(tmp_path / "cache")[0])
+    again = load_dataset(cfg, 256)
+    assert samples(again) == first and len(made) == 2
+    assert sum(line.endswith("made again") for line in again.lines()) == 1
+    third = load_dataset(cfg, 256)
+    assert samples(third) == first and len(made) == 2
+    assert not any(line.endswith("made again") for line in third.lines())
+
+
+def test_a_failure_leaves_no_entry(write_jsonl, config, tmp_path):
+    with pytest.raises(UserError, match="data.jsonl:41: not valid JSON"):
+        load_dataset(config(write_jsonl(*ROWS, "{")), 256)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == []
+
+
+def test_a_full_disk_is_reported(write_jsonl, config, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cache folder .*No space left on device.*--cache_dir"):
+        load_dataset(config(write_jsonl(*ROWS)), 256)
+    assert entries(tmp_path / "cache") == []
+
+
+def test_data_in_a_folder_that_cannot_be_written_is_cached_for_the_user(write_jsonl, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(load, "SMALL", 0)
+    (tmp_path / cache.FOLDER).write_text("in the way")
+    dataset = load_dataset(config(write_jsonl(*ROWS), cache_dir=""), 256)
+    folder = tmp_path / "home" / "rwkv_bone" / "data"
+    assert len(entries(folder)) == 1
+    assert f"cache in {folder}, since {tmp_path} cannot be written" in dataset.lines()
+    with pytest.raises(UserError, match="--cache_dir .*cannot be written"):
+        load_dataset(config(write_jsonl(*ROWS), cache_dir=str(tmp_path / cache.FOLDER)), 256)
+
+
+def build(folder: str, start, results) -> None:
+    start.wait()
+
+    def make(arrays):
+        arrays.append(numbers=np.arange(1000))
+        results.put("made")
+        return {"made": True}
+
+    store = Cache(Path(folder), folder)
+    arrays, record = store.entry({"key": 1}, make)
+    results.put((int(arrays["numbers"].sum()), record))
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["with locks", "without"])
+def test_processes_that_start_at_once_share_one_entry(tmp_path, monkeypatch, locks):
+    if not locks:
+
+        def refuse(*arguments):
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(cache.fcntl, "flock", refuse)
+    context = multiprocessing.get_context("fork")
+    start, results = context.Event(), context.Queue()
+    workers = [context.Process(target=build, args=(str(tmp_path / "cache"), start, results)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    start.set()
+    for worker in workers:
+        worker.join(60)
+    found = [results.get(timeout=10) for _ in range(4 + (1 if locks else 0))]
+    assert all(worker.exitcode == 0 for worker in workers)
+    if locks:
+        assert sorted(map(str, found)) == sorted(map(str, ["made", *[(499500, {"made": True})] * 4]))
+    assert len(entries(tmp_path / "cache")) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # nothing temporary is left
+
+
+def test_several_processes_make_the_same_entry_as_one(write_jsonl, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenise, "BLOCK", 100)
+    path = write_jsonl(*ROWS)
+    alone = samples(load_dataset(config(path), 256))
+    monkeypatch.setattr(tokenise, "PARALLEL", 8)
+    monkeypatch.setattr(tokenise, "usable_processes", lambda total: 2)
+    together = load_dataset(config(path, cache_dir=str(tmp_path / "other")), 256)
+    assert samples(together) == alone
+    assert "tokenised" in together.lines()[-1]
+    with pytest.raises(UserError, match="data.jsonl:41: not valid JSON"):
+        load_dataset(config(write_jsonl(*ROWS, "{", "[")), 256)
+
+
+def test_speed_is_reported_with_its_units():
+    progress = tokenise.Progress("tokenising", 100)
+    progress.begin -= 10
+    progress.add(50_000_000, 1_000_000)
+    assert progress.speed() == "50.0 MB, 1,000,000 tokens in 10.0 s (5.0 MB/s, 100,000 tokens/s)"
+
+
+def test_a_bar_is_drawn_on_a_terminal_only():
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, drawn in ((Terminal(), True), (io.StringIO(), False)):
+        progress = tokenise.Progress("tokenising data.jsonl", 100, stream)
+        progress.begin = progress.shown = progress.begin - 10
+        progress.add(50, 7)
+        progress.close()
+        assert (f"[{'#' * 15}{'.' * 15}] tokenising data.jsonl  0.0 MB" in stream.getvalue()) is drawn
+        assert drawn or stream.getvalue() == ""
+
+
+def test_what_is_recorded_is_json(write_jsonl, config, tmp_path):
+    load_dataset(config(write_jsonl(*ROWS, {"prompt": "a", "response": ""}), bad_rows="skip"), 256)
+    meta = json.loads((entries(tmp_path / "cache")[0] / cache.META).read_text().splitlines()[0])
+    assert meta["record"]["skipped"] == {"field 'response' is empty": [1, [41]]}
+    assert meta["arrays"]["lengths"]["count"] == 40 and "trained" in meta["arrays"]
+
+
+def test_no_mask_is_kept_where_every_token_is_trained(write_jsonl, config, tmp_path):
+    for _ in range(2):
+        dataset = load_dataset(config(write_jsonl(*ROWS), loss_mask="none"), 256)
+        assert dataset[3].trained.tolist() == [False] + [True] * (len(dataset[3].ids) - 1)
+    assert not (entries(tmp_path / "cache")[0] / "trained").exists()

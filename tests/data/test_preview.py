@@ -1,0 +1,139 @@
+"""The preview shows what is trained, counts what there is, and takes the command line of train.py."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rwkv_bone import cli
+from rwkv_bone.data import Sample, load_tokenizer
+from rwkv_bone.data.preview import parse, preview, show
+from rwkv_bone.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BYTES = load_tokenizer("bytes", 256)
+
+
+def sample(text: str, trained: str) -> Sample:
+    """`trained` has a + under every byte that is trained."""
+    return Sample(np.array(list(text.encode()), dtype=np.int32), np.array([c == "+" for c in trained]), "data.jsonl:1")
+
+
+def lines_of(capsys, *argv: str) -> list[str]:
+    preview([*argv, "--tokenizer", "bytes"])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_trained_tokens_stand_in_brackets_or_in_green():
+    one = sample("a\nbc\0", "--++-")
+    assert show(one, BYTES, colored=False) == "a⏎\n[[bc]]<end>"
+    assert show(one, BYTES, colored=True) == "\033[2ma⏎\n\033[0m\033[32mbc\033[0m\033[2m<end>\033[0m"
+    assert show(sample("é\0", "+++"), BYTES, colored=False) == "[[é<end>]]"
+
+
+def test_a_long_sample_is_cut_and_says_how_much_is_missing():
+    one = sample("abcdefgh", "-+++-+++")
+    assert show(one, BYTES, colored=False, limit=3) == "a[[bc]]\n... 5 more tokens, 4 of them trained"
+    assert show(one, BYTES, colored=False, limit=8) == "a[[bcd]]e[[fgh]]"
+
+
+def test_what_a_terminal_would_obey_is_shown_as_its_number():
+    assert show(sample("\033[1m\r", "-----"), BYTES, colored=False) == "\\x1b[1m\\x0d"
+    assert show(Sample(np.array([0xE4, 0xBD]), np.array([False, True]), ""), BYTES, colored=False) == "�[[�]]"
+
+
+def test_samples_are_spread_over_the_data_and_counted(write_jsonl, capsys):
+    path = write_jsonl(*({"prompt": f"{i}?", "response": "x" * i} for i in range(1, 10)))
+    lines = lines_of(capsys, "--data_file", path, "--samples", "3", "--ctx_len", "32", "--micro_bsz", "2")
+    assert [line for line in lines if line.startswith("---")] == [
+        f"--- {path}:1: 4 tokens, 2 of them trained",
+        f"--- {path}:5: 8 tokens, 6 of them trained",
+        f"--- {path}:9: 12 tokens, 10 of them trained",
+    ]
+    assert "5?[[xxxxx<end>]]" in lines
+    assert "9 samples, 72 tokens, 54 of them trained; longest 12" in lines
+    assert "trained: 75.0% of the tokens, 6.0 a sample" in lines
+    assert "length in tokens: mean 8.0, median 8, 95% up to 12" in lines
+    bars = [re.fullmatch(r" +(\d+) to +(\d+) (#+) +(\d+)", line) for line in lines]
+    assert [bar.group(1, 2, 4) for bar in bars if bar] == [(str(n), str(n), "1") for n in range(4, 13)]
+    # 63 predictions in all.
+    assert "packed (--dataload pack): 1 x 64 tokens, 1.6% of them unused" in lines
+    assert "one sample a row: 9 x 32 tokens, 78.1% of them unused" in lines
+
+
+def test_what_is_cut_and_left_out_is_said_with_the_reason(write_jsonl, capsys):
+    long, skipped = {"prompt": "p" * 40, "response": "r"}, {"prompt": "p", "response": ""}
+    path = write_jsonl({"prompt": "p", "response": "r" * 40}, long, skipped)
+    text = "\n".join(lines_of(capsys, "--data_file", path, "--ctx_len", "16", "--bad_rows", "skip", "--samples", "0"))
+    assert "cut at --ctx_len 16: 2 samples" in text
+    assert f"left out, no token to train on within --ctx_len 16: 1 samples ({path}:2)" in text
+    assert "field 'response' is empty" in text and "---" not in text
+
+
+def test_a_stream_of_random_windows_has_no_packing(write_jsonl, capsys):
+    path = write_jsonl({"text": "abc"}, {"text": "defgh"})
+    lines = lines_of(capsys, "--data_file", path, "--dataload", "get", "--ctx_len", "4")
+    assert "a[[bc<end>]]" in lines and not any("packed" in line for line in lines)
+
+
+def test_the_command_line_of_train_is_taken_as_it_is(tiny_checkpoint, tmp_path):
+    model = str(tiny_checkpoint(vocab_size=61))
+    train = ["--load_model", model, "--data_file", "a.jsonl", "b.jsonl", "--template", "g1", "--lr_init", "1e-3"]
+    settings, data, vocab_size = parse([*train, "--samples", "7"])
+    assert data == cli.parse_train(train).data
+    assert (settings.samples, vocab_size) == (7, 61)
+
+    saved = tmp_path / "config.json"
+    saved.write_text(cli.to_json(cli.parse_train(train)))
+    _, data, vocab_size = parse(["--config", str(saved), "--ctx_len", "9"])
+    assert (data.data_file, data.template, data.ctx_len, vocab_size) == (("a.jsonl", "b.jsonl"), "g1", 9, 61)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], 65536), (["--tokenizer", "bytes"], 256), (["--vocab_size", "70", "--tokenizer", "bytes"], 70)],
+)
+def test_without_a_model_the_vocabulary_is_the_tokenizers(words, expected):
+    assert parse(["--data_file", "x", *words])[2] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--color blue", "--color blue: expected one of auto, always, never"),
+        ("--samples -1", "--samples -1: expected at least 0"),
+        ("--sample 1", "--sample is not a flag of preview; did you mean --samples?"),
+        ("--ctx_len 0", "--ctx_len 0: expected at least 1"),
+    ],
+)
+def test_mistakes_in_the_flags_are_answered_as_train_answers_them(words, expected):
+    with pytest.raises(UserError, match=re.escape(expected)):
+        parse(["--data_file", "x", *words.split()])
+
+
+def test_the_script_shows_the_data_of_the_default_run(tmp_path, capsys):
+    stand_in = tmp_path / "python3"  # prints what the preview is called with, and is a real Python otherwise
+    stand_in.write_text(
+        f"""#!/bin/sh
+case $* in
+    *rwkv_bone.data.preview*) echo "$PYTHONPATH"; for word; do echo "$word"; done ;;
+    *) exec '{sys.executable}' "$@" ;;
+esac
+"""
+    )
+    stand_in.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": "mine"}
+    command = ["sh", REPOSITORY / "scripts" / "preview_data.sh", "--samples", "1"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    path, *words = result.stdout.splitlines()
+    assert path == f"{REPOSITORY}/src:mine" and words[:2] == ["-m", "rwkv_bone.data.preview"]
+
+    preview([*words[2:], "--cache_dir", str(tmp_path / "cache")])
+    out = capsys.readouterr().out
+    assert out.startswith(f"--- {REPOSITORY}/assets/numbers_train.jsonl:1: ") and out.count("---") == 1
+    assert "<end>]]" in out and "trained: " in out
