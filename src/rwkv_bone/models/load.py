@@ -13,21 +13,30 @@ from rwkv_bone.checkpoint import Architecture
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
 from rwkv_bone.models.rwkv import GENERATIONS, RWKV
+from rwkv_bone.quantization import QuantLinear, is_quantized, quantize
 
 
 def load_base_into(
-    model: RWKV, state: Mapping[str, Tensor], dtype: torch.dtype | None = None, source: str = "checkpoint"
+    model: RWKV,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    source: str = "checkpoint",
+    quant: str = "none",
 ) -> None:
     """Give the model the checkpoint's tensors, strictly: every key and shape must match (else UserError).
 
     With `dtype` they are converted; without, they stay what the file holds (mapped, nothing is copied). A checkpoint
-    that carries a trained initial state keeps it, in fp32.
+    that carries a trained initial state keeps it, in fp32. With `quant` the projections are quantised one by one from
+    the file's own values and their layers become QuantLinear: no more than one of them is ever in memory whole.
     """
     if any(checkpoint.param_part(key) == "state" for key in state):
         model.add_time_state()
     checkpoint.match_keys(model.state_dict(), state, source)
     tensors = {}
     for key, tensor in state.items():
+        if quant != "none" and is_quantized(key):
+            model.set_submodule(key.removesuffix(".weight"), QuantLinear(quantize(tensor, quant)))
+            continue
         wanted = torch.float32 if checkpoint.param_part(key) == "state" else dtype
         tensors[key] = tensor.to(wanted) if wanted else tensor
     model.load_state_dict(tensors, strict=True, assign=True)

@@ -1,0 +1,218 @@
+"""Frozen projections in 8 or 4 bits: what is kept are codes and scales, and a weight exists only while it is used.
+
+    int8       per row of the weight: w = code * scale, scale = max |row| / 127
+    nf4, fp4   per block of 64 values of the flattened weight: w = table[code] * scale, scale = max |block|
+
+Two 4-bit codes to a byte, the first in the high half. Codes, scales and dequantised values of nf4 and fp4 are those of
+bitsandbytes 0.50, bit for bit, and so are the codes of int8. PyTorch alone computes them on any device; on CUDA
+bitsandbytes' kernel dequantises if it is installed.
+
+Codes and scales are buffers and not parameters: DeepSpeed neither partitions nor casts them, so that at ZeRO stage 3
+too every device holds all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rwkv_bone.checkpoint import param_part
+
+BLOCK = 64
+# bitsandbytes' tables: quantiles of a normal distribution, and a sign, two bits of exponent and one of mantissa.
+TABLES = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": tuple(sign * twelfths / 12 for sign in (1, -1) for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+}
+SMALLEST = 1e-38  # what a scale is divided by at least
+CHUNK_CPU, CHUNK_GPU = 2**18, 2**24  # values converted at once: in the cache, or enough to fill the device
+
+
+class Quantized(NamedTuple):
+    """A weight [out, in]. int8: codes [out, in], scales [out]; 4 bits: codes uint8 [n/2], scales [n/64], rounded up."""
+
+    codes: Tensor
+    scales: Tensor  # fp32
+    kind: str
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+
+def is_quantized(key: str) -> bool:
+    """Whether --quant applies to the base's tensor of this name: every projection under att and ffn, adapted or not."""
+    return param_part(key) == "projection"
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, kind: str) -> Quantized:
+    """weight [out, in] of any floating dtype, as int8, nf4 or fp4; no temporary is as large as the weight."""
+    out_features, in_features = weight.shape
+    count = weight.numel()
+    if kind == "int8":
+        codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+        scales = weight.new_empty(out_features, dtype=torch.float32)
+        for rows in _chunks(out_features, in_features, weight.device):
+            part = weight[rows].float()
+            largest = part.abs().amax(dim=1)
+            # Above SMALLEST, since 127 divided by that is infinite.
+            codes[rows] = (part * (127.0 / largest.clamp(min=1e-30))[:, None]).round_().to(torch.int8)
+            scales[rows] = largest / 127.0
+        return Quantized(codes, scales, kind, (out_features, in_features))
+    codes = weight.new_empty(-(-count // 2), dtype=torch.uint8)
+    scales = weight.new_empty(-(-count // BLOCK), dtype=torch.float32)
+    bounds, order = _bounds(kind, weight.device)
+    flat = weight.reshape(-1)
+    for chunk in _chunks(scales.numel(), BLOCK, weight.device):
+        first, part = chunk.start * BLOCK, flat[chunk.start * BLOCK : chunk.stop * BLOCK].float()
+        size = part.numel()
+        blocks = F.pad(part, (0, -size % BLOCK)).view(-1, BLOCK)
+        largest = blocks.abs().amax(dim=1)
+        blocks_in_units = blocks * (1.0 / largest.clamp(min=SMALLEST))[:, None]
+        if size % BLOCK:
+            # bitsandbytes divides in a last, shorter block; a product rounds differently.
+            largest[-1:].clamp_(min=SMALLEST)
+            blocks_in_units[-1] = blocks[-1] / largest[-1]
+        rank = torch.bucketize(blocks_in_units.clamp_(-1.0, 1.0), bounds, out_int32=True).view(-1)[: size + size % 2]
+        nibbles = order.index_select(0, rank)
+        codes[first // 2 : (first + size + 1) // 2] = nibbles[::2] << 4 | nibbles[1::2]
+        scales[chunk] = largest
+    return Quantized(codes, scales, kind, (out_features, in_features))
+
+
+@torch.no_grad()
+def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[out, in]: products in fp32, rounded once to `dtype`; no temporary is as large as the result."""
+    codes, scales, kind, shape = weight
+    device = codes.device
+    if kind == "int8":
+        out = torch.empty(shape, dtype=dtype, device=device)
+        for rows in _chunks(*shape, device):
+            torch.mul(codes[rows], scales[rows, None], out=out[rows])
+        return out
+    if device.type == "cuda" and has_bitsandbytes():
+        return torch.ops.bitsandbytes.dequantize_4bit(codes[:, None], scales, BLOCK, kind, shape, dtype)
+    pairs = _pairs(kind, device)
+    out = torch.empty(scales.numel(), BLOCK, dtype=dtype, device=device)
+    for chunk in _chunks(scales.numel(), BLOCK, device):
+        part = codes[chunk.start * BLOCK // 2 : chunk.stop * BLOCK // 2]
+        part = F.pad(part, (0, -part.numel() % (BLOCK // 2)))
+        values = pairs.index_select(0, part.int()).view(torch.float32).view(-1, BLOCK)
+        torch.mul(values, scales[chunk, None], out=out[chunk])
+    return out.view(-1)[: math.prod(shape)].view(shape)
+
+
+def as_trained(weight: Tensor, kind: str) -> Tensor:
+    """The fp32 values that a run with --quant `kind` trains on in place of this weight of the base."""
+    return weight.float() if kind == "none" else dequantize(quantize(weight, kind))
+
+
+@cache
+def has_bitsandbytes() -> bool:
+    """Whether bitsandbytes is there to dequantise 4 bits on CUDA; loads it."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    import bitsandbytes  # noqa: F401  (registers its operators with torch)
+
+    return True
+
+
+def describe(model: nn.Module, dtype: torch.dtype, device: str) -> str:
+    """What of a model is quantised, for the user. dtype: that of the weights otherwise; device: where it will run."""
+    weights = [module.quantized for module in model.modules() if isinstance(module, QuantLinear)]
+    kept = sum(weight.nbytes for weight in weights) / 1e6
+    plain = sum(math.prod(weight.shape) for weight in weights) * dtype.itemsize / 1e6
+    kernel = "bitsandbytes" if device == "cuda" and weights[0].kind != "int8" and has_bitsandbytes() else "PyTorch"
+    return (
+        f"{weights[0].kind}: {len(weights)} projections in {kept:,.2f} MB instead of {plain:,.2f} MB, whole on every "
+        f"device; dequantised by {kernel}"
+    )
+
+
+class QuantFunction(torch.autograd.Function):
+    """x [..., in], codes, scales -> x W^T [..., out]. Saves codes and scales alone: backward makes the weight again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, codes: Tensor, scales: Tensor, kind: str, shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.kind, ctx.shape = kind, shape
+        return F.linear(x, dequantize(Quantized(codes, scales, kind, shape), x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        weight = dequantize(Quantized(*ctx.saved_tensors, ctx.kind, ctx.shape), g.dtype)
+        return g @ weight, None, None, None, None
+
+
+class QuantLinear(nn.Module):
+    """A frozen projection without bias, x [..., in] -> [..., out], that keeps its weight quantised.
+
+    Arithmetic is in x's dtype. It adds no key to the state dict: codes and scales follow from the base's file.
+    """
+
+    bias = None
+
+    def __init__(self, weight: Quantized):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.kind = weight.kind
+        self.register_buffer("codes", weight.codes, persistent=False)
+        self.register_buffer("scales", weight.scales, persistent=False)
+
+    @property
+    def quantized(self) -> Quantized:
+        return Quantized(self.codes, self.scales, self.kind, (self.out_features, self.in_features))
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], made anew."""
+        return dequantize(self.quantized, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return QuantFunction.apply(x, *self.quantized)
+
+    def _apply(self, fn, recurse: bool = True):
+        # `module.to(dtype)` means the weights' dtype; with rounded scales these would be other weights.
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != torch.float32:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias=False, {self.kind}"
+
+
+def _chunks(count: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Ranges that cover `count` rows of `width` values."""
+    step = max((CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // width, 1)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+@cache
+def _bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(fp32 [15]: the middles between neighbours of the sorted table, uint8 [16]: the code of each of its values)."""
+    values, order = torch.tensor(TABLES[kind]).sort(stable=True)
+    return ((values[1:] + values[:-1]) / 2).to(device), order.to(device, torch.uint8)
+
+
+@cache
+def _pairs(kind: str, device: torch.device) -> Tensor:
+    """[256]: for each byte the two values that it stands for, fp32 each, as one element of 64 bits to look up."""
+    values, byte = torch.tensor(TABLES[kind]), torch.arange(256)
+    return torch.stack((values[byte >> 4], values[byte & 15]), dim=1).view(torch.int64).view(-1).to(device)
