@@ -1,0 +1,317 @@
+"""Adapters from one format of the field to another: `python -m rwkv_bone.convert --help`.
+
+Read are this project's files and RWKV-PEFT's (`adapters/files.py` says which), directories of Hugging Face PEFT, with
+RWKV's own names or those of Hugging Face models, and Alic-Li's `<module>.weight.D` [out, r], whose scale is alpha / r.
+Written are this project's files, PEFT directories and LoRAs. Everything is checked against the base, which settles what
+shapes alone leave open; what even that leaves open is asked for, never guessed.
+
+    from \\ to         native   miss             lora
+    bone               yes      yes              yes, A = identities, B = D^T
+    bat-col            yes      yes              no
+    bat                yes      no               no
+    lora               yes      no               yes
+    pissa              yes      no               yes, of rank 2r: B A - B0 A0
+    initial state      yes      no               no
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_bone import __version__, checkpoint, cli, formats
+from rwkv_bone.adapters.files import AdapterFile, infer_adapter, read_adapter
+from rwkv_bone.adapters.registry import split_key
+from rwkv_bone.adapters.settings import AdapterSettings
+from rwkv_bone.config import BONE_MODES, QUANTS, knob
+from rwkv_bone.errors import UserError
+from rwkv_bone.merging import trained_quant
+
+FORMATS = ("auto", "native", "miss", "lora")
+NAMES = ("hf", "rwkv")
+ALIC_LI = ".weight.D"
+FILE_SUFFIXES = (".pth", ".safetensors")
+MERGE = "merge it (python merge.py --help) and convert the merged model"
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    adapter: str = knob("", "the adapter to read: a file, or a directory of Hugging Face PEFT")
+    base_model: str = knob("", "the RWKV checkpoint that it belongs to")
+    output: str = knob("", "where to write: a .pth or .safetensors file, or a directory for Hugging Face PEFT")
+    to: str = knob(
+        "auto", "native (this project's), miss or lora; auto = native for a file, else miss or lora", FORMATS
+    )
+    overwrite: bool = knob(False, "replace the output if it exists")
+    peft: str = knob(
+        "auto",
+        "kind of an adapter that does not say; auto = from its shapes",
+        ("auto", *BONE_MODES, "bat-flat", "lora", "pissa", "state"),
+    )
+    bone_r: int = knob(0, "block size or rank of an adapter that does not say; 0 = from its shapes")
+    lora_alpha: float = knob(0.0, "alpha of an adapter whose file lacks it; 0 = unknown, an error where it matters")
+    quant: str = knob("auto", "quantisation it was trained on; auto = from its metadata, else none", ("auto", *QUANTS))
+    pissa_init: str = knob("", "RWKV-PEFT's init_pissa.pth, for its PiSSA adapters")
+    names: str = knob(
+        "hf", "module names in a directory: hf, model.layers.0.attn.k_proj, or rwkv, blocks.0.att.key", NAMES
+    )
+    hf_base: str = knob("", "name or folder of the base in Hugging Face form, to record in a directory")
+
+    def __post_init__(self):
+        for name in ("adapter", "base_model", "output"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing: {type(self).__dataclass_fields__[name].metadata['help']}")
+        for name, spec in type(self).__dataclass_fields__.items():
+            choices = spec.metadata["choices"]
+            if choices and getattr(self, name) not in choices:
+                raise UserError(f"--{name} {getattr(self, name)}: expected one of {', '.join(choices)}")
+
+
+def convert(config: ConvertConfig) -> list[str]:
+    """Write `config.output` and return what to tell the user, line by line. UserError, and no output, if it cannot."""
+    arch, base = checkpoint.load_base(config.base_model)
+    adapter, why = read_any(config, base)
+    target = _target(config, adapter)
+    lines = [
+        f"base      {config.base_model}: {arch.describe()}",
+        f"adapter   {adapter.path}: {adapter.settings.describe()}; {', '.join(adapter.targets) or 'initial state'}",
+        f"          {why}",
+    ]
+    if adapter.metadata is None:
+        lines.append(
+            "          nothing in it says which base it was trained on: that this is the one could not be checked"
+        )
+    quant = trained_quant(adapter, config.quant)
+    if quant != "none":
+        lines.append(f"          it was trained on this base in {quant}, and is exact on that only")
+    if target == "lora":
+        adapter = to_lora(adapter, base)
+        lines.append(f"lora      rank {adapter.settings.r}, scale {adapter.settings.scale:g}")
+    if Path(config.output).suffix in FILE_SUFFIXES:
+        metadata = native_metadata(adapter, arch, base, quant)
+        checkpoint.write_state(config.output, adapter.state, metadata, overwrite=config.overwrite)
+    else:
+        write_directory(config, adapter)
+    return [*lines, f"output    {config.output}"]
+
+
+def read_any(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[AdapterFile, str]:
+    """(the adapter, why it was read as what it is)."""
+    if Path(config.adapter).is_dir():
+        return _read_directory(config, base)
+    state = checkpoint.read_state(config.adapter)
+    if any(key.endswith(ALIC_LI) for key in state):
+        return _read_alic_li(config, base, state)
+    adapter = read_adapter(
+        config.adapter,
+        base,
+        kind=config.peft,
+        r=config.bone_r,
+        alpha=config.lora_alpha,
+        pissa_init=config.pissa_init,
+    )
+    if adapter.metadata is not None:
+        return adapter, "its metadata says so, and its shapes agree"
+    if config.peft != "auto":
+        return adapter, f"--peft {config.peft} says so, and its shapes agree"
+    return adapter, _by_shapes(adapter, base)
+
+
+def _by_shapes(adapter: AdapterFile, base: Mapping[str, Tensor]) -> str:
+    """Why an adapter without metadata was read as it was."""
+    keys = [key for key in adapter.state if split_key(key)]
+    if not keys:
+        return "it holds nothing but time_state"
+    weights = {key: base[f"{split_key(key)[0]}.weight"] for key in keys}
+    # The layer that is furthest from square tells most.
+    key = max(keys, key=lambda key: abs(weights[key].shape[0] - weights[key].shape[1]))
+    shown = f"{key} is {list(adapter.state[key].shape)} for a weight of {list(weights[key].shape)}"
+    if adapter.settings.kind == "bat" and all(weight.shape[0] == weight.shape[1] for weight in weights.values()):
+        return (
+            f"{shown}; all weights are square, so the blocks could also follow the outputs. In .pth files of the field "
+            "they follow the inputs, as read here; if not in this one, give --peft bat-col"
+        )
+    return f"by its names and shapes: {shown}"
+
+
+def _read_directory(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[AdapterFile, str]:
+    found = formats.read_peft(config.adapter)
+    if config.peft not in ("auto", found.kind):
+        raise UserError(f"{config.adapter} is {found.kind} by its adapter_config.json, --peft says {config.peft}")
+    renamed = {name: _renamed(getattr(found, name)) for name in ("state", "extra")}
+    found = replace(found, **renamed)
+    sizes = {key.removesuffix(".weight"): len(tensor) for key, tensor in base.items() if key.endswith(".weight")}
+    missing = [key for key in found.state if split_key(key)[0] not in sizes]
+    if missing:
+        raise UserError(f"{config.adapter} adapts {split_key(missing[0])[0]}, which {config.base_model} does not have")
+    found = found.expanded(sizes)
+    settings = AdapterSettings(found.kind, found.r, found.alpha, rslora=found.rslora)
+    init = found.config.get("init_weights")
+    why = f"adapter_config.json says so: peft_type {found.config['peft_type']}, init_weights {init!r}"
+    if init == "mini":
+        why += ", here repeated along the outputs to the Bone that it equals"
+    return _checked(config, base, {**found.state, **found.extra}, settings), why
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With RWKV's module names."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        module, _, name = key.rpartition(".")
+        renamed[f"{formats.rwkv_name(module)}.{name}"] = tensor
+    return renamed
+
+
+def _read_alic_li(
+    config: ConvertConfig, base: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> tuple[AdapterFile, str]:
+    if not config.lora_alpha:
+        raise UserError(
+            f"{config.adapter} holds <module>{ALIC_LI}, which is scaled by alpha / r, and alpha is not in it: give "
+            "--lora_alpha as it was in training"
+        )
+    other = [key for key in state if not key.endswith(ALIC_LI)]
+    if other:
+        raise UserError(f"{config.adapter} holds {other[0]} beside <module>{ALIC_LI}, which is not known")
+    sizes = {tensor.shape[-1] for tensor in state.values()}
+    if len(sizes) > 1 or any(tensor.dim() != 2 for tensor in state.values()):
+        raise UserError(f"{config.adapter}: expected tensors [out, r] with one r, found {sorted(sizes)}")
+    r = sizes.pop()
+    scaled = {
+        key.removesuffix(ALIC_LI) + ".bone": (tensor.float().t() * (config.lora_alpha / r)).contiguous()
+        for key, tensor in state.items()
+    }
+    why = (
+        f"its tensors are named <module>{ALIC_LI}: Bone transposed, multiplied by alpha / r = {config.lora_alpha / r:g}"
+    )
+    return _checked(config, base, scaled, AdapterSettings("bone", r)), why
+
+
+def _checked(
+    config: ConvertConfig, base: Mapping[str, Tensor], state: dict[str, Tensor], settings: AdapterSettings
+) -> AdapterFile:
+    shapes = {key: tuple(tensor.shape) for key, tensor in base.items()}
+    try:
+        _, _, targets, extra = infer_adapter(state, shapes, settings.kind, config.bone_r or settings.r)
+    except UserError as error:
+        raise UserError(f"adapter {config.adapter}: {error}") from error
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"adapter {config.adapter}: {key} holds NaN or infinity: the run that made it diverged")
+    return AdapterFile(config.adapter, state, settings, targets, extra, None)
+
+
+def _target(config: ConvertConfig, adapter: AdapterFile) -> str:
+    """native, miss or lora; UserError if the adapter has no such form."""
+    kind, is_file = adapter.settings.kind, Path(config.output).suffix in FILE_SUFFIXES
+    target = config.to
+    if target == "auto":
+        target = "native" if is_file else "lora" if kind in ("lora", "pissa") else "miss"
+    if target == "native" and not is_file:
+        raise UserError(f"--output {config.output}: --to native writes a file, whose name ends in .pth or .safetensors")
+    if target == "miss" and is_file:
+        raise UserError(
+            f"--output {config.output}: --to miss writes a directory: leave out {Path(config.output).suffix}"
+        )
+    forms = {"miss": ("bone", "bat-col"), "lora": ("bone", "lora", "pissa")}
+    if target == "native" or kind in forms[target]:
+        if not is_file and adapter.extra:
+            raise UserError(
+                f"{adapter.path} also holds {len(adapter.extra)} tensors that were trained whole, such as "
+                f"{adapter.extra[0]}, which a PEFT directory cannot express: {MERGE}"
+            )
+        return target
+    reasons = {
+        "bat": "its blocks follow the inputs, for which PEFT has no form (its own bat is another function), and its "
+        "change of the weight has full rank",
+        "bat-col": "its change of the weight depends on the weight and has full rank; --to miss is exact",
+        "lora": "it is no MiSS; --to lora is exact",
+        "pissa": "it is no MiSS; --to lora is exact",
+        "state": "an initial state is not an adapter of linear layers",
+    }
+    raise UserError(f"{adapter.path} is {kind} and cannot become {target}: {reasons[kind]}. Otherwise {MERGE}")
+
+
+def to_lora(adapter: AdapterFile, base: Mapping[str, Tensor]) -> AdapterFile:
+    """The LoRA that equals a Bone, PiSSA or LoRA adapter; tensors of the base are kept."""
+    settings = adapter.settings
+    if settings.kind == "lora":
+        return adapter
+    state = {}
+    for key, tensor in adapter.state.items():
+        module, name = split_key(key) or ("", "")
+        if name == "bone":
+            in_features = base[f"{module}.weight"].shape[1]
+            state[f"{module}.lora_A"], state[f"{module}.lora_B"] = formats.lora_of_bone(tensor, in_features)
+        elif name == "lora_A":
+            state[key] = torch.cat([tensor, adapter.state[f"{module}.init_lora_A"]])
+        elif name == "lora_B":
+            state[key] = torch.cat([tensor, -adapter.state[f"{module}.init_lora_B"]], dim=1)
+        elif not name:
+            state[key] = tensor
+    rank = settings.r * (2 if settings.kind == "pissa" else 1)
+    scale = settings.scale if settings.kind == "pissa" else 1.0
+    return replace(adapter, state=state, settings=AdapterSettings("lora", rank, scale * rank))
+
+
+def native_metadata(
+    adapter: AdapterFile, arch: checkpoint.Architecture, base: Mapping[str, Tensor], quant: str
+) -> dict:
+    """What this project's adapter files say about themselves, and that this one was converted."""
+    earlier = {name: value for name, value in (adapter.metadata or {}).items() if name != "blocks"}  # a LoRA has none
+    return {
+        "format": 1,
+        **earlier,
+        "quant": quant,
+        **adapter.settings.to_metadata(),
+        "targets": adapter.targets,
+        "extra": adapter.extra,
+        "base": checkpoint.fingerprint(base),
+        "architecture": arch.to_dict(),
+        "converted_from": adapter.path,
+        "rwkv_bone": __version__,
+    }
+
+
+def write_directory(config: ConvertConfig, adapter: AdapterFile) -> None:
+    """A PEFT directory of a Bone, bat-col or LoRA adapter."""
+    name = formats.hf_name if config.names == "hf" else str
+    state = {}
+    for key, tensor in adapter.state.items():
+        module, parameter = split_key(key)
+        state[f"{name(module)}.{parameter}"] = tensor
+    targets = sorted(_directory_target(target, name) for target in adapter.targets)
+    settings = adapter.settings
+    # peft expects more of a causal language model than a checkpoint's own modules offer.
+    others = {
+        "base_model_name_or_path": config.hf_base or None,
+        "task_type": "CAUSAL_LM" if config.names == "hf" else None,
+    }
+    if settings.kind == "lora":
+        about = formats.lora_config(settings.r, settings.alpha or settings.r, targets, settings.rslora, **others)
+    else:
+        about = formats.miss_config(settings.kind, settings.r, targets, **others)
+    formats.write_peft(config.output, about, state, overwrite=config.overwrite)
+
+
+def _directory_target(target: str, name) -> str:
+    """A target of ours, `att.key` or a whole name, as PEFT's target_modules have it."""
+    if target.startswith("blocks.") or target == "head":
+        return name(target)
+    layer = "blocks.0."
+    return name(layer + target).removeprefix(layer).removeprefix("model.layers.0.")
+
+
+def main() -> None:
+    description = "Convert an adapter of an RWKV model from one format to another."
+    config = cli.parse_section("python -m rwkv_bone.convert", description, ConvertConfig, sys.argv[1:])
+    print("\n".join(convert(config)))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,239 @@
+"""Fine-tuning a Hugging Face causal language model from a folder: what `train_hf.py` does.
+
+`transformers.Trainer` trains, under DeepSpeed ZeRO unless told otherwise, on CUDA and on a CPU. The frozen base keeps
+the dtype it is loaded in and the adapter stays fp32, so neither autocast nor DeepSpeed's own half precision is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from rwkv_bone.errors import UserError
+from rwkv_bone.hf.config import BoneConfig
+from rwkv_bone.hf.data import IGNORED, Samples, collate, load_samples, rows_of
+from rwkv_bone.hf.model import TRAINER_WEIGHTS, BoneModel, get_bone_model
+from rwkv_bone.hf_flags import ZERO_STAGES, HfConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MERGED = "merged"
+
+
+def finetune(config: HfConfig) -> None:
+    """Train, measure, save, and merge if asked. UserError, before anything is written, for what the user can fix."""
+    transformers = _transformers()
+    source, output, checkpoint = _check_folders(config)
+    deepspeed = _deepspeed(config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    files = [path for path in (config.data_path, config.eval_path) if path]
+    sources = [rows_of(config.data_path, config.dataset_split), rows_of(config.eval_path, held_out=True)][: len(files)]
+    train, *held_out = (
+        load_samples(rows, config.dataset_field, tokenizer, config.model_max_length) for rows in sources
+    )
+    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    # Before the arguments, which under ZeRO stage 3 make transformers load parts, where adapters need whole layers.
+    model = get_bone_model(
+        transformers.AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[config.precision]),
+        BoneConfig(
+            r=config.bone_r,
+            target_modules=config.targets,
+            mode=config.mode,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=source,
+        ),
+    )
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    arguments = _arguments(transformers, config, deepspeed)
+
+    def say(line: str) -> None:
+        if arguments.process_index == 0:
+            print(line, flush=True)
+
+    def measure(when: str) -> None:
+        for samples in held_out:
+            loss = held_out_loss(model, samples, pad, config.per_device_train_batch_size)
+            say(f"{when:<8}held-out loss {loss:.4f} nats per token")
+
+    reporter = _reporter(transformers, say, measure)
+    trainer = reporter.trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        data_collator=functools.partial(collate, pad=pad),
+        processing_class=tokenizer,
+        callbacks=[reporter],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    for samples, path in zip([train, *held_out], files, strict=True):
+        say(f"{path}: {', '.join(samples.facts())}")
+    trainable, total = model.get_nb_trainable_parameters()
+    say(f"{config.mode} with r {config.bone_r}: {trainable:,} trainable of {total:,} parameters")
+    if arguments.process_index == 0 and config.overwrite:
+        for folder in (*output.glob("checkpoint-*"), output / MERGED):
+            shutil.rmtree(folder, ignore_errors=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    measure("after")
+    trainer.save_model()
+    trainer.save_state()
+    say(f"adapter {output}")
+    if arguments.process_index == 0:
+        (output / TRAINER_WEIGHTS).unlink()  # the adapter once more, which only checkpoints need
+        if config.merge:
+            merge(transformers, source, output, tokenizer)
+            say(f"merged  {output / MERGED}")
+
+
+def launch(config: HfConfig, argv: list[str]) -> bool:
+    """Run this command once for each of several devices. False, and nothing done, in such a process or for one device.
+
+    argv: the script and its arguments.
+    """
+    if config.devices == 1 or "LOCAL_RANK" in os.environ:
+        return False
+    _check_folders(config)
+    processes = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(config.devices)]
+    if subprocess.run([sys.executable, *processes, *argv]).returncode:
+        raise UserError("a process has failed; its message is above")
+    return True
+
+
+def merge(transformers, source: str, output: Path, tokenizer) -> None:
+    """Write the base with the adapter in `output` to the folder `merged` there, in the base's own dtype."""
+    transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # or stage 3 would load parts here too
+    base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    merged = BoneModel.from_pretrained(base, output).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(output / MERGED)
+    tokenizer.save_pretrained(output / MERGED)
+
+
+@torch.no_grad()
+def held_out_loss(model: torch.nn.Module, samples: Samples, pad: int, size: int) -> float:
+    """Mean loss in nats over all trained tokens. size: samples per forward pass."""
+    training, total, count = model.training, 0.0, 0
+    model.eval()
+    for start in range(0, len(samples), size):
+        batch = collate(samples.rows[start : start + size], pad)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1].float()
+        total += F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum").item()
+        count += (labels != IGNORED).sum().item()
+    model.train(training)
+    return total / count
+
+
+def _transformers():
+    for name in ("transformers", "accelerate"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed: pip install 'transformers>=5' accelerate")
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise UserError(f"transformers {transformers.__version__} is too old: pip install 'transformers>=5'")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # DeepSpeed's calls to torch, which its users cannot change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    return transformers
+
+
+def _check_folders(config: HfConfig) -> tuple[str, Path, str | None]:
+    """(the base's folder, the output's, the checkpoint to resume from). UserError for anything that would be lost."""
+    source, output, checkpoint = config.model_name_or_path, Path(config.output_dir), None
+    if not (Path(source) / "config.json").is_file():
+        raise UserError(f"--model_name_or_path {source} is no folder with a config.json: name a model on this machine")
+    if output.exists() and output.samefile(source):
+        raise UserError(f"--output_dir {output} is the base's own folder, where nothing is written: give another")
+    if config.resume:
+        found = {path: path.name.rpartition("-")[2] for path in output.glob("checkpoint-*")}
+        steps = {int(step): str(path) for path, step in found.items() if step.isdigit()}
+        if not steps:
+            raise UserError(f"--resume: {output} holds no checkpoint-N; start without it")
+        checkpoint = steps[max(steps)]
+    elif output.exists() and any(output.iterdir()) and not config.overwrite:
+        raise UserError(f"{output} is not empty and is kept: give another --output_dir, --resume or --overwrite")
+    return source, output, checkpoint
+
+
+def _deepspeed(config: HfConfig) -> dict | None:
+    """DeepSpeed's configuration, or None for training without it."""
+    if config.deepspeed == "none":
+        return None
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("deepspeed is not installed: pip install deepspeed, or give --deepspeed none")
+    if "LOCAL_RANK" not in os.environ:
+        # What a launcher would tell its processes, of which this is the only one.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if not torch.cuda.is_available():
+        from deepspeed import ops
+
+        # An operator for faster collectives in shared memory, compiled for most of a minute on first use; gloo will do.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if config.deepspeed in ZERO_STAGES:
+        return {
+            "zero_optimization": {
+                "stage": ZERO_STAGES[config.deepspeed],
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
+            "zero_allow_untested_optimizer": True,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+        }
+    try:
+        return json.loads(Path(config.deepspeed).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        choices = ", ".join(ZERO_STAGES)
+        raise UserError(f"--deepspeed {config.deepspeed}: expected {choices}, none or a JSON file ({error})") from None
+
+
+def _arguments(transformers, config: HfConfig, deepspeed: dict | None):
+    same = (
+        "output_dir per_device_train_batch_size gradient_accumulation_steps num_train_epochs learning_rate "
+        "lr_scheduler_type weight_decay max_grad_norm save_total_limit logging_steps seed"
+    )
+    return transformers.TrainingArguments(
+        **{name: getattr(config, name) for name in same.split()},
+        warmup_steps=config.warmup_ratio,  # below 1 it is a share
+        save_strategy="steps" if config.save_steps else "epoch",
+        save_steps=config.save_steps or 500,
+        use_cpu=not torch.cuda.is_available(),
+        deepspeed=deepspeed,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+
+def _reporter(transformers, say: Callable[[str], None], measure: Callable[[str], None]):
+    class Reporter(transformers.TrainerCallback):
+        """One line for each step that is logged; and checkpoints of DeepSpeed's leave the frozen base out."""
+
+        trainer = None  # set once it exists
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if args.deepspeed:
+                engine = self.trainer.model_wrapped
+                engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+            # Not earlier: only now is the model where it is trained, and as ZeRO has cut it up.
+            measure("before")
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            if "loss" in logs:
+                loss, rate = float(logs["loss"]), float(logs["learning_rate"])
+                say(f"step {state.global_step:>5} of {state.max_steps}  loss {loss:.4f}  lr {rate:.2e}")
+
+    return Reporter()

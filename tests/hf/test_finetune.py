@@ -1,0 +1,245 @@
+"""What `train_hf.py` does: rows to tokens, training, measuring, saving and merging, with and without DeepSpeed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_bone import cli
+from rwkv_bone.data.conversation import Conversation, Turn
+from rwkv_bone.errors import UserError
+from rwkv_bone.hf import BoneModel
+from rwkv_bone.hf.data import IGNORED, collate, load_samples, render, rows_of
+from rwkv_bone.hf_flags import IGNORED as IGNORED_FLAGS
+from rwkv_bone.hf_flags import HfConfig
+from tests.hf.conftest import CHAT
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NUMBERS = [("1 in words: ", "one"), ("2 in words: ", "two"), ("3 in words: ", "three"), ("4 in words: ", "four")] * 4
+
+
+def trained_text(tokenizer, segments) -> list[str]:
+    return [tokenizer.decode(ids) for ids, trained in segments if trained]
+
+
+def talk(*texts) -> Conversation:
+    roles = ("user", "assistant")
+    return Conversation("rows:1", tuple(Turn(roles[i % 2], text) for i, text in enumerate(texts)))
+
+
+def test_without_a_template_the_response_and_the_end_are_trained(tokenizer):
+    segments, _ = render(talk("What?", "That."), tokenizer)
+    assert [tokenizer.decode(ids) for ids, _ in segments] == ["What?", "That.<eos>"]
+    assert trained_text(tokenizer, segments) == ["That.<eos>"]
+    segments, _ = render(Conversation("rows:1", document="All of it"), tokenizer)
+    assert trained_text(tokenizer, segments) == ["All of it<eos>"]
+    with pytest.raises(UserError, match="rows:1: several turns need a tokenizer with a chat template"):
+        render(talk("a", "b", "c", "d"), tokenizer)
+
+
+def test_a_chat_template_trains_every_response_and_is_reproduced_exactly(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    turns = talk("Hi", "Hello", "Bye", "See you")
+    segments, last_only = render(turns, tokenizer)
+    assert trained_text(tokenizer, segments) == ["Hello<eos>", "See you<eos>"] and not last_only
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns.turns]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert "".join(tokenizer.decode(ids) for ids, _ in segments) == whole
+    prompt = tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
+    assert "".join(tokenizer.decode(ids) for ids, _ in segments[:-1]) == prompt
+
+
+def test_a_template_that_changes_earlier_turns_trains_the_last_one(tokenizer, monkeypatch):
+    hides = CHAT.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '...' }}")
+    monkeypatch.setattr(tokenizer, "chat_template", hides)
+    segments, last_only = render(talk("Hi", "Hello", "Bye", "See you"), tokenizer)
+    assert trained_text(tokenizer, segments) == ["See you<eos>"] and last_only
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT.replace("<assistant>{% endif", "<assistant><think>{% endif"))
+    with pytest.raises(UserError, match="what is to be trained cannot be told apart"):
+        render(talk("Hi", "Hello"), tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system here') }}")
+    with pytest.raises(UserError, match="rows:1: the tokenizer's chat template refuses this row: no system here"):
+        render(talk("Hi", "Hello"), tokenizer)
+
+
+def test_long_samples_are_cut_or_left_out_and_counted(tokenizer):
+    rows = [(f"rows:{i}", {"prompt": p, "response": r}) for i, (p, r) in enumerate([("ab", "cd"), ("abcdef", "g")])]
+    samples = load_samples(rows, (), tokenizer, max_length=4)
+    assert samples.rows == [
+        {"input_ids": tokenizer("abcd")["input_ids"], "labels": [IGNORED] * 2 + samples[0]["labels"][2:]}
+    ]
+    assert samples.facts() == [
+        "1 samples with 2 trained tokens",
+        "2 cut to model_max_length",
+        "1 left out because the prompt alone fills model_max_length",
+    ]
+    with pytest.raises(UserError, match="rows:1: up to here no row has a response within --model_max_length 2"):
+        load_samples(rows, (), tokenizer, max_length=2)
+    batch = collate([{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}], pad=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_rows_come_from_lines_lists_and_parts_of_them(tmp_path):
+    rows = [{"query": str(i), "response": "r"} for i in range(4)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name in ("a.jsonl", "a.json"):
+        assert [row for _, row in rows_of(str(tmp_path / name), "train[1:3]")] == rows[1:3]
+    (tmp_path / "a.txt").write_text("just text")
+    with pytest.raises(UserError, match="expected rows of prompt and response"):
+        list(rows_of(str(tmp_path / "a.txt")))
+
+
+@pytest.fixture
+def folder(make_model, tokenizer, tmp_path, monkeypatch):
+    """A model's folder, and rows to train on and to measure with."""
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    make_model("gemma").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for name, pairs in (("train.jsonl", NUMBERS), ("held.jsonl", NUMBERS[:4])):
+        lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
+        (tmp_path / name).write_text("\n".join(lines))
+    return tmp_path
+
+
+def flags(folder, output, **changes) -> dict[str, str]:
+    usual = {
+        "model_name_or_path": folder / "base",
+        "data_path": folder / "train.jsonl",
+        "eval_path": folder / "held.jsonl",
+        "output_dir": folder / output,
+        "bone_r": 8,
+        "learning_rate": 0.02,
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 2,
+        "precision": "fp32",
+        "warmup_ratio": 0,
+        "merge": 0,
+        **changes,
+    }
+    return {name: str(value) for name, value in usual.items()}
+
+
+def parse(given: dict[str, str], *more: str) -> HfConfig:
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    return cli.parse_section("train_hf.py", "", HfConfig, [*words, *more], IGNORED_FLAGS)
+
+
+def measured(text: str) -> list[float]:
+    """Every loss that a run prints."""
+    return [float(number) for number in re.findall(r"loss (\d+\.\d+)", text)]
+
+
+def test_a_run_learns_saves_for_peft_merges_and_resumes(folder, tokenizer, ids, capsys):
+    peft = pytest.importorskip("peft")
+    from rwkv_bone.hf.finetune import finetune
+
+    config = parse(flags(folder, "out", merge=1, deepspeed="none"))
+    finetune(config)
+    text = capsys.readouterr().out
+    before, after = re.search(r"before.*?(\d\.\d+)", text), re.search(r"after.*?(\d\.\d+)", text)
+    assert float(after.group(1)) < float(before.group(1)) - 0.2
+    assert "16 samples with" in text and "bone with r 8: " in text
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    expected = peft.PeftModel.from_pretrained(base, folder / "out")(ids).logits
+    merged = transformers.AutoModelForCausalLM.from_pretrained(folder / "out" / "merged")
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert transformers.AutoTokenizer.from_pretrained(folder / "out" / "merged").chat_template == CHAT
+
+    with pytest.raises(UserError, match="out is not empty and is kept: give another --output_dir, --resume or"):
+        finetune(config)
+    saved = torch.load(folder / "out" / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    (folder / "out" / "checkpoint-4").rename(folder / "last")
+    finetune(parse(flags(folder, "out", deepspeed="none"), "--resume"))
+    assert measured(capsys.readouterr().out)[1:] == measured(text)[3:]  # the later steps, and the loss after them
+    again = torch.load(folder / "out" / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    assert torch.equal(again["state"][0]["exp_avg"], saved["state"][0]["exp_avg"])
+
+
+def test_the_script_trains_under_deepspeed_with_the_same_losses(folder, capsys):
+    from rwkv_bone.hf.finetune import finetune
+
+    finetune(parse(flags(folder, "plain", deepspeed="none", eval_path="")))
+    expected = measured(capsys.readouterr().out)
+    given = flags(folder, "deep", deepspeed="zero2", eval_path="", merge=1)
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    script = ["sh", REPOSITORY / "scripts" / "run_bone_hf.sh", *words]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert measured(done.stdout) == pytest.approx(expected, rel=1e-4) and len(expected) == 4
+    states = folder / "deep" / "checkpoint-4" / "global_step4" / "mp_rank_00_model_states.pt"
+    saved = torch.load(states, weights_only=False)["module"]
+    assert any(key.endswith("q_proj.bone") for key in saved)
+    assert not any(key.endswith("proj.weight") for key in saved)  # the frozen base is left out
+    adapted = BoneModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "deep"
+    )
+    merged = transformers.AutoModelForCausalLM.from_pretrained(folder / "deep" / "merged")
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_flags_of_the_bone_repositorys_script_are_understood(folder, capsys):
+    words = (
+        "--model_name_or_path base --use_bone True --target_modules q_proj,v_proj --bone_r 64 --data_path rows "
+        "--dataset_field query response --dataset_split train[:5000] --output_dir out --num_train_epochs 1 "
+        "--model_max_length 512 --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --save_strategy steps "
+        "--save_steps 1000 --save_total_limit 2 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0. "
+        "--logging_steps 1 --lr_scheduler_type cosine --merge True"
+    )
+    config = cli.parse_section("train_hf.py", "", HfConfig, words.split(), IGNORED_FLAGS)
+    assert config.targets == ["q_proj", "v_proj"] and config.dataset_field == ("query", "response") and config.merge
+    assert capsys.readouterr().out == (
+        "note: --use_bone True changes nothing here\nnote: --save_strategy steps changes nothing here\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"mode": "bat"}, "--mode bat: expected one of bone, bat-col, bat-row"),
+        ({"bone_r": 0}, "--bone_r 0: expected at least 1"),
+        ({"num_train_epochs": 0}, "expected more than 0"),
+        ({"warmup_ratio": 2}, "expected a share"),
+        ({"data_path": ""}, "--data_path is missing"),
+        ({"dataset_field": "a b c"}, "takes the names of prompt and response"),
+        ({"resume": 1, "overwrite": 1}, "needs what --overwrite removes"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused(folder, changes, message):
+    given = flags(folder, "out") | {name: str(value) for name, value in changes.items()}
+    words = [word for name, value in given.items() for word in (f"--{name}", *(value.split() or [""]))]
+    with pytest.raises(UserError, match=message):
+        cli.parse_section("train_hf.py", "", HfConfig, words, IGNORED_FLAGS)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"model_name_or_path": "nowhere"}, "is no folder with a config.json"),
+        ({"resume": 1}, "holds no checkpoint-N"),
+        ({"deepspeed": "zero4"}, "expected zero1, zero2, zero3, none or a JSON file"),
+        ({"bone_r": 33}, "r 33 is larger than the 32 inputs"),
+    ],
+)
+def test_what_is_found_wrong_before_training_leaves_nothing_behind(folder, changes, message, monkeypatch):
+    from rwkv_bone.hf.finetune import finetune
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=message):
+        finetune(parse(flags(folder, "out", **{"deepspeed": "none", **changes})))
+    assert not (folder / "out").exists()
+    with pytest.raises(UserError, match="is the base's own folder"):
+        finetune(parse(flags(folder, "base", deepspeed="none", overwrite=1)))
+    assert (folder / "base" / "model.safetensors").is_file()

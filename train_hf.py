@@ -1,0 +1,23 @@
+"""Fine-tune a Hugging Face model: `train_hf.py --help` lists every flag; `scripts/run_bone_hf.sh` is an example."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from rwkv_bone import cli
+from rwkv_bone.hf_flags import IGNORED, HfConfig
+
+
+def main() -> None:
+    description = "Fine-tune a Hugging Face causal language model with Bone or Bat."
+    config = cli.parse_section("train_hf.py", description, HfConfig, sys.argv[1:], IGNORED)
+    # Imported late: --help and mistakes in the flags are answered at once.
+    from rwkv_bone.hf.finetune import finetune, launch
+
+    if not launch(config, sys.argv):
+        finetune(config)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
