@@ -28,10 +28,10 @@ def prepared(path: str, device: str):
     import torch
 
     from rwkv_bone import load_model
-    from rwkv_bone.adapters import inject
+    from rwkv_bone.adapters import AdapterSettings, inject
 
     model = load_model(path, dtype=torch.float32, device=device)
-    inject(model, kind="bone", r=16)
+    inject(model, settings=AdapterSettings("bone", 16))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith(".bone"):

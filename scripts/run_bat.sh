@@ -18,7 +18,7 @@ bone_mode=bat  # bone: linear; bat: also uses the frozen weight
 bone_r=32      # block size: trainable parameters grow with it
 
 ctx_len=128                 # tokens per sample; longer ones are cut
-micro_bsz=16                # samples per device and forward pass; lower it when memory runs out
+micro_bsz=6                 # times ctx_len tokens per device and forward pass; lower it when memory runs out
 accumulate_grad_batches=1   # forward passes per optimiser step
 epoch_count=4               # times through the data
 epoch_save=1                # save every so many epochs

@@ -15,7 +15,7 @@ eval_data=assets/numbers_heldout.jsonl # rows kept out of training, measured bef
 proj_dir=out/state                     # results: states rwkv-N.pth, log, loss curve
 
 ctx_len=128                 # tokens per sample; longer ones are cut
-micro_bsz=16                # samples per device and forward pass; lower it when memory runs out
+micro_bsz=6                 # times ctx_len tokens per device and forward pass; lower it when memory runs out
 accumulate_grad_batches=1   # forward passes per optimiser step
 epoch_count=4               # times through the data
 epoch_save=1                # save every so many epochs

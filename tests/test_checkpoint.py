@@ -50,6 +50,7 @@ def test_generations_5_and_6_are_recognised_from_third_party_files(shared):
         (["emb.weight", "blocks.0.rosa.q"], "RWKV-8"),
         (["emb.weight", "blocks.0.att.something"], "unknown RWKV generation"),
         (["blocks.0.att.key.bone"], "is an adapter"),
+        (["blocks.0.att.key.lora_A", "blocks.0.att.key.init_lora_B"], "is an adapter"),
         (["transformer.wte.weight"], "not an RWKV checkpoint"),
         (["model.emb.weight"], "expected upstream's names"),
         (["emb.weight", "blocks.0.att.r_k"], "looks like RWKV-7, but blocks.0.ffn.key.weight is missing"),

@@ -54,7 +54,22 @@ def test_the_field_script_for_bone_and_bat(capsys):
 
 def test_the_field_script_for_disha():
     config = parse(f"""{COMMON} {BINIDX} --peft disha --disha_config '{{"mode":"bone","load":"a.pth","r":128}}'""")
-    assert (config.adapter.kind, config.adapter.bone_r, config.adapter.bone_load) == ("bone", 128, "a.pth")
+    assert (config.adapter.kind, config.adapter.bone_r, config.adapter.peft_load) == ("bone", 128, "a.pth")
+
+
+def test_the_field_script_for_bone_on_a_quantised_base(capsys):
+    sizes = "--vocab_size 65536 --n_layer 32 --n_embd 2560 --pre_ffn 0 --head_qk 0 --my_testing x060"
+    bone = """--peft bone --quant int8 --bone_config '{"bone_load":"","bone_r":64}'"""
+    config = parse(f"--load_model m --proj_dir out/x --data_file d {sizes} {EPOCHS} {ADAM} {MACHINE} {BINIDX} {bone}")
+    assert (config.adapter.kind, config.adapter.bone_r, config.model.quant) == ("bone", 64, "int8")
+    assert (config.model.n_layer, config.model.n_embd, config.model.my_testing) == (32, 2560, "x060")
+    assert not any("quant" in note for note in notes_of(capsys))
+
+
+@pytest.mark.parametrize("words, quant", [("int8", "int8"), ("nf4", "nf4"), ("4bit", "fp4"), ("none", "none")])
+def test_the_field_script_for_merging_what_was_trained_on_a_quantised_base(words, quant):
+    config = cli.parse_merge(shlex.split(f"--base_model b --lora_checkpoint a --output o --quant {words}"))
+    assert config.quant == quant
 
 
 def test_the_field_script_for_prompt_and_response_rows():
@@ -64,7 +79,7 @@ def test_the_field_script_for_prompt_and_response_rows():
 
 def test_the_field_script_for_pretraining_says_that_every_weight_is_trained(capsys):
     rows = "--data_file d --data_type sft --sft_field q a --sft_split train"
-    assert parse(f"--proj_dir out/x {rows} {SIZES} {EPOCHS} {ADAM} {MACHINE}").adapter.kind == "none"
+    assert parse(f"--proj_dir out/x --pre_ffn 0 {rows} {SIZES} {EPOCHS} {ADAM} {MACHINE}").adapter.kind == "none"
     assert any("read as --peft none" in note for note in notes_of(capsys))
 
 
@@ -87,18 +102,60 @@ def test_the_field_script_for_infinite_context(capsys):
         parse("--load_model m --data_file d --train_type rlhf")
 
 
-def test_an_adapter_config_without_peft_still_trains_the_adapter():
-    config = parse("--load_model m --data_file d --bone_config", '{"bone_mode":"bat","bone_r":8}')
-    assert config.adapter.kind == "bat"
+def test_the_field_script_for_lora():
+    text = '{"lora_load":"a.pth","lora_r":8,"lora_alpha":32,"lora_dropout":0.01}'
+    adapter = parse(f"{COMMON} {BINIDX} --peft lora --lora_config", text).adapter
+    assert (adapter.kind, adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout) == ("lora", 8, 32.0, 0.01)
+    assert adapter.peft_load == "a.pth"
+    adapter = parse(f"{COMMON} --peft lora --peft_config", '{"r":16,"lora_alpha":8,"use_rslora":true}').adapter
+    assert (adapter.lora_r, adapter.lora_alpha, adapter.lora_rs) == (16, 8.0, True)
+
+
+def test_the_field_script_for_pissa(capsys):
+    text = '{"pissa_load":"","pissa_init":"","pissa_r":8,"svd_niter":4}'
+    adapter = parse(f"{COMMON} {BINIDX} --peft pissa --train_parts ln --pissa_config", text).adapter
+    assert (adapter.kind, adapter.lora_r, adapter.lora_alpha, adapter.peft_load) == ("pissa", 8, 0.0, "")
+    assert any("svd_niter 4 is ignored" in note for note in notes_of(capsys))
+    with pytest.raises(UserError, match="merge it .merge.py --pissa_init. and train the result"):
+        parse(f"{COMMON} --peft pissa --pissa_config", '{"pissa_init":"init_pissa.pth","pissa_r":8}')
+
+
+def test_the_field_script_for_miss_and_hugging_faces_bat():
+    adapter = parse(f"{COMMON} --peft miss --peft_config", '{"r":8,"init_weights":true}').adapter
+    assert (adapter.kind, adapter.bone_r) == ("bone", 8)
+    adapter = parse(f"{COMMON} --peft miss --peft_config", '{"r":8,"init_weights":"bat"}').adapter
+    assert (adapter.kind, adapter.bone_r) == ("bat-col", 8)
+
+
+@pytest.mark.parametrize(
+    "flag, text, kind",
+    [
+        ("bone_config", '{"bone_mode":"bat","bone_r":8}', "bat"),
+        ("lora_config", '{"lora_r":8,"lora_alpha":8}', "lora"),
+        ("pissa_config", '{"pissa_r":8}', "pissa"),
+    ],
+)
+def test_an_adapter_config_without_peft_still_trains_the_adapter(flag, text, kind):
+    assert parse(f"--load_model m --data_file d --{flag}", text).adapter.kind == kind
+
+
+def test_an_adapter_config_for_another_adapter_is_ignored_aloud(capsys):
+    config = parse(f"{COMMON} {BONE} --lora_config", '{"lora_r":8}')
+    assert (config.adapter.kind, config.adapter.lora_r) == ("bat", 32)
+    assert any("--lora_config is ignored: only --peft lora reads it" in note for note in notes_of(capsys))
+    with pytest.raises(UserError, match="--peft_config has no meaning with --peft state"):
+        parse(f"{COMMON} --peft state --peft_config", '{"r":8}')
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS, ids=lambda argument: argument.split("=")[0])
 def test_every_argument_of_the_field_is_understood(argument, capsys):
     name, _, value = argument.partition("=")
-    words = [f"--{name}", *filter(None, [value]), *(["answer"] if name == "sft_field" else [])]
+    more = {"sft_field": ["answer"], "mask_id": ["--loss_mask", "se"]}.get(name, [])
+    words = [f"--{name}", *filter(None, [value]), *more]
     parse("--load_model m.pth --data_file d --peft bone --train_parts ln", *words)
     notes = notes_of(capsys)
-    assert len(notes) == (name in cli.field_flags.IGNORED or value == "-1")
+    unread = ("lora_config", "pissa_config")  # by --peft bone
+    assert len(notes) == (name in (*cli.field_flags.IGNORED, *unread) or value == "-1")
     assert all(f"--{name}" in note for note in notes)
 
 
@@ -119,22 +176,15 @@ def test_every_argument_of_the_field_is_understood(argument, capsys):
         ("--head_size_divisor 4", "8"),
         ("--load_partial 1", "completely"),
         ("--data_shuffle 0", "shuffled"),
-        ("--sft_split train[:1000]", "cut the file"),
-        ("--quant nf4", "not supported yet"),
+        ("--quant fp8", "there is no fp8"),
         ("--optim adam_mini", "AdamW"),
-        ("--peft lora", "not supported yet"),
-        ("--peft pissa", "not supported yet"),
+        ("--peft adalora", "not supported yet"),
+        ("--peft prefix", "not supported yet"),
         ("--precision fp16", "overflows"),
         ("--precision tf32", "bf16 or fp32"),
         ("--precision 32", "fp32"),
         ("--precision 16-mixed", "overflows"),
-        ("--data_type utf-8", "JSON lines"),
-        ("--data_type utf-16le", "JSON lines"),
-        ("--data_type numpy", "binidx"),
-        ("--data_type uint16", "binidx"),
         ("--data_type dummy", "name a file"),
-        ("--loss_mask qa", "not supported yet"),
-        ("--loss_mask se", "not supported yet"),
         ("--lr_schedule wsd", "cos"),
         ("--strategy ddp", "deepspeed_stage_1"),
         ("--strategy fsdp", "deepspeed_stage_1"),
@@ -156,7 +206,8 @@ def test_what_this_repository_does_not_do_is_refused_with_the_reason(words, reas
         ('{"bone_mode":"bone","bone_rank":64}', "unknown key rank"),
         ('{"bone_mode":"bone","bone_r":"64"}', 'r "64": expected a whole number'),
         ('{"bone_mode":"bone","bone_load":1}', "load 1: expected a path"),
-        ('{"r":64,"init_weights":"bat"}', "along columns"),
+        ('{"r":32,"init_weights":"bat"}', "--bone_mode bone contradicts --bone_config, which says bat-col"),
+        ('{"bone_mode":"bat","init_weights":"bat"}', "--mode bat contradicts init_weights bat"),
         ('{"r":64,"init_weights":"mini"}', "mini"),
         ('{"bone_mode":"bone","bone_r":16}', "--bone_r 32 contradicts --bone_config, which says 16"),
         ('{"bone_mode":"bat","bone_r":32}', "--bone_mode bone contradicts --bone_config"),
@@ -189,6 +240,11 @@ def test_adapter_config_without_a_mode_is_bone_and_says_so(capsys):
         ("--warmup_steps -1", "warmup_steps", 0),
         ("--random_seed -1", "random_seed", 42),
         ("--op fla", "op", "auto"),
+        ("--data_type utf-8", "data_type", "text"),
+        ("--data_type utf-16le", "data_type", "text"),
+        ("--data_type numpy", "data_type", "tokens"),
+        ("--data_type uint16", "data_type", "tokens"),
+        ("--quant 4bit", "quant", "fp4"),
     ],
 )
 def test_values_with_another_name_are_translated_aloud(words, flag, expected, capsys):
@@ -230,14 +286,21 @@ def test_base_parameters_that_the_field_trains_unasked_are_mentioned(capsys):
     assert any("time and ln too" in note for note in notes_of(capsys))
 
 
-@pytest.mark.parametrize("words, fits", [("--quant none", True), ("--device cuda", True), ("--type bone", True)])
-def test_the_field_script_for_merging(words, fits, capsys):
+@pytest.mark.parametrize("words", ["--device cuda", "--type bone"])
+def test_the_field_script_for_merging(words, capsys):
     config = cli.parse_merge(shlex.split(f"--base_model b --lora_checkpoint a --output o {words}"))
     assert (config.base_model, config.peft_checkpoint, config.output) == ("b", "a", "o")
     assert len(notes_of(capsys)) == 1
 
 
-@pytest.mark.parametrize("words", ["--quant nf4", "--type lora", "--type pissa", "--lora_init i.pth"])
-def test_merging_what_is_not_supported_is_refused(words):
-    with pytest.raises(UserError, match="supported yet"):
-        cli.parse_merge(shlex.split(f"--base_model b --lora_checkpoint a --output o {words}"))
+def test_the_field_scripts_for_merging_lora_and_pissa(capsys):
+    merge = "--base_model b --lora_checkpoint a --output o"
+    config = cli.parse_merge(shlex.split(f"{merge} --type lora --lora_alpha 32 --quant nf4"))
+    assert (config.peft, config.lora_alpha, config.quant) == ("lora", 32.0, "nf4")
+    config = cli.parse_merge(shlex.split(f"{merge} --type pissa --lora_init init_pissa.pth --lora_alpha 32"))
+    assert (config.peft, config.pissa_init, config.lora_alpha) == ("pissa", "init_pissa.pth", 0.0)
+    assert any("PiSSA of RWKV-PEFT has no alpha" in note for note in notes_of(capsys))
+    with pytest.raises(UserError, match="--type dora: expected lora, pissa, bone or disha"):
+        cli.parse_merge(shlex.split(f"{merge} --type dora"))
+    with pytest.raises(UserError, match="--peft bone contradicts --type, which says lora"):
+        cli.parse_merge(shlex.split(f"{merge} --peft bone --type lora"))

@@ -1,5 +1,6 @@
 """A merge gives a plain checkpoint that behaves as base + adapter, or gives nothing and says why."""
 
+import re
 import subprocess
 import sys
 import weakref
@@ -9,14 +10,17 @@ import pytest
 import torch
 
 from rwkv_bone import checkpoint, load_model, merging
-from rwkv_bone.adapters import BoneLinear, adapter_state, inject
+from rwkv_bone.adapters import ADAPTERS, AdapterSettings, BoneLinear, adapter_state, inject
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.errors import UserError
 from rwkv_bone.merging import merge, merge_files
+from rwkv_bone.models import load_base_into
+from rwkv_bone.quantization import as_trained
 from rwkv_bone.tensor_stream import write_tensors
 from tests.conftest import REPOSITORY, random_model
 from tests.rwkv_oracle import logits as oracle_logits
 
+QUANTISED = [("nf4", ".pth"), ("int8", ".pth")]
 IDS = torch.arange(3, 27)[None]
 
 
@@ -24,11 +28,23 @@ IDS = torch.arange(3, 27)[None]
 def files(tiny_checkpoint, tmp_path):
     """Factory: (base, adapter, output) paths, with a random adapter as training writes it."""
 
-    def make(kind="bone", r=8, dtype=torch.float32, train_parts=(), targets=None, metadata=True, std=0.05):
+    def make(
+        kind="bone",
+        r=8,
+        dtype=torch.float32,
+        train_parts=(),
+        targets=None,
+        metadata=True,
+        std=0.05,
+        quant="none",
+        **settings,
+    ):
         path = tiny_checkpoint(dtype=dtype)
         arch, base = checkpoint.load_base(path)
         model = random_model(dtype=dtype)
-        injection = inject(model, kind=kind, r=r, train_parts=train_parts, targets=targets)
+        load_base_into(model, base, dtype, quant=quant)
+        settings = AdapterSettings(kind, r, **settings)
+        injection = inject(model, settings=settings, train_parts=train_parts, targets=targets)
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -38,6 +54,7 @@ def files(tiny_checkpoint, tmp_path):
             "base": checkpoint.fingerprint(base),
             "architecture": arch.to_dict(),
             "step": 7,
+            "quant": quant,
             **injection.metadata(),
         }
         checkpoint.write_state(tmp_path / "rwkv-0.pth", adapter_state(model), about if metadata else None)
@@ -60,19 +77,22 @@ def logits(*arguments, **options):
         return load_model(*arguments, op="torch", **options)(IDS).float()
 
 
-@pytest.mark.parametrize("kind", ["bone", "bat"])
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_merged_model_matches_adapted_model(files, kind, dtype, tolerance, suffix):
-    paths = files(kind, dtype=dtype, train_parts=["ln", "time"])
+@pytest.mark.parametrize("quant,suffix", [("none", ".pth"), ("none", ".safetensors"), *QUANTISED])
+def test_merged_model_matches_adapted_model(files, kind, dtype, tolerance, quant, suffix):
+    # Of the quantised base not every projection has an adapter; what the others have become stays too.
+    targets = None if quant == "none" else ["att", "ffn.key"]
+    paths = files(kind, dtype=dtype, train_parts=["ln", "time"], targets=targets, quant=quant, alpha=16.0, std=0.06)
     output = paths[2].with_suffix(suffix)
     report = "\n".join(merge_files(config(paths, output=str(output))))
     base, live, alone = logits(paths[0]), logits(*paths[:2]), logits(output)
     assert (live - base).abs().max() > 0.3
     assert (alone - live).abs().max() < tolerance
     for words in (
-        f"{kind}, r 8, step 7",
-        "12 weights",
+        f"{kind} with r 8",
+        "step 7",
+        "12 weights" if quant == "none" else f"trained on {quant}",
         "att.key",
         "differ from base + adapter by",
         f"{output.stat().st_size:,} bytes",
@@ -98,7 +118,7 @@ def test_the_output_has_the_keys_order_shapes_and_dtypes_of_the_base(files, suff
     base["blocks.0.att.k_a"] = base["blocks.0.att.k_a"][..., :31].bfloat16()
     adapter = checkpoint.read_state(paths[1])
     output = paths[2].with_suffix(suffix)
-    write_tensors(output, base, merging.merged_tensors(base, adapter, "bone"))
+    write_tensors(output, base, merging.merged_tensors(base, adapter, AdapterSettings("bone", 8)))
     written = checkpoint.read_state(output)
     if suffix == ".pth":
         assert list(written) == list(base)
@@ -116,7 +136,7 @@ def test_the_output_has_the_keys_order_shapes_and_dtypes_of_the_base(files, suff
 def test_merge_of_dictionaries_equals_merge_of_files(files):
     paths = files("bat", dtype=torch.bfloat16, train_parts=["head"])
     merge_files(config(paths))
-    expected = merge(checkpoint.read_state(paths[0]), checkpoint.read_state(paths[1]), kind="bat", r=8)
+    expected = merge(*map(checkpoint.read_state, paths[:2]), settings=AdapterSettings("bat", 8))
     found = checkpoint.read_state(paths[2])
     assert list(found) == list(expected)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -127,7 +147,7 @@ def test_an_adapter_tensor_without_a_place_is_refused(files):
     base, adapter = checkpoint.read_state(paths[0]), checkpoint.read_state(paths[1])
     for key in ("blocks.2.att.key.bone", "blocks.0.att.gate.bone", "blocks.0.att.time_state"):
         with pytest.raises(UserError, match=key.removesuffix(".bone")):
-            merge(base, {**adapter, key: torch.zeros(8, 32)}, kind="bone", r=8)
+            merge(base, {**adapter, key: torch.zeros(8, 32)}, settings=AdapterSettings("bone", 8))
 
 
 def test_only_one_tensor_is_held_at_a_time(tmp_path):
@@ -161,6 +181,70 @@ def test_a_square_adapter_without_metadata_needs_its_kind(files):
         merge_files(config(paths))
     merge_files(config(paths, peft="bone"))
     assert paths[2].exists()
+
+
+def test_a_lora_of_the_field_merges_with_the_alpha_that_the_user_gives(files):
+    paths = files("lora", alpha=4.0, metadata=False)
+    with pytest.raises(UserError, match="give --lora_alpha"):
+        merge_files(config(paths))
+    merge_files(config(paths, lora_alpha=4.0))
+    base, adapter = checkpoint.read_state(paths[0]), checkpoint.read_state(paths[1])
+    module = "blocks.1.ffn.key"
+    update = 0.5 * adapter[f"{module}.lora_B"] @ adapter[f"{module}.lora_A"]
+    expected = base[f"{module}.weight"] + update
+    torch.testing.assert_close(checkpoint.read_state(paths[2])[f"{module}.weight"], expected)
+
+
+def test_a_pissa_of_the_field_merges_with_its_initial_factors(files, tmp_path):
+    paths = files("pissa")
+    whole = checkpoint.read_state(paths[1])
+    expected = merge(checkpoint.read_state(paths[0]), whole, settings=AdapterSettings("pissa", 8))
+    init = tmp_path / "init_pissa.pth"
+    torch.save({f"model.{key}": tensor for key, tensor in whole.items() if ".init_" in key}, init)
+    torch.save({key: tensor for key, tensor in whole.items() if ".init_" not in key}, tmp_path / "field.pth")
+    paths = (paths[0], tmp_path / "field.pth", paths[2])
+    with pytest.raises(UserError, match="needs its initial factors: give --pissa_init"):
+        merge_files(config(paths, peft="pissa"))
+    merge_files(config(paths, pissa_init=str(init)))
+    found = checkpoint.read_state(paths[2])
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_every_projection_of_a_quantised_base_is_merged_as_it_was_trained_on(files):
+    paths = files(quant="nf4", targets=["att.key"], train_parts=["ln"])
+    merge_files(config(paths))
+    base, found = checkpoint.read_state(paths[0]), checkpoint.read_state(paths[2])
+    adapter = checkpoint.read_state(paths[1])
+    for key, tensor in base.items():
+        expected = as_trained(tensor, "nf4") if checkpoint.param_part(key) == "projection" else tensor
+        if key.endswith("att.key.weight"):
+            expected = expected + adapter[key.replace("weight", "bone")].t().repeat(1, 4)
+        assert torch.equal(found[key], adapter.get(key, expected))
+
+
+def test_merging_into_the_original_weights_is_asked_for_and_said(files):
+    paths = files(quant="nf4")
+    report = "\n".join(merge_files(config(paths, merge_base="original")))
+    assert "warning   merged into the original weights (--merge_base original), not into the nf4 ones" in report
+    assert re.search(r"on nf4, as trained, they were [1-9][0-9.]*% away", report)
+    expected = merge(*map(checkpoint.read_state, paths[:2]), settings=AdapterSettings("bone", 8))
+    found = checkpoint.read_state(paths[2])
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    trained = merge(*map(checkpoint.read_state, paths[:2]), settings=AdapterSettings("bone", 8), quant="nf4")
+    assert not torch.equal(found["blocks.0.att.key.weight"], trained["blocks.0.att.key.weight"])
+
+
+def test_the_quantisation_is_the_adapters_own_and_a_flag_cannot_change_it(files):
+    with pytest.raises(UserError, match="--quant int8, but adapter .* was trained with --quant nf4: leave"):
+        merge_files(config(files(quant="nf4"), quant="int8"))
+
+
+def test_the_quantisation_of_an_adapter_without_metadata_is_a_flag(files):
+    paths = files(quant="nf4", metadata=False)
+    merge_files(config(paths, quant="nf4"))
+    expected = merge(*map(checkpoint.read_state, paths[:2]), settings=AdapterSettings("bone", 8), quant="nf4")
+    found = checkpoint.read_state(paths[2])
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_an_existing_output_is_kept_unless_told_otherwise(files):
@@ -210,7 +294,7 @@ def test_a_file_that_reads_back_differently_is_not_kept(files, monkeypatch):
 
 def test_a_merge_whose_weights_compute_something_else_is_not_kept(files, monkeypatch):
     paths = files()
-    monkeypatch.setattr(BoneLinear, "merged", staticmethod(lambda weight, bone: weight.clone()))
+    monkeypatch.setattr(BoneLinear, "merged", staticmethod(lambda weight, *_: weight.clone()))
     with pytest.raises(AssertionError, match="blocks.0.att.receptance.weight: merged weight and adapter layer differ"):
         merge_files(config(paths))
     assert left_behind(paths) == set()
@@ -218,7 +302,7 @@ def test_a_merge_whose_weights_compute_something_else_is_not_kept(files, monkeyp
 
 def test_a_merge_whose_logits_differ_is_not_kept(files, monkeypatch):
     paths = files()
-    monkeypatch.setattr(BoneLinear, "merged", staticmethod(lambda weight, bone: weight.clone()))
+    monkeypatch.setattr(BoneLinear, "merged", staticmethod(lambda weight, *_: weight.clone()))
     monkeypatch.setattr(merging, "verify_formula", lambda *_: None)
     with pytest.raises(UserError, match="more than the .* that rounding to float32 explains"):
         merge_files(config(paths))

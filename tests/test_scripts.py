@@ -21,8 +21,8 @@ from rwkv_bone.config import MergeConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.sh"))
-RUN_SCRIPTS = ("run_bone.sh", "run_bat.sh")
-MERGE_SCRIPTS = ("merge_bone.sh", "merge_bat.sh")
+RUN_SCRIPTS = ("run_bone.sh", "run_bat.sh", "run_lora.sh", "run_pissa.sh")
+MERGE_SCRIPTS = ("merge_bone.sh", "merge_bat.sh", "merge_lora.sh", "merge_pissa.sh")
 TRAIN_FLAGS = {spec.name for section in cli.SECTIONS.values() for spec in fields(section)}
 MERGE_FLAGS = {spec.name for spec in fields(MergeConfig)} | {"proj_dir"}  # proj_dir: where the adapter is looked for
 ECHO = "import json, sys; print(json.dumps(sys.argv[1:]))\n"
@@ -115,7 +115,7 @@ def test_run_scripts_need_no_edits_and_pass_a_valid_command_line(script, clone):
     assert config.run.strategy == "deepspeed_stage_1"
     assert config.adapter.kind == script.removeprefix("run_").removesuffix(".sh")
     assert config.run.proj_dir == f"{clone.root}/out/{config.adapter.kind}"
-    for name, path in (("load_model", config.model.load_model), ("data_file", config.data.data_file)):
+    for name, path in (("load_model", config.model.load_model), ("data_file", *config.data.data_file)):
         relative = Path(path).relative_to(clone.root)
         assert str(relative) == variables(script)[name].split()[0]
         assert (REPOSITORY / relative).is_file()
@@ -126,7 +126,7 @@ def test_any_variable_can_be_overridden_and_paths_stay_the_callers(script, clone
     words = ["--bone_r", "32", "--data_file", "my rows.jsonl", "--targets", "att.key", "ffn"]
     config = cli.parse_train(arguments(clone.sh(script, *words)))
     assert (config.adapter.bone_r, config.adapter.targets) == (32, ("att.key", "ffn"))
-    assert config.data.data_file == "my rows.jsonl"
+    assert config.data.data_file == ("my rows.jsonl",)
 
 
 def test_an_edited_variable_may_hold_any_path(clone):

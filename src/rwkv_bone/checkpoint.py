@@ -170,8 +170,8 @@ def _generation(state: Mapping[str, Tensor], source: str | Path) -> int:
     def has(pattern: str) -> bool:
         return any(re.search(pattern, key) for key in keys)
 
-    if has(r"\.(bone|disha|lora_A|lora_B)$") and not has(r"^emb\.weight$"):
-        raise UserError(f"{source} is an adapter, not a base checkpoint: give it as --bone_load or --peft_checkpoint")
+    if has(r"\.(bone|disha|(init_)?lora_[AB])$") and not has(r"^emb\.weight$"):
+        raise UserError(f"{source} is an adapter, not a base checkpoint: give it as --peft_load or --peft_checkpoint")
     if has(r"^(model|module|base_model)\."):
         raise UserError(f"{source} has keys such as {keys[0]}; expected upstream's names such as emb.weight")
     if not has(r"^emb\.weight$") or not has(r"^blocks\.0\."):

@@ -28,8 +28,6 @@ PILE = "the Pile pre-training schedule of RWKV-LM is not part of this repository
 STOP = "a run ends after --epoch_count epochs of --epoch_steps"
 SHUFFLED = "the order of the data follows from --random_seed alone"
 NOT_YET = "not supported yet"
-LORA_LATER = "LoRA and PiSSA are not supported yet; --peft bone is"
-QUANT_LATER = "quantised base weights are not supported yet"
 
 IGNORED = {
     "pre_ffn": Ignored("every block has its time mix", ZERO),
@@ -55,11 +53,6 @@ IGNORED = {
     "my_exit_tokens": Ignored(STOP, ZERO),
     "load_partial": Ignored("checkpoints load completely or not at all", ZERO),
     "data_shuffle": Ignored("samples are always shuffled, by --random_seed", ONE),
-    "sft_split": Ignored("all rows of --data_file are used; to use fewer, cut the file", ("train",)),
-    "mask_id": Ignored("only --loss_mask se reads it, which is not supported yet"),
-    "lora_config": Ignored("only --peft lora reads it, which is not supported yet"),
-    "pissa_config": Ignored("only --peft pissa reads it, which is not supported yet"),
-    "quant": Ignored(QUANT_LATER, ("none",)),
     "optim": Ignored("the optimiser is AdamW", ("none", "adam", "adamw")),
     "fla": Ignored("--op chooses the WKV operator"),
     "fused_kernel": Ignored("--op chooses the WKV operator"),
@@ -69,15 +62,42 @@ IGNORED = {
     "ds_bucket_mb": Ignored("DeepSpeed's bucket size follows from what is trained"),
     "enable_progress_bar": Ignored("the progress bar is always shown", ("1", "true", "")),
 }
-BLOCK_FLAGS = ("bone_config", "disha_config", "peft_config")
-TRAIN_FLAGS = (*IGNORED, *BLOCK_FLAGS, "dim_att", "train_type", "state_tune")
+
+
+class Key(NamedTuple):
+    ours: str
+    type: type
+    what: str  # of a value, for the message
+
+
+# RWKV-PEFT's JSON of each adapter, its keys without the prefix that some versions put before them (bone_, lora_).
+R, LOAD = "a whole number", Key("peft_load", str, "a path")
+ADAPTER_KEYS = {
+    "bone": {"mode": Key("bone_mode", str, "a mode"), "load": LOAD, "r": Key("bone_r", int, R)},
+    "lora": {
+        "load": LOAD,
+        "r": Key("lora_r", int, R),
+        "alpha": Key("lora_alpha", float, "a number"),
+        "dropout": Key("lora_dropout", float, "a number"),
+        "use_rslora": Key("lora_rs", bool, "true or false"),
+    },
+    "pissa": {"load": LOAD, "r": Key("lora_r", int, R)},
+}
+# flag -> the adapter that it is for, where --peft does not say
+ADAPTER_FLAGS = {
+    "bone_config": "bone",
+    "disha_config": "bone",
+    "peft_config": "bone",
+    "lora_config": "lora",
+    "pissa_config": "pissa",
+}
+TRAIN_FLAGS = (*IGNORED, *ADAPTER_FLAGS, "dim_att", "train_type", "state_tune")
 
 NO_FP16 = "fp16 overflows in RWKV and is not supported: use bf16, or fp32"
 VALUES = {  # flag of ours -> a value of theirs -> what it means, or why it is refused
     "peft": {
         "disha": Means("bone", "DiSHA and MiSS are other names of Bone"),
         "miss": Means("bone", "DiSHA and MiSS are other names of Bone"),
-        **dict.fromkeys(("lora", "pissa"), LORA_LATER),
         **dict.fromkeys(("adalora", "prefix"), NOT_YET),
     },
     "precision": {
@@ -87,13 +107,14 @@ VALUES = {  # flag of ours -> a value of theirs -> what it means, or why it is r
         "tf32": "matrices are multiplied in full bf16 or fp32: use one of these",
     },
     "data_type": {
-        **dict.fromkeys(
-            ("utf-8", "utf-16le"), 'plain text is not read: write it as JSON lines, {"text": ...} (--data_type jsonl)'
-        ),
-        **dict.fromkeys(("numpy", "uint16"), "token arrays are not read: use a .bin/.idx pair (--data_type binidx)"),
+        **dict.fromkeys(("utf-8", "utf-16le"), Means("text", "the file is one document, its encoding is recognised")),
+        **dict.fromkeys(("numpy", "uint16"), Means("tokens", "an array of token ids, .npy or bare uint16")),
         "dummy": "there is no dummy data: name a file",
     },
-    "loss_mask": dict.fromkeys(("qa", "se"), "not supported yet; of prompt/response rows only the response is trained"),
+    "quant": {
+        "4bit": Means("fp4", "RWKV-PEFT asked bitsandbytes for 4bit, which made it fp4; nf4 is more exact"),
+        "fp8": "there is no fp8: int8 takes as much memory and is more exact",
+    },
     "lr_schedule": {"wsd": "in RWKV-PEFT wsd was a cosine to 0: use --lr_schedule cos --lr_final 0"},
     "op": dict.fromkeys(("fla", "triton"), Means("auto", "there is no Triton operator here")),
     "strategy": dict.fromkeys(
@@ -104,26 +125,31 @@ VALUES = {  # flag of ours -> a value of theirs -> what it means, or why it is r
 }
 
 MERGE_IGNORED = {
-    "quant": Ignored(QUANT_LATER, ("none",)),
     "device": Ignored("merging runs on the CPU"),
-    "type": Ignored(LORA_LATER, ("bone", "disha")),
-    "lora_alpha": Ignored("only LoRA reads it, which is not supported yet"),
-    "lora_init": Ignored(LORA_LATER, ("",)),
 }
-MERGE_FLAGS = tuple(MERGE_IGNORED)
+MERGE_FLAGS = (*MERGE_IGNORED, "type", "lora_init")
 
 
 def translate_train(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(settings under our names, notes for the user) of the flags given; RWKV-PEFT's flags arrive as raw text."""
     theirs = [name for name in TRAIN_FLAGS if name in given]
     given, notes = _read_values(given)
-    for name in BLOCK_FLAGS:
-        if name in given:
-            settings = _block_config(name, given.pop(name))
-            if "bone_mode" not in settings | given:
-                notes.append(f"--{name} names no mode: bone; RWKV-PEFT before bone_mode trained what is now called bat")
-            for key, value in settings.items():
-                _set(given, key, value, f"--{name}")
+    said = [name for name in ADAPTER_FLAGS if name in given]
+    adapter = bool(said)
+    for name in said:
+        text, kind = given.pop(name), given.get("peft", ADAPTER_FLAGS[name])
+        if kind != ADAPTER_FLAGS[name] and name != "peft_config":
+            notes.append(f"--{name} is ignored: only --peft {ADAPTER_FLAGS[name]} reads it")
+            continue
+        if kind not in ADAPTER_KEYS:
+            raise UserError(f"--{name} has no meaning with --peft {kind}: remove one")
+        settings, unread = _adapter_config(name, text, kind)
+        notes += unread
+        given["peft"] = kind
+        if kind == "bone" and "bone_mode" not in settings | given:
+            notes.append(f"--{name} names no mode: bone; RWKV-PEFT before bone_mode trained what is now called bat")
+        for key, value in settings.items():
+            _set(given, key, value, f"--{name}")
     given, said = _train_type(given)
     notes += said
     if "dim_att" in given:
@@ -135,13 +161,28 @@ def translate_train(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     given, ignored = _ignore(given, IGNORED)
     notes += ignored
     if theirs and "config" not in given:
-        notes += _unsaid(given, f"an RWKV-PEFT command line (it has --{theirs[0]})", adapter="bone_r" in given)
+        notes += _unsaid(given, f"an RWKV-PEFT command line (it has --{theirs[0]})", adapter=adapter)
     return given, notes
 
 
 def translate_merge(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """As `translate_train`, for merge.py."""
-    return _ignore(given, MERGE_IGNORED)
+    given, notes = _read_values(given)
+    kind, init = given.pop("type", ""), given.pop("lora_init", "")
+    if kind in ("lora", "pissa"):
+        _set(given, "peft", kind, "--type")
+        notes.append(f"--type {kind} is read as --peft {kind}")
+    elif kind in ("bone", "disha"):
+        notes.append(f"--type {kind} is ignored: bone and bat are told apart by their shapes")
+    elif kind:
+        raise UserError(f"--type {kind}: expected lora, pissa, bone or disha")
+    if init:
+        _set(given, "pissa_init", init, "--lora_init")
+        notes.append("--lora_init is read as --pissa_init")
+    if kind == "pissa" and given.pop("lora_alpha", None) is not None:
+        notes.append("--lora_alpha is ignored: PiSSA of RWKV-PEFT has no alpha")
+    given, ignored = _ignore(given, MERGE_IGNORED)
+    return given, notes + ignored
 
 
 def _read_values(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -175,34 +216,55 @@ def _same(a: str, b: str) -> bool:
         return a.lower() == b.lower()
 
 
-def _block_config(flag: str, text: str) -> dict[str, Any]:
-    """The adapter's settings from `{"bone_mode": "bat", "bone_load": "", "bone_r": 64}` or DiSHA's shorter keys."""
+def _adapter_config(flag: str, text: str, kind: str) -> tuple[dict[str, Any], list[str]]:
+    """(settings under our names, notes) of JSON such as `{"bone_mode": "bat", "bone_load": "", "bone_r": 64}`."""
     try:
         config = json.loads(text)
     except ValueError:
         raise UserError(
-            f"--{flag} {text}: not JSON; expected, quoted for the shell, --{flag} "
-            '\'{"bone_mode":"bone","bone_load":"","bone_r":64}\''
+            f"--{flag} {text}: not JSON; expected, quoted for the shell, such as --{flag} "
+            f'\'{{"{kind}_load":"","{kind}_r":64}}\''
         ) from None
     if not isinstance(config, dict):
         raise UserError(f"--{flag} {text}: expected a JSON object")
-    config = {key.removeprefix("bone_"): value for key, value in config.items()}
-    form = config.pop("init_weights", True)
-    if form is not True:
-        raise UserError(
-            f"--{flag} init_weights {json.dumps(form)}: Hugging Face's bat has its blocks along columns and its mini "
-            "shares them; neither is the Bat trained here (rows): give --bone_mode bone or --bone_mode bat"
-        )
-    unknown = config.keys() - {"mode", "load", "r"}
+    config, notes = {key.removeprefix(f"{kind}_"): value for key, value in config.items()}, []
+    if kind == "bone":
+        _read_init_weights(flag, config)
+    if kind == "pissa":
+        if "svd_niter" in config:
+            found = config.pop("svd_niter")
+            notes.append(f"--{flag} svd_niter {found} is ignored: how exact the components are changes nothing else")
+        if config.pop("init", ""):
+            raise UserError(
+                f"--{flag}: pissa_init is needed for adapters of RWKV-PEFT alone, those of this repository hold their "
+                "initial factors; to go on from one of RWKV-PEFT, merge it (merge.py --pissa_init) and train the result"
+            )
+    keys = ADAPTER_KEYS[kind]
+    unknown = config.keys() - keys.keys()
     if unknown:
-        raise UserError(f"--{flag}: unknown key {', '.join(sorted(unknown))}; expected bone_mode, bone_load, bone_r")
+        expected = ", ".join(f"{kind}_{key}" for key in keys)
+        raise UserError(f"--{flag}: unknown key {', '.join(sorted(unknown))}; expected {expected}")
     if config.get("mode", "bone") not in BONE_MODES:
         # RWKV-PEFT's own default, "mode", trained no adapter at all and said nothing.
         raise UserError(f"--{flag}: mode {config['mode']!r} is none of {', '.join(BONE_MODES)}")
-    for key, kind, what in (("r", int, "a whole number"), ("load", str, "a path")):
-        if type(config.get(key, kind())) is not kind:
-            raise UserError(f"--{flag}: {key} {json.dumps(config[key])}: expected {what}")
-    return {f"bone_{key}": value for key, value in config.items()}
+    for key, value in config.items():
+        if keys[key].type is float and type(value) is int:
+            config[key] = float(value)
+        elif type(value) is not keys[key].type:
+            raise UserError(f"--{flag}: {key} {json.dumps(value)}: expected {keys[key].what}")
+    return {keys[key].ours: value for key, value in config.items()}, notes
+
+
+def _read_init_weights(flag: str, config: dict[str, Any]) -> None:
+    """Hugging Face's name for the mode, `init_weights`, as our `mode`, in place."""
+    form = config.pop("init_weights", True)
+    if form == "bat":
+        _set(config, "mode", "bat-col", "init_weights bat, Hugging Face's bat, whose blocks follow the outputs")
+    elif form is not True:
+        raise UserError(
+            f"--{flag} init_weights {json.dumps(form)}: expected true (bone) or bat (here bat-col); mini, which shares "
+            "its columns, is not trained here"
+        )
 
 
 def _train_type(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

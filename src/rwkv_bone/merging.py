@@ -3,6 +3,11 @@
 `merge` is the whole idea, on dictionaries. `merge_files` is the same for files of any size, and checks itself: it holds
 one tensor at a time, writes to a temporary name, reads that back, compares it with a second computation and its logits
 with base + adapter, and only then gives the file its name.
+
+An adapter that was trained on a quantised base has learnt to make up for that base's errors, those of projections
+without an adapter too. So every projection that was quantised in training is merged as it was then: quantised, and back
+(`as_trained`). What is written is a plain checkpoint in the base's dtype, never a quantised one. `--merge_base
+original` puts the adapter on the original weights instead, which is another model than the trained one.
 """
 
 from __future__ import annotations
@@ -15,13 +20,14 @@ import torch
 from torch import Tensor
 
 from rwkv_bone import checkpoint
-from rwkv_bone.adapters import ADAPTERS, AdapterFile, apply_adapter, infer_adapter, read_adapter
-from rwkv_bone.adapters.files import SUFFIX
+from rwkv_bone.adapters import ADAPTERS, AdapterFile, AdapterSettings, apply_adapter, infer_adapter, read_adapter
+from rwkv_bone.adapters.files import tensors_by_module
 from rwkv_bone.adapters.inject import target_name
 from rwkv_bone.checkpoint import Architecture, param_part
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.errors import UserError
-from rwkv_bone.models import RWKV, build, load_base_into
+from rwkv_bone.models import build, load_base_into
+from rwkv_bone.quantization import as_trained, is_quantized
 from rwkv_bone.tensor_stream import DTYPE_NAMES, write_tensors
 
 CHECK_TOKENS = 32
@@ -29,30 +35,39 @@ FORMULA_TOLERANCE = 1e-5
 LOGITS_TOLERANCE = (1e-4, 0.1)  # of the logits' norm, for an fp32 base and for one of half precision
 
 
-def merge(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], *, kind: str, r: int) -> dict[str, Tensor]:
+def merge(
+    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], *, settings: AdapterSettings, quant: str = "none"
+) -> dict[str, Tensor]:
     """The base with the adapter folded in: the same keys, order, shapes and dtypes.
 
     Adapted weights are computed in fp32 and rounded once; tensors that were trained whole replace the base's; a trained
-    initial state, which a base does not have, comes after them in fp32. UserError if any adapter tensor fits nothing in
-    the base.
+    initial state, which a base does not have, comes after them in fp32. quant: what the adapter was trained on.
+    UserError if any adapter tensor fits nothing in the base.
     """
-    infer_adapter(adapter, {key: tuple(tensor.shape) for key, tensor in base.items()}, kind, r)
-    return dict(merged_tensors(base, adapter, kind))
+    infer_adapter(adapter, {key: tuple(tensor.shape) for key, tensor in base.items()}, settings.kind, settings.r)
+    return dict(merged_tensors(base, adapter, settings, quant))
 
 
 def merged_tensors(
-    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], kind: str
+    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], settings: AdapterSettings, quant: str = "none"
 ) -> Iterator[tuple[str, Tensor]]:
     """The pairs of `merge`, one at a time, for an adapter that is known to fit."""
+    adapted = tensors_by_module(adapter)
     for key, tensor in base.items():
-        bone = adapter.get(key.removesuffix(".weight") + SUFFIX)
-        if bone is not None:
-            yield key, ADAPTERS[kind].merged(tensor, bone)
+        module = key.removesuffix(".weight")
+        if module in adapted:
+            weight = trained_weight(key, tensor, quant)
+            yield key, ADAPTERS[settings.kind].merged(weight, adapted[module], settings).to(tensor.dtype)
         elif key in adapter:
             yield key, adapter[key].to(tensor.dtype)
         else:
-            yield key, tensor
+            yield key, trained_weight(key, tensor, quant).to(tensor.dtype)
     yield from initial_state(base, adapter).items()
+
+
+def trained_weight(key: str, tensor: Tensor, quant: str) -> Tensor:
+    """A tensor of the base as a run with --quant `quant` sees it: in fp32 if it is quantised then, otherwise itself."""
+    return as_trained(tensor, quant) if quant != "none" and is_quantized(key) else tensor
 
 
 def initial_state(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,17 +82,41 @@ def merge_files(config: MergeConfig) -> list[str]:
     """
     output = _output_path(config)
     arch, base = checkpoint.load_base(config.base_model)
-    adapter = read_adapter(config.peft_checkpoint, base, kind=config.peft, r=config.bone_r)
+    adapter = read_adapter(
+        config.peft_checkpoint,
+        base,
+        kind=config.peft,
+        r=config.bone_r,
+        alpha=config.lora_alpha,
+        pissa_init=config.pissa_init,
+    )
+    trained_on = trained_quant(adapter, config.quant)
+    quant = trained_on if config.merge_base == "trained" else "none"
     unknown = {tensor.dtype for tensor in base.values()} - DTYPE_NAMES.keys()
     if unknown:
         raise UserError(f"{config.base_model} holds {unknown.pop()}: expected floating point, merge into the original")
     with checkpoint.atomic_path(output, config.overwrite) as temporary:
         layout = {**base, **initial_state(base, adapter.state)}
-        write_tensors(temporary, layout, merged_tensors(base, adapter.state, adapter.kind))
-        changes = verify_tensors(temporary, base, adapter)
-        logits = verify_logits(temporary, arch, base, adapter) if config.verify else "not compared (--verify 0)"
+        write_tensors(temporary, layout, merged_tensors(base, adapter.state, adapter.settings, quant))
+        changes = verify_tensors(temporary, base, adapter, quant)
+        logits = "not compared (--verify 0)"
+        if config.verify:
+            logits = verify_logits(temporary, arch, base, adapter, quant, trained_on)
         size = temporary.stat().st_size
-    return _report(config, arch, adapter, changes, logits, size)
+    return _report(config, arch, adapter, trained_on, changes, logits, size)
+
+
+def trained_quant(adapter: AdapterFile, asked: str) -> str:
+    """What the base was quantised to in training: from the adapter's metadata, or as the user says (`auto` = none)."""
+    if adapter.metadata is None:
+        return "none" if asked == "auto" else asked
+    found = adapter.metadata.get("quant", "none")
+    if asked not in ("auto", found):
+        raise UserError(
+            f"--quant {asked}, but adapter {adapter.path} was trained with --quant {found}: leave the flag out "
+            "(--merge_base original merges into the original weights)"
+        )
+    return found
 
 
 def _output_path(config: MergeConfig) -> Path:
@@ -90,15 +129,17 @@ def _output_path(config: MergeConfig) -> Path:
     return output
 
 
-def verify_tensors(path: Path, base: Mapping[str, Tensor], adapter: AdapterFile) -> dict[str, list[float]]:
+def verify_tensors(
+    path: Path, base: Mapping[str, Tensor], adapter: AdapterFile, quant: str = "none"
+) -> dict[str, list[float]]:
     """Compare a merged file bit for bit with what it should hold.
 
     Returns for each target the relative change of its weights, |W' - W| / |W|, one number a layer.
     """
-    written = checkpoint.read_state(path)
+    written, adapted, settings = checkpoint.read_state(path), tensors_by_module(adapter.state), adapter.settings
     assert list(written) == [*base, *initial_state(base, adapter.state)]
     changes: dict[str, list[float]] = {}
-    for key, expected in merged_tensors(base, adapter.state, adapter.kind):
+    for key, expected in merged_tensors(base, adapter.state, settings, quant):
         # Not isfinite().all(), which takes three times the tensor's memory; minimum and maximum pass NaN on.
         if not torch.stack(expected.aminmax()).isfinite().all():
             raise UserError(f"{key} of the merged model would hold NaN or infinity: nothing was written")
@@ -106,9 +147,9 @@ def verify_tensors(path: Path, base: Mapping[str, Tensor], adapter: AdapterFile)
         if found.dtype != expected.dtype or not torch.equal(found, expected):
             raise UserError(f"{key} did not read back as it was written: nothing is kept; is the disk in order?")
         module = key.removesuffix(".weight")
-        if module + SUFFIX in adapter.state:
-            verify_formula(key, base[key], adapter.state[module + SUFFIX], adapter.kind)
-            before = base[key].float()
+        if module in adapted:
+            before = trained_weight(key, base[key], quant).float()
+            verify_formula(key, before, adapted[module], settings)
             change, size = (expected.float() - before).norm().item(), before.norm().item()
             changes.setdefault(target_name(module), []).append(
                 change / size if size else float("inf") if change else 0.0
@@ -116,34 +157,26 @@ def verify_tensors(path: Path, base: Mapping[str, Tensor], adapter: AdapterFile)
     return changes
 
 
-def verify_formula(key: str, weight: Tensor, bone: Tensor, kind: str) -> None:
+def verify_formula(key: str, weight: Tensor, tensors: Mapping[str, Tensor], settings: AdapterSettings) -> None:
     """Compare, in fp32 and before any rounding, what the merged weight and the adapter layer compute."""
     x = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    weight, layer = weight.float(), ADAPTERS[kind]
-    live, alone = layer.function.apply(x, weight, None, bone.float()), x @ layer.merged(weight, bone.float()).t()
+    layer, tensors = ADAPTERS[settings.kind], {name: tensor.float() for name, tensor in tensors.items()}
+    live, alone = layer.compute(x, weight, None, tensors, settings), x @ layer.merged(weight, tensors, settings).t()
     assert (alone - live).norm() <= FORMULA_TOLERANCE * live.norm(), f"{key}: merged weight and adapter layer differ"
 
 
 @torch.no_grad()
-def verify_logits(merged: Path, arch: Architecture, base: Mapping[str, Tensor], adapter: AdapterFile) -> str:
+def verify_logits(
+    merged: Path, arch: Architecture, base: Mapping[str, Tensor], adapter: AdapterFile, quant: str, trained_on: str
+) -> str:
     """Compare the merged file, loaded as any base, with the base under the live adapter. Returns what was found.
 
-    Both run in fp32 on the weights as they are stored, so they differ by the rounding of the merged weights alone, and
-    need no memory beyond the mapped files and one layer.
+    Both run in fp32 on the weights as they are stored, the base quantised to `quant`, so they differ by the rounding of
+    the merged weights alone, and need no memory beyond the mapped files, the codes of a quantised base and one layer.
+    If the adapter was trained on another quantisation, how far its logits then were is found too.
     """
-    ids = (torch.arange(1, CHECK_TOKENS + 1) * 7919 % arch.vocab_size)[None]
-
-    def model_of(tensors: Mapping[str, Tensor]) -> RWKV:
-        with torch.device("meta"):
-            model = build(arch, op="torch")  # the portable operator: a merge must not need a compiler
-        load_base_into(model, tensors)
-        return model
-
-    live = model_of(base)
-    before = live(ids)
-    apply_adapter(live, adapter)
-    expected = live(ids)
-    found = model_of(checkpoint.read_state(merged))(ids)
+    before, expected = _logits(arch, base, quant), _logits(arch, base, quant, adapter)
+    found = _logits(arch, checkpoint.read_state(merged))
     difference, effect = ((x - expected).norm() / expected.norm() for x in (found, before))
     largest = (found - expected).abs().max().item()
     stored = base["emb.weight"].dtype
@@ -155,13 +188,31 @@ def verify_logits(merged: Path, arch: Architecture, base: Mapping[str, Tensor], 
             f"logits: {text}, more than the {limit:.1%} that rounding to {name} explains: nothing was written "
             "(--verify 0 leaves this comparison out)"
         )
-    return f"{text} (rounding to {name}); the adapter moves them by {effect:.2%}"
+    text += f" (rounding to {name}); the adapter moves them by {effect:.2%}"
+    if trained_on != quant:
+        trained = _logits(arch, base, trained_on, adapter)
+        text += f"; on {trained_on}, as trained, they were {(found - trained).norm() / trained.norm():.2%} away"
+    return text
+
+
+def _logits(
+    arch: Architecture, tensors: Mapping[str, Tensor], quant: str = "none", adapter: AdapterFile | None = None
+) -> Tensor:
+    """[1, CHECK_TOKENS, V] of a fixed row of tokens, from these tensors quantised to `quant` and under an adapter."""
+    with torch.device("meta"):
+        model = build(arch, op="torch")  # the portable operator: a merge must not need a compiler
+    load_base_into(model, tensors, quant=quant)
+    if adapter is not None:
+        apply_adapter(model, adapter)
+    ids = (torch.arange(1, CHECK_TOKENS + 1) * 7919 % arch.vocab_size)[None]
+    return model.eval()(ids)
 
 
 def _report(
     config: MergeConfig,
     arch: Architecture,
     adapter: AdapterFile,
+    trained_on: str,
     changes: Mapping[str, list[float]],
     logits: str,
     size: int,
@@ -169,11 +220,20 @@ def _report(
     step = f", step {adapter.metadata['step']}" if adapter.metadata and "step" in adapter.metadata else ""
     lines = [
         f"base      {config.base_model}: {arch.describe()}",
-        f"adapter   {adapter.path}: {adapter.kind}, r {adapter.r}{step}; {', '.join(adapter.targets)}",
+        f"adapter   {adapter.path}: {adapter.settings.describe()}{step}; {', '.join(adapter.targets)}",
     ]
     if adapter.metadata is None:
         lines.append(
             "          it has no metadata: kind and r were read from the shapes, the base could not be checked"
+        )
+    if trained_on != "none" and config.merge_base == "original":
+        lines.append(
+            f"warning   merged into the original weights (--merge_base original), not into the {trained_on} ones that "
+            "the adapter was trained on: this is another model than the trained one"
+        )
+    elif trained_on != "none":
+        lines.append(
+            f"quant     trained on {trained_on}: every projection of att and ffn is written as it was then, dequantised"
         )
     whole = f", and {len(adapter.extra)} tensors that were trained whole" if adapter.extra else ""
     lines.append(f"merged    {sum(map(len, changes.values()))} weights{whole}; relative change |W' - W| / |W|:")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rwkv_bone.adapters import inject
+from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject
 from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.models import architecture_from_scratch, build, init_from_scratch
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
@@ -16,10 +16,10 @@ def model():
     return made
 
 
-def placement(model, weight_decay=0.1) -> dict[str, tuple[float, float]]:
+def placement(model, weight_decay=0.1, **options) -> dict[str, tuple[float, float]]:
     """{parameter name: (multiple of the learning rate, weight decay)}"""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, weight_decay)
+    groups = parameter_groups(model, weight_decay, **options)
     return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
 
 
@@ -45,12 +45,23 @@ def test_only_projections_embedding_and_head_decay(model):
     assert decayed == projections | {"emb.weight", "head.weight"}
 
 
-@pytest.mark.parametrize("kind", ["bone", "bat"])
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_decay_and_frozen_parameters_are_in_no_group(model, kind):
-    inject(model, kind=kind, r=8)
+    inject(model, settings=AdapterSettings(kind, 8))
     placed = placement(model)
-    assert placed and all(name.endswith(".bone") for name in placed)
+    own = {f".{name}" for name in ADAPTERS[kind].parameter_names}
+    assert placed and {name[name.rindex(".") :] for name in placed} == own
     assert set(placed.values()) == {(1.0, 0.1)}
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa"])
+def test_with_lora_plus_b_learns_faster_than_a_and_nothing_else_does(model, kind):
+    inject(model, settings=AdapterSettings(kind, 4), train_parts=["time"])
+    placed = placement(model, lora_plus=16.0)
+    assert {rate for name, (rate, _) in placed.items() if name.endswith("lora_B")} == {16.0}
+    others = {name: rate for name, (rate, _) in placed.items() if not name.endswith("lora_B")}
+    assert {rate for name, rate in others.items() if not name.endswith("w0")} == {1.0}
+    assert sum(name.endswith("lora_A") for name in others) == 12
 
 
 def test_the_optimiser_is_adamw_with_the_configured_numbers(model):

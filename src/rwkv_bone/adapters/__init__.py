@@ -4,6 +4,7 @@ A new adapter is one layer class and one line in `registry.py`.
 """
 
 from rwkv_bone.adapters.bat import BatLinear
+from rwkv_bone.adapters.bat_col import BatColLinear
 from rwkv_bone.adapters.bone import BoneLinear
 from rwkv_bone.adapters.files import (
     AdapterFile,
@@ -13,15 +14,24 @@ from rwkv_bone.adapters.files import (
     load_adapter_file,
     read_adapter,
 )
-from rwkv_bone.adapters.inject import Injection, adapter_state, inject, load_adapter
+from rwkv_bone.adapters.inject import Injection, adapter_keys, adapter_state, inject, load_adapter
+from rwkv_bone.adapters.layer import AdapterLinear
+from rwkv_bone.adapters.lora import LoraLinear, PissaLinear, pissa_as_lora
 from rwkv_bone.adapters.registry import ADAPTERS
+from rwkv_bone.adapters.settings import AdapterSettings, settings_of
 
 __all__ = [
     "ADAPTERS",
     "AdapterFile",
+    "AdapterLinear",
+    "AdapterSettings",
+    "BatColLinear",
     "BatLinear",
     "BoneLinear",
     "Injection",
+    "LoraLinear",
+    "PissaLinear",
+    "adapter_keys",
     "adapter_state",
     "apply_adapter",
     "apply_adapter_file",
@@ -29,5 +39,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "load_adapter_file",
+    "pissa_as_lora",
     "read_adapter",
+    "settings_of",
 ]

@@ -13,8 +13,10 @@ Written on the side of the activations it costs about r/out of the frozen linear
     dx_b = gu_b + gz_b D_b
     dD_b = gz_b^T x_b
 
-Not Hugging Face PEFT's `bat`, whose blocks follow the outputs: on square weights its tensor has the same shape and
-computes something else, and no exact conversion exists.
+Around a projection that can only be called, base(u) = u W^T, it is base(x + z) + tile(s).
+
+Not Hugging Face PEFT's `bat`, whose blocks follow the outputs (`bat_col.py`): on square weights its tensor has the same
+shape and computes something else, and no exact conversion exists.
 
 Sizes: T tokens, r block size. Blocked activations are [in/r, T, r], views of [T, in].
 """
@@ -22,6 +24,7 @@ Sizes: T tokens, r block size. Blocked activations are [in/r, T, r], views of [T
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +32,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_bone.adapters.blocks import blocks, fold, tile_add_, token_chunks
-from rwkv_bone.adapters.layer import AdapterLinear, compute_dtype, weight_grads
+from rwkv_bone.adapters.layer import AdapterLinear, Tensors, check_block, compute_dtype, weight_grads
+from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.errors import UserError
 
 # Some batched products copy their operands: in chunks, those copies are small.
@@ -49,6 +53,22 @@ def rotate(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
     return rotated, sums
 
 
+def rotate_backward_(grad: Tensor, grad_sums: Tensor, x: Tensor, bone: Tensor, need_bone: bool) -> Tensor | None:
+    """Turn gu [T, in] into dx in place, given the gradient [T, r] of s, and return dD [in/r, r, r] if it is needed."""
+    r, block_weights = bone.shape[1], bone.to(grad.dtype)
+    grad_bone = torch.zeros_like(bone, dtype=compute_dtype(bone)) if need_bone else None
+    for rows in token_chunks(grad, TOKEN_CHUNKS):
+        part = blocks(grad[rows], r)
+        # Contiguous, which `part + sums` would not be: bf16 products of strided batches are twice as slow. In two
+        # steps, since adding and rearranging in one is far slower than both.
+        grad_z = part.clone(memory_format=torch.contiguous_format)
+        grad_z += grad_sums[rows]
+        if need_bone:
+            grad_bone += grad_z.transpose(1, 2) @ blocks(x[rows], r)
+        part.baddbmm_(grad_z, block_weights)
+    return grad_bone
+
+
 class BatFunction(torch.autograd.Function):
     """x [T, in], weight [out, in], bias [out] or None, bone [in/r, r, r] -> y [T, out]. Saves x alone."""
 
@@ -66,48 +86,82 @@ class BatFunction(torch.autograd.Function):
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad
         grad_x = grad_bone = None
         if need_x or need_bone:
-            r, block_weights = bone.shape[1], bone.to(g.dtype)
             grad_x = g @ weight.to(g.dtype)
-            sums = fold(g, r)
-            grad_bone = torch.zeros_like(bone, dtype=compute_dtype(bone))
-            for rows in token_chunks(g, TOKEN_CHUNKS):
-                part = blocks(grad_x[rows], r)
-                # Contiguous, which `part + sums` would not be: bf16 products of strided batches are twice as slow. In
-                # two steps, since adding and rearranging in one is far slower than both.
-                grad_z = part.clone(memory_format=torch.contiguous_format)
-                grad_z += sums[rows]
-                if need_bone:
-                    grad_bone += grad_z.transpose(1, 2) @ blocks(x[rows], r)
-                part.baddbmm_(grad_z, block_weights)
+            grad_bone = rotate_backward_(grad_x, fold(g, bone.shape[1]), x, bone, need_bone)
         rotated = rotate(x, bone)[0] if need_weight else None
         grads = weight_grads(g, rotated, weight, bias, (need_weight, need_bias))
-        return grad_x if need_x else None, *grads, grad_bone if need_bone else None
+        return grad_x if need_x else None, *grads, grad_bone
+
+
+class RotateFunction(torch.autograd.Function):
+    """x [T, in], bone [in/r, r, r] -> (x + z [T, in], s [T, r]). Saves x alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, bone)
+        return rotate(x, bone)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor, grad_sums: Tensor):
+        x, bone = ctx.saved_tensors
+        grad_x = g.clone()
+        grad_bone = rotate_backward_(grad_x, grad_sums, x, bone, ctx.needs_input_grad[1])
+        return grad_x if ctx.needs_input_grad[0] else None, grad_bone
 
 
 class BatLinear(AdapterLinear):
     """y = x W'^T + bias, with D = `bone` [in/r, r, r]. r must divide in_features and out_features."""
 
-    function = BatFunction
+    parameter_names = ("bone",)
 
     @staticmethod
-    def bone_shape(in_features: int, out_features: int, r: int) -> tuple[int, int, int]:
-        return in_features // r, r, r
-
-    @classmethod
-    def check(cls, in_features: int, out_features: int, r: int, name: str = "") -> None:
-        super().check(in_features, out_features, r, name)
-        if in_features % r or out_features % r:
-            common = math.gcd(in_features, out_features)
-            best = max(size for size in range(1, min(r, common) + 1) if common % size == 0)
-            raise UserError(
-                f"--bone_r {r} does not divide both sizes of {name or 'a layer'}, {in_features} inputs and "
-                f"{out_features} outputs, as bat needs: use --bone_r {best}, or --bone_mode bone, which takes any r"
-            )
+    def shapes(in_features: int, out_features: int, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        return {"bone": (in_features // settings.r, settings.r, settings.r)}
 
     @staticmethod
-    def merged(weight: Tensor, bone: Tensor) -> Tensor:
-        dtype, r = compute_dtype(weight, bone), bone.shape[1]
-        old, d = weight.to(dtype), bone.to(dtype)
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+        return BatFunction.apply(x, weight, bias, tensors["bone"])
+
+    @staticmethod
+    def around(
+        base: Callable[[Tensor], Tensor], x: Tensor, tensors: Tensors, settings: AdapterSettings, dropout: float
+    ) -> Tensor:
+        rotated, sums = RotateFunction.apply(x, tensors["bone"])
+        return (base(rotated).unflatten(1, (-1, settings.r)) + sums[:, None]).flatten(1)
+
+    @staticmethod
+    def merged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+        dtype, r = compute_dtype(weight, tensors["bone"]), settings.r
+        old, d = weight.to(dtype), tensors["bone"].to(dtype)
         new = blocks(old, r).baddbmm(blocks(old, r), d)  # [in/r, out, r]
         new.unflatten(1, (-1, r)).add_(d[:, None])
         return new.transpose(0, 1).reshape(weight.shape).to(weight.dtype)
+
+    @staticmethod
+    def unmerged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+        dtype, r = compute_dtype(weight, tensors["bone"]), settings.r
+        d = tensors["bone"].to(dtype)
+        new = blocks(weight.to(dtype), r).unflatten(1, (-1, r)) - d[:, None]  # [in/r, out/r, r, r]
+        return undo(new.flatten(1, 2), d).transpose(0, 1).reshape(weight.shape).to(weight.dtype)
+
+    @classmethod
+    def check(cls, in_features: int, out_features: int, settings: AdapterSettings, name: str = "") -> None:
+        super().check(in_features, out_features, settings, name)
+        check_block(in_features, settings.r, name)
+        if in_features % settings.r or out_features % settings.r:
+            common = math.gcd(in_features, out_features)
+            best = max(size for size in range(1, min(settings.r, common) + 1) if common % size == 0)
+            raise UserError(
+                f"--bone_r {settings.r} does not divide both sizes of {name or 'a layer'}, {in_features} inputs and "
+                f"{out_features} outputs, as {settings.kind} needs: use --bone_r {best}, or --bone_mode bone, which "
+                "takes any r"
+            )
+
+
+def undo(new: Tensor, d: Tensor) -> Tensor:
+    """new (I + d)^-1 for each block: new [n, rows, r], d [n, r, r]. UserError when a block has no inverse."""
+    try:
+        return torch.linalg.solve(d + torch.eye(d.shape[1], dtype=d.dtype, device=d.device), new, left=False)
+    except torch.linalg.LinAlgError as error:
+        raise UserError("a block I + D of this bat has no inverse: load the original weights instead") from error

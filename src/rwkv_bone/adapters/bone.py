@@ -16,13 +16,25 @@ Sizes: T tokens, r block size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_bone.adapters.blocks import fold, tile_add_, token_chunks
-from rwkv_bone.adapters.layer import AdapterLinear, compute_dtype, weight_grads
+from rwkv_bone.adapters.layer import AdapterLinear, Tensors, check_block, compute_dtype, weight_grads
+from rwkv_bone.adapters.settings import AdapterSettings
+
+
+def block_grad(sums: Tensor, g: Tensor, bone: Tensor) -> Tensor:
+    """dD [r, out] in fp32 from S [T, r] and g [T, out]."""
+    grad = torch.zeros_like(bone, dtype=compute_dtype(bone))
+    # A product of bf16 matrices is bf16; sums of a few of them in fp32 keep what one product would round away.
+    for rows in token_chunks(g, 8):
+        grad += sums[rows].t() @ g[rows]
+    return grad
 
 
 class BoneFunction(torch.autograd.Function):
@@ -46,23 +58,61 @@ class BoneFunction(torch.autograd.Function):
             grad_x = g @ weight.to(g.dtype)
             tile_add_(grad_x, g @ bone.to(g.dtype).t())
         if need_bone:
-            grad_bone = torch.zeros_like(bone, dtype=compute_dtype(bone))
-            # A product of bf16 matrices is bf16; sums of a few of them in fp32 keep what one product would round away.
-            for rows in token_chunks(g, 8):
-                grad_bone += sums[rows].t() @ g[rows]
+            grad_bone = block_grad(sums, g, bone)
         return grad_x, *weight_grads(g, x, weight, bias, (need_weight, need_bias)), grad_bone
+
+
+class BoneSideFunction(torch.autograd.Function):
+    """y [T, out] of any projection of x [T, in], bone [r, out] -> y + S D."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, bone: Tensor) -> Tensor:
+        sums = fold(x, bone.shape[0])
+        ctx.save_for_backward(sums, bone)
+        ctx.in_features = x.shape[1]
+        return torch.addmm(y, sums, bone.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        sums, bone = ctx.saved_tensors
+        need_y, need_x, need_bone = ctx.needs_input_grad
+        grad_x = None
+        if need_x:
+            grad_x = tile_add_(g.new_zeros(len(g), ctx.in_features), g @ bone.to(g.dtype).t())
+        return g if need_y else None, grad_x, block_grad(sums, g, bone) if need_bone else None
 
 
 class BoneLinear(AdapterLinear):
     """y = x (W + tile(D^T))^T + bias, with D = `bone` [r, out]."""
 
-    function = BoneFunction
+    parameter_names = ("bone",)
 
     @staticmethod
-    def bone_shape(in_features: int, out_features: int, r: int) -> tuple[int, int]:
-        return r, out_features
+    def shapes(in_features: int, out_features: int, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        return {"bone": (settings.r, out_features)}
 
     @staticmethod
-    def merged(weight: Tensor, bone: Tensor) -> Tensor:
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+        return BoneFunction.apply(x, weight, bias, tensors["bone"])
+
+    @staticmethod
+    def around(
+        base: Callable[[Tensor], Tensor], x: Tensor, tensors: Tensors, settings: AdapterSettings, dropout: float
+    ) -> Tensor:
+        return BoneSideFunction.apply(base(x), x, tensors["bone"])
+
+    @staticmethod
+    def merged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+        bone = tensors["bone"]
         dtype = compute_dtype(weight, bone)
         return tile_add_(weight.to(dtype, copy=True), bone.t().to(dtype)).to(weight.dtype)
+
+    @staticmethod
+    def unmerged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+        return BoneLinear.merged(weight, {"bone": -tensors["bone"]}, settings)
+
+    @classmethod
+    def check(cls, in_features: int, out_features: int, settings: AdapterSettings, name: str = "") -> None:
+        super().check(in_features, out_features, settings, name)
+        check_block(in_features, settings.r, name)

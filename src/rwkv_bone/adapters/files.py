@@ -3,67 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from rwkv_bone import checkpoint
-from rwkv_bone.adapters.inject import STATE, Injection, inject, load_adapter, target_name, unfreeze
-from rwkv_bone.adapters.registry import ADAPTERS
+from rwkv_bone.adapters.inject import STATE, Injection, inject, is_projection, load_adapter, target_name, unfreeze
+from rwkv_bone.adapters.registry import ADAPTERS, split_key
+from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.errors import UserError
 
-SUFFIX = ".bone"
 LEGACY_SUFFIX = ".disha"  # RWKV-PEFT, 2025-02 to 2025-10
-KIND_OF_DIMS = {2: "bone", 3: "bat"}
+FLAT = "bat-flat"  # RWKV-PEFT, 2024-08 and 2024-09: the blocks of bat-col one below the other, [out, r]
+# What a file may be by the names and the dimensions of a projection's tensors; shapes decide between several.
+READINGS = {
+    (("bone",), 2): ("bone", FLAT),
+    (("bone",), 3): ("bat", "bat-col"),
+    (("lora_A", "lora_B"), 2): ("lora",),
+    (("init_lora_A", "init_lora_B", "lora_A", "lora_B"), 2): ("pissa",),
+}
+Shapes = dict[str, tuple[int, ...]]  # of a projection's adapter tensors, under their names
 
 
 @dataclass(frozen=True)
 class AdapterFile:
     """An adapter that fits its base.
 
-    `state` has the keys of this project (`<module>.bone`). `targets` are what `inject` takes, `extra` the keys of base
-    tensors that were trained whole. `metadata` is None for a file of the field.
+    `state` has the keys of this project (`<module>.bone`, `<module>.lora_A`). `targets` are what `inject` takes,
+    `extra` the keys of base tensors that were trained whole. `metadata` is None for a file of the field.
     """
 
     path: str
     state: dict[str, Tensor]
-    kind: str
-    r: int
+    settings: AdapterSettings
     targets: list[str]
     extra: list[str]
     metadata: dict | None
 
 
 def read_adapter(
-    path: str | Path, base: Mapping[str, Tensor], *, fingerprint: str | None = None, kind: str = "auto", r: int = 0
+    path: str | Path,
+    base: Mapping[str, Tensor],
+    *,
+    fingerprint: str | None = None,
+    kind: str = "auto",
+    r: int = 0,
+    alpha: float = 0.0,
+    pissa_init: str | Path = "",
 ) -> AdapterFile:
     """Read an adapter and check it against its base, tensor by tensor and by the fingerprint in its metadata.
 
     base: the base's tensors, for their names and shapes; fingerprint: of the base's file, needed when `base` holds
-    converted tensors and not those of the file. kind (`auto` = from the file) and r (0 = from the file) must be the
-    file's, and settle what an adapter without metadata leaves open. UserError for everything that does not fit.
+    converted tensors and not those of the file. kind (`auto` = from the file), r and alpha (0 = from the file) must be
+    the file's, and settle what an adapter without metadata leaves open. pissa_init: RWKV-PEFT's init_pissa.pth, which
+    its PiSSA adapters need. UserError for everything that does not fit.
     """
     state, metadata = rename_legacy(checkpoint.read_state(path)), checkpoint.read_metadata(path)
+    if pissa_init:
+        state |= read_pissa_init(pissa_init, state)
+    settings = AdapterSettings(kind, r, alpha)
     if metadata is not None:
         _check_base(metadata, base, fingerprint or checkpoint.fingerprint(base), path)
-        if kind not in ("auto", metadata["kind"]) or r not in (0, metadata["r"]):
-            asked = f"{metadata['kind'] if kind == 'auto' else kind} with r {r or metadata['r']}"
-            raise UserError(f"adapter {path} is {metadata['kind']} with r {metadata['r']}, the flags say {asked}")
-        kind, r = metadata["kind"], metadata["r"]
-        if kind not in (*ADAPTERS, STATE) or metadata.get("blocks", "in") != "in":
-            raise UserError(f"{path}: kind {kind!r} with blocks {metadata.get('blocks')!r} is unknown to this version")
+        settings = _settings_in(metadata, settings, path)
     shapes = {key: tuple(tensor.shape) for key, tensor in base.items()}
     try:
-        kind, r, targets, extra = infer_adapter(state, shapes, kind, r)
+        kind, r, targets, extra = infer_adapter(state, shapes, settings.kind, settings.r)
+        if kind == "lora" and metadata is None and not alpha:
+            raise UserError(
+                "its alpha, of which the scale is made, is not in the file: give --lora_alpha as it was in training"
+            )
     except UserError as error:
         raise UserError(f"adapter {path}: {error}") from error
+    if kind == FLAT:
+        kind, state = "bat-col", {key: _unflatten(key, tensor, r) for key, tensor in state.items()}
     for key, tensor in state.items():
         if not tensor.isfinite().all():
             raise UserError(
                 f"adapter {path}: {key} holds NaN or infinity: the run that made it diverged, use an earlier one"
             )
-    return AdapterFile(str(path), state, kind, r, targets, extra, metadata)
+    return AdapterFile(str(path), state, replace(settings, kind=kind, r=r), targets, extra, metadata)
+
+
+def _settings_in(metadata: Mapping, asked: AdapterSettings, path: str | Path) -> AdapterSettings:
+    """The settings in a file's metadata; UserError if flags say otherwise or this version does not know them."""
+    found = AdapterSettings.from_metadata(metadata)
+    same_alpha = asked.alpha in (0, found.alpha or found.r)
+    if asked.kind not in ("auto", found.kind) or asked.r not in (0, found.r) or not same_alpha:
+        kind, r, alpha = found.kind if asked.kind == "auto" else asked.kind, asked.r or found.r, asked.alpha
+        flags = f"{kind} with r {r}" + (f", alpha {alpha:g}" if not same_alpha else "")
+        stored = f"{found.kind} with r {found.r}" + (f", alpha {found.alpha or found.r:g}" if not same_alpha else "")
+        raise UserError(f"adapter {path} is {stored}, the flags say {flags}")
+    blocks = found.to_metadata().get("blocks") if found.kind in (*ADAPTERS, STATE) else None
+    if found.kind not in (*ADAPTERS, STATE) or metadata.get("blocks", blocks) != blocks:
+        raise UserError(
+            f"{path}: kind {found.kind!r} with blocks {metadata.get('blocks')!r} is unknown to this version"
+        )
+    return found
 
 
 def _check_base(metadata: dict, base: Mapping[str, Tensor], fingerprint: str, path: str | Path) -> None:
@@ -86,57 +123,128 @@ def _check_base(metadata: dict, base: Mapping[str, Tensor], fingerprint: str, pa
 def rename_legacy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """RWKV-PEFT's `.disha` keys under their present name `.bone`."""
     return {
-        key.removesuffix(LEGACY_SUFFIX) + SUFFIX if key.endswith(LEGACY_SUFFIX) else key: tensor
+        key.removesuffix(LEGACY_SUFFIX) + ".bone" if key.endswith(LEGACY_SUFFIX) else key: tensor
         for key, tensor in state.items()
     }
+
+
+def read_pissa_init(path: str | Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The initial factors in RWKV-PEFT's init_pissa.pth, whose keys have a prefix `model.` since mid-2025.
+
+    UserError unless they belong to the adapter tensors in `state`, one to one.
+    """
+    found = {key.removeprefix("model."): tensor for key, tensor in checkpoint.read_state(path).items()}
+    expected = {}
+    for key, tensor in state.items():
+        module, name = split_key(key) or ("", "")
+        if name in ("lora_A", "lora_B"):
+            expected[f"{module}.init_{name}"] = tensor
+    checkpoint.match_keys(expected, found, f"--pissa_init {path}")
+    return found
+
+
+def _unflatten(key: str, tensor: Tensor, r: int) -> Tensor:
+    return tensor.reshape(-1, r, r) if split_key(key) else tensor
 
 
 def infer_adapter(
     state: Mapping[str, Tensor], base_shapes: Mapping[str, Sequence[int]], kind: str = "auto", r: int = 0
 ) -> tuple[str, int, list[str], list[str]]:
-    """(kind, r, targets, extra keys) of adapter tensors, from their shapes beside the base's.
+    """(kind, r, targets, extra keys) of adapter tensors, from their names and shapes beside the base's.
 
-    A 2-D tensor [r, out] is Bone; a 3-D tensor [in/r, r, r] is Bat, on square weights too, where PEFT's blocks along
-    the outputs have the same shape: no file of the field holds those. Tensors of the initial state alone are of the
-    kind `state`. A given kind or r must agree. UserError when a tensor fits no layer of the base, is of a form that is
-    not supported, or could be read in two ways.
+    `bone` [r, out] is Bone, [in/r, r, r] Bat, [out/r, r, r] Bat by columns, [out, r] its flat form `bat-flat` of mid
+    2024; `lora_A` and `lora_B` are LoRA, with `init_lora_A` and `init_lora_B` PiSSA. All projections of a file are of
+    one kind, so one that is not square decides between two of the same shape. If all are square, three dimensions are
+    Bat, which is what .pth files of the field hold, and two are refused. Tensors of the initial state alone are of the
+    kind `state`. A given kind or r must agree, and settles what is open. UserError when a tensor fits no layer of the
+    base, is of an unknown form, or could be read in two ways.
     """
-    bones = {key.removesuffix(SUFFIX): tuple(tensor.shape) for key, tensor in state.items() if key.endswith(SUFFIX)}
-    extra = [key for key in state if not key.endswith(SUFFIX)]
-    _check_names(bones, extra, state, base_shapes)
-    if not bones:
+    modules: dict[str, Shapes] = {}
+    extra = []
+    for key, tensor in state.items():
+        if parts := split_key(key):
+            modules.setdefault(parts[0], {})[parts[1]] = tuple(tensor.shape)
+        else:
+            extra.append(key)
+    _check_names(modules, extra, state, base_shapes)
+    if not modules:
         if kind not in ("auto", STATE):
             raise UserError(f"it was to be read as {kind}, but it holds an initial state and no adapter")
         return STATE, 0, [], extra
-    dims = {len(shape) for shape in bones.values()}
-    if len(dims) > 1 or not dims <= KIND_OF_DIMS.keys():
-        raise UserError(f"its adapter tensors have {sorted(dims)} dimensions: expected all 2 (bone) or all 3 (bat)")
-    found = KIND_OF_DIMS[dims.pop()]
-    if kind not in ("auto", found):
-        raise UserError(f"its tensors have the shapes of {found}, but {kind} was expected")
-    found_r = next(iter(bones.values()))[0 if found == "bone" else 2]
-    if r not in (0, found_r):
-        raise UserError(f"its tensors have r {found_r}, but r {r} was expected")
-    for module, shape in bones.items():
-        out_features, in_features = base_shapes[f"{module}.weight"]
-        if shape[0] == out_features != shape[1] and len(shape) == 2:
-            raise UserError(f"{module}{SUFFIX} is {list(shape)}: the flat form of mid 2024 [out, r] is not supported")
-        ADAPTERS[found].check(in_features, out_features, found_r, module)
-        expected = ADAPTERS[found].bone_shape(in_features, out_features, found_r)
-        if shape != expected:
-            columns = found == "bat" and shape == (out_features // found_r, found_r, found_r)
-            why = " (these blocks follow the outputs, as in Hugging Face PEFT's bat: no exact conversion exists)"
-            raise UserError(f"{module}{SUFFIX} is {list(shape)}, expected {list(expected)}{why if columns else ''}")
-    if found == "bone" and kind == "auto" and all(shape[0] == shape[1] for shape in bones.values()):
+    candidates = _candidates(modules)
+    if kind != "auto" and kind not in candidates:
+        if kind == "pissa" and candidates == ("lora",):
+            raise UserError("a PiSSA adapter needs its initial factors: give --pissa_init init_pissa.pth")
+        raise UserError(f"its tensors have the shapes of {candidates[0]}, but {kind} was expected")
+    problems = {
+        name: _misfit(modules, base_shapes, name) for name in candidates if kind in ("auto", name)
+    }  # of each reading: None if it fits
+    fitting = [name for name, problem in problems.items() if problem is None]
+    if not fitting:
+        # The reading that went furthest explains best.
+        raise UserError(max(problems.values(), key=lambda problem: problem[0])[1])
+    if fitting == ["bone", FLAT]:
+        size = next(iter(modules.values()))["bone"][0]
         raise UserError(
-            f"every tensor is square ({found_r} x {found_r}), "
-            "so [r, out] and the older [out, r] look the same: say --peft bone"
+            f"every tensor is square ({size} x {size}), so [r, out] and the older [out, r] look the same: say "
+            f"--peft bone or --peft {FLAT}"
         )
-    return found, found_r, _targets(bones, base_shapes), extra
+    found = fitting[0]
+    settings = _settings_by_shape(found, next(iter(modules.values())))
+    if r not in (0, settings.r):
+        raise UserError(f"its tensors have r {settings.r}, but r {r} was expected")
+    for module in modules:
+        out_features, in_features = base_shapes[f"{module}.weight"]
+        _layer(found).check(in_features, out_features, settings, module)
+    return found, settings.r, _targets(modules, base_shapes), extra
+
+
+def _candidates(modules: Mapping[str, Shapes]) -> tuple[str, ...]:
+    """The kinds that a file with these tensors may be of, the likeliest first."""
+    names = {tuple(sorted(shapes)) for shapes in modules.values()}
+    if len(names) > 1 or not names <= {known for known, _ in READINGS}:
+        found = " and ".join(sorted(f"({', '.join(group)})" for group in names))
+        raise UserError(
+            f"its projections have the tensors {found}: expected bone alone, or lora_A and lora_B, or these with "
+            "init_lora_A and init_lora_B, the same in every projection"
+        )
+    dims = sorted({len(shape) for shapes in modules.values() for shape in shapes.values()})
+    form = (names.pop(), dims[0])
+    if len(dims) > 1 or form not in READINGS:
+        raise UserError(f"its adapter tensors have {dims} dimensions: expected all 2 (bone, lora) or all 3 (bat)")
+    return READINGS[form]
+
+
+def _layer(kind: str):
+    return ADAPTERS["bat-col" if kind == FLAT else kind]
+
+
+def _settings_by_shape(kind: str, shapes: Shapes) -> AdapterSettings:
+    """Kind and r as one projection's shapes have it."""
+    if kind in ("lora", "pissa"):
+        return AdapterSettings(kind, shapes["lora_A"][0])
+    return AdapterSettings("bat-col" if kind == FLAT else kind, shapes["bone"][0 if kind == "bone" else -1])
+
+
+def _misfit(
+    modules: Mapping[str, Shapes], base_shapes: Mapping[str, Sequence[int]], kind: str
+) -> tuple[int, str] | None:
+    """(how many projections fit, what the next one has and should have) if the file read as `kind` does not fit."""
+    settings = _settings_by_shape(kind, next(iter(modules.values())))
+    for count, (module, shapes) in enumerate(modules.items()):
+        out_features, in_features = base_shapes[f"{module}.weight"]
+        expected = _layer(kind).shapes(in_features, out_features, settings) if settings.r else {}
+        if kind == FLAT:
+            expected = {"bone": (out_features, settings.r)}
+        for name, shape in shapes.items():
+            if shape != expected.get(name):
+                wanted = list(expected[name]) if expected else "at least r 1"
+                return count, f"{module}.{name} is {list(shape)}, expected {wanted} as {kind} with r {settings.r}"
+    return None
 
 
 def _check_names(
-    bones: Mapping[str, tuple[int, ...]],
+    modules: Mapping[str, Shapes],
     extra: Sequence[str],
     state: Mapping[str, Tensor],
     base_shapes: Mapping[str, Sequence[int]],
@@ -144,18 +252,18 @@ def _check_names(
     for key in extra:
         expected = _state_shape(key, base_shapes) if checkpoint.param_part(key) == STATE else base_shapes.get(key)
         if expected is None:
-            raise UserError(f"{key} is neither an adapter tensor (<module>{SUFFIX}) nor a tensor of the base")
+            raise UserError(f"{key} is neither an adapter tensor (such as <module>.bone) nor a tensor of the base")
         if tuple(state[key].shape) != tuple(expected):
             raise UserError(f"{key} is {list(state[key].shape)}, for the base it would be {list(expected)}")
-        if key.removesuffix(".weight") in bones:
+        if key.removesuffix(".weight") in modules:
             raise UserError(f"{key} is there both whole and with an adapter: expected one of them")
-    if not bones and not (extra and all(checkpoint.param_part(key) == STATE for key in extra)):
+    if not modules and not (extra and all(checkpoint.param_part(key) == STATE for key in extra)):
         raise UserError(
-            f"it has no tensor named <module>{SUFFIX} or <module>{LEGACY_SUFFIX}: not a Bone or Bat adapter"
+            f"it has no tensor named <module>.bone, <module>{LEGACY_SUFFIX} or <module>.lora_A: not an adapter"
         )
-    for module in bones:
+    for module, shapes in modules.items():
         if len(base_shapes.get(f"{module}.weight", ())) != 2:
-            raise UserError(f"{module}{SUFFIX} belongs to {module}.weight, which the base does not have")
+            raise UserError(f"{module}.{next(iter(shapes))} belongs to {module}.weight, which the base does not have")
 
 
 def _state_shape(key: str, base_shapes: Mapping[str, Sequence[int]]) -> tuple[int, int, int] | None:
@@ -165,12 +273,21 @@ def _state_shape(key: str, base_shapes: Mapping[str, Sequence[int]]) -> tuple[in
     return None if heads is None else (heads[0], heads[1], heads[1])
 
 
-def _targets(bones: Mapping[str, tuple[int, ...]], base_shapes: Mapping[str, Sequence[int]]) -> list[str]:
+def _targets(modules: Mapping[str, Shapes], base_shapes: Mapping[str, Sequence[int]]) -> list[str]:
     """What `inject` must be given to adapt exactly these modules: att.key if in every layer, else whole names."""
-    modules = [key.removesuffix(".weight") for key in base_shapes if key.endswith(".weight")]
-    partial = {target_name(module) for module in modules if module not in bones}
-    names = (module if target_name(module) in partial else target_name(module) for module in bones)
+    all_modules = [key.removesuffix(".weight") for key in base_shapes if key.endswith(".weight")]
+    partial = {target_name(module) for module in all_modules if module not in modules}
+    names = (module if target_name(module) in partial else target_name(module) for module in modules)
     return list(dict.fromkeys(names))
+
+
+def tensors_by_module(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """module -> {name: tensor} of the adapter tensors in a state."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        if parts := split_key(key):
+            modules.setdefault(parts[0], {})[parts[1]] = tensor
+    return modules
 
 
 def apply_adapter_file(model: nn.Module, path: str | Path, base: Mapping[str, Tensor]) -> AdapterFile:
@@ -184,7 +301,7 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile) -> None:
     """Put an adapter into a model that holds its base."""
     if any(checkpoint.param_part(key) == STATE for key in adapter.extra):
         model.add_time_state()
-    inject(model, kind=adapter.kind, r=adapter.r, targets=adapter.targets)
+    inject(model, settings=adapter.settings, targets=adapter.targets, initialise=False)
     unfreeze(model, adapter.extra)
     load_adapter(model, adapter.state, f"adapter {adapter.path}")
 
@@ -192,9 +309,19 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile) -> None:
 def load_adapter_file(model: nn.Module, path: str | Path, injection: Injection, base: str) -> AdapterFile:
     """Continue from an adapter file: fill the adapters that `inject` has put into the model. base: its fingerprint.
 
-    UserError unless the file has the same kind, r, targets and extra parts.
+    UserError unless the file has the same kind, r, scale, targets and extra parts.
     """
-    parameters = dict(model.named_parameters())
-    adapter = read_adapter(path, parameters, fingerprint=base, kind=injection.kind, r=injection.r)
-    load_adapter(model, adapter.state, f"--bone_load {path}")
+    settings, parameters = injection.settings, dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if is_projection(module) and f"{name}.weight" not in parameters:
+            shape = (module.out_features, module.in_features)
+            parameters[f"{name}.weight"] = torch.empty(shape, device="meta")  # a quantised weight
+    alpha = settings.alpha or settings.r if settings.kind in ("lora", "pissa") else 0.0
+    adapter = read_adapter(path, parameters, fingerprint=base, kind=settings.kind, r=settings.r, alpha=alpha)
+    if adapter.settings.scale != settings.scale:
+        raise UserError(
+            f"--peft_load {path} is {adapter.settings.describe()}, the flags say {settings.describe()}: give the "
+            "--lora_alpha and --lora_rs of that run"
+        )
+    load_adapter(model, adapter.state, f"--peft_load {path}")
     return adapter

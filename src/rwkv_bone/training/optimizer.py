@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.checkpoint import param_part
 from rwkv_bone.config import OptimConfig
 
@@ -14,21 +15,22 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
     Upstream decays large matrices only; RWKV-7's w1, a1, g1, r_k and x_* have two or more axes but are not among them.
     """
-    large = param_part(name) in ("projection", "emb", "head") or name.endswith(".bone")
+    large = param_part(name) in ("projection", "emb", "head") or split_key(name) is not None
     return large and parameter.dim() >= 2
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, lora_plus: float = 1.0) -> list[dict]:
     """Optimiser groups of every trainable parameter, each in exactly one.
 
-    A group's `lr` is the multiple of the learning rate that upstream gives it (`model.lr_scale`); the schedule supplies
-    the rate itself.
+    A group's `lr` is the multiple of the learning rate that upstream gives it (`model.lr_scale`), for LoRA's B also
+    multiplied by `lora_plus` (LoRA+); the schedule supplies the rate itself.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
         decay = weight_decay if decays(name, parameter) else 0.0
-        groups.setdefault((model.lr_scale(name), decay), []).append(parameter)
+        scale = model.lr_scale(name) * (lora_plus if name.endswith(".lora_B") else 1.0)
+        groups.setdefault((scale, decay), []).append(parameter)
     placed = [id(parameter) for group in groups.values() for parameter in group]
     assert sorted(placed) == sorted(id(parameter) for parameter in trained.values())
     return [{"params": group, "lr": scale, "weight_decay": decay} for (scale, decay), group in groups.items()]

@@ -1,0 +1,118 @@
+"""Bat by columns, Hugging Face PEFT's `bat`: one block D_a [r, r] for each block a of outputs. D is [out/r, r, r].
+
+    W'_ab = W_ab + W_ab D_a + D_a        W cut into r x r blocks W_ab (outputs a, inputs b)
+
+Every block of outputs sees the inputs rotated in its own way, so there is no cheap form on the side of the activations,
+as the other bat has. The effective weight is built a few blocks of outputs at a time, used, dropped, and built again in
+backward: no tensor has the weight's size, and nothing is kept beside x.
+
+    y_a   = x W'_a^T
+    dx    = sum over a of g_a W'_a                  g = dL/dy
+    dD_a  = sum over b of (W_ab + I)^T dW'_ab       dW'_a = g_a^T x, also a few blocks at a time
+
+It costs about half as much again as the frozen linear, since dW' is a product of the weight's size.
+
+A quantised projection is dequantised whole, once in forward and once in backward, and not kept.
+
+Sizes: T tokens, r block size. Rows of W that belong to n blocks of outputs are [n, r in/r, r], a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rwkv_bone.adapters.bat import BatLinear, undo
+from rwkv_bone.adapters.layer import Tensors, compute_dtype, weight_grads, weight_of
+from rwkv_bone.adapters.settings import AdapterSettings
+
+CHUNK_BLOCKS, CHUNK_ROWS = 8, 512  # of the weight are built at a time, whichever is more
+
+
+def row_chunks(bone: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(blocks of outputs, their rows of the weight) of each chunk."""
+    count, r, _ = bone.shape
+    step = max(CHUNK_BLOCKS, CHUNK_ROWS // r)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        yield slice(start, stop), slice(start * r, stop * r)
+
+
+def effective(rows: Tensor, d: Tensor) -> Tensor:
+    """The rows of W' from those of W, [n r, in], and their blocks d [n, r, r]."""
+    old = rows.reshape(len(d), -1, d.shape[1])
+    new = torch.baddbmm(old, old, d)
+    new.view(len(d), d.shape[1], -1, d.shape[1]).add_(d[:, :, None])
+    return new.view(rows.shape)
+
+
+class BatColFunction(torch.autograd.Function):
+    """x [T, in], weight [out, in] or a quantised projection, bias [out] or None, bone [out/r, r, r] -> y [T, out]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | nn.Module, bias: Tensor | None, bone: Tensor) -> Tensor:
+        ctx.base = None if isinstance(weight, Tensor) else weight
+        ctx.save_for_backward(x, weight if ctx.base is None else None, bias, bone)
+        if ctx.base is not None:
+            weight = weight_of(ctx.base, x.dtype)
+        y = x.new_empty(len(x), len(weight))
+        for part, rows in row_chunks(bone):
+            torch.mm(x, effective(weight[rows].to(x.dtype), bone[part].to(x.dtype)).t(), out=y[:, rows])
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, weight, bias, bone = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad
+        if ctx.base is not None:
+            weight = weight_of(ctx.base, g.dtype)
+        grad_x = torch.zeros_like(x) if need_x else None
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_bone = torch.empty_like(bone, dtype=compute_dtype(bone)) if need_bone else None
+        for part, rows in row_chunks(bone):
+            d, old = bone[part].to(g.dtype), weight[rows].to(g.dtype)
+            if need_x:
+                grad_x.addmm_(g[:, rows], effective(old, d))
+            if need_weight or need_bone:
+                grad_new = (g[:, rows].t() @ x).view(len(d), -1, d.shape[1])
+            if need_bone:
+                grad_bone[part] = old.reshape(grad_new.shape).transpose(1, 2) @ grad_new
+                grad_bone[part] += grad_new.view(len(d), d.shape[1], -1, d.shape[1]).sum(dim=2)
+            if need_weight:
+                grad_weight[rows] = torch.baddbmm(grad_new, grad_new, d.transpose(1, 2)).view(old.shape)
+        _, grad_bias = weight_grads(g, None, weight, bias, (False, need_bias))
+        return grad_x, grad_weight, grad_bias, grad_bone
+
+
+class BatColLinear(BatLinear):
+    """y = x W'^T + bias, with D = `bone` [out/r, r, r]. r must divide in_features and out_features."""
+
+    @staticmethod
+    def shapes(in_features: int, out_features: int, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        return {"bone": (out_features // settings.r, settings.r, settings.r)}
+
+    @staticmethod
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+        return BatColFunction.apply(x, weight, bias, tensors["bone"])
+
+    @staticmethod
+    def around(
+        base: Callable[[Tensor], Tensor], x: Tensor, tensors: Tensors, settings: AdapterSettings, dropout: float
+    ) -> Tensor:
+        return BatColFunction.apply(x, base, None, tensors["bone"])
+
+    @staticmethod
+    def merged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+        dtype = compute_dtype(weight, tensors["bone"])
+        return effective(weight.to(dtype), tensors["bone"].to(dtype)).to(weight.dtype)
+
+    @staticmethod
+    def unmerged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+        dtype, r = compute_dtype(weight, tensors["bone"]), settings.r
+        d = tensors["bone"].to(dtype)
+        new = weight.to(dtype).reshape(len(d), r, -1, r) - d[:, :, None]
+        return undo(new.flatten(1, 2), d).reshape(weight.shape).to(weight.dtype)

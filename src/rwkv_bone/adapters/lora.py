@@ -1,0 +1,206 @@
+"""LoRA and PiSSA: a low-rank product B A beside the frozen weight, A [r, in], B [out, r].
+
+    W' = W + s B A                 s = alpha / r, or alpha / sqrt(r) (rsLoRA)
+    y  = x W^T + s h B^T           h = x A^T [T, r]
+    dB = s g^T h                   g = dL/dy
+    dA = gh^T x                    gh = s g B [T, r]
+    dx = g W + gh A
+
+LoRA starts from B = 0 and a random A. PiSSA starts from the r principal components of W, s B0 A0, and subtracts them
+from the base: y = x (W - s B0 A0)^T + s x A^T B^T. Here the base stays as it is, and the same function is written as
+
+    W' = W + s (B A - B0 A0) = W + s (B (A - A0) + (B - B0) A0)
+
+one product of rank 2r on each side, with the gradients of LoRA for A and B. It is PiSSA exactly, and in half precision
+better: a base W - s B0 A0 would be rounded once more, and of A and B that nearly equal A0 and B0, rounding would keep
+nearly nothing of what was learnt; their differences are computed in fp32, are exactly zero at the start, and only then
+rounded. A0 and B0 are stored with the adapter (`init_lora_A`, `init_lora_B`), so nothing ever has to find them again.
+
+Sizes: T tokens, r rank, k = r or 2r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkv_bone.adapters.blocks import token_chunks
+from rwkv_bone.adapters.layer import AdapterLinear, Tensors, compute_dtype, weight_grads, weight_of
+from rwkv_bone.adapters.settings import AdapterSettings
+from rwkv_bone.errors import UserError
+
+EXACT_SVD = 512  # weights whose smaller side is no larger are decomposed exactly, larger ones by random projections
+OVERSAMPLING, ITERATIONS = 8, 8
+
+
+def factors(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(A2 [k, in], B2 [out, k]) with B2 A2 = B A - B0 A0, or = B A without A0 and B0."""
+    if a0 is None:
+        return a, b
+    return torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1)
+
+
+def side(x: Tensor, a2: Tensor, b2: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(x A2^T [T, k], s B2^T [k, out], h [T, r])."""
+    inner = x @ a2.to(x.dtype).t()
+    h = inner if inner.shape[1] == r else inner[:, :r] + inner[:, r:]
+    return inner, (b2 * scale).to(x.dtype).t(), h
+
+
+def side_backward(
+    g: Tensor, x: Tensor, h: Tensor, a: Tensor, b2: Tensor, scale: float, need_a: bool, need_b: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(s g B2 [T, k], dA or None, dB or None)."""
+    r = len(a)
+    grad_inner = g @ (b2 * scale).to(g.dtype)
+    grad_a = torch.zeros_like(a, dtype=compute_dtype(a)) if need_a else None
+    grad_b = torch.zeros_like(b2[:, :r], dtype=compute_dtype(b2)) if need_b else None
+    # A product of bf16 matrices is bf16; sums of a few of them in fp32 keep what one product would round away.
+    for rows in token_chunks(g, 8):
+        if need_a:
+            grad_a += grad_inner[rows, :r].t() @ x[rows]
+        if need_b:
+            grad_b += g[rows].t() @ h[rows]
+    return grad_inner, grad_a, grad_b.mul_(scale) if need_b else None
+
+
+class LowRankFunction(torch.autograd.Function):
+    """x [T, in], weight [out, in], bias or None, scale, A [r, in], B [out, r], A0, B0 or None -> y [T, out]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, a, b, a0, b0) -> Tensor:
+        a2, b2 = factors(a, b, a0, b0)
+        inner, b2, h = side(x, a2, b2, len(a), scale)
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y.addmm_(inner, b2)
+        ctx.save_for_backward(x, h, weight, bias, a, b, a0, b0)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, h, weight, bias, a, b, a0, b0 = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, need_a, need_b, _, _ = ctx.needs_input_grad
+        a2, b2 = factors(a, b, a0, b0)
+        grad_inner, grad_a, grad_b = side_backward(g, x, h, a, b2, ctx.scale, need_a, need_b)
+        grad_x = (g @ weight.to(g.dtype)).addmm_(grad_inner, a2.to(g.dtype)) if need_x else None
+        grads = weight_grads(g, x, weight, bias, (need_weight, need_bias))
+        return grad_x, *grads, None, grad_a, grad_b, None, None
+
+
+class LowRankSideFunction(torch.autograd.Function):
+    """y [T, out] of any projection, x [T, in], then as above -> y + s x A2^T B2^T."""
+
+    @staticmethod
+    def forward(ctx, y, x, scale, a, b, a0, b0) -> Tensor:
+        inner, b2, h = side(x, *factors(a, b, a0, b0), len(a), scale)
+        ctx.save_for_backward(x, h, a, b, a0, b0)
+        ctx.scale = scale
+        return torch.addmm(y, inner, b2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, h, a, b, a0, b0 = ctx.saved_tensors
+        need_y, need_x, _, need_a, need_b, _, _ = ctx.needs_input_grad
+        a2, b2 = factors(a, b, a0, b0)
+        grad_inner, grad_a, grad_b = side_backward(g, x, h, a, b2, ctx.scale, need_a, need_b)
+        grad_x = grad_inner @ a2.to(g.dtype) if need_x else None
+        return g if need_y else None, grad_x, None, grad_a, grad_b, None, None
+
+
+class LoraLinear(AdapterLinear):
+    """y = x W^T + bias + s dropout(x) A^T B^T, with A = `lora_A` [r, in] and B = `lora_B` [out, r]."""
+
+    parameter_names = ("lora_A", "lora_B")
+    r_flag = "lora_r"
+
+    @staticmethod
+    def shapes(in_features: int, out_features: int, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        return {"lora_A": (settings.r, in_features), "lora_B": (out_features, settings.r)}
+
+    def initialise(self, generator: torch.Generator | None) -> None:
+        # Drawn on the CPU, so that a device does not change the numbers.
+        drawn = torch.empty(self.lora_A.shape)
+        torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        self.lora_A.copy_(drawn)
+
+    @staticmethod
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+        return LowRankFunction.apply(x, weight, bias, settings.scale, *_four(tensors))
+
+    @staticmethod
+    def around(
+        base: Callable[[Tensor], Tensor], x: Tensor, tensors: Tensors, settings: AdapterSettings, dropout: float
+    ) -> Tensor:
+        return LowRankSideFunction.apply(base(x), F.dropout(x, dropout), settings.scale, *_four(tensors))
+
+    @staticmethod
+    def merged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+        dtype = compute_dtype(weight, *tensors.values())
+        a2, b2 = factors(*(tensor if tensor is None else tensor.to(dtype) for tensor in _four(tensors)))
+        return torch.addmm(weight.to(dtype), b2, a2, alpha=settings.scale).to(weight.dtype)
+
+    @staticmethod
+    def unmerged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+        negative = {name: -tensor if name.endswith("lora_B") else tensor for name, tensor in tensors.items()}
+        return LoraLinear.merged(weight, negative, settings)
+
+
+class PissaLinear(LoraLinear):
+    """LoRA that starts from the principal components A0, B0 of W: y = x (W + s (B A - B0 A0))^T + bias."""
+
+    frozen_names = ("init_lora_A", "init_lora_B")
+
+    @staticmethod
+    def shapes(in_features: int, out_features: int, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        shapes = LoraLinear.shapes(in_features, out_features, settings)
+        return {**shapes, **{f"init_{name}": shape for name, shape in shapes.items()}}
+
+    def initialise(self, generator: torch.Generator | None) -> None:
+        weight = weight_of(self if self.base is None else self.base, torch.float32)
+        u, s, v = principal_components(weight, self.settings.r, generator)
+        root = (s / self.settings.scale).sqrt()
+        for name, tensor in (("lora_A", root[:, None] * v), ("lora_B", u * root)):
+            getattr(self, name).copy_(tensor)
+            getattr(self, f"init_{name}").copy_(tensor)
+
+    @classmethod
+    def check(cls, in_features: int, out_features: int, settings: AdapterSettings, name: str = "") -> None:
+        super().check(in_features, out_features, settings, name)
+        if settings.r > min(in_features, out_features):
+            raise UserError(
+                f"--lora_r {settings.r}: the weight of {name or 'a layer'}, {out_features} x {in_features}, has "
+                f"{min(in_features, out_features)} principal components: use no more"
+            )
+
+
+def principal_components(weight: Tensor, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(U [out, r], S [r], V [r, in]) of weight [out, in], the largest singular values; large weights approximately."""
+    if min(weight.shape) <= EXACT_SVD:
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, :r], s[:r], v[:r]
+    seed = int(torch.randint(2**31, (), generator=generator))
+    # svd_lowrank draws from the global generator, which must not notice.
+    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(weight, min(r + OVERSAMPLING, *weight.shape), ITERATIONS)
+    return u[:, :r], s[:r], v[:, :r].t()
+
+
+def pissa_as_lora(tensors: Tensors, settings: AdapterSettings) -> tuple[dict[str, Tensor], AdapterSettings]:
+    """The plain LoRA of rank 2r, on the same base, that equals a PiSSA adapter: its tensors and settings."""
+    a2, b2 = factors(*_four(tensors))
+    rank = 2 * settings.r
+    return {"lora_A": a2, "lora_B": b2}, AdapterSettings("lora", rank, settings.scale * rank, settings.dropout)
+
+
+def _four(tensors: Tensors) -> tuple[Tensor | None, ...]:
+    """(A, B, A0 or None, B0 or None)"""
+    return tuple(tensors.get(name) for name in ("lora_A", "lora_B", "init_lora_A", "init_lora_B"))
