@@ -4,11 +4,12 @@
     python benchmarks/wkv.py --device cuda         the same on a GPU
     python benchmarks/wkv.py --shape 1 4096 40 64  another B T H N
     python benchmarks/wkv.py --operator wkv6       RWKV-6's instead of RWKV-7's
+    python benchmarks/wkv.py --documents 16        B * T tokens as 16 documents, packed and padded to the longest
 
 Each row is forward + backward of one form, with gradients of y and of the last state: the median time of --repeat
-rounds in which the forms take turns, its ratio to the compiled kernel's, and the largest relative error of any result
-against the float64 reference on a short problem of the same head size. Exits with 1 and prints no time if an error
-exceeds its limit.
+rounds in which the rows take turns, its ratio to the first row's, and the largest relative error of any result against
+the float64 reference on a short problem of the same head size. Exits with 1 and prints no time if an error exceeds its
+limit. The lengths of documents are lognormal with sigma 1, always the same.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch  # noqa: E402
 from rwkv_bone.ops import select_op  # noqa: E402
 from rwkv_bone.ops.wkv6 import wkv5, wkv6  # noqa: E402
 from rwkv_bone.ops.wkv7 import wkv7  # noqa: E402
-from tests.ops import wkv6_inputs, wkv_inputs  # noqa: E402
+from tests.ops import packed_inputs, wkv6_inputs, wkv_inputs  # noqa: E402
 from tests.ops.wkv_inputs import relative_error  # noqa: E402
 
 LIMITS = {torch.float32: 5e-5, torch.bfloat16: 3e-3}
@@ -48,15 +49,27 @@ def gradients(operator: str, case: dict, op: str) -> list[torch.Tensor]:
     """y, the last state and all gradients, in the order of reference_gradients."""
     function, inputs, _, _ = OPERATORS[operator]
     leaves = {name: case[name].detach().requires_grad_() for name in (*inputs, "state")}
-    y, last = function(**leaves, output_state=True, op=op)
+    y, last = function(**leaves, cu_seqlens=case.get("cu_seqlens"), output_state=True, op=op)
     return [y, last, *torch.autograd.grad((y, last), tuple(leaves.values()), (case["dy"], case["dstate"]))]
 
 
-def error(operator: str, op: str, dtype: torch.dtype, N: int, device: str) -> float:
+def error(operator: str, op: str, dtype: torch.dtype, N: int, device: str, packed: bool) -> float:
     _, _, make_case, reference_gradients = OPERATORS[operator]
-    case = make_case(dtype, T=65, N=N)
-    found, expected = gradients(operator, to(case, device), op), reference_gradients(case).values()
+    if packed:
+        case = packed_inputs.packed_case(operator, dtype, N=N)
+        expected = packed_inputs.each_alone(operator, case, reference_gradients).values()
+    else:
+        case = make_case(dtype, T=65, N=N)
+        expected = reference_gradients(case).values()
+    found = gradients(operator, to(case, device), op)
     return max(relative_error(x, ref) for x, ref in zip(found, expected, strict=True))
+
+
+def lognormal_lengths(documents: int, tokens: int) -> tuple[int, ...]:
+    """At least 1 each, `tokens` in all."""
+    share = torch.randn(documents, generator=torch.Generator().manual_seed(0)).exp()
+    ends = (share.cumsum(0) / share.sum() * (tokens - documents)).round().long()
+    return tuple((ends.diff(prepend=torch.zeros(1, dtype=torch.long)) + 1).tolist())
 
 
 def seconds(operator: str, case: dict, op: str, device: str) -> float:
@@ -82,6 +95,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", type=int, nargs=4, metavar=("B", "T", "H", "N"), default=(2, 512, 12, 64))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--documents", type=int, default=0, metavar="D")
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
     operator, dtype, device = args.operator, getattr(torch, args.dtype), args.device
@@ -89,27 +103,40 @@ def main() -> int:
     kernel, sentence = select_op("auto", torch.device(device), operator)
     print(sentence)
     forms = [kernel, *(form for form in ("torch", "reference") if form != kernel)]
+    make_case = OPERATORS[operator][2]
+    if args.documents:
+        forms.remove("reference")
+        lengths = lognormal_lengths(args.documents, B * T)
+        print(f"{args.documents} documents of {min(lengths)} to {max(lengths)} tokens, {B * T} in all")
+        cases = {
+            "packed": packed_inputs.packed_case(operator, dtype, lengths=lengths, H=H, N=N),
+            "padded": make_case(dtype, B=len(lengths), T=max(lengths), H=H, N=N),
+        }
+    else:
+        cases = {"": make_case(dtype, B=B, T=T, H=H, N=N)}
 
-    errors = {form: error(operator, form, dtype, N, device) for form in forms}
-    for form, found in errors.items():
+    rows = [(form, name) for form in forms for name in cases]
+    errors = {row: error(operator, row[0], dtype, N, device, row[1] == "packed") for row in rows}
+    for row, found in errors.items():
         if not found <= LIMITS[dtype]:
-            print(f"{operator} {form}: relative error {found:.1e} exceeds {LIMITS[dtype]:.0e}; no times are shown")
+            what = " ".join((operator, *row))
+            print(f"{what}: relative error {found:.1e} exceeds {LIMITS[dtype]:.0e}; no times are shown")
             return 1
 
-    case = to(OPERATORS[operator][2](dtype, B=B, T=T, H=H, N=N), device)
-    times = {form: [] for form in forms}
-    for form in forms:
-        seconds(operator, case, form, device)  # warm up
+    cases = {name: to(case, device) for name, case in cases.items()}
+    times = {row: [] for row in rows}
+    for form, name in rows:
+        seconds(operator, cases[name], form, device)  # warm up
     for _ in range(args.repeat):
-        for form in forms:
-            times[form].append(seconds(operator, case, form, device))
-    medians = {form: statistics.median(values) for form, values in times.items()}
-    print(f"{'what':32} {'B,T,H,N':>14} {'type':>9} {'ms':>9} {'spread':>7} {'ratio':>7} {'error':>8}  hardware")
-    for form in forms:
-        median, spread = medians[form], (max(times[form]) - min(times[form])) / medians[form]
-        what, shape, ratio = f"{operator} forward+backward, {form}", f"{B},{T},{H},{N}", median / medians[kernel]
-        numbers = f"{1e3 * median:9.1f} {spread:7.0%} {ratio:6.1f}x {errors[form]:8.1e}"
-        print(f"{what:32} {shape:>14} {args.dtype:>9} {numbers}  {hardware(device)}")
+        for form, name in rows:
+            times[form, name].append(seconds(operator, cases[name], form, device))
+    first = statistics.median(times[rows[0]])
+    print(f"{'what':39} {'B,T,H,N':>14} {'type':>9} {'ms':>9} {'spread':>7} {'ratio':>7} {'error':>8}  hardware")
+    for (form, name), values in times.items():
+        median, shape = statistics.median(values), ",".join(map(str, cases[name]["r"].shape))
+        what, spread = f"{operator} forward+backward, {form} {name}", (max(values) - min(values)) / median
+        numbers = f"{1e3 * median:9.1f} {spread:7.0%} {median / first:6.1f}x {errors[form, name]:8.1e}"
+        print(f"{what:39} {shape:>14} {args.dtype:>9} {numbers}  {hardware(device)}")
     return 0
 
 

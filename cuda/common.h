@@ -1,17 +1,18 @@
 // Building blocks of the sequential WKV kernels: number formats, the way a state is spread over a block's threads, and
-// tiles of inputs in shared memory. Legend: B batch, T tokens, H heads, N head size.
+// tiles of inputs in shared memory. Legend: B batch, T tokens, H heads, N head size, D documents.
 //
-// One block walks one (batch, head) through time with the N x N state in registers. What a kernel calls a *line* is a
-// row of the state (fixed value index, running key index) or a column (fixed key index, running value index), whichever
-// makes its sums local. A thread holds a part of kLines lines, kLanes threads share each line, and a sum along a line
-// is finished by shuffles among those threads. Numbers are chosen for shared memory, which limits such kernels: two
-// lines per thread use each loaded vector twice, and lanes eight apart share a line, so that neighbouring lanes read
-// the same address. Lines do not depend on one another, hence no other communication.
+// One block walks one head of one sequence through time with the N x N state in registers. What a kernel calls a *line*
+// is a row of the state (fixed value index, running key index) or a column (fixed key index, running value index),
+// whichever makes its sums local. A thread holds a part of kLines lines, kLanes threads share each line, and a sum
+// along a line is finished by shuffles among those threads. Numbers are chosen for shared memory, which limits such
+// kernels: two lines per thread use each loaded vector twice, and lanes eight apart share a line, so that neighbouring
+// lanes read the same address. Lines do not depend on one another, hence no other communication.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 
 #ifdef WKV_HOST_SHIM
@@ -45,12 +46,16 @@ struct alignas(4 * sizeof(T)) Quad {
 
 constexpr int kSteps = 8;     // tokens per tile: 2N threads load one quad each per tensor
 constexpr int kSegment = 64;  // tokens between states kept in memory; a multiple of kSteps
+constexpr int kMaxTokens = INT32_MAX - kSegment;  // that the end of the next segment is still an int
 
-__device__ __forceinline__ int steps_in_tile(int64_t T, int64_t t0) { return T - t0 < kSteps ? int(T - t0) : kSteps; }
+__device__ __forceinline__ int steps_in_tile(int T, int t0) { return T - t0 < kSteps ? T - t0 : kSteps; }
 
-__device__ __forceinline__ int64_t last_tile(int64_t T) { return (T - 1) / kSteps * kSteps; }
+__device__ __forceinline__ int last_tile(int T) { return (T - 1) / kSteps * kSteps; }
 
 __host__ __device__ __forceinline__ int64_t segments(int64_t T) { return (T + kSegment - 1) / kSegment; }
+
+// How many numbers the segments of all sequences take: see Sequences.
+inline int64_t all_segments(int64_t B, int64_t T, int64_t D) { return D ? T / kSegment + D : B * segments(T); }
 
 template <int N>
 struct Layout {
@@ -79,25 +84,71 @@ struct Tile {  // fp32 [kSteps, N]
   __device__ __forceinline__ float& at(int step, int i) { return quad(step, i / 4).value[i % 4]; }
 };
 
-// Where this thread works: on `lane`'s share of the lines from `line` on, and on one quad of every tile.
+// Which tokens belong together: `count` = B sequences of T tokens each, or, if there are offsets, `count` = D documents
+// that lie one after another in a single row of T tokens, document d from offsets[d] up to offsets[d + 1]. Every
+// sequence has a state of its own. The segments of all sequences are numbered on from one sequence to the next. A
+// document's first number follows from its offset rounded down, so that nobody has to wait for a sum over the offsets;
+// that may leave numbers unused.
+struct Sequences {
+  int64_t count, tokens, heads;
+  const int64_t* offsets;  // on the device; null: not packed
+
+  __device__ __forceinline__ int64_t begin(int64_t sequence) const {
+    return offsets ? offsets[sequence] : sequence * tokens;
+  }
+  __device__ __forceinline__ int64_t length(int64_t sequence) const {
+    return offsets ? offsets[sequence + 1] - offsets[sequence] : tokens;
+  }
+  __device__ __forceinline__ int64_t first_segment(int64_t sequence) const {
+    return offsets ? offsets[sequence] / kSegment + sequence : sequence * segments(tokens);
+  }
+  // The sequence to which the segment of that number belongs.
+  __device__ __forceinline__ int64_t sequence_of(int64_t number) const {
+    if (!offsets) return number / segments(tokens);
+    int64_t low = 0, high = count;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (first_segment(middle) <= number ? low : high) = middle;
+    }
+    return low;
+  }
+};
+
+// Where this thread works: on one head of one sequence, there on `lane`'s share of the lines from `line` on, and on one
+// quad of every tile.
 template <int N>
 struct Place {
   int lane, line, step, quad;
-  int64_t head;    // b * H + h
-  int64_t base;    // element (b, 0, h, 0) of a [B, T, H, N] tensor
+  int64_t head;    // sequence * H + h
+  int tokens;      // of the sequence; like all times, 32 bits: registers are scarce
+  int64_t base;    // element (its first token, h, 0) of a [B, T, H, N] tensor
   int64_t stride;  // from one token to the next
 
-  __device__ __forceinline__ Place(int64_t T, int64_t H, int64_t head = blockIdx.x)
+  __device__ __forceinline__ Place(const Sequences& all, int64_t head)
       : lane(threadIdx.x % 32 / 8),
         line((threadIdx.x / 32 * 8 + threadIdx.x % 8) * Layout<N>::kLines),
         step(threadIdx.x / (N / 4)),
         quad(threadIdx.x % (N / 4)),
         head(head),
-        base((head / H * T * H + head % H) * N),
-        stride(H * N) {}
+        tokens(int(all.length(head / all.heads))),
+        base((all.begin(head / all.heads) * all.heads + head % all.heads) * N),
+        stride(all.heads * N) {}
 
   // This thread's quad of the tile that starts at token t0.
-  __device__ __forceinline__ int64_t offset(int64_t t0) const { return base + (t0 + step) * stride + 4 * quad; }
+  __device__ __forceinline__ int64_t offset(int t0) const { return base + (t0 + step) * stride + 4 * quad; }
+};
+
+// A matrix for every segment and head: [segments of all sequences, H, N, N]. Here, those of one place.
+template <int N>
+struct SegmentStates {
+  int64_t first, stride;
+
+  __device__ __forceinline__ SegmentStates(const Sequences& all, const Place<N>& place)
+      : first((all.first_segment(place.head / all.heads) * all.heads + place.head % all.heads) * N * N),
+        stride(all.heads * N * N) {}
+
+  // Of the segment that holds token t0 of the sequence.
+  __device__ __forceinline__ int64_t offset(int t0) const { return first + t0 / kSegment * stride; }
 };
 
 // One tensor on its way in: fetch() starts the global load early, commit() puts it into shared memory later.
@@ -258,14 +309,15 @@ cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, cudaS
 }
 
 // Our own error codes are negative; cudaError_t is positive.
-enum Error { kHeadSize = -1, kDtype = -2, kSize = -3, kPointer = -4 };
+enum Error { kHeadSize = -1, kDtype = -2, kSize = -3, kPointer = -4, kDocuments = -5 };
 
 inline const char* error_text(int code) {
   switch (code) {
     case kHeadSize: return "head size must be 8, 16, 32, 64 or 128";
     case kDtype: return "dtype must be 0 (float32) or 1 (bfloat16)";
-    case kSize: return "batch, tokens and heads must be at least 1, and the blocks of threads for them below 2^31";
+    case kSize: return "batch, tokens and heads must be at least 1, and tokens and blocks of threads below 2^31";
     case kPointer: return "a required tensor is missing, or one is not aligned to 16 bytes";
+    case kDocuments: return "documents need a batch of 1 and offsets, and must not be more than the tokens";
     default: return cudaGetErrorString(static_cast<cudaError_t>(code));
   }
 }
@@ -295,11 +347,19 @@ int dispatch(int dtype, int64_t N, F f) {
   }
 }
 
-inline bool sizes_fit(int64_t B, int64_t T, int64_t H, int64_t blocks_per_head = 1) {
-  const int64_t blocks = INT32_MAX;  // grid limit
-  if (B < 1 || T < 1 || H < 1 || blocks_per_head > blocks) return false;
-  const int64_t heads = blocks / blocks_per_head;
-  return B <= heads && H <= heads / B;
+// 0 or our error code. The largest launch has a block for every head of every sequence, or of every segment, times
+// `blocks_per_head`.
+inline int check_sizes(int64_t B, int64_t T, int64_t H, int64_t D, const int64_t* offsets, bool by_segment = false,
+                       int64_t blocks_per_head = 1) {
+  if (B < 1 || T < 1 || H < 1 || T > kMaxTokens) return kSize;
+  if (D != 0 ? D < 0 || D > T || B != 1 || !offsets : offsets != nullptr) return kDocuments;
+  const int64_t numbers = D ? T / kSegment + D : segments(T);
+  int64_t blocks = INT32_MAX;  // grid limit; divided, since a product may not fit in 64 bits
+  for (int64_t factor : {B, by_segment ? numbers : D ? D : 1, H, blocks_per_head}) {
+    if (factor > blocks) return kSize;
+    blocks /= factor;
+  }
+  return cudaSuccess;
 }
 
 // Whole quads are loaded and stored.

@@ -7,8 +7,8 @@
 //     dv = dS_t k + dy (r . (u o k)) ;   dk = dS_t^T v + u o r (v . dy) ;   dS_{t-1} = dS_t diag(w_t) + dy_t r_t^T
 //     dr = S_{t-1}^T dy + u o k (v . dy) ;   du = sum over t of r o k (v . dy) ;   dw = colsum(dS_t o S_{t-1})
 //
-// Two kernels walk all of a (batch, head) and leave S at every segment's start and dS at its end; the other three take
-// the segments side by side. Sums over j need rows, sums over i need columns:
+// Two kernels walk all of a (sequence, head) and leave S at every segment's start and dS at its end; the other three
+// take the segments side by side. Sums over j need rows, sums over i need columns:
 //     forward_kernel              time forward,  rows of S      y, S at segment starts (kept for backward)
 //     backward_values_kernel      time backward, rows of dS     dv, du, ds0, dS at segment ends (workspace)
 //     backward_keys_kernel        time backward, columns of dS  dk
@@ -51,7 +51,7 @@ __device__ __forceinline__ void commit_slope(const Prefetch<float>& x, Tile<M>& 
 
 template <typename T>
 struct Inputs {
-  int64_t tokens, heads;
+  Sequences sequences;
   const T* r;
   const float* w;  // x, the raw decay
   const T *k, *v;
@@ -62,7 +62,7 @@ template <typename T>
 struct Forward {
   Inputs<T> in;
   T* y;
-  float *sT, *starts;  // each may be null: not wanted. starts [B, H, segments, N, N]
+  float *sT, *starts;  // each may be null: not wanted. starts: SegmentStates
 };
 
 template <typename T>
@@ -71,7 +71,7 @@ struct Backward {
   const float* starts;
   const T* dy;
   const float* dsT;  // may be null: zeros
-  float* ends;       // [B, H, segments, N, N]
+  float* ends;       // SegmentStates
   T* dr;
   float* dx;
   T *dk, *dv;
@@ -80,7 +80,7 @@ struct Backward {
 
 // What this thread reads of x at token t0 + place.step: `shift` columns after the quad it reads of other tensors.
 template <Decay D, int N>
-__device__ __forceinline__ int64_t decay_offset(const Place<N>& place, int64_t heads, int64_t t0, int shift = 0) {
+__device__ __forceinline__ int64_t decay_offset(const Place<N>& place, int64_t heads, int t0, int shift = 0) {
   return shift + (D == Decay::kPerToken ? place.offset(t0) : place.head % heads * N + 4 * place.quad);
 }
 
@@ -143,12 +143,14 @@ struct ForwardTiles {
 template <typename T, int N, Decay D>
 __global__ void __launch_bounds__(Layout<N>::kThreads, 1) forward_kernel(Forward<T> p) {
   WKV_SHARED(ForwardTiles<N>, tile);
-  const int64_t tokens = p.in.tokens, heads = p.in.heads;
-  const Place<N> place(tokens, heads);
+  const Place<N> place(p.in.sequences, blockIdx.x);
+  const SegmentStates<N> states(p.in.sequences, place);
+  const int tokens = place.tokens;
+  const int64_t heads = p.in.sequences.heads;
   const Quad<float> u = quad_of_u(p.in.u, place, heads);
   Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v);
   Prefetch<float> w(p.in.w);
-  const auto fetch = [&](int64_t t0) {
+  const auto fetch = [&](int t0) {
     const int64_t offset = place.offset(t0);
     const bool inside = t0 + place.step < tokens;
     r.fetch(offset, inside), k.fetch(offset, inside), v.fetch(offset, inside);
@@ -164,8 +166,8 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) forward_kernel(Forward
   fetch(0);
   commit();
   __syncthreads();
-  for (int64_t t0 = 0; t0 < tokens; t0 += kSteps) {
-    if (p.starts && t0 % kSegment == 0) S.save(p.starts + (place.head * segments(tokens) + t0 / kSegment) * N * N);
+  for (int t0 = 0; t0 < tokens; t0 += kSteps) {
+    if (p.starts && t0 % kSegment == 0) S.save(p.starts + states.offset(t0));
     if (t0 + kSteps < tokens) fetch(t0 + kSteps);
     const int steps = steps_in_tile(tokens, t0);
     for (int s = 0; s < steps; ++s) {
@@ -194,13 +196,15 @@ struct ValuesTiles {
 template <typename T, int N, Decay D>
 __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_values_kernel(Backward<T> p) {
   WKV_SHARED(ValuesTiles<N>, tile);
-  const int64_t tokens = p.in.tokens, heads = p.in.heads;
-  const Place<N> place(tokens, heads);
+  const Place<N> place(p.in.sequences, blockIdx.x);
+  const SegmentStates<N> states(p.in.sequences, place);
+  const int tokens = place.tokens;
+  const int64_t heads = p.in.sequences.heads;
   const Quad<float> u = quad_of_u(p.in.u, place, heads);
   Quad<float> du{};  // of this thread's step of every tile
   Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), dy(p.dy);
   Prefetch<float> w(p.in.w);
-  const auto fetch = [&](int64_t t0) {
+  const auto fetch = [&](int t0) {
     const int64_t offset = place.offset(t0);
     const bool inside = t0 + place.step < tokens;
     r.fetch(offset, inside), k.fetch(offset, inside), v.fetch(offset, inside), dy.fetch(offset, inside);
@@ -219,9 +223,8 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_values_kernel
   fetch(last_tile(tokens));
   commit();
   __syncthreads();
-  for (int64_t t0 = last_tile(tokens); t0 >= 0; t0 -= kSteps) {
-    if (t0 == last_tile(tokens) || (t0 + kSteps) % kSegment == 0)
-      dS.save(p.ends + (place.head * segments(tokens) + t0 / kSegment) * N * N);
+  for (int t0 = last_tile(tokens); t0 >= 0; t0 -= kSteps) {
+    if (t0 == last_tile(tokens) || (t0 + kSteps) % kSegment == 0) dS.save(p.ends + states.offset(t0));
     if (t0 > 0) fetch(t0 - kSteps);
     const int steps = steps_in_tile(tokens, t0);
     for (int s = steps - 1; s >= 0; --s) {
@@ -251,12 +254,22 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_values_kernel
   }
 }
 
-// Tokens [begin, end) of one head.
-struct Segment {
-  int64_t begin, end;
+__device__ __forceinline__ int segment_end(int begin, int tokens) {
+  return tokens - begin < kSegment ? tokens : begin + kSegment;
+}
 
-  __device__ __forceinline__ Segment(int64_t index, int64_t tokens)
-      : begin(index * kSegment), end(begin + kSegment < tokens ? begin + kSegment : tokens) {}
+// What block `block` of [segments of all sequences, H] works on: tokens [begin, end) of one head of a sequence; none if
+// the segment's number is one that was left unused.
+struct Segment {
+  int64_t head;
+  int begin, end;
+
+  __device__ __forceinline__ Segment(const Sequences& all, int64_t block) {
+    const int64_t number = block / all.heads, sequence = all.sequence_of(number);
+    head = sequence * all.heads + block % all.heads;
+    begin = int(number - all.first_segment(sequence)) * kSegment;
+    end = segment_end(begin, int(all.length(sequence)));
+  }
 };
 
 template <int N>
@@ -268,15 +281,16 @@ struct KeysTiles {
 template <typename T, int N, Decay D>
 __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_keys_kernel(Backward<T> p) {
   WKV_SHARED(KeysTiles<N>, tile);
-  const int64_t tokens = p.in.tokens, heads = p.in.heads, count = segments(tokens);
-  const Place<N> place(tokens, heads, blockIdx.x / count);
-  const Segment segment(blockIdx.x % count, tokens);
+  const Segment segment(p.in.sequences, blockIdx.x);
+  if (segment.begin >= segment.end) return;
+  const Place<N> place(p.in.sequences, segment.head);
+  const int64_t heads = p.in.sequences.heads;
   const PerLine<N> u = lines_of_u(p.in.u, place, heads);
   Prefetch<T> r(p.in.r), v(p.in.v), dy(p.dy);
   Prefetch<float> w(p.in.w);
-  const auto fetch = [&](int64_t t0) {
+  const auto fetch = [&](int t0) {
     const int64_t offset = place.offset(t0);
-    const bool inside = t0 + place.step < tokens;
+    const bool inside = t0 + place.step < place.tokens;
     r.fetch(offset, inside), v.fetch(offset, inside), dy.fetch(offset, inside);
     w.fetch(decay_offset<D>(place, heads, t0), inside);
   };
@@ -290,7 +304,7 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_keys_kernel(B
   fetch(last_tile(segment.end));
   commit();
   __syncthreads();
-  for (int64_t t0 = last_tile(segment.end); t0 >= segment.begin; t0 -= kSteps) {
+  for (int t0 = last_tile(segment.end); t0 >= segment.begin; t0 -= kSteps) {
     if (t0 > segment.begin) fetch(t0 - kSteps);
     const int steps = steps_in_tile(segment.end, t0);
     for (int s = steps - 1; s >= 0; --s) {
@@ -318,15 +332,16 @@ struct ReceptanceTiles {
 template <typename T, int N, Decay D>
 __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_receptance_kernel(Backward<T> p) {
   WKV_SHARED(ReceptanceTiles<N>, tile);
-  const int64_t tokens = p.in.tokens, heads = p.in.heads, count = segments(tokens);
-  const Place<N> place(tokens, heads, blockIdx.x / count);
-  const Segment segment(blockIdx.x % count, tokens);
+  const Segment segment(p.in.sequences, blockIdx.x);
+  if (segment.begin >= segment.end) return;
+  const Place<N> place(p.in.sequences, segment.head);
+  const int64_t heads = p.in.sequences.heads;
   const PerLine<N> u = lines_of_u(p.in.u, place, heads);
   Prefetch<T> k(p.in.k), v(p.in.v), dy(p.dy);
   Prefetch<float> w(p.in.w);
-  const auto fetch = [&](int64_t t0) {
+  const auto fetch = [&](int t0) {
     const int64_t offset = place.offset(t0);
-    const bool inside = t0 + place.step < tokens;
+    const bool inside = t0 + place.step < place.tokens;
     k.fetch(offset, inside), v.fetch(offset, inside), dy.fetch(offset, inside);
     w.fetch(decay_offset<D>(place, heads, t0), inside);
   };
@@ -340,7 +355,7 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_receptance_ke
   fetch(segment.begin);
   commit();
   __syncthreads();
-  for (int64_t t0 = segment.begin; t0 < segment.end; t0 += kSteps) {
+  for (int t0 = segment.begin; t0 < segment.end; t0 += kSteps) {
     if (t0 + kSteps < segment.end) fetch(t0 + kSteps);
     const int steps = steps_in_tile(segment.end, t0);
     for (int s = 0; s < steps; ++s) {
@@ -374,17 +389,24 @@ template <typename T, int N, Decay D>
 __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(Backward<T> p) {
   WKV_SHARED(DecayTiles<N>, tile);
   constexpr int kBlocks = N / kColumns;
-  const int64_t tokens = p.in.tokens, heads = p.in.heads, count = segments(tokens);
+  int64_t head = blockIdx.x / kBlocks;
+  int first = 0, last = 0;
+  if constexpr (D == Decay::kPerToken) {
+    const Segment segment(p.in.sequences, head);
+    head = segment.head, first = segment.begin, last = segment.end;
+  }
+  const Place<N> place(p.in.sequences, head);
   // With one decay per head the block takes all segments, one after another, and sums.
-  const int64_t first = D == Decay::kPerToken ? blockIdx.x / kBlocks % count : 0;
-  const int64_t last = D == Decay::kPerToken ? first + 1 : count;
-  const Place<N> place(tokens, heads, blockIdx.x / kBlocks / (D == Decay::kPerToken ? count : 1));
+  if constexpr (D == Decay::kPerHead) last = place.tokens;
+  const SegmentStates<N> states(p.in.sequences, place);
+  const int tokens = place.tokens;
+  const int64_t heads = p.in.sequences.heads;
   const int columns = blockIdx.x % kBlocks * kColumns;
   const bool loads_columns = place.quad < kColumns / 4;
 
   Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), dy(p.dy);
   Prefetch<float> w(p.in.w);
-  const auto load = [&](int64_t t0, bool gradients) {
+  const auto load = [&](int t0, bool gradients) {
     const int64_t offset = place.offset(t0);
     const bool inside = t0 + place.step < tokens;
     v.fetch(offset, inside), k.fetch(offset + columns, inside && loads_columns);
@@ -397,8 +419,8 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(
     if (gradients && loads_columns) r.commit(tile.r, place), commit_slope(w, tile.slope, place);
     __syncthreads();
   };
-  const auto read_state = [&](const float* states, int64_t index) {
-    const float* from = states + (place.head * count + index) * N * N + 4 * place.quad * N + columns + place.step;
+  const auto read_state = [&](const float* matrices, int t0) {
+    const float* from = matrices + states.offset(t0) + 4 * place.quad * N + columns + place.step;
     return Quad<float>{from[0], from[N], from[2 * N], from[3 * N]};
   };
   Quad<float> S;
@@ -412,22 +434,22 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(
   };
 
   float total = 0.0f;  // of dw
-  for (int64_t index = first; index < last; ++index) {
-    const Segment segment(index, tokens);
-    S = read_state(p.starts, index);
-    for (int64_t t0 = segment.begin; t0 < segment.end; t0 += kSteps) {
-      tile.starts[(t0 - segment.begin) / kSteps][threadIdx.x] = S;
-      if (t0 + kSteps >= segment.end) break;
+  for (int begin = first; begin < last; begin += kSegment) {
+    const int end = segment_end(begin, last);
+    S = read_state(p.starts, begin);
+    for (int t0 = begin; t0 < end; t0 += kSteps) {
+      tile.starts[(t0 - begin) / kSteps][threadIdx.x] = S;
+      if (t0 + kSteps >= end) break;
       load(t0, false);
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) step_forward(s);
     }
-    Quad<float> dS = read_state(p.ends, index);
-    for (int64_t t0 = last_tile(segment.end); t0 >= segment.begin; t0 -= kSteps) {
+    Quad<float> dS = read_state(p.ends, begin);
+    for (int t0 = last_tile(end); t0 >= begin; t0 -= kSteps) {
       load(t0, true);
-      const int steps = steps_in_tile(segment.end, t0);
+      const int steps = steps_in_tile(end, t0);
       Quad<float> before[kSteps];
-      S = tile.starts[(t0 - segment.begin) / kSteps][threadIdx.x];
+      S = tile.starts[(t0 - begin) / kSteps][threadIdx.x];
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         before[s] = S;
@@ -468,37 +490,41 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(
   }
 }
 
-inline int64_t state_floats(int64_t B, int64_t T, int64_t H, int64_t N) { return B * H * segments(T) * N * N; }
+inline int64_t state_floats(int64_t B, int64_t T, int64_t H, int64_t N, int64_t D) {
+  return all_segments(B, T, D) * H * N * N;
+}
 
 template <typename T>
-Inputs<T> inputs(int64_t tokens, int64_t heads, const void* r, const float* w, const void* k, const void* v,
+Inputs<T> inputs(const Sequences& sequences, const void* r, const float* w, const void* k, const void* v,
                  const float* u, const float* s0) {
   const auto cast = [](const void* pointer) { return static_cast<const T*>(pointer); };
-  return {tokens, heads, cast(r), w, cast(k), cast(v), u, s0};
+  return {sequences, cast(r), w, cast(k), cast(v), u, s0};
 }
 
 // The C interface without its names: see README.md.
-template <Decay D>
-int forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
-            const void* v, const float* u, const float* s0, void* y, float* sT, float* saved, int device,
-            void* stream) {
+template <Decay kDecay>
+int forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets, const void* r,
+            const float* w, const void* k, const void* v, const float* u, const float* s0, void* y, float* sT,
+            float* saved, int device, void* stream) {
   if (!all_given(r, w, k, v, u, y) || !all_aligned(r, w, k, v, u, s0, y, sT, saved)) return kPointer;
   return dispatch(dtype, N, [&](auto type, auto size) -> int {
     using Element = decltype(type);
     constexpr int kN = decltype(size)::value;
-    if (!sizes_fit(B, T, H, segments(T) * (kN / kColumns))) return kSize;
+    if (const int code = check_sizes(B, T, H, D, offsets, true, kN / kColumns)) return code;
     const DeviceGuard guard(device);
     if (guard.status != cudaSuccess) return guard.status;
-    const Forward<Element> p{inputs<Element>(T, H, r, w, k, v, u, s0), static_cast<Element*>(y), sT, saved};
-    return launch(forward_kernel<Element, kN, D>, B * H, Layout<kN>::kThreads, static_cast<cudaStream_t>(stream), p);
+    const Sequences sequences = {D ? D : B, T, H, offsets};
+    const Forward<Element> p{inputs<Element>(sequences, r, w, k, v, u, s0), static_cast<Element*>(y), sT, saved};
+    return launch(forward_kernel<Element, kN, kDecay>, sequences.count * H, Layout<kN>::kThreads,
+                  static_cast<cudaStream_t>(stream), p);
   });
 }
 
-template <Decay D>
-int backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
-             const void* v, const float* u, const float* s0, const float* saved, const void* dy, const float* dsT,
-             float* workspace, void* dr, float* dw, void* dk, void* dv, float* du, float* ds0, int device,
-             void* stream) {
+template <Decay kDecay>
+int backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets, const void* r,
+             const float* w, const void* k, const void* v, const float* u, const float* s0, const float* saved,
+             const void* dy, const float* dsT, float* workspace, void* dr, float* dw, void* dk, void* dv, float* du,
+             float* ds0, int device, void* stream) {
   if (!all_given(r, w, k, v, u, saved, dy, workspace, dr, dw, dk, dv, du) ||
       !all_aligned(r, w, k, v, u, s0, saved, dy, dsT, workspace, dr, dw, dk, dv, du, ds0))
     return kPointer;
@@ -506,22 +532,23 @@ int backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* 
     using Element = decltype(type);
     constexpr int kN = decltype(size)::value;
     const int64_t column_blocks = kN / kColumns;
-    if (!sizes_fit(B, T, H, segments(T) * column_blocks)) return kSize;
+    if (const int code = check_sizes(B, T, H, D, offsets, true, column_blocks)) return code;
     const DeviceGuard guard(device);
     if (guard.status != cudaSuccess) return guard.status;
     const auto out = [](void* pointer) { return static_cast<Element*>(pointer); };
-    const Backward<Element> p{inputs<Element>(T, H, r, w, k, v, u, s0), saved, static_cast<const Element*>(dy), dsT,
-                              workspace, out(dr), dw, out(dk), out(dv), du, ds0};
-    const int64_t parts = B * H * segments(T);
+    const Sequences sequences = {D ? D : B, T, H, offsets};
+    const Backward<Element> p{inputs<Element>(sequences, r, w, k, v, u, s0), saved, static_cast<const Element*>(dy),
+                              dsT, workspace, out(dr), dw, out(dk), out(dv), du, ds0};
+    const int64_t heads = sequences.count * H, parts = all_segments(B, T, D) * H;
     struct Step {
       void (*kernel)(Backward<Element>);
       int64_t blocks;
     };
-    const Step steps[] = {{backward_values_kernel<Element, kN, D>, B * H},
-                          {backward_keys_kernel<Element, kN, D>, parts},
-                          {backward_receptance_kernel<Element, kN, D>, parts},
-                          {backward_decay_kernel<Element, kN, D>,
-                           (D == Decay::kPerToken ? parts : B * H) * column_blocks}};
+    const Step steps[] = {{backward_values_kernel<Element, kN, kDecay>, heads},
+                          {backward_keys_kernel<Element, kN, kDecay>, parts},
+                          {backward_receptance_kernel<Element, kN, kDecay>, parts},
+                          {backward_decay_kernel<Element, kN, kDecay>,
+                           (kDecay == Decay::kPerToken ? parts : heads) * column_blocks}};
     for (const Step& step : steps) {
       const int status = launch(step.kernel, step.blocks, Layout<kN>::kThreads, static_cast<cudaStream_t>(stream), p);
       if (status != cudaSuccess) return status;

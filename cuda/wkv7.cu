@@ -1,4 +1,4 @@
-// WKV-7, sequential in time, one block per (batch, head): forward and every gradient behind a plain C interface.
+// WKV-7, sequential in time, one block per (sequence, head): forward and every gradient behind a plain C interface.
 //
 // Per head, with rows of S = value index i, columns = key index j, and decay w = exp(-e^-0.5 sigmoid(x)):
 //     sa_t = S_{t-1} a_t ;   S_t = S_{t-1} diag(w_t) + sa_t b_t^T + v_t k_t^T ;   y_t = S_t r_t
@@ -49,7 +49,7 @@ __device__ __forceinline__ void commit_slope(const Prefetch<float>& x, Tile<N>& 
 
 template <typename T>
 struct Inputs {
-  int64_t tokens, heads;
+  Sequences sequences;
   const T* r;
   const float* w;  // x, the raw decay
   const T *k, *v, *a, *b;
@@ -69,7 +69,7 @@ struct Backward {
   const float* sa;
   const T* dy;
   const float* dsT;  // may be null: zeros
-  float *dsa, *key_products, *boundaries;  // [B, T, H, N] twice, [B, H, segments, N, N] columns first
+  float *dsa, *key_products, *boundaries;  // [B, T, H, N] twice, SegmentStates with columns first
   T* dr;
   float* dx;
   T *dk, *dv, *da, *db;
@@ -84,11 +84,11 @@ struct ForwardTiles {
 template <typename T, int N>
 __global__ void __launch_bounds__(Layout<N>::kThreads, 1) forward_kernel(Forward<T> p) {
   WKV_SHARED(ForwardTiles<N>, tile);
-  const int64_t tokens = p.in.tokens;
-  const Place<N> place(tokens, p.in.heads);
+  const Place<N> place(p.in.sequences, blockIdx.x);
+  const int tokens = place.tokens;
   Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), a(p.in.a), b(p.in.b);
   Prefetch<float> w(p.in.w);
-  const auto fetch = [&](int64_t t0) {
+  const auto fetch = [&](int t0) {
     const int64_t offset = place.offset(t0);
     const bool inside = t0 + place.step < tokens;
     r.fetch(offset, inside), w.fetch(offset, inside), k.fetch(offset, inside);
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) forward_kernel(Forward
   fetch(0);
   commit();
   __syncthreads();
-  for (int64_t t0 = 0; t0 < tokens; t0 += kSteps) {
+  for (int t0 = 0; t0 < tokens; t0 += kSteps) {
     if (t0 + kSteps < tokens) fetch(t0 + kSteps);
     const int steps = steps_in_tile(tokens, t0);
     for (int s = 0; s < steps; ++s) {
@@ -134,11 +134,11 @@ struct RowsTiles {
 template <typename T, int N>
 __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_rows_kernel(Backward<T> p) {
   WKV_SHARED(RowsTiles<N>, tile);
-  const int64_t tokens = p.in.tokens;
-  const Place<N> place(tokens, p.in.heads);
+  const Place<N> place(p.in.sequences, blockIdx.x);
+  const int tokens = place.tokens;
   Prefetch<T> r(p.in.r), k(p.in.k), a(p.in.a), b(p.in.b), dy(p.dy);
   Prefetch<float> w(p.in.w);
-  const auto fetch = [&](int64_t t0) {
+  const auto fetch = [&](int t0) {
     const int64_t offset = place.offset(t0);
     const bool inside = t0 + place.step < tokens;
     r.fetch(offset, inside), w.fetch(offset, inside), k.fetch(offset, inside);
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_rows_kernel(B
   fetch(last_tile(tokens));
   commit();
   __syncthreads();
-  for (int64_t t0 = last_tile(tokens); t0 >= 0; t0 -= kSteps) {
+  for (int t0 = last_tile(tokens); t0 >= 0; t0 -= kSteps) {
     if (t0 > 0) fetch(t0 - kSteps);
     const int steps = steps_in_tile(tokens, t0);
     for (int s = steps - 1; s >= 0; --s) {
@@ -185,11 +185,11 @@ struct KeysTiles {
 template <typename T, int N>
 __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_keys_kernel(Backward<T> p) {
   WKV_SHARED(KeysTiles<N>, tile);
-  const int64_t tokens = p.in.tokens;
-  const Place<N> place(tokens, p.in.heads);
+  const Place<N> place(p.in.sequences, blockIdx.x);
+  const int tokens = place.tokens;
   Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), a(p.in.a), b(p.in.b), dy(p.dy);
   Prefetch<float> w(p.in.w), sa(p.sa), dsa(p.dsa);
-  const auto fetch = [&](int64_t t0) {
+  const auto fetch = [&](int t0) {
     const int64_t offset = place.offset(t0);
     const bool inside = t0 + place.step < tokens;
     r.fetch(offset, inside), w.fetch(offset, inside), k.fetch(offset, inside);
@@ -204,11 +204,11 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_keys_kernel(B
 
   Lines<N> dS(place);
   if (p.dsT) dS.load(p.dsT + place.head * N * N, true);
-  float* boundaries = p.boundaries + place.head * segments(tokens) * N * N;
+  const SegmentStates<N> boundaries(p.in.sequences, place);
   fetch(last_tile(tokens));
   commit();
   __syncthreads();
-  for (int64_t t0 = last_tile(tokens); t0 >= 0; t0 -= kSteps) {
+  for (int t0 = last_tile(tokens); t0 >= 0; t0 -= kSteps) {
     if (t0 > 0) fetch(t0 - kSteps);
     const int steps = steps_in_tile(tokens, t0);
     for (int s = steps - 1; s >= 0; --s) {
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_keys_kernel(B
       dS.scale(read(tile.w, place, s));
       dS.add(read(tile.a, place, s), tile.dsa, s);
     }
-    if (t0 % kSegment == 0) dS.save(boundaries + t0 / kSegment * N * N);
+    if (t0 % kSegment == 0) dS.save(p.boundaries + boundaries.offset(t0));
     __syncthreads();
     if (place.step < steps) {
       store(p.dk, tile.k_dk, place, place.offset(t0));
@@ -249,11 +249,11 @@ struct DecayTiles {
 template <typename T, int N>
 __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(Backward<T> p) {
   WKV_SHARED(DecayTiles<N>, tile);
-  const int64_t tokens = p.in.tokens;
-  const Place<N> place(tokens, p.in.heads);
+  const Place<N> place(p.in.sequences, blockIdx.x);
+  const int tokens = place.tokens;
   Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), a(p.in.a), b(p.in.b), dy(p.dy);
   Prefetch<float> w(p.in.w), sa(p.sa), dsa(p.dsa), products(p.key_products);
-  const auto fetch = [&](int64_t t0) {
+  const auto fetch = [&](int t0) {
     const int64_t offset = place.offset(t0);
     const bool inside = t0 + place.step < tokens;
     r.fetch(offset, inside), w.fetch(offset, inside), k.fetch(offset, inside);
@@ -270,13 +270,13 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(
 
   Lines<N> S(place);
   if (p.in.s0) S.load(p.in.s0 + place.head * N * N, true);
-  const float* boundaries = p.boundaries + place.head * segments(tokens) * N * N;
+  const SegmentStates<N> boundaries(p.in.sequences, place);
   PerLine<N> X;
   fetch(0);
   commit();
   __syncthreads();
-  for (int64_t t0 = 0; t0 < tokens; t0 += kSteps) {
-    if (t0 % kSegment == 0) X = S.dot(boundaries + t0 / kSegment * N * N);
+  for (int t0 = 0; t0 < tokens; t0 += kSteps) {
+    if (t0 % kSegment == 0) X = S.dot(p.boundaries + boundaries.offset(t0));
     if (t0 + kSteps < tokens) fetch(t0 + kSteps);
     const int steps = steps_in_tile(tokens, t0);
     for (int s = 0; s < steps; ++s) {
@@ -314,59 +314,60 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(
 }
 
 template <typename T, int N>
-int run_forward(int64_t B, Forward<T> p, cudaStream_t stream) {
-  return launch(forward_kernel<T, N>, B * p.in.heads, Layout<N>::kThreads, stream, p);
+int run_forward(Forward<T> p, cudaStream_t stream) {
+  return launch(forward_kernel<T, N>, p.in.sequences.count * p.in.sequences.heads, Layout<N>::kThreads, stream, p);
 }
 
 template <typename T, int N>
-int run_backward(int64_t B, Backward<T> p, cudaStream_t stream) {
+int run_backward(Backward<T> p, cudaStream_t stream) {
   void (*const kernels[])(Backward<T>) = {backward_rows_kernel<T, N>, backward_keys_kernel<T, N>,
                                           backward_decay_kernel<T, N>};
   for (auto kernel : kernels) {
-    const int status = launch(kernel, B * p.in.heads, Layout<N>::kThreads, stream, p);
+    const int status = launch(kernel, p.in.sequences.count * p.in.sequences.heads, Layout<N>::kThreads, stream, p);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
 }
 
 template <typename T>
-Inputs<T> inputs(int64_t tokens, int64_t heads, const void* r, const float* w, const void* k, const void* v,
+Inputs<T> inputs(const Sequences& sequences, const void* r, const float* w, const void* k, const void* v,
                  const void* a, const void* b, const float* s0) {
   const auto cast = [](const void* pointer) { return static_cast<const T*>(pointer); };
-  return {tokens, heads, cast(r), w, cast(k), cast(v), cast(a), cast(b), s0};
+  return {sequences, cast(r), w, cast(k), cast(v), cast(a), cast(b), s0};
 }
 
 }  // namespace
 
 extern "C" {
 
-int64_t wkv7_saved_floats(int64_t B, int64_t T, int64_t H, int64_t N) { return B * T * H * N; }
+int64_t wkv7_saved_floats(int64_t B, int64_t T, int64_t H, int64_t N, int64_t) { return B * T * H * N; }
 
-int64_t wkv7_workspace_floats(int64_t B, int64_t T, int64_t H, int64_t N) {
-  return 2 * B * T * H * N + B * H * segments(T) * N * N;
+int64_t wkv7_workspace_floats(int64_t B, int64_t T, int64_t H, int64_t N, int64_t D) {
+  return 2 * B * T * H * N + all_segments(B, T, D) * H * N * N;
 }
 
 const char* wkv7_error(int code) { return error_text(code); }
 
-int wkv7_forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
-                 const void* v, const void* a, const void* b, const float* s0, void* y, float* sT, float* saved,
-                 int device, void* stream) {
-  if (!sizes_fit(B, T, H)) return kSize;
+int wkv7_forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
+                 const void* r, const float* w, const void* k, const void* v, const void* a, const void* b,
+                 const float* s0, void* y, float* sT, float* saved, int device, void* stream) {
+  if (const int code = check_sizes(B, T, H, D, offsets)) return code;
   if (!all_given(r, w, k, v, a, b, y) || !all_aligned(r, w, k, v, a, b, s0, y, sT, saved)) return kPointer;
   return dispatch(dtype, N, [&](auto type, auto size) -> int {
     using Element = decltype(type);
     const DeviceGuard guard(device);
     if (guard.status != cudaSuccess) return guard.status;
-    const Forward<Element> p{inputs<Element>(T, H, r, w, k, v, a, b, s0), static_cast<Element*>(y), sT, saved};
-    return run_forward<Element, decltype(size)::value>(B, p, static_cast<cudaStream_t>(stream));
+    const Sequences sequences = {D ? D : B, T, H, offsets};
+    const Forward<Element> p{inputs<Element>(sequences, r, w, k, v, a, b, s0), static_cast<Element*>(y), sT, saved};
+    return run_forward<Element, decltype(size)::value>(p, static_cast<cudaStream_t>(stream));
   });
 }
 
-int wkv7_backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
-                  const void* v, const void* a, const void* b, const float* s0, const float* saved, const void* dy,
-                  const float* dsT, float* workspace, void* dr, float* dw, void* dk, void* dv, void* da, void* db,
-                  float* ds0, int device, void* stream) {
-  if (!sizes_fit(B, T, H)) return kSize;
+int wkv7_backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
+                  const void* r, const float* w, const void* k, const void* v, const void* a, const void* b,
+                  const float* s0, const float* saved, const void* dy, const float* dsT, float* workspace, void* dr,
+                  float* dw, void* dk, void* dv, void* da, void* db, float* ds0, int device, void* stream) {
+  if (const int code = check_sizes(B, T, H, D, offsets)) return code;
   if (!all_given(r, w, k, v, a, b, saved, dy, workspace, dr, dw, dk, dv, da, db) ||
       !all_aligned(r, w, k, v, a, b, s0, saved, dy, dsT, workspace, dr, dw, dk, dv, da, db, ds0))
     return kPointer;
@@ -376,11 +377,12 @@ int wkv7_backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const v
     if (guard.status != cudaSuccess) return guard.status;
     const auto out = [](void* pointer) { return static_cast<Element*>(pointer); };
     const int64_t elements = B * T * H * N;
-    const Backward<Element> p{inputs<Element>(T, H, r, w, k, v, a, b, s0),
+    const Sequences sequences = {D ? D : B, T, H, offsets};
+    const Backward<Element> p{inputs<Element>(sequences, r, w, k, v, a, b, s0),
                               saved, static_cast<const Element*>(dy), dsT,
                               workspace, workspace + elements, workspace + 2 * elements,
                               out(dr), dw, out(dk), out(dv), out(da), out(db), ds0};
-    return run_backward<Element, decltype(size)::value>(B, p, static_cast<cudaStream_t>(stream));
+    return run_backward<Element, decltype(size)::value>(p, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -39,7 +39,7 @@ def other_value(spec):
 def changed_everywhere():
     """(command line, expected settings) with every setting away from its default, as far as they go together."""
     expected = {spec.name: other_value(spec) for spec in SPECS}
-    expected |= {"peft": "bone", "dataload": "get"}
+    expected |= {"peft": "bone", "dataload": "get", "resume": False}  # there is no run to continue
     words = []
     for name, value in expected.items():
         words += [f"--{name}", *(value if isinstance(value, tuple) else [str(value)])]

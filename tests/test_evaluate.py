@@ -23,7 +23,7 @@ def model():
 def config(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in PAIRS))
-    return DataConfig(data_file=str(path), ctx_len=64)
+    return DataConfig(data_file=(str(path),), ctx_len=64)
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def test_exact_match_counts_whole_answers_only():
 
 def test_prompts_of_a_data_file_can_be_answered_by_a_model(model, config):
     tokenizer = load_tokenizer("bytes", 256)
-    pairs = load_pairs(config, config.data_file, tokenizer)
+    pairs = load_pairs(config, config.data_file[0], tokenizer)
     fraction, answers = exact_match(model, tokenizer, pairs)
     assert 0 <= fraction <= 1
     assert [(answer.prompt, answer.expected) for answer in answers] == PAIRS

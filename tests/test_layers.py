@@ -18,9 +18,14 @@ FORBIDDEN = {
     "rwkv_bone.ops.wkv7": {"lightning", "deepspeed", "rwkv_bone.models", "rwkv_bone.adapters", "rwkv_bone.data"},
     "rwkv_bone.adapters": {"lightning", "deepspeed", "rwkv_bone.models", "rwkv_bone.ops", "rwkv_bone.data"},
     "rwkv_bone.data": {"lightning", "deepspeed", "rwkv_bone.models", "rwkv_bone.ops", "rwkv_bone.adapters"},
+    "rwkv_bone.quantization": {"lightning", "deepspeed", "bitsandbytes", "rwkv_bone.models", "rwkv_bone.adapters"},
     "rwkv_bone.checkpoint": {"lightning", "deepspeed", "rwkv_bone.models", "rwkv_bone.ops"},
     "rwkv_bone.models": {"lightning", "deepspeed", "rwkv_bone.adapters", "rwkv_bone.training", "rwkv_bone.data"},
     "rwkv_bone.merging": {"lightning", "deepspeed", "bitsandbytes", "rwkv_bone.training", "rwkv_bone.data"},
+    "rwkv_bone.formats": {"lightning", "deepspeed", "rwkv_bone.models", "rwkv_bone.training", "rwkv_bone.data"},
+    "rwkv_bone.convert": {"lightning", "deepspeed", "bitsandbytes", "rwkv_bone.training", "rwkv_bone.data"},
+    "rwkv_bone.hf": {"lightning", "deepspeed", "transformers", "peft", "rwkv_bone.models", "rwkv_bone.training"},
+    "rwkv_bone.hf_flags": HEAVY,
     "rwkv_bone.loading": {"lightning", "deepspeed", "rwkv_bone.training", "rwkv_bone.data"},
 }
 
@@ -65,5 +70,5 @@ def test_no_file_reads_the_environment_for_a_setting():
 
 
 def test_entry_points_stay_short():
-    for name in ("train.py", "merge.py"):
+    for name in ("train.py", "merge.py", "train_hf.py"):
         assert len((REPOSITORY / name).read_text(encoding="utf-8").splitlines()) < 40

@@ -1,4 +1,4 @@
-// How a library runs over its heads: one thread per head of one batch row at a time. Include after levels.h, with
+// How a library runs over its heads: one thread per head of one sequence at a time. Include after levels.h, with
 // scratch_floats(N) defined: the floats of working memory that one head needs.
 
 #pragma once
@@ -7,9 +7,11 @@
 
 #include <omp.h>
 
+#include "sequences.h"
+
 namespace {
 
-enum { OK = 0, BAD_SHAPE = 1, BAD_TYPE = 2, OUT_OF_MEMORY = 3 };
+enum { OK = 0, BAD_SHAPE = 1, BAD_TYPE = 2, OUT_OF_MEMORY = 3, BAD_DOCUMENTS = 4 };
 
 const char* error_text(int code) {
     switch (code) {
@@ -17,6 +19,7 @@ const char* error_text(int code) {
         case BAD_SHAPE: return "every size must be at least 1 and the head size a multiple of 8";
         case BAD_TYPE: return "only float32 and bfloat16 are supported";
         case OUT_OF_MEMORY: return "out of memory";
+        case BAD_DOCUMENTS: return "documents need a batch of 1 and offsets that rise from 0 to the number of tokens";
         default: return "unknown error";
     }
 }
@@ -24,19 +27,20 @@ const char* error_text(int code) {
 template <class Problem>
 int check(const Problem& p) {
     if (p.B < 1 || p.T < 1 || p.H < 1 || p.N < 8 || p.N % 8) return BAD_SHAPE;
+    if (!p.fit()) return BAD_DOCUMENTS;
     return p.dtype == FLOAT32 || p.dtype == BFLOAT16 ? OK : BAD_TYPE;
 }
 
-// Runs one_head(head, scratch) for every head on at most `threads` threads (0: OpenMP's default).
+// Runs one_head(Head, scratch) for every head of every sequence on at most `threads` threads (0: OpenMP's default).
 template <class Problem, class OneHead>
 int for_each_head(const Problem& p, int threads, OneHead one_head) {
-    const int64_t heads = p.B * p.H, floats = scratch_floats(p.N);
+    const int64_t heads = p.count() * p.H, floats = scratch_floats(p.N);
     if (threads < 1) threads = omp_get_max_threads();
     if (threads > heads) threads = int(heads);
     float* scratch = static_cast<float*>(aligned_alloc(64, threads * floats * sizeof(float)));
     if (!scratch) return OUT_OF_MEMORY;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t head = 0; head < heads; head++) one_head(head, scratch + omp_get_thread_num() * floats);
+    for (int64_t i = 0; i < heads; i++) one_head(Head(p, i), scratch + omp_get_thread_num() * floats);
     free(scratch);
     return OK;
 }

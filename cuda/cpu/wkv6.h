@@ -1,7 +1,8 @@
 // RWKV-6's and RWKV-5's recurrence on the processor: the C++ twin of cuda/wkv6.cu and cuda/wkv5.cu behind the same C
-// interface, one thread per head of one batch row at a time. Arithmetic and states are float; r, k, v, y, dy and their
+// interface, one thread per head of one sequence at a time. Arithmetic and states are float; r, k, v, y, dy and their
 // gradients are float or bfloat16, w, u and theirs float. All tensors are contiguous: [B, T, H, N], u [H, N], states
-// [B, H, N, N] (value, key), du [B, H, N]: a row per sequence. N: a multiple of 8. The mathematics is in wkv6_head.h.
+// [B, H, N, N] (value, key), du [B, H, N]: a row per sequence, so with documents D rows instead of B. N: a multiple of
+// 8. The mathematics is in wkv6_head.h.
 //
 // Define before including: WKV(name), what a function of the interface is called, and DECAY_PER_TOKEN: true if w and dw
 // are [B, T, H, N] (RWKV-6), false if w is [H, N] and dw, a row per sequence, [B, H, N] (RWKV-5).
@@ -9,14 +10,14 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "sequences.h"
+
 namespace {
 
-constexpr int64_t SEGMENT = 32;
 constexpr int64_t STEP_ROWS = 6;
 
-struct Wkv6 {
+struct Wkv6 : Sequences {
     int dtype;
-    int64_t B, T, H, N;
     const void* r;
     const float* w;
     const void *k, *v;
@@ -38,14 +39,6 @@ struct Wkv6Backward {
     float *du, *ds0;
 };
 
-int64_t segments(int64_t T) { return (T + SEGMENT - 1) / SEGMENT; }
-
-// What the forward pass leaves: S at each segment's start, [B, H][segments][value][key]; here the one of time t0.
-template <class Float>
-Float* saved_state(const Wkv6& p, Float* saved, int64_t head, int64_t t0) {
-    return saved + (head * segments(p.T) + t0 / SEGMENT) * p.N * p.N;
-}
-
 // Floats of working memory for one head: what the backward pass lays out; the forward pass needs less.
 int64_t scratch_floats(int64_t N) {
     return ((SEGMENT + 1) * N * N + (5 + SEGMENT * STEP_ROWS) * N + 2 * SEGMENT + 15) / 16 * 16;
@@ -59,28 +52,33 @@ int64_t scratch_floats(int64_t N) {
 
 extern "C" {
 
-int64_t WKV(saved_floats)(int64_t B, int64_t T, int64_t H, int64_t N) { return B * H * segments(T) * N * N; }
+// S at each segment's start, [segments of all sequences, H][value][key].
+int64_t WKV(saved_floats)(int64_t B, int64_t T, int64_t H, int64_t N, int64_t D) {
+    return all_segments(B, T, D) * H * N * N;
+}
 
-int64_t WKV(workspace_floats)(int64_t, int64_t, int64_t, int64_t) { return 0; }
+int64_t WKV(workspace_floats)(int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
 
 // `device` is the number of threads; there is no stream.
-int WKV(forward)(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
-                 const void* v, const float* u, const float* s0, void* y, float* sT, float* saved, int device, void*) {
-    const Wkv6 p = {dtype, B, T, H, N, r, w, k, v, u, s0};
+int WKV(forward)(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
+                 const void* r, const float* w, const void* k, const void* v, const float* u, const float* s0, void* y,
+                 float* sT, float* saved, int device, void*) {
+    const Wkv6 p = {{B, T, H, N, D, offsets}, dtype, r, w, k, v, u, s0};
     const Wkv6Forward f = {y, sT, saved};
     if (int code = check(p)) return code;
     const auto run = AT_LEVEL(forward_head, N);
-    return for_each_head(p, device, [&](int64_t head, float* scratch) { run(p, f, head, scratch); });
+    return for_each_head(p, device, [&](const Head& head, float* scratch) { run(p, f, head, scratch); });
 }
 
-int WKV(backward)(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
-                  const void* v, const float* u, const float* s0, const float* saved, const void* dy, const float* dsT,
-                  float*, void* dr, float* dw, void* dk, void* dv, float* du, float* ds0, int device, void*) {
-    const Wkv6 p = {dtype, B, T, H, N, r, w, k, v, u, s0};
+int WKV(backward)(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
+                  const void* r, const float* w, const void* k, const void* v, const float* u, const float* s0,
+                  const float* saved, const void* dy, const float* dsT, float*, void* dr, float* dw, void* dk,
+                  void* dv, float* du, float* ds0, int device, void*) {
+    const Wkv6 p = {{B, T, H, N, D, offsets}, dtype, r, w, k, v, u, s0};
     const Wkv6Backward b = {saved, dy, dsT, dr, dw, dk, dv, du, ds0};
     if (int code = check(p)) return code;
     const auto run = AT_LEVEL(backward_head, N);
-    return for_each_head(p, device, [&](int64_t head, float* scratch) { run(p, b, head, scratch); });
+    return for_each_head(p, device, [&](const Head& head, float* scratch) { run(p, b, head, scratch); });
 }
 
 const char* WKV(error)(int code) { return error_text(code); }

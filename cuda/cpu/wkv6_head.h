@@ -90,24 +90,24 @@ INLINE void forward_tile(const Segment& segment, int64_t n, int64_t N, int64_t x
 }
 
 template <int64_t FIXED_N>
-static void forward_head_of(const Wkv6& p, const Wkv6Forward& f, int64_t head, float* scratch) {
-    const int64_t N = FIXED_N ? FIXED_N : p.N, batch = head / p.H, h = head % p.H;
+static void forward_head_of(const Wkv6& p, const Wkv6Forward& f, const Head& head, float* scratch) {
+    const int64_t N = FIXED_N ? FIXED_N : p.N;
     float *S = scratch, *y = S + N * N;
     const Segment segment(y + SEGMENT * N, N);
     if (p.s0)
-        transpose(p.s0 + head * N * N, S, N);
+        transpose(p.s0 + head.index * N * N, S, N);
     else
         memset(S, 0, N * N * sizeof(float));
-    for (int64_t t0 = 0; t0 < p.T; t0 += SEGMENT) {
-        const int64_t n = t0 + SEGMENT < p.T ? SEGMENT : p.T - t0, first = (batch * p.T + t0) * p.H + h;
+    for (int64_t t0 = 0; t0 < head.tokens; t0 += SEGMENT) {
+        const int64_t n = t0 + SEGMENT < head.tokens ? SEGMENT : head.tokens - t0, first = head.row(p, t0);
         read_segment(p, first, n, nullptr, segment);
-        if (f.saved) transpose(S, saved_state(p, f.saved, head, t0), N);
+        if (f.saved) transpose(S, f.saved + head.state(p, t0), N);
         int64_t x = 0;
         for (; x + TILE_FLOATS <= N; x += TILE_FLOATS) forward_tile<TILE_VECTORS>(segment, n, N, x, S, y);
         for (; x < N; x += LANES) forward_tile<1>(segment, n, N, x, S, y);
         for (int64_t t = 0; t < n; t++) write_row(p.dtype, f.y, first + t * p.H, N, y + t * N);
     }
-    if (f.sT) transpose(S, f.sT + head * N * N, N);
+    if (f.sT) transpose(S, f.sT + head.index * N * N, N);
 }
 
 // The states after each of n steps, from states[0]: [n + 1][value][key], for TILE vectors of key indices from x.
@@ -175,29 +175,29 @@ INLINE void add_up(int64_t N, float* part, float* total) {
 }
 
 template <int64_t FIXED_N>
-static void backward_head_of(const Wkv6& p, const Wkv6Backward& b, int64_t head, float* scratch) {
-    const int64_t N = FIXED_N ? FIXED_N : p.N, batch = head / p.H, h = head % p.H;
+static void backward_head_of(const Wkv6& p, const Wkv6Backward& b, const Head& head, float* scratch) {
+    const int64_t N = FIXED_N ? FIXED_N : p.N;
     float *dS = scratch, *states = dS + N * N, *line = states + SEGMENT * N * N;
     const Gradients g = {line, line + N, line + 2 * N, line + 3 * N, line + 4 * N};
     const Segment segment(line + 5 * N, N);
-    float *du = b.du + head * N, *dw = DECAY_PER_TOKEN ? nullptr : b.dw + head * N;
+    float *du = b.du + head.index * N, *dw = DECAY_PER_TOKEN ? nullptr : b.dw + head.index * N;
     for (float* sum : {g.du, g.dw, du, dw})
         if (sum) memset(sum, 0, N * sizeof(float));
     if (b.dsT)
-        memcpy(dS, b.dsT + head * N * N, N * N * sizeof(float));
+        memcpy(dS, b.dsT + head.index * N * N, N * N * sizeof(float));
     else
         memset(dS, 0, N * N * sizeof(float));
-    for (int64_t t0 = (p.T - 1) / SEGMENT * SEGMENT; t0 >= 0; t0 -= SEGMENT) {
-        const int64_t n = t0 + SEGMENT < p.T ? SEGMENT : p.T - t0, first = (batch * p.T + t0) * p.H + h;
+    for (int64_t t0 = (head.tokens - 1) / SEGMENT * SEGMENT; t0 >= 0; t0 -= SEGMENT) {
+        const int64_t n = t0 + SEGMENT < head.tokens ? SEGMENT : head.tokens - t0, first = head.row(p, t0);
         read_segment(p, first, n, b.dy, segment);
-        memcpy(states, saved_state(p, b.saved, head, t0), N * N * sizeof(float));
+        memcpy(states, b.saved + head.state(p, t0), N * N * sizeof(float));
         // The last step needs only the state before it.
         int64_t x = 0;
         for (; x + TILE_FLOATS <= N; x += TILE_FLOATS) remake_tile<TILE_VECTORS>(segment.steps, n - 1, N, x, states);
         for (; x < N; x += LANES) remake_tile<1>(segment.steps, n - 1, N, x, states);
         for (int64_t t = n - 1; t >= 0; t--) {
             const Step step(segment.steps, t, N);
-            const float *u = p.u + h * N, *state = states + t * N * N, vdy = segment.vdy[t];
+            const float *u = p.u + head.h * N, *state = states + t * N * N, vdy = segment.vdy[t];
             for (int64_t j = 0; j < N; j += LANES) store(g.dv + j, load(step.dy + j) * segment.bonus[t]);
             for (x = 0; x + TILE_FLOATS <= N; x += TILE_FLOATS)
                 backward_tile<TILE_VECTORS>(step, u, vdy, N, x, state, dS, g);
@@ -211,17 +211,17 @@ static void backward_head_of(const Wkv6& p, const Wkv6Backward& b, int64_t head,
         add_up(N, g.du, du);
         if (!DECAY_PER_TOKEN) add_up(N, g.dw, dw);
     }
-    if (b.ds0) memcpy(b.ds0 + head * N * N, dS, N * N * sizeof(float));
+    if (b.ds0) memcpy(b.ds0 + head.index * N * N, dS, N * N * sizeof(float));
 }
 
-static void forward_head(const Wkv6& p, const Wkv6Forward& f, int64_t head, float* scratch) {
+static void forward_head(const Wkv6& p, const Wkv6Forward& f, const Head& head, float* scratch) {
     if (p.N == 64)
         forward_head_of<64>(p, f, head, scratch);
     else
         forward_head_of<0>(p, f, head, scratch);
 }
 
-static void backward_head(const Wkv6& p, const Wkv6Backward& b, int64_t head, float* scratch) {
+static void backward_head(const Wkv6& p, const Wkv6Backward& b, const Head& head, float* scratch) {
     if (p.N == 64)
         backward_head_of<64>(p, b, head, scratch);
     else

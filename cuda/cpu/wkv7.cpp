@@ -1,20 +1,20 @@
 // RWKV-7's recurrence on the processor: the C++ twin of cuda/wkv7.cu behind the same C interface, one thread per head
-// of one batch row at a time. Arithmetic and states are float; r, k, v, a, b, y, dy and their gradients are float or
-// bfloat16, w and dw float. All tensors are contiguous [B, T, H, N], states [B, H, N, N] (value, key). N: a multiple
-// of 8. The mathematics is in wkv7_head.h.
+// of one sequence at a time. Arithmetic and states are float; r, k, v, a, b, y, dy and their gradients are float or
+// bfloat16, w and dw float. All tensors are contiguous [B, T, H, N], states [B, H, N, N] (value, key), with documents
+// [D, H, N, N]. N: a multiple of 8. The mathematics is in wkv7_head.h.
 
 #include <cstdint>
 #include <initializer_list>
 
+#include "sequences.h"
+
 namespace {
 
-constexpr int64_t SEGMENT = 32;
 constexpr int64_t STEP_ROWS = 8;
 constexpr float DECAY_SCALE = 0.60653066f;  // exp(-1/2)
 
-struct Wkv7 {
+struct Wkv7 : Sequences {
     int dtype;
-    int64_t B, T, H, N;
     const void* r;
     const float* w;
     const void *k, *v, *a, *b;
@@ -36,16 +36,13 @@ struct Wkv7Backward {
     float* ds0;
 };
 
-int64_t saved_floats_per_head(int64_t T, int64_t N) { return (T + SEGMENT - 1) / SEGMENT * N * N + T * N; }
-
-// One head's part of what the forward pass leaves: S at each segment's start [segments][value][key], then sa [T][N].
-struct Saved {
-    float *states, *sa;
-    Saved(const Wkv7& p, float* saved, int64_t head) {
-        states = saved ? saved + head * saved_floats_per_head(p.T, p.N) : nullptr;
-        sa = saved ? states + (p.T + SEGMENT - 1) / SEGMENT * p.N * p.N : nullptr;
-    }
-};
+// What the forward pass leaves: S at each segment's start, [segments of all sequences, H][value][key], then each head's
+// sa [tokens][N].
+template <class Float>
+Float* saved_sa(const Wkv7& p, Float* saved, const Head& head) {
+    Float* all = saved + all_segments(p.B, p.T, p.D) * p.H * p.N * p.N;
+    return all + (head.begin * p.H + head.h * head.tokens) * p.N;
+}
 
 // Floats of working memory for one head: what the backward pass lays out; the forward pass needs less.
 int64_t scratch_floats(int64_t N) {
@@ -61,30 +58,32 @@ int64_t scratch_floats(int64_t N) {
 
 extern "C" {
 
-int64_t wkv7_saved_floats(int64_t B, int64_t T, int64_t H, int64_t N) { return B * H * saved_floats_per_head(T, N); }
+int64_t wkv7_saved_floats(int64_t B, int64_t T, int64_t H, int64_t N, int64_t D) {
+    return all_segments(B, T, D) * H * N * N + B * T * H * N;
+}
 
-int64_t wkv7_workspace_floats(int64_t, int64_t, int64_t, int64_t) { return 0; }
+int64_t wkv7_workspace_floats(int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
 
 // `device` is the number of threads; there is no stream.
-int wkv7_forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
-                 const void* v, const void* a, const void* b, const float* s0, void* y, float* sT, float* saved,
-                 int device, void*) {
-    const Wkv7 p = {dtype, B, T, H, N, r, w, k, v, a, b, s0};
+int wkv7_forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
+                 const void* r, const float* w, const void* k, const void* v, const void* a, const void* b,
+                 const float* s0, void* y, float* sT, float* saved, int device, void*) {
+    const Wkv7 p = {{B, T, H, N, D, offsets}, dtype, r, w, k, v, a, b, s0};
     const Wkv7Forward f = {y, sT, saved};
     if (int code = check(p)) return code;
     const auto run = AT_LEVEL(forward_head, N);
-    return for_each_head(p, device, [&](int64_t head, float* scratch) { run(p, f, head, scratch); });
+    return for_each_head(p, device, [&](const Head& head, float* scratch) { run(p, f, head, scratch); });
 }
 
-int wkv7_backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, const void* r, const float* w, const void* k,
-                  const void* v, const void* a, const void* b, const float* s0, const float* saved, const void* dy,
-                  const float* dsT, float*, void* dr, float* dw, void* dk, void* dv, void* da, void* db, float* ds0,
-                  int device, void*) {
-    const Wkv7 p = {dtype, B, T, H, N, r, w, k, v, a, b, s0};
+int wkv7_backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
+                  const void* r, const float* w, const void* k, const void* v, const void* a, const void* b,
+                  const float* s0, const float* saved, const void* dy, const float* dsT, float*, void* dr, float* dw,
+                  void* dk, void* dv, void* da, void* db, float* ds0, int device, void*) {
+    const Wkv7 p = {{B, T, H, N, D, offsets}, dtype, r, w, k, v, a, b, s0};
     const Wkv7Backward g = {saved, dy, dsT, dr, dw, dk, dv, da, db, ds0};
     if (int code = check(p)) return code;
     const auto run = AT_LEVEL(backward_head, N);
-    return for_each_head(p, device, [&](int64_t head, float* scratch) { run(p, g, head, scratch); });
+    return for_each_head(p, device, [&](const Head& head, float* scratch) { run(p, g, head, scratch); });
 }
 
 const char* wkv7_error(int code) { return error_text(code); }

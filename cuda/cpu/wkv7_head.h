@@ -73,25 +73,24 @@ INLINE void forward_tile(float* steps, int64_t n, int64_t N, int64_t x, float* S
 }
 
 template <int64_t FIXED_N>
-static void forward_head_of(const Wkv7& p, const Wkv7Forward& f, int64_t head, float* scratch) {
-    const int64_t N = FIXED_N ? FIXED_N : p.N, batch = head / p.H, h = head % p.H;
+static void forward_head_of(const Wkv7& p, const Wkv7Forward& f, const Head& head, float* scratch) {
+    const int64_t N = FIXED_N ? FIXED_N : p.N;
     float *S = scratch, *y = S + N * N, *sa = y + SEGMENT * N, *steps = sa + SEGMENT * N;
     if (p.s0)
-        transpose(p.s0 + head * N * N, S, N);
+        transpose(p.s0 + head.index * N * N, S, N);
     else
         memset(S, 0, N * N * sizeof(float));
-    const Saved saved(p, f.saved, head);
-    for (int64_t t0 = 0; t0 < p.T; t0 += SEGMENT) {
-        const int64_t n = t0 + SEGMENT < p.T ? SEGMENT : p.T - t0, first = (batch * p.T + t0) * p.H + h;
+    for (int64_t t0 = 0; t0 < head.tokens; t0 += SEGMENT) {
+        const int64_t n = t0 + SEGMENT < head.tokens ? SEGMENT : head.tokens - t0, first = head.row(p, t0);
         read_segment(p, first, n, nullptr, steps);
-        if (f.saved) transpose(S, saved.states + t0 / SEGMENT * N * N, N);
+        if (f.saved) transpose(S, f.saved + head.state(p, t0), N);
         int64_t x = 0;
         for (; x + TILE_FLOATS <= N; x += TILE_FLOATS) forward_tile<TILE_VECTORS>(steps, n, N, x, S, y, sa);
         for (; x < N; x += LANES) forward_tile<1>(steps, n, N, x, S, y, sa);
         for (int64_t t = 0; t < n; t++) write_row(p.dtype, f.y, first + t * p.H, N, y + t * N);
-        if (f.saved) memcpy(saved.sa + t0 * N, sa, n * N * sizeof(float));
+        if (f.saved) memcpy(saved_sa(p, f.saved, head) + t0 * N, sa, n * N * sizeof(float));
     }
-    if (f.sT) transpose(S, f.sT + head * N * N, N);
+    if (f.sT) transpose(S, f.sT + head.index * N * N, N);
 }
 
 // The states after each of n steps, from states[0]: [n + 1][value][key], for TILE vectors of key indices from x.
@@ -160,21 +159,20 @@ INLINE void backward_keys(const Step& step, int64_t N, int64_t x, const float* b
 }
 
 template <int64_t FIXED_N>
-static void backward_head_of(const Wkv7& p, const Wkv7Backward& g, int64_t head, float* scratch) {
-    const int64_t N = FIXED_N ? FIXED_N : p.N, batch = head / p.H, h = head % p.H;
+static void backward_head_of(const Wkv7& p, const Wkv7Backward& g, const Head& head, float* scratch) {
+    const int64_t N = FIXED_N ? FIXED_N : p.N;
     float *dS = scratch, *states = dS + N * N, *line = states + (SEGMENT + 1) * N * N;
     float *dv = line, *dsa = line + N, *steps = line + 7 * N;
     const KeyGradients keys = {line + 2 * N, line + 3 * N, line + 4 * N, line + 5 * N, line + 6 * N};
     if (g.dsT)
-        memcpy(dS, g.dsT + head * N * N, N * N * sizeof(float));
+        memcpy(dS, g.dsT + head.index * N * N, N * N * sizeof(float));
     else
         memset(dS, 0, N * N * sizeof(float));
-    const Saved saved(p, const_cast<float*>(g.saved), head);
-    for (int64_t t0 = (p.T - 1) / SEGMENT * SEGMENT; t0 >= 0; t0 -= SEGMENT) {
-        const int64_t n = t0 + SEGMENT < p.T ? SEGMENT : p.T - t0, first = (batch * p.T + t0) * p.H + h;
-        const float* segment_sa = saved.sa + t0 * N;
+    for (int64_t t0 = (head.tokens - 1) / SEGMENT * SEGMENT; t0 >= 0; t0 -= SEGMENT) {
+        const int64_t n = t0 + SEGMENT < head.tokens ? SEGMENT : head.tokens - t0, first = head.row(p, t0);
+        const float* segment_sa = saved_sa(p, g.saved, head) + t0 * N;
         read_segment(p, first, n, g.dy, steps);
-        memcpy(states, saved.states + t0 / SEGMENT * N * N, N * N * sizeof(float));
+        memcpy(states, g.saved + head.state(p, t0), N * N * sizeof(float));
         int64_t x = 0;
         for (; x + TILE_FLOATS <= N; x += TILE_FLOATS) remake_tile<TILE_VECTORS>(steps, segment_sa, n, N, x, states);
         for (; x < N; x += LANES) remake_tile<1>(steps, segment_sa, n, N, x, states);
@@ -194,17 +192,17 @@ static void backward_head_of(const Wkv7& p, const Wkv7Backward& g, int64_t head,
             write_row(p.dtype, g.db, row, N, keys.db);
         }
     }
-    if (g.ds0) memcpy(g.ds0 + head * N * N, dS, N * N * sizeof(float));
+    if (g.ds0) memcpy(g.ds0 + head.index * N * N, dS, N * N * sizeof(float));
 }
 
-static void forward_head(const Wkv7& p, const Wkv7Forward& f, int64_t head, float* scratch) {
+static void forward_head(const Wkv7& p, const Wkv7Forward& f, const Head& head, float* scratch) {
     if (p.N == 64)
         forward_head_of<64>(p, f, head, scratch);
     else
         forward_head_of<0>(p, f, head, scratch);
 }
 
-static void backward_head(const Wkv7& p, const Wkv7Backward& g, int64_t head, float* scratch) {
+static void backward_head(const Wkv7& p, const Wkv7Backward& g, const Head& head, float* scratch) {
     if (p.N == 64)
         backward_head_of<64>(p, g, head, scratch);
     else

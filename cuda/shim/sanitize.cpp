@@ -15,11 +15,18 @@ struct Problem {
   int dtype;
   int64_t B, T, H, N;
   bool states;
+  std::vector<int64_t> lengths;  // of packed documents; none: not packed
 
+  int64_t documents() const { return int64_t(lengths.size()); }
+  std::vector<int64_t> offsets() const {
+    std::vector<int64_t> out(1, 0);
+    for (int64_t length : lengths) out.push_back(out.back() + length);
+    return out;
+  }
   size_t elements() const { return size_t(B * T * H * N); }
   size_t bytes() const { return elements() * (dtype == 0 ? 4 : 2); }
-  size_t per_head() const { return size_t(B * H * N); }
-  size_t state() const { return size_t(B * H * N * N); }
+  size_t per_head() const { return size_t((documents() ? documents() : B) * H * N); }
+  size_t state() const { return per_head() * size_t(N); }
 };
 
 bool succeeded(int code) {
@@ -28,27 +35,33 @@ bool succeeded(int code) {
 }
 
 bool run_wkv7(const Problem& p) {
-  const auto [dtype, B, T, H, N, states] = p;
+  const auto [dtype, B, T, H, N, states, lengths] = p;
+  const int64_t D = p.documents();
+  const std::vector<int64_t> starts = p.offsets();
+  const int64_t* offsets = D ? starts.data() : nullptr;
   const std::vector<char> in(p.bytes(), 0x3c);  // about 0.01 in either format
   const Floats w(p.elements(), -2.0f), s0(p.state(), 0.5f);
   std::vector<char> y(in), dr(in), dk(in), dv(in), da(in), db(in);
   Floats dw(p.elements()), s1(p.state());
-  Floats saved(size_t(wkv7_saved_floats(B, T, H, N))), workspace(size_t(wkv7_workspace_floats(B, T, H, N)));
+  Floats saved(size_t(wkv7_saved_floats(B, T, H, N, D))), workspace(size_t(wkv7_workspace_floats(B, T, H, N, D)));
   const void* x = in.data();
   const float* before = states ? s0.data() : nullptr;
   float* after = states ? s1.data() : nullptr;
-  return succeeded(wkv7_forward(dtype, B, T, H, N, x, w.data(), x, x, x, x, before, y.data(), after, saved.data(), 0,
-                                nullptr)) &&
-         succeeded(wkv7_backward(dtype, B, T, H, N, x, w.data(), x, x, x, x, before, saved.data(), x, before,
-                                 workspace.data(), dr.data(), dw.data(), dk.data(), dv.data(), da.data(), db.data(),
-                                 after, 0, nullptr));
+  return succeeded(wkv7_forward(dtype, B, T, H, N, D, offsets, x, w.data(), x, x, x, x, before, y.data(), after,
+                                saved.data(), 0, nullptr)) &&
+         succeeded(wkv7_backward(dtype, B, T, H, N, D, offsets, x, w.data(), x, x, x, x, before, saved.data(), x,
+                                 before, workspace.data(), dr.data(), dw.data(), dk.data(), dv.data(), da.data(),
+                                 db.data(), after, 0, nullptr));
 }
 
 // WKV-5 and WKV-6: the same functions, and decays of another size.
 template <typename Forward, typename Backward>
 bool run(const Problem& p, Forward forward, Backward backward, int64_t saved_floats, int64_t workspace_floats,
          size_t decays, size_t decay_gradients) {
-  const auto [dtype, B, T, H, N, states] = p;
+  const auto [dtype, B, T, H, N, states, lengths] = p;
+  const int64_t D = p.documents();
+  const std::vector<int64_t> starts = p.offsets();
+  const int64_t* offsets = D ? starts.data() : nullptr;
   const std::vector<char> in(p.bytes(), 0x3c);
   const Floats w(decays, -2.0f), u(size_t(H * N), 1.0f), s0(p.state(), 0.5f);
   std::vector<char> y(in), dr(in), dk(in), dv(in);
@@ -57,19 +70,20 @@ bool run(const Problem& p, Forward forward, Backward backward, int64_t saved_flo
   const void* x = in.data();
   const float* before = states ? s0.data() : nullptr;
   float* after = states ? s1.data() : nullptr;
-  return succeeded(forward(dtype, B, T, H, N, x, w.data(), x, x, u.data(), before, y.data(), after, saved.data(), 0,
-                           nullptr)) &&
-         succeeded(backward(dtype, B, T, H, N, x, w.data(), x, x, u.data(), before, saved.data(), x, before,
-                            workspace.data(), dr.data(), dw.data(), dk.data(), dv.data(), du.data(), after, 0,
+  return succeeded(forward(dtype, B, T, H, N, D, offsets, x, w.data(), x, x, u.data(), before, y.data(), after,
+                           saved.data(), 0, nullptr)) &&
+         succeeded(backward(dtype, B, T, H, N, D, offsets, x, w.data(), x, x, u.data(), before, saved.data(), x,
+                            before, workspace.data(), dr.data(), dw.data(), dk.data(), dv.data(), du.data(), after, 0,
                             nullptr));
 }
 
 bool run_all(const Problem& p) {
-  const auto [dtype, B, T, H, N, states] = p;
+  const auto [dtype, B, T, H, N, states, lengths] = p;
+  const int64_t D = p.documents();
   return run_wkv7(p) &&
-         run(p, wkv6_forward, wkv6_backward, wkv6_saved_floats(B, T, H, N), wkv6_workspace_floats(B, T, H, N),
+         run(p, wkv6_forward, wkv6_backward, wkv6_saved_floats(B, T, H, N, D), wkv6_workspace_floats(B, T, H, N, D),
              p.elements(), p.elements()) &&
-         run(p, wkv5_forward, wkv5_backward, wkv5_saved_floats(B, T, H, N), wkv5_workspace_floats(B, T, H, N),
+         run(p, wkv5_forward, wkv5_backward, wkv5_saved_floats(B, T, H, N, D), wkv5_workspace_floats(B, T, H, N, D),
              size_t(H * N), p.per_head());
 }
 
@@ -78,8 +92,8 @@ bool run_all(const Problem& p) {
 int main() {
   for (int dtype : {0, 1}) {
     for (int64_t N : {8, 16, 32, 64, 128})
-      if (!run_all({dtype, 1, 1, 1, N, false}) || !run_all({dtype, 1, 9, 2, N, true})) return 1;
-    if (!run_all({dtype, 1, 65, 2, 16, true})) return 1;
+      if (!run_all({dtype, 1, 1, 1, N, false, {}}) || !run_all({dtype, 1, 9, 2, N, true, {}})) return 1;
+    if (!run_all({dtype, 1, 65, 2, 16, true, {}}) || !run_all({dtype, 1, 142, 2, 8, true, {1, 64, 65, 9, 3}})) return 1;
   }
   return 0;
 }

@@ -19,11 +19,16 @@ from typing import Any, NoReturn
 
 from rwkv_bone import config as sections
 from rwkv_bone import field_flags
-from rwkv_bone.config import MergeConfig, TrainConfig
-from rwkv_bone.errors import UserError
+from rwkv_bone.config import MergeConfig, RunConfig, TrainConfig
+from rwkv_bone.errors import Interrupted, UserError
 
 SECTIONS = {spec.name: getattr(sections, spec.type) for spec in fields(TrainConfig)}
-ALIASES = {"peft_checkpoint": "lora_checkpoint", "head_size": "head_size_a", "grad_clip": "gradient_clip_val"}
+ALIASES = {
+    "peft_load": "bone_load",
+    "peft_checkpoint": "lora_checkpoint",
+    "head_size": "head_size_a",
+    "grad_clip": "gradient_clip_val",
+}
 METAVARS = {bool: "0|1", int: "N", float: "X", str: "TEXT", tuple: "NAME"}
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -38,7 +43,7 @@ def parse_train(argv: list[str]) -> TrainConfig:
     given = parser.read(argv, field_flags.TRAIN_FLAGS)
 
     given, notes = field_flags.translate_train(given)
-    saved = _read_config(Path(given["config"])) if "config" in given else {}
+    saved = _read_config(source) if (source := _config_file(given)) else {}
     config = _build({name: {**saved.get(name, {}), **_of_section(given, cls)} for name, cls in SECTIONS.items()})
     _print_notes(notes)
     return config
@@ -54,13 +59,28 @@ def parse_merge(argv: list[str]) -> MergeConfig:
     return config
 
 
+def parse_section(prog: str, description: str, section: type, argv: list[str], ignored: Iterable[str] = ()) -> Any:
+    """One dataclass of settings, for an entry point that needs no more. Flags in `ignored` are dropped with a note."""
+    parser = _Parser(prog, description)
+    parser.epilog = None
+    _add_fields(parser.add_argument_group("settings"), section)
+    given = parser.read(argv, ignored)
+    notes = [f"--{name} {given.pop(name)} changes nothing here" for name in ignored if name in given]
+    config = section(**given)
+    _print_notes(notes)
+    return config
+
+
 def run(function: Callable[[], Any]) -> int:
-    """Call an entry point's body and return the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Call an entry point's body and return the exit status: 0, 2 for a user's mistake, 130 or 143 for a signal."""
     try:
         function()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -156,6 +176,21 @@ def _of_section(given: dict[str, Any], section: type) -> dict[str, Any]:
 
 def _build(settings: dict[str, dict[str, Any]]) -> TrainConfig:
     return TrainConfig(**{name: cls(**settings.get(name, {})) for name, cls in SECTIONS.items()})
+
+
+def _config_file(given: dict[str, Any]) -> Path | None:
+    """The saved settings that `given` starts from: --config, with --resume those of the run in proj_dir, or none."""
+    if "config" in given:
+        return Path(given["config"])
+    if not given.get("resume"):
+        return None
+    folder = Path(given.get("proj_dir", RunConfig.proj_dir))
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"--resume: {folder} has no config.json, so there is no run to continue: check --proj_dir, or begin a run "
+            "without --resume"
+        )
+    return folder / "config.json"
 
 
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,9 @@ from typing import Any
 
 from rwkv_bone.errors import UserError
 
-PEFT_KINDS = ("none", "bone", "state")
-BONE_MODES = ("bone", "bat")
+PEFT_KINDS = ("none", "bone", "lora", "pissa", "state")
+BONE_MODES = ("bone", "bat", "bat-col")
+QUANTS = ("none", "int8", "nf4", "fp4")
 TRAIN_PARTS = ("emb", "head", "ln", "time", "state")
 OPERATORS = ("auto", "cuda", "cpu", "torch")
 ACCELERATORS = ("auto", "gpu", "cpu")
@@ -27,10 +28,11 @@ STRATEGIES = (
 )
 PRECISIONS = ("bf16", "fp32")
 SCHEDULES = ("cos", "exp", "linear", "constant")
-DATA_TYPES = ("auto", "jsonl", "sft", "binidx")
-DATALOADS = ("pad", "only", "get")
-LOSS_MASKS = ("response", "none", "pad")
-TEMPLATES = ("auto", "raw", "world")
+DATA_TYPES = ("auto", "jsonl", "sft", "binidx", "table", "hf", "text", "tokens")
+DATALOADS = ("pack", "pad", "only", "get")
+LOSS_MASKS = ("response", "last", "none", "pad", "qa", "se")
+LONG_SAMPLES = ("cut", "drop", "split")
+BAD_ROWS = ("stop", "skip")
 
 
 def knob(default: Any, text: str, choices: tuple[str, ...] | None = None):
@@ -66,6 +68,7 @@ class ModelConfig:
     op: str = knob("auto", "WKV operator", OPERATORS)
     chunk_ctx: int = knob(0, "run sequences in chunks of so many tokens, with the exact gradient; 0 = whole")
     bptt_chunks: int = knob(0, "with chunk_ctx: cut the gradient after so many chunks; 0 = never, exact")
+    quant: str = knob("none", "keep the frozen projections in so few bits; what is trained stays fp32", QUANTS)
     grad_cp: bool = knob(False, "recompute each block in backward: less memory, about a third more time")
 
     def __post_init__(self):
@@ -83,17 +86,27 @@ class ModelConfig:
 @dataclass(frozen=True)
 class AdapterConfig:
     peft: str = knob("bone", "what is trained: an adapter, the initial state, or (none) every weight", PEFT_KINDS)
-    bone_mode: str = knob("bone", "bone (linear) or bat (row form, the delta also depends on the weight)", BONE_MODES)
-    bone_r: int = knob(64, "block size r: trainable parameters grow with it")
-    bone_load: str = knob("", "adapter to continue from")
+    bone_mode: str = knob(
+        "bone", "bone (linear), bat (the delta also depends on the weight) or bat-col (HF PEFT's other bat)", BONE_MODES
+    )
+    bone_r: int = knob(64, "block size r of Bone and Bat: trainable parameters grow with it")
+    lora_r: int = knob(32, "rank of LoRA and PiSSA")
+    lora_alpha: float = knob(0.0, "scale of LoRA is lora_alpha / lora_r; 0 = lora_r, a scale of 1")
+    lora_dropout: float = knob(0.0, "dropout before lora_A")
+    lora_rs: bool = knob(False, "rank-stabilised LoRA: the scale is lora_alpha / sqrt(lora_r)")
+    lora_plus: float = knob(1.0, "LoRA+: lora_B learns at so many times the learning rate")
+    peft_load: str = knob("", "adapter to continue from")
     targets: tuple[str, ...] = knob((), "projections to adapt, such as att.key ffn; empty = all of att and ffn")
     train_parts: tuple[str, ...] = knob((), "what to train besides: base parameters, the initial state", TRAIN_PARTS)
 
     def __post_init__(self):
         _check_choices(self)
-        _check_at_least(self, 1, "bone_r")
+        _check_at_least(self, 1, "bone_r", "lora_r")
+        _check_at_least(self, 0, "lora_alpha", "lora_plus")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: expected 0 <= lora_dropout < 1")
         if self.peft == "none":
-            for name in ("bone_load", "targets", "train_parts"):
+            for name in ("peft_load", "targets", "train_parts"):
                 if getattr(self, name):
                     raise UserError(f"--{name} has no meaning with --peft none, which trains every weight: remove one")
 
@@ -102,31 +115,58 @@ class AdapterConfig:
 
     @property
     def kind(self) -> str:
-        """The adapter's registry name, `bone` or `bat`; or `state`, or `none`."""
+        """The adapter's registry name: bone, bat, bat-col, lora, pissa; or `state`, or `none`."""
         return self.bone_mode if self.peft == "bone" else self.peft
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    data_file: str = knob("", "training data: .jsonl, or a .bin/.idx pair named without its ending")
+    data_file: tuple[str, ...] = knob((), "training data: files or folders of any format that README names")
     data_type: str = knob("auto", "format of data_file; auto = from its content", DATA_TYPES)
-    eval_data: str = knob("", "held-out data in the same format; empty = none")
+    data_weights: tuple[str, ...] = knob((), "passes over each data_file per pass over all, such as 1 0.5; empty = 1")
+    sft_split: str = knob("", "part of the rows to use, such as train[:1000] or [5%:]; empty = all (of split train)")
+    eval_data: str = knob("", "held-out data in the same format; empty = none, or eval_split")
+    eval_split: float = knob(0.0, "share of data_file's samples kept out of training as held-out data")
     tokenizer: str = knob("auto", "bytes, world, or the path of a tokenizer.json; auto = by the vocabulary size")
-    sft_field: tuple[str, ...] = knob((), "names of the prompt and response fields; empty = found by their usual names")
-    template: str = knob("auto", "how prompt and response are joined; auto = by the tokenizer", TEMPLATES)
-    loss_mask: str = knob("response", "what is trained: the response, or (none = no mask) every token", LOSS_MASKS)
-    dataload: str = knob("pad", "pad: whole samples; only: one a batch; get: random windows of the stream", DATALOADS)
-    ctx_len: int = knob(512, "tokens per sample; longer samples are cut, and counted")
-    micro_bsz: int = knob(8, "samples per device and forward pass")
+    sft_field: tuple[str, ...] = knob((), "names of the prompt and response fields, or of the list of messages")
+    template: str = knob("auto", "how turns are joined: raw, world, g1, g1-think, alpaca, or the path of a template")
+    loss_mask: str = knob("response", "what is trained: responses, the last one, or (none = no mask) all", LOSS_MASKS)
+    mask_id: str = knob("", "loss_mask se: JSON with the texts that switch training on and off")
+    dataload: str = knob("pack", "pack: whole samples, no padding; pad; only: one a batch; get: random", DATALOADS)
+    long_samples: str = knob("cut", "what to do with samples beyond ctx_len", LONG_SAMPLES)
+    bad_rows: str = knob("stop", "what to do with rows that cannot be used: stop, or skip and count them", BAD_ROWS)
+    cache_dir: str = knob("", "folder for tokenised data; empty = beside the data")
+    ctx_len: int = knob(512, "tokens per sample")
+    micro_bsz: int = knob(8, "samples per device and forward pass; packed: so many times ctx_len tokens")
 
     def __post_init__(self):
         _check_choices(self)
         _check_at_least(self, 1, "ctx_len", "micro_bsz")
         if not self.data_file:
             raise UserError("--data_file is missing: name the training data")
-        if len(self.sft_field) not in (0, 2):
-            names = " ".join(self.sft_field)
-            raise UserError(f"--sft_field takes two names, prompt and response; got {len(self.sft_field)}: {names}")
+        if len(self.sft_field) > 2:
+            raise UserError(
+                f"--sft_field takes the names of prompt and response, or one name, of the messages; "
+                f"got {len(self.sft_field)}: {' '.join(self.sft_field)}"
+            )
+        if self.data_weights:
+            if len(self.data_weights) != len(self.data_file):
+                raise UserError(
+                    f"--data_weights has {len(self.data_weights)} numbers, --data_file {len(self.data_file)} files"
+                )
+            for weight in self.data_weights:
+                try:
+                    usable = 0 < float(weight) < float("inf")
+                except ValueError:
+                    usable = False
+                if not usable:
+                    raise UserError(f"--data_weights {weight}: expected a number above 0")
+        if not 0 <= self.eval_split < 1:
+            raise UserError(f"--eval_split {self.eval_split}: expected a share, 0 <= eval_split < 1")
+        if self.eval_split and self.eval_data:
+            raise UserError("--eval_split and --eval_data both name held-out data: give one of them")
+        if self.mask_id and self.loss_mask != "se":
+            raise UserError("--mask_id is read with --loss_mask se only: remove it, or give --loss_mask se")
         if self.dataload == "only" and self.micro_bsz != 1:
             raise UserError(f"--dataload only trains one sample a batch: set --micro_bsz 1 (now {self.micro_bsz})")
 
@@ -160,6 +200,7 @@ class OptimConfig:
 class RunConfig:
     proj_dir: str = knob("out", "folder for the adapters, logs and plots")
     overwrite: bool = knob(False, "replace what an earlier run left in proj_dir")
+    resume: bool = knob(False, "continue the run in proj_dir exactly where its last saved step left it")
     random_seed: int = knob(42, "seed of data order and initial weights")
     accelerator: str = knob("auto", "where to run; auto = GPU if there is one", ACCELERATORS)
     devices: int = knob(1, "GPUs (or CPU processes) per node")
@@ -201,12 +242,22 @@ class MergeConfig:
     output: str = knob("", "the standalone checkpoint to write")
     overwrite: bool = knob(False, "replace the output if it exists")
     verify: bool = knob(True, "compare the logits of the merged file with base + adapter before keeping it")
-    peft: str = knob("auto", "kind of an adapter that has no metadata; auto = from its shapes", ("auto", *BONE_MODES))
-    bone_r: int = knob(0, "block size of an adapter that has no metadata; 0 = from its shapes")
+    peft: str = knob(
+        "auto",
+        "kind of an adapter that has no metadata; auto = from its shapes",
+        ("auto", *BONE_MODES, "bat-flat", "lora", "pissa", "state"),
+    )
+    bone_r: int = knob(0, "block size or rank of an adapter that has no metadata; 0 = from its shapes")
+    lora_alpha: float = knob(0.0, "alpha of a LoRA that has no metadata; 0 = unknown, which is an error for LoRA")
+    quant: str = knob("auto", "quantisation the adapter was trained on; auto = from its metadata", ("auto", *QUANTS))
+    merge_base: str = knob(
+        "trained", "merge into the weights as trained on (quantised and back), or the original", ("trained", "original")
+    )
+    pissa_init: str = knob("", "RWKV-PEFT's init_pissa.pth, for its PiSSA adapters")
 
     def __post_init__(self):
         _check_choices(self)
-        _check_at_least(self, 0, "bone_r")
+        _check_at_least(self, 0, "bone_r", "lora_alpha")
         for spec in fields(self):
-            if getattr(self, spec.name) == "":
+            if getattr(self, spec.name) == "" and spec.name != "pissa_init":
                 raise UserError(f"--{spec.name} is missing: {spec.metadata['help']}")

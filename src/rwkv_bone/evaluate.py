@@ -25,12 +25,15 @@ class Answer(NamedTuple):
 
 @torch.no_grad()
 def heldout_loss(model, dataset, *, micro_bsz: int, device: torch.device | str = "cpu") -> tuple[float, int]:
-    """(nats per trained token, number of trained tokens) over every sample once, with the mask of training."""
-    plan = BatchPlan(dataset, micro_bsz=micro_bsz, accumulate=1, world_size=1, seed=0)
+    """(nats per trained token, number of trained tokens) over every sample once, with the mask of training.
+
+    Samples are packed, micro_bsz x ctx_len tokens at a time.
+    """
+    plan = BatchPlan(dataset, micro_bsz=micro_bsz, pack=True)
     total, tokens = 0.0, 0
-    for step in range(plan.steps_per_epoch):
-        batch = plan.batch(0, step, 0, 0)
-        total += model(batch.ids.to(device), labels=batch.labels.to(device)).item()
+    for step in range(plan.total_steps(1)):
+        batch = plan.batch(0, step, 0, 0).to(device)
+        total += model(batch.ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens).item()
         tokens += batch.window_tokens
     return total / max(tokens, 1), tokens
 

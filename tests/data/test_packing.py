@@ -117,16 +117,19 @@ plans = st.fixed_dictionaries(
 
 
 @FEW
-@given(plans)
-def test_a_pass_is_the_whole_data_once_and_every_rank_counts_the_same_labels(case):
+@given(plans, st.booleans())
+def test_a_pass_is_the_whole_data_once_and_every_rank_counts_the_same_labels(case, pack):
     dataset = Samples(case.pop("lengths"), ctx_len=10)
-    plan = BatchPlan(dataset, pack=True, **case)
+    plan = BatchPlan(dataset, pack=pack, **case)
     for epoch in range(2):
         assert sorted(rows(plan, epoch)) == sorted(map(str, range(len(dataset))))
         for window in micro_batches(plan, epoch):
             assert any(batch.rows for batch in window)
             labels = sum(int((batch.labels != IGNORED).sum()) for batch in window)
             assert {batch.window_tokens for batch in window} == {labels}
+            for first in range(0, len(window), plan.world_size):
+                together = window[first : first + plan.world_size]
+                assert {batch.widest for batch in together} == {max(batch.ids.shape[1] for batch in together)}
 
 
 @FEW

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from tests.ops import wkv6_inputs, wkv_inputs
+from tests.ops.packed_inputs import each_alone, packed_case
 from tests.ops.wkv_abi import INT, POINTER, SIZE, Library, poisoned
 from tests.ops.wkv_inputs import relative_error
 
@@ -105,6 +106,29 @@ def test_results_repeat_bit_for_bit_whatever_the_order_of_threads(library, N):
         assert torch.equal(output, reordered[name]), f"{name} depends on the order of threads: a barrier is missing"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_packed_document_is_what_it_is_alone_bit_for_bit(library, dtype):
+    case = packed_case(library.operator, dtype)
+    packed, expected = library.run(case), each_alone(library.operator, case, library.run)
+    with schedule(library.raw, reverse=True):
+        reordered = library.run(case)
+    assert packed.keys() == expected.keys()
+    for name, output in packed.items():
+        assert torch.isfinite(output).all(), name
+        assert torch.equal(output, expected[name]), name
+        assert torch.equal(output, reordered[name]), f"{name} depends on the order of threads: a barrier is missing"
+
+
+def test_packed_documents_may_end_anywhere_in_a_segment(library):
+    """Segments are numbered from offsets rounded down to 64: lengths around that, from offsets around that."""
+    for lengths in ((63, 1, 64, 64, 1, 63, 65), (65, 127, 2, 62, 128), (200,), (1,) * 70):
+        case = packed_case(library.operator, torch.float32, lengths=lengths, H=1, N=8)
+        expected = each_alone(library.operator, case, library.run)
+        for name, output in library.run(case).items():
+            assert torch.isfinite(output).all(), name
+            assert torch.equal(output, expected[name]), (name, lengths)
+
+
 @pytest.mark.parametrize("library", ["wkv7"], indirect=True)
 def test_large_gradients_leave_no_rounding_in_the_decay_gradients_of_later_tokens(library):
     """dw is a running sum along T, started afresh every 64 tokens (see wkv7.cu)."""
@@ -181,7 +205,7 @@ def test_offsets_are_64_bit(library):
     forward = {name: torch.full_like(expected[name], float("nan")) for name in ("y", "state")}
     outputs = {name: in_last_head(tensor) for name, tensor in {**forward, **library.gradients(alone)}.items()}
     y, state, *gradients = (whole for whole, _ in outputs.values())
-    saved, workspace = (sparse(library.function(name)(B, T, H, N)) for name in ("saved_floats", "workspace_floats"))
+    saved, workspace = (sparse(library.function(name)(B, T, H, N, 0)) for name in ("saved_floats", "workspace_floats"))
     with schedule(library.raw, first=B * H - 1, last=B * H):
         library.call("forward", given, y, state, saved)
         library.call("backward", given, saved, given["dy"], given["dstate"], workspace, *gradients)
@@ -196,18 +220,20 @@ def test_offsets_are_64_bit(library):
         ({"N": 24}, "head size must be"),
         ({"dtype": 2}, "dtype must be"),
         ({"T": 0}, "at least 1"),
+        ({"T": 2**31 - 64}, "below 2^31"),
         ({"B": 2**20, "H": 2**20}, "below 2^31"),
         ({"y": None}, "missing"),
         ({"y": 8}, "not aligned"),
+        ({"D": 1}, "documents need"),
     ],
     ids=str,
 )
 def test_unusable_arguments_get_an_explanation(library, change, explanation):
     case = MAKE_CASE[library.operator](torch.float32, B=1, T=1, H=1, N=8, states=None)
-    sizes = {"dtype": 0, "B": 1, "T": 1, "H": 1, "N": 8}
+    sizes = {"dtype": 0, "B": 1, "T": 1, "H": 1, "N": 8, "D": 0}
     sizes.update({key: value for key, value in change.items() if key in sizes})
     y = torch.empty(1, 1, 1, 8).data_ptr() if "y" not in change else change["y"]
-    code = library.function("forward")(*sizes.values(), *library.problem(case)[5:], y, None, None, 0, None)
+    code = library.function("forward")(*sizes.values(), *library.problem(case)[6:], y, None, None, 0, None)
     assert code < 0
     assert explanation in library.error(code)
 
@@ -216,7 +242,7 @@ def test_unusable_arguments_get_an_explanation(library, change, explanation):
 def test_more_segments_than_a_launch_has_blocks_get_an_explanation(library):
     case = MAKE_CASE[library.operator](torch.float32, B=1, T=1, H=1, N=8, states=None)
     y = torch.empty(1, 1, 1, 8).data_ptr()
-    code = library.function("forward")(0, 1, 2**37, 1, 8, *library.problem(case)[5:], y, None, None, 0, None)
+    code = library.function("forward")(0, 1, 2**37, 1, 8, 0, *library.problem(case)[6:], y, None, None, 0, None)
     assert code < 0
     assert "below 2^31" in library.error(code)
 

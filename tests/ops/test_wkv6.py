@@ -335,7 +335,7 @@ def test_torch_compile_takes_the_operator_whole(operator, op):
 def test_the_registered_operators_keep_pytorchs_rules(operator, op):
     case = place(make_case(operator, torch.float32, T=20, H=1), op)
     inputs = tuple(case[name].requires_grad_() for name in LEAVES)
-    torch.library.opcheck(torch.ops.rwkv_bone.wkv6_forward.default, (*inputs, True))
+    torch.library.opcheck(torch.ops.rwkv_bone.wkv6_forward.default, (*inputs, None, True))
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_a_kernel_refuses_what_it_cannot_do_and_names_the_way_out(operator):
 def test_the_c_interface_reports_a_bad_size_instead_of_crashing(operator):
     x = torch.zeros(1, 1, 1, 12)
     with pytest.raises(RuntimeError, match=f"{operator}_forward failed .*multiple of 8"):
-        native.call(operator, "forward", x, x, x, x, x, x, None, x, None, None)
+        native.call(operator, "forward", x, None, x, x, x, x, x, None, x, None, None)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 INPUTS = {"wkv5": "rwkvu", "wkv6": "rwkvu", "wkv7": "rwkvab"}  # in the interface's order, each of one letter
 
-Case = dict[str, Tensor | None]  # as the make_case functions of wkv_inputs and wkv6_inputs give it
+# As the make_case functions of wkv_inputs and wkv6_inputs give it; packed documents have "cu_seqlens" as well.
+Case = dict[str, Tensor | None]
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -29,13 +30,13 @@ class Library:
 
     def __init__(self, path: Path | str, operator: str):
         self.raw, self.operator, self.inputs = ctypes.CDLL(str(path)), operator, INPUTS[operator]
-        start = [INT, *[SIZE] * 4, *[POINTER] * (len(self.inputs) + 1)]  # dtype; B, T, H, N; inputs and s0
+        start = [INT, *[SIZE] * 5, *[POINTER] * (len(self.inputs) + 2)]  # dtype; B, T, H, N, D; offsets, inputs, s0
         end = [INT, POINTER]  # device, stream
         self.function("forward").argtypes = [*start, *[POINTER] * 3, *end]  # y sT saved
         # saved dy dsT workspace, gradients of inputs and s0
         self.function("backward").argtypes = [*start, *[POINTER] * (4 + len(self.inputs) + 1), *end]
         for name in ("saved_floats", "workspace_floats"):
-            self.function(name).argtypes, self.function(name).restype = [SIZE] * 4, SIZE
+            self.function(name).argtypes, self.function(name).restype = [SIZE] * 5, SIZE
         self.function("error").restype = ctypes.c_char_p
 
     def function(self, name: str):
@@ -51,30 +52,34 @@ class Library:
 
     def problem(self, case: Case) -> tuple:
         """The arguments that begin both calls. `case` must outlive the call."""
-        r = case["r"]
-        return DTYPES[r.dtype], *r.shape, *(pointer(case[name]) for name in (*self.inputs, "state"))
+        offsets, tensors = pointer(case.get("cu_seqlens")), (pointer(case[name]) for name in (*self.inputs, "state"))
+        return DTYPES[case["r"].dtype], *self.sizes(case), offsets, *tensors
+
+    def sizes(self, case: Case) -> tuple[int, ...]:
+        """B, T, H, N, D."""
+        return *case["r"].shape, len(case["cu_seqlens"]) - 1 if "cu_seqlens" in case else 0
 
     def scratch(self, case: Case) -> tuple[Tensor, Tensor]:
         """What forward saves for backward, and backward's workspace."""
-        saved, workspace = (self.function(name)(*case["r"].shape) for name in ("saved_floats", "workspace_floats"))
+        saved, workspace = (self.function(name)(*self.sizes(case)) for name in ("saved_floats", "workspace_floats"))
         return poisoned((saved,)), poisoned((workspace,))
 
     def gradients(self, case: Case) -> dict[str, Tensor]:
         """Outputs of backward in the interface's order, as it wants them: a row per sequence of what all share."""
         r = case["r"]
-        B, _, H, N = r.shape
+        B, _, H, N, D = self.sizes(case)
         outputs = {}
         for name in self.inputs:
             dtype = r.dtype if name not in "wu" else torch.float32
-            outputs[f"d{name}"] = poisoned(tuple(r.shape) if case[name].dim() == 4 else (B, H, N), dtype)
-        return {**outputs, "dstate0": poisoned((B, H, N, N))}
+            outputs[f"d{name}"] = poisoned(tuple(r.shape) if case[name].dim() == 4 else (D or B, H, N), dtype)
+        return {**outputs, "dstate0": poisoned((D or B, H, N, N))}
 
     def run(self, case: Case) -> dict[str, Tensor]:
         """y, state and every gradient, named and shaped as the `reference_gradients` functions do it."""
         r = case["r"]
-        B, _, H, N = r.shape
+        B, _, H, N, D = self.sizes(case)
         saved, workspace = self.scratch(case)
-        y, state = poisoned(tuple(r.shape), r.dtype), poisoned((B, H, N, N))
+        y, state = poisoned(tuple(r.shape), r.dtype), poisoned((D or B, H, N, N))
         self.call("forward", case, y, state, saved)
         outputs = self.gradients(case)
         self.call("backward", case, saved, case["dy"], case["dstate"], workspace, *outputs.values())

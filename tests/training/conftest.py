@@ -35,14 +35,24 @@ class Job:
         fit(cli.parse_train(self.argv({**flags, "proj_dir": self.folder / name})))
         return self.folder / name
 
-    def start(self, name: str, **flags) -> tuple[Path, subprocess.CompletedProcess]:
-        """Train with `python train.py`; returns proj_dir and what the program printed."""
+    def launch(self, name: str, **flags) -> subprocess.Popen:
+        """`python train.py`, started."""
         argv = self.argv({**flags, "proj_dir": self.folder / name})
         # A run in this process leaves its rendezvous in the environment, which would make this one join it.
         environment = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
         command = [sys.executable, REPOSITORY / "train.py", *argv]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-        return self.folder / name, done
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+    def start(self, name: str, **flags) -> tuple[Path, subprocess.CompletedProcess]:
+        """Train with `python train.py`; returns proj_dir and what the program printed."""
+        with self.launch(name, **flags) as process:
+            try:
+                output, errors = process.communicate(timeout=300)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        return self.folder / name, subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -84,6 +94,7 @@ def job(tmp_path_factory) -> Job:
         "precision": "fp32",
         "op": "torch",
         "bone_r": 8,
+        "dataload": "pad",
         "micro_bsz": 4,
         "ctx_len": 64,
         "lr_init": 1e-2,

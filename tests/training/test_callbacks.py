@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.training.callbacks import Progress, StepLog, clock, draw_loss, smoothed
+from rwkv_bone.training.callbacks import Progress, SeedBatches, StepLog, clock, draw_loss, read_log, smoothed
 from rwkv_bone.training.module import Window
 
 
@@ -22,18 +22,20 @@ class Screen(io.StringIO):
         return self.terminal
 
 
-def play(path: Path, stream: Screen, total: int) -> None:
-    """Callbacks through `total` optimiser steps of falling loss, two forward passes each."""
+def play(path: Path, stream: Screen, total: int, first_step: int = 0) -> None:
+    """Callbacks through optimiser steps of falling loss up to `total`, two forward passes each."""
     engine = SimpleNamespace(get_global_grad_norm=lambda: torch.tensor(0.5))
     trainer = SimpleNamespace(is_global_zero=True, model=engine, logger=None)
-    module = SimpleNamespace(total_steps=total, epochs=2, device=torch.device("cpu"), window=None)
-    log = StepLog(path)
+    module = SimpleNamespace(
+        total_steps=total, first_step=first_step, epochs=2, device=torch.device("cpu"), window=None
+    )
+    log = StepLog(path, read_log(path, first_step) if first_step else ())
     progress = Progress(log, stream)
     for callback in (log, progress):
         callback.on_train_start(trainer, module)
-    for index in range(2 * total):
+    for index in range(2 * (total - first_step)):
         module.window_finished = lambda index=index: index % 2 == 1
-        step = index // 2
+        step = first_step + index // 2
         module.window = Window(step + 1, 2 * step // total, 4.0 - step / total, 1e-3, 100, 60)
         for callback in (log, progress):
             callback.on_train_batch_end(trainer, module, None, None, index)
@@ -64,6 +66,38 @@ def test_one_json_line_per_optimiser_step_not_per_forward_pass(tmp_path):
     assert [line["step"] for line in lines] == list(range(1, 8))
 
 
+def test_a_continued_run_counts_on_and_replaces_the_lines_after_its_first_step(tmp_path):
+    play(tmp_path / "log", Screen(terminal=False), 7)
+    before = (tmp_path / "log").read_text().splitlines()
+    (tmp_path / "log").write_text("\n".join(before) + '\n{"step": 8, "lo')
+    stream = Screen(terminal=False)
+    play(tmp_path / "log", stream, 10, first_step=5)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[:5] == before[:5] and lines[5] != before[5]
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 11))
+    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [f"step {n}/10" for n in range(6, 11)]
+
+
+def test_a_log_without_the_steps_to_keep_is_refused(tmp_path):
+    play(tmp_path / "log", Screen(terminal=False), 3)
+    with pytest.raises(UserError, match="log does not hold the steps 1 to 4"):
+        read_log(tmp_path / "log", 4)
+    (tmp_path / "log").write_text('{"step": 1}\n{"st')
+    with pytest.raises(UserError, match="log:2 is not JSON"):
+        read_log(tmp_path / "log", 2)
+
+
+def test_what_is_drawn_in_a_step_depends_on_seed_step_micro_batch_and_rank_alone():
+    def drawn(index, *, seed=1, rank=0, first_step=0):
+        module = SimpleNamespace(first_step=first_step, plan=SimpleNamespace(accumulate=2))
+        SeedBatches(seed).on_train_batch_start(SimpleNamespace(global_rank=rank), module, None, index)
+        return tuple(torch.rand(4).tolist())
+
+    with torch.random.fork_rng():
+        assert drawn(7) == drawn(3, first_step=2)
+        assert len({drawn(7), drawn(6), drawn(7, seed=2), drawn(7, rank=1)}) == 4
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_log_that_cannot_be_written_stops_the_run_with_a_sentence():
     with pytest.raises(UserError, match="/dev/full could not be written: No space left on device"):
@@ -80,5 +114,5 @@ def test_smoothing_keeps_a_constant_and_the_length():
 
 
 def test_a_run_of_one_step_can_be_drawn(tmp_path):
-    draw_loss(tmp_path / "loss.png", [{"step": 1, "loss": 2.0}], (3.0, 1.0))
+    draw_loss(tmp_path / "loss.png", [{"step": 1, "loss": 2.0}], [(0, 3.0), (1, 1.0)])
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -120,7 +120,7 @@ def test_an_existing_folder_of_results_is_kept(memorised, job):
 
 def test_continuing_from_an_adapter_starts_at_its_loss(memorised, job):
     folder = job.run("continued", precision="bf16", micro_bsz=11, lr_init=1e-4, lr_final=1e-4,
-                     bone_load=memorised[0] / "rwkv-42.pth")  # fmt: skip
+                     peft_load=memorised[0] / "rwkv-42.pth")  # fmt: skip
     after = json.loads((memorised[0] / "evaluation.json").read_text())["after"]["loss"]
     assert log_of(folder)[0]["loss"] == pytest.approx(after, rel=1e-3)
     moved = largest_difference(adapter_of(folder), adapter_of(memorised[0], "rwkv-42.pth"))
@@ -138,7 +138,7 @@ def test_overwriting_removes_old_results_and_nothing_of_the_users(job):
 
 def test_overwriting_the_adapter_a_run_starts_from_is_refused(memorised, job):
     with pytest.raises(UserError, match="rwkv-42.pth, which this run starts from"):
-        job.run("memorised", overwrite=1, bone_load=memorised[0] / "rwkv-42.pth")
+        job.run("memorised", overwrite=1, peft_load=memorised[0] / "rwkv-42.pth")
     assert (memorised[0] / "rwkv-42.pth").is_file()
 
 

@@ -3,7 +3,10 @@
 So a frozen parameter may be bf16 and a trained one fp32 in the same model, with no autocast. Under ZeRO stage 3 a
 parameter may only be read inside its own module's forward, which is why the casts are here and not in the callers.
 
-Sizes: B batch, T tokens, C channels, V vocabulary, R rows.
+Sequences come one a row, x [B, T, C], or packed: B is 1, the row holds D documents one after another, `cu_seqlens`
+int64 [D + 1] says where each begins and the last ends, and what is kept of each sequence has D rows instead of B.
+
+Sizes: B batch, T tokens, C channels, V vocabulary, D documents.
 """
 
 from __future__ import annotations
@@ -70,11 +73,16 @@ class StatefulMix(nn.Module):
         device = next(self.parameters()).device
         self.time_state = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
 
-    def start(self, state: Tensor | None, batch: int) -> Tensor | None:
-        """`state` [B, H, N, N] if a sequence goes on, otherwise the initial state for each of `batch` sequences."""
-        if state is not None or self.time_state is None:
-            return state
-        return self.time_state.float().expand(batch, -1, -1, -1)
+    def start(self, state: Tensor | None, sequences: int) -> Tensor | None:
+        """The state [sequences, H, N, N] that each sequence starts from, None if that is zeros for all.
+
+        The first ones go on from the rows of `state` [k, H, N, N], the others start from the initial state.
+        """
+        if self.time_state is None:
+            return None if state is None else with_zeros(state, sequences)
+        carried = 0 if state is None else len(state)
+        fresh = widened(self.time_state).expand(sequences - carried, -1, -1, -1)
+        return fresh if state is None else torch.cat([state, fresh])
 
 
 class Embedding(nn.Embedding):
@@ -123,7 +131,25 @@ def adapted_head_loss(head: nn.Module, hidden: Tensor, labels: Tensor, l2wrap: f
     return total
 
 
-def token_shift(x: Tensor, last: Tensor | None) -> Tensor:
-    """x [B, T, C] one token later: row 0 is `last` [B, C], the row before this sequence, or zeros."""
-    first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
-    return torch.cat([first, x[:, :-1]], dim=1)
+def token_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """x [B, T, C] one token later: the first row of a sequence is `last` [B, C], what came before it, or zeros.
+
+    Packed, x [1, T, C], `last` [k, C] is what came before each of the first k documents.
+    """
+    if cu_seqlens is None:
+        first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
+        return torch.cat([first, x[:, :-1]], dim=1)
+    starts = cu_seqlens[:-1]
+    if last is None:
+        return x.roll(1, dims=1).index_fill_(1, starts, 0)
+    return x.roll(1, dims=1).index_copy_(1, starts, with_zeros(last.to(x.dtype), len(starts))[None])
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if that is what it has."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def with_zeros(rows: Tensor, count: int) -> Tensor:
+    """rows [k, ...] with rows of zeros after them, `count` in all."""
+    return rows if len(rows) == count else torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])

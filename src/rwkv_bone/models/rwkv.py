@@ -3,7 +3,7 @@
 Parameter names are the checkpoint's keys. What differs between generations, the time mix and the channel mix, is in one
 file each, registered in GENERATIONS.
 
-Sizes: B batch, T tokens, C channels, H heads, N head size, V vocabulary.
+Sizes: B batch, T tokens, C channels, H heads, N head size, V vocabulary, D documents of a packed row.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone.checkpoint import Architecture
+from rwkv_bone.errors import UserError
 from rwkv_bone.models import v5, v6, v7
 from rwkv_bone.models.layers import Embedding, Head, LayerNorm, adapted_head_loss
 
@@ -22,7 +23,7 @@ GENERATIONS = {5: v5, 6: v6, 7: v7}
 
 
 class LayerState(NamedTuple):
-    """What one block carries from one piece of a sequence to the next."""
+    """What one block carries from one piece of a sequence to the next; of a packed row D rows instead of B."""
 
     att_shift: Tensor  # [B, C] fp32, the last input row of the time mix
     wkv: Tensor  # [B, H, N, N] fp32, rows = value index, columns = key index
@@ -41,21 +42,33 @@ class Block(nn.Module):
         self.ffn = generation.ChannelMix(arch, layer)
         self.layer = layer
 
-    def forward(self, x: Tensor, shared: Tensor | None, state: LayerState | None, return_state: bool):
+    def forward(
+        self,
+        x: Tensor,
+        shared: Tensor | None,
+        state: LayerState | None,
+        return_state: bool,
+        cu_seqlens: Tensor | None,
+    ):
         """x [B, T, C] -> (x, shared, LayerState or None). `shared` is what a generation hands from block to block."""
         if self.layer == 0:
             x = self.ln0(x)
         rows = self.ln1(x)
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
-        mixed, shared, wkv = self.att(rows, shared, att_shift, wkv, return_state)
+        mixed, shared, wkv = self.att(rows, shared, att_shift, wkv, return_state, cu_seqlens)
         x = x + mixed
         cells = self.ln2(x)
-        x = x + self.ffn(cells, ffn_shift)
-        if not return_state:
-            return x, shared, None
-        # Copies: a view of the last row would keep all rows in memory for as long as the state lives.
-        att_shift, ffn_shift = (part[:, -1].to(torch.float32, copy=True) for part in (rows, cells))
-        return x, shared, LayerState(att_shift, wkv, ffn_shift)
+        # Before the channel mix: what a block saves for backward after its last layer has DeepSpeed's stage 3 take that
+        # layer's weight away while the block is recomputed.
+        after = LayerState(_last(rows, cu_seqlens), wkv, _last(cells, cu_seqlens)) if return_state else None
+        return x + self.ffn(cells, ffn_shift, cu_seqlens), shared, after
+
+
+def _last(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last row of each sequence, fp32. A copy: a view would keep all rows in memory for as long as it lives."""
+    if cu_seqlens is None:
+        return x[:, -1].to(torch.float32, copy=True)
+    return x[0, cu_seqlens[1:] - 1].float()
 
 
 class RWKV(nn.Module):
@@ -76,6 +89,7 @@ class RWKV(nn.Module):
         state: list[LayerState] | None = None,
         labels: Tensor | None = None,
         return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
         l2wrap: float = 0.0,
         grad_cp: bool = False,
     ):
@@ -83,16 +97,22 @@ class RWKV(nn.Module):
 
         ids [B, T] int64; state: one LayerState a block, as an earlier call returned it (None = start of a document).
         labels [B, T] int64, already shifted: labels[:, t] is what position t should predict, -100 = not trained.
+        cu_seqlens [D + 1] int64, on the device of ids: ids [1, T] are D documents one after another, document d at
+        cu_seqlens[d] to cu_seqlens[d + 1], none of which sees another. A state of k <= D rows is what the first k go on
+        from, the others start afresh; a returned state has D rows.
         Returns logits [B, T, V] in `self.dtype`, or with labels the fp32 sum of the cross-entropy over labelled
         positions; with return_state a pair of that and the new state. grad_cp recomputes each block in backward.
         """
+        sequences = len(ids) if cu_seqlens is None else len(cu_seqlens) - 1
+        if state is not None and len(state[0].wkv) > sequences:
+            raise UserError(f"state: expected at most {sequences} rows, one a sequence, found {len(state[0].wkv)}")
         x, shared, after = self.emb(ids), None, []
         for layer, block in enumerate(self.blocks):
             before = state[layer] if state is not None else None
             if grad_cp and torch.is_grad_enabled():
-                x, shared, new = checkpoint(block, x, shared, before, return_state, use_reentrant=False)
+                x, shared, new = checkpoint(block, x, shared, before, return_state, cu_seqlens, use_reentrant=False)
             else:
-                x, shared, new = block(x, shared, before, return_state)
+                x, shared, new = block(x, shared, before, return_state, cu_seqlens)
             after.append(new)
         hidden = self.ln_out(x)
         if labels is None:

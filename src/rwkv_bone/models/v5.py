@@ -40,13 +40,19 @@ class TimeMix(StatefulMix):
         self.ln_x = HeadNorm(H, C, GROUP_NORM_EPS)
 
     def forward(
-        self, x: Tensor, shared: None, last: Tensor | None, state: Tensor | None, return_state: bool
+        self,
+        x: Tensor,
+        shared: None,
+        last: Tensor | None,
+        state: Tensor | None,
+        return_state: bool,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, None, Tensor | None]:
         """x [B, T, C], last [B, C], state [B, H, N, N] -> (output [B, T, C], None, state)."""
         B, T, C = x.shape
-        state = self.start(state, B)
+        state = self.start(state, B if cu_seqlens is None else len(cu_seqlens) - 1)
         heads = (B, T, self.n_head, self.head_size)
-        previous = token_shift(x, last)
+        previous = token_shift(x, last, cu_seqlens)
         xk, xv, xr, xg = (torch.lerp(previous, x, getattr(self, f"time_mix_{name}").to(x.dtype)) for name in "kvrg")
         r, k, v = (y.view(heads) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
         g = F.silu(self.gate(xg))
@@ -57,6 +63,7 @@ class TimeMix(StatefulMix):
             v=v,
             u=self.time_faaaa,
             state=state,
+            cu_seqlens=cu_seqlens,
             output_state=True,
             op=self.op,
         )
@@ -74,9 +81,9 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C)
         self.value = Linear(arch.dim_ffn, C)
 
-    def forward(self, x: Tensor, last: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """x [B, T, C], last [B, C] -> [B, T, C]."""
-        previous = token_shift(x, last)
+        previous = token_shift(x, last, cu_seqlens)
         xk = torch.lerp(previous, x, self.time_mix_k.to(x.dtype))
         xr = torch.lerp(previous, x, self.time_mix_r.to(x.dtype))
         return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)).square())

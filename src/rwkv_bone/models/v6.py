@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_bone.checkpoint import Architecture
-from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift
+from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift, widened
 from rwkv_bone.ops.wkv6 import wkv6
 
 GROUP_NORM_EPS = 64e-5
@@ -45,17 +45,23 @@ class TimeMix(StatefulMix):
         self.ln_x = HeadNorm(H, C, GROUP_NORM_EPS)
 
     def forward(
-        self, x: Tensor, shared: None, last: Tensor | None, state: Tensor | None, return_state: bool
+        self,
+        x: Tensor,
+        shared: None,
+        last: Tensor | None,
+        state: Tensor | None,
+        return_state: bool,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, None, Tensor | None]:
         """x [B, T, C], last [B, C], state [B, H, N, N] -> (output [B, T, C], None, state)."""
         B, T, C = x.shape
-        state = self.start(state, B)
+        state = self.start(state, B if cu_seqlens is None else len(cu_seqlens) - 1)
         heads = (B, T, self.n_head, self.head_size)
 
         def param(name: str) -> Tensor:
             return getattr(self, name).to(x.dtype)
 
-        delta = token_shift(x, last) - x
+        delta = token_shift(x, last, cu_seqlens) - x
         mix = torch.tanh(torch.addcmul(x, delta, param("time_maa_x")) @ param("time_maa_w1"))
         mix = mix.view(B * T, len(MIXED), -1).transpose(0, 1)  # [5, B T, M]
         mix = torch.bmm(mix, param("time_maa_w2")).view(len(MIXED), B, T, C)
@@ -67,9 +73,19 @@ class TimeMix(StatefulMix):
         g = F.silu(self.gate(inputs["g"]))
         # In fp32, since the decay is the exponential of an exponential of this.
         low = torch.tanh(inputs["w"] @ param("time_decay_w1")) @ param("time_decay_w2")
-        w = self.time_decay.float() + low.float()
+        w = widened(self.time_decay) + widened(low)
         r, w, k, v = (tensor.view(heads) for tensor in (r, w, k, v))
-        y, state = wkv6(r=r, w=w, k=k, v=v, u=self.time_faaaa, state=state, output_state=True, op=self.op)
+        y, state = wkv6(
+            r=r,
+            w=w,
+            k=k,
+            v=v,
+            u=self.time_faaaa,
+            state=state,
+            cu_seqlens=cu_seqlens,
+            output_state=True,
+            op=self.op,
+        )
         y = self.ln_x(y.reshape(B, T, C))
         return self.output(y * g), None, state if return_state else None
 
@@ -84,9 +100,9 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C)
         self.value = Linear(arch.dim_ffn, C)
 
-    def forward(self, x: Tensor, last: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """x [B, T, C], last [B, C] -> [B, T, C]."""
-        delta = token_shift(x, last) - x
+        delta = token_shift(x, last, cu_seqlens) - x
         xk = torch.addcmul(x, delta, self.time_maa_k.to(x.dtype))
         xr = torch.addcmul(x, delta, self.time_maa_r.to(x.dtype))
         return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)).square())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_bone.checkpoint import Architecture
-from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift
+from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift, widened
 from rwkv_bone.ops.wkv7 import wkv7
 
 GROUP_NORM_EPS = 64e-5  # for every head size: upstream's constant, not a formula
@@ -49,21 +49,27 @@ class TimeMix(StatefulMix):
         self.ln_x = HeadNorm(H, C, GROUP_NORM_EPS)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, last: Tensor | None, state: Tensor | None, return_state: bool
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        last: Tensor | None,
+        state: Tensor | None,
+        return_state: bool,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [B, T, C], v_first [B, T, C] of layer 0, last [B, C], state [B, H, N, N] -> (output, v_first, state)."""
         B, T, C = x.shape
-        state = self.start(state, B)
+        state = self.start(state, B if cu_seqlens is None else len(cu_seqlens) - 1)
         heads = (B, T, self.n_head, self.head_size)
 
         def param(name: str) -> Tensor:
             return getattr(self, name).to(x.dtype)
 
-        delta = token_shift(x, last) - x
+        delta = token_shift(x, last, cu_seqlens) - x
         xr, xw, xk, xv, xa, xg = (torch.addcmul(x, delta, param(f"x_{name}")) for name in "rwkvag")
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         # In fp32: rounding the decay logit to bf16 moves the decay of slow channels by up to 3 %.
-        w = self.w0.float() + (torch.tanh(xw @ param("w1")) @ param("w2")).float()
+        w = widened(self.w0) + widened(torch.tanh(xw @ param("w1")) @ param("w2"))
         a = torch.sigmoid(param("a0") + (xa @ param("a1")) @ param("a2"))
         g = torch.sigmoid(xg @ param("g1")) @ param("g2")
         if self.layer == 0:
@@ -73,7 +79,18 @@ class TimeMix(StatefulMix):
         kk = F.normalize((k * param("k_k")).view(heads), dim=-1)
         k = k * (1 + (a - 1) * param("k_a"))
         r, w, k, v, a = (tensor.view(heads) for tensor in (r, w, k, v, a))
-        result = wkv7(r=r, w=w, k=k, v=v, a=-kk, b=kk * a, state=state, output_state=return_state, op=self.op)
+        result = wkv7(
+            r=r,
+            w=w,
+            k=k,
+            v=v,
+            a=-kk,
+            b=kk * a,
+            state=state,
+            cu_seqlens=cu_seqlens,
+            output_state=return_state,
+            op=self.op,
+        )
         y, state = result if return_state else (result, None)
         y = self.ln_x(y.reshape(B, T, C))
         bonus = (r * k * param("r_k")).sum(dim=-1, keepdim=True) * v
@@ -87,9 +104,9 @@ class ChannelMix(nn.Module):
         self.key = Linear(arch.n_embd, arch.dim_ffn)
         self.value = Linear(arch.dim_ffn, arch.n_embd)
 
-    def forward(self, x: Tensor, last: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """x [B, T, C], last [B, C] -> [B, T, C]."""
-        mixed = torch.addcmul(x, token_shift(x, last) - x, self.x_k.to(x.dtype))
+        mixed = torch.addcmul(x, token_shift(x, last, cu_seqlens) - x, self.x_k.to(x.dtype))
         return self.value(torch.relu(self.key(mixed)).square())
 
 

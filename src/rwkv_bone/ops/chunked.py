@@ -2,8 +2,9 @@
 
 Within a chunk of L tokens the rank-one edits are gathered into one triangular system, so a chunk costs a few products
 and only one [N, N] product per chunk is sequential. The backward pass is explicit and remakes everything from the
-inputs and the state at the start of each chunk. Tails are padded with tokens that leave the state alone
-(r = k = v = a = b = 0, decay 1). Verified against ops/reference.py.
+inputs and the state at the start of each chunk. What a chunk lacks is filled up with tokens that leave the state alone
+(r = k = v = a = b = 0, decay 1). Packed documents are cut each by itself: see ops/chunks.py. Verified against
+ops/reference.py.
 
 Sizes: B batch, T tokens, H heads, N head size, n chunks, L tokens of a chunk.
 """
@@ -13,10 +14,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv_bone.ops.chunks import Chunks
 from rwkv_bone.ops.reference import DECAY_SCALE
 
 # The decay's bound of exp(-0.6065) per step keeps exp(+-sum of log decay) in fp32's range up to about 128 tokens.
@@ -24,55 +25,56 @@ CHUNK = 32
 
 
 def wkv7_chunked(
-    *, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, chunk: int = CHUNK
+    *,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None = None,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """r, w, k, v, a, b [B, T, H, N], state [B, H, N, N] (value, key) -> (y in r's dtype, last state).
 
-    Computes in float64 if the state is float64, otherwise in float32. See ops.reference for the formula.
+    With `cu_seqlens` [D + 1] B is 1 and the states are [D, H, N, N]. Computes in float64 if the state is float64,
+    otherwise in float32. See ops.reference for the formula.
     """
-    return _Chunked.apply(r, w, k, v, a, b, state, chunk)
+    return _Chunked.apply(r, w, k, v, a, b, state, cu_seqlens, chunk)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, r, w, k, v, a, b, state, chunk):
+    def forward(ctx, r, w, k, v, a, b, state, cu_seqlens, chunk):
+        chunks = Chunks(r.shape, chunk, cu_seqlens)
         with torch.autocast(r.device.type, enabled=False):
-            c = _within_chunks(r, w, k, v, a, b, state.dtype, chunk)
-            starts = []
-            for i in range(c.change.shape[2]):
-                starts.append(state)
-                state = torch.baddbmm(
-                    torch.addcmul(c.added[:, :, i], state, c.kept[:, :, i]).flatten(0, 1),
-                    state.flatten(0, 1),
+            c = _within_chunks(chunks, r, w, k, v, a, b, state.dtype)
+            states, starts = state.clone(), []
+            for i in range(chunks.count):
+                start = chunks.take(states, i)
+                starts.append(start)
+                end = torch.baddbmm(
+                    torch.addcmul(c.added[:, :, i], start, c.kept[:, :, i]).flatten(0, 1),
+                    start.flatten(0, 1),
                     c.change[:, :, i].flatten(0, 1),
-                ).view_as(state)
+                ).view_as(start)
+                states = chunks.put(states, i, end)
             starts = torch.stack(starts, dim=2)  # [B, H, n, N, N]
             y = c.own + c.reads @ starts.mT
-        ctx.save_for_backward(r, w, k, v, a, b, starts, state)
+        ctx.save_for_backward(r, w, k, v, a, b, starts, states, cu_seqlens)
         ctx.chunk = chunk
-        return join_chunks(y, r.shape[1]).to(r.dtype), state
+        return chunks.join(y).to(r.dtype), states
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dstate):
-        r, w, k, v, a, b, starts, last = ctx.saved_tensors
+        r, w, k, v, a, b, starts, last, cu_seqlens = ctx.saved_tensors
+        chunks = Chunks(r.shape, ctx.chunk, cu_seqlens)
         with torch.autocast(r.device.type, enabled=False):
-            grads = _backward(r, w, k, v, a, b, starts, last, dy, dstate, ctx.chunk)
+            grads = _backward(chunks, r, w, k, v, a, b, starts, last, dy, dstate)
         # In bf16 the gradients are rounded once, here.
-        return *(g.to(x.dtype) for g, x in zip(grads, (r, w, k, v, a, b, starts), strict=True)), None
-
-
-def split_chunks(x: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-    """[B, T, H, N] -> [B, H, n, L, N], the tail padded with zeros."""
-    B, T, H, N = x.shape
-    x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, -T % chunk))
-    return x.view(B, -1, chunk, H, N).permute(0, 3, 1, 2, 4)
-
-
-def join_chunks(x: Tensor, T: int) -> Tensor:
-    """[B, H, n, L, N] -> [B, T, H, N]."""
-    B, H, _, _, N = x.shape
-    return x.permute(0, 2, 3, 1, 4).reshape(B, -1, H, N)[:, :T]
+        return *(g.to(x.dtype) for g, x in zip(grads, (r, w, k, v, a, b, starts), strict=True)), None, None
 
 
 class _Chunks(NamedTuple):
@@ -113,9 +115,9 @@ class _Chunks(NamedTuple):
     added: Tensor  # [B, H, n, N, N]
 
 
-def _within_chunks(r, w, k, v, a, b, dtype, chunk) -> _Chunks:
-    log_decay = split_chunks(-DECAY_SCALE * torch.sigmoid(w.to(dtype)), chunk, dtype)
-    r, k, v, a, b = (split_chunks(x, chunk, dtype) for x in (r, k, v, a, b))
+def _within_chunks(chunks, r, w, k, v, a, b, dtype) -> _Chunks:
+    log_decay = chunks.split(-DECAY_SCALE * torch.sigmoid(w.to(dtype)), dtype)
+    r, k, v, a, b = (chunks.split(x, dtype) for x in (r, k, v, a, b))
     total = log_decay.cumsum(dim=3)
     end = total[..., -1:, :]
     up, up_before = total.exp(), (total - log_decay).exp()
@@ -135,20 +137,22 @@ def _within_chunks(r, w, k, v, a, b, dtype, chunk) -> _Chunks:
     )  # fmt: skip
 
 
-def _backward(r, w, k, v, a, b, starts, last, dy, dstate, chunk) -> tuple[Tensor, ...]:
-    c = _within_chunks(r, w, k, v, a, b, starts.dtype, chunk)
-    dy = split_chunks(dy, chunk, starts.dtype)
+def _backward(chunks, r, w, k, v, a, b, starts, last, dy, dstate) -> tuple[Tensor, ...]:
+    dtype = starts.dtype
+    c = _within_chunks(chunks, r, w, k, v, a, b, dtype)
+    dy = chunks.split(dy, dtype)
     from_y = dy.mT @ c.reads
-    d_ends = [None] * from_y.shape[2]
-    for i in reversed(range(len(d_ends))):
-        d_ends[i] = dstate
-        dstate = torch.baddbmm(
-            torch.addcmul(from_y[:, :, i], dstate, c.kept[:, :, i]).flatten(0, 1),
-            dstate.flatten(0, 1),
+    dstates, d_ends = dstate.clone(), [None] * chunks.count
+    for i in reversed(range(chunks.count)):
+        d_end = d_ends[i] = chunks.take(dstates, i)
+        d_start = torch.baddbmm(
+            torch.addcmul(from_y[:, :, i], d_end, c.kept[:, :, i]).flatten(0, 1),
+            d_end.flatten(0, 1),
             c.change[:, :, i].mT.flatten(0, 1),
-        ).view_as(dstate)
+        ).view_as(d_end)
+        dstates = chunks.put(dstates, i, d_start)
     d_ends = torch.stack(d_ends, dim=2)  # gradient of each chunk's last state [B, H, n, N, N]
-    ends = torch.cat([starts[:, :, 1:], last[:, :, None]], dim=2)
+    ends = chunks.ends(starts, last)
 
     u = c.u0 + c.W @ starts.mT
     du = c.rb.mT @ dy + c.b_end @ d_ends.mT
@@ -166,8 +170,7 @@ def _backward(r, w, k, v, a, b, starts, last, dy, dstate, chunk) -> tuple[Tensor
     through = c.r * dr - c.k * dk - c.b * db + at_read
     later = through.flip(3).cumsum(3).flip(3) - at_read
     dlog = later + (ends * d_ends).sum(dim=3, keepdim=True)
-    T = r.shape[1]
-    x = w.to(starts.dtype)
-    dw = join_chunks(dlog, T) * (-DECAY_SCALE * torch.sigmoid(x) * torch.sigmoid(-x))
-    dr, dk, dv, da, db = (join_chunks(g, T) for g in (dr, dk, dv, da, db))
-    return dr, dw, dk, dv, da, db, dstate
+    x = w.to(dtype)
+    dw = chunks.join(dlog) * (-DECAY_SCALE * torch.sigmoid(x) * torch.sigmoid(-x))
+    dr, dk, dv, da, db = (chunks.join(g) for g in (dr, dk, dv, da, db))
+    return dr, dw, dk, dv, da, db, dstates

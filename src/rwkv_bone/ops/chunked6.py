@@ -6,8 +6,9 @@ is halved again and again: for j in a left half and i in the right half beside i
 way from the middle to i are separate sums of log decay, each at most 0, and all these pairs are one product. Every
 pair of a chunk meets at exactly one halving. Nothing is subtracted or divided.
 
-The backward pass is explicit and remakes everything from the inputs and the state at the start of each chunk. Tails
-are padded with tokens that leave the state alone (r = k = v = 0, decay 1). Verified against ops/reference.py.
+The backward pass is explicit and remakes everything from the inputs and the state at the start of each chunk. What a
+chunk lacks is filled up with tokens that leave the state alone (r = k = v = 0, decay 1). Packed documents are cut each
+by itself: see ops/chunks.py. Verified against ops/reference.py.
 
 Sizes: B batch, T tokens, H heads, N head size, n chunks, L tokens of a chunk.
 """
@@ -19,53 +20,65 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_bone.ops.chunked import join_chunks, split_chunks
+from rwkv_bone.ops.chunks import Chunks
 
 CHUNK = 32
 
 
 def wkv6_chunked(
-    *, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, chunk: int = CHUNK
+    *,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None = None,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """r, w, k, v [B, T, H, N], u [H, N], state [B, H, N, N] (value, key) -> (y in r's dtype, last state).
 
-    Computes in float64 if the state is float64, otherwise in float32; w and u are of the state's dtype. `chunk` is a
-    power of two. See ops.reference for the formula; RWKV-5's w is expanded over batch and time.
+    With `cu_seqlens` [D + 1] B is 1 and the states are [D, H, N, N]. Computes in float64 if the state is float64,
+    otherwise in float32; w and u are of the state's dtype. `chunk` is a power of two. See ops.reference for the
+    formula; RWKV-5's w is expanded over batch and time.
     """
-    return _Chunked.apply(r, w, k, v, u, state, chunk)
+    return _Chunked.apply(r, w, k, v, u, state, cu_seqlens, chunk)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, r, w, k, v, u, state, chunk):
+    def forward(ctx, r, w, k, v, u, state, cu_seqlens, chunk):
         ctx.chunk = chunk
+        chunks = Chunks(r.shape, chunk, cu_seqlens)
         with torch.autocast(r.device.type, enabled=False):
-            T, dtype, bonus = r.shape[1], r.dtype, u[:, None, None, :]
-            log = split_chunks(_log_decay(w), chunk, state.dtype)
-            rc, kc, vc = (split_chunks(x, chunk, state.dtype) for x in (r, k, v))
+            dtype, bonus = state.dtype, u[:, None, None, :]
+            log = chunks.split(_log_decay(w), dtype)
+            rc, kc, vc = (chunks.split(x, dtype) for x in (r, k, v))
             added = vc.mT @ (kc * _after(log).exp())
             kept = log.sum(dim=3, keepdim=True).exp()
-            starts = []
-            for i in range(log.shape[2]):
-                starts.append(state)
-                state = torch.addcmul(added[:, :, i], state, kept[:, :, i])
+            states, starts = state.clone(), []
+            for i in range(chunks.count):
+                start = chunks.take(states, i)
+                starts.append(start)
+                states = chunks.put(states, i, torch.addcmul(added[:, :, i], start, kept[:, :, i]))
             starts = torch.stack(starts, dim=2)  # [B, H, n, N, N]
-            ctx.save_for_backward(r, w, k, v, u, starts)
+            ctx.save_for_backward(r, w, k, v, u, starts, cu_seqlens)
             y = (rc * _before(log).exp()) @ starts.mT + (rc * bonus * kc).sum(-1, keepdim=True) * vc
             for half in _halves_of(chunk):
                 (log_j, log_i), (_, r_i), (k_j, _), (v_j, _), (_, y_i) = (_halve(x, half) for x in (log, rc, kc, vc, y))
                 reads = (r_i * _before(log_i).exp()) @ (k_j * _after(log_j).exp()).mT
                 y_i += reads @ v_j
-        return join_chunks(y, T).to(dtype), state
+        return chunks.join(y).to(r.dtype), states
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dstate):
-        r, w, k, v, u, starts = ctx.saved_tensors
+        r, w, k, v, u, starts, cu_seqlens = ctx.saved_tensors
+        chunks = Chunks(r.shape, ctx.chunk, cu_seqlens)
         with torch.autocast(r.device.type, enabled=False):
-            grads = _backward(r, w, k, v, u, starts, dy, dstate, ctx.chunk)
+            grads = _backward(chunks, r, w, k, v, u, starts, dy, dstate)
         # In bf16 the gradients are rounded once, here.
-        return *(g.to(x.dtype) for g, x in zip(grads, (r, w, k, v, u, starts), strict=True)), None
+        return *(g.to(x.dtype) for g, x in zip(grads, (r, w, k, v, u, starts), strict=True)), None, None
 
 
 def _log_decay(w: Tensor) -> Tensor:
@@ -92,18 +105,18 @@ def _halve(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     return x.unflatten(3, (-1, 2, half)).unbind(4)
 
 
-def _backward(r, w, k, v, u, starts, dy, dstate, chunk) -> tuple[Tensor, ...]:
-    T, dtype, bonus = r.shape[1], starts.dtype, u[:, None, None, :]
+def _backward(chunks, r, w, k, v, u, starts, dy, dstate) -> tuple[Tensor, ...]:
+    dtype, bonus = starts.dtype, u[:, None, None, :]
     log_decay = _log_decay(w)
-    log = split_chunks(log_decay, chunk, dtype)
-    r, k, v, dy = (split_chunks(x, chunk, dtype) for x in (r, k, v, dy))
+    log = chunks.split(log_decay, dtype)
+    r, k, v, dy = (chunks.split(x, dtype) for x in (r, k, v, dy))
     from_start, to_end, kept = _before(log).exp(), _after(log).exp(), log.sum(dim=3, keepdim=True).exp()
     r_start, k_end = r * from_start, k * to_end
     from_y = dy.mT @ r_start
-    d_ends = [dstate] * from_y.shape[2]
-    for i in reversed(range(len(d_ends))):
-        d_ends[i] = dstate
-        dstate = torch.addcmul(from_y[:, :, i], dstate, kept[:, :, i])
+    dstates, d_ends = dstate.clone(), [None] * chunks.count
+    for i in reversed(range(chunks.count)):
+        d_end = d_ends[i] = chunks.take(dstates, i)
+        dstates = chunks.put(dstates, i, torch.addcmul(from_y[:, :, i], d_end, kept[:, :, i]))
     d_ends = torch.stack(d_ends, dim=2)  # gradient of each chunk's last state [B, H, n, N, N]
 
     # Between the chunk's tokens and the states around it.
@@ -117,7 +130,7 @@ def _backward(r, w, k, v, u, starts, dy, dstate, chunk) -> tuple[Tensor, ...]:
     dk += bonus * r * vdy
     dv += (r * bonus * k).sum(-1, keepdim=True) * dy
     du = (r * k * vdy).sum(dim=(0, 2, 3))
-    for half in _halves_of(chunk):
+    for half in _halves_of(chunks.length):
         (log_j, log_i), (_, r_i), (k_j, _), (v_j, _), (_, dy_i) = (_halve(x, half) for x in (log, r, k, v, dy))
         (dlog_j, dlog_i), (_, dr_i), (dk_j, _), (dv_j, _) = (_halve(x, half) for x in (dlog, dr, dk, dv))
         from_middle, to_middle = _before(log_i).exp(), _after(log_j).exp()
@@ -130,5 +143,5 @@ def _backward(r, w, k, v, u, starts, dy, dstate, chunk) -> tuple[Tensor, ...]:
         dlog_i += _after(r_middle * dr_middle)
         dlog_j += _before(k_middle * dk_middle)
 
-    dr, dlog, dk, dv = (join_chunks(x, T) for x in (dr, dlog, dk, dv))
-    return dr, dlog * log_decay, dk, dv, du, dstate
+    dr, dlog, dk, dv = (chunks.join(x) for x in (dr, dlog, dk, dv))
+    return dr, dlog * log_decay, dk, dv, du, dstates

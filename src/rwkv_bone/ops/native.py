@@ -29,15 +29,20 @@ def library(operator: str, device_type: str) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     for name in ("saved_floats", "workspace_floats"):
         function = getattr(loaded, f"{operator}_{name}")
-        function.argtypes, function.restype = [ctypes.c_int64] * 4, ctypes.c_int64
+        function.argtypes, function.restype = [ctypes.c_int64] * 5, ctypes.c_int64
     getattr(loaded, f"{operator}_error").restype = ctypes.c_char_p
     return loaded
 
 
-def scratch(operator: str, name: str, like: Tensor) -> Tensor:
-    """An uninitialised float32 buffer of `<operator>_<name>(B, T, H, N)` elements beside `like` [B, T, H, N]."""
-    size = getattr(library(operator, like.device.type), f"{operator}_{name}")(*like.shape)
+def scratch(operator: str, name: str, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """An uninitialised float32 buffer of `<operator>_<name>(B, T, H, N, D)` elements beside `like` [B, T, H, N]."""
+    size = getattr(library(operator, like.device.type), f"{operator}_{name}")(*like.shape, documents(cu_seqlens))
     return torch.empty(size, dtype=torch.float32, device=like.device)
+
+
+def documents(cu_seqlens: Tensor | None) -> int:
+    """The interface's D: the number of packed documents; 0 if nothing is packed."""
+    return 0 if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
 def ready(x: Tensor | None) -> Tensor | None:
@@ -47,8 +52,9 @@ def ready(x: Tensor | None) -> Tensor | None:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def call(operator: str, step: str, like: Tensor, *tensors: Tensor | None) -> None:
-    """Runs `<operator>_<step>(dtype, B, T, H, N, tensors..., device, stream)`; dtype and sizes are those of `like`.
+def call(operator: str, step: str, like: Tensor, cu_seqlens: Tensor | None, *tensors: Tensor | None) -> None:
+    """Runs `<operator>_<step>(dtype, B, T, H, N, D, cu_seqlens, tensors..., device, stream)`; dtype and sizes are those
+    of `like`, and D those of `cu_seqlens`.
 
     None is passed as a null pointer. On CUDA the kernel goes to the current stream of like's device, on the processor
     it gets PyTorch's number of threads. Raises RuntimeError with the library's own words.
@@ -60,8 +66,8 @@ def call(operator: str, step: str, like: Tensor, *tensors: Tensor | None) -> Non
         device, stream = torch.get_num_threads(), None
     code = getattr(loaded, f"{operator}_{step}")(
         ctypes.c_int(DTYPES[like.dtype]),
-        *map(ctypes.c_int64, like.shape),
-        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors),
+        *map(ctypes.c_int64, (*like.shape, documents(cu_seqlens))),
+        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (cu_seqlens, *tensors)),
         ctypes.c_int(device),
         ctypes.c_void_p(stream),
     )

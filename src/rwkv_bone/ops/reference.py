@@ -2,17 +2,38 @@
 
 Everything else under ops/ and cuda/ is compared with this file. Use float64 for that; speed is not a goal.
 
-Sizes: B batch, T tokens, H heads, N head size.
+Sizes: B batch, T tokens, H heads, N head size, D documents.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 DECAY_SCALE = math.exp(-0.5)
+
+
+def each_document(
+    recurrence: Callable[..., tuple[Tensor, Tensor]], *, cu_seqlens: Tensor | None, state: Tensor, **tensors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What packed documents mean: the recurrence on each of them alone, from its own state.
+
+    The tensors [1, T, H, N] hold D documents one after another, document d in tokens cu_seqlens[d] up to
+    cu_seqlens[d + 1]; those without tokens, [H, N], are the same for all. state [D, H, N, N] -> (y [1, T, H, N], last
+    states [D, H, N, N]). Without cu_seqlens it is the recurrence itself.
+    """
+    if cu_seqlens is None:
+        return recurrence(**tensors, state=state)
+    lengths = cu_seqlens.diff().tolist()
+    parts = {name: x.split(lengths, dim=1) if x.dim() == 4 else [x] * len(lengths) for name, x in tensors.items()}
+    results = [
+        recurrence(**{name: part[d] for name, part in parts.items()}, state=one) for d, one in enumerate(state.split(1))
+    ]
+    outputs, states = zip(*results, strict=True)
+    return torch.cat(outputs, dim=1), torch.cat(states)
 
 
 def wkv7_reference(

@@ -1,18 +1,24 @@
-"""What a user sees and keeps of a run besides the adapters: progress, one log line a step, the loss curve."""
+"""What happens beside the training steps: progress, one log line a step, seeds, signals; and the loss curve."""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 
-from rwkv_bone.errors import UserError
+from rwkv_bone.checkpoint import atomic_path
+from rwkv_bone.errors import Interrupted, UserError
 
 
 def clock(seconds: float) -> str:
@@ -33,16 +39,24 @@ def peak_memory_mb(device: torch.device) -> float:
 class StepLog(Callback):
     """One JSON line per optimiser step in `train_log.jsonl`, and to Lightning's logger if there is one.
 
-    `seconds` is the time of the step alone; `tokens` are input tokens of all ranks, padding not counted.
+    `seconds` is the time of the step alone; `tokens` are input tokens of all ranks, padding not counted. A run that is
+    continued keeps its lines up to the step after which it goes on.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, kept: Sequence[dict] = ()):
         self.path = path
-        self.records: list[dict] = []
+        self.records = list(kept)
 
     def on_train_start(self, trainer, module) -> None:
-        self._file = open(self.path, "w", encoding="utf-8") if trainer.is_global_zero else None
+        self._file = self._open() if trainer.is_global_zero else None
         self._begin = time.perf_counter()
+
+    def _open(self):
+        if not self.records:
+            return open(self.path, "w", encoding="utf-8")
+        with atomic_path(self.path, overwrite=True) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        return open(self.path, "a", encoding="utf-8")
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
         if not module.window_finished():
@@ -70,6 +84,22 @@ class StepLog(Callback):
             self._file.close()
 
 
+def read_log(path: Path, steps: int) -> list[dict]:
+    """The records of the first `steps` optimiser steps; UserError if the log does not hold exactly these."""
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if len(records) == steps:
+                break
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}:{len(records) + 1} is not JSON ({error}): mend or remove the file") from None
+    if [record["step"] for record in records] != list(range(1, steps + 1)):
+        raise UserError(f"{path} does not hold the steps 1 to {steps}: restore or remove the file")
+    return records
+
+
 class Progress(Callback):
     """A progress bar on a terminal; elsewhere about twenty plain lines."""
 
@@ -85,25 +115,89 @@ class Progress(Callback):
         if not (module.window_finished() and trainer.is_global_zero):
             return
         done, total, elapsed = module.window.step, module.total_steps, time.perf_counter() - self._begin
+        ours = done - module.first_step
         # Over some steps: single ones of a small batch jump too much to read.
         recent = self.step_log.records[-20:]
         loss = sum(r["loss"] for r in recent) / len(recent)
+        recent = recent[-ours:]
         speed = sum(r["tokens"] for r in recent) / sum(r["seconds"] for r in recent)
         line = (
             f"step {done}/{total}  epoch {module.window.epoch + 1}/{module.epochs}  loss {loss:.4f}  "
-            f"lr {module.window.lr:.2e}  {speed:,.0f} tokens/s  {clock(elapsed / done * (total - done))} left"
+            f"lr {module.window.lr:.2e}  {speed:,.0f} tokens/s  {clock(elapsed / ours * (total - done))} left"
         )
         if self.stream.isatty():
             filled = self.BAR * done // total
             end = "\n" if done == total else ""
             self.stream.write(f"\r[{'#' * filled}{'.' * (self.BAR - filled)}] {line}\033[K{end}")
             self.stream.flush()
-        elif done == total or done == 1 or done % -(-total // 20) == 0:
+        elif done == total or ours == 1 or done % -(-total // 20) == 0:
             print(line, file=self.stream, flush=True)
 
     def on_exception(self, trainer, module, exception) -> None:
         if trainer.is_global_zero and self.stream.isatty():
             self.stream.write("\n")
+
+
+class SeedBatches(Callback):
+    """Make what is drawn at random in a forward pass, dropout, a pure function of (seed, step, micro-batch, rank)."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        index += module.first_step * module.plan.accumulate
+        state = np.random.SeedSequence([self.seed, index, trainer.global_rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0]))
+
+
+class StopOnSignal(Callback):
+    """Ctrl-C or SIGTERM: finish the step under way, save it, and leave. A second one, or one outside the steps, leaves
+    at once.
+
+    Must be the first callback: it is to hear signals before held-out data is measured, and the ranks agree at the start
+    of a step, when every callback has seen the end of the last one. `save(trainer, module)` is called on every rank;
+    `message()` is what the user reads then.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, save, message):
+        self.save, self.message = save, message
+        self._received = 0
+        self._stepping = False
+
+    def on_train_start(self, trainer, module) -> None:
+        self._speaks = trainer.is_global_zero
+        for number in self.SIGNALS:
+            # In place of Lightning's; its trainer puts back what was there before.
+            signal.signal(number, self._receive)
+
+    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        self._stepping = True
+        if index % module.plan.accumulate == 0 and index:
+            self._leave_if_asked(trainer, module)
+
+    def on_train_end(self, trainer, module) -> None:
+        self._stepping = False
+        self._leave_if_asked(trainer, module)
+
+    def _receive(self, number: int, frame) -> None:
+        if self._received or not self._stepping:
+            raise KeyboardInterrupt
+        self._received = number
+        if self._speaks:
+            # print is not safe in a signal handler.
+            os.write(2, b"\nstopping after this step, to save it (once more: at once)\n")
+
+    def _leave_if_asked(self, trainer, module) -> None:
+        received = self._received
+        if module.plan.world_size > 1:
+            asked = torch.tensor(received, device=module.device)
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            received = int(asked)
+        if received:
+            self.save(trainer, module)
+            raise Interrupted(self.message(), received)
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -116,8 +210,8 @@ def smoothed(values: list[float]) -> list[float]:
     return out
 
 
-def draw_loss(path: Path, records: list[dict], heldout: tuple[float, float] | None) -> None:
-    """The loss curve as PNG: every step, a moving average, and held-out loss before and after if measured."""
+def draw_loss(path: Path, records: list[dict], heldout: Sequence[tuple[int, float]]) -> None:
+    """The loss curve as PNG: every step, a moving average, and what was measured on held-out data: (step, loss)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -128,7 +222,7 @@ def draw_loss(path: Path, records: list[dict], heldout: tuple[float, float] | No
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
     axes.plot(steps, smoothed(losses), color="tab:blue", label="moving average")
     if heldout:
-        axes.plot([0, steps[-1]], heldout, "o", color="tab:orange", label="held-out, before and after")
+        axes.plot(*zip(*heldout, strict=True), "o", color="tab:orange", label="held-out, before and after")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per trained token)")
     axes.grid(alpha=0.3)

@@ -22,16 +22,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import rwkv_bone
 from rwkv_bone import checkpoint, cli
-from rwkv_bone.adapters import Injection, inject, load_adapter_file
+from rwkv_bone.adapters import Injection, adapter_keys, inject, load_adapter_file, settings_of
 from rwkv_bone.checkpoint import Architecture, atomic_path
 from rwkv_bone.config import TrainConfig
-from rwkv_bone.data import BatchPlan, load_dataset, load_pairs, load_tokenizer
-from rwkv_bone.data.binidx import find_pair
-from rwkv_bone.errors import UserError
+from rwkv_bone.data import BatchPlan, Dataset, load_dataset, load_pairs, load_tokenizer
+from rwkv_bone.data.split import split_heldout
+from rwkv_bone.errors import Interrupted, UserError
 from rwkv_bone.models import RWKV, architecture_from_scratch, build, init_from_scratch, load_base_into
 from rwkv_bone.ops import select_op
-from rwkv_bone.training import project
-from rwkv_bone.training.callbacks import Progress, StepLog, draw_loss
+from rwkv_bone.quantization import describe
+from rwkv_bone.training import project, resume
+from rwkv_bone.training.callbacks import Progress, SeedBatches, StepLog, StopOnSignal, draw_loss, read_log
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.module import RunStopped, TrainingModule
 from rwkv_bone.training.saving import Output, SaveTrained
@@ -56,10 +57,11 @@ def fit(config: TrainConfig) -> Path:
     main = is_main_process()
     say = partial(print, flush=True) if main else lambda *_: None
     device = select_device(config.run.accelerator)
+    earlier = resume.Saved.find(config) if config.run.resume else None
     folder = project.check_folder(config) if main else Path(config.run.proj_dir)
     seed_everything(config.run.random_seed, verbose=False)
     prepared = prepare_model(config, torch.device(device))
-    dataset = load_dataset(config.data, prepared.arch.vocab_size)
+    dataset, split = load_data(config, prepared.arch.vocab_size)
     world_size = config.run.devices * config.run.num_nodes
     plan = BatchPlan(
         dataset,
@@ -68,28 +70,55 @@ def fit(config: TrainConfig) -> Path:
         world_size=world_size,
         seed=config.run.random_seed,
         steps_per_epoch=config.run.epoch_steps or None,
+        pack=config.data.dataload == "pack",
     )
-    check_schedule(config.run.epoch_count * plan.steps_per_epoch, config.optim)
-    module = TrainingModule(prepared.model, plan, config.run.epoch_count, config.optim, config.model)
+    check_schedule(plan.total_steps(config.run.epoch_count), config.optim)
+    metadata = prepared.output.metadata | {"data": resume.data_fingerprint(dataset)}
+    first_step = 0
+    if earlier:
+        earlier.check(metadata)
+        earlier.load_parameters(prepared.model, prepared.output.keys)
+        first_step = earlier.step
+    module = TrainingModule(
+        prepared.model,
+        plan,
+        config.run.epoch_count,
+        config.optim,
+        config.model,
+        first_step,
+        config.adapter.lora_plus,
+    )
     for line in header(config, prepared, device, dataset, module):
         say(line)
-    heldout = prepare_heldout(config, prepared.arch, folder, say)
+    if earlier:
+        for line in earlier.notes(config, plan):
+            say(f"resume    {line}")
+    heldout = prepare_heldout(config, prepared.arch, split, folder, say)
+    if earlier and first_step >= module.total_steps:
+        return finish(config, module, heldout, earlier.trained, device, say)
     strategy = make_strategy(config.run, device, trainable=count(prepared.model, trained=True))
     logger = wandb_logger(config, folder, say)
+    log = StepLog(folder / project.LOG, kept=read_log(folder / project.LOG, first_step) if earlier else ())
     if main:
-        project.clear_folder(folder)
+        (project.clear_unfinished if earlier else project.clear_folder)(folder)
         with atomic_path(folder / project.CONFIG, overwrite=True) as temporary:
-            temporary.write_text(cli.to_json(config), encoding="utf-8")
-
-    log = StepLog(folder / project.LOG)
+            # How a run treats its folder is no setting of the run.
+            kept = replace(config, run=replace(config.run, resume=False, overwrite=False))
+            temporary.write_text(cli.to_json(kept), encoding="utf-8")
     save = SaveTrained(
-        prepared.output,
+        replace(prepared.output, metadata=metadata),
         folder,
         epoch_begin=config.run.epoch_begin,
         epoch_save=config.run.epoch_save,
         save_steps=config.run.save_steps,
+        earlier=earlier,
+        go_on=program("train.py", "--resume", "1", "--proj_dir", str(folder)),
         say=say,
     )
+    stop = StopOnSignal(save.save_step, lambda: f"interrupted; {save.state_of_things()}")
+    callbacks = [stop, *([heldout] if heldout else []), log, Progress(log), save, SeedBatches(config.run.random_seed)]
+    if earlier:
+        callbacks.append(resume.RestoreMoments(earlier))
     trainer = Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=config.run.devices,
@@ -99,7 +128,7 @@ def fit(config: TrainConfig) -> Path:
         accumulate_grad_batches=config.run.accumulate_grad_batches,
         gradient_clip_val=config.optim.grad_clip or None,  # handed to DeepSpeed, which does the clipping
         logger=logger,
-        callbacks=[*([heldout] if heldout else []), log, Progress(log), save],
+        callbacks=callbacks,
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -107,7 +136,7 @@ def fit(config: TrainConfig) -> Path:
     )
     try:
         trainer.fit(module)
-    except RunStopped:
+    except (RunStopped, Interrupted):
         if trainer.local_rank > 0:
             # Every rank stops for the same reason. The main process reports it; leaving with an error here would have
             # Lightning kill the main process before it has finished writing.
@@ -118,11 +147,31 @@ def fit(config: TrainConfig) -> Path:
         trainer.strategy.launcher.kill(signal.SIGTERM)
         raise
     if main:
-        with atomic_path(folder / project.PLOT, overwrite=True) as temporary:
-            draw_loss(temporary, log.records, heldout and (heldout.before.loss, heldout.after.loss))
-        for line in footer(config, folder, save.last_path):
-            say(line)
+        report(config, folder, save.last_path, log.records, heldout, say)
     return save.last_path
+
+
+def finish(
+    config: TrainConfig, module: TrainingModule, heldout: HeldOut | None, trained: Path, device: str, say
+) -> Path:
+    """What is left to do for a run whose steps are all taken: nothing, or the measurement in which it was stopped."""
+    folder = Path(config.run.proj_dir)
+    if heldout and heldout.before and not (heldout.after and heldout.after.step >= module.total_steps):
+        main = is_main_process()
+        heldout.finish(module.to(device), write=main)
+        if main:
+            report(config, folder, trained, read_log(folder / project.LOG, module.first_step), heldout, say)
+    else:
+        say(f"nothing is left to do: the run in {folder} is complete; a larger --epoch_count trains longer")
+    return trained
+
+
+def report(config: TrainConfig, folder: Path, trained: Path, records: list[dict], heldout: HeldOut | None, say) -> None:
+    """Draw the loss curve and say where everything is."""
+    with atomic_path(folder / project.PLOT, overwrite=True) as temporary:
+        draw_loss(temporary, records, heldout.points() if heldout else [])
+    for line in footer(config, folder, trained):
+        say(line)
 
 
 def is_main_process() -> bool:
@@ -133,7 +182,9 @@ def is_main_process() -> bool:
 def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
     """Base model in memory (or mapped), adapter injected, everything that is not trained frozen."""
     dtype = DTYPES[config.run.precision]
-    path, kind = config.model.load_model, config.adapter.kind
+    path, kind, quant = config.model.load_model, config.adapter.kind, config.model.quant
+    if kind == "none" and quant != "none":
+        raise UserError(f"--quant {quant} with --peft none: only frozen weights are quantised, and none is; remove one")
     if not path:
         if kind != "none":
             raise UserError("--load_model is empty: an adapter needs a base model; --peft none trains one from scratch")
@@ -149,11 +200,12 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
         with torch.device("meta"):
             model = build(arch, op=op, dtype=dtype)
         # What is trained is trained in fp32; a frozen base is kept in the dtype of the arithmetic.
-        load_base_into(model, base, torch.float32 if kind == "none" else dtype, path)
+        load_base_into(model, base, torch.float32 if kind == "none" else dtype, path, quant)
         dtypes = {key: tensor.dtype for key, tensor in base.items()}
     metadata = {
         "format": 1,
         "kind": kind,
+        "quant": quant,
         "base": checkpoint.fingerprint(base) if base else None,
         "architecture": arch.to_dict(),
         "config": asdict(config),
@@ -166,8 +218,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
         return Prepared(model, arch, kernel, None, Output(tuple(dtypes), metadata, dtypes))
     injection = inject(
         model,
-        kind=kind,
-        r=config.adapter.bone_r,
+        settings=settings_of(config.adapter),
         targets=config.adapter.targets or None,
         train_parts=config.adapter.train_parts,
     )
@@ -176,27 +227,56 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
             # From the file's own values, not from their rounding to the arithmetic's dtype. An initial state is new.
             if key in base:
                 model.get_parameter(key).copy_(base[key])
-    if config.adapter.bone_load:
-        load_adapter_file(model, config.adapter.bone_load, injection, base=metadata["base"])
-    keys = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return Prepared(model, arch, kernel, injection, Output(keys, metadata | injection.metadata()))
+    if config.adapter.peft_load:
+        loaded = load_adapter_file(model, config.adapter.peft_load, injection, base=metadata["base"])
+        trained_on = loaded.metadata.get("quant", "none") if loaded.metadata else quant
+        if trained_on != quant:
+            # It has learnt to make up for the errors of those weights.
+            raise UserError(
+                f"--peft_load {config.adapter.peft_load} was trained with --quant {trained_on}, this run has --quant "
+                f"{quant}: give --quant {trained_on}"
+            )
+    output = Output(tuple(adapter_keys(model)), metadata | injection.metadata())
+    return Prepared(model, arch, kernel, injection, output)
 
 
-def prepare_heldout(config: TrainConfig, arch: Architecture, folder: Path, say) -> HeldOut | None:
-    """The measurement before and after, or None (said aloud) without --eval_data."""
-    path = config.data.eval_data
-    if not path:
-        say("held-out  none (--eval_data is empty): the training loss is all there will be to see")
+def load_data(config: TrainConfig, vocab_size: int) -> tuple[Dataset, Dataset | None]:
+    """The training data, and what --eval_split takes out of it (whole samples, whatever the training batches are)."""
+    data, share = config.data, config.data.eval_split
+    dataset = load_dataset(data, vocab_size)
+    if not share:
+        return dataset, None
+    whole = load_dataset(replace(data, dataload="pad"), vocab_size) if dataset.windows else dataset
+    # Both sides agree, since a sample's side follows from its group alone.
+    train, _ = split_heldout(dataset.groups, share, config.run.random_seed)
+    _, held = split_heldout(whole.groups, share, config.run.random_seed)
+    return dataset.subset(train), whole.subset(held)
+
+
+def prepare_heldout(
+    config: TrainConfig, arch: Architecture, split: Dataset | None, folder: Path, say
+) -> HeldOut | None:
+    """The measurement before and after, or None (said aloud) without held-out data."""
+    data, path = config.data, config.data.eval_data
+    if split is None and not path:
+        say("held-out  none (no --eval_data or --eval_split): the training loss is all there will be to see")
         return None
     # Held-out rows are read whole whatever the training batches are.
-    dataset = load_dataset(replace(config.data, dataload="pad"), arch.vocab_size, path)
-    say(f"held-out  {dataset.lines()[0]}; {len(dataset):,} samples")
-    pairs, tokenizer = [], None
-    if config.run.eval_samples and find_pair(Path(path)) is None:  # token ids alone have no prompts to answer
-        tokenizer = load_tokenizer(config.data.tokenizer, arch.vocab_size)
-        pairs = load_pairs(config.data, path, tokenizer)[: config.run.eval_samples]
+    dataset = split or load_dataset(replace(data, dataload="pad"), arch.vocab_size, path)
+    source = f"--eval_split {data.eval_split:g} of the training data" if split else dataset.lines()[0]
+    say(f"held-out  {source}; {len(dataset):,} samples")
+    pairs, tokenizer, limit = [], None, config.run.eval_samples
+    if limit:
+        tokenizer = load_tokenizer(data.tokenizer, arch.vocab_size)
+        pairs = split.pairs(tokenizer, limit) if split else load_pairs(data, path, tokenizer, limit)
     return HeldOut(
-        dataset, pairs, tokenizer, micro_bsz=config.data.micro_bsz, path=folder / project.EVALUATION, say=say
+        dataset,
+        pairs,
+        tokenizer,
+        micro_bsz=config.data.micro_bsz,
+        path=folder / project.EVALUATION,
+        again=config.run.resume,
+        say=say,
     )
 
 
@@ -228,17 +308,22 @@ def header(config: TrainConfig, prepared: Prepared, device: str, dataset, module
     stage = f"DeepSpeed ZeRO stage {zero_stage(run.strategy)}{offload}"
     yield f"device    {where}; {stage}, {run.precision}"
     yield f"kernel    {prepared.kernel}"
+    if config.model.quant != "none":
+        yield f"quant     {describe(prepared.model, DTYPES[run.precision], device)}"
     if prepared.injection:
         for line in prepared.injection.lines():
             yield f"adapter   {line}"
     else:
         trained, total = count(prepared.model, trained=True), count(prepared.model)
         yield f"trained   every weight: {trained:,} of {total:,} parameters"
-    for line in dataset.lines():
+        size = trained * resume.BYTES_PER_PARAMETER / 2**30
+        yield f"          each save also replaces {project.STATE}, for --resume: {size:,.1f} GB"
+    for line in [*dataset.lines(), *plan.lines()]:
         yield f"data      {line}"
+    batch = f"{plan.budget:,} tokens" if plan.pack else f"{plan.micro_bsz} samples"
     yield (
-        f"steps     {module.epochs} epochs of {plan.steps_per_epoch:,} optimiser steps; a step is {plan.micro_bsz} "
-        f"samples x {plan.accumulate} forward passes x {plan.world_size} devices"
+        f"steps     {module.total_steps:,} optimiser steps in {module.epochs} epochs; a step is {batch} x "
+        f"{plan.accumulate} forward passes x {plan.world_size} devices"
     )
     if config.model.chunk_ctx:
         cut = config.model.bptt_chunks
@@ -251,9 +336,13 @@ def footer(config: TrainConfig, folder: Path, trained: Path):
     yield f"\nresults   {trained}, {folder / project.LOG}, {folder / project.PLOT}"
     if config.adapter.kind == "none":
         return
-    merge = [from_here(sys.executable), from_here(Path(sys.argv[0]).with_name("merge.py"))]
-    merge += ["--base_model", config.model.load_model, "--peft_checkpoint", str(trained)]
-    yield f"next      {shlex.join([*merge, '--output', str(folder / 'merged.pth')])}"
+    merge = ["--base_model", config.model.load_model, "--peft_checkpoint", str(trained)]
+    yield f"next      {program('merge.py', *merge, '--output', str(folder / 'merged.pth'))}"
+
+
+def program(name: str, *arguments: str) -> str:
+    """What runs another program of this repository, to type."""
+    return shlex.join([from_here(sys.executable), from_here(Path(sys.argv[0]).with_name(name)), *arguments])
 
 
 def from_here(path: str | Path) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 from lightning.pytorch import Callback
 
 from rwkv_bone.checkpoint import atomic_path
 from rwkv_bone.evaluate import Answer, exact_match, heldout_loss
+from rwkv_bone.training.resume import data_fingerprint
 
 SHOWN = 4  # sample prompts printed
 
@@ -21,6 +23,21 @@ class Measured:
     tokens: int
     exact: float | None
     answers: list[Answer]
+    step: int  # optimiser steps taken before
+
+    @classmethod
+    def from_record(cls, record: dict) -> Measured:
+        answers = [Answer(**answer) for answer in record["answers"]]
+        return cls(record["loss"], record["tokens"], record["exact_match"], answers, record["step"])
+
+    def record(self) -> dict:
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            "tokens": self.tokens,
+            "exact_match": self.exact,
+            "answers": [answer._asdict() for answer in self.answers],
+        }
 
     def line(self) -> str:
         text = f"loss {self.loss:.4f} nats per token ({self.tokens:,} tokens)"
@@ -31,45 +48,69 @@ class Measured:
 
 
 class HeldOut(Callback):
-    """Measure on every rank alike: at ZeRO stage 3 no rank can run the model alone."""
+    """Measure on every rank alike: at ZeRO stage 3 no rank can run the model alone.
 
-    def __init__(self, dataset, pairs: Sequence[tuple[str, str]], tokenizer, *, micro_bsz: int, path: Path, say):
+    Of a run that is continued (`again`) the measurement before it is taken from its file, if the data is the same.
+    """
+
+    def __init__(
+        self, dataset, pairs: Sequence[tuple[str, str]], tokenizer, *, micro_bsz: int, path: Path, again: bool, say
+    ):
         self.dataset, self.pairs, self.tokenizer = dataset, pairs, tokenizer
         self.micro_bsz, self.path, self.say = micro_bsz, path, say
         self.before: Measured | None = None
         self.after: Measured | None = None
+        measured = json.dumps([data_fingerprint(dataset), [list(pair) for pair in pairs]])
+        self._data = blake2b(measured.encode(), digest_size=16).hexdigest()
+        if again and path.is_file():
+            report = json.loads(path.read_text(encoding="utf-8"))
+            if report["data"] == self._data:
+                self.before = Measured.from_record(report["before"])
+                self.after = report.get("after") and Measured.from_record(report["after"])
 
     def on_train_start(self, trainer, module) -> None:
-        self.before = self._measure(module)
-        self.say(f"before    {self.before.line()}")
+        if self.before:
+            self.say(f"before    {self.before.line()}, measured when the run began")
+            return
+        self.before = self._measure(module, module.first_step)
+        late = f", after step {module.first_step}" if module.first_step else ""
+        self.say(f"before    {self.before.line()}{late}")
+        if trainer.is_global_zero:
+            self._write()
 
     def on_train_end(self, trainer, module) -> None:
-        self.after = self._measure(module)
+        self.finish(module, write=trainer.is_global_zero)
+
+    def finish(self, module, write: bool) -> None:
+        """Measure the trained model, say what changed, and `write` both measurements."""
+        self.after = self._measure(module, module.total_steps)
         self.say(f"before    {self.before.line()}")
         self.say(f"after     {self.after.line()}")
         for old, new in list(zip(self.before.answers, self.after.answers, strict=True))[:SHOWN]:
             self.say(f"\n  prompt    {shown(new.prompt)}\n  expected  {shown(new.expected)}")
             self.say(f"  before    {shown(old.got)}\n  after     {shown(new.got)}")
-        if trainer.is_global_zero:
-            report = {"before": self._record(self.before), "after": self._record(self.after)}
-            with atomic_path(self.path, overwrite=True) as temporary:
-                temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if write:
+            self._write()
 
-    def _measure(self, module) -> Measured:
+    def points(self) -> list[tuple[int, float]]:
+        """(step, loss) of both measurements."""
+        return [(measured.step, measured.loss) for measured in (self.before, self.after)]
+
+    def _measure(self, module, step: int) -> Measured:
+        module.eval()  # an adapter's dropout is for training alone
         loss, tokens = heldout_loss(module, self.dataset, micro_bsz=self.micro_bsz, device=module.device)
-        if not self.pairs:
-            return Measured(loss, tokens, None, [])
-        exact, answers = exact_match(module, self.tokenizer, self.pairs, device=module.device)
-        return Measured(loss, tokens, exact, answers)
+        exact, answers = None, []
+        if self.pairs:
+            exact, answers = exact_match(module, self.tokenizer, self.pairs, device=module.device)
+        module.train()
+        return Measured(loss, tokens, exact, answers, step)
 
-    @staticmethod
-    def _record(measured: Measured) -> dict:
-        return {
-            "loss": measured.loss,
-            "tokens": measured.tokens,
-            "exact_match": measured.exact,
-            "answers": [answer._asdict() for answer in measured.answers],
-        }
+    def _write(self) -> None:
+        report = {"data": self._data, "before": self.before.record()}
+        if self.after:
+            report["after"] = self.after.record()
+        with atomic_path(self.path, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def shown(text: str, width: int = 100) -> str:

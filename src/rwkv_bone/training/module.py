@@ -7,7 +7,7 @@ into devices, accumulation and micro-batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -40,31 +40,44 @@ class Window:
 
 
 class MicroBatches(Dataset):
-    """All micro-batches of one rank in order: item i belongs to window i // accumulate of the run."""
+    """The micro-batches of one rank in order: item i belongs to window first_step + i // accumulate of the run."""
 
-    def __init__(self, plan: BatchPlan, epochs: int, rank: int):
-        self.plan, self.epochs, self.rank = plan, epochs, rank
+    def __init__(self, plan: BatchPlan, epochs: int, rank: int, first_step: int):
+        self.plan, self.epochs, self.rank, self.first_step = plan, epochs, rank, first_step
 
     def __len__(self) -> int:
-        return self.epochs * self.plan.steps_per_epoch * self.plan.accumulate
+        return (self.plan.total_steps(self.epochs) - self.first_step) * self.plan.accumulate
 
     def __getitem__(self, index: int) -> Batch:
         window, micro = divmod(index, self.plan.accumulate)
-        epoch, step = divmod(window, self.plan.steps_per_epoch)
-        return self.plan.batch(epoch, step, micro, self.rank)
+        return self.plan.batch(*self.plan.locate(self.first_step + window), micro, self.rank)
 
 
 class TrainingModule(LightningModule):
-    """Holds the bare model; no name of this class ever reaches a file."""
+    """Holds the bare model; no name of this class ever reaches a file.
 
-    def __init__(self, model, plan: BatchPlan, epochs: int, config: OptimConfig, running: ModelConfig):
+    `first_step` optimiser steps were taken by an earlier process, whose run this one continues. `lora_plus`: as
+    `parameter_groups` takes it.
+    """
+
+    def __init__(
+        self,
+        model,
+        plan: BatchPlan,
+        epochs: int,
+        config: OptimConfig,
+        running: ModelConfig,
+        first_step: int = 0,
+        lora_plus: float = 1.0,
+    ):
         super().__init__()
         self.model, self.plan, self.epochs, self.config = model, plan, epochs, config
-        self.running = running
-        self.total_steps = epochs * plan.steps_per_epoch
+        self.running, self.first_step, self.lora_plus = running, first_step, lora_plus
+        self.total_steps = plan.total_steps(epochs)
         self.window: Window | None = None  # the last one whose step was taken
         self._pending: Window | None = None
-        self._micro = self._step = self._trained = 0
+        self._micro = self._trained = 0
+        self._step = first_step
         # Of the window under way: the loss of each [rank, micro-batch], and the input tokens as one last number.
         self._sums = torch.zeros(plan.world_size * plan.accumulate + 1, dtype=torch.float64)
 
@@ -72,19 +85,22 @@ class TrainingModule(LightningModule):
         return self.model(*args, **kwargs)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(MicroBatches(self.plan, self.epochs, self.global_rank), batch_size=None)
+        return DataLoader(MicroBatches(self.plan, self.epochs, self.global_rank, self.first_step), batch_size=None)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return replace(batch, ids=batch.ids.to(device), labels=batch.labels.to(device))
+        return batch.to(device)
 
     def configure_optimizers(self):
-        groups = parameter_groups(self.model, self.config.weight_decay)
+        groups = parameter_groups(self.model, self.config.weight_decay, self.lora_plus)
         optimizer = make_optimizer(groups, self.config)
-        schedule = LambdaLR(optimizer, lambda step: learning_rate(step, self.total_steps, self.config))
+        schedule = LambdaLR(
+            optimizer, lambda step: learning_rate(self.first_step + step, self.total_steps, self.config)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, index: int) -> torch.Tensor:
-        self._step, self._micro = divmod(index, self.plan.accumulate)
+        step, self._micro = divmod(index, self.plan.accumulate)
+        self._step = self.first_step + step
         self._trained = batch.window_tokens
         if self._micro == 0:
             self._sums = torch.zeros_like(self._sums, device=self.device)
@@ -101,10 +117,11 @@ class TrainingModule(LightningModule):
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Sum over the trained tokens of one micro-batch."""
-        how = {"l2wrap": self.config.l2wrap, "grad_cp": self.running.grad_cp}
+        how = {"l2wrap": self.config.l2wrap, "grad_cp": self.running.grad_cp, "cu_seqlens": batch.cu_seqlens}
         chunk, cut = self.running.chunk_ctx, self.running.bptt_chunks
         if chunk:
-            return chunked_loss(self.model, batch.ids, batch.labels, chunk=chunk, bptt_chunks=cut, **how)
+            how |= {"chunk": chunk, "bptt_chunks": cut, "widest": batch.widest}
+            return chunked_loss(self.model, batch.ids, batch.labels, **how)
         return self.model(batch.ids, labels=batch.labels, **how)
 
     def on_before_optimizer_step(self, optimizer) -> None:
@@ -119,7 +136,7 @@ class TrainingModule(LightningModule):
             bad = [i for i, value in enumerate(losses) if not abs(value) < float("inf")]
             raise RunStopped(self._not_finite("loss", bad))
         lr = learning_rate(self._step, self.total_steps, self.config)
-        epoch = self._step // self.plan.steps_per_epoch
+        epoch, _ = self.plan.locate(self._step)
         self._pending = Window(self._step + 1, epoch, loss, lr, int(tokens), self._trained)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
@@ -144,7 +161,7 @@ class TrainingModule(LightningModule):
 
     def _rows(self, micro_batches=None) -> str:
         """The origins of the samples in micro-batches of the window under way, by their index in `_sums`."""
-        epoch, step = divmod(self._step, self.plan.steps_per_epoch)
+        epoch, step = self.plan.locate(self._step)
         everything = range(self.plan.world_size * self.plan.accumulate)
         rows = []
         for index in everything if micro_batches is None else micro_batches:

@@ -1,0 +1,400 @@
+"""A run that was stopped and continued is the run that was not: the same parameters to the bit, the same log."""
+
+import json
+import shutil
+import signal
+import time
+from dataclasses import fields
+
+import pytest
+
+from rwkv_bone import checkpoint, cli
+from rwkv_bone.errors import Interrupted, UserError
+from rwkv_bone.training import resume
+from rwkv_bone.training.callbacks import StepLog
+from tests.training.conftest import ROWS, adapter_of, largest_difference, log_of
+
+# 11 rows, 4 a step: steps 3 and 6 end an epoch, step 4 is in the middle of the second.
+TWO_EPOCHS = {"epoch_count": 2, "save_steps": 1}
+TRUE_FIELDS = ("step", "epoch", "loss", "lr", "tokens", "trained_tokens", "grad_norm")
+
+
+class Killed(BaseException):
+    """Ends a process as nothing can catch."""
+
+
+@pytest.fixture
+def killed(job, monkeypatch):
+    """Train, and stop without warning when step `after` is logged but not saved; returns proj_dir."""
+
+    def train(name, after, **flags):
+        original = StepLog.on_train_batch_end
+
+        def die(self, trainer, module, *rest):
+            original(self, trainer, module, *rest)
+            if module.window_finished() and module.window.step == after:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StepLog, "on_train_batch_end", die)
+            with pytest.raises(Killed):
+                job.run(name, **flags)
+        return job.folder / name
+
+    return train
+
+
+def numbers(folder):
+    """The log without what a clock or the memory decides."""
+    return [{field: line[field] for field in TRUE_FIELDS} for line in log_of(folder)]
+
+
+def assert_same_to_the_bit(folder, reference, last="rwkv-1.pth"):
+    assert numbers(folder) == numbers(reference)
+    assert {path.name for path in folder.glob("rwkv-*.pth")} == {path.name for path in reference.glob("rwkv-*.pth")}
+    assert largest_difference(adapter_of(folder, last), adapter_of(reference, last)) == 0
+    ours, theirs = (checkpoint.read_state(path / "resume.pth") for path in (folder, reference))
+    assert largest_difference(ours, theirs) == 0
+
+
+# fmt: off
+VARIANTS = {
+    "stage 1": {},
+    "stage 2": {"strategy": "deepspeed_stage_2"},
+    "stage 3": {"strategy": "deepspeed_stage_3", "grad_cp": 1},
+    "stage 2 with offload": {"strategy": "deepspeed_stage_2_offload"},
+    "stage 3 with offload": {"strategy": "deepspeed_stage_3_offload"},
+    "accumulation": {"micro_bsz": 1, "accumulate_grad_batches": 4},
+    "packed": {"dataload": "pack", "micro_bsz": 1, "ctx_len": 32},
+    "bat and base parts in bf16": {
+        "bone_mode": "bat", "train_parts": "[ln, time]", "precision": "bf16", "weight_decay": 0.1,
+    },
+    "dropout": {"peft": "lora", "lora_r": 4, "lora_dropout": 0.5},
+    "pissa": {"peft": "pissa", "lora_r": 4},
+    "initial state": {"peft": "state"},
+    "every weight of a bf16 base": {"peft": "none", "precision": "bf16", "lr_init": 1e-3},
+    "chunks with a cut gradient": {"chunk_ctx": 4, "bptt_chunks": 1},
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(job, killed, name):
+    flags = TWO_EPOCHS | VARIANTS[name]
+    reference = job.run(f"{name} whole", **flags)
+    folder = killed(f"{name} killed", after=5, **flags)
+    assert len(log_of(folder)) == 5 and checkpoint.read_metadata(folder / "resume.pth")["step"] == 4
+    job.run(folder.name, resume=1, **flags)
+    assert_same_to_the_bit(folder, reference)
+
+
+@pytest.fixture(scope="module")
+def halfway(job):
+    """{name: proj_dir}: the first of two epochs at a constant rate, as a run of its own; `whole`: both in one run."""
+    flags = TWO_EPOCHS | {"lr_schedule": "constant", "save_steps": 0, "eval_data": job.flags["data_file"]}
+    return {
+        "flags": flags,
+        "half": job.run("half", **(flags | {"epoch_count": 1})),
+        "whole": job.run("whole", **flags),
+    }
+
+
+@pytest.fixture
+def half(halfway, tmp_path):
+    """A copy of the half run, to continue; paths in a state are relative to its folder."""
+    return shutil.copytree(halfway["half"], tmp_path / "half")
+
+
+def go_on(job, folder, **flags):
+    return job.run(folder, resume=1, **flags)
+
+
+def test_more_epochs_continue_a_finished_run_and_the_new_schedule_is_said(job, halfway, half, capsys):
+    go_on(job, half, **halfway["flags"])
+    assert_same_to_the_bit(half, halfway["whole"])
+    said = capsys.readouterr().out
+    assert f"resume    after step 3 of 6, from {half}/resume.pth" in said
+    assert "--epoch_count 1 became 2: the schedule now ends at step 6, so that the next learning rate is 0.01" in said
+    assert "step 6/6  epoch 2/2" in said
+
+
+def test_held_out_before_is_that_of_the_beginning(job, halfway, half, capsys):
+    go_on(job, half, **halfway["flags"])
+    ours, theirs = (json.loads((folder / "evaluation.json").read_text()) for folder in (half, halfway["whole"]))
+    assert ours == theirs
+    assert [ours[when]["step"] for when in ("before", "after")] == [0, 6]
+    assert "measured when the run began" in capsys.readouterr().out
+
+
+def test_other_held_out_data_is_measured_where_the_run_stands(job, halfway, half, tmp_path):
+    rows = tmp_path / "other.jsonl"
+    rows.write_text(json.dumps({"prompt": "5 -> ", "response": "5"}) + "\n")
+    go_on(job, half, **(halfway["flags"] | {"eval_data": rows}))
+    report = json.loads((half / "evaluation.json").read_text())
+    assert [report[when]["step"] for when in ("before", "after")] == [3, 6]
+
+
+def test_the_folders_own_settings_serve_when_no_others_are_given(halfway, half):
+    from rwkv_bone.training.fit import fit
+
+    fit(cli.parse_train(["--resume", "1", "--proj_dir", str(half), "--epoch_count", "2"]))
+    assert_same_to_the_bit(half, halfway["whole"])
+    assert not cli.from_json((half / "config.json").read_text()).run.resume
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
+def test_another_stage_and_accumulation_continue_it_to_rounding(job, halfway, half, strategy, capsys):
+    go_on(job, half, **(halfway["flags"] | {"strategy": strategy, "micro_bsz": 2, "accumulate_grad_batches": 2}))
+    assert largest_difference(adapter_of(half, "rwkv-1.pth"), adapter_of(halfway["whole"], "rwkv-1.pth")) < 2e-5
+    assert [line["loss"] for line in log_of(half)] == pytest.approx(
+        [line["loss"] for line in log_of(halfway["whole"])], rel=1e-5
+    )
+    assert (
+        "1 devices x 1 forward passes x micro_bsz 4 became 1 devices x 2 forward passes x micro_bsz 2: the same "
+        "samples a step, equal up to rounding"
+    ) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"lr_init": 2e-2, "bone_r": 4}, "--bone_r was 8 and is now 4; --lr_init was 0.01 and is now 0.02. A"),
+        ({"train_parts": "ln"}, "--train_parts was empty and is now ln"),
+        ({"micro_bsz": 2}, "a step was 1 devices x 1 forward passes x micro_bsz 4 and is now 1 .* x micro_bsz 2"),
+        ({"overwrite": 1}, "--resume continues the run in proj_dir and --overwrite replaces it: give one of them"),
+    ],
+)  # fmt: skip
+def test_what_determines_the_run_may_not_change(job, halfway, half, flags, message):
+    before = (half / "resume.pth").read_bytes()
+    with pytest.raises(UserError, match=message):
+        go_on(job, half, **(halfway["flags"] | flags))
+    assert (half / "resume.pth").read_bytes() == before
+
+
+def test_every_setting_that_is_free_to_change_exists():
+    names = {spec.name for section in cli.SECTIONS.values() for spec in fields(section)}
+    assert resume.FREE < names
+
+
+def test_chunks_may_change_unless_they_cut_the_gradient(job):
+    def saved(**flags):
+        config = cli.parse_train(job.argv(flags))
+        return resume.Saved(job.folder / "resume.pth", 1, job.folder / "rwkv-0.pth", config, {})
+
+    saved(chunk_ctx=4)._check_settings(cli.parse_train(job.argv({"chunk_ctx": 8})))
+    with pytest.raises(UserError, match="--chunk_ctx was 4 and is now 8"):
+        saved(chunk_ctx=4, bptt_chunks=1)._check_settings(cli.parse_train(job.argv({"chunk_ctx": 8, "bptt_chunks": 1})))
+
+
+@pytest.mark.parametrize("dataload, allowed", [("pad", True), ("pack", False), ("get", False)])
+def test_how_a_step_is_cut_may_change_only_where_the_samples_stay(dataload, allowed):
+    cut = resume.Cut(devices=2, accumulate=2, micro_bsz=4)
+    assert cut.same_samples(resume.Cut(1, 2, 8), dataload) == allowed
+    assert cut.same_samples(resume.Cut(4, 1, 4), dataload) == (dataload != "get")
+    assert not cut.same_samples(resume.Cut(1, 2, 4), dataload)
+
+
+def test_other_data_and_another_base_are_refused(job, halfway, half, tmp_path):
+    rows = [*ROWS[:-1], (ROWS[-1][0], "00")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows))
+    with pytest.raises(UserError, match="--data_file holds other samples than the run in .*half had"):
+        go_on(job, half, **(halfway["flags"] | {"data_file": data}))
+    state = {key: tensor + 1 for key, tensor in checkpoint.read_state(job.flags["load_model"]).items()}
+    checkpoint.write_state(tmp_path / "base.pth", state)
+    with pytest.raises(UserError, match="--load_model holds other weights than the run in .*half had"):
+        go_on(job, half, **(halfway["flags"] | {"load_model": tmp_path / "base.pth"}))
+
+
+def test_the_same_data_and_base_may_have_moved(job, halfway, half, tmp_path):
+    moved = {name: shutil.copy(job.flags[name], tmp_path / f"moved-{name}{job.flags[name].suffix}")
+             for name in ("load_model", "data_file")}  # fmt: skip
+    go_on(job, half, **(halfway["flags"] | moved))
+    assert largest_difference(adapter_of(half, "rwkv-1.pth"), adapter_of(halfway["whole"], "rwkv-1.pth")) == 0
+
+
+def test_where_there_is_nothing_to_continue_it_says_what_there_is(job, halfway, half, tmp_path):
+    with pytest.raises(UserError, match="nowhere has no config.json, so there is no run to continue: check --proj_dir"):
+        go_on(job, tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    (half / "resume.pth").unlink()
+    with pytest.raises(UserError, match="half has no resume.pth.*: only rwkv-0.pth, to start a new run from with"):
+        go_on(job, half, **halfway["flags"])
+    (half / "rwkv-0.pth").unlink()
+    with pytest.raises(UserError, match="a run there ended before its first save; begin again with --overwrite 1"):
+        go_on(job, half, **halfway["flags"])
+
+
+def test_a_complete_run_is_said_to_be_and_left_alone(job, halfway, half, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in half.iterdir()}
+    go_on(job, half, **(halfway["flags"] | {"epoch_count": 1}))
+    assert f"nothing is left to do: the run in {half} is complete" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in half.iterdir()} == before
+
+
+def test_a_run_stopped_in_its_last_measurement_makes_it_up(job, halfway, half, capsys):
+    path = half / "evaluation.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps({key: report[key] for key in ("data", "before")}))
+    (half / "loss.png").unlink()
+    go_on(job, half, **(halfway["flags"] | {"epoch_count": 1}))
+    assert json.loads(path.read_text()) == report
+    assert (half / "loss.png").is_file() and "\nresults " in capsys.readouterr().out
+
+
+def test_a_log_that_lost_lines_is_refused(job, halfway, half):
+    log = half / "train_log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(UserError, match="train_log.jsonl does not hold the steps 1 to 3"):
+        go_on(job, half, **halfway["flags"])
+
+
+def failing_at(monkeypatch, step, error):
+    """Let the write of the state after `step` break off in the middle; each step is saved."""
+    original, written = resume.write_tensors, []
+
+    def write(path, layout, tensors):
+        written.append(path)
+        if len(written) == step:
+            path.write_bytes(b"half a file")
+            next(iter(tensors))
+            raise error
+        original(path, layout, tensors)
+
+    monkeypatch.setattr(resume, "write_tensors", write)
+
+
+def test_a_kill_while_the_state_is_written_leaves_the_one_before(job, monkeypatch):
+    reference = job.run("state whole", **TWO_EPOCHS)
+    with monkeypatch.context() as patch:
+        failing_at(patch, 3, Killed())
+        patch.setattr(resume.Path, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
+        with pytest.raises(Killed):
+            job.run("state killed", **TWO_EPOCHS)
+    folder = job.folder / "state killed"
+    assert checkpoint.read_metadata(folder / "resume.pth")["step"] == 2
+    assert (folder / "rwkv-0.pth").is_file()
+    (left,) = folder.glob(".*")
+    left.rename(folder / ".resume.pth.1.partial.pth")  # of another process
+    job.run(folder.name, resume=1, **TWO_EPOCHS)
+    assert_same_to_the_bit(folder, reference)
+    assert not list(folder.glob(".*"))
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_state_before(job, monkeypatch):
+    failing_at(monkeypatch, 2, OSError(28, "No space left on device"))
+    with pytest.raises(UserError, match="after step 2: .*resume.pth could not be written: No space left on device"):
+        job.run("state full", **TWO_EPOCHS)
+    assert checkpoint.read_metadata(job.folder / "state full" / "resume.pth")["step"] == 1
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """signalled(step, times) makes this process send itself Ctrl-C, `times` times, when `step` is logged."""
+
+    def at(step, times):
+        original = StepLog.on_train_batch_end
+
+        def interrupt(self, trainer, module, *rest):
+            original(self, trainer, module, *rest)
+            if module.window_finished() and module.window.step == step:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(StepLog, "on_train_batch_end", interrupt)
+
+    return at
+
+
+def test_ctrl_c_saves_the_step_under_way_and_says_how_to_go_on(job, signalled, capfd):
+    signalled(step=2, times=1)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted) as stopped:
+        job.run("ctrl-c")
+    folder = job.folder / "ctrl-c"
+    assert stopped.value.signum == signal.SIGINT
+    assert str(stopped.value).startswith(
+        f"interrupted; the last step saved is 2, in {folder}/rwkv-0-s2.pth\ngo on with: "
+    )
+    assert str(stopped.value).endswith(f"train.py --resume 1 --proj_dir {folder}")
+    assert "stopping after this step, to save it (once more: at once)" in capfd.readouterr().err
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert checkpoint.read_metadata(folder / "resume.pth")["step"] == len(log_of(folder)) == 2
+
+
+def test_ctrl_c_in_the_last_step_leaves_only_the_measurement_to_do(job, signalled, monkeypatch):
+    flags = {"eval_data": job.flags["data_file"]}
+    signalled(step=3, times=1)
+    with pytest.raises(Interrupted, match="the last step saved is 3, in .*rwkv-0.pth"):
+        job.run("ctrl-c last", **flags)
+    monkeypatch.undo()
+    assert "after" not in json.loads((job.folder / "ctrl-c last" / "evaluation.json").read_text())
+    folder = job.run("ctrl-c last", resume=1, **flags)
+    assert json.loads((folder / "evaluation.json").read_text())["after"]["step"] == 3
+
+
+def test_a_second_ctrl_c_leaves_at_once(job, signalled, capsys):
+    signalled(step=2, times=2)
+    with pytest.raises(SystemExit) as stopped:
+        job.run("ctrl-c twice", save_steps=1)
+    assert stopped.value.code == 1
+    assert "stopped at once; the last step saved is 1, in " in capsys.readouterr().out
+    assert checkpoint.read_metadata(job.folder / "ctrl-c twice" / "resume.pth")["step"] == 1
+
+
+# Steps enough for the signal to come while they run.
+LONG = {"devices": 2, "strategy": "deepspeed_stage_3", "micro_bsz": 2, "epoch_count": 8, "epoch_save": 9}
+
+
+@pytest.fixture(scope="module")
+def terminated(job):
+    """Two processes at stage 3, of which one is sent SIGTERM after a few steps: (proj_dir, exit status, stderr)."""
+    folder = job.folder / "terminated"
+    log, deadline = folder / "train_log.jsonl", time.monotonic() + 300
+    with job.launch(folder.name, **LONG) as process:
+        try:
+            while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) >= 4):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=300)
+        finally:
+            process.kill()
+    return folder, process.returncode, errors
+
+
+def test_sigterm_to_one_process_stops_all_after_the_same_step(terminated):
+    folder, status, errors = terminated
+    assert status == 128 + signal.SIGTERM
+    step = len(log_of(folder))
+    assert 4 <= step < 24 and checkpoint.read_metadata(folder / "resume.pth")["step"] == step
+    assert [path.name for path in folder.glob("rwkv-*.pth")] == [f"rwkv-{(step - 1) // 3}-s{step}.pth"]
+    assert errors.splitlines()[1] == "stopping after this step, to save it (once more: at once)"
+    assert errors.count("interrupted; the last step saved is ") == 1 and "Traceback" not in errors
+
+
+@pytest.fixture(scope="module")
+def not_terminated(job):
+    folder, done = job.start("not terminated", **LONG)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_two_processes_continue_as_if_they_had_not_been_stopped(job, terminated, not_terminated, tmp_path):
+    folder = shutil.copytree(terminated[0], tmp_path / "terminated")
+    _, done = job.start(folder, resume=1, **LONG)
+    assert done.returncode == 0, done.stderr
+    (extra,) = folder.glob("rwkv-*-s*.pth")
+    extra.unlink()
+    assert_same_to_the_bit(folder, not_terminated, "rwkv-7.pth")
+    assert done.stderr == ""
+
+
+def test_one_process_continues_what_two_began_to_rounding(terminated, not_terminated, tmp_path, killed):
+    step = len(log_of(terminated[0]))
+    folder = shutil.copytree(terminated[0], tmp_path / "terminated")
+    killed(folder, after=step + 3, resume=1, **(LONG | {"devices": 1, "strategy": "auto", "micro_bsz": 4}))
+    for field in ("loss", "grad_norm"):
+        assert [line[field] for line in log_of(folder)[step:]] == pytest.approx(
+            [line[field] for line in log_of(not_terminated)[step : step + 3]], rel=1e-5
+        )
