@@ -40,6 +40,7 @@ def changed_everywhere():
     """(command line, expected settings) with every setting away from its default, as far as they go together."""
     expected = {spec.name: other_value(spec) for spec in SPECS}
     expected |= {"peft": "bone", "dataload": "get", "resume": False}  # there is no run to continue
+    expected |= {"data_weights": ("0.5", "2"), "eval_data": "", "loss_mask": "se"}
     words = []
     for name, value in expected.items():
         words += [f"--{name}", *(value if isinstance(value, tuple) else [str(value)])]
@@ -56,7 +57,8 @@ def test_no_two_settings_share_a_name():
 
 
 def test_flags_left_out_take_the_defaults_of_the_config():
-    expected = {spec.name: spec.default for spec in SPECS} | {"load_model": "base.pth", "data_file": "rows.jsonl"}
+    expected = {spec.name: spec.default for spec in SPECS} | {"load_model": "base.pth"}
+    expected["data_file"] = ("rows.jsonl",)
     assert settings(train()) == expected
 
 
@@ -92,7 +94,7 @@ def test_config_file_is_the_start_and_flags_override_it(tmp_path):
 
 
 def test_config_file_of_an_older_version_gets_defaults_for_what_it_lacks():
-    text = json.dumps({"model": {"load_model": "a.pth"}, "data": {"data_file": "b"}, "optim": {"lr_init": 1}})
+    text = json.dumps({"model": {"load_model": "a.pth"}, "data": {"data_file": ["b"]}, "optim": {"lr_init": 1}})
     config = cli.from_json(text)
     assert config.optim.lr_init == 1.0 and config.adapter.bone_r == 64
 
