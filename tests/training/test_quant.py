@@ -111,7 +111,7 @@ def test_merging_into_the_original_weights_warns_and_is_another_model(base, trai
 
 def test_an_adapter_goes_on_with_the_weights_it_was_trained_on(job, base, trained):
     flags = {"load_model": base, "targets": "ffn", "peft_load": trained / "rwkv-0.pth"}
-    folder = job.run("continued", quant="nf4", **flags)
+    folder = job.run("quant-continued", quant="nf4", **flags)
     assert log_of(folder)[0]["loss"] < log_of(trained)[0]["loss"]
     with pytest.raises(UserError, match="trained with --quant nf4, this run has --quant none: give --quant nf4"):
         job.run("refused", **flags)
@@ -125,7 +125,7 @@ def test_the_initial_state_trains_on_a_quantised_base(job, base):
 
 def test_what_is_trained_whole_is_never_quantised(job):
     with pytest.raises(UserError, match="--quant nf4 with --peft none: only frozen weights are quantised"):
-        job.run("whole", quant="nf4", peft="none")
+        job.run("quant-whole", quant="nf4", peft="none")
 
 
 # The Bone repository's run_qbone.sh, whose paths, sizes, accelerator and numbers of steps are filled in.

@@ -95,7 +95,7 @@ def halfway(job):
     return {
         "flags": flags,
         "half": job.run("half", **(flags | {"epoch_count": 1})),
-        "whole": job.run("whole", **flags),
+        "whole": job.run("resume-whole", **flags),
     }
 
 
