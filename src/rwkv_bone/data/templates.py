@@ -116,8 +116,7 @@ class WorldTemplate(Template):
 class AlpacaTemplate(Template):
     name = "alpaca"
     preamble = (
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     )
     preamble_with_input = (
         "Below is an instruction that describes a task, paired with an input that provides further context. "

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import rwkv_bone
 from rwkv_bone import checkpoint, cli
-from rwkv_bone.adapters import Injection, adapter_keys, inject, load_adapter_file, settings_of
+from rwkv_bone.adapters import AdapterLinear, Injection, adapter_keys, inject, load_adapter_file, settings_of
 from rwkv_bone.checkpoint import Architecture, atomic_path
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data import BatchPlan, Dataset, load_dataset, load_pairs, load_tokenizer
@@ -61,8 +61,12 @@ def fit(config: TrainConfig) -> Path:
     folder = project.check_folder(config) if main else Path(config.run.proj_dir)
     seed_everything(config.run.random_seed, verbose=False)
     prepared = prepare_model(config, torch.device(device))
-    dataset, split = load_data(config, prepared.arch.vocab_size)
     world_size = config.run.devices * config.run.num_nodes
+    if isinstance(prepared.model.head, AdapterLinear) and zero_stage(config.run.strategy) == 3 and world_size > 1:
+        # An adapted head runs once for so many trained tokens, of which ranks have unequal numbers; but at stage 3 all
+        # must gather a weight equally often.
+        raise UserError("--targets head does not work at ZeRO stage 3 on several devices: use deepspeed_stage_2")
+    dataset, split = load_data(config, prepared.arch.vocab_size)
     plan = BatchPlan(
         dataset,
         micro_bsz=config.data.micro_bsz,
