@@ -1,6 +1,6 @@
 """Fine-tuning RWKV with Bone and Bat: see README.md for the public API."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["load_model"]
 
 

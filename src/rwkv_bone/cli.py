@@ -35,39 +35,39 @@ TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 def parse_train(argv: list[str]) -> TrainConfig:
     """The configuration that `argv` asks for; UserError for anything unknown, malformed or contradictory."""
-    parser = _Parser("train.py", "Fine-tune RWKV with Bone or Bat, or train every weight.")
+    parser = Parser("train.py", "Fine-tune RWKV with Bone, Bat, LoRA or PiSSA, or train every weight.")
     group = parser.add_argument_group("saved settings")
     group.add_argument("--config", metavar="FILE", help="start from the config.json of an earlier run; flags win")
     for name, section in SECTIONS.items():
-        _add_fields(parser.add_argument_group(name), section)
+        add_fields(parser.add_argument_group(name), section)
     given = parser.read(argv, field_flags.TRAIN_FLAGS)
 
     given, notes = field_flags.translate_train(given)
-    saved = _read_config(source) if (source := _config_file(given)) else {}
-    config = _build({name: {**saved.get(name, {}), **_of_section(given, cls)} for name, cls in SECTIONS.items()})
-    _print_notes(notes)
+    saved = read_config(source) if (source := _config_file(given)) else {}
+    config = _build({name: {**saved.get(name, {}), **of_section(given, cls)} for name, cls in SECTIONS.items()})
+    print_notes(notes)
     return config
 
 
 def parse_merge(argv: list[str]) -> MergeConfig:
     """The merge that `argv` asks for; UserError as in `parse_train`."""
-    parser = _Parser("merge.py", "Fold an adapter into its base checkpoint.")
-    _add_fields(parser.add_argument_group("merge"), MergeConfig)
+    parser = Parser("merge.py", "Fold an adapter into its base checkpoint.")
+    add_fields(parser.add_argument_group("merge"), MergeConfig)
     given, notes = field_flags.translate_merge(parser.read(argv, field_flags.MERGE_FLAGS))
     config = MergeConfig(**given)
-    _print_notes(notes)
+    print_notes(notes)
     return config
 
 
 def parse_section(prog: str, description: str, section: type, argv: list[str], ignored: Iterable[str] = ()) -> Any:
     """One dataclass of settings, for an entry point that needs no more. Flags in `ignored` are dropped with a note."""
-    parser = _Parser(prog, description)
+    parser = Parser(prog, description)
     parser.epilog = None
-    _add_fields(parser.add_argument_group("settings"), section)
+    add_fields(parser.add_argument_group("settings"), section)
     given = parser.read(argv, ignored)
     notes = [f"--{name} {given.pop(name)} changes nothing here" for name in ignored if name in given]
     config = section(**given)
-    _print_notes(notes)
+    print_notes(notes)
     return config
 
 
@@ -96,7 +96,7 @@ def from_json(text: str, source: str = "config.json") -> TrainConfig:
     return _build(_check_settings(text, source))
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An ArgumentParser that never abbreviates, raises UserError, and reports only the flags that were given."""
 
     def __init__(self, prog: str, description: str):
@@ -126,7 +126,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def _add_fields(group: argparse._ArgumentGroup, section: type) -> None:
+def add_fields(group: argparse._ArgumentGroup, section: type) -> None:
+    """A flag for every field of a dataclass of settings."""
     for spec in fields(section):
         kind, choices, text = type(spec.default), spec.metadata["choices"], spec.metadata["help"]
         if spec.default not in ("", ()):
@@ -170,7 +171,8 @@ class _Words(argparse.Action):
         setattr(namespace, self.dest, tuple(value for value in values if value))
 
 
-def _of_section(given: dict[str, Any], section: type) -> dict[str, Any]:
+def of_section(given: dict[str, Any], section: type) -> dict[str, Any]:
+    """Those of the flags given that are fields of this section."""
     return {spec.name: given[spec.name] for spec in fields(section) if spec.name in given}
 
 
@@ -193,7 +195,8 @@ def _config_file(given: dict[str, Any]) -> Path | None:
     return folder / "config.json"
 
 
-def _read_config(path: Path) -> dict[str, dict[str, Any]]:
+def read_config(path: Path) -> dict[str, dict[str, Any]]:
+    """{section: {setting: value}} of a config.json; UserError for what is unknown or of the wrong type."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -233,7 +236,8 @@ def _of_type(kind: type, value: Any, where: str) -> Any:
     return value
 
 
-def _print_notes(notes: list[str]) -> None:
+def print_notes(notes: list[str]) -> None:
+    """What was translated or ignored, said once."""
     # Lightning starts the other processes of a run with the same command line; one of them speaks.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for note in notes:

@@ -43,16 +43,16 @@ class PreviewConfig:
 
 def parse(argv: list[str]) -> tuple[PreviewConfig, DataConfig, int]:
     """(settings of the preview, settings of the data, vocabulary size) that `argv` asks for."""
-    parser = cli._Parser("preview", __doc__.split("\n\n")[1])
-    cli._add_fields(parser.add_argument_group("preview"), PreviewConfig)
+    parser = cli.Parser("preview", __doc__.split("\n\n")[1])
+    cli.add_fields(parser.add_argument_group("preview"), PreviewConfig)
     parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help="as for train.py")
     for name, section in cli.SECTIONS.items():
-        cli._add_fields(parser.add_argument_group(name), section)
+        cli.add_fields(parser.add_argument_group(name), section)
     given, notes = field_flags.translate_train(parser.read(argv, field_flags.TRAIN_FLAGS))
-    saved = cli._read_config(Path(given["config"])) if "config" in given else {}
-    preview = PreviewConfig(**cli._of_section(given, PreviewConfig))
-    data = DataConfig(**{**saved.get("data", {}), **cli._of_section(given, DataConfig)})
-    cli._print_notes(notes)
+    saved = cli.read_config(Path(given["config"])) if "config" in given else {}
+    preview = PreviewConfig(**cli.of_section(given, PreviewConfig))
+    data = DataConfig(**{**saved.get("data", {}), **cli.of_section(given, DataConfig)})
+    cli.print_notes(notes)
     model = {**saved.get("model", {}), **given}
     return preview, data, _vocab_size(model.get("load_model", ""), model.get("vocab_size", 0), data.tokenizer)
 
