@@ -53,12 +53,14 @@ def main() -> None:
                 file.write(json.dumps(run) + "\n")
             print(
                 f"{number}/{len(jobs)}  {job['method']:<7} lr {job['rate']:.0e} seed {job['seed']}  "
-                f"held-out {run['heldout']:.4f}  exact {run['exact']:.0%}  {time.perf_counter() - start:.0f} s",
+                f"held-out {run['heldout_loss']:.4f}  exact {run['exact']:.0%}  {time.perf_counter() - start:.0f} s",
                 flush=True,
             )
     runs = [run for run in done if any(job.items() <= run.items() for job in jobs)]
     base = next(run for run in runs if run["method"] == BASE)
-    print(f"\nbase: held-out {base['heldout']:.4f}, exact {base['exact']:.1%}, base text {base['text']:.4f}\n")
+    print(
+        f"\nbase: held-out {base['heldout_loss']:.4f}, exact {base['exact']:.1%}, base text {base['text_loss']:.4f}\n"
+    )
     best = {method: best_rate(runs, method) for method in options.methods}
     print(table(runs, best, base))
     draw(output / "convergence.png", runs, best)
@@ -135,10 +137,10 @@ def train(job: dict) -> dict:
 
     def measurements() -> dict:
         return {
-            "development": measure(development),
-            "heldout": measure(heldout),
+            "development_loss": measure(development),
+            "heldout_loss": measure(heldout),
             "exact": exact_match(model, tokenizer, pairs, device=device)[0],
-            "text": measure(text),
+            "text_loss": measure(text),
         }
 
     if job["method"] == BASE:
@@ -222,7 +224,7 @@ def best_rate(runs: list[dict], method: str) -> float:
     losses: dict[float, list[float]] = {}
     for run in runs:
         if run["method"] == method:
-            losses.setdefault(run["rate"], []).append(run["development"])
+            losses.setdefault(run["rate"], []).append(run["development_loss"])
     return min(losses, key=lambda rate: statistics.fmean(losses[rate]))
 
 
@@ -243,9 +245,9 @@ def table(runs: list[dict], best: dict[str, float], base: dict) -> str:
             method,
             f"{mine[0]['trainable']:,}",
             f"{rate:g}",
-            spread([run["heldout"] for run in mine], ".4f"),
+            spread([run["heldout_loss"] for run in mine], ".4f"),
             spread([100 * run["exact"] for run in mine], ".1f") + " %",
-            spread([run["text"] - base["text"] for run in mine], "+.3f"),
+            spread([run["text_loss"] - base["text_loss"] for run in mine], "+.3f"),
             f"{statistics.median(run['step_ms'] for run in mine):.0f}",
             f"{max(run['peak_mb'] for run in mine):.0f}",
         )
@@ -255,7 +257,7 @@ def table(runs: list[dict], best: dict[str, float], base: dict) -> str:
         rates = sorted({run["rate"] for run in runs if run["method"] == method})
         cells = []
         for rate in rates:
-            losses = [run["heldout"] for run in runs if run["method"] == method and run["rate"] == rate]
+            losses = [run["heldout_loss"] for run in runs if run["method"] == method and run["rate"] == rate]
             cells.append(f"{rate:g}: {statistics.fmean(losses):.4f}")
         lines.append(f"- {method}: " + ", ".join(cells))
     return "\n".join(lines)
@@ -280,7 +282,7 @@ def draw(path: Path, runs: list[dict], best: dict[str, float]) -> None:
             steps, [min(c) for c in columns], [max(c) for c in columns], color=COLOURS[method], alpha=0.15, linewidth=0
         )
         rates = sorted({run["rate"] for run in runs if run["method"] == method})
-        losses = [[run["heldout"] for run in runs if run["method"] == method and run["rate"] == r] for r in rates]
+        losses = [[run["heldout_loss"] for run in runs if run["method"] == method and run["rate"] == r] for r in rates]
         means = [statistics.fmean(values) for values in losses]
         below = [mean - min(values) for mean, values in zip(means, losses, strict=True)]
         above = [max(values) - mean for mean, values in zip(means, losses, strict=True)]
