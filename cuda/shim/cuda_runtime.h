@@ -1,11 +1,10 @@
 // Stands in for CUDA's header of this name so that a kernel compiles as plain C++ and its arithmetic, indices and
-// barriers are tested on a machine without a GPU:
-//     g++ -x c++ -std=c++17 -O2 -U_FORTIFY_SOURCE -shared -fPIC -I cuda/shim cuda/wkv7.cu -o libwkv7_shim.so
+// barriers are tested on a machine without a GPU. shim/driver.cpp launches; tests/ops/shim.py compiles both.
 //
 // Blocks run one after another; the threads of a block are fibers on one operating-system thread, each running until
 // it meets a barrier or a shuffle. That is deterministic, and shim_schedule() reverses the order in which threads run,
 // so a missing barrier shows as a different result. Shared memory starts as NaN. A barrier or shuffle that only some
-// threads reach, and a failed WKV_ASSERT, end the launch with cudaErrorLaunchFailure and a text. Covers what the kernels
+// threads reach, and a failed WKV_ASSERT, end the launch with a text. Covers what the kernels
 // here use: one-dimensional grids, one shared object per kernel, one struct of arguments.
 #pragma once
 
@@ -19,7 +18,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <initializer_list>
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -29,15 +27,6 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-
-using cudaStream_t = void*;
-
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
-
-struct dim3 {
-  unsigned x;
-  explicit dim3(unsigned x) : x(x) {}
-};
 
 struct Index {
   unsigned x;
@@ -225,34 +214,25 @@ inline float __shfl_xor_sync(unsigned mask, float x, int other) {
   return machine.fibers[first + (lane ^ other)].posted[turn];
 }
 
-template <typename Arguments>
-cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
-  using shim::machine;
-  static void (*body)(Arguments);
-  body = kernel;
-  if (grid.x == 0 || block.x == 0 || block.x > unsigned(shim::kMaxThreads)) return cudaErrorInvalidConfiguration;
-  machine.body = [](void* p) { body(*static_cast<Arguments*>(p)); };
-  machine.arguments = arguments[0];
-  machine.threads = int(block.x);
+namespace shim {
+
+// Runs body(arguments) as every thread of every block. False, with a text in machine.failure, if the kernel is broken.
+inline bool launch(void (*body)(void*), void* arguments, int64_t blocks, int threads) {
+  machine.body = body;
+  machine.arguments = arguments;
+  machine.threads = threads;
   machine.failure[0] = 0;
-  const int64_t last = std::min(machine.last_block, int64_t(grid.x));
+  blockIdx.x = threadIdx.x = 0;
+  if (blocks < 1 || threads < 1 || threads > kMaxThreads) return note_failure("invalid grid or block size");
+  const int64_t last = std::min(machine.last_block, blocks);
   for (int64_t i = machine.first_block; i < last; ++i) {
     blockIdx.x = unsigned(i);
-    if (!shim::run_block()) return cudaErrorLaunchFailure;
+    if (!run_block()) return false;
   }
-  return cudaSuccess;
+  return true;
 }
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess: return "success";
-    case cudaErrorInvalidConfiguration: return "host shim: invalid grid or block size";
-    default: return shim::machine.failure;
-  }
-}
+}  // namespace shim
 
 // Run only blocks [first, last) of every launch, and the threads of a block in reverse order.
 extern "C" inline __attribute__((used, visibility("default"))) void shim_schedule(int64_t first, int64_t last,

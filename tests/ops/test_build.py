@@ -127,13 +127,6 @@ def test_without_a_compiler_an_explicit_choice_is_an_error(no_compilers):
         select_op("cpu", torch.device("cpu"))
 
 
-def test_without_a_cuda_toolkit_auto_on_a_gpu_takes_the_slower_form_and_says_so(no_compilers):
-    form, sentence = select_op("auto", torch.device("cuda"))
-    assert form == "torch" and "no CUDA compiler was found" in sentence and "nvcc" in sentence
-    with pytest.raises(UserError, match="--op cuda is not possible: no CUDA compiler"):
-        select_op("cuda", torch.device("cuda"))
-
-
 def test_op_is_chosen_by_device_and_wishes_are_obeyed_or_refused():
     cpu = torch.device("cpu")
     form, sentence = select_op("auto", cpu)
@@ -150,11 +143,3 @@ def test_importing_the_operators_compiles_nothing(tmp_path):
     command = "import rwkv_bone.ops.wkv7, os, sys; sys.exit(bool(os.listdir(os.environ['XDG_CACHE_HOME'])))"
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(tmp_path), "PATH": ""}
     assert subprocess.run([sys.executable, "-c", command], env=environment).returncode == 0
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA toolkit on this machine")
-def test_a_cuda_source_becomes_a_library_that_loads_without_a_gpu(workshop):
-    (workshop / "sources/toy.cu").write_text("#define ANSWER 7\n__global__ void kernel() {}\n" + SOURCE)
-    assert answer(build.cuda_library("toy", ["sm_80", "sm_90"], workshop / "cache")) == 7
-    with pytest.raises(build.BuildError, match="(?s)compiling a kernel failed.*sm_1"):
-        build.cuda_library("toy", ["sm_1"], workshop / "cache")

@@ -1,33 +1,31 @@
-"""The CUDA sources, compiled as C++ on the host shim, agree with the float64 reference; no GPU is needed.
+"""The CUDA kernels, compiled as C++ on the host shim, agree with the float64 reference; no GPU is needed.
 
-`cuda/shim/cuda_runtime.h` says what the shim can find. The same inputs run on a real GPU
-under the `gpu` mark.
+They are planned and launched by the product's own Python, through a stand-in for the driver (tests/ops/shim.py);
+`cuda/shim/cuda_runtime.h` says what the shim can find. The same inputs run on a real GPU under the `gpu` mark.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import math
 import mmap
+import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
+from rwkv_bone.ops import driver
+from rwkv_bone.ops.launches import ELEMENTS, HEAD_SIZES, Launch, launches, source
+from tests.conftest import REPOSITORY
 from tests.ops import wkv6_inputs, wkv_inputs
 from tests.ops.packed_inputs import each_alone, packed_case
-from tests.ops.wkv_abi import INT, POINTER, SIZE, Library, poisoned
+from tests.ops.shim import ShimLibrary, build_shim, compile_on_shim, schedule
+from tests.ops.wkv_abi import poisoned
 from tests.ops.wkv_inputs import relative_error
 
-CUDA = Path(__file__).resolve().parents[2] / "cuda"
-COMPILE = ["g++", "-x", "c++", "-std=c++17", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
-SHARED = ["-O2", "-shared", "-fPIC"]
 MAP_NORESERVE = 0x4000  # Linux; the mmap module of Python 3.10 does not name it
 MAKE_CASE = {
     "wkv7": wkv_inputs.make_case,
@@ -44,36 +42,13 @@ def reference_gradients(case: dict) -> dict[str, torch.Tensor]:
     return (wkv6_inputs if "u" in case else wkv_inputs).reference_gradients(case)
 
 
-def compile_on_shim(source: Path, target: Path, *flags: str) -> Path:
-    command = [*COMPILE, *flags, f"-I{CUDA / 'shim'}", f"-I{CUDA}", str(source), "-o", str(target)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return target
-
-
 @pytest.fixture(scope="module", params=CASES)
 def library(request):
-    """An operator's source on the shim, compiled once per content."""
-    operator = request.param
-    sources = [CUDA / f"{operator}.cu", *sorted(CUDA.glob("*.h")), CUDA / "shim" / "cuda_runtime.h"]
-    name = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    path = request.config.cache.mkdir("cuda_shim") / f"{operator}-{name}.so"
-    if not path.exists():
-        compile_on_shim(sources[0], path.with_suffix(".partial"), *SHARED).rename(path)
-    return Library(path, operator)
+    """An operator's kernels on the shim."""
+    return ShimLibrary(build_shim(request.param, request.config.cache.mkdir("cuda_shim")), request.param)
 
 
-@contextmanager
-def schedule(raw: ctypes.CDLL, *, first: int = 0, last: int = 2**31, reverse: bool = False) -> Iterator[None]:
-    """Run only blocks [first, last) of every launch, and the threads of a block in reverse order."""
-    raw.shim_schedule(SIZE(first), SIZE(last), int(reverse))
-    try:
-        yield
-    finally:
-        raw.shim_schedule(SIZE(0), SIZE(2**31), 0)
-
-
-def check(library: Library, case: dict) -> None:
+def check(library: ShimLibrary, case: dict) -> None:
     outputs, expected = library.run(case), reference_gradients(case)
     for output, reference in expected.items():
         limit = 1e-5 if output in ("y", "state") else 5e-5
@@ -131,7 +106,7 @@ def test_packed_documents_may_end_anywhere_in_a_segment(library):
 
 @pytest.mark.parametrize("library", ["wkv7"], indirect=True)
 def test_large_gradients_leave_no_rounding_in_the_decay_gradients_of_later_tokens(library):
-    """dw is a running sum along T, started afresh every 64 tokens (see wkv7.cu)."""
+    """dw is a running sum along T, started afresh every 64 tokens (see wkv7.cuh)."""
     case = wkv_inputs.make_case(torch.float32, T=129, N=16, raw=8.0)
     case["dy"][:, :60] *= 1e5
     dw, expected = library.run(case)["dw"], reference_gradients(case)["dw"]
@@ -141,13 +116,13 @@ def test_large_gradients_leave_no_rounding_in_the_decay_gradients_of_later_token
 @pytest.mark.parametrize("raw", [2.0, 3.0, 4.0])
 @pytest.mark.parametrize("library", ["wkv6", "wkv5"], indirect=True)
 def test_decay_gradients_are_exact_where_hardly_anything_is_kept(library, raw):
-    """The decay is 6e-4, 2e-9, 2e-24: a difference of running sums has no correct digit there (see wkv6.h)."""
+    """The decay is 6e-4, 2e-9, 2e-24: a difference of running sums has no correct digit there (see wkv6.cuh)."""
     check(library, MAKE_CASE[library.operator](torch.float32, T=65, H=1, N=16, raw=(raw - 0.1, raw + 0.1)))
 
 
 @pytest.mark.parametrize("library", ["wkv6", "wkv5"], indirect=True)
 def test_a_slow_decay_that_never_changes_keeps_its_accuracy(library):
-    """Next to 1 a float32 decay is off by 3e-8, and thousands of equal tokens would add that up (see wkv6.h)."""
+    """Next to 1 a float32 decay is off by 3e-8, and thousands of equal tokens would add that up (see wkv6.cuh)."""
     case = MAKE_CASE[library.operator](torch.float32, B=1, T=2048, H=1, N=8, raw=(-7.5, -7.5))
     outputs, expected = library.run(case), reference_gradients(case)
     for name, reference in expected.items():
@@ -205,7 +180,7 @@ def test_offsets_are_64_bit(library):
     forward = {name: torch.full_like(expected[name], float("nan")) for name in ("y", "state")}
     outputs = {name: in_last_head(tensor) for name, tensor in {**forward, **library.gradients(alone)}.items()}
     y, state, *gradients = (whole for whole, _ in outputs.values())
-    saved, workspace = (sparse(library.function(name)(B, T, H, N, 0)) for name in ("saved_floats", "workspace_floats"))
+    saved, workspace = (sparse(library.floats(name, B, T, H, N, 0)) for name in ("saved_floats", "workspace_floats"))
     with schedule(library.raw, first=B * H - 1, last=B * H):
         library.call("forward", given, y, state, saved)
         library.call("backward", given, saved, given["dy"], given["dstate"], workspace, *gradients)
@@ -218,75 +193,100 @@ def test_offsets_are_64_bit(library):
     ("change", "explanation"),
     [
         ({"N": 24}, "head size must be"),
-        ({"dtype": 2}, "dtype must be"),
+        ({"dtype": "float16"}, "dtype must be"),
         ({"T": 0}, "at least 1"),
         ({"T": 2**31 - 64}, "below 2^31"),
         ({"B": 2**20, "H": 2**20}, "below 2^31"),
         ({"y": None}, "missing"),
         ({"y": 8}, "not aligned"),
         ({"D": 1}, "documents need"),
+        ({"tensors": 3}, "tensors, found 3"),
     ],
     ids=str,
 )
-def test_unusable_arguments_get_an_explanation(library, change, explanation):
-    case = MAKE_CASE[library.operator](torch.float32, B=1, T=1, H=1, N=8, states=None)
-    sizes = {"dtype": 0, "B": 1, "T": 1, "H": 1, "N": 8, "D": 0}
-    sizes.update({key: value for key, value in change.items() if key in sizes})
-    y = torch.empty(1, 1, 1, 8).data_ptr() if "y" not in change else change["y"]
-    code = library.function("forward")(*sizes.values(), *library.problem(case)[6:], y, None, None, 0, None)
-    assert code < 0
-    assert explanation in library.error(code)
+@pytest.mark.parametrize("operator", CASES)
+def test_unusable_arguments_get_an_explanation(operator, change, explanation):
+    sizes = {"B": 1, "T": 1, "H": 1, "N": 8, "D": 0}
+    sizes |= {key: value for key, value in change.items() if key in sizes}
+    inputs = [16] * (6 if operator == "wkv7" else 5)
+    tensors = [*inputs, None, change.get("y", 16), None, None][: change.get("tensors")]
+    with pytest.raises(ValueError, match=explanation.replace("^", r"\^")):
+        launches(operator, "forward", change.get("dtype", "float32"), tuple(sizes.values()), None, tensors)
 
 
-@pytest.mark.parametrize("library", ["wkv6", "wkv5"], indirect=True)
-def test_more_segments_than_a_launch_has_blocks_get_an_explanation(library):
-    case = MAKE_CASE[library.operator](torch.float32, B=1, T=1, H=1, N=8, states=None)
-    y = torch.empty(1, 1, 1, 8).data_ptr()
-    code = library.function("forward")(0, 1, 2**37, 1, 8, 0, *library.problem(case)[6:], y, None, None, 0, None)
-    assert code < 0
-    assert "below 2^31" in library.error(code)
+@pytest.mark.parametrize("operator", ["wkv6", "wkv5"])
+def test_more_segments_than_a_launch_has_blocks_get_an_explanation(operator):
+    with pytest.raises(ValueError, match=r"below 2\^31"):
+        launches(operator, "forward", "float32", (2**26, 4096, 1, 8, 0), None, [16] * 9)
+
+
+SANITIZED = """
+import torch
+from rwkv_bone.ops import driver
+from tests.ops.packed_inputs import packed_case
+from tests.ops.test_cuda_source import MAKE_CASE, ShimLibrary
+for operator in MAKE_CASE:
+    library = ShimLibrary({folder!r} + "/" + operator + ".so", operator)
+    for dtype in (torch.float32, torch.bfloat16):
+        cases = [MAKE_CASE[operator](dtype, B=1, T=1, H=1, N=N, states=None) for N in (8, 16, 32, 64, 128)]
+        cases += [MAKE_CASE[operator](dtype, B=1, T=9, H=2, N=N) for N in (8, 16, 32, 64, 128)]
+        cases += [MAKE_CASE[operator](dtype, B=2, T=65, H=2, N=16)]
+        cases += [packed_case(operator, dtype, lengths=(1, 64, 65, 9, 3), H=2, N=8)]
+        for case in cases:
+            assert all(x.isfinite().all() for x in library.run(case).values())
+print("all ran")
+"""
 
 
 def test_no_kernel_touches_memory_outside_its_tensors(tmp_path):
+    """Under AddressSanitizer, with every buffer exactly as large as ops/sizes.py says."""
     sanitize = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    program = compile_on_shim(CUDA / "shim" / "sanitize.cpp", tmp_path / "sanitize", *sanitize)
-    result = subprocess.run([str(program)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    for operator in CASES:
+        compile_on_shim(source(operator, ELEMENTS, HEAD_SIZES), tmp_path / f"{operator}.so", *sanitize)
+    runtime = [
+        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(runtime),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)]),
+    }
+    command = [sys.executable, "-c", SANITIZED.format(folder=str(tmp_path))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "all ran" in result.stdout, result.stdout + result.stderr
 
 
 BROKEN_KERNELS = """
-#include "common.h"
-struct Output { float* values; };
-__global__ void barrier_in_a_branch(Output) { if (threadIdx.x < 32) __syncthreads(); }
-__global__ void shuffle_in_a_branch(Output) { if (threadIdx.x < 16) __shfl_xor_sync(0xffffffff, 1.0f, 1); }
-__global__ void step_outside_a_tile(Output) { WKV_SHARED(wkv::Tile<8>, tile); tile.at(wkv::kSteps, 0) = 1.0f; }
-__global__ void no_barrier(Output p) {
+#include "common.cuh"
+struct Output { float* values; int64_t unused[3]; };
+#define KERNEL(name) WKV_BYTES(name, Output) extern "C" void name(Output p)
+KERNEL(barrier_in_a_branch) { if (threadIdx.x < 32) __syncthreads(); }
+KERNEL(shuffle_in_a_branch) { if (threadIdx.x < 16) __shfl_xor_sync(0xffffffff, 1.0f, 1); }
+KERNEL(step_outside_a_tile) { WKV_SHARED(wkv::Tile<8>, tile); tile.at(wkv::kSteps, 0) = 1.0f; }
+KERNEL(no_barrier) {
   WKV_SHARED(wkv::Tile<64>, tile);
   tile.at(0, threadIdx.x) = float(threadIdx.x);
   p.values[threadIdx.x] = tile.at(0, 63 - threadIdx.x);
 }
-extern "C" int run(int i, float* values) {
-  void (*const kernels[])(Output) = {barrier_in_a_branch, shuffle_in_a_branch, step_outside_a_tile, no_barrier};
-  return wkv::launch(kernels[i], 1, 64, nullptr, Output{values});
-}
-extern "C" const char* text(int code) { return cudaGetErrorString(cudaError_t(code)); }
 """
 
 
 def test_host_shim_reports_broken_kernels(tmp_path):
-    (tmp_path / "broken.cu").write_text(BROKEN_KERNELS)
-    library = ctypes.CDLL(str(compile_on_shim(tmp_path / "broken.cu", tmp_path / "broken.so", *SHARED)))
-    library.run.argtypes = [INT, POINTER]
-    library.text.restype = ctypes.c_char_p
+    library = driver.Driver(str(compile_on_shim(BROKEN_KERNELS, tmp_path / "broken.so")))
+    names = ["barrier_in_a_branch", "shuffle_in_a_branch", "step_outside_a_tile", "no_barrier"]
+    kernels = library.load(b"", names, device=0)
+
+    def run(name: str, values: torch.Tensor) -> None:
+        library.launch(kernels, [Launch(name, 1, 64, values.data_ptr().to_bytes(32, "little"))], device=0, stream=0)
 
     texts = ["only some threads of a block", "only some threads of a warp", "step < kSteps"]
-    for i, expected in enumerate(texts):
-        code = library.run(i, None)
-        assert code != 0
-        assert expected in library.text(code).decode()
+    for name, expected in zip(names, texts, strict=False):
+        with pytest.raises(driver.DriverError, match=f"launching {name} .*{expected}"):
+            run(name, torch.empty(64))
 
     values, reordered = torch.empty(64), torch.empty(64)
-    assert library.run(3, values.data_ptr()) == 0
-    with schedule(library, reverse=True):
-        assert library.run(3, reordered.data_ptr()) == 0
+    run("no_barrier", values)
+    with schedule(library._library, reverse=True):
+        run("no_barrier", reordered)
     assert not torch.equal(values, reordered), "a missing barrier must change the result when threads run in reverse"

@@ -174,7 +174,7 @@ def test_the_number_of_threads_does_not_change_a_bit(operator):
 def test_the_cpp_kernel_fills_every_output(operator, dtype):
     """Through the C interface, where outputs and what is saved start as NaN."""
     case = packed_case(operator, dtype)
-    library = wkv_abi.Library(native.library(operator, "cpu")._name, operator)
+    library = wkv_abi.Library(native.library(operator)._name, operator)
     assert_equal(library.run(case), each_alone(operator, case, library.run))
 
 

@@ -85,7 +85,7 @@ def run(operator: str, case: dict, op: str) -> dict:
 @pytest.fixture
 def level(request, operator):
     """The operator's C++ library, made to use one instruction set."""
-    library = native.library(operator, "cpu")
+    library = native.library(operator)
     if library.wkv_set_level(request.param) != request.param:
         pytest.skip("this processor lacks the instruction set")
     yield wkv_abi.Library(library._name, operator)

@@ -74,7 +74,7 @@ def run(case: dict, op: str) -> dict:
 @pytest.fixture
 def level(request):
     """Makes the C++ kernel use one instruction set."""
-    library = native.library("wkv7", "cpu")
+    library = native.library("wkv7")
     if library.wkv_set_level(request.param) != request.param:
         pytest.skip("this processor lacks the instruction set")
     yield wkv_abi.Library(library._name, "wkv7")

@@ -1,4 +1,4 @@
-"""Calls an operator's library through its C interface (`cuda/README.md`) on CPU tensors. All outputs start as NaN."""
+"""Calls a compiled operator on CPU tensors, all of whose outputs start as NaN."""
 
 from __future__ import annotations
 
@@ -25,35 +25,19 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tens
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
-class Library:
-    """The functions of one operator ("wkv5", "wkv6" or "wkv7") of a shared library; `raw` is the library itself."""
+class Runner:
+    """Forward and backward of one operator ("wkv5", "wkv6" or "wkv7") on CPU tensors, whatever computes them."""
 
-    def __init__(self, path: Path | str, operator: str):
-        self.raw, self.operator, self.inputs = ctypes.CDLL(str(path)), operator, INPUTS[operator]
-        start = [INT, *[SIZE] * 5, *[POINTER] * (len(self.inputs) + 2)]  # dtype; B, T, H, N, D; offsets, inputs, s0
-        end = [INT, POINTER]  # device, stream
-        self.function("forward").argtypes = [*start, *[POINTER] * 3, *end]  # y sT saved
-        # saved dy dsT workspace, gradients of inputs and s0
-        self.function("backward").argtypes = [*start, *[POINTER] * (4 + len(self.inputs) + 1), *end]
-        for name in ("saved_floats", "workspace_floats"):
-            self.function(name).argtypes, self.function(name).restype = [SIZE] * 5, SIZE
-        self.function("error").restype = ctypes.c_char_p
-
-    def function(self, name: str):
-        return getattr(self.raw, f"{self.operator}_{name}")
-
-    def error(self, code: int) -> str:
-        return self.function("error")(code).decode()
+    def __init__(self, operator: str):
+        self.operator, self.inputs = operator, INPUTS[operator]
 
     def call(self, name: str, case: Case, *tensors: Tensor | None) -> None:
         """forward or backward of `case`, with the tensors that follow s0 in the interface."""
-        code = self.function(name)(*self.problem(case), *map(pointer, tensors), 0, None)
-        assert code == 0, self.error(code)
+        raise NotImplementedError
 
-    def problem(self, case: Case) -> tuple:
-        """The arguments that begin both calls. `case` must outlive the call."""
-        offsets, tensors = pointer(case.get("cu_seqlens")), (pointer(case[name]) for name in (*self.inputs, "state"))
-        return DTYPES[case["r"].dtype], *self.sizes(case), offsets, *tensors
+    def floats(self, name: str, *problem: int) -> int:
+        """saved_floats or workspace_floats of B, T, H, N, D."""
+        raise NotImplementedError
 
     def sizes(self, case: Case) -> tuple[int, ...]:
         """B, T, H, N, D."""
@@ -61,7 +45,7 @@ class Library:
 
     def scratch(self, case: Case) -> tuple[Tensor, Tensor]:
         """What forward saves for backward, and backward's workspace."""
-        saved, workspace = (self.function(name)(*self.sizes(case)) for name in ("saved_floats", "workspace_floats"))
+        saved, workspace = (self.floats(name, *self.sizes(case)) for name in ("saved_floats", "workspace_floats"))
         return poisoned((saved,)), poisoned((workspace,))
 
     def gradients(self, case: Case) -> dict[str, Tensor]:
@@ -85,3 +69,37 @@ class Library:
         self.call("backward", case, saved, case["dy"], case["dstate"], workspace, *outputs.values())
         summed = {name: x.sum(0) for name, x in outputs.items() if x.dim() == 3}
         return {"y": y, "state": state, **outputs, **summed}
+
+
+class Library(Runner):
+    """The functions of one operator of a shared library with the C interface; `raw` is the library itself."""
+
+    def __init__(self, path: Path | str, operator: str):
+        super().__init__(operator)
+        self.raw = ctypes.CDLL(str(path))
+        start = [INT, *[SIZE] * 5, *[POINTER] * (len(self.inputs) + 2)]  # dtype; B, T, H, N, D; offsets, inputs, s0
+        end = [INT, POINTER]  # device, stream
+        self.function("forward").argtypes = [*start, *[POINTER] * 3, *end]  # y sT saved
+        # saved dy dsT workspace, gradients of inputs and s0
+        self.function("backward").argtypes = [*start, *[POINTER] * (4 + len(self.inputs) + 1), *end]
+        for name in ("saved_floats", "workspace_floats"):
+            self.function(name).argtypes, self.function(name).restype = [SIZE] * 5, SIZE
+        self.function("error").restype = ctypes.c_char_p
+
+    def function(self, name: str):
+        return getattr(self.raw, f"{self.operator}_{name}")
+
+    def error(self, code: int) -> str:
+        return self.function("error")(code).decode()
+
+    def call(self, name: str, case: Case, *tensors: Tensor | None) -> None:
+        code = self.function(name)(*self.problem(case), *map(pointer, tensors), 0, None)
+        assert code == 0, self.error(code)
+
+    def floats(self, name: str, *problem: int) -> int:
+        return self.function(name)(*problem)
+
+    def problem(self, case: Case) -> tuple:
+        """The arguments that begin both calls. `case` must outlive the call."""
+        offsets, tensors = pointer(case.get("cu_seqlens")), (pointer(case[name]) for name in (*self.inputs, "state"))
+        return DTYPES[case["r"].dtype], *self.sizes(case), offsets, *tensors

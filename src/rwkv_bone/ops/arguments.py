@@ -14,7 +14,6 @@ from torch.compiler import assume_constant_result, is_compiling
 from rwkv_bone.errors import UserError
 from rwkv_bone.ops import select_op
 
-CUDA_HEAD_SIZES = (8, 16, 32, 64, 128)
 ANY_DTYPE = ("w", "u", "state")  # computed with in float32 whatever they come as
 
 
@@ -76,15 +75,10 @@ def _check_documents(operator: str, r: Tensor, cu_seqlens: Tensor) -> None:
 
 # Building and loading are not for torch.compile to trace.
 @assume_constant_result
-def choose_form(operator: str, op: str, device_type: str, float64: bool, N: int) -> str:
+def choose_form(operator: str, op: str, device_type: str, dtype: torch.dtype, N: int) -> str:
     """The form of the operator that takes such arguments: see select_op. Raises UserError if `op` cannot take them."""
-    if float64 and op == "auto":
-        return "torch"
-    form, _ = select_op(op, torch.device(device_type), operator)
-    if form in ("cpu", "cuda"):
-        if float64:
-            raise UserError(f"--op {form} takes float32 and bfloat16, found float64: use --op torch")
-        if form == "cpu" and N % 8 or form == "cuda" and N not in CUDA_HEAD_SIZES:
-            takes = "a multiple of 8" if form == "cpu" else f"one of {', '.join(map(str, CUDA_HEAD_SIZES))}"
-            raise UserError(f"--op {form} needs a head size that is {takes}, found {N}: use --op torch")
-    return form
+    if dtype == torch.float64:
+        if op in ("cpu", "cuda"):
+            raise UserError(f"--op {op} takes float32 and bfloat16, found float64: use --op torch")
+        dtype, op = torch.float32, "torch" if op == "auto" else op
+    return select_op(op, torch.device(device_type), operator, N, dtype)[0]

@@ -1,8 +1,8 @@
-"""Compiles one kernel source into a shared library on first use and keeps it.
+"""The cache of compiled kernels, and the processor's kernels: one source into a shared library on first use.
 
-A library is named by everything that decides its content (sources, flags, compiler, processor), so a stale one is never
-loaded, and it appears under its name only when complete, so any number of processes may start at once. The sources
-include no PyTorch header: a build takes seconds and is bound to no PyTorch version.
+A file of the cache is named by everything that decides its content (sources, flags, compiler, processor or card), so a
+stale one is never loaded, and it appears under its name only when complete, so any number of processes may start at
+once. The sources include no PyTorch header: a build takes seconds and is bound to no PyTorch version.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rwkv_bone.errors import UserError
@@ -22,8 +22,7 @@ from rwkv_bone.errors import UserError
 SOURCES = Path(__file__).resolve().parents[3] / "cuda"
 CPU_COMPILERS = ("g++", "c++", "clang++")
 CPU_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
-CUDA_FLAGS = ("-std=c++17", "-O3", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC")
-HEADERS = (".h", ".cuh")
+MISSING = "the kernel source {} is missing: run from a complete clone of the repository"
 
 
 class BuildError(UserError):
@@ -43,31 +42,18 @@ def cpu_library(operator: str, cache: Path | None = None) -> Path:
     raise BuildError("no C++ compiler was found (looked for g++, c++, clang++): install one, e.g. `apt install g++`")
 
 
-def cuda_library(operator: str, architectures: Sequence[str], cache: Path | None = None) -> Path:
-    """The library of cuda/<operator>.cu for the given architectures (such as "sm_90"). Raises BuildError."""
-    places = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    nvcc = shutil.which("nvcc") or next((shutil.which("nvcc", path=str(place)) for place in places), None)
-    if nvcc is None:
-        raise BuildError("no CUDA compiler was found: install the CUDA toolkit, and put nvcc on PATH or set CUDA_HOME")
-    targets = []
-    for name in architectures:
-        targets += ["-gencode", f"arch={name.replace('sm_', 'compute_')},code={name}"]
-    return _library(SOURCES / f"{operator}.cu", [nvcc, *CUDA_FLAGS, *targets], cache)
-
-
-def _library(source: Path, command: list[str], cache: Path | None) -> Path:
-    if not source.is_file():
-        raise BuildError(f"the kernel source {source} is missing: run from a complete clone of the repository")
+def kept(name: str, make: Callable[[Path], None], cache: Path | None = None) -> Path:
+    """The cache's file of this name; `make(path)` writes it if it is not there. Raises BuildError."""
     cache = default_cache() if cache is None else cache
-    target = cache / f"{source.stem}-{source.suffix[1:]}-{_fingerprint(source, command)}.so"
+    target = cache / name
     if target.exists():
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=cache) as folder:
             if not target.exists():
-                made = Path(folder) / target.name
-                _compile([*command, str(source), "-o", str(made)])
+                made = Path(folder) / name
+                make(made)
                 os.replace(made, target)
     except OSError as problem:
         raise BuildError(
@@ -76,10 +62,17 @@ def _library(source: Path, command: list[str], cache: Path | None) -> Path:
     return target
 
 
+def _library(source: Path, command: list[str], cache: Path | None) -> Path:
+    if not source.is_file():
+        raise BuildError(MISSING.format(source))
+    name = f"{source.stem}-{source.suffix[1:]}-{_fingerprint(source, command)}.so"
+    return kept(name, lambda made: _compile([*command, str(source), "-o", str(made)]), cache)
+
+
 def _fingerprint(source: Path, command: list[str]) -> str:
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256(repr((command, version, platform.machine())).encode())
-    for path in sorted(p for p in source.parent.iterdir() if p == source or p.suffix in HEADERS):
+    for path in sorted(p for p in source.parent.iterdir() if p == source or p.suffix == ".h"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
 

@@ -1,8 +1,4 @@
-"""Calls into the compiled kernels: the same functions, under the same names, for the processor and for CUDA.
-
-For an operator X the library exports X_forward, X_backward, X_saved_floats, X_workspace_floats and X_error (see
-cuda/README.md). Everything here is the same for every operator.
-"""
+"""Calls into the compiled kernels: one function for the processor's library and for CUDA's kernels."""
 
 from __future__ import annotations
 
@@ -12,36 +8,28 @@ import functools
 import torch
 from torch import Tensor
 
-from rwkv_bone.ops import build
+from rwkv_bone.ops import build, cuda, sizes
+from rwkv_bone.ops.launches import ALIGNMENT
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-ALIGNMENT = 16  # bytes; the kernels load vectors
 
 
 @functools.cache
-def library(operator: str, device_type: str) -> ctypes.CDLL:
-    """Builds if need be and loads the operator's library for "cpu" or "cuda". Raises build.BuildError."""
-    if device_type == "cpu":
-        path = build.cpu_library(operator)
-    else:
-        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        path = build.cuda_library(operator, [f"sm_{major}{minor}" for major, minor in sorted(found)])
-    loaded = ctypes.CDLL(str(path))
-    for name in ("saved_floats", "workspace_floats"):
-        function = getattr(loaded, f"{operator}_{name}")
-        function.argtypes, function.restype = [ctypes.c_int64] * 5, ctypes.c_int64
+def library(operator: str) -> ctypes.CDLL:
+    """Builds if need be and loads the operator's library for the processor. Raises build.BuildError."""
+    loaded = ctypes.CDLL(str(build.cpu_library(operator)))
     getattr(loaded, f"{operator}_error").restype = ctypes.c_char_p
     return loaded
 
 
 def scratch(operator: str, name: str, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """An uninitialised float32 buffer of `<operator>_<name>(B, T, H, N, D)` elements beside `like` [B, T, H, N]."""
-    size = getattr(library(operator, like.device.type), f"{operator}_{name}")(*like.shape, documents(cu_seqlens))
+    """An uninitialised float32 buffer beside `like` [B, T, H, N], as large as `sizes.<name>` says."""
+    size = getattr(sizes, name)(operator, like.device.type, *like.shape, documents(cu_seqlens))
     return torch.empty(size, dtype=torch.float32, device=like.device)
 
 
 def documents(cu_seqlens: Tensor | None) -> int:
-    """The interface's D: the number of packed documents; 0 if nothing is packed."""
+    """D: the number of packed documents; 0 if nothing is packed."""
     return 0 if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
@@ -53,24 +41,30 @@ def ready(x: Tensor | None) -> Tensor | None:
 
 
 def call(operator: str, step: str, like: Tensor, cu_seqlens: Tensor | None, *tensors: Tensor | None) -> None:
-    """Runs `<operator>_<step>(dtype, B, T, H, N, D, cu_seqlens, tensors..., device, stream)`; dtype and sizes are those
-    of `like`, and D those of `cu_seqlens`.
+    """Runs "forward" or "backward" of an operator on `tensors`, in the order of cuda/README.md; None = null pointer.
 
-    None is passed as a null pointer. On CUDA the kernel goes to the current stream of like's device, on the processor
-    it gets PyTorch's number of threads. Raises RuntimeError with the library's own words.
+    dtype and sizes are those of `like` [B, T, H, N], D is that of `cu_seqlens`. On CUDA the kernels go to the current
+    stream of like's device; the processor's library gets PyTorch's number of threads. Raises RuntimeError with the
+    driver's or the library's own words.
     """
-    loaded = library(operator, like.device.type)
+    shape = (*like.shape, documents(cu_seqlens))
+    pointers = [None if x is None else x.data_ptr() for x in (cu_seqlens, *tensors)]
     if like.is_cuda:
-        device, stream = like.device.index, torch.cuda.current_stream(like.device).cuda_stream
-    else:
-        device, stream = torch.get_num_threads(), None
+        try:
+            return cuda.call(operator, step, like, shape, pointers)
+        except ValueError as problem:
+            raise _failed(operator, step, like, problem) from problem
+    loaded = library(operator)
     code = getattr(loaded, f"{operator}_{step}")(
         ctypes.c_int(DTYPES[like.dtype]),
-        *map(ctypes.c_int64, (*like.shape, documents(cu_seqlens))),
-        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (cu_seqlens, *tensors)),
-        ctypes.c_int(device),
-        ctypes.c_void_p(stream),
+        *map(ctypes.c_int64, shape),
+        *map(ctypes.c_void_p, pointers),
+        ctypes.c_int(torch.get_num_threads()),
+        None,
     )
     if code:
-        reason = getattr(loaded, f"{operator}_error")(code).decode()
-        raise RuntimeError(f"{operator}_{step} failed on {like.device} with sizes {tuple(like.shape)}: {reason}")
+        raise _failed(operator, step, like, getattr(loaded, f"{operator}_error")(code).decode())
+
+
+def _failed(operator: str, step: str, like: Tensor, reason: object) -> RuntimeError:
+    return RuntimeError(f"{operator}_{step} failed on {like.device} with sizes {tuple(like.shape)}: {reason}")

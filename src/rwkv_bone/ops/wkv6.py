@@ -13,6 +13,7 @@ from rwkv_bone.ops import native
 from rwkv_bone.ops.arguments import check, choose_form, sequences
 from rwkv_bone.ops.chunked6 import wkv6_chunked
 from rwkv_bone.ops.reference import each_document, wkv6_reference
+from rwkv_bone.ops.sizes import saved_floats
 
 
 def wkv6(
@@ -70,7 +71,7 @@ def _wkv(operator, r, w, k, v, u, state, cu_seqlens, output_state, op):
     per_head = ("u",) if operator == "wkv6" else ("u", "w")
     check(operator, r=r, w=w, k=k, v=v, u=u, state=state, cu_seqlens=cu_seqlens, per_head=per_head)
     _, _, H, N = r.shape
-    form = choose_form(operator, op, r.device.type, r.dtype == torch.float64, N)
+    form = choose_form(operator, op, r.device.type, r.dtype, N)
     wide = torch.promote_types(r.dtype, torch.float32)
     w, u = w.to(wide), u.to(wide)
     state = None if state is None else state.to(wide)
@@ -158,8 +159,8 @@ def _gradients(r: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor | None, want_
 
 @wkv6_forward.register_fake
 def _(r, w, k, v, u, state, cu_seqlens, save):
-    # How much is saved is the library's business; the trace only needs a size that depends on nothing else.
-    size = torch.library.get_ctx().new_dynamic_size() if save else 0
+    sizes = (*r.shape, native.documents(cu_seqlens))
+    size = saved_floats(_operator(w), r.device.type, *sizes) if save else 0
     return *_outputs(r, cu_seqlens), w.new_empty(size)
 
 

@@ -9,18 +9,25 @@
 // lanes read the same address. Lines do not depend on one another, hence no other communication.
 #pragma once
 
+// Three compilers take this file: NVRTC for every run on a GPU, nvcc and g++ (with shim/cuda_runtime.h) in tests.
+#ifdef __CUDACC_RTC__
+using int64_t = long long;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+#else
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <initializer_list>
-#include <type_traits>
+#endif
 
 #ifdef WKV_HOST_SHIM
 #define WKV_SHARED(type, name) type& name = shim::shared_memory<type>()
 #define WKV_ASSERT(condition) shim::require(condition, #condition)
+#define WKV_BYTES(symbol, Arguments) extern "C" const size_t symbol##_bytes = sizeof(Arguments);
 #else
 #define WKV_SHARED(type, name) __shared__ type name
 #define WKV_ASSERT(condition)
+#define WKV_BYTES(symbol, Arguments)
 #endif
 
 namespace wkv {
@@ -46,16 +53,12 @@ struct alignas(4 * sizeof(T)) Quad {
 
 constexpr int kSteps = 8;     // tokens per tile: 2N threads load one quad each per tensor
 constexpr int kSegment = 64;  // tokens between states kept in memory; a multiple of kSteps
-constexpr int kMaxTokens = INT32_MAX - kSegment;  // that the end of the next segment is still an int
 
 __device__ __forceinline__ int steps_in_tile(int T, int t0) { return T - t0 < kSteps ? T - t0 : kSteps; }
 
 __device__ __forceinline__ int last_tile(int T) { return (T - 1) / kSteps * kSteps; }
 
-__host__ __device__ __forceinline__ int64_t segments(int64_t T) { return (T + kSegment - 1) / kSegment; }
-
-// How many numbers the segments of all sequences take: see Sequences.
-inline int64_t all_segments(int64_t B, int64_t T, int64_t D) { return D ? T / kSegment + D : B * segments(T); }
+__device__ __forceinline__ int64_t segments(int64_t T) { return (T + kSegment - 1) / kSegment; }
 
 template <int N>
 struct Layout {
@@ -279,98 +282,12 @@ struct Lines {
   }
 };
 
-// Makes `device` current and puts the previous one back.
-struct DeviceGuard {
-  explicit DeviceGuard(int device) {
-    status = cudaGetDevice(&previous);
-    if (status == cudaSuccess && previous != device) {
-      status = cudaSetDevice(device);
-      restore = status == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (restore) cudaSetDevice(previous);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  cudaError_t status;
-  int previous = 0;
-  bool restore = false;
-};
-
-// Every kernel takes one struct by value.
-template <typename Arguments>
-cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, cudaStream_t stream, Arguments arguments) {
-  void* list[] = {&arguments};
-  const cudaError_t status = cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(threads), list, 0, stream);
-  if (status != cudaSuccess) cudaGetLastError();  // reported by us: do not leave it for the caller's next check
-  return status;
-}
-
-// Our own error codes are negative; cudaError_t is positive.
-enum Error { kHeadSize = -1, kDtype = -2, kSize = -3, kPointer = -4, kDocuments = -5 };
-
-inline const char* error_text(int code) {
-  switch (code) {
-    case kHeadSize: return "head size must be 8, 16, 32, 64 or 128";
-    case kDtype: return "dtype must be 0 (float32) or 1 (bfloat16)";
-    case kSize: return "batch, tokens and heads must be at least 1, and tokens and blocks of threads below 2^31";
-    case kPointer: return "a required tensor is missing, or one is not aligned to 16 bytes";
-    case kDocuments: return "documents need a batch of 1 and offsets, and must not be more than the tokens";
-    default: return cudaGetErrorString(static_cast<cudaError_t>(code));
-  }
-}
-
-template <int N>
-using HeadSize = std::integral_constant<int, N>;
-
-// Calls f(T{}, HeadSize<N>{}).
-template <typename T, typename F>
-int with_head_size(int64_t N, F f) {
-  switch (N) {
-    case 8: return f(T{}, HeadSize<8>{});
-    case 16: return f(T{}, HeadSize<16>{});
-    case 32: return f(T{}, HeadSize<32>{});
-    case 64: return f(T{}, HeadSize<64>{});
-    case 128: return f(T{}, HeadSize<128>{});
-    default: return kHeadSize;
-  }
-}
-
-template <typename F>
-int dispatch(int dtype, int64_t N, F f) {
-  switch (dtype) {
-    case 0: return with_head_size<float>(N, f);
-    case 1: return with_head_size<BFloat16>(N, f);
-    default: return kDtype;
-  }
-}
-
-// 0 or our error code. The largest launch has a block for every head of every sequence, or of every segment, times
-// `blocks_per_head`.
-inline int check_sizes(int64_t B, int64_t T, int64_t H, int64_t D, const int64_t* offsets, bool by_segment = false,
-                       int64_t blocks_per_head = 1) {
-  if (B < 1 || T < 1 || H < 1 || T > kMaxTokens) return kSize;
-  if (D != 0 ? D < 0 || D > T || B != 1 || !offsets : offsets != nullptr) return kDocuments;
-  const int64_t numbers = D ? T / kSegment + D : segments(T);
-  int64_t blocks = INT32_MAX;  // grid limit; divided, since a product may not fit in 64 bits
-  for (int64_t factor : {B, by_segment ? numbers : D ? D : 1, H, blocks_per_head}) {
-    if (factor > blocks) return kSize;
-    blocks /= factor;
-  }
-  return cudaSuccess;
-}
-
-// Whole quads are loaded and stored.
-template <typename... Pointers>
-bool all_aligned(Pointers... pointers) {
-  return (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
-}
-
-template <typename... Pointers>
-bool all_given(Pointers... pointers) {
-  return (... && (pointers != nullptr));
-}
-
 }  // namespace wkv
+
+// A kernel `symbol`, by whose plain name it is found after compilation: `body` on one struct of arguments, by value.
+// Every member of such a struct is 8 bytes wide; src/rwkv_bone/ops/launches.py packs them.
+#define WKV_KERNEL(symbol, body, Arguments, N)                                                                \
+  WKV_BYTES(symbol, Arguments)                                                                                \
+  extern "C" __global__ void __launch_bounds__(wkv::Layout<N>::kThreads, 1) symbol(Arguments arguments) {     \
+    body(arguments);                                                                                          \
+  }

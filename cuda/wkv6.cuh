@@ -9,20 +9,18 @@
 //
 // Two kernels walk all of a (sequence, head) and leave S at every segment's start and dS at its end; the other three
 // take the segments side by side. Sums over j need rows, sums over i need columns:
-//     forward_kernel              time forward,  rows of S      y, S at segment starts (kept for backward)
-//     backward_values_kernel      time backward, rows of dS     dv, du, ds0, dS at segment ends (workspace)
-//     backward_keys_kernel        time backward, columns of dS  dk
-//     backward_receptance_kernel  time forward,  columns of S   dr
-//     backward_decay_kernel       both, tile by tile            dx
+//     forward              time forward,  rows of S      y, S at segment starts (kept for backward)
+//     backward_values      time backward, rows of dS     dv, du, ds0, dS at segment ends (workspace)
+//     backward_keys        time backward, columns of dS  dk
+//     backward_receptance  time forward,  columns of S   dr
+//     backward_decay       both, tile by tile            dx
 // x has no bound and w takes any value from 1 down to 0, so nothing is divided by w and no state is undone. dw is the
 // sum above, over S and dS themselves. w o dw also follows from running sums of r o dr and k o dk, but as a difference
 // of numbers that do not shrink with w: at x = 3 it is 1e-9 of them, far below their rounding. Sums run in one order,
 // so results repeat bit for bit.
 #pragma once
 
-#include "common.h"
-
-#include <cmath>
+#include "common.cuh"
 
 namespace wkv6 {
 
@@ -141,7 +139,7 @@ struct ForwardTiles {
 };
 
 template <typename T, int N, Decay D>
-__global__ void __launch_bounds__(Layout<N>::kThreads, 1) forward_kernel(Forward<T> p) {
+__device__ __forceinline__ void forward(const Forward<T>& p) {
   WKV_SHARED(ForwardTiles<N>, tile);
   const Place<N> place(p.in.sequences, blockIdx.x);
   const SegmentStates<N> states(p.in.sequences, place);
@@ -194,7 +192,7 @@ struct ValuesTiles {
 };
 
 template <typename T, int N, Decay D>
-__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_values_kernel(Backward<T> p) {
+__device__ __forceinline__ void backward_values(const Backward<T>& p) {
   WKV_SHARED(ValuesTiles<N>, tile);
   const Place<N> place(p.in.sequences, blockIdx.x);
   const SegmentStates<N> states(p.in.sequences, place);
@@ -279,7 +277,7 @@ struct KeysTiles {
 };
 
 template <typename T, int N, Decay D>
-__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_keys_kernel(Backward<T> p) {
+__device__ __forceinline__ void backward_keys(const Backward<T>& p) {
   WKV_SHARED(KeysTiles<N>, tile);
   const Segment segment(p.in.sequences, blockIdx.x);
   if (segment.begin >= segment.end) return;
@@ -330,7 +328,7 @@ struct ReceptanceTiles {
 };
 
 template <typename T, int N, Decay D>
-__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_receptance_kernel(Backward<T> p) {
+__device__ __forceinline__ void backward_receptance(const Backward<T>& p) {
   WKV_SHARED(ReceptanceTiles<N>, tile);
   const Segment segment(p.in.sequences, blockIdx.x);
   if (segment.begin >= segment.end) return;
@@ -386,7 +384,7 @@ struct DecayTiles {
 };
 
 template <typename T, int N, Decay D>
-__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(Backward<T> p) {
+__device__ __forceinline__ void backward_decay(const Backward<T>& p) {
   WKV_SHARED(DecayTiles<N>, tile);
   constexpr int kBlocks = N / kColumns;
   int64_t head = blockIdx.x / kBlocks;
@@ -490,71 +488,18 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(
   }
 }
 
-inline int64_t state_floats(int64_t B, int64_t T, int64_t H, int64_t N, int64_t D) {
-  return all_segments(B, T, D) * H * N * N;
-}
-
-template <typename T>
-Inputs<T> inputs(const Sequences& sequences, const void* r, const float* w, const void* k, const void* v,
-                 const float* u, const float* s0) {
-  const auto cast = [](const void* pointer) { return static_cast<const T*>(pointer); };
-  return {sequences, cast(r), w, cast(k), cast(v), u, s0};
-}
-
-// The C interface without its names: see README.md.
-template <Decay kDecay>
-int forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets, const void* r,
-            const float* w, const void* k, const void* v, const float* u, const float* s0, void* y, float* sT,
-            float* saved, int device, void* stream) {
-  if (!all_given(r, w, k, v, u, y) || !all_aligned(r, w, k, v, u, s0, y, sT, saved)) return kPointer;
-  return dispatch(dtype, N, [&](auto type, auto size) -> int {
-    using Element = decltype(type);
-    constexpr int kN = decltype(size)::value;
-    if (const int code = check_sizes(B, T, H, D, offsets, true, kN / kColumns)) return code;
-    const DeviceGuard guard(device);
-    if (guard.status != cudaSuccess) return guard.status;
-    const Sequences sequences = {D ? D : B, T, H, offsets};
-    const Forward<Element> p{inputs<Element>(sequences, r, w, k, v, u, s0), static_cast<Element*>(y), sT, saved};
-    return launch(forward_kernel<Element, kN, kDecay>, sequences.count * H, Layout<kN>::kThreads,
-                  static_cast<cudaStream_t>(stream), p);
-  });
-}
-
-template <Decay kDecay>
-int backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets, const void* r,
-             const float* w, const void* k, const void* v, const float* u, const float* s0, const float* saved,
-             const void* dy, const float* dsT, float* workspace, void* dr, float* dw, void* dk, void* dv, float* du,
-             float* ds0, int device, void* stream) {
-  if (!all_given(r, w, k, v, u, saved, dy, workspace, dr, dw, dk, dv, du) ||
-      !all_aligned(r, w, k, v, u, s0, saved, dy, dsT, workspace, dr, dw, dk, dv, du, ds0))
-    return kPointer;
-  return dispatch(dtype, N, [&](auto type, auto size) -> int {
-    using Element = decltype(type);
-    constexpr int kN = decltype(size)::value;
-    const int64_t column_blocks = kN / kColumns;
-    if (const int code = check_sizes(B, T, H, D, offsets, true, column_blocks)) return code;
-    const DeviceGuard guard(device);
-    if (guard.status != cudaSuccess) return guard.status;
-    const auto out = [](void* pointer) { return static_cast<Element*>(pointer); };
-    const Sequences sequences = {D ? D : B, T, H, offsets};
-    const Backward<Element> p{inputs<Element>(sequences, r, w, k, v, u, s0), saved, static_cast<const Element*>(dy),
-                              dsT, workspace, out(dr), dw, out(dk), out(dv), du, ds0};
-    const int64_t heads = sequences.count * H, parts = all_segments(B, T, D) * H;
-    struct Step {
-      void (*kernel)(Backward<Element>);
-      int64_t blocks;
-    };
-    const Step steps[] = {{backward_values_kernel<Element, kN, kDecay>, heads},
-                          {backward_keys_kernel<Element, kN, kDecay>, parts},
-                          {backward_receptance_kernel<Element, kN, kDecay>, parts},
-                          {backward_decay_kernel<Element, kN, kDecay>,
-                           (kDecay == Decay::kPerToken ? parts : heads) * column_blocks}};
-    for (const Step& step : steps) {
-      const int status = launch(step.kernel, step.blocks, Layout<kN>::kThreads, static_cast<cudaStream_t>(stream), p);
-      if (status != cudaSuccess) return status;
-    }
-    return cudaSuccess;
-  });
-}
-
 }  // namespace wkv6
+
+// The kernels of one number format (its `label` is part of their names) and head size.
+#define WKV6_KERNELS(T, label, N) WKV6_EACH_KERNEL(wkv6, kPerToken, T, label, N)
+#define WKV5_KERNELS(T, label, N) WKV6_EACH_KERNEL(wkv5, kPerHead, T, label, N)
+
+#define WKV6_EACH_KERNEL(operator_, decay, T, label, N)                          \
+  WKV6_KERNEL(operator_, decay, forward, Forward, T, label, N)                   \
+  WKV6_KERNEL(operator_, decay, backward_values, Backward, T, label, N)          \
+  WKV6_KERNEL(operator_, decay, backward_keys, Backward, T, label, N)            \
+  WKV6_KERNEL(operator_, decay, backward_receptance, Backward, T, label, N)      \
+  WKV6_KERNEL(operator_, decay, backward_decay, Backward, T, label, N)
+
+#define WKV6_KERNEL(operator_, decay, name, Arguments, T, label, N)                                        \
+  WKV_KERNEL(operator_##_##name##_##label##_##N, (wkv6::name<T, N, wkv6::Decay::decay>), wkv6::Arguments<T>, N)

@@ -1,4 +1,4 @@
-// WKV-7, sequential in time, one block per (sequence, head): forward and every gradient behind a plain C interface.
+// WKV-7, sequential in time, one block per (sequence, head): forward and every gradient.
 //
 // Per head, with rows of S = value index i, columns = key index j, and decay w = exp(-e^-0.5 sigmoid(x)):
 //     sa_t = S_{t-1} a_t ;   S_t = S_{t-1} diag(w_t) + sa_t b_t^T + v_t k_t^T ;   y_t = S_t r_t
@@ -7,21 +7,21 @@
 //     dr = S_t^T dy ;  da = S_{t-1}^T dsa ;  dlog w = colsum(dS o S_{t-1}) o w
 //
 // Sums over j need rows, sums over i need columns, so there are four kernels and each holds one matrix by lines:
-//     forward_kernel        time forward,   rows of S      y, sa (kept for backward)
-//     backward_rows_kernel  time backward,  rows of dS     dv, ds0, dsa (workspace)
-//     backward_keys_kernel  time backward,  columns of dS  dk, db, k dk + b db and dS at segment starts (workspace)
-//     backward_decay_kernel time forward,   columns of S   dr, da, dx
+//     forward        time forward,   rows of S      y, sa (kept for backward)
+//     backward_rows  time backward,  rows of dS     dv, ds0, dsa (workspace)
+//     backward_keys  time backward,  columns of dS  dk, db, k dk + b db and dS at segment starts (workspace)
+//     backward_decay time forward,   columns of S   dr, da, dx
 // The two matrices never meet in registers. dlog w follows from X_t = colsum(S_t o gradient of S_t), the sum over a
 // column of state times its gradient, which changes along time only by products that are at hand:
 //     dlog w_t = X_{t-1} - a da_t ;   X_t = dlog w_t + (k dk + b db)_t - r dr_t
 // X is taken afresh at every segment start, so rounding does not build up along T. Nothing is divided by the decay and
 // no state is undone; every step is recomputed from s0 in the same order, so results repeat bit for bit.
 
-#include "common.h"
+#pragma once
 
-#include <cmath>
+#include "common.cuh"
 
-namespace {
+namespace wkv7 {
 
 using namespace wkv;
 
@@ -82,7 +82,7 @@ struct ForwardTiles {
 };
 
 template <typename T, int N>
-__global__ void __launch_bounds__(Layout<N>::kThreads, 1) forward_kernel(Forward<T> p) {
+__device__ __forceinline__ void forward(const Forward<T>& p) {
   WKV_SHARED(ForwardTiles<N>, tile);
   const Place<N> place(p.in.sequences, blockIdx.x);
   const int tokens = place.tokens;
@@ -132,7 +132,7 @@ struct RowsTiles {
 };
 
 template <typename T, int N>
-__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_rows_kernel(Backward<T> p) {
+__device__ __forceinline__ void backward_rows(const Backward<T>& p) {
   WKV_SHARED(RowsTiles<N>, tile);
   const Place<N> place(p.in.sequences, blockIdx.x);
   const int tokens = place.tokens;
@@ -183,7 +183,7 @@ struct KeysTiles {
 };
 
 template <typename T, int N>
-__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_keys_kernel(Backward<T> p) {
+__device__ __forceinline__ void backward_keys(const Backward<T>& p) {
   WKV_SHARED(KeysTiles<N>, tile);
   const Place<N> place(p.in.sequences, blockIdx.x);
   const int tokens = place.tokens;
@@ -247,7 +247,7 @@ struct DecayTiles {
 };
 
 template <typename T, int N>
-__global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(Backward<T> p) {
+__device__ __forceinline__ void backward_decay(const Backward<T>& p) {
   WKV_SHARED(DecayTiles<N>, tile);
   const Place<N> place(p.in.sequences, blockIdx.x);
   const int tokens = place.tokens;
@@ -313,77 +313,11 @@ __global__ void __launch_bounds__(Layout<N>::kThreads, 1) backward_decay_kernel(
   }
 }
 
-template <typename T, int N>
-int run_forward(Forward<T> p, cudaStream_t stream) {
-  return launch(forward_kernel<T, N>, p.in.sequences.count * p.in.sequences.heads, Layout<N>::kThreads, stream, p);
-}
+}  // namespace wkv7
 
-template <typename T, int N>
-int run_backward(Backward<T> p, cudaStream_t stream) {
-  void (*const kernels[])(Backward<T>) = {backward_rows_kernel<T, N>, backward_keys_kernel<T, N>,
-                                          backward_decay_kernel<T, N>};
-  for (auto kernel : kernels) {
-    const int status = launch(kernel, p.in.sequences.count * p.in.sequences.heads, Layout<N>::kThreads, stream, p);
-    if (status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
-}
-
-template <typename T>
-Inputs<T> inputs(const Sequences& sequences, const void* r, const float* w, const void* k, const void* v,
-                 const void* a, const void* b, const float* s0) {
-  const auto cast = [](const void* pointer) { return static_cast<const T*>(pointer); };
-  return {sequences, cast(r), w, cast(k), cast(v), cast(a), cast(b), s0};
-}
-
-}  // namespace
-
-extern "C" {
-
-int64_t wkv7_saved_floats(int64_t B, int64_t T, int64_t H, int64_t N, int64_t) { return B * T * H * N; }
-
-int64_t wkv7_workspace_floats(int64_t B, int64_t T, int64_t H, int64_t N, int64_t D) {
-  return 2 * B * T * H * N + all_segments(B, T, D) * H * N * N;
-}
-
-const char* wkv7_error(int code) { return error_text(code); }
-
-int wkv7_forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
-                 const void* r, const float* w, const void* k, const void* v, const void* a, const void* b,
-                 const float* s0, void* y, float* sT, float* saved, int device, void* stream) {
-  if (const int code = check_sizes(B, T, H, D, offsets)) return code;
-  if (!all_given(r, w, k, v, a, b, y) || !all_aligned(r, w, k, v, a, b, s0, y, sT, saved)) return kPointer;
-  return dispatch(dtype, N, [&](auto type, auto size) -> int {
-    using Element = decltype(type);
-    const DeviceGuard guard(device);
-    if (guard.status != cudaSuccess) return guard.status;
-    const Sequences sequences = {D ? D : B, T, H, offsets};
-    const Forward<Element> p{inputs<Element>(sequences, r, w, k, v, a, b, s0), static_cast<Element*>(y), sT, saved};
-    return run_forward<Element, decltype(size)::value>(p, static_cast<cudaStream_t>(stream));
-  });
-}
-
-int wkv7_backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
-                  const void* r, const float* w, const void* k, const void* v, const void* a, const void* b,
-                  const float* s0, const float* saved, const void* dy, const float* dsT, float* workspace, void* dr,
-                  float* dw, void* dk, void* dv, void* da, void* db, float* ds0, int device, void* stream) {
-  if (const int code = check_sizes(B, T, H, D, offsets)) return code;
-  if (!all_given(r, w, k, v, a, b, saved, dy, workspace, dr, dw, dk, dv, da, db) ||
-      !all_aligned(r, w, k, v, a, b, s0, saved, dy, dsT, workspace, dr, dw, dk, dv, da, db, ds0))
-    return kPointer;
-  return dispatch(dtype, N, [&](auto type, auto size) -> int {
-    using Element = decltype(type);
-    const DeviceGuard guard(device);
-    if (guard.status != cudaSuccess) return guard.status;
-    const auto out = [](void* pointer) { return static_cast<Element*>(pointer); };
-    const int64_t elements = B * T * H * N;
-    const Sequences sequences = {D ? D : B, T, H, offsets};
-    const Backward<Element> p{inputs<Element>(sequences, r, w, k, v, a, b, s0),
-                              saved, static_cast<const Element*>(dy), dsT,
-                              workspace, workspace + elements, workspace + 2 * elements,
-                              out(dr), dw, out(dk), out(dv), out(da), out(db), ds0};
-    return run_backward<Element, decltype(size)::value>(p, static_cast<cudaStream_t>(stream));
-  });
-}
-
-}  // extern "C"
+// The kernels of one number format (its `label` is part of their names) and head size.
+#define WKV7_KERNELS(T, label, N)                                                                    \
+  WKV_KERNEL(wkv7_forward_##label##_##N, (wkv7::forward<T, N>), wkv7::Forward<T>, N)                 \
+  WKV_KERNEL(wkv7_backward_rows_##label##_##N, (wkv7::backward_rows<T, N>), wkv7::Backward<T>, N)    \
+  WKV_KERNEL(wkv7_backward_keys_##label##_##N, (wkv7::backward_keys<T, N>), wkv7::Backward<T>, N)    \
+  WKV_KERNEL(wkv7_backward_decay_##label##_##N, (wkv7::backward_decay<T, N>), wkv7::Backward<T>, N)

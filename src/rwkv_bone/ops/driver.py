@@ -1,0 +1,113 @@
+"""NVIDIA's driver, by ctypes: load compiled kernels onto a card and launch them on PyTorch's streams.
+
+The functions are those of libcuda.so.1, as NVIDIA's CUDA Driver API manual documents them. Kernels run in the primary
+context of a device, which is PyTorch's, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rwkv_bone.ops.launches import Launch
+
+LIBRARY = "libcuda.so.1"
+# Codes of cuModuleLoadData for code that this driver or this card does not take: INVALID_IMAGE, NO_BINARY_FOR_GPU,
+# INVALID_PTX, UNSUPPORTED_PTX_VERSION, JIT_COMPILER_NOT_FOUND.
+NOT_LOADABLE = (200, 209, 218, 222, 221)
+
+
+class DriverError(RuntimeError):
+    """There is no driver, or it refused something. The text says what and why."""
+
+
+class Driver:
+    """One loaded libcuda. Raises DriverError wherever a call fails."""
+
+    def __init__(self, path: str = LIBRARY):
+        try:
+            self._library = ctypes.CDLL(path)
+        except OSError as problem:
+            raise DriverError(
+                f"the NVIDIA driver's {LIBRARY} cannot be loaded ({problem}): install the driver, or make its folder "
+                "known to the loader (LD_LIBRARY_PATH)"
+            ) from problem
+        self._contexts: dict[int, ctypes.c_void_p] = {}
+        self._call("cuInit", ctypes.c_uint(0))
+
+    def version(self) -> tuple[int, int]:
+        """The newest CUDA that this driver can run."""
+        number = ctypes.c_int()
+        self._call("cuDriverGetVersion", ctypes.byref(number))
+        return number.value // 1000, number.value % 1000 // 10
+
+    def load(self, image: bytes, names: Sequence[str], device: int) -> dict[str, ctypes.c_void_p]:
+        """The kernels of these names out of a cubin or PTX, on a device."""
+        module, kernels = ctypes.c_void_p(), {}
+        with self._current(device):
+            code = self._library.cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(image))
+            if code in NOT_LOADABLE:
+                major, minor = self.version()
+                raise DriverError(
+                    f"the driver (for CUDA {major}.{minor}) cannot load the compiled kernels ({self._reason(code)}): "
+                    "update the driver, or install torch for a CUDA that is no newer than the driver's"
+                )
+            self._check("cuModuleLoadData", code)
+            for name in names:
+                kernels[name] = ctypes.c_void_p()
+                self._call("cuModuleGetFunction", ctypes.byref(kernels[name]), module, name.encode())
+        return kernels
+
+    def launch(self, kernels: dict[str, ctypes.c_void_p], launches: Sequence[Launch], device: int, stream: int) -> None:
+        """Puts the launches on a stream, one after another, and waits for nothing."""
+        with self._current(device):
+            for kernel, blocks, threads, arguments in launches:
+                # The driver copies the struct before it returns.
+                parameters = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p))
+                code = self._library.cuLaunchKernel(
+                    kernels[kernel],
+                    *map(ctypes.c_uint, (blocks, 1, 1, threads, 1, 1, 0)),
+                    ctypes.c_void_p(stream),
+                    parameters,
+                    None,
+                )
+                self._check(f"launching {kernel} with {blocks} blocks of {threads} threads", code)
+
+    @contextmanager
+    def _current(self, device: int) -> Iterator[None]:
+        """The device's primary context, current in this thread: autograd's threads may have none, or another one."""
+        if device not in self._contexts:
+            handle, context = ctypes.c_int(), ctypes.c_void_p()
+            self._call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+            self._contexts[device] = context
+        context, before = self._contexts[device], ctypes.c_void_p()
+        self._call("cuCtxGetCurrent", ctypes.byref(before))
+        if before.value == context.value:
+            yield
+            return
+        self._call("cuCtxPushCurrent_v2", context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", ctypes.byref(before))
+
+    def _call(self, function: str, *arguments) -> None:
+        self._check(function, getattr(self._library, function)(*arguments))
+
+    def _check(self, what: str, code: int) -> None:
+        if code:
+            raise DriverError(f"{what} failed: {self._reason(code)}")
+
+    def _reason(self, code: int) -> str:
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorString(ctypes.c_int(code), ctypes.byref(text))
+        return f"{text.value.decode() if text.value else 'unknown error'}, code {code}"
+
+
+@functools.cache
+def find() -> Driver:
+    """The machine's driver. Raises DriverError if there is none."""
+    return Driver()

@@ -1,0 +1,219 @@
+"""What Python hands to the NVIDIA driver, and what it says of one that is missing or refuses; no GPU is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import struct
+import threading
+
+import pytest
+import torch
+
+from rwkv_bone.errors import UserError
+from rwkv_bone.ops import build, cuda, driver, launches, native, select_op, trial
+from tests.ops.shim import ShimLibrary, build_shim, compile_on_shim
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the C structs")
+
+# The C structs filled in by the names of their members: what each holds is its own number.
+MEMBERS = """
+#include <cstring>
+#include "wkv7.cuh"
+#include "wkv6.cuh"
+template <typename P> P* at(uint64_t number) { return reinterpret_cast<P*>(number); }
+template <typename T> using S = std::remove_const_t<std::remove_pointer_t<T>>;
+#define SET(member, number) p.member = at<S<decltype(p.member)>>(number)
+template <typename P> size_t out(const P& p, void* to) { return std::memcpy(to, &p, sizeof p), sizeof p; }
+template <typename P> void start(P& p, int64_t sequences, int64_t T, int64_t H) {
+  p.in.sequences.count = sequences, p.in.sequences.tokens = T, p.in.sequences.heads = H;
+  SET(in.sequences.offsets, 16);
+  SET(in.r, 32), SET(in.w, 48), SET(in.k, 64), SET(in.v, 80);
+}
+extern "C" size_t wkv7_forward(int64_t n, int64_t T, int64_t H, int64_t, void* to) {
+  wkv7::Forward<wkv::BFloat16> p;
+  start(p, n, T, H), SET(in.a, 96), SET(in.b, 112), SET(in.s0, 128), SET(y, 144), SET(sT, 160), SET(sa, 176);
+  return out(p, to);
+}
+extern "C" size_t wkv7_backward(int64_t n, int64_t T, int64_t H, int64_t N, void* to) {
+  wkv7::Backward<wkv::BFloat16> p;
+  start(p, n, T, H), SET(in.a, 96), SET(in.b, 112), SET(in.s0, 128), SET(sa, 144), SET(dy, 160), SET(dsT, 176);
+  p.dsa = at<float>(192), p.key_products = p.dsa + T * H * N, p.boundaries = p.dsa + 2 * T * H * N;
+  SET(dr, 208), SET(dx, 224), SET(dk, 240), SET(dv, 256), SET(da, 272), SET(db, 288), SET(ds0, 304);
+  return out(p, to);
+}
+template <typename Forward> size_t forward6(int64_t n, int64_t T, int64_t H, void* to) {
+  Forward p;
+  start(p, n, T, H), SET(in.u, 96), SET(in.s0, 112), SET(y, 128), SET(sT, 144), SET(starts, 160);
+  return out(p, to);
+}
+template <typename Backward> size_t backward6(int64_t n, int64_t T, int64_t H, void* to) {
+  Backward p;
+  start(p, n, T, H), SET(in.u, 96), SET(in.s0, 112), SET(starts, 128), SET(dy, 144), SET(dsT, 160), SET(ends, 176);
+  SET(dr, 192), SET(dx, 208), SET(dk, 224), SET(dv, 240), SET(du, 256), SET(ds0, 272);
+  return out(p, to);
+}
+extern "C" size_t wkv6_forward(int64_t n, int64_t T, int64_t H, int64_t, void* to) {
+  return forward6<wkv6::Forward<wkv::BFloat16>>(n, T, H, to);
+}
+extern "C" size_t wkv6_backward(int64_t n, int64_t T, int64_t H, int64_t, void* to) {
+  return backward6<wkv6::Backward<wkv::BFloat16>>(n, T, H, to);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    path = compile_on_shim("#include <type_traits>\n" + MEMBERS, tmp_path_factory.mktemp("members") / "members.so")
+    return ctypes.CDLL(str(path))
+
+
+@needs_compiler
+@pytest.mark.parametrize("step", ["forward", "backward"])
+@pytest.mark.parametrize("operator", ["wkv7", "wkv6", "wkv5"])
+def test_packed_arguments_are_the_c_struct_byte_for_byte(members, operator, step):
+    T, H, N, D = 1000, 40, 64, 7
+    count = {"forward": 4, "backward": 6 + launches.INPUTS[operator]}[step] + launches.INPUTS[operator]
+    tensors = [16 * (i + 2) for i in range(count)]
+    planned = launches.launches(operator, step, "bfloat16", (1, T, H, N, D), 16, tensors)
+
+    function = getattr(members, f"{operator.replace('5', '6')}_{step}")
+    function.restype, function.argtypes = ctypes.c_size_t, [ctypes.c_int64] * 4 + [ctypes.c_void_p]
+    buffer = ctypes.create_string_buffer(512)
+    size = function(D, T, H, N, buffer)
+    assert len(planned) == (1 if step == "forward" else len(launches.BACKWARD[operator]))
+    for launch in planned:
+        assert launch.arguments == buffer.raw[:size], launch.kernel
+
+
+def test_null_pointers_and_sequences_without_documents_are_packed_as_such():
+    tensors = [*[16] * 5, None, 16, None, None]
+    (forward,) = launches.launches("wkv6", "forward", "float32", (3, 9, 2, 8, 0), None, tensors)
+    assert forward == ("wkv6_forward_float32_8", 6, 16, struct.pack("=13Q", 3, 9, 2, 0, *[16] * 5, 0, 16, 0, 0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("operator", ["wkv7", "wkv6", "wkv5"])
+def test_every_kernel_takes_as_many_bytes_as_are_packed(operator, request):
+    library = ShimLibrary(build_shim(operator, request.config.cache.mkdir("cuda_shim")), operator)
+    inputs = launches.INPUTS[operator]
+    for dtype in launches.ELEMENTS:
+        for N in launches.HEAD_SIZES:
+            planned = [
+                launch
+                for step, count in (("forward", inputs + 4), ("backward", 2 * inputs + 6))
+                for launch in launches.launches(operator, step, dtype, (2, 65, 3, N, 0), None, [16] * count)
+            ]
+            assert [launch.kernel for launch in planned] == launches.kernel_names(operator, dtype, N)
+            for launch in planned:
+                assert library.raw.shim_argument_bytes(launch.kernel.encode()) == len(launch.arguments)
+
+
+@pytest.fixture
+def shim_driver(tmp_path):
+    """The product's Driver over a library with one kernel."""
+    kernel = '#include "wkv7.cuh"\nWKV7_KERNELS(float, float32, 8)\n'
+    return driver.Driver(str(compile_on_shim(kernel, tmp_path / "one.so")))
+
+
+@needs_compiler
+def test_a_thread_without_a_context_launches_in_the_devices_own(shim_driver):
+    """Autograd's threads may have none: seen on an H200, where cuBLAS warned of it."""
+    kernels = shim_driver.load(b"", launches.kernel_names("wkv7", "float32", 8), device=1)
+    tensors = {name: torch.randn(1, 3, 1, 8) for name in "rwkvab"} | {"y": torch.full((1, 3, 1, 8), torch.nan)}
+    pointers = [x.data_ptr() for x in tensors.values()]
+    pointers = [*pointers[:6], None, pointers[6], None, None]
+    planned = launches.launches("wkv7", "forward", "float32", (1, 3, 1, 8, 0), None, pointers)
+    thread = threading.Thread(target=shim_driver.launch, args=(kernels, planned, 1, 0))
+    thread.start()
+    thread.join()
+    assert tensors["y"].isfinite().all()
+
+
+@needs_compiler
+def test_a_driver_that_cannot_load_the_kernels_says_what_to_do(shim_driver):
+    for code in (200, 209, 222):
+        shim_driver._library.shim_load_result(code)
+        message = rf"the driver \(for CUDA 12\.4\) cannot load.*code {code}.*update the driver, or install torch"
+        with pytest.raises(driver.DriverError, match=message):
+            shim_driver.load(b"", [], device=0)
+    shim_driver._library.shim_load_result(2)
+    with pytest.raises(driver.DriverError, match="cuModuleLoadData failed: an error of the test, code 2"):
+        shim_driver.load(b"", [], device=0)
+    shim_driver._library.shim_load_result(0)
+    with pytest.raises(driver.DriverError, match="cuModuleGetFunction failed: named symbol not found"):
+        shim_driver.load(b"", ["no_such_kernel"], device=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a driver")
+def test_a_machine_without_a_driver_gets_a_sentence():
+    with pytest.raises(driver.DriverError, match="driver's libcuda.so.1 cannot be loaded.*install the driver"):
+        driver.Driver()
+
+
+@pytest.fixture
+def fresh_choices():
+    select_op.cache_clear()
+    yield
+    select_op.cache_clear()
+
+
+def refuse(problem: Exception):
+    def trial_call(*arguments):
+        raise problem
+
+    return trial_call
+
+
+@pytest.mark.parametrize("problem", [driver.DriverError("an old driver"), build.BuildError("an old card")], ids=str)
+def test_auto_falls_back_with_the_reason_and_an_explicit_choice_is_refused(fresh_choices, monkeypatch, problem):
+    monkeypatch.setattr(trial, "trial", refuse(problem))
+    form, sentence = select_op("auto", torch.device("cuda"))
+    assert form == "torch" and sentence == f"wkv7: chunked PyTorch, slower than the compiled cuda kernel: {problem}"
+    with pytest.raises(UserError, match=f"--op cuda is not possible: {problem}"):
+        select_op("cuda", torch.device("cuda"))
+
+
+def test_a_head_size_without_a_kernel_is_a_reason(fresh_choices):
+    form, sentence = select_op("auto", torch.device("cuda"), "wkv7", 48)
+    assert form == "torch" and "found 48" in sentence
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operator", ["wkv7", "wkv6", "wkv5"])
+def test_the_trial_call_passes_with_right_kernels_and_finds_wrong_ones(fresh_choices, monkeypatch, operator, dtype):
+    cpu = torch.device("cpu")
+    trial.trial(operator, cpu, 64, dtype)
+    plain = native.call
+
+    def spoiled(operator, step, *arguments):
+        plain(operator, step, *arguments)
+        arguments[-2].mul_(1.5)  # one result of each: the last state; the gradient of the last input
+
+    monkeypatch.setattr(native, "call", spoiled)
+    with pytest.raises(build.BuildError, match="trial call of the cpu kernel gave wrong numbers"):
+        trial.trial(operator, cpu, 64, dtype)
+    assert select_op("auto", cpu, operator, 64, dtype)[0] == "torch"
+
+
+def test_the_trial_call_leaves_the_runs_random_numbers_alone(fresh_choices):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    select_op("auto", torch.device("cpu"), "wkv6", 32, torch.float32)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", ["wkv7", "wkv6", "wkv5"])
+def test_the_kernels_for_this_card_are_built_without_any_compiler_on_the_machine(operator, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    cuda.kernels.cache_clear()
+    select_op.cache_clear()
+    form, sentence = select_op("cuda", torch.device("cuda"), operator, 64, torch.bfloat16)
+    assert form == "cuda" and torch.cuda.get_device_name() in sentence
+    assert [path.suffix for path in (tmp_path / "rwkv_bone").glob("wkv*") if path.suffix != ".lock"] == [".cubin"]
+    cuda.kernels.cache_clear()
+    select_op.cache_clear()
