@@ -11,8 +11,8 @@ A step is forward, backward and fused AdamW: frozen weights and arithmetic in bf
     tokens_per_s
     share_of_matmul       4 operations per frozen weight and token (2 forward, 2 for the gradient of the input; what
                           grad_cp computes again does not count), against a bf16 product of square matrices here
-    share_of_copy         the least bytes a step must move (each weight read twice, what is kept for backward written and
-                          read), against a copy here, whose bytes are those read and those written
+    share_of_copy         the least bytes a step must move (each weight read twice, what is kept for backward written
+                          and read), against a copy here, whose bytes are those read and those written
     peak_allocated_mb, peak_reserved_mb     of the timed steps, by PyTorch's allocator; null on a CPU
     kept_mb               what autograd keeps for backward, weights not counted
     kernel_launches, host_syncs             of one step; null on a CPU
