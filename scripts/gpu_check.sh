@@ -150,14 +150,14 @@ part_quick() {
 part_tests() {
     has pytest hypothesis || return 0
     if [ "$quick" = 1 ]; then
-        files='tests/models/test_devices.py'
-        chosen='cpu and 7 and bone'
+        files='tests/models/test_devices.py tests/test_generation_on_devices.py'
+        chosen='cpu and 7 and not 5-cpu and (bone or answers)'
     else
         files=$(cd -- "$repo" && grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v ops/test_wkv7 | tr '\n' ' ')
         chosen='not 31_bits'
     fi
     workers=
-    [ "$device" = cpu ] || [ -n "$("$python" "$tools/packages.py" lacking pytest-xdist)" ] || workers='-n 4'
+    [ "$device" = cpu ] || [ -n "$("$python" "$tools/packages.py" lacking pytest-xdist)" ] || workers='-n 4 --dist loadfile'
     # shellcheck disable=SC2086 # lists of words
     pytest_check tests 180 $workers --maxfail 20 -k "$chosen" $files
     [ "$device" = cpu ] || pytest_check tests_31_bits 60 tests/ops -k 31_bits
