@@ -1,7 +1,8 @@
 # shellcheck shell=sh disable=SC2034 # its variables are used by the scripts that source it
-# Sourced by the other scripts. Sets $repo, the repository's folder, and $python, after setting up the environment.
+# Sourced by the other scripts. Sets $repo, the repository's folder, and $python, after setting up the environment; a
+# caller that names a Python in $RWKV_PYTHON gets that one as it is.
 repo=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
-python=$(sh "$repo/scripts/setup.sh")
+python=${RWKV_PYTHON:-$(sh "$repo/scripts/setup.sh")}
 
 # in_repo PATH: a path relative to the repository as an absolute one. Absolute and empty ones stay as they are.
 in_repo() {

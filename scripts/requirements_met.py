@@ -26,16 +26,24 @@ def requirements(path):
             yield Requirement(line)
 
 
-def main(path, *names):
+def unmet(path, names=()):
+    """Yields (name, what is wrong with it) of each requirement that is not satisfied."""
     for wanted in requirements(Path(path)):
         if names and wanted.name not in names:
             continue
         try:
             found = version(wanted.name)
         except PackageNotFoundError:
-            sys.exit(f"{wanted} is not installed")
+            yield wanted.name, f"{wanted} is not installed"
+            continue
         if not wanted.specifier.contains(found, prereleases=True):
-            sys.exit(f"{wanted} is needed, {found} is installed")
+            yield wanted.name, f"{wanted} is needed, {found} is installed"
 
 
-main(*sys.argv[1:])
+def main(path, *names):
+    for _, problem in unmet(path, names):
+        sys.exit(problem)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,21 @@ from tests.conftest import REPOSITORY, random_model
 # Responses of unequal length, so that ranks and micro-batches have unequal numbers of trained tokens.
 ROWS = [(f"{n} -> ", str(n)[::-1] * (1 + n % 4)) for n in range(37, 48)]
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@dataclass
+class Run:
+    """One of Job.batch: `folder` (default: the name) is where, `dies_after` the step after which it is killed."""
+
+    name: str
+    flags: dict
+    folder: str = ""
+    dies_after: int | None = None
+
+
+def clean_environment() -> dict[str, str]:
+    """Without the rendezvous that a run in this process leaves, which would make another process join it."""
+    return {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
 
 
 @dataclass
@@ -35,14 +51,32 @@ class Job:
         fit(cli.parse_train(self.argv({**flags, "proj_dir": self.folder / name})))
         return self.folder / name
 
+    def batch(self, device: str, runs: list[Run]) -> dict[str, str | None]:
+        """Train one after another on `cpu` or `cuda`, in one process of their own: {name: what went wrong, or None}."""
+        where = {"accelerator": "gpu" if device == "cuda" else "cpu", "op": "auto"}
+        jobs = [
+            {
+                "name": run.name,
+                "argv": self.argv({**where, **run.flags, "proj_dir": self.folder / (run.folder or run.name)}),
+                "dies_after": run.dies_after,
+            }
+            for run in runs
+        ]
+        results = self.folder / f"results-{uuid.uuid4().hex}.json"
+        command = [sys.executable, "-m", "tests.training.runs", str(results)]
+        environment = clean_environment() | {"PYTHONPATH": f"{REPOSITORY / 'src'}{os.pathsep}{REPOSITORY}"}
+        done = subprocess.run(
+            command, input=json.dumps(jobs), capture_output=True, text=True, env=environment, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(results.read_text())
+
     def launch(self, name: str, **flags) -> subprocess.Popen:
         """`python train.py`, started."""
         argv = self.argv({**flags, "proj_dir": self.folder / name})
-        # A run in this process leaves its rendezvous in the environment, which would make this one join it.
-        environment = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
         command = [sys.executable, REPOSITORY / "train.py", *argv]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=clean_environment())
 
     def start(self, name: str, **flags) -> tuple[Path, subprocess.CompletedProcess]:
         """Train with `python train.py`; returns proj_dir and what the program printed."""

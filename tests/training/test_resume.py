@@ -13,32 +13,20 @@ from rwkv_bone.errors import Interrupted, UserError
 from rwkv_bone.training import resume
 from rwkv_bone.training.callbacks import StepLog
 from tests.training.conftest import ROWS, adapter_of, largest_difference, log_of
+from tests.training.runs import Killed, dying_after
 
 # 11 rows, 4 a step: steps 3 and 6 end an epoch, step 4 is in the middle of the second.
 TWO_EPOCHS = {"epoch_count": 2, "save_steps": 1}
 TRUE_FIELDS = ("step", "epoch", "loss", "lr", "tokens", "trained_tokens", "grad_norm")
 
 
-class Killed(BaseException):
-    """Ends a process as nothing can catch."""
-
-
 @pytest.fixture
-def killed(job, monkeypatch):
+def killed(job):
     """Train, and stop without warning when step `after` is logged but not saved; returns proj_dir."""
 
     def train(name, after, **flags):
-        original = StepLog.on_train_batch_end
-
-        def die(self, trainer, module, *rest):
-            original(self, trainer, module, *rest)
-            if module.window_finished() and module.window.step == after:
-                raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr(StepLog, "on_train_batch_end", die)
-            with pytest.raises(Killed):
-                job.run(name, **flags)
+        with dying_after(after), pytest.raises(Killed):
+            job.run(name, **flags)
         return job.folder / name
 
     return train
