@@ -105,9 +105,12 @@ def test_one_token_and_no_token_and_no_prompt(model):
     assert generate(model, [], max_new=5) == []
 
 
-def test_an_empty_prompt_is_refused(model):
+def test_an_empty_prompt_and_limits_below_one_are_refused(model):
     with pytest.raises(ValueError, match="empty"):
         generate(model, [[1], []], max_new=2)
+    for limit in ("batch", "piece"):
+        with pytest.raises(ValueError, match=f"{limit} -1"):
+            generate(model, [[1]], max_new=2, **{limit: -1})
 
 
 def test_sampling_repeats_with_its_seed_and_changes_with_it(model):

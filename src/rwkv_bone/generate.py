@@ -1,7 +1,7 @@
-"""Text from a model: some prompts are read, continue together, one token at a time, from their states; then the next.
+"""Text from a model: prompts are read, then all continue together, one token at a time, from their states.
 
-Memory grows neither with the number of prompts nor with their length: so many are under way at a time, and they are
-read packed, in pieces of so many tokens, of which each goes on from where the one before ended.
+Memory grows neither with the number of prompts nor with their length: a limited number is under way at a time, and
+these are read packed, in pieces of a limited number of tokens, each going on where the one before ended.
 
 Sizes: B sequences under way, D documents of a piece, V vocabulary.
 """
@@ -43,6 +43,8 @@ def generate(
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt is empty: it needs at least one token to continue from")
+    if min(batch, piece) < 1:
+        raise ValueError(f"batch {batch}, piece {piece}: expected at least 1")
     if max_new < 1:
         return [[] for _ in prompts]
     generator = torch.Generator(device).manual_seed(seed)
