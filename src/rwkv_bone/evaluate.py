@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from rwkv_bone.data import BatchPlan
-from rwkv_bone.generate import generate
+from rwkv_bone.generate import BATCH, generate
 
 
 class Answer(NamedTuple):
@@ -27,30 +27,30 @@ class Answer(NamedTuple):
 def heldout_loss(model, dataset, *, micro_bsz: int, device: torch.device | str = "cpu") -> tuple[float, int]:
     """(nats per trained token, number of trained tokens) over every sample once, with the mask of training.
 
-    Samples are packed, micro_bsz x ctx_len tokens at a time.
+    model: a call `model(ids, labels=..., cu_seqlens=...)` -> the summed loss. Samples are packed, micro_bsz x ctx_len
+    tokens at a time.
     """
     plan = BatchPlan(dataset, micro_bsz=micro_bsz, pack=True)
-    total, tokens = 0.0, 0
+    # Summed on the device: it is waited for once, at the end.
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for step in range(plan.total_steps(1)):
         batch = plan.batch(0, step, 0, 0).to(device)
-        total += model(batch.ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens).item()
+        total += model(batch.ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens)
         tokens += batch.window_tokens
-    return total / max(tokens, 1), tokens
+    return total.item() / max(tokens, 1), tokens
 
 
 def exact_match(
-    model, tokenizer, pairs: Sequence[tuple[str, str]], *, batch: int = 64, device: torch.device | str = "cpu"
+    model, tokenizer, pairs: Sequence[tuple[str, str]], *, batch: int = BATCH, device: torch.device | str = "cpu"
 ) -> tuple[float, list[Answer]]:
-    """(fraction of prompts whose greedy answer is the response exactly, every answer).
+    """(fraction of prompts whose greedy answer is the response exactly, every answer), `batch` prompts at a time.
 
-    An answer may be one token longer than the longest response: more could not make it right.
+    Prompts are read whole, also beyond the ctx_len of training. An answer may be one token longer than the longest
+    response: more could not make it right.
     """
     longest = max((len(tokenizer.encode(response)) for _, response in pairs), default=0)
-    answers = []
-    for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
-        # A model needs one token to start from; the end of a document is what comes before any other.
-        prompts = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt, _ in part]
-        written = generate(model, prompts, max_new=longest + 1, stop_id=tokenizer.eod, device=device)
-        answers += [Answer(*pair, tokenizer.decode(ids)) for pair, ids in zip(part, written, strict=True)]
+    # A model needs one token to start from; the end of a document is what comes before any other.
+    prompts = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt, _ in pairs]
+    written = generate(model, prompts, max_new=longest + 1, stop_id=tokenizer.eod, batch=batch, device=device)
+    answers = [Answer(*pair, tokenizer.decode(ids)) for pair, ids in zip(pairs, written, strict=True)]
     return sum(answer.correct for answer in answers) / max(len(answers), 1), answers

@@ -89,6 +89,7 @@ class RWKV(nn.Module):
         state: list[LayerState] | None = None,
         labels: Tensor | None = None,
         return_state: bool = False,
+        last_only: bool = False,
         cu_seqlens: Tensor | None = None,
         l2wrap: float = 0.0,
         grad_cp: bool = False,
@@ -100,9 +101,12 @@ class RWKV(nn.Module):
         cu_seqlens [D + 1] int64, on the device of ids: ids [1, T] are D documents one after another, document d at
         cu_seqlens[d] to cu_seqlens[d + 1], none of which sees another. A state of k <= D rows is what the first k go on
         from, the others start afresh; a returned state has D rows.
-        Returns logits [B, T, V] in `self.dtype`, or with labels the fp32 sum of the cross-entropy over labelled
-        positions; with return_state a pair of that and the new state. grad_cp recomputes each block in backward.
+        Returns logits [B, T, V] in `self.dtype`, with last_only those of each sequence's last position alone ([B, V];
+        packed [D, V]), or with labels the fp32 sum of the cross-entropy over labelled positions; with return_state a
+        pair of that and the new state. grad_cp recomputes each block in backward.
         """
+        if last_only and labels is not None:
+            raise ValueError("last_only is for logits: with labels every labelled position counts")
         sequences = len(ids) if cu_seqlens is None else len(cu_seqlens) - 1
         if state is not None and len(state[0].wkv) > sequences:
             raise UserError(f"state: expected at most {sequences} rows, one a sequence, found {len(state[0].wkv)}")
@@ -114,6 +118,8 @@ class RWKV(nn.Module):
             else:
                 x, shared, new = block(x, shared, before, return_state, cu_seqlens)
             after.append(new)
+        if last_only:
+            x = x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1]
         hidden = self.ln_out(x)
         if labels is None:
             result = self.head(hidden)

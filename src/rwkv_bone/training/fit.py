@@ -278,6 +278,7 @@ def prepare_heldout(
         pairs,
         tokenizer,
         micro_bsz=config.data.micro_bsz,
+        chunk=config.model.chunk_ctx,
         path=folder / project.EVALUATION,
         again=config.run.resume,
         say=say,

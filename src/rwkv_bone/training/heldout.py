@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback
 
 from rwkv_bone.checkpoint import atomic_path
 from rwkv_bone.evaluate import Answer, exact_match, heldout_loss
+from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.resume import data_fingerprint
 
 SHOWN = 4  # sample prompts printed
@@ -50,14 +52,24 @@ class Measured:
 class HeldOut(Callback):
     """Measure on every rank alike: at ZeRO stage 3 no rank can run the model alone.
 
+    The loss is computed in chunks of `chunk` tokens, as in training (0 = whole), so measuring needs no more memory.
     Of a run that is continued (`again`) the measurement before it is taken from its file, if the data is the same.
     """
 
     def __init__(
-        self, dataset, pairs: Sequence[tuple[str, str]], tokenizer, *, micro_bsz: int, path: Path, again: bool, say
+        self,
+        dataset,
+        pairs: Sequence[tuple[str, str]],
+        tokenizer,
+        *,
+        micro_bsz: int,
+        chunk: int,
+        path: Path,
+        again: bool,
+        say,
     ):
         self.dataset, self.pairs, self.tokenizer = dataset, pairs, tokenizer
-        self.micro_bsz, self.path, self.say = micro_bsz, path, say
+        self.micro_bsz, self.chunk, self.path, self.say = micro_bsz, chunk, path, say
         self.before: Measured | None = None
         self.after: Measured | None = None
         measured = json.dumps([data_fingerprint(dataset), [list(pair) for pair in pairs]])
@@ -98,7 +110,8 @@ class HeldOut(Callback):
 
     def _measure(self, module, step: int) -> Measured:
         module.eval()  # an adapter's dropout is for training alone
-        loss, tokens = heldout_loss(module, self.dataset, micro_bsz=self.micro_bsz, device=module.device)
+        sum_of = partial(chunked_loss, module, chunk=self.chunk) if self.chunk else module
+        loss, tokens = heldout_loss(sum_of, self.dataset, micro_bsz=self.micro_bsz, device=module.device)
         exact, answers = None, []
         if self.pairs:
             exact, answers = exact_match(module, self.tokenizer, self.pairs, device=module.device)
