@@ -13,6 +13,7 @@ from rwkv_bone.ops import native
 from rwkv_bone.ops.arguments import check, choose_form, sequences
 from rwkv_bone.ops.chunked6 import wkv6_chunked
 from rwkv_bone.ops.reference import each_document, wkv6_reference
+from rwkv_bone.ops.sizes import saved_floats
 
 
 def wkv6(
@@ -158,8 +159,8 @@ def _gradients(r: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor | None, want_
 
 @wkv6_forward.register_fake
 def _(r, w, k, v, u, state, cu_seqlens, save):
-    # How much is saved is the library's business; the trace only needs a size that depends on nothing else.
-    size = torch.library.get_ctx().new_dynamic_size() if save else 0
+    sizes = (*r.shape, native.documents(cu_seqlens))
+    size = saved_floats(_operator(w), r.device.type, *sizes) if save else 0
     return *_outputs(r, cu_seqlens), w.new_empty(size)
 
 

@@ -12,6 +12,7 @@ from rwkv_bone.ops import native
 from rwkv_bone.ops.arguments import check, choose_form, sequences
 from rwkv_bone.ops.chunked import wkv7_chunked
 from rwkv_bone.ops.reference import each_document, wkv7_reference
+from rwkv_bone.ops.sizes import saved_floats
 
 
 def wkv7(
@@ -130,8 +131,8 @@ def _gradients(r: Tensor, w: Tensor, cu_seqlens: Tensor | None, want_state: bool
 
 @wkv7_forward.register_fake
 def _(r, w, k, v, a, b, state, cu_seqlens, save):
-    # How much is saved is the library's business; the trace only needs a size that depends on nothing else.
-    size = torch.library.get_ctx().new_dynamic_size() if save else 0
+    sizes = (*r.shape, native.documents(cu_seqlens))
+    size = saved_floats("wkv7", r.device.type, *sizes) if save else 0
     return *_outputs(r, cu_seqlens), w.new_empty(size)
 
 

@@ -1,0 +1,30 @@
+"""The sizes that Python computes are those that the libraries themselves give."""
+
+import itertools
+
+import pytest
+
+from rwkv_bone.ops import native, sizes
+from tests.ops.test_cuda_source import library as cuda_library  # noqa: F401
+
+TOKENS = (1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 4096, 2**31 - 65)
+UNPACKED = [(B, T, H, N, 0) for B, T, H, N in itertools.product((1, 2, 5), TOKENS, (1, 40), (8, 64, 128))]
+PACKED = [
+    (1, T, H, N, D) for T, H, N, D in itertools.product(TOKENS, (1, 40), (8, 64, 128), (1, 2, 33, 64)) if D <= T
+]
+
+
+def assert_the_same(library, operator: str, device_type: str) -> None:
+    for name, problem in itertools.product(("saved_floats", "workspace_floats"), UNPACKED + PACKED):
+        ours = getattr(sizes, name)(operator, device_type, *problem)
+        theirs = getattr(library, f"{operator}_{name}")(*problem)
+        assert ours == theirs, (name, problem)
+
+
+@pytest.mark.parametrize("operator", ["wkv5", "wkv6", "wkv7"])
+def test_python_and_the_processors_library_agree_on_every_size(operator):
+    assert_the_same(native.library(operator, "cpu"), operator, "cpu")
+
+
+def test_python_and_the_cuda_source_agree_on_every_size(cuda_library):  # noqa: F811
+    assert_the_same(cuda_library.raw, cuda_library.operator, "cuda")
