@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from rwkv_bone.adapters.blocks import blocks, fold, tile_add_, token_chunks
 from rwkv_bone.adapters.layer import AdapterLinear, Tensors, check_block, compute_dtype, weight_grads
@@ -42,9 +43,20 @@ TOKEN_CHUNKS = 24
 
 def rotate(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
     """(x + z [T, in], s [T, r]) of the formulas above, with one new activation and no other of that size."""
+    return _whole_rotate(x, bone) if is_compiling() else _chunked_rotate(x, bone)
+
+
+def rotate_backward_(grad: Tensor, grad_sums: Tensor, x: Tensor, bone: Tensor, need_bone: bool) -> Tensor | None:
+    """Turn gu [T, in] into dx in place, given the gradient [T, r] of s, and return dD [in/r, r, r] if it is needed."""
+    backward = _whole_rotate_backward if is_compiling() else _chunked_rotate_backward
+    grad_bone = backward(grad, grad_sums, x, bone, need_bone)
+    return grad_bone if need_bone else None
+
+
+def _chunked_rotate(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
     r = bone.shape[1]
     transposed = bone.to(x.dtype).transpose(1, 2)
-    rotated, sums = x.new_empty(x.shape), x.new_empty(x.shape[0], r)
+    rotated, sums = _empty_rotate(x, bone)
     for rows in token_chunks(x, TOKEN_CHUNKS):
         # All of a chunk at once, while it is in the cache.
         torch.bmm(blocks(x[rows], r), transposed, out=blocks(rotated[rows], r))
@@ -53,10 +65,9 @@ def rotate(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
     return rotated, sums
 
 
-def rotate_backward_(grad: Tensor, grad_sums: Tensor, x: Tensor, bone: Tensor, need_bone: bool) -> Tensor | None:
-    """Turn gu [T, in] into dx in place, given the gradient [T, r] of s, and return dD [in/r, r, r] if it is needed."""
+def _chunked_rotate_backward(grad: Tensor, grad_sums: Tensor, x: Tensor, bone: Tensor, need_bone: bool) -> Tensor:
     r, block_weights = bone.shape[1], bone.to(grad.dtype)
-    grad_bone = torch.zeros_like(bone, dtype=compute_dtype(bone)) if need_bone else None
+    grad_bone = _empty_rotate_backward(grad, grad_sums, x, bone, need_bone).zero_()
     for rows in token_chunks(grad, TOKEN_CHUNKS):
         part = blocks(grad[rows], r)
         # Contiguous, which `part + sums` would not be: bf16 products of strided batches are twice as slow. In two
@@ -67,6 +78,23 @@ def rotate_backward_(grad: Tensor, grad_sums: Tensor, x: Tensor, bone: Tensor, n
             grad_bone += grad_z.transpose(1, 2) @ blocks(x[rows], r)
         part.baddbmm_(grad_z, block_weights)
     return grad_bone
+
+
+# For torch.compile each is one step: it refuses a product into a view, and would unroll the loops over tokens.
+_whole_rotate = torch.library.custom_op("rwkv_bone::bat_rotate", _chunked_rotate, mutates_args=())
+_whole_rotate_backward = torch.library.custom_op(
+    "rwkv_bone::bat_rotate_backward", _chunked_rotate_backward, mutates_args=("grad",)
+)
+
+
+@_whole_rotate.register_fake
+def _empty_rotate(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], bone.shape[1])
+
+
+@_whole_rotate_backward.register_fake
+def _empty_rotate_backward(grad: Tensor, grad_sums: Tensor, x: Tensor, bone: Tensor, need_bone: bool) -> Tensor:
+    return bone.new_empty(bone.shape if need_bone else 0, dtype=compute_dtype(bone))
 
 
 class BatFunction(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Views and sums over blocks of r columns, shared by Bone and Bat.
+"""Views and sums over blocks of r columns, and work done a few tokens at a time, shared by the adapters.
 
 Sizes: T rows (tokens, or the outputs of a weight), n columns, r block size. When r does not divide n, the last block is
 cut short, which is the same as padding the columns with zeros.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 SMALLEST_CHUNK_CPU = 64 * 2560  # elements: fewer, and calls cost more than the arithmetic in them
 SMALLEST_CHUNK_GPU = 2048 * 2560
@@ -44,3 +46,25 @@ def token_chunks(x: Tensor, count: int) -> Iterator[slice]:
     smallest = SMALLEST_CHUNK_CPU if x.device.type == "cpu" else SMALLEST_CHUNK_GPU
     step = max(-(-rows // count), smallest // width, 1)
     return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def token_product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b [m, n] in at least fp32, of a [T, m] and b [T, n]."""
+    return _whole_product(a, b) if is_compiling() else _chunked_product(a, b)
+
+
+def _chunked_product(a: Tensor, b: Tensor) -> Tensor:
+    total = _empty_product(a, b).zero_()
+    # A product of bf16 matrices is bf16; sums of a few of them in fp32 keep what one product would round away.
+    for rows in token_chunks(a if a.shape[1] > b.shape[1] else b, 8):
+        total += a[rows].t() @ b[rows]
+    return total
+
+
+# For torch.compile one step: traced, the loop would be unrolled, and the graph made anew for every number of tokens.
+_whole_product = torch.library.custom_op("rwkv_bone::token_product", _chunked_product, mutates_args=())
+
+
+@_whole_product.register_fake
+def _empty_product(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[1], b.shape[1], dtype=torch.promote_types(a.dtype, torch.float32))

@@ -23,18 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_bone.adapters.blocks import fold, tile_add_, token_chunks
+from rwkv_bone.adapters.blocks import fold, tile_add_, token_product
 from rwkv_bone.adapters.layer import AdapterLinear, Tensors, check_block, compute_dtype, weight_grads
 from rwkv_bone.adapters.settings import AdapterSettings
-
-
-def block_grad(sums: Tensor, g: Tensor, bone: Tensor) -> Tensor:
-    """dD [r, out] in fp32 from S [T, r] and g [T, out]."""
-    grad = torch.zeros_like(bone, dtype=compute_dtype(bone))
-    # A product of bf16 matrices is bf16; sums of a few of them in fp32 keep what one product would round away.
-    for rows in token_chunks(g, 8):
-        grad += sums[rows].t() @ g[rows]
-    return grad
 
 
 class BoneFunction(torch.autograd.Function):
@@ -58,7 +49,7 @@ class BoneFunction(torch.autograd.Function):
             grad_x = g @ weight.to(g.dtype)
             tile_add_(grad_x, g @ bone.to(g.dtype).t())
         if need_bone:
-            grad_bone = block_grad(sums, g, bone)
+            grad_bone = token_product(sums, g)
         return grad_x, *weight_grads(g, x, weight, bias, (need_weight, need_bias)), grad_bone
 
 
@@ -80,7 +71,7 @@ class BoneSideFunction(torch.autograd.Function):
         grad_x = None
         if need_x:
             grad_x = tile_add_(g.new_zeros(len(g), ctx.in_features), g @ bone.to(g.dtype).t())
-        return g if need_y else None, grad_x, block_grad(sums, g, bone) if need_bone else None
+        return g if need_y else None, grad_x, token_product(sums, g) if need_bone else None
 
 
 class BoneLinear(AdapterLinear):

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_bone.adapters.blocks import token_chunks
+from rwkv_bone.adapters.blocks import token_product
 from rwkv_bone.adapters.layer import AdapterLinear, Tensors, compute_dtype, weight_grads, weight_of
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.errors import UserError
@@ -53,20 +53,14 @@ def side(x: Tensor, a2: Tensor, b2: Tensor, r: int, scale: float) -> tuple[Tenso
 
 
 def side_backward(
-    g: Tensor, x: Tensor, h: Tensor, a: Tensor, b2: Tensor, scale: float, need_a: bool, need_b: bool
+    g: Tensor, x: Tensor, h: Tensor, b2: Tensor, scale: float, need_a: bool, need_b: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(s g B2 [T, k], dA or None, dB or None)."""
-    r = len(a)
+    r = h.shape[1]
     grad_inner = g @ (b2 * scale).to(g.dtype)
-    grad_a = torch.zeros_like(a, dtype=compute_dtype(a)) if need_a else None
-    grad_b = torch.zeros_like(b2[:, :r], dtype=compute_dtype(b2)) if need_b else None
-    # A product of bf16 matrices is bf16; sums of a few of them in fp32 keep what one product would round away.
-    for rows in token_chunks(g, 8):
-        if need_a:
-            grad_a += grad_inner[rows, :r].t() @ x[rows]
-        if need_b:
-            grad_b += g[rows].t() @ h[rows]
-    return grad_inner, grad_a, grad_b.mul_(scale) if need_b else None
+    grad_a = token_product(grad_inner[:, :r], x) if need_a else None
+    grad_b = token_product(g, h).mul_(scale) if need_b else None
+    return grad_inner, grad_a, grad_b
 
 
 class LowRankFunction(torch.autograd.Function):
@@ -88,7 +82,7 @@ class LowRankFunction(torch.autograd.Function):
         x, h, weight, bias, a, b, a0, b0 = ctx.saved_tensors
         need_x, need_weight, need_bias, _, need_a, need_b, _, _ = ctx.needs_input_grad
         a2, b2 = factors(a, b, a0, b0)
-        grad_inner, grad_a, grad_b = side_backward(g, x, h, a, b2, ctx.scale, need_a, need_b)
+        grad_inner, grad_a, grad_b = side_backward(g, x, h, b2, ctx.scale, need_a, need_b)
         grad_x = (g @ weight.to(g.dtype)).addmm_(grad_inner, a2.to(g.dtype)) if need_x else None
         grads = weight_grads(g, x, weight, bias, (need_weight, need_bias))
         return grad_x, *grads, None, grad_a, grad_b, None, None
@@ -110,7 +104,7 @@ class LowRankSideFunction(torch.autograd.Function):
         x, h, a, b, a0, b0 = ctx.saved_tensors
         need_y, need_x, _, need_a, need_b, _, _ = ctx.needs_input_grad
         a2, b2 = factors(a, b, a0, b0)
-        grad_inner, grad_a, grad_b = side_backward(g, x, h, a, b2, ctx.scale, need_a, need_b)
+        grad_inner, grad_a, grad_b = side_backward(g, x, h, b2, ctx.scale, need_a, need_b)
         grad_x = grad_inner @ a2.to(g.dtype) if need_x else None
         return g if need_y else None, grad_x, None, grad_a, grad_b, None, None
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone.ops.cross_entropy import CHUNK_ROWS, IGNORE, linear_cross_entropy
@@ -49,8 +51,41 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = F.group_norm(x.flatten(0, 1), self.n_head, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-        return rows.view_as(x)
+        return _HeadNorm.apply(x.flatten(0, 1), self.weight, self.bias, self.n_head, self.eps).view_as(x)
+
+
+class _HeadNorm(torch.autograd.Function):
+    """rows [T, C], weight [C], bias [C] -> [T, C]: GroupNorm whose parameters, mean and scale are at least fp32.
+
+    PyTorch rounds mean and scale to the parameters' dtype and uses them so in backward: in bf16 that adds half as much
+    error again to the gradient of the rows. Keeps the rows as they came.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor, n_head: int, eps: float) -> Tensor:
+        ctx.n_head, ctx.bias_dtype = n_head, bias.dtype
+        sizes = (*rows.shape, 1, n_head)
+        y, mean, scale = torch.native_group_norm(
+            _for_norm(rows), widened(weight, rows), widened(bias, rows), *sizes, eps
+        )
+        ctx.save_for_backward(rows, weight, mean, scale)
+        return y.to(rows.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        rows, weight, mean, scale = ctx.saved_tensors
+        sizes = (*rows.shape, 1, ctx.n_head)
+        d_rows, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
+            _for_norm(g), _for_norm(rows), mean, scale, widened(weight, rows), *sizes, list(ctx.needs_input_grad[:3])
+        )
+        cast = ((d_rows, rows.dtype), (d_weight, weight.dtype), (d_bias, ctx.bias_dtype))
+        return *(None if x is None else x.to(dtype) for x, dtype in cast), None, None
+
+
+def _for_norm(x: Tensor) -> Tensor:
+    """x in at least fp32, but as it is where the kernel takes bf16 with fp32 parameters: on the processor."""
+    return x if x.is_cpu and not is_compiling() else widened(x)
 
 
 class StatefulMix(nn.Module):
@@ -145,9 +180,9 @@ def token_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None
     return x.roll(1, dims=1).index_copy_(1, starts, with_zeros(last.to(x.dtype), len(starts))[None])
 
 
-def widened(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if that is what it has."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def widened(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x in float32, or in float64 if that is what it has, or what `like` has."""
+    return x.to(torch.promote_types((x if like is None else like).dtype, torch.float32))
 
 
 def with_zeros(rows: Tensor, count: int) -> Tensor:

@@ -40,7 +40,7 @@ class Block(nn.Module):
         self.ln2 = LayerNorm(arch.n_embd)
         self.att = generation.TimeMix(arch, layer, op)
         self.ffn = generation.ChannelMix(arch, layer)
-        self.layer = layer
+        self.first = layer == 0  # not the number itself: torch.compile would make a graph for each
 
     def forward(
         self,
@@ -51,7 +51,7 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None,
     ):
         """x [B, T, C] -> (x, shared, LayerState or None). `shared` is what a generation hands from block to block."""
-        if self.layer == 0:
+        if self.first:
             x = self.ln0(x)
         rows = self.ln1(x)
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)

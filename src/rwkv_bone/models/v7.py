@@ -26,7 +26,7 @@ class TimeMix(StatefulMix):
     def __init__(self, arch: Architecture, layer: int, op: str):
         super().__init__(arch.n_head, arch.head_size)
         C, H, N, rank = arch.n_embd, arch.n_head, arch.head_size, arch.low_rank
-        self.layer, self.op = layer, op
+        self.first, self.op = layer == 0, op
 
         def row() -> nn.Parameter:
             return nn.Parameter(torch.empty(1, 1, C))
@@ -72,7 +72,7 @@ class TimeMix(StatefulMix):
         w = widened(self.w0) + widened(torch.tanh(xw @ param("w1")) @ param("w2"))
         a = torch.sigmoid(param("a0") + (xa @ param("a1")) @ param("a2"))
         g = torch.sigmoid(xg @ param("g1")) @ param("g2")
-        if self.layer == 0:
+        if self.first:
             v_first = v
         else:
             v = v + (v_first - v) * torch.sigmoid(param("v0") + (xv @ param("v1")) @ param("v2"))
