@@ -2,12 +2,11 @@
 # Finds or makes the Python environment: sh scripts/setup.sh [--dev]
 #
 # The active python3 is used as it is if it satisfies requirements.txt; it is never changed. Otherwise .venv is made in
-# the repository (once; a second call only checks it), on top of an installed torch if that will do. pip's own settings
-# apply: set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to choose between torch for CUDA and for CPU. --dev adds what the
+# the repository (once; a second call only checks it), on top of an installed torch if that will do. A torch that it
+# installs itself is a build for CUDA that the NVIDIA driver of this machine runs. pip's own settings apply: a
+# PIP_INDEX_URL or PIP_EXTRA_INDEX_URL that ends in /cpu, /cu126 or the like chooses another build. --dev adds what the
 # tests need. Prints the path of the python to use on standard output, and what it does on standard error.
 set -eu
-
-tested_torch=2.13.0 # installed where there is no usable torch; requirements.txt says what is usable
 
 repo=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 venv=$repo/.venv
@@ -16,6 +15,7 @@ unfinished=$venv/.unfinished # lies there while the environment is being made
 say() { echo "setup: $*" >&2; }
 die() { say "$@"; exit 2; }
 lacks() { "$1" "$repo/scripts/requirements_met.py" "$2" ${3:+"$3"} 2>&1; } # prints nothing when all is there
+devices() { PYTHONPATH=$repo/src${PYTHONPATH:+:$PYTHONPATH} "$python" -m rwkv_bone.devices "$1"; } # src/rwkv_bone/devices.py, with its questions
 install() { "$python" -m pip install --disable-pip-version-check "$@" >&2; }
 
 case "${1:-}" in
@@ -24,12 +24,12 @@ case "${1:-}" in
     *) die "unknown option $1; expected --dev or nothing" ;;
 esac
 
-report() {
-    about=$("$python" -c 'import platform; from importlib.metadata import version
-print("Python", platform.python_version() + ", torch", version("torch"))')
+report() { # report WHICH [check]: what is used; check: also whether its torch can use the card
+    about=$(devices "${2:-about}")
     say "using $python ($about), $1"
     if ! command -v "${CXX:-c++}" > /dev/null && ! command -v g++ > /dev/null && ! command -v clang++ > /dev/null; then
-        say "no C++ compiler: on the CPU the WKV operator runs in its slower PyTorch form; install one (Debian: g++)"
+        say "no C++ compiler: on the CPU the WKV operator runs in its slower PyTorch form; install one (Debian: g++)." \
+            "A GPU needs none"
     fi
     echo "$python"
     exit 0
@@ -71,14 +71,20 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 
 python=$venv/bin/python
+check=about
 if ! missing=$(lacks "$python" "$requirements"); then
     say "$missing: installing (minutes, the first time)"
-    lacks "$python" "$repo/requirements.txt" torch > /dev/null || install "torch==$tested_torch"
+    if ! lacks "$python" "$repo/requirements.txt" torch > /dev/null; then
+        torch=$(devices pip) || exit 2
+        # shellcheck disable=SC2086 # several words: a version, perhaps an index
+        install $torch
+    fi
     install --quiet -r "$requirements"
     "$python" -c 'import deepspeed, lightning, torch' > /dev/null
+    check=check
 fi
 for folder in "$venv"/lib/python3*/site-packages; do
     [ -e "$folder/rwkv_bone.pth" ] || echo ../../../../src > "$folder/rwkv_bone.pth" # makes rwkv_bone importable
 done
 rm -f -- "$unfinished"
-report "the environment of this repository"
+report "the environment of this repository" "$check"

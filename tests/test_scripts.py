@@ -18,6 +18,7 @@ import pytest
 
 from rwkv_bone import cli
 from rwkv_bone.config import MergeConfig
+from tests.nvidia import NOT_LOADED, write_failing_smi, write_program, write_smi, write_torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.sh"))
@@ -25,6 +26,7 @@ RUN_SCRIPTS = ("run_bone.sh", "run_bat.sh", "run_lora.sh", "run_pissa.sh")
 MERGE_SCRIPTS = ("merge_bone.sh", "merge_bat.sh", "merge_lora.sh", "merge_pissa.sh")
 TRAIN_FLAGS = {spec.name for section in cli.SECTIONS.values() for spec in fields(section)}
 MERGE_FLAGS = {spec.name for spec in fields(MergeConfig)} | {"proj_dir"}  # proj_dir: where the adapter is looked for
+NOT_PASSED_ON = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_VISIBLE_DEVICES", "PIP_INDEX_URL")
 ECHO = "import json, sys; print(json.dumps(sys.argv[1:]))\n"
 
 
@@ -37,7 +39,8 @@ class Clone:
         self.elsewhere = folder / "else where"
         self.bin.mkdir()
         self.elsewhere.mkdir()
-        shutil.copytree(REPOSITORY / "scripts", self.root / "scripts")
+        for name in ("scripts", "src"):
+            shutil.copytree(REPOSITORY / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("requirements.txt", "requirements-dev.txt"):
             shutil.copy(REPOSITORY / name, self.root)
         for name in ("train.py", "merge.py"):
@@ -48,12 +51,10 @@ class Clone:
 
     def python(self, body: str) -> None:
         """Makes `python3` a shell script with this body."""
-        program = self.bin / "python3"
-        program.write_text(f"#!/bin/sh\n{body}\n")
-        program.chmod(0o755)
+        write_program(self.bin / "python3", body)
 
     def sh(self, script: str, *words: str) -> subprocess.CompletedProcess:
-        environment = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+        environment = {key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON}
         return subprocess.run(
             ["sh", self.root / "scripts" / script, *words],
             cwd=self.elsewhere,
@@ -157,7 +158,7 @@ def test_merge_script_without_an_adapter_says_how_to_make_one(clone):
 
 
 def test_test_script_passes_its_arguments_to_pytest(clone):
-    clone.python('case $* in *requirements_met*) ;; "-c "*) echo ok ;; *) echo "$@" ;; esac')
+    clone.python('case $* in *requirements_met*) ;; *rwkv_bone.devices*) echo ok ;; *) echo "$@" ;; esac')
     result = clone.sh("test.sh", "-m", "gpu")
     assert result.stdout.splitlines() == ["-m ruff check .", "-m pytest -m gpu"]
 
@@ -175,7 +176,8 @@ def test_setup_takes_an_active_environment_that_has_everything_and_is_quick(clon
 
 def test_setup_says_when_there_is_no_compiler_and_goes_on(clone):
     result = clone.sh("setup.sh")
-    assert result.returncode == 0 and "no C++ compiler" in result.stderr
+    assert result.returncode == 0 and "no C++ compiler: on the CPU" in result.stderr
+    assert "A GPU needs none" in result.stderr
 
 
 def test_setup_refuses_a_python_that_is_too_old(clone):
@@ -204,16 +206,32 @@ case $* in
         mkdir -p "$folder/bin" "$folder/lib/python3.11/site-packages"
         while read -r line; do echo "$line"; done < "$0" > "$folder/bin/python"
         chmod +x "$folder/bin/python" ;;
-    *'-m pip '*torch==*) echo torch first ;;
+    *'-m pip '*torch==*) echo "torch first: $*" ;;
     *'-m pip '*) [ -e "$PIP_FAILS" ] && exit 1; : > "$0.complete" ;;
-    *print*) echo Python and torch ;;
+    *rwkv_bone.devices*) exec "$REAL_PYTHON" "$@" ;;
 esac
 """
 
 
-def test_setup_starts_again_after_an_interrupted_installation(clone, monkeypatch):
+@pytest.fixture
+def maker(clone, monkeypatch):
+    """A clone whose `python3` makes environments and installs into them, both only in appearance."""
     (clone.bin / "chmod").symlink_to(shutil.which("chmod"))
     clone.python(MAKES_ENVIRONMENTS)
+    monkeypatch.setenv("REAL_PYTHON", sys.executable)
+    monkeypatch.setenv("PIP_FAILS", "")
+    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
+    return clone
+
+
+def asked_of_pip(result) -> str:
+    """What pip was asked for first."""
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("torch first")]
+    return line.partition("--disable-pip-version-check ")[2]
+
+
+def test_setup_starts_again_after_an_interrupted_installation(maker, monkeypatch):
+    clone = maker
     failing = clone.elsewhere / "pip fails"
     failing.touch()
     monkeypatch.setenv("PIP_FAILS", str(failing))
@@ -236,26 +254,96 @@ def test_setup_starts_again_after_an_interrupted_installation(clone, monkeypatch
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_setup_builds_on_a_torch_that_is_installed_already(clone, monkeypatch, installed):
-    (clone.bin / "chmod").symlink_to(shutil.which("chmod"))
-    clone.python(MAKES_ENVIRONMENTS)
-    monkeypatch.setenv("PIP_FAILS", "")
+def test_setup_builds_on_a_torch_that_is_installed_already(maker, monkeypatch, installed):
     monkeypatch.setenv("BASE_TORCH", "1" if installed else "")
-    result = clone.sh("setup.sh")
+    result = maker.sh("setup.sh")
     assert result.returncode == 0, result.stderr
     final = [line for line in result.stderr.splitlines() if line.startswith("-m venv")][-1]
     assert ("--system-site-packages" in final) is installed
     assert ("torch first" in result.stderr) is not installed
 
 
-def test_an_environment_of_the_repository_can_import_the_package(clone, monkeypatch):
-    (clone.bin / "chmod").symlink_to(shutil.which("chmod"))
-    clone.python(MAKES_ENVIRONMENTS)
-    monkeypatch.setenv("PIP_FAILS", "")
-    assert clone.sh("setup.sh").returncode == 0
-    folder = clone.root / ".venv" / "lib" / "python3.11" / "site-packages"
+def test_an_environment_of_the_repository_can_import_the_package(maker):
+    assert maker.sh("setup.sh").returncode == 0
+    folder = maker.root / ".venv" / "lib" / "python3.11" / "site-packages"
     line = (folder / "rwkv_bone.pth").read_text().strip()
-    assert (folder / line).resolve() == clone.root / "src"
+    assert (folder / line).resolve() == maker.root / "src"
+
+
+@pytest.mark.parametrize(
+    "driver, capability, wanted",
+    [
+        ("580.65.06", "8.6", "torch==2.13.0"),
+        ("610.43.02", "12.0", "torch==2.13.0"),
+        ("525.60.13", "8.6", "torch==2.10.0"),
+        ("580.65.06", "6.1", "torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"),
+    ],
+)
+def test_setup_asks_pip_for_a_torch_that_the_driver_runs(driver, capability, wanted, maker):
+    write_smi(maker.bin, driver, [("NVIDIA Card", capability)])
+    result = maker.sh("setup.sh")
+    assert result.returncode == 0, result.stderr
+    assert asked_of_pip(result) == wanted
+    assert f"NVIDIA Card (sm_{capability.replace('.', '')}) with driver {driver}" in result.stderr
+
+
+def test_setup_refuses_a_driver_that_no_torch_runs_on_and_says_what_to_do(maker):
+    write_smi(maker.bin, "470.256.02")
+    result = maker.sh("setup.sh")
+    assert result.returncode == 2 and result.stdout == "" and "torch first" not in result.stderr
+    for part in ("470.256.02", "update it to 580.65.06", "525.60.13", "PIP_EXTRA_INDEX_URL="):
+        assert part in result.stderr
+
+
+@pytest.mark.parametrize("build", ["cpu", "cu126"])
+def test_setup_leaves_the_choice_of_an_index_to_the_user(build, maker, monkeypatch):
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"https://download.pytorch.org/whl/{build}")
+    write_smi(maker.bin, "470.256.02")
+    result = maker.sh("setup.sh")
+    assert result.returncode == 0, result.stderr
+    assert asked_of_pip(result) == "torch==2.13.0"
+
+
+def test_setup_says_that_the_driver_is_broken_and_goes_on(maker):
+    write_failing_smi(maker.bin)
+    result = maker.sh("setup.sh")
+    assert result.returncode == 0, result.stderr
+    assert asked_of_pip(result) == "torch==2.13.0"
+    assert NOT_LOADED in result.stderr
+
+
+def test_setup_says_that_what_it_installed_uses_the_card(maker, monkeypatch):
+    write_smi(maker.bin, "580.65.06")
+    write_torch(maker.elsewhere / "packages", "2.13.0+cu130", "13.0", sees=True)
+    monkeypatch.setenv("PYTHONPATH", str(maker.elsewhere / "packages"))
+    line = "torch 2.13.0+cu130, built for CUDA 13.0, sees NVIDIA GeForce RTX 3090 (sm_86))"
+    assert line in maker.sh("setup.sh").stderr
+    # A second call is quick: it imports nothing.
+    (maker.elsewhere / "packages" / "torch" / "__init__.py").write_text("raise SystemExit(1)")
+    again = maker.sh("setup.sh")
+    assert again.returncode == 0 and "torch 2.13.0+cu130, built for CUDA 13.0)" in again.stderr
+
+
+def test_setup_says_that_what_it_installed_does_not_use_the_card(maker, monkeypatch):
+    write_smi(maker.bin, "580.65.06")
+    words = "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"
+    write_torch(maker.elsewhere / "packages", "2.13.0+cu130", "13.0", sees=False, says=words)
+    monkeypatch.setenv("PYTHONPATH", str(maker.elsewhere / "packages"))
+    result = maker.sh("setup.sh")
+    assert result.returncode == 0 and " sees NVIDIA" not in result.stderr
+    assert "setup: PyTorch sees no CUDA device that it can use" in result.stderr
+    assert "setup:   - restart the machine" in result.stderr
+
+
+def test_setup_says_that_an_active_environment_is_for_the_cpu_and_changes_nothing(clone, monkeypatch):
+    write_torch(clone.elsewhere / "packages", "2.13.0+cpu", None, sees=False)
+    monkeypatch.setenv("PYTHONPATH", str(clone.elsewhere / "packages"))
+    assert "cannot use" not in clone.sh("setup.sh").stderr
+    write_smi(clone.bin, "525.60.13")
+    result = clone.sh("setup.sh")
+    assert result.stdout == f"{clone.bin}/python3\n" and not (clone.root / ".venv").exists()
+    line = "torch 2.13.0+cpu, built for the CPU alone, cannot use NVIDIA GeForce RTX 3090 (sm_86). For a GPU type: "
+    assert line in result.stderr and "-m pip install --force-reinstall torch==2.10.0" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from rwkv_bone import checkpoint
 from rwkv_bone.adapters import apply_adapter, read_adapter
 from rwkv_bone.config import QUANTS
+from rwkv_bone.devices import require_cuda
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import RWKV, build, load_base_into
 
@@ -28,8 +29,11 @@ def load_model(
 
     path: base or merged checkpoint. adapter: an adapter file to apply live. dtype: of weights and arithmetic (None =
     the file's own). op: the WKV operator, as --op. quant: none, int8, nf4 or fp4, as --quant (None = what the adapter
-    was trained on); quantised projections are not in the state dict. UserError for anything wrong with the files.
+    was trained on); quantised projections are not in the state dict. UserError for anything wrong with the files, and
+    for a CUDA device that PyTorch cannot use.
     """
+    if torch.device(device).type == "cuda":
+        require_cuda(f"device={str(device)!r}: ", "use device='cpu'")
     if quant not in (None, *QUANTS):
         raise UserError(f"quant={quant!r}: expected one of {', '.join(QUANTS)}, or None")
     arch, state = checkpoint.load_base(path)

@@ -10,6 +10,7 @@ from rwkv_bone import checkpoint, cli
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import fit as fit_module
 from tests.conftest import random_model
+from tests.nvidia import write_smi
 from tests.training.conftest import ROWS, adapter_of, largest_difference, log_of
 
 FIELDS = {
@@ -211,3 +212,13 @@ def test_a_gpu_that_is_not_there_is_said(job):
     with pytest.raises(UserError, match="--accelerator gpu: PyTorch sees no CUDA device"):
         job.run("gpu", accelerator="gpu")
     assert not (job.folder / "gpu").exists()
+
+
+def test_a_run_with_a_card_that_torch_cannot_use_ends_before_anything_is_loaded(job, tmp_path, monkeypatch):
+    write_smi(tmp_path, "525.60.13")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="driver  525.60.13"):
+        job.run("idle", accelerator="auto", load_model=tmp_path / "none.pth")
+    assert not (job.folder / "idle").exists()

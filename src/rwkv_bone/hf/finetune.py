@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from rwkv_bone.devices import select_device
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf.config import BoneConfig
 from rwkv_bone.hf.data import IGNORED, Samples, collate, load_samples, rows_of
@@ -28,13 +29,15 @@ from rwkv_bone.hf_flags import ZERO_STAGES, HfConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MERGED = "merged"
+ON_CPU = "put CUDA_VISIBLE_DEVICES= before the command"
 
 
 def finetune(config: HfConfig) -> None:
     """Train, measure, save, and merge if asked. UserError, before anything is written, for what the user can fix."""
+    device = select_device("auto", ON_CPU)
     transformers = _transformers()
     source, output, checkpoint = _check_folders(config)
-    deepspeed = _deepspeed(config)
+    deepspeed = _deepspeed(config, device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     files = [path for path in (config.data_path, config.eval_path) if path]
     sources = [rows_of(config.data_path, config.dataset_split), rows_of(config.eval_path, held_out=True)][: len(files)]
@@ -56,7 +59,7 @@ def finetune(config: HfConfig) -> None:
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    arguments = _arguments(transformers, config, deepspeed)
+    arguments = _arguments(transformers, config, deepspeed, device)
 
     def say(line: str) -> None:
         if arguments.process_index == 0:
@@ -103,6 +106,7 @@ def launch(config: HfConfig, argv: list[str]) -> bool:
     """
     if config.devices == 1 or "LOCAL_RANK" in os.environ:
         return False
+    select_device("auto", ON_CPU)
     _check_folders(config)
     processes = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(config.devices)]
     if subprocess.run([sys.executable, *processes, *argv]).returncode:
@@ -168,8 +172,8 @@ def _check_folders(config: HfConfig) -> tuple[str, Path, str | None]:
     return source, output, checkpoint
 
 
-def _deepspeed(config: HfConfig) -> dict | None:
-    """DeepSpeed's configuration, or None for training without it."""
+def _deepspeed(config: HfConfig, device: str) -> dict | None:
+    """DeepSpeed's configuration on `cuda` or `cpu`, or None for training without it."""
     if config.deepspeed == "none":
         return None
     if importlib.util.find_spec("deepspeed") is None:
@@ -177,7 +181,7 @@ def _deepspeed(config: HfConfig) -> dict | None:
     if "LOCAL_RANK" not in os.environ:
         # What a launcher would tell its processes, of which this is the only one.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    if not torch.cuda.is_available():
+    if device == "cpu":
         from deepspeed import ops
 
         # An operator for faster collectives in shared memory, compiled for most of a minute on first use; gloo will do.
@@ -200,7 +204,7 @@ def _deepspeed(config: HfConfig) -> dict | None:
         raise UserError(f"--deepspeed {config.deepspeed}: expected {choices}, none or a JSON file ({error})") from None
 
 
-def _arguments(transformers, config: HfConfig, deepspeed: dict | None):
+def _arguments(transformers, config: HfConfig, deepspeed: dict | None, device: str):
     same = (
         "output_dir per_device_train_batch_size gradient_accumulation_steps num_train_epochs learning_rate "
         "lr_scheduler_type weight_decay max_grad_norm save_total_limit logging_steps seed"
@@ -210,7 +214,7 @@ def _arguments(transformers, config: HfConfig, deepspeed: dict | None):
         warmup_steps=config.warmup_ratio,  # below 1 it is a share
         save_strategy="steps" if config.save_steps else "epoch",
         save_steps=config.save_steps or 500,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device == "cpu",
         deepspeed=deepspeed,
         report_to=[],
         disable_tqdm=True,

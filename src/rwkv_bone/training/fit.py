@@ -27,6 +27,7 @@ from rwkv_bone.checkpoint import Architecture, atomic_path
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data import BatchPlan, Dataset, load_dataset, load_pairs, load_tokenizer
 from rwkv_bone.data.split import split_heldout
+from rwkv_bone.devices import describe_devices, select_device
 from rwkv_bone.errors import Interrupted, UserError
 from rwkv_bone.models import RWKV, architecture_from_scratch, build, init_from_scratch, load_base_into
 from rwkv_bone.ops import select_op
@@ -37,7 +38,7 @@ from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.module import RunStopped, TrainingModule
 from rwkv_bone.training.saving import Output, SaveTrained
 from rwkv_bone.training.schedule import check_schedule
-from rwkv_bone.training.strategy import DTYPES, make_strategy, offloads, select_device, silence_libraries, zero_stage
+from rwkv_bone.training.strategy import DTYPES, make_strategy, offloads, silence_libraries, zero_stage
 
 
 @dataclass(frozen=True)
@@ -304,14 +305,10 @@ def count(model: torch.nn.Module, trained: bool = False) -> int:
 def header(config: TrainConfig, prepared: Prepared, device: str, dataset, module: TrainingModule):
     """What was found and what will be done, one fact a line."""
     run, plan = config.run, module.plan
-    if device == "cuda":
-        where = f"{plan.world_size} x {torch.cuda.get_device_name()}"
-    else:
-        where = f"CPU with {os.cpu_count()} cores, {plan.world_size} process{'es' * (plan.world_size > 1)}"
     offload = ", optimiser on the CPU" if offloads(run.strategy) else ""
     yield f"model     {config.model.load_model or 'from scratch'}: {prepared.arch.describe()}"
     stage = f"DeepSpeed ZeRO stage {zero_stage(run.strategy)}{offload}"
-    yield f"device    {where}; {stage}, {run.precision}"
+    yield f"device    {describe_devices(device, plan.world_size)}; {stage}, {run.precision}"
     yield f"kernel    {prepared.kernel}"
     if config.model.quant != "none":
         yield f"quant     {describe(prepared.model, DTYPES[run.precision], device)}"

@@ -72,16 +72,6 @@ class CpuDeepSpeedStrategy(DeepSpeedStrategy):
         return engine, zero_optimizer
 
 
-def select_device(accelerator: str) -> str:
-    """`auto | gpu | cpu` -> `cuda` or `cpu`; UserError if a GPU is asked for and there is none."""
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError(
-            "--accelerator gpu: PyTorch sees no CUDA device here "
-            f"(torch {torch.__version__}); use --accelerator cpu, or install a CUDA build of PyTorch and its driver"
-        )
-    return "cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
-
-
 def zero_stage(strategy: str) -> int:
     """`deepspeed_stage_2_offload` -> 2."""
     return 1 if strategy == "auto" else int(strategy.split("_")[2])
@@ -118,9 +108,11 @@ def make_strategy(config: RunConfig, device: str, trainable: int) -> DeepSpeedSt
 
 
 def silence_libraries() -> None:
-    """Drop the tips and notices of Lightning and DeepSpeed that mean nothing here; errors stay."""
+    """Drop the tips and notices of Lightning and DeepSpeed that mean nothing here; errors and words on cards stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # A filter, since DeepSpeed sets its logger's level anew when it is imported.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|deepspeed|torch)\..*")
+    # About a card or a driver, such as a second card that this PyTorch has no code for.
+    warnings.filterwarnings("default", category=UserWarning, module=r"torch\.cuda$")
