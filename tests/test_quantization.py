@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -85,6 +86,49 @@ def test_on_cuda_bitsandbytes_kernel_gives_the_same_numbers_as_pytorch(kind, mon
                 theirs = dequantize(ours, dtype)
                 monkeypatch.setattr(quantization, "has_bitsandbytes", lambda: False)
                 assert torch.equal(theirs, dequantize(ours, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_codes_and_scales_made_on_the_device_are_those_made_on_the_cpu(kind, monkeypatch):
+    for chunk in (quantization.CHUNK_GPU, 640):
+        monkeypatch.setattr(quantization, "CHUNK_GPU", chunk)
+        for shape, dtype in product(SHAPES, DTYPES):
+            for weight in weights(shape, dtype):
+                ours, theirs = quantize(weight.cuda(), kind), quantize(weight, kind)
+                assert ours.codes.is_cuda and torch.equal(ours.codes.cpu(), theirs.codes)
+                assert torch.equal(ours.scales.cpu(), theirs.scales)
+
+
+@pytest.mark.gpu
+def test_a_base_is_quantised_on_the_device_one_tensor_at_a_time(tmp_path):
+    path, total, largest = large_checkpoint(tmp_path)
+    arch, state = checkpoint.load_base(path)
+    with torch.device("meta"):
+        model = build(arch, op="torch", dtype=torch.bfloat16)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    load_base_into(model, state, torch.bfloat16, quant="nf4", device="cuda")
+    quantised = total * (4 + 32 / 64) / 16
+    assert torch.cuda.memory_allocated() - before < 1.01 * quantised + 2**20
+    # The weight, and of a chunk at most: as fp32, in units, its codes.
+    assert torch.cuda.max_memory_allocated() - before < quantised + largest + 40 * quantization.CHUNK_GPU
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            assert module.codes.is_cuda and torch.equal(
+                module.codes.cpu(), quantize(state[f"{name}.weight"], "nf4").codes
+            )
+    assert not any(parameter.is_cuda for parameter in model.parameters())
+
+
+def test_a_base_is_quantised_on_the_device_that_is_asked_for():
+    state = random_model().state_dict()
+    with torch.device("meta"):
+        model = build(random_model().arch, op="torch")
+    load_base_into(model, state, quant="nf4", device="meta")
+    assert {layer.codes.device.type for layer in model.modules() if isinstance(layer, QuantLinear)} == {"meta"}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def load_model(
         log.warning("adapter %s was trained on a base in %s, and is put on one in %s", adapter, trained_on, quant)
     with torch.device("meta"):
         model = build(arch, op=op, dtype=dtype)
-    load_base_into(model, state, dtype, str(path), quant or trained_on)
+    load_base_into(model, state, dtype, str(path), quant or trained_on, device)
     if trained is not None:
         apply_adapter(model, trained)
     return model.to(device).eval()

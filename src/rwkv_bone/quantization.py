@@ -4,8 +4,8 @@
     nf4, fp4   per block of 64 values of the flattened weight: w = table[code] * scale, scale = max |block|
 
 Two 4-bit codes to a byte, the first in the high half. Codes, scales and dequantised values of nf4 and fp4 are those of
-bitsandbytes 0.50, bit for bit, and so are the codes of int8. PyTorch alone computes them on any device; on CUDA
-bitsandbytes' kernel dequantises if it is installed.
+bitsandbytes 0.50, bit for bit, and so are the codes of int8. PyTorch alone computes them, the same on any device; on
+CUDA bitsandbytes' kernel dequantises if it is installed.
 
 Codes and scales are buffers and not parameters: DeepSpeed neither partitions nor casts them, so that at ZeRO stage 3
 too every device holds all of them.
@@ -72,7 +72,8 @@ def quantize(weight: Tensor, kind: str) -> Quantized:
             largest = part.abs().amax(dim=1)
             # Above SMALLEST, since 127 divided by that is infinite.
             codes[rows] = (part * (127.0 / largest.clamp(min=1e-30))[:, None]).round_().to(torch.int8)
-            scales[rows] = largest / 127.0
+            # Divided by a tensor: by a number CUDA multiplies with its reciprocal, which rounds differently.
+            scales[rows] = largest / torch.full_like(largest, 127.0)
         return Quantized(codes, scales, kind, (out_features, in_features))
     codes = weight.new_empty(-(-count // 2), dtype=torch.uint8)
     scales = weight.new_empty(-(-count // BLOCK), dtype=torch.float32)

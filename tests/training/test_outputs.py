@@ -9,6 +9,7 @@ import torch
 from rwkv_bone import checkpoint, cli
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import fit as fit_module
+from rwkv_bone.training.place import place
 from tests.conftest import random_model
 from tests.nvidia import write_smi
 from tests.training.conftest import ROWS, adapter_of, largest_difference, log_of
@@ -172,6 +173,7 @@ def test_trained_base_parts_start_from_the_files_own_values(job):
     flags = {"load_model": path, "precision": "bf16", "train_parts": "ln"}
     config = cli.parse_train(job.argv(flags))
     prepared = fit_module.prepare_model(config, torch.device("cpu"))
+    place(prepared.model, torch.device("cpu"), prepared.dtype)
     base, live = checkpoint.read_state(path), dict(prepared.model.named_parameters())
     assert torch.equal(live["blocks.1.ln1.weight"].detach(), base["blocks.1.ln1.weight"])
     assert live["blocks.1.att.key.weight"].dtype == torch.bfloat16

@@ -61,6 +61,7 @@ VARIANTS = {
     "pissa": {"peft": "pissa", "lora_r": 4},
     "initial state": {"peft": "state"},
     "every weight of a bf16 base": {"peft": "none", "precision": "bf16", "lr_init": 1e-3},
+    "every weight at stage 3": {"peft": "none", "precision": "bf16", "lr_init": 1e-3, "strategy": "deepspeed_stage_3"},
     "chunks with a cut gradient": {"chunk_ctx": 4, "bptt_chunks": 1},
 }
 # fmt: on
@@ -220,12 +221,13 @@ def test_a_complete_run_is_said_to_be_and_left_alone(job, halfway, half, capsys)
     assert {path.name: path.stat().st_mtime_ns for path in half.iterdir()} == before
 
 
-def test_a_run_stopped_in_its_last_measurement_makes_it_up(job, halfway, half, capsys):
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_3"])
+def test_a_run_stopped_in_its_last_measurement_makes_it_up(job, halfway, half, strategy, capsys):
     path = half / "evaluation.json"
     report = json.loads(path.read_text())
     path.write_text(json.dumps({key: report[key] for key in ("data", "before")}))
     (half / "loss.png").unlink()
-    go_on(job, half, **(halfway["flags"] | {"epoch_count": 1}))
+    go_on(job, half, **(halfway["flags"] | {"epoch_count": 1, "strategy": strategy}))
     assert json.loads(path.read_text()) == report
     assert (half / "loss.png").is_file() and "\nresults " in capsys.readouterr().out
 

@@ -88,3 +88,11 @@ def test_two_processes_print_once_and_without_noise(stages, stage):
     once = ["after", "device", "held-out", "kernel", "model", "next", "results", "steps"]
     assert set(starts) == {*once, "adapter", "data", "before", "step"}
     assert sorted(start for start in starts if start in once) == once
+
+
+@pytest.mark.slow
+def test_two_processes_at_stage_3_train_on_a_quantised_base_as_one_does(job):
+    reference = job.run("quantised-whole", quant="nf4")
+    folder, done = job.start("quantised-3", quant="nf4", devices=2, micro_bsz=2, strategy="deepspeed_stage_3")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, reference)

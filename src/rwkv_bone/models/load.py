@@ -22,12 +22,14 @@ def load_base_into(
     dtype: torch.dtype | None = None,
     source: str = "checkpoint",
     quant: str = "none",
+    device: torch.device | str | None = None,
 ) -> None:
     """Give the model the checkpoint's tensors, strictly: every key and shape must match (else UserError).
 
     With `dtype` they are converted; without, they stay what the file holds (mapped, nothing is copied). A checkpoint
     that carries a trained initial state keeps it, in fp32. With `quant` the projections are quantised one by one from
-    the file's own values and their layers become QuantLinear: no more than one of them is ever in memory whole.
+    the file's own values and their layers become QuantLinear: no more than one of them is ever in memory whole. That
+    is done on `device` (None = the tensors' own), where the codes stay; all other tensors stay where they are.
     """
     if any(checkpoint.param_part(key) == "state" for key in state):
         model.add_time_state()
@@ -35,7 +37,7 @@ def load_base_into(
     tensors = {}
     for key, tensor in state.items():
         if quant != "none" and is_quantized(key):
-            model.set_submodule(key.removesuffix(".weight"), QuantLinear(quantize(tensor, quant)))
+            model.set_submodule(key.removesuffix(".weight"), QuantLinear(quantize(tensor.to(device), quant)))
             continue
         wanted = torch.float32 if checkpoint.param_part(key) == "state" else dtype
         tensors[key] = tensor.to(wanted) if wanted else tensor

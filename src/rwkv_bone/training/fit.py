@@ -36,6 +36,7 @@ from rwkv_bone.training import project, resume
 from rwkv_bone.training.callbacks import Progress, SeedBatches, StepLog, StopOnSignal, draw_loss, read_log
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.module import RunStopped, TrainingModule
+from rwkv_bone.training.place import PlaceModel
 from rwkv_bone.training.saving import Output, SaveTrained
 from rwkv_bone.training.schedule import check_schedule
 from rwkv_bone.training.strategy import DTYPES, make_strategy, offloads, silence_libraries, zero_stage
@@ -43,13 +44,14 @@ from rwkv_bone.training.strategy import DTYPES, make_strategy, offloads, silence
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model ready to train, and how its trained part is written."""
+    """A model ready to be placed and trained, and how its trained part is written."""
 
     model: RWKV
     arch: Architecture
     kernel: str  # one sentence
     injection: Injection | None
     output: Output
+    dtype: torch.dtype  # of the frozen base, once it is placed
 
 
 def fit(config: TrainConfig) -> Path:
@@ -58,6 +60,9 @@ def fit(config: TrainConfig) -> Path:
     main = is_main_process()
     say = partial(print, flush=True) if main else lambda *_: None
     device = select_device(config.run.accelerator)
+    if device == "cuda":
+        # Until Lightning sets the same: weights are quantised before there is a trainer.
+        torch.cuda.set_device(LightningEnvironment().local_rank())
     earlier = resume.Saved.find(config) if config.run.resume else None
     folder = project.check_folder(config) if main else Path(config.run.proj_dir)
     seed_everything(config.run.random_seed, verbose=False)
@@ -99,8 +104,10 @@ def fit(config: TrainConfig) -> Path:
         for line in earlier.notes(config, plan):
             say(f"resume    {line}")
     heldout = prepare_heldout(config, prepared.arch, split, folder, say)
-    if earlier and first_step >= module.total_steps:
-        return finish(config, module, heldout, earlier.trained, device, say)
+    complete = earlier and first_step >= module.total_steps
+    if complete and not (heldout and heldout.interrupted(module.total_steps)):
+        say(f"nothing is left to do: the run in {folder} is complete; a larger --epoch_count trains longer")
+        return earlier.trained
     strategy = make_strategy(config.run, device, trainable=count(prepared.model, trained=True))
     logger = wandb_logger(config, folder, say)
     log = StepLog(folder / project.LOG, kept=read_log(folder / project.LOG, first_step) if earlier else ())
@@ -121,7 +128,8 @@ def fit(config: TrainConfig) -> Path:
         say=say,
     )
     stop = StopOnSignal(save.save_step, lambda: f"interrupted; {save.state_of_things()}")
-    callbacks = [stop, *([heldout] if heldout else []), log, Progress(log), save, SeedBatches(config.run.random_seed)]
+    callbacks = [stop, PlaceModel(prepared.dtype), *([heldout] if heldout else []), log, Progress(log), save]
+    callbacks.append(SeedBatches(config.run.random_seed))
     if earlier:
         callbacks.append(resume.RestoreMoments(earlier))
     trainer = Trainer(
@@ -156,21 +164,6 @@ def fit(config: TrainConfig) -> Path:
     return save.last_path
 
 
-def finish(
-    config: TrainConfig, module: TrainingModule, heldout: HeldOut | None, trained: Path, device: str, say
-) -> Path:
-    """What is left to do for a run whose steps are all taken: nothing, or the measurement in which it was stopped."""
-    folder = Path(config.run.proj_dir)
-    if heldout and heldout.before and not (heldout.after and heldout.after.step >= module.total_steps):
-        main = is_main_process()
-        heldout.finish(module.to(device), write=main)
-        if main:
-            report(config, folder, trained, read_log(folder / project.LOG, module.first_step), heldout, say)
-    else:
-        say(f"nothing is left to do: the run in {folder} is complete; a larger --epoch_count trains longer")
-    return trained
-
-
 def report(config: TrainConfig, folder: Path, trained: Path, records: list[dict], heldout: HeldOut | None, say) -> None:
     """Draw the loss curve and say where everything is."""
     with atomic_path(folder / project.PLOT, overwrite=True) as temporary:
@@ -185,7 +178,7 @@ def is_main_process() -> bool:
 
 
 def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
-    """Base model in memory (or mapped), adapter injected, everything that is not trained frozen."""
+    """Base model mapped, its quantised weights on `device`, adapter injected, everything that is not trained frozen."""
     dtype = DTYPES[config.run.precision]
     path, kind, quant = config.model.load_model, config.adapter.kind, config.model.quant
     if kind == "none" and quant != "none":
@@ -204,8 +197,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
         op, kernel = select_op(config.model.op, device, f"wkv{arch.version}")
         with torch.device("meta"):
             model = build(arch, op=op, dtype=dtype)
-        # What is trained is trained in fp32; a frozen base is kept in the dtype of the arithmetic.
-        load_base_into(model, base, torch.float32 if kind == "none" else dtype, path, quant)
+        load_base_into(model, base, source=path, quant=quant, device=device)
         dtypes = {key: tensor.dtype for key, tensor in base.items()}
     metadata = {
         "format": 1,
@@ -220,18 +212,14 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
         unused = model.unused_keys()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in unused)
-        return Prepared(model, arch, kernel, None, Output(tuple(dtypes), metadata, dtypes))
+        # Unused tensors are written back with the others, and must not be rounded.
+        return Prepared(model, arch, kernel, None, Output(tuple(dtypes), metadata, dtypes), torch.float32)
     injection = inject(
         model,
         settings=settings_of(config.adapter),
         targets=config.adapter.targets or None,
         train_parts=config.adapter.train_parts,
     )
-    with torch.no_grad():
-        for key in injection.extra:
-            # From the file's own values, not from their rounding to the arithmetic's dtype. An initial state is new.
-            if key in base:
-                model.get_parameter(key).copy_(base[key])
     if config.adapter.peft_load:
         loaded = load_adapter_file(model, config.adapter.peft_load, injection, base=metadata["base"])
         trained_on = loaded.metadata.get("quant", "none") if loaded.metadata else quant
@@ -242,7 +230,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
                 f"{quant}: give --quant {trained_on}"
             )
     output = Output(tuple(adapter_keys(model)), metadata | injection.metadata())
-    return Prepared(model, arch, kernel, injection, output)
+    return Prepared(model, arch, kernel, injection, output, dtype)
 
 
 def load_data(config: TrainConfig, vocab_size: int) -> tuple[Dataset, Dataset | None]:

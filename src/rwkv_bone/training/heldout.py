@@ -80,6 +80,15 @@ class HeldOut(Callback):
                 self.before = Measured.from_record(report["before"])
                 self.after = report.get("after") and Measured.from_record(report["after"])
 
+    def interrupted(self, total_steps: int) -> bool:
+        """Whether the run was measured before its first step and not after its last."""
+        return self.before is not None and not (self.after and self.after.step >= total_steps)
+
+    def on_fit_start(self, trainer, module) -> None:
+        # A run that was stopped in its last measurement has no step left, and Lightning calls no other hook.
+        if module.first_step >= module.total_steps:
+            self.finish(module, write=trainer.is_global_zero)
+
     def on_train_start(self, trainer, module) -> None:
         if self.before:
             self.say(f"before    {self.before.line()}, measured when the run began")

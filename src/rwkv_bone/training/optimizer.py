@@ -8,6 +8,7 @@ from torch import nn
 from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.checkpoint import param_part
 from rwkv_bone.config import OptimConfig
+from rwkv_bone.training.gather import whole_shape
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -16,7 +17,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     Upstream decays large matrices only; RWKV-7's w1, a1, g1, r_k and x_* have two or more axes but are not among them.
     """
     large = param_part(name) in ("projection", "emb", "head") or split_key(name) is not None
-    return large and parameter.dim() >= 2
+    return large and len(whole_shape(parameter)) >= 2
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, lora_plus: float = 1.0) -> list[dict]:

@@ -101,12 +101,11 @@ class Saved:
             )
 
     def load_parameters(self, model: nn.Module, keys: tuple[str, ...]) -> None:
-        """Put the saved values into a model that no strategy has wrapped yet."""
+        """Put the saved values, mapped, into a model that is not placed yet."""
         parameters, state = dict(model.named_parameters()), checkpoint.read_state(self.path)
         checkpoint.match_keys(_layout({key: parameters[key] for key in keys}), state, self.path)
-        with torch.no_grad():
-            for key in keys:
-                parameters[key].copy_(state[key])
+        for key in keys:
+            parameters[key].data = state[key]
 
     def _check_settings(self, now: TrainConfig) -> None:
         changed = []
