@@ -24,10 +24,14 @@ class Screen(io.StringIO):
 
 def play(path: Path, stream: Screen, total: int, first_step: int = 0) -> None:
     """Callbacks through optimiser steps of falling loss up to `total`, two forward passes each."""
-    engine = SimpleNamespace(get_global_grad_norm=lambda: torch.tensor(0.5))
-    trainer = SimpleNamespace(is_global_zero=True, model=engine, logger=None)
+    trainer = SimpleNamespace(is_global_zero=True, logger=None)
     module = SimpleNamespace(
-        total_steps=total, first_step=first_step, epochs=2, device=torch.device("cpu"), window=None
+        total_steps=total,
+        first_step=first_step,
+        epochs=2,
+        device=torch.device("cpu"),
+        window=None,
+        batches=SimpleNamespace(waited=0.0),
     )
     log = StepLog(path, read_log(path, first_step) if first_step else ())
     progress = Progress(log, stream)
@@ -36,7 +40,7 @@ def play(path: Path, stream: Screen, total: int, first_step: int = 0) -> None:
     for index in range(2 * (total - first_step)):
         module.window_finished = lambda index=index: index % 2 == 1
         step = first_step + index // 2
-        module.window = Window(step + 1, 2 * step // total, 4.0 - step / total, 1e-3, 100, 60)
+        module.window = Window(step + 1, 2 * step // total, 4.0 - step / total, 1e-3, 100, 60, 0.5)
         for callback in (log, progress):
             callback.on_train_batch_end(trainer, module, None, None, index)
     log.teardown(trainer, module, "fit")
