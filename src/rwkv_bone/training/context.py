@@ -48,12 +48,12 @@ def chunked_loss(
         ids, labels = F.pad(ids, (0, extra)), F.pad(labels, (0, extra), value=IGNORE)
         cu_seqlens = None if cu_seqlens is None else F.pad(cu_seqlens, (0, 1), value=widest)
     T = ids.shape[1]
-    where = to_device(_label_rows(label_rows.cpu().numpy(), before, T, chunk), ids.device)
+    where = to_device(_label_rows(values(label_rows), before, T, chunk), ids.device)
     starts = range(0, T, chunk)
     if cu_seqlens is None:
         documents, goes_on = [None] * len(starts), [True] * len(starts)
     else:
-        bounds = cu_seqlens.cpu().numpy()
+        bounds = values(cu_seqlens)
         documents = to_device(_documents(bounds, T, chunk), ids.device)
         goes_on = ~np.isin(starts, bounds)
 
@@ -75,6 +75,11 @@ def chunked_loss(
         loss, state = checkpoint(run, *part, state, use_reentrant=False)
         total = total + loss
     return total
+
+
+def values(x: Tensor) -> np.ndarray:
+    """What a tensor holds; a GPU is waited for."""
+    return (x.cpu() if x.is_cuda else x).numpy()
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:
