@@ -1,8 +1,9 @@
 """Counts where a step would wait for a GPU, on a CPU.
 
-Seen are a value read from a tensor (`item`, `float`, `bool`, `tolist`, `cpu`), a size that depends on values (`nonzero`,
-boolean masks), numbers from Python put on a device (`torch.tensor(..., device=...)`: a copy from memory that is not
-pinned), and `synchronize`. Not seen are other copies without `non_blocking`, and what a library does on CUDA alone.
+Seen are a value read from a tensor (`item`, `float`, `bool`, `tolist`, `cpu`), a size that depends on values
+(`nonzero`, boolean masks), numbers from Python put on a device (`torch.tensor(..., device=...)`: a copy from memory
+that is not pinned), and `synchronize`. Not seen are other copies without `non_blocking`, and what a library does on
+CUDA alone.
 
 As a program: `host_syncs.py OUT TRAIN_FLAGS...` trains and writes what each step did to OUT, as JSON.
 """

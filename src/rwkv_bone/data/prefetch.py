@@ -59,7 +59,7 @@ class Prefetch(Iterator[T], Generic[T]):
 
 
 def _work(items: Iterator, queue: Queue, stop: threading.Event) -> None:
-    """Put (item, None) for each item, and (None, the exception that ended it) at last: StopIteration if all went well."""
+    """Put (item, None) for each item, then (None, the exception that ended it): StopIteration if all went well."""
     try:
         while not stop.is_set():
             queue.put((next(items), None))

@@ -56,7 +56,7 @@ class StepLog(Callback):
     |---|---|
     | seconds | from the end of the last step to the end of this one, which also waits for its GPU and contains a save |
     | tokens_per_s | tokens / seconds |
-    | data_wait_ms | of these seconds, how long the step waited for its batches: near 0, since a thread makes them ahead |
+    | data_wait_ms | of these seconds, how long the step waited for its batches: near 0, as a thread makes them ahead |
     | peak_memory_mb | so far, in MiB: `peak_memory_mb` |
     | peak_reserved_mb | so far, in MiB: `peak_reserved_mb`; null on a CPU |
 
