@@ -1,6 +1,7 @@
 """Every sample once per pass, on some rank; the same batches again; exact counts."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import numpy as np
@@ -90,6 +91,45 @@ def test_window_tokens_count_every_label_of_the_window(
         counted = sum(int((batch.labels != IGNORED).sum()) for batch in window)
         assert counted > 0
         assert {batch.window_tokens for batch in window} == {counted}
+
+
+@pytest.mark.parametrize("dataload", ["pad", "pack", "get"])
+def test_label_rows_say_where_the_labels_are(make_dataset, make_stream, dataload):
+    """On the device too, where finding them would wait; the batch in the CPU's memory goes with it."""
+    dataset = make_stream(100, ctx_len=8) if dataload == "get" else make_dataset(29, ctx_len=8)
+    plan = BatchPlan(dataset, micro_bsz=2, accumulate=3, world_size=2, pack=dataload == "pack")
+    for window in windows(plan, 0):
+        for batch in window:
+            assert batch.label_rows.dtype == torch.int64
+            assert torch.equal(batch.label_rows, (batch.labels.flatten() != IGNORED).nonzero().squeeze(1))
+            moved = batch.to("meta")
+            tensors = [moved.ids, moved.labels, moved.label_rows, *([moved.cu_seqlens] if plan.pack else [])]
+            assert all(tensor.is_meta for tensor in tensors) and moved.host is batch
+
+
+def test_two_threads_may_ask_one_plan_for_batches(make_dataset):
+    """They look at different passes, of which the plan keeps two."""
+    dataset = make_dataset(40)
+    plan, alone = (BatchPlan(dataset, micro_bsz=2, seed=1) for _ in range(2))
+    expected = {epoch: alone.batch(epoch, 0, 0, 0).rows for epoch in range(12)}
+
+    def read(epochs):
+        return all(plan.batch(epoch, 0, 0, 0).rows == expected[epoch] for _ in range(20) for epoch in epochs)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, [range(i, 12) for i in range(4)]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_pinned_batch_arrives_on_the_card_as_it_was(make_dataset, pack):
+    batch = BatchPlan(make_dataset(29), micro_bsz=4, pack=pack).batch(0, 0, 0, 0)
+    pinned = batch.pinned()
+    moved = pinned.to("cuda")
+    for name in ("ids", "labels", "label_rows") + ("cu_seqlens",) * pack:
+        assert getattr(pinned, name).is_pinned() and getattr(moved, name).is_cuda
+        assert torch.equal(getattr(moved, name).cpu(), getattr(batch, name))
+    assert moved.host is pinned
 
 
 def test_the_last_window_is_used_and_spread_over_the_ranks(make_dataset):

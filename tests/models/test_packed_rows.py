@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from rwkv_bone.adapters import AdapterSettings, inject
+from rwkv_bone.data import Batch
 from rwkv_bone.errors import UserError
 from rwkv_bone.training.context import chunked_loss
 from tests.conftest import random_model
 from tests.training.conftest import one_thread  # noqa: F401
+from tests.training.host_syncs import HostSyncs
 
 LENGTHS = [9, 1, 17, 2, 33, 16, 1]  # one token, and around the operators' chunks of 16 and 32
 every_generation = pytest.mark.parametrize("version", [5, 6, 7])
@@ -100,6 +102,65 @@ def test_chunks_of_a_packed_row_have_its_gradient(version, chunk):
     for grad_cp in (False, True) if chunk == 16 else (False,):
         loss = chunked_loss(model, ids, labels, chunk=chunk, cu_seqlens=cu_seqlens, grad_cp=grad_cp)
         assert worst_difference(gradients(model, loss), expected) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [5, 16, 79, 500])
+@pytest.mark.parametrize("widest", [0, 93])
+@pytest.mark.parametrize("pack", [False, True])
+def test_chunks_find_their_labels_without_looking_at_them(pack, widest, chunk):
+    """Each chunk gets the rows of its own labels, whatever was added to the width, and nothing is fetched."""
+    parts = documents()
+    ids, labels, cu_seqlens = packed(parts)
+    if not pack:
+        ids, labels, cu_seqlens = ids[:, :78].reshape(3, 26), labels[:, :78].reshape(3, 26), None
+    rows = (labels.flatten() != -100).nonzero().squeeze(1)
+    seen = []
+
+    def model(part, *, labels, label_rows, cu_seqlens, state, return_state):
+        seen.append((labels, label_rows))
+        return part.new_zeros((), dtype=torch.float32), []  # a model without layers has no state
+
+    with HostSyncs() as syncs:
+        chunked_loss(model, ids, labels, label_rows=rows, chunk=chunk, cu_seqlens=cu_seqlens, widest=widest)
+    assert not syncs.found
+    assert len(seen) == -(-max(widest, ids.shape[1]) // chunk)
+    for targets, where in seen:
+        expected = (targets.flatten() != -100).nonzero().squeeze(1)
+        assert torch.equal(where.sort().values, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [0, 16])
+@pytest.mark.parametrize("targets", [["att", "ffn"], ["att", "ffn", "head"]])
+def test_on_a_gpu_a_packed_batch_goes_forward_and_back_without_waiting(targets, chunk):
+    model, (ids, labels, cu_seqlens) = random_model(), packed(documents())
+    inject(model, settings=AdapterSettings("bone", 8), targets=targets)
+    model.cuda()
+    for block in model.blocks:
+        block.att.op = "torch"
+    rows = (labels.flatten() != -100).nonzero().squeeze(1)
+    host = Batch(ids, labels, rows, [], ids.numel(), len(rows), ids.numel(), cu_seqlens).pinned()
+
+    def step():
+        batch = host.to("cuda")
+        if chunk:
+            how = {"chunk": chunk, "cu_seqlens": host.cu_seqlens, "label_rows": host.label_rows}
+            loss = chunked_loss(model, batch.ids, batch.labels, **how)
+        else:
+            how = {"cu_seqlens": batch.cu_seqlens, "label_rows": batch.label_rows}
+            loss = model(batch.ids, labels=batch.labels, **how)
+        loss.backward()
+        return loss
+
+    step()  # what is built and allocated once
+    torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = step()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert loss.isfinite()
 
 
 @every_generation

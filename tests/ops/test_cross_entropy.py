@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from rwkv_bone.models.layers import Head, Linear, adapted_head_loss
 from rwkv_bone.ops.cross_entropy import linear_cross_entropy
+from tests.training.host_syncs import HostSyncs
 
 
 def sample(rows=37, width=24, vocab=101, dtype=torch.float64, masked=True):
@@ -52,6 +53,21 @@ def test_a_head_with_an_adapter_has_the_same_loss_and_gradients():
     other = torch.autograd.grad(adapted_head_loss(adapted, hidden, labels, 1e-3), (hidden, head.weight))
     for ours, theirs in zip(one, other, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_the_caller_knows_are_not_looked_for():
+    hidden, weight, labels = sample(rows=2100, dtype=torch.float32)
+    rows = (labels != -100).nonzero().squeeze(1)
+    head, adapted = Head(24, 101), Linear(24, 101)
+    head.weight = adapted.weight = torch.nn.Parameter(weight.detach())
+    forms = [head, lambda *arguments: adapted_head_loss(adapted, *arguments)]
+    for form in forms:
+        expected = torch.autograd.grad(form(hidden, labels, 1e-3), (hidden, head.weight))
+        with HostSyncs() as syncs:
+            loss = form(hidden, labels, 1e-3, rows)
+            given = torch.autograd.grad(loss, (hidden, head.weight))
+        assert not syncs.found
+        assert all(map(torch.equal, given, expected))
 
 
 def test_a_frozen_head_gets_no_weight_gradient_and_masked_rows_get_zero():

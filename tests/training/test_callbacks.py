@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,21 +23,29 @@ class Screen(io.StringIO):
         return self.terminal
 
 
-def play(path: Path, stream: Screen, total: int, first_step: int = 0) -> None:
-    """Callbacks through optimiser steps of falling loss up to `total`, two forward passes each."""
-    engine = SimpleNamespace(get_global_grad_norm=lambda: torch.tensor(0.5))
-    trainer = SimpleNamespace(is_global_zero=True, model=engine, logger=None)
+def play(path: Path, stream: Screen, total: int, first_step: int = 0, waits=(), logger=None) -> None:
+    """Callbacks through optimiser steps of falling loss up to `total`, two forward passes each.
+
+    waits: seconds that each forward pass waited for its batch.
+    """
+    trainer = SimpleNamespace(is_global_zero=True, logger=logger)
     module = SimpleNamespace(
-        total_steps=total, first_step=first_step, epochs=2, device=torch.device("cpu"), window=None
+        total_steps=total,
+        first_step=first_step,
+        epochs=2,
+        device=torch.device("cpu"),
+        window=None,
+        batches=SimpleNamespace(waited=0.0),
     )
     log = StepLog(path, read_log(path, first_step) if first_step else ())
     progress = Progress(log, stream)
     for callback in (log, progress):
         callback.on_train_start(trainer, module)
     for index in range(2 * (total - first_step)):
+        module.batches.waited += waits[index] if waits else 0
         module.window_finished = lambda index=index: index % 2 == 1
         step = first_step + index // 2
-        module.window = Window(step + 1, 2 * step // total, 4.0 - step / total, 1e-3, 100, 60)
+        module.window = Window(step + 1, 2 * step // total, 4.0 - step / total, 1e-3, 100, 60, 0.5)
         for callback in (log, progress):
             callback.on_train_batch_end(trainer, module, None, None, index)
     log.teardown(trainer, module, "fit")
@@ -64,6 +73,30 @@ def test_one_json_line_per_optimiser_step_not_per_forward_pass(tmp_path):
     play(tmp_path / "log", Screen(terminal=False), 7)
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 8))
+
+
+def test_a_line_has_every_field_of_the_table_and_no_other(tmp_path):
+    play(tmp_path / "log", Screen(terminal=False), 3)
+    cells = re.findall(r"^    \| ([a-z_, ]+) \|", StepLog.__doc__, re.MULTILINE)
+    documented = [name for cell in cells for name in cell.split(", ") if name != "field"]
+    for line in (tmp_path / "log").read_text().splitlines():
+        record = json.loads(line)
+        assert sorted(record) == sorted(documented)
+        assert record["peak_reserved_mb"] is None and record["peak_memory_mb"] > 0
+
+
+def test_the_log_tells_how_long_each_step_waited_for_its_batches(tmp_path):
+    play(tmp_path / "log", Screen(terminal=False), 3, waits=[0.5, 0.25, 0, 0, 0, 2])
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line["data_wait_ms"] for line in lines] == [750, 0, 2000]
+
+
+def test_a_logger_gets_numbers_only(tmp_path):
+    logged = []
+    logger = SimpleNamespace(log_metrics=lambda record, step: logged.append((step, record)))
+    play(tmp_path / "log", Screen(terminal=False), 3, logger=logger)
+    assert [step for step, _ in logged] == [1, 2, 3]
+    assert all(isinstance(value, (int, float)) for _, record in logged for value in record.values())
 
 
 def test_a_continued_run_counts_on_and_replaces_the_lines_after_its_first_step(tmp_path):

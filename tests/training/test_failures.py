@@ -1,6 +1,7 @@
 """A run that cannot go on stops with a sentence, on every rank, and keeps what was good."""
 
 import errno
+import threading
 
 import pytest
 import torch
@@ -50,6 +51,45 @@ def test_two_processes_stop_together_and_tell_it_once(job, nan_base):
     assert not list(folder.glob("rwkv-*.pth"))
 
 
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_3"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_bad_loss_with_a_good_gradient_takes_no_step(job, monkeypatch, strategy, value):
+    """The loss is looked at after DeepSpeed has decided by the gradient alone: it must have reached the gradient."""
+    original = module_file.TrainingModule._loss
+
+    def third_step_breaks(self, batch):
+        loss = original(self, batch)
+        return loss + float(value) if self._step == 2 else loss
+
+    monkeypatch.setattr(module_file.TrainingModule, "_loss", third_step_breaks)
+    with pytest.raises(UserError, match="optimiser step 3: the loss is not a finite number, from .*rows.jsonl:"):
+        job.run(f"bad-{strategy}-{value}", strategy=strategy)
+    monkeypatch.undo()
+    folder = job.folder / f"bad-{strategy}-{value}"
+    assert len(log_of(folder)) == 2
+    reference = job.folder / f"good-{strategy}"
+    if not reference.exists():
+        job.run(reference.name, strategy=strategy, save_steps=2)
+    ours, expected = (adapter_of(one, "rwkv-0-s2.pth") for one in (folder, reference))
+    assert largest_difference(ours, expected) == 0
+
+
+def test_an_error_while_a_batch_is_made_stops_the_run_with_its_text(job, monkeypatch):
+    """Batches are made by a thread, whose exceptions nobody would see."""
+    original = BatchPlan.batch
+
+    def third_fails(self, epoch, step, micro, rank):
+        if step == 2:
+            raise UserError("rows.bin: the file has become shorter")
+        return original(self, epoch, step, micro, rank)
+
+    monkeypatch.setattr(BatchPlan, "batch", third_fails)
+    with pytest.raises(UserError, match="rows.bin: the file has become shorter"):
+        job.run("batch")
+    assert len(log_of(job.folder / "batch")) == 2
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
 class InfiniteGradient(torch.autograd.Function):
     """The loss unchanged, with a gradient that is not finite."""
 
@@ -92,6 +132,7 @@ def test_a_window_without_a_trained_token_stops_the_run(job, monkeypatch):
     with pytest.raises(UserError, match="optimiser step 2 has no trained token: every label of .*rows.jsonl:"):
         job.run("masked")
     assert (job.folder / "masked" / "rwkv-0-s1.pth").is_file()
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 def test_a_full_disk_stops_the_run_and_keeps_earlier_files(job, monkeypatch):

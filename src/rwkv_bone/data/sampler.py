@@ -11,7 +11,9 @@ Sizes: B rows of a micro-batch, T positions, D documents of a packed row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from threading import RLock
 
 import numpy as np
 import torch
@@ -26,17 +28,30 @@ PASSES_KEPT = 2
 
 @dataclass
 class Batch:
+    """Tensors lie in the CPU's memory until `to` moves them; what they hold is then still to be read in `host`."""
+
     ids: torch.Tensor  # int64 [B, T]; packed [1, T]
     labels: torch.Tensor  # int64 [B, T]: the target of each position, -100 where none is trained
+    label_rows: torch.Tensor  # int64 [R]: the trained positions in the flattened labels, ascending
     rows: list[str]  # where the samples came from; shorter than B if the batch was filled up with empty rows
     tokens: int  # of this micro-batch, padding not counted
     window_tokens: int  # trained labels of the whole window: all micro-batches of the step, on all ranks
     widest: int  # the largest T among the ranks, which run this micro-batch at the same time
     cu_seqlens: torch.Tensor | None = None  # packed: int64 [D + 1], where each document begins and the last one ends
+    host: Batch | None = None  # after `to`: this batch in the CPU's memory, which one reads without waiting for a GPU
 
     def to(self, device: torch.device | str) -> Batch:
-        bounds = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        return replace(self, ids=self.ids.to(device), labels=self.labels.to(device), cu_seqlens=bounds)
+        """On `device`. A copy from pinned memory is only queued there; nothing waits for it."""
+        return replace(self._map(lambda x: x.to(device, non_blocking=True)), host=self)
+
+    def pinned(self) -> Batch:
+        """In memory that a GPU reads by itself."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        bounds = None if self.cu_seqlens is None else function(self.cu_seqlens)
+        ids, labels, label_rows = map(function, (self.ids, self.labels, self.label_rows))
+        return replace(self, ids=ids, labels=labels, label_rows=label_rows, cu_seqlens=bounds)
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,7 @@ class BatchPlan:
         self._fixed_steps = steps_per_epoch
         self._pass_steps: dict[int, int] = {}
         self._passes: dict[int, Pass] = {}
+        self._lock = RLock()  # of _passes: batches are made in a thread
         self._offsets = None if dataset.repeats is None else _offsets(dataset.repeats, seed)
 
     def steps_in(self, epoch: int) -> int:
@@ -134,6 +150,7 @@ class BatchPlan:
         return Batch(
             ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
+            label_rows=torch.from_numpy(np.flatnonzero(labels != IGNORED)),
             rows=[sample.origin for sample in samples],
             tokens=sum(lengths),
             window_tokens=window_tokens,
@@ -184,11 +201,12 @@ class BatchPlan:
         return (after - before).astype(np.int64)
 
     def _pass(self, number: int) -> Pass:
-        if number not in self._passes:
-            while len(self._passes) >= PASSES_KEPT:
-                del self._passes[next(iter(self._passes))]
-            self._passes[number] = self._order(number)
-        return self._passes[number]
+        with self._lock:
+            if number not in self._passes:
+                while len(self._passes) >= PASSES_KEPT:
+                    del self._passes[next(iter(self._passes))]
+                self._passes[number] = self._order(number)
+            return self._passes[number]
 
     def _order(self, number: int) -> Pass:
         random = np.random.default_rng([self.seed, number])
@@ -231,6 +249,7 @@ class BatchPlan:
         return Batch(
             ids=torch.from_numpy(windows[:, :-1].copy()),
             labels=torch.from_numpy(windows[:, 1:].copy()),
+            label_rows=torch.arange(self.micro_bsz * self._width),
             rows=[f"tokens {start} to {start + self._width}" for start in starts],
             tokens=self.micro_bsz * self._width,
             window_tokens=self.micro_bsz * self._per_window * self._width,

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_bone.ops.cross_entropy import CHUNK_ROWS, IGNORE, linear_cross_entropy
+from rwkv_bone.ops.cross_entropy import CHUNK_ROWS, labelled, linear_cross_entropy
 
 
 class Linear(nn.Linear):
@@ -135,21 +135,30 @@ class Embedding(nn.Embedding):
 
 
 class Head(Linear):
-    """hidden [..., C] -> logits [..., V]; with labels [...] -> their summed fp32 loss, without logits."""
+    """hidden [..., C] -> logits [..., V]; with labels [...] -> their summed fp32 loss, without logits.
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, l2wrap: float = 0.0) -> Tensor:
+    `label_rows`: where the flattened labels have one, if that is known.
+    """
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, l2wrap: float = 0.0, label_rows: Tensor | None = None
+    ) -> Tensor:
         if labels is None:
             return super().forward(hidden)
-        return linear_cross_entropy(hidden.flatten(0, -2), self.weight, labels.flatten(), l2wrap=l2wrap)
+        hidden, labels = hidden.flatten(0, -2), labels.flatten()
+        return linear_cross_entropy(hidden, self.weight, labels, label_rows=label_rows, l2wrap=l2wrap)
 
 
-def adapted_head_loss(head: nn.Module, hidden: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
+def adapted_head_loss(
+    head: nn.Module, hidden: Tensor, labels: Tensor, l2wrap: float, label_rows: Tensor | None = None
+) -> Tensor:
     """The same sum for a head that an adapter has replaced: row chunks, each recomputed in backward.
 
     hidden [..., C], labels [...]. Costs one more product of the head than `Head` does.
     """
-    rows = (labels.flatten() != IGNORE).nonzero().squeeze(1)
-    hidden, labels = hidden.flatten(0, -2)[rows], labels.flatten()[rows]
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    rows = labelled(labels) if label_rows is None else label_rows
+    hidden, labels = hidden[rows], labels[rows]
 
     def chunk_loss(part: Tensor, target: Tensor) -> Tensor:
         logits = head(part).float()

@@ -88,6 +88,7 @@ class RWKV(nn.Module):
         *,
         state: list[LayerState] | None = None,
         labels: Tensor | None = None,
+        label_rows: Tensor | None = None,
         return_state: bool = False,
         last_only: bool = False,
         cu_seqlens: Tensor | None = None,
@@ -98,6 +99,7 @@ class RWKV(nn.Module):
 
         ids [B, T] int64; state: one LayerState a block, as an earlier call returned it (None = start of a document).
         labels [B, T] int64, already shifted: labels[:, t] is what position t should predict, -100 = not trained.
+        label_rows int64: where labels.flatten() is not -100, if the caller knows; finding out waits for a GPU.
         cu_seqlens [D + 1] int64, on the device of ids: ids [1, T] are D documents one after another, document d at
         cu_seqlens[d] to cu_seqlens[d + 1], none of which sees another. A state of k <= D rows is what the first k go on
         from, the others start afresh; a returned state has D rows.
@@ -124,9 +126,9 @@ class RWKV(nn.Module):
         if labels is None:
             result = self.head(hidden)
         elif isinstance(self.head, Head):
-            result = self.head(hidden, labels, l2wrap)
+            result = self.head(hidden, labels, l2wrap, label_rows)
         else:
-            result = adapted_head_loss(self.head, hidden, labels, l2wrap)
+            result = adapted_head_loss(self.head, hidden, labels, l2wrap, label_rows)
         return (result, after) if return_state else result
 
     def add_time_state(self) -> None:

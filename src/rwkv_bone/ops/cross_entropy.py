@@ -17,23 +17,35 @@ CHUNK_ROWS = 1024
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_rows: int = CHUNK_ROWS, l2wrap: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    label_rows: Tensor | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+    l2wrap: float = 0.0,
 ) -> Tensor:
     """Sum over the labelled rows of -log softmax(hidden @ weight^T)[label], fp32.
 
     hidden [R, C] and weight [V, C] (cast to hidden's dtype for the product); labels [R] int64, IGNORE = no label.
+    `label_rows` int64 are the labelled rows; without them they are looked for, which waits for a GPU.
     `l2wrap` adds, to the gradient only, l2wrap * max(logits) at each labelled row's largest logit: BlinkDL's L2Wrap,
     which keeps logits from growing (his factor is 1e-4, divided by the number of rows like the loss itself).
     Logits are made in hidden's dtype and reduced in fp32. Returns a scalar; zero labelled rows give zero.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_rows, l2wrap)
+    rows = labelled(labels) if label_rows is None else label_rows
+    return _LinearCrossEntropy.apply(hidden, weight, labels, rows, chunk_rows, l2wrap)
+
+
+def labelled(labels: Tensor) -> Tensor:
+    """The rows of labels [R] that have one, int64. How many there are has to be fetched from a GPU."""
+    return (labels != IGNORE).nonzero().squeeze(1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk_rows, l2wrap):
+    def forward(ctx, hidden, weight, labels, rows, chunk_rows, l2wrap):
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        rows = (labels != IGNORE).nonzero().squeeze(1)
         matrix = weight.detach().to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.zeros_like(hidden) if want_hidden else None
@@ -67,4 +79,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_hidden = d_hidden * grad.to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None

@@ -29,18 +29,38 @@ def clock(seconds: float) -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory this process has held: allocated on the GPU, or resident on a CPU."""
+    """Most memory this process has held: in tensors on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / 2**20 if sys.platform == "darwin" else used / 2**10
 
 
+def peak_reserved_mb(device: torch.device) -> float | None:
+    """Most memory that PyTorch has taken from the GPU, unused parts included: what a card must have. None on a CPU."""
+    return torch.cuda.max_memory_reserved(device) / 2**20 if device.type == "cuda" else None
+
+
 class StepLog(Callback):
     """One JSON line per optimiser step in `train_log.jsonl`, and to Lightning's logger if there is one.
 
-    `seconds` is the time of the step alone; `tokens` are input tokens of all ranks, padding not counted. A run that is
-    continued keeps its lines up to the step after which it goes on.
+    | field | of the step, on all devices |
+    |---|---|
+    | step, epoch | 1 is the first step of the run, 0 its first epoch |
+    | loss | mean over the trained tokens, nats, with the parameters before the step |
+    | lr | learning rate, before a parameter's own multiple |
+    | tokens, trained_tokens | input tokens, padding not counted; those that are targets |
+    | grad_norm | 2-norm of the gradient, before clipping |
+
+    | field | of this process, the main one |
+    |---|---|
+    | seconds | from the end of the last step to the end of this one, which also waits for its GPU and contains a save |
+    | tokens_per_s | tokens / seconds |
+    | data_wait_ms | of these seconds, how long the step waited for its batches: near 0, as a thread makes them ahead |
+    | peak_memory_mb | so far, in MiB: `peak_memory_mb` |
+    | peak_reserved_mb | so far, in MiB: `peak_reserved_mb`; null on a CPU |
+
+    A run that is continued keeps its lines up to the step after which it goes on.
     """
 
     def __init__(self, path: Path, kept: Sequence[dict] = ()):
@@ -49,7 +69,7 @@ class StepLog(Callback):
 
     def on_train_start(self, trainer, module) -> None:
         self._file = self._open() if trainer.is_global_zero else None
-        self._begin = time.perf_counter()
+        self._begin, self._waited = time.perf_counter(), 0.0
 
     def _open(self):
         if not self.records:
@@ -63,11 +83,14 @@ class StepLog(Callback):
             return
         now = time.perf_counter()
         seconds, self._begin = now - self._begin, now
+        waited, self._waited = module.batches.waited - self._waited, module.batches.waited
+        reserved = peak_reserved_mb(module.device)
         record = asdict(module.window) | {
-            "grad_norm": float(trainer.model.get_global_grad_norm()),
             "tokens_per_s": round(module.window.tokens / seconds, 1),
             "seconds": round(seconds, 6),
+            "data_wait_ms": round(1000 * waited, 3),
             "peak_memory_mb": round(peak_memory_mb(module.device), 1),
+            "peak_reserved_mb": None if reserved is None else round(reserved, 1),
         }
         self.records.append(record)
         if self._file:
@@ -77,7 +100,8 @@ class StepLog(Callback):
             except OSError as error:
                 raise UserError(f"{self.path} could not be written: {error.strerror}") from error
         if trainer.logger:
-            trainer.logger.log_metrics(record, step=record["step"])
+            numbers = {name: value for name, value in record.items() if value is not None}
+            trainer.logger.log_metrics(numbers, step=record["step"])
 
     def teardown(self, trainer, module, stage) -> None:
         if getattr(self, "_file", None):
@@ -154,9 +178,10 @@ class StopOnSignal(Callback):
     """Ctrl-C or SIGTERM: finish the step under way, save it, and leave. A second one, or one outside the steps, leaves
     at once.
 
-    Must be the first callback: it is to hear signals before held-out data is measured, and the ranks agree at the start
-    of a step, when every callback has seen the end of the last one. `save(trainer, module)` is called on every rank;
-    `message()` is what the user reads then.
+    Must be the first callback: it is to hear signals before held-out data is measured, and a run is left at the start
+    of a step, when every callback has seen the end of the last one. What another rank has heard comes with the numbers
+    of a window (`TrainingModule.signal`), so that nothing more is exchanged. `save(trainer, module)` is called on every
+    rank; `message()` is what the user reads then.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -171,15 +196,26 @@ class StopOnSignal(Callback):
         for number in self.SIGNALS:
             # In place of Lightning's; its trainer puts back what was there before.
             signal.signal(number, self._receive)
+        # Now Lightning hears no signal, so its ranks need not ask each other before each forward pass whether they did,
+        # which would wait for the GPU.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_train_batch_start(self, trainer, module, batch, index) -> None:
         self._stepping = True
         if index % module.plan.accumulate == 0 and index:
-            self._leave_if_asked(trainer, module)
+            self._leave_if(module.signal_anywhere if module.plan.world_size > 1 else self._received, trainer, module)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        module.signal = self._received
 
     def on_train_end(self, trainer, module) -> None:
         self._stepping = False
-        self._leave_if_asked(trainer, module)
+        received = self._received
+        if module.plan.world_size > 1:
+            asked = torch.tensor(received, device=module.device)
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            received = int(asked)
+        self._leave_if(received, trainer, module)
 
     def _receive(self, number: int, frame) -> None:
         if self._received or not self._stepping:
@@ -189,12 +225,7 @@ class StopOnSignal(Callback):
             # print is not safe in a signal handler.
             os.write(2, b"\nstopping after this step, to save it (once more: at once)\n")
 
-    def _leave_if_asked(self, trainer, module) -> None:
-        received = self._received
-        if module.plan.world_size > 1:
-            asked = torch.tensor(received, device=module.device)
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-            received = int(asked)
+    def _leave_if(self, received: int, trainer, module) -> None:
         if received:
             self.save(trainer, module)
             raise Interrupted(self.message(), received)

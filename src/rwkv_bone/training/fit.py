@@ -129,7 +129,8 @@ def fit(config: TrainConfig) -> Path:
     )
     stop = StopOnSignal(save.save_step, lambda: f"interrupted; {save.state_of_things()}")
     callbacks = [stop, PlaceModel(prepared.dtype), *([heldout] if heldout else []), log, Progress(log), save]
-    callbacks.append(SeedBatches(config.run.random_seed))
+    if config.adapter.lora_dropout:
+        callbacks.append(SeedBatches(config.run.random_seed))
     if earlier:
         callbacks.append(resume.RestoreMoments(earlier))
     trainer = Trainer(
@@ -159,6 +160,8 @@ def fit(config: TrainConfig) -> Path:
         # The others would wait for this one in their next collective.
         trainer.strategy.launcher.kill(signal.SIGTERM)
         raise
+    finally:
+        module.close()
     if main:
         report(config, folder, save.last_path, log.records, heldout, say)
     return save.last_path

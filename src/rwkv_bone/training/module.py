@@ -3,20 +3,26 @@
 An optimiser step consumes a *window*: `accumulate` micro-batches on each of `world_size` ranks. The gradient of a
 window is that of (sum of the loss over its trained tokens) / (number of its trained tokens), however the window is cut
 into devices, accumulation and micro-batches.
+
+With a GPU the Python of a step runs ahead of its arithmetic, unless something asks for a value. One thing does, once an
+optimiser step: `Fetched`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
 
 from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.data import Batch, BatchPlan
+from rwkv_bone.data.prefetch import Prefetch
 from rwkv_bone.errors import UserError
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
@@ -37,20 +43,55 @@ class Window:
     lr: float
     tokens: int  # input tokens, padding not counted
     trained_tokens: int
+    grad_norm: float  # before clipping
 
 
-class MicroBatches(Dataset):
-    """The micro-batches of one rank in order: item i belongs to window first_step + i // accumulate of the run."""
+class MicroBatches:
+    """The micro-batches of one rank from `first_step` of the run on, made by a thread while the model is busy.
 
-    def __init__(self, plan: BatchPlan, epochs: int, rank: int, first_step: int):
-        self.plan, self.epochs, self.rank, self.first_step = plan, epochs, rank, first_step
+    `pin` puts them into memory that a GPU copies from while the CPU goes on.
+    """
+
+    def __init__(self, plan: BatchPlan, epochs: int, rank: int, first_step: int, pin: bool = False):
+        self.plan, self.rank, self.first_step, self.pin = plan, rank, first_step, pin
+        self.steps = plan.total_steps(epochs) - first_step
+        self._prefetch: Prefetch[Batch] | None = None
 
     def __len__(self) -> int:
-        return (self.plan.total_steps(self.epochs) - self.first_step) * self.plan.accumulate
+        return self.steps * self.plan.accumulate
 
-    def __getitem__(self, index: int) -> Batch:
-        window, micro = divmod(index, self.plan.accumulate)
-        return self.plan.batch(*self.plan.locate(self.first_step + window), micro, self.rank)
+    def __iter__(self) -> Prefetch[Batch]:
+        self._prefetch = Prefetch(self._batches())
+        return self._prefetch
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which the model has waited for its batches so far."""
+        return self._prefetch.waited if self._prefetch else 0.0
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._prefetch:
+            self._prefetch.close()
+
+    def _batches(self) -> Iterator[Batch]:
+        for step in range(self.first_step, self.first_step + self.steps):
+            for micro in range(self.plan.accumulate):
+                batch = self.plan.batch(*self.plan.locate(step), micro, self.rank)
+                yield batch.pinned() if self.pin else batch
+
+
+class Fetched:
+    """Values on their way to the CPU: `tolist` waits for what was queued before, not for what was queued since."""
+
+    def __init__(self, values: Tensor):
+        self._values = values.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def tolist(self) -> list[float]:
+        if self._arrived:
+            self._arrived.synchronize()
+        return self._values.tolist()
 
 
 class TrainingModule(LightningModule):
@@ -75,17 +116,27 @@ class TrainingModule(LightningModule):
         self.running, self.first_step, self.lora_plus = running, first_step, lora_plus
         self.total_steps = plan.total_steps(epochs)
         self.window: Window | None = None  # the last one whose step was taken
-        self._pending: Window | None = None
-        self._micro = self._trained = 0
+        self.signal = 0  # to stop, that this process has received; 0: none
+        self.signal_anywhere = 0  # the same of all ranks, as of the last window
+        self.batches: MicroBatches | None = None
+        self._micro = self._trained = self._tokens = 0
         self._step = first_step
-        # Of the window under way: the loss of each [rank, micro-batch], and the input tokens as one last number.
-        self._sums = torch.zeros(plan.world_size * plan.accumulate + 1, dtype=torch.float64)
+        # Of the window under way, a row for each rank: loss of each micro-batch, input tokens, signal, gradient norm.
+        self._table = torch.zeros(plan.world_size, plan.accumulate + 3, dtype=torch.float64)
+        self._fetched: Fetched | None = None
 
     def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(MicroBatches(self.plan, self.epochs, self.global_rank, self.first_step), batch_size=None)
+    def train_dataloader(self) -> MicroBatches:
+        pin = self.trainer.strategy.root_device.type == "cuda"
+        self.batches = MicroBatches(self.plan, self.epochs, self.global_rank, self.first_step, pin)
+        return self.batches
+
+    def close(self) -> None:
+        """End the thread that makes batches, however the run ended."""
+        if self.batches:
+            self.batches.close()
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
@@ -93,60 +144,78 @@ class TrainingModule(LightningModule):
     def configure_optimizers(self):
         groups = parameter_groups(self.model, self.config.weight_decay, self.lora_plus)
         optimizer = make_optimizer(groups, self.config)
+        optimizer.register_step_pre_hook(lambda *_: self._fetch())
         schedule = LambdaLR(
             optimizer, lambda step: learning_rate(self.first_step + step, self.total_steps, self.config)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, batch: Batch, index: int) -> torch.Tensor:
+    def training_step(self, batch: Batch, index: int) -> Tensor:
         step, self._micro = divmod(index, self.plan.accumulate)
         self._step = self.first_step + step
         self._trained = batch.window_tokens
         if self._micro == 0:
-            self._sums = torch.zeros_like(self._sums, device=self.device)
+            self._table = torch.zeros_like(self._table, device=self.device)
+            self._tokens, self._fetched = 0, None
         if self._trained == 0:
             raise RunStopped(
                 f"optimiser step {self._step + 1} has no trained token: every label of {self._rows()} is masked; "
                 "look at these rows, at --loss_mask and at --ctx_len (a response beyond it is cut off)"
             )
         loss = self._loss(batch)
-        self._sums[self.global_rank * self.plan.accumulate + self._micro] = loss.detach()
-        self._sums[-1] += batch.tokens
+        self._table[self.global_rank, self._micro] = loss.detach()
+        self._tokens += batch.tokens
         # Averaging over ranks divides by world_size and Lightning by accumulate: both are undone here.
-        return loss * (self.plan.world_size * self.plan.accumulate / self._trained)
+        scale = self.plan.world_size * self.plan.accumulate / self._trained
+        # A loss that is no finite number makes the scale NaN and with it every gradient, so that DeepSpeed takes no
+        # step: the loss itself is looked at after that.
+        return loss * (scale + 0 * loss.detach())
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         """Sum over the trained tokens of one micro-batch."""
-        how = {"l2wrap": self.config.l2wrap, "grad_cp": self.running.grad_cp, "cu_seqlens": batch.cu_seqlens}
+        how = {"l2wrap": self.config.l2wrap, "grad_cp": self.running.grad_cp}
         chunk, cut = self.running.chunk_ctx, self.running.bptt_chunks
         if chunk:
             how |= {"chunk": chunk, "bptt_chunks": cut, "widest": batch.widest}
+            how |= {"cu_seqlens": batch.host.cu_seqlens, "label_rows": batch.host.label_rows}
             return chunked_loss(self.model, batch.ids, batch.labels, **how)
+        how |= {"cu_seqlens": batch.cu_seqlens, "label_rows": batch.label_rows}
         return self.model(batch.ids, labels=batch.labels, **how)
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        """At the end of a window: the true loss over all ranks, or the end of the run if it is not finite."""
+        """At the end of a window: gather what there is to tell of it on all ranks."""
         if not self.window_finished():
             return
+        self._table[self.global_rank, -3] = self._tokens
+        self._table[self.global_rank, -2] = self.signal
         if dist.is_initialized() and self.plan.world_size > 1:
-            dist.all_reduce(self._sums)
-        *losses, tokens = self._sums.tolist()
-        loss = sum(losses) / self._trained
-        if not abs(loss) < float("inf"):
-            bad = [i for i, value in enumerate(losses) if not abs(value) < float("inf")]
-            raise RunStopped(self._not_finite("loss", bad))
-        lr = learning_rate(self._step, self.total_steps, self.config)
-        epoch, _ = self.plan.locate(self._step)
-        self._pending = Window(self._step + 1, epoch, loss, lr, int(tokens), self._trained)
+            dist.all_reduce(self._table)
+
+    def _fetch(self) -> None:
+        """Have the window's numbers sent to the CPU, before the first parameter changes."""
+        if self._fetched is None:
+            norm = torch.as_tensor(self.trainer.model.optimizer._global_grad_norm)
+            self._table[:, -1] = norm.to(self._table, non_blocking=True)
+            self._fetched = Fetched(self._table)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        """DeepSpeed's step, which it does not take when the gradient's norm, over all ranks, is no finite number."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        # DeepSpeed takes no step when the gradient's norm is not finite, and decides it over all ranks.
         if not self.window_finished():
             return
+        self._fetch()  # if no step was taken
+        rows = self._fetched.tolist()
+        losses = [loss for row in rows for loss in row[:-3]]
+        tokens, signals, norms = zip(*(row[-3:] for row in rows), strict=True)
+        self.signal_anywhere = int(max(signals))
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if self.trainer.model.optimizer.overflow:
-            raise RunStopped(self._not_finite("gradient", range(self.plan.world_size * self.plan.accumulate)))
-        self.window = self._pending
+            raise RunStopped(self._not_finite("loss" if bad else "gradient", bad or range(len(losses))))
+        assert not bad, "DeepSpeed took a step on a gradient that is not finite"
+        lr = learning_rate(self._step, self.total_steps, self.config)
+        epoch, _ = self.plan.locate(self._step)
+        loss = sum(losses) / self._trained
+        self.window = Window(self._step + 1, epoch, loss, lr, int(sum(tokens)), self._trained, norms[0])
 
     def window_finished(self) -> bool:
         """Whether the micro-batch just done ended an optimiser step."""
@@ -160,7 +229,7 @@ class TrainingModule(LightningModule):
         )
 
     def _rows(self, micro_batches=None) -> str:
-        """The origins of the samples in micro-batches of the window under way, by their index in `_sums`."""
+        """The origins of the samples in micro-batches of the window under way, counted through rank by rank."""
         epoch, step = self.plan.locate(self._step)
         everything = range(self.plan.world_size * self.plan.accumulate)
         rows = []

@@ -127,6 +127,8 @@ def make_strategy(config: RunConfig, device: str, trainable: int) -> DeepSpeedSt
     # With offload DeepSpeed otherwise insists on an Adam of its own, compiled at the first run: minutes, and a failure
     # where a path has a space in it. PyTorch's fused AdamW does the same work.
     strategy.config["zero_force_ds_cpu_optimizer"] = False
+    # Its own throughput, which nobody reads here, would wait for the GPU before each forward pass and after each step.
+    strategy.config["timers"] = {"throughput": {"enabled": False}}
     return strategy
 
 
