@@ -190,14 +190,14 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
         if kind != "none":
             raise UserError("--load_model is empty: an adapter needs a base model; --peft none trains one from scratch")
         arch, base = architecture_from_scratch(config.model), {}
-        op, kernel = select_op(config.model.op, device, f"wkv{arch.version}")
+        op, kernel = select_op(config.model.op, device, f"wkv{arch.version}", arch.head_size, dtype)
         model = build(arch, op=op, dtype=dtype)
         init_from_scratch(model, config.run.random_seed)
         dtypes = dict.fromkeys(model.state_dict(), torch.bfloat16)
     else:
         arch, base = checkpoint.load_base(path)
         arch.check(config.model, path)
-        op, kernel = select_op(config.model.op, device, f"wkv{arch.version}")
+        op, kernel = select_op(config.model.op, device, f"wkv{arch.version}", arch.head_size, dtype)
         with torch.device("meta"):
             model = build(arch, op=op, dtype=dtype)
         load_base_into(model, base, source=path, quant=quant, device=device)
