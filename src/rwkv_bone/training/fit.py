@@ -6,6 +6,7 @@ only the main process prints and touches the results folder.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import shlex
@@ -39,7 +40,14 @@ from rwkv_bone.training.module import RunStopped, TrainingModule
 from rwkv_bone.training.place import PlaceModel
 from rwkv_bone.training.saving import Output, SaveTrained
 from rwkv_bone.training.schedule import check_schedule
-from rwkv_bone.training.strategy import DTYPES, make_strategy, offloads, silence_libraries, zero_stage
+from rwkv_bone.training.strategy import (
+    DTYPES,
+    leave_process_group,
+    make_strategy,
+    offloads,
+    silence_libraries,
+    zero_stage,
+)
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,9 @@ def fit(config: TrainConfig) -> Path:
         raise
     finally:
         module.close()
+    if device == "cuda":
+        # NCCL otherwise warns, in the last line of a run that went well. After a failure the other ranks may be gone.
+        atexit.register(leave_process_group)
     if main:
         report(config, folder, save.last_path, log.records, heldout, say)
     return save.last_path

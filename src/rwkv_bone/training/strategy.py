@@ -132,6 +132,12 @@ def make_strategy(config: RunConfig, device: str, trainable: int) -> DeepSpeedSt
     return strategy
 
 
+def leave_process_group() -> None:
+    """Close the processes' connections, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def silence_libraries() -> None:
     """Drop the tips and notices of Lightning and DeepSpeed that mean nothing here; errors and words on cards stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "torch.distributed"):
