@@ -1,7 +1,6 @@
 """Each device writes what PyTorch's operators write on the processor, greedily, token for token."""
 
 import pytest
-import torch
 
 from rwkv_bone import load_model
 from rwkv_bone.generate import generate
