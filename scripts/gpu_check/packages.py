@@ -6,6 +6,7 @@
 
 import importlib.metadata
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,12 +38,17 @@ def installed(name: str) -> bool:
     return True
 
 
-def report() -> None:
-    found = dict(unmet(REPOSITORY / "requirements.txt"))
+def problems(requirements: Path) -> Iterator[str]:
+    """What is missing or of another version, and what that means."""
+    found = dict(unmet(requirements))
     found |= {name: f"{name} is not installed" for name in OPTIONAL if not installed(name)}
     for name, problem in found.items():
-        print(f"{problem}: {MEANING.get(name, 'what needs it fails')}")
-    print(f"missing or of another version: {', '.join(found)}" if found else "everything is there")
+        yield f"{problem}: {MEANING.get(name, 'what needs it fails')}"
+
+
+def report() -> None:
+    lines = list(problems(REPOSITORY / "requirements.txt"))
+    print("\n".join([*lines, f"{len(lines)} missing or of another version than wanted" if lines else "all there"]))
 
 
 if __name__ == "__main__":

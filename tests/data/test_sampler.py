@@ -1,5 +1,6 @@
 """Every sample once per pass, on some rank; the same batches again; exact counts."""
 
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -107,17 +108,26 @@ def test_label_rows_say_where_the_labels_are(make_dataset, make_stream, dataload
             assert all(tensor.is_meta for tensor in tensors) and moved.host is batch
 
 
-def test_two_threads_may_ask_one_plan_for_batches(make_dataset):
-    """They look at different passes, of which the plan keeps two."""
+def test_two_threads_may_ask_one_plan_for_batches(make_dataset, monkeypatch):
+    """They look at different passes, of which the plan keeps two: one must not drop what the other just made."""
     dataset = make_dataset(40)
     plan, alone = (BatchPlan(dataset, micro_bsz=2, seed=1) for _ in range(2))
-    expected = {epoch: alone.batch(epoch, 0, 0, 0).rows for epoch in range(12)}
+    expected = {epoch: alone.batch(epoch, 0, 0, 0).rows for epoch in range(8)}
+    at_it, most = [], []
+    original = BatchPlan._order
 
-    def read(epochs):
-        return all(plan.batch(epoch, 0, 0, 0).rows == expected[epoch] for _ in range(20) for epoch in epochs)
+    def slow(self, number):
+        at_it.append(number)
+        most.append(len(at_it))
+        time.sleep(0.01)
+        at_it.remove(number)
+        return original(self, number)
 
+    monkeypatch.setattr(BatchPlan, "_order", slow)
     with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(read, [range(i, 12) for i in range(4)]))
+        read = pool.map(lambda start: [plan.batch(n, 0, 0, 0).rows == expected[n] for n in range(start, 8)], range(4))
+        assert all(map(all, read))
+    assert max(most) == 1
 
 
 @pytest.mark.gpu
