@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ import torch
 from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.data import Batch
 from rwkv_bone.ops import cross_entropy
-from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.callbacks import StopOnSignal
+from rwkv_bone.training.module import Fetched, TrainingModule
 from tests.conftest import REPOSITORY
 from tests.training import host_syncs
 from tests.training.conftest import RENDEZVOUS
@@ -116,3 +118,36 @@ def test_a_step_reads_no_value_of_what_is_on_the_device(chunk, pack):
     TrainingModule._loss(module, batch.to("meta"))
     lengths = [part.shape[1] for part in (ids.split(chunk, 1) if chunk else [ids])]
     assert seen == [(length, True, pack) for length in lengths]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [{}, {"chunk_ctx": 8}, {"targets": "head"}])
+def test_on_a_gpu_no_line_of_ours_waits_for_it(job, monkeypatch, flags):
+    """PyTorch itself warns of each operation that waits; the one fetch of a step does not count as such."""
+    original = StopOnSignal.on_train_batch_start
+
+    def start(self, trainer, module, batch, index):
+        # The last step saves, the first ones build things.
+        watched = SETTLED <= index < module.total_steps - 1
+        torch.cuda.set_sync_debug_mode("warn" if watched else "default")
+        original(self, trainer, module, batch, index)
+
+    monkeypatch.setattr(StopOnSignal, "on_train_batch_start", start)
+    flags = {"accelerator": "gpu", "dataload": "pack", "micro_bsz": 1, "ctx_len": 32} | flags
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            job.run("gpu-" + "-".join(flags), **flags)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ours = [f"{warning.filename}:{warning.lineno}" for warning in caught if "rwkv_bone" in warning.filename]
+    assert not ours
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_numbers_are_read_while_later_work_still_runs():
+    fetched = Fetched(torch.arange(6.0, device="cuda").view(2, 3))
+    torch.cuda._sleep(10**10)
+    done = torch.cuda.current_stream().record_event()
+    assert fetched.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert not done.query()
