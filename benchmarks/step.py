@@ -232,7 +232,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict, list[
         "copy_gb_per_s": memory / 1e9,
         "share_of_matmul": 4 * sum(p.numel() for p in frozen) * tokens / seconds / arithmetic,
         "share_of_copy": 2 * (weights + kept) / seconds / memory,
-        "kept_mb": round(kept / 2**20, 1),
+        "kept_mb": round(kept / 2**20, 3),
         **peaks,
         **counts,
     }

@@ -130,6 +130,13 @@ def test_any_variable_can_be_overridden_and_paths_stay_the_callers(script, clone
     assert config.data.data_file == ("my rows.jsonl",)
 
 
+def test_a_python_that_the_caller_names_is_taken_as_it_is(clone, monkeypatch):
+    monkeypatch.setenv("RWKV_PYTHON", f"{clone.bin}/my python")
+    (clone.bin / "python3").rename(clone.bin / "my python")
+    result = clone.sh("run_bone.sh")
+    assert arguments(result) and "setup:" not in result.stderr
+
+
 def test_an_edited_variable_may_hold_any_path(clone):
     script = clone.root / "scripts" / "run_bone.sh"
     text = re.sub(r"(?m)^load_model=\S*", "load_model='/data/my model.pth'", script.read_text())
