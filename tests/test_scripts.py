@@ -349,7 +349,7 @@ def test_setup_says_that_an_active_environment_is_for_the_cpu_and_changes_nothin
     write_smi(clone.bin, "525.60.13")
     result = clone.sh("setup.sh")
     assert result.stdout == f"{clone.bin}/python3\n" and not (clone.root / ".venv").exists()
-    line = "torch 2.13.0+cpu, built for the CPU alone, cannot use NVIDIA GeForce RTX 3090 (sm_86). For a GPU type: "
+    line = "torch 2.13.0+cpu, built for the CPU alone, cannot use NVIDIA GeForce RTX 3090 (sm_86): install a PyTorch"
     assert line in result.stderr and "-m pip install --force-reinstall torch==2.10.0" in result.stderr
 
 

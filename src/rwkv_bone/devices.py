@@ -355,8 +355,7 @@ def main(question: str) -> int:
     torch, sees = installed_torch(), ""
     if torch and not torch.cuda:
         if (machine := look()) and machine.cards:
-            command = pip_command(pip_words(machine) or [TORCH])
-            say(f"torch {torch}, cannot use {machine.names()}. For a GPU type: {command}")
+            say(f"torch {torch}, cannot use {machine.names()}: {advice_for(machine, torch, None)[0]}")
     elif question == "check" and not cards_are_hidden() and (machine := look()):
         try:
             require_cuda("", "train on the CPU on purpose: --accelerator cpu")
