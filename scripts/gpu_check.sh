@@ -161,7 +161,7 @@ part_tests() {
         chosen='not 31_bits'
     fi
     workers=
-    [ "$device" = cpu ] || [ -n "$("$python" "$tools/packages.py" lacking pytest-xdist)" ] || workers='-n 4 --dist loadfile'
+    [ "$device" = cpu ] || [ -n "$("$python" "$tools/packages.py" lacking pytest-xdist)" ] || workers='-n 6 --dist loadfile'
     # shellcheck disable=SC2086 # lists of words
     pytest_check tests 180 $workers --maxfail 20 -k "$chosen" $files
     [ "$device" = cpu ] || pytest_check tests_31_bits 60 tests/ops -k 31_bits
@@ -176,7 +176,10 @@ train() {
 }
 
 # short: flags of a run that is only to be seen working.
-short() { pick '--epoch_count 1 --epoch_steps 6 --warmup_steps 2 --eval_samples 0' '--epoch_count 1 --eval_samples 0'; }
+short() {
+    pick '--epoch_count 1 --epoch_steps 6 --warmup_steps 2 --eval_samples 0' \
+        '--epoch_count 1 --epoch_steps 40 --eval_samples 0'
+}
 
 # The two commands of README.
 part_run() {
