@@ -61,7 +61,8 @@ trap '[ -z "$running" ] || { kill "$running"; wait "$running" || true; }; rm -rf
 trap 'exit 1' HUP INT TERM
 
 export RWKV_PYTHON="$python" PYTHONPATH="$work/site:$repo/src:$repo${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TMPDIR="$work/tmp"
+mkdir -- "$TMPDIR"
 # Kernels are built anew, so that their time is seen. Those for the processor take minutes, and are no matter here.
 [ "$device" = cpu ] || export XDG_CACHE_HOME="$work/cache" TRITON_CACHE_DIR="$work/triton"
 accelerator=gpu
@@ -208,7 +209,7 @@ part_resume() {
     train second_epoch resume $(short) --lr_schedule constant --epoch_count 2 --resume 1
 }
 
-# wkv NAME LIMIT WORDS...: time and error of the WKV-7 kernel in bf16.
+# wkv NAME LIMIT WORDS...: time and error of a kernel in bf16, WKV-7's if not said otherwise.
 wkv() {
     wkv_name=$1 wkv_limit=$2
     shift 2
@@ -223,6 +224,8 @@ part_wkv() {
         wkv wkv7_8x4096 60 --shape 8 4096 40 64
         wkv wkv7_1x4096 60 --shape 1 4096 40 64
         wkv wkv7_4x2048 60 --shape 4 2048 32 64
+        wkv wkv6_4x2048 60 --shape 4 2048 32 64 --operator wkv6
+        wkv wkv5_4x2048 60 --shape 4 2048 32 64 --operator wkv5
     fi
 }
 
@@ -249,7 +252,6 @@ part_steps() {
         step step_0.4B 60 --size 0.4B
         step step_2.9B_8x4096 90 --size 2.9B --bsz 8 --ctx 4096 --steps 3
         step step_1.5B 60 --size 1.5B
-        step step_2.9B 60 --size 2.9B
         step step_2.9B_2x4096_nocp 60 --size 2.9B --bsz 2 --ctx 4096 --grad_cp 0 --steps 3
         step step_2.9B_packed 90 --size 2.9B --bsz 8 --ctx 4096 --documents 64 --steps 3
         step step_0.4B_torch 60 --size 0.4B --op torch --steps 2
@@ -264,7 +266,7 @@ part_memcheck() {
     fi
     sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer || true)
     if [ -n "$sanitizer" ]; then
-        check memcheck 90 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" "$tools/memcheck.py" cuda
+        check memcheck 120 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" "$tools/memcheck.py" cuda
     else
         without memcheck 'compute-sanitizer is not installed (it comes with the CUDA toolkit)'
     fi
