@@ -63,7 +63,7 @@ trap 'exit 1' HUP INT TERM
 export RWKV_PYTHON="$python" PYTHONPATH="$work/site:$repo/src:$repo${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TMPDIR="$work/tmp"
 mkdir -- "$TMPDIR"
-# Kernels are built anew, so that their time is seen. Those for the processor take minutes, and are no matter here.
+# Kernels are built anew, so that their time is seen. Those for the processor take longer, and are not in question.
 [ "$device" = cpu ] || export XDG_CACHE_HOME="$work/cache" TRITON_CACHE_DIR="$work/triton"
 accelerator=gpu
 patience=1 # times the limits below, which are about three times what an H100 needs
@@ -148,7 +148,7 @@ pytest_check() {
 part_quick() {
     has pytest || return 0
     pytest_check quick 90 -x tests/ops/test_wkv7.py \
-        -k "$(pick 'public_function and length_17 and cpu' 'not 31_bits')"
+        -k "$(pick "public_function and length_17 and $device" 'not 31_bits')"
 }
 
 # Every other test for a GPU. Only the files that have one are read: others may need packages that are not there.
@@ -156,7 +156,7 @@ part_tests() {
     has pytest hypothesis || return 0
     if [ "$quick" = 1 ]; then
         files='tests/models/test_devices.py tests/test_generation_on_devices.py'
-        chosen='cpu and (bone-7 or answers)'
+        chosen="$device and (bone-7 or answers)"
     else
         files=$(cd -- "$repo" && grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v ops/test_wkv7 | tr '\n' ' ')
         chosen='not 31_bits'
@@ -280,7 +280,13 @@ if [ -e "$1" ]; then
     check wheels 60 "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" "$@"
 fi
 for part in $PARTS; do
-    case " $parts " in *" $part "*) "part_$part" ;; esac
+    case " $parts " in
+        *" $part "*)
+            "part_$part"
+            # After each part, so that it is there whatever becomes of the next.
+            "$python" "$tools/summary.py" "$rows" "$out/summary.md" > "$work/summary" || true
+            ;;
+    esac
 done
 code=0
 "$python" "$tools/summary.py" "$rows" "$out/summary.md" || code=$?
