@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from rwkv_bone.adapters.bat import BatLinear, undo
 from rwkv_bone.adapters.layer import Tensors, compute_dtype, weight_grads, weight_of
@@ -58,9 +59,15 @@ class BatColFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight if ctx.base is None else None, bias, bone)
         if ctx.base is not None:
             weight = weight_of(ctx.base, x.dtype)
-        y = x.new_empty(len(x), len(weight))
-        for part, rows in row_chunks(bone):
-            torch.mm(x, effective(weight[rows].to(x.dtype), bone[part].to(x.dtype)).t(), out=y[:, rows])
+        chunks = (
+            (rows, effective(weight[rows].to(x.dtype), bone[part].to(x.dtype))) for part, rows in row_chunks(bone)
+        )
+        if is_compiling():  # which refuses a product into a view
+            y = torch.cat([x @ new.t() for _, new in chunks], dim=1)
+        else:
+            y = x.new_empty(len(x), len(weight))
+            for rows, new in chunks:
+                torch.mm(x, new.t(), out=y[:, rows])
         return y if bias is None else y.add_(bias)
 
     @staticmethod
