@@ -27,15 +27,15 @@ class Answer(NamedTuple):
 def heldout_loss(model, dataset, *, micro_bsz: int, device: torch.device | str = "cpu") -> tuple[float, int]:
     """(nats per trained token, number of trained tokens) over every sample once, with the mask of training.
 
-    model: a call `model(ids, labels=..., cu_seqlens=...)` -> the summed loss. Samples are packed, micro_bsz x ctx_len
-    tokens at a time.
+    model: a call `model(ids, labels=..., label_rows=..., cu_seqlens=...)` -> the summed loss. Samples are packed,
+    micro_bsz x ctx_len tokens at a time.
     """
     plan = BatchPlan(dataset, micro_bsz=micro_bsz, pack=True)
     # Summed on the device: it is waited for once, at the end.
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for step in range(plan.total_steps(1)):
         batch = plan.batch(0, step, 0, 0).to(device)
-        total += model(batch.ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens)
+        total += model(batch.ids, labels=batch.labels, label_rows=batch.label_rows, cu_seqlens=batch.cu_seqlens)
         tokens += batch.window_tokens
     return total.item() / max(tokens, 1), tokens
 
