@@ -265,6 +265,8 @@ def main() -> int:
         return 1
     line = json.dumps(row)
     print(line)
+    speed, product, copy = row["tokens_per_s"], row["share_of_matmul"], row["share_of_copy"]
+    print(f"{row['seconds']:.4f} s, {speed:,.0f} tokens/s, {product:.1%} of a matrix product, {copy:.1%} of a copy")
     if args.json:
         with args.json.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
