@@ -60,7 +60,7 @@ running=
 trap '[ -z "$running" ] || { kill "$running"; wait "$running" || true; }; rm -rf -- "$work"' EXIT
 trap 'exit 1' HUP INT TERM
 
-export RWKV_PYTHON="$python" PYTHONPATH="$work/site:$repo/src:$repo${PYTHONPATH:+:$PYTHONPATH}"
+export RWKV_PYTHON="$python" PYTHONPATH="$work/site:$tools:$repo/src:$repo${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TMPDIR="$work/tmp"
 mkdir -- "$TMPDIR"
 # Kernels are built anew, so that their time is seen. Those for the processor take longer, and are not in question.
@@ -138,9 +138,9 @@ pytest_check() {
     test_name=$1 test_limit=$2
     shift 2
     if [ "$device" = cuda ]; then
-        check "$test_name" "$test_limit" "$python" -m pytest -p no:cacheprovider -m gpu "$@"
+        check "$test_name" "$test_limit" "$python" -m pytest -p failures -p no:cacheprovider -m gpu "$@"
     else
-        check "$test_name" "$test_limit" "$python" -m pytest -p no:cacheprovider -m 'not gpu' "$@"
+        check "$test_name" "$test_limit" "$python" -m pytest -p failures -p no:cacheprovider -m 'not gpu' "$@"
     fi
 }
 
@@ -163,8 +163,9 @@ part_tests() {
     fi
     workers=
     [ "$device" = cpu ] || [ -n "$("$python" "$tools/packages.py" lacking pytest-xdist)" ] || workers='-n 6 --dist loadfile'
+    # Two threads each, so that the processes leave one another some of the processor.
     # shellcheck disable=SC2086 # lists of words
-    pytest_check tests 180 $workers --maxfail 20 -k "$chosen" $files
+    OMP_NUM_THREADS=2 pytest_check tests 180 $workers -k "$chosen" $files
     [ "$device" = cpu ] || pytest_check tests_31_bits 60 tests/ops -k 31_bits
 }
 
