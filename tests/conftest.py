@@ -1,5 +1,6 @@
 """Fixtures that every test may use: third-party assets, and tiny random checkpoints."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from rwkv_bone.config import ModelConfig
 from rwkv_bone.models import architecture_from_scratch, build, init_from_scratch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def python_path() -> str:
+    """PYTHONPATH for a process of its own: ours first, then what this process was given, where packages may be."""
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY), *([given] if given else [])])
 
 
 @pytest.fixture(scope="session")

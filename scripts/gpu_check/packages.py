@@ -1,7 +1,7 @@
 """Which packages are there.
 
-    packages.py report            each that is missing or of another version than wanted, and what that means
-    packages.py lacking NAME ...  those of the names that are not installed, on one line
+packages.py report            each that is missing or of another version than wanted, and what that means
+packages.py lacking NAME ...  those of the names that are not installed, on one line
 """
 
 import importlib.metadata

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from rwkv_bone import ops
 from rwkv_bone.errors import UserError
 from rwkv_bone.ops import build, native, select_op
 
@@ -47,10 +48,10 @@ def answer(path) -> int:
 def no_compilers(monkeypatch, tmp_path):
     monkeypatch.setattr(build.shutil, "which", lambda *args, **kwargs: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (select_op, native.library):
+    for cached in (ops._select, native.library):
         cached.cache_clear()
     yield
-    for cached in (select_op, native.library):
+    for cached in (ops._select, native.library):
         cached.cache_clear()
 
 

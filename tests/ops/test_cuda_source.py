@@ -19,7 +19,7 @@ import torch
 
 from rwkv_bone.ops import driver
 from rwkv_bone.ops.launches import ELEMENTS, HEAD_SIZES, Launch, launches, source
-from tests.conftest import REPOSITORY
+from tests.conftest import python_path
 from tests.ops import wkv6_inputs, wkv_inputs
 from tests.ops.packed_inputs import each_alone, packed_case
 from tests.ops.shim import ShimLibrary, build_shim, compile_on_shim, schedule
@@ -250,7 +250,7 @@ def test_no_kernel_touches_memory_outside_its_tensors(tmp_path):
     environment = os.environ | {
         "LD_PRELOAD": " ".join(runtime),
         "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)]),
+        "PYTHONPATH": python_path(),
     }
     command = [sys.executable, "-c", SANITIZED.format(folder=str(tmp_path))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)

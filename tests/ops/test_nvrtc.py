@@ -12,7 +12,7 @@ import torch
 
 from rwkv_bone.ops import build, cuda, nvrtc
 from rwkv_bone.ops.launches import ELEMENTS, HEAD_SIZES, HEADERS, kernel_names, source
-from tests.conftest import REPOSITORY
+from tests.conftest import python_path
 
 CARDS = (75, 80, 86, 89, 90, 100, 120)
 
@@ -52,7 +52,7 @@ for card in map(int, sys.argv[2].split()):
 
 
 def compile_alone(major: int, cards: tuple[int, ...], cache: Path) -> list[str]:
-    environment = {"PATH": "", "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(REPOSITORY / "src")}
+    environment = {"PATH": "", "XDG_CACHE_HOME": str(cache), "PYTHONPATH": python_path()}
     command = [sys.executable, "-c", ALONE, str(LIBRARIES[major]), " ".join(map(str, cards))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

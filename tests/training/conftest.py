@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rwkv_bone import checkpoint, cli
-from tests.conftest import REPOSITORY, random_model
+from tests.conftest import REPOSITORY, python_path, random_model
 
 # Responses of unequal length, so that ranks and micro-batches have unequal numbers of trained tokens.
 ROWS = [(f"{n} -> ", str(n)[::-1] * (1 + n % 4)) for n in range(37, 48)]
@@ -64,7 +64,7 @@ class Job:
         ]
         results = self.folder / f"results-{uuid.uuid4().hex}.json"
         command = [sys.executable, "-m", "tests.training.runs", str(results)]
-        environment = clean_environment() | {"PYTHONPATH": f"{REPOSITORY / 'src'}{os.pathsep}{REPOSITORY}"}
+        environment = clean_environment() | {"PYTHONPATH": python_path()}
         done = subprocess.run(
             command, input=json.dumps(jobs), capture_output=True, text=True, env=environment, timeout=300
         )

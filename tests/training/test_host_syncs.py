@@ -16,7 +16,7 @@ from rwkv_bone.data import Batch
 from rwkv_bone.ops import cross_entropy
 from rwkv_bone.training.callbacks import StopOnSignal
 from rwkv_bone.training.module import Fetched, TrainingModule
-from tests.conftest import REPOSITORY
+from tests.conftest import python_path
 from tests.training import host_syncs
 from tests.training.conftest import RENDEZVOUS
 
@@ -66,7 +66,7 @@ def test_of_the_forward_passes_of_a_step_only_the_last_waits(job):
 def test_two_processes_wait_no_more_often_than_one(job, tmp_path):
     flags = {"devices": 2, "dataload": "pack", "micro_bsz": 1, "ctx_len": 32, "epoch_count": 2, "epoch_save": 9}
     environment = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "src")))
+    environment["PYTHONPATH"] = python_path()
     argv = job.argv({**flags, "proj_dir": job.folder / "syncs-two"})
     command = [sys.executable, host_syncs.__file__, tmp_path / "out", *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

@@ -14,7 +14,7 @@ from rwkv_bone import checkpoint
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject
 from rwkv_bone.models import build, load_base_into
 from rwkv_bone.training.place import place
-from tests.conftest import REPOSITORY, random_model
+from tests.conftest import python_path, random_model
 from tests.training.conftest import RENDEZVOUS, adapter_of, largest_difference, log_of
 
 MEASURE = """
@@ -87,7 +87,7 @@ def measured(job, wide, tmp_path_factory):
         command = [sys.executable, folder / "measure.py", *job.argv(flags | {"proj_dir": folder / "out"})]
         environment = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
         # What is freed goes back to the system, which glibc otherwise ceases to do with pieces as large as these.
-        environment |= {"PYTHONPATH": str(REPOSITORY / "src"), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+        environment |= {"PYTHONPATH": python_path(), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(flags["devices"])]

@@ -24,7 +24,6 @@ CHOICES = ("auto", "cuda", "cpu", "torch", "reference")
 CPU_LEVELS = ("portable vectors", "AVX2", "AVX-512")
 
 
-@functools.cache
 def select_op(
     op: str, device: torch.device, operator: str = "wkv7", N: int = 64, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[str, str]:
@@ -33,6 +32,11 @@ def select_op(
     Builds the kernel if there is one to build, and tries it. "auto" takes the fastest form that works and says what is
     in the way if that is a slow one. An explicit choice that cannot be had raises UserError.
     """
+    return _select(op, device, operator, N, dtype)
+
+
+@functools.cache
+def _select(op: str, device: torch.device, operator: str, N: int, dtype: torch.dtype) -> tuple[str, str]:
     if op not in CHOICES:
         raise UserError(f"--op: expected one of {', '.join(CHOICES)}, found {op!r}")
     kind = device.type

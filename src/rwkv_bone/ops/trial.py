@@ -6,6 +6,9 @@ run has begun instead of at its first step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -25,8 +28,7 @@ def trial(operator: str, device: torch.device, N: int, dtype: torch.dtype) -> No
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=draw).to(device, dtype).requires_grad_()
 
-    # A caller may be tracing, or have gradients switched off.
-    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+    with _alone():
         inputs = {name: random(1, 1, 1, N, dtype=dtype) for name in ("rkvab" if operator == "wkv7" else "rkv")}
         inputs["w"] = random(1, N) if operator == "wkv5" else random(1, 1, 1, N)
         if operator != "wkv7":
@@ -42,6 +44,15 @@ def trial(operator: str, device: torch.device, N: int, dtype: torch.dtype) -> No
         worst = errors.nan_to_num(nan=torch.inf).max().item()
     if not worst < LIMITS[dtype]:
         raise BuildError(f"a trial call of the {device.type} kernel gave wrong numbers (relative error {worst:.1e})")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Untouched by what the caller is in the middle of: a trace, a checkpointed block, no_grad."""
+    same = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    modes = torch.utils._python_dispatch._disable_current_modes()
+    with modes, same, torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _compiled(operator: str, *, w: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -186,8 +186,9 @@ class TrainingModule(LightningModule):
         """At the end of a window: gather what there is to tell of it on all ranks."""
         if not self.window_finished():
             return
-        self._table[self.global_rank, -3] = self._tokens
-        self._table[self.global_rank, -2] = self.signal
+        # fill_, since an assignment would copy the number to a GPU and wait for it.
+        self._table[self.global_rank, -3].fill_(self._tokens)
+        self._table[self.global_rank, -2].fill_(self.signal)
         if dist.is_initialized() and self.plan.world_size > 1:
             dist.all_reduce(self._table)
 
