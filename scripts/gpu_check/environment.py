@@ -55,7 +55,7 @@ def main(rows: str) -> None:
         "what": "environment",
         "commit": commit,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
         "cores": os.cpu_count(),
         "packages": {name: found for name in (*PACKAGES, *NVRTC) if (found := version(name))},
         "torch_cuda": torch.version.cuda,
