@@ -14,7 +14,7 @@
 # Exit status: 0 all passed, 1 something failed, 2 nothing was run, 3 nothing failed but not everything was run.
 set -eu
 
-PARTS='environment build quick run wkv tests steps stages resume packed memcheck'
+PARTS='environment build quick run wkv tests steps stages memcheck packed resume slow'
 
 repo=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 tools=$repo/scripts/gpu_check
@@ -137,12 +137,23 @@ part_build() { check build 120 "$python" "$tools/build.py" "$device" "$rows"; }
 pytest_check() {
     test_name=$1 test_limit=$2
     shift 2
-    if [ "$device" = cuda ]; then
-        check "$test_name" "$test_limit" "$python" -m pytest -p failures -p no:cacheprovider -m gpu "$@"
-    else
-        check "$test_name" "$test_limit" "$python" -m pytest -p failures -p no:cacheprovider -m 'not gpu' "$@"
+    marks='gpu and not slow'
+    [ "$device" = cuda ] || marks='not gpu'
+    [ "$part" != slow ] || marks='gpu and slow'
+    # Two threads a process, so that several leave one another some of the processor.
+    check "$test_name" "$test_limit" \
+        env OMP_NUM_THREADS=2 "$python" -m pytest -p failures -p no:cacheprovider -m "$marks" "$@"
+}
+
+# workers DISTRIBUTION: flags of pytest for several processes, if there is a GPU and pytest-xdist.
+workers() {
+    if [ "$device" = cuda ] && [ -z "$("$python" "$tools/packages.py" lacking pytest-xdist)" ]; then
+        echo "-n 6 --dist $1"
     fi
 }
+
+# The files of tests/ that hold tests for a GPU: others may need packages that are not there.
+gpu_files() { cd -- "$repo" && grep -rl --include='test_*.py' 'mark\.gpu' tests; }
 
 # WKV-7 against its reference: where this fails nothing else means anything.
 part_quick() {
@@ -151,22 +162,28 @@ part_quick() {
         -k "$(pick "public_function and length_17 and $device" 'not 31_bits')"
 }
 
-# Every other test for a GPU. Only the files that have one are read: others may need packages that are not there.
+# Every other test for a GPU. A file's tests share what they train, but those of models are many and share little.
 part_tests() {
     has pytest hypothesis || return 0
+    models=tests/models/test_devices.py
     if [ "$quick" = 1 ]; then
-        files='tests/models/test_devices.py tests/test_generation_on_devices.py'
-        chosen="$device and (bone-7 or answers)"
-    else
-        files=$(cd -- "$repo" && grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v ops/test_wkv7 | tr '\n' ' ')
-        chosen='not 31_bits'
+        pytest_check tests 90 -k "$device and (bone-7 or answers)" "$models" tests/test_generation_on_devices.py
+        return 0
     fi
-    workers=
-    [ "$device" = cpu ] || [ -n "$("$python" "$tools/packages.py" lacking pytest-xdist)" ] || workers='-n 6 --dist loadfile'
-    # Two threads each, so that the processes leave one another some of the processor.
-    # shellcheck disable=SC2086 # lists of words
-    OMP_NUM_THREADS=2 pytest_check tests 180 $workers -k "$chosen" $files
+    # shellcheck disable=SC2046 # lists of words
+    {
+        pytest_check tests_models 90 $(workers load) "$models"
+        pytest_check tests_others 180 $(workers loadfile) -k 'not 31_bits' \
+            $(gpu_files | grep -v -e ops/test_wkv7 -e "$models")
+    }
     [ "$device" = cpu ] || pytest_check tests_31_bits 60 tests/ops -k 31_bits
+}
+
+# What takes long on a GPU, too.
+part_slow() {
+    [ "$device" = cuda ] && has pytest hypothesis || return 0
+    # shellcheck disable=SC2046 # lists of words
+    pytest_check slow 300 $(workers load) $(gpu_files)
 }
 
 # train NAME FOLDER FLAGS...: run_bone.sh, whose held-out loss must fall.

@@ -158,9 +158,17 @@ def test_the_adapters_operators_keep_pytorchs_rules(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(BATCHES["packed"])))
 @pytest.mark.parametrize("version, kind", [(7, "bone"), (7, "bat"), (6, "lora"), (5, "bone")])
-def test_on_a_gpu_inductor_gives_the_same_numbers(version, kind):
+def test_on_a_gpu_inductor_gives_the_same_numbers(version, kind, number):
+    """Its one run so far, on an H200 with torch 2.11, gave a gradient of (7, bone) that was off by its own norm, which
+    is not understood. So each batch is looked at alone, and what differs is named.
+    """
     model = adapted_model(version, kind, op="cuda").cuda()
-    counts, difference = counts_and_differences(model, losses("packed", "cuda"), "inductor")
-    assert counts == [2, 4, 4]
-    assert difference < 1e-5
+    loss_of = losses("packed", "cuda")[number]
+    expected = gradients(model, loss_of(model))
+    compile_blocks(model, "inductor")
+    found = gradients(model, loss_of(model))
+    errors = {key: float((found[key] - wanted).norm() / wanted.norm()) for key, wanted in expected.items()}
+    assert {key: error for key, error in errors.items() if not error < 1e-5} == {}
