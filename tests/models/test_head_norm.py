@@ -87,3 +87,12 @@ def test_for_backward_it_keeps_its_input_and_two_numbers_a_head(device):
     assert {leaf.data_ptr(), norm.weight.data_ptr()} < kept.keys()
     sizes = sorted(t.numel() * t.element_size() for t in kept.values())
     assert sizes == sorted([x.numel() * 2, C * 2, *[x.numel() // C * H * 4] * 2])
+
+
+@each_device
+def test_rows_and_gradients_may_lie_in_memory_in_any_order(device):
+    x, dy, norm = problem(64, device)
+    apart = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (x, dy)]
+    assert not any(tensor.is_contiguous() for tensor in apart)
+    for found, expected in zip(run(norm, *apart), run(norm, x, dy), strict=True):
+        assert torch.equal(found, expected)

@@ -27,7 +27,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 TABLE = build.SOURCES / "registers.json"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc to compile the CUDA source")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc to compile the CUDA source")]
 
 
 def compile_for(operator: str, architecture: str, folder: Path) -> str:

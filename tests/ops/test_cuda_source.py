@@ -238,6 +238,7 @@ print("all ran")
 """
 
 
+@pytest.mark.slow
 def test_no_kernel_touches_memory_outside_its_tensors(tmp_path):
     """Under AddressSanitizer, with every buffer exactly as large as ops/sizes.py says."""
     sanitize = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -1,9 +1,9 @@
 """Counts where a step would wait for a GPU, on a CPU.
 
 Seen are a value read from a tensor (`item`, `float`, `bool`, `tolist`, `cpu`), a size that depends on values
-(`nonzero`, boolean masks), numbers from Python put on a device (`torch.tensor(..., device=...)`: a copy from memory
-that is not pinned), and `synchronize`. Not seen are other copies without `non_blocking`, and what a library does on
-CUDA alone.
+(`nonzero`, boolean masks), numbers from Python put on a device (`torch.tensor(..., device=...)` and `x[i] = number`: a
+copy from memory that is not pinned), and `synchronize`. Not seen are other copies without `non_blocking`, and what a
+library does on CUDA alone.
 
 As a program: `host_syncs.py OUT TRAIN_FLAGS...` trains and writes what each step did to OUT, as JSON.
 """
@@ -62,6 +62,14 @@ class HostSyncs(TorchDispatchMode):
             return create(*args, device=device, **kwargs)
 
         self._patches.enter_context(mock.patch.object(torch, "tensor", tensor))
+        assign = torch.Tensor.__setitem__
+
+        def setitem(tensor, index, value):
+            if not isinstance(value, torch.Tensor):
+                self._note("assignment")
+            return assign(tensor, index, value)
+
+        self._patches.enter_context(mock.patch.object(torch.Tensor, "__setitem__", setitem))
         return super().__enter__()
 
     def __exit__(self, *exception):

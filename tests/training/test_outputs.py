@@ -15,7 +15,8 @@ from tests.nvidia import write_smi
 from tests.training.conftest import ROWS, adapter_of, largest_difference, log_of
 
 FIELDS = {
-    "step", "epoch", "loss", "lr", "tokens", "trained_tokens", "grad_norm", "tokens_per_s", "seconds", "peak_memory_mb",
+    "step", "epoch", "loss", "lr", "tokens", "trained_tokens", "grad_norm", "tokens_per_s", "seconds", "data_wait_ms",
+    "peak_memory_mb", "peak_reserved_mb",
 }  # fmt: skip
 
 

@@ -51,7 +51,9 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _HeadNorm.apply(x.flatten(0, 1), self.weight, self.bias, self.n_head, self.eps).view_as(x)
+        # Contiguous, as the kernels take rows: those of the `torch` operators may not be.
+        rows = x.flatten(0, 1).contiguous()
+        return _HeadNorm.apply(rows, self.weight, self.bias, self.n_head, self.eps).view(x.shape)
 
 
 class _HeadNorm(torch.autograd.Function):
@@ -76,8 +78,9 @@ class _HeadNorm(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         rows, weight, mean, scale = ctx.saved_tensors
         sizes = (*rows.shape, 1, ctx.n_head)
+        g, x = _for_norm(g.contiguous()), _for_norm(rows)
         d_rows, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
-            _for_norm(g), _for_norm(rows), mean, scale, widened(weight, rows), *sizes, list(ctx.needs_input_grad[:3])
+            g, x, mean, scale, widened(weight, rows), *sizes, list(ctx.needs_input_grad[:3])
         )
         cast = ((d_rows, rows.dtype), (d_weight, weight.dtype), (d_bias, ctx.bias_dtype))
         return *(None if x is None else x.to(dtype) for x, dtype in cast), None, None

@@ -51,7 +51,7 @@ def _select(op: str, device: torch.device, operator: str, N: int, dtype: torch.d
     if problem := _problem(kind, device, operator, N, dtype):
         if op == "auto":
             return "torch", f"{operator}: chunked PyTorch, slower than the compiled {kind} kernel: {problem}"
-        raise UserError(f"--op {op} is not possible: {problem}")
+        raise UserError(f"--op {op} is not possible: {problem}: use --op torch")
     if kind == "cpu":
         return "cpu", f"{operator}: C++ kernel with {CPU_LEVELS[native.library(operator).wkv_get_level()]}"
     return "cuda", f"{operator}: CUDA kernel on {torch.cuda.get_device_name(device)}"
@@ -62,7 +62,8 @@ def _problem(kind: str, device: torch.device, operator: str, N: int, dtype: torc
     from rwkv_bone.ops.trial import trial  # which imports the operators, and they this module
 
     if kind == "cpu" and N % 8 or kind == "cuda" and N not in HEAD_SIZES:
-        return f"it takes head sizes {'that are multiples of 8' if kind == 'cpu' else HEAD_SIZES}, found {N}"
+        wanted = "a multiple of 8" if kind == "cpu" else f"one of {', '.join(map(str, HEAD_SIZES))}"
+        return f"the head size must be {wanted}, found {N}"
     try:
         trial(operator, device, N, dtype)
     except (BuildError, DriverError, torch.AcceleratorError) as problem:
