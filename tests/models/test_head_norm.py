@@ -92,6 +92,7 @@ def test_for_backward_it_keeps_its_input_and_two_numbers_a_head(device):
 @each_device
 def test_rows_and_gradients_may_lie_in_memory_in_any_order(device):
     x, dy, norm = problem(64, device)
+    x, dy = x[:1], dy[:1]  # of more than one sequence flattening would make a copy in order
     apart = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (x, dy)]
     assert not any(tensor.is_contiguous() for tensor in apart)
     for found, expected in zip(run(norm, *apart), run(norm, x, dy), strict=True):
