@@ -1,4 +1,4 @@
-// RWKV-6's and RWKV-5's recurrence on the processor: the C++ twin of cuda/wkv6.cu and cuda/wkv5.cu behind the same C
+// RWKV-6's and RWKV-5's recurrence on the processor: the C++ twin of cuda/wkv6.cuh behind a C
 // interface, one thread per head of one sequence at a time. Arithmetic and states are float; r, k, v, y, dy and their
 // gradients are float or bfloat16, w, u and theirs float. All tensors are contiguous: [B, T, H, N], u [H, N], states
 // [B, H, N, N] (value, key), du [B, H, N]: a row per sequence, so with documents D rows instead of B. N: a multiple of

@@ -1,4 +1,4 @@
-// RWKV-7's recurrence on the processor: the C++ twin of cuda/wkv7.cu behind the same C interface, one thread per head
+// RWKV-7's recurrence on the processor: the C++ twin of cuda/wkv7.cuh behind a C interface, one thread per head
 // of one sequence at a time. Arithmetic and states are float; r, k, v, a, b, y, dy and their gradients are float or
 // bfloat16, w and dw float. All tensors are contiguous [B, T, H, N], states [B, H, N, N] (value, key), with documents
 // [D, H, N, N]. N: a multiple of 8. The mathematics is in wkv7_head.h.
