@@ -4,6 +4,8 @@ The machine is a fake `nvidia-smi` on PATH with the words of real drivers, and n
 """
 
 import os
+import shlex
+import sys
 import warnings
 
 import pytest
@@ -17,6 +19,7 @@ from rwkv_bone.hf_flags import HfConfig
 from rwkv_bone.training.strategy import silence_libraries
 from tests.nvidia import DRIVERS, NOT_LOADED, RTX_3090, write_failing_smi, write_program, write_smi
 
+PYTHON = shlex.quote(sys.executable)
 CPU_BUILD = Torch("2.13.0+cpu")
 CUDA_13 = Torch("2.13.0", "13.0")
 CUDA_12 = Torch("2.10.0", "12.8")
@@ -175,7 +178,7 @@ UPDATE = "- update the driver to 580.65.06 or newer"
 def test_the_complaint_names_the_versions_and_what_to_type(driver, build, facts, advice, machine):
     write_smi(machine, driver)
     lines = complaint(devices.look(), build).splitlines()
-    advice = [line.format(python=devices.sys.executable) for line in advice]
+    advice = [line.format(python=PYTHON) for line in advice]
     assert [line.strip() for line in lines[lines.index("  What to do:") + 1 :]] == [*advice, f"- {ON_CPU}"]
     assert "NVIDIA GeForce RTX 3090" in lines[1]
     assert all(fact in "\n".join(lines) for fact in facts)
@@ -203,7 +206,7 @@ def test_only_the_first_sentence_of_torchs_words_is_kept(monkeypatch):
 def test_an_index_of_other_builds_is_left_out_of_the_command(machine, monkeypatch):
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "https://example.org/simple https://download.pytorch.org/whl/cpu")
     command = devices.pip_command(["torch==2.13.0"])
-    assert command == f"env -u PIP_EXTRA_INDEX_URL {devices.sys.executable} {INSTALL} torch==2.13.0"
+    assert command == f"env -u PIP_EXTRA_INDEX_URL {PYTHON} {INSTALL} torch==2.13.0"
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "https://mirror.example.org/cpu-lab/simple")
     assert "env -u" not in devices.pip_command(["torch==2.13.0"])
 
@@ -293,7 +296,7 @@ def test_a_card_that_torch_has_no_code_for_is_told_before_the_first_kernel(capab
     with pytest.raises(UserError) as caught:
         devices.select_device("auto")
     text = str(caught.value)
-    assert f"install a PyTorch for this card: {devices.sys.executable} {INSTALL} {words}" in text
+    assert f"install a PyTorch for this card: {PYTHON} {INSTALL} {words}" in text
     assert f"NVIDIA Card (sm_{capability[0]}{capability[1]})" in text and ", ".join(BUILT_FOR[cuda]) in text
 
 
