@@ -51,10 +51,12 @@ def test_two_processes_stop_together_and_tell_it_once(job, nan_base):
     assert not list(folder.glob("rwkv-*.pth"))
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_3"])
+@pytest.mark.parametrize("grad_clip", [1.0, 0.0])
+@pytest.mark.parametrize("strategy", ["1", "2", "3", "2_offload", "3_offload"])
 @pytest.mark.parametrize("value", ["inf", "nan"])
-def test_a_bad_loss_with_a_good_gradient_takes_no_step(job, monkeypatch, strategy, value):
+def test_a_bad_loss_with_a_good_gradient_takes_no_step(job, monkeypatch, strategy, value, grad_clip):
     """The loss is looked at after DeepSpeed has decided by the gradient alone: it must have reached the gradient."""
+    name, flags = f"{strategy}-{grad_clip}", {"strategy": f"deepspeed_stage_{strategy}", "grad_clip": grad_clip}
     original = module_file.TrainingModule._loss
 
     def third_step_breaks(self, batch):
@@ -63,13 +65,13 @@ def test_a_bad_loss_with_a_good_gradient_takes_no_step(job, monkeypatch, strateg
 
     monkeypatch.setattr(module_file.TrainingModule, "_loss", third_step_breaks)
     with pytest.raises(UserError, match="optimiser step 3: the loss is not a finite number, from .*rows.jsonl:"):
-        job.run(f"bad-{strategy}-{value}", strategy=strategy)
+        job.run(f"bad-{name}-{value}", **flags)
     monkeypatch.undo()
-    folder = job.folder / f"bad-{strategy}-{value}"
+    folder = job.folder / f"bad-{name}-{value}"
     assert len(log_of(folder)) == 2
-    reference = job.folder / f"good-{strategy}"
+    reference = job.folder / f"good-{name}"
     if not reference.exists():
-        job.run(reference.name, strategy=strategy, save_steps=2)
+        job.run(reference.name, save_steps=2, **flags)
     ours, expected = (adapter_of(one, "rwkv-0-s2.pth") for one in (folder, reference))
     assert largest_difference(ours, expected) == 0
 
