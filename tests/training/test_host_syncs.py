@@ -1,7 +1,6 @@
 """A training step waits for the device once, for its numbers; what DeepSpeed adds is counted apart."""
 
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -18,7 +17,7 @@ from rwkv_bone.training.callbacks import StopOnSignal
 from rwkv_bone.training.module import Fetched, TrainingModule
 from tests.conftest import python_path
 from tests.training import host_syncs
-from tests.training.conftest import RENDEZVOUS
+from tests.training.conftest import clean_environment
 
 OURS = {("rwkv_bone", "module.py", "tolist"): 1}
 # What DeepSpeed 0.19.8 does in its fp32 mode with clipping. At stages 1 and 2 it asks whether the norm is finite, once
@@ -65,7 +64,7 @@ def test_of_the_forward_passes_of_a_step_only_the_last_waits(job):
 
 def test_two_processes_wait_no_more_often_than_one(job, tmp_path):
     flags = {"devices": 2, "dataload": "pack", "micro_bsz": 1, "ctx_len": 32, "epoch_count": 2, "epoch_save": 9}
-    environment = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
+    environment = clean_environment()
     environment["PYTHONPATH"] = python_path()
     argv = job.argv({**flags, "proj_dir": job.folder / "syncs-two"})
     command = [sys.executable, host_syncs.__file__, tmp_path / "out", *argv]

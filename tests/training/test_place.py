@@ -1,7 +1,6 @@
 """What each process holds of the base, and when: at ZeRO stage 3 its share, and at no moment the whole."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +14,7 @@ from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject
 from rwkv_bone.models import build, load_base_into
 from rwkv_bone.training.place import place
 from tests.conftest import python_path, random_model
-from tests.training.conftest import RENDEZVOUS, adapter_of, largest_difference, log_of
+from tests.training.conftest import adapter_of, clean_environment, largest_difference, log_of
 
 MEASURE = """
 import json, sys, threading, time
@@ -85,7 +84,7 @@ def measured(job, wide, tmp_path_factory):
         (folder / "measure.py").write_text(MEASURE)
         flags = {"load_model": wide[0], "strategy": strategy, "devices": 2, "epoch_steps": 1, "micro_bsz": 2} | flags
         command = [sys.executable, folder / "measure.py", *job.argv(flags | {"proj_dir": folder / "out"})]
-        environment = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
+        environment = clean_environment()
         # What is freed goes back to the system, which glibc otherwise ceases to do with pieces as large as these.
         environment |= {"PYTHONPATH": python_path(), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
