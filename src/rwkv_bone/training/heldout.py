@@ -119,6 +119,7 @@ class HeldOut(Callback):
 
     def _measure(self, module, step: int) -> Measured:
         module.eval()  # an adapter's dropout is for training alone
+        # Called as a whole, as Lightning does for a training step: at stage 3 DeepSpeed's hooks begin with that call.
         sum_of = partial(chunked_loss, module, chunk=self.chunk) if self.chunk else module
         loss, tokens = heldout_loss(sum_of, self.dataset, micro_bsz=self.micro_bsz, device=module.device)
         exact, answers = None, []
