@@ -139,7 +139,7 @@ def test_a_check_that_hangs_is_a_failure(check):
 
 def test_every_check_has_its_time_limit(check):
     check.stand_in("timeout", '*build.py*) echo "$1 $2 $3"; exit 0 ;;')
-    check.run("--parts", "build")
+    check.run("--parts", "build", "--budget", "3000")
     assert (check.out / "logs" / "build.txt").read_text().split() == ["-k", "5", "480"]
 
 
