@@ -5,11 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_bone import cli
+from rwkv_bone.config.flags import parse_train
+from rwkv_bone.errors import exit_status
 
 
 def main() -> None:
-    config = cli.parse_train(sys.argv[1:])
+    config = parse_train(sys.argv[1:])
     # Imported late: --help and mistakes in the flags are answered at once.
     from rwkv_bone.training.fit import fit
 
@@ -17,4 +18,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(exit_status(main))

@@ -5,13 +5,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_bone import cli
-from rwkv_bone.hf_flags import IGNORED, HfConfig
+from rwkv_bone.config.flags import parse_section
+from rwkv_bone.errors import exit_status
+from rwkv_bone.hf.flags import IGNORED, HfConfig
 
 
 def main() -> None:
     description = "Fine-tune a Hugging Face causal language model with Bone or Bat."
-    config = cli.parse_section("train_hf.py", description, HfConfig, sys.argv[1:], IGNORED)
+    config = parse_section("train_hf.py", description, HfConfig, sys.argv[1:], IGNORED)
     # Imported late: --help and mistakes in the flags are answered at once.
     from rwkv_bone.hf.finetune import finetune, launch
 
@@ -20,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(exit_status(main))

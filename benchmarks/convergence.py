@@ -116,7 +116,7 @@ def train(job: dict) -> dict:
     from rwkv_bone import load_model
     from rwkv_bone.config import OptimConfig
     from rwkv_bone.data import BatchPlan
-    from rwkv_bone.evaluate import exact_match, heldout_loss
+    from rwkv_bone.inference.evaluate import exact_match, heldout_loss
     from rwkv_bone.training.callbacks import peak_memory_mb
     from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
     from rwkv_bone.training.schedule import learning_rate

@@ -3,8 +3,8 @@
 #
 # As it stands: the newest adapter of scripts/run_bone.sh becomes a directory that Hugging Face PEFT loads as MiSS;
 # with --to lora, as LoRA. It also reads RWKV-PEFT's files, PEFT directories and Alic-Li's, and says what it recognised
-# and why. `python -m rwkv_bone.convert --help` lists every flag. Paths below are relative to the repository; paths given
-# as flags are relative to where you are.
+# and why. `sh scripts/convert.sh --help` lists every flag. Paths below are relative to the repository; paths given as
+# flags are relative to where you are.
 set -eu
 
 base_model=assets/rwkv7-tiny.pth # the checkpoint that the adapter belongs to
@@ -20,5 +20,5 @@ if [ -z "$adapter" ] && [ $# -eq 0 ]; then
     exit 2
 fi
 
-PYTHONPATH=$repo/src exec "$python" -m rwkv_bone.convert \
+PYTHONPATH=$repo/src exec "$python" -m rwkv_bone.conversion.convert \
     --base_model "$(in_repo "$base_model")" --adapter "$adapter" --output "$(in_repo "$output")" "$@"

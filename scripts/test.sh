@@ -1,5 +1,5 @@
 #!/bin/sh
-# Lint and tests: sh scripts/test.sh [pytest arguments, such as -m gpu, or tests/test_cli.py]
+# Lint and tests: sh scripts/test.sh [pytest arguments, such as -m gpu, or tests/config]
 #
 # Tests that need a GPU are skipped, and say so, where there is none.
 set -eu

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_bone import checkpoint
+from rwkv_bone import checkpoints
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.models import architecture_from_scratch, build, init_from_scratch
 
@@ -62,7 +62,7 @@ def tiny_checkpoint(tmp_path):
 
     def make(name: str = "base.pth", seed: int = 0, dtype=torch.float32, **sizes) -> Path:
         path = tmp_path / name
-        checkpoint.write_state(path, random_model(seed, dtype, **sizes).state_dict(), overwrite=True)
+        checkpoints.write_state(path, random_model(seed, dtype, **sizes).state_dict(), overwrite=True)
         return path
 
     return make

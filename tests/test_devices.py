@@ -15,7 +15,7 @@ from rwkv_bone import devices, load_model
 from rwkv_bone.devices import Card, Machine, Torch
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf.finetune import finetune, launch
-from rwkv_bone.hf_flags import HfConfig
+from rwkv_bone.hf.flags import HfConfig
 from rwkv_bone.training.strategy import silence_libraries
 from tests.nvidia import DRIVERS, NOT_LOADED, RTX_3090, write_failing_smi, write_program, write_smi
 

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 
-from rwkv_bone import checkpoint, load_model
+from rwkv_bone import checkpoints, load_model
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject
 from rwkv_bone.adapters.registry import split_key
-from rwkv_bone.checkpoint import Architecture
+from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.config import MergeConfig
-from rwkv_bone.merging import merge_files
+from rwkv_bone.conversion.merge import merge_files
 from rwkv_bone.models import build
 from rwkv_bone.training.context import chunked_loss
 from tests.conftest import random_model
@@ -36,7 +36,7 @@ def version(request):
 def generation_job(version, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"v{version}")
     base, data = folder / "base.pth", folder / "rows.jsonl"
-    checkpoint.write_state(base, random_model(vocab_size=256, version=version, dtype=torch.bfloat16).state_dict())
+    checkpoints.write_state(base, random_model(vocab_size=256, version=version, dtype=torch.bfloat16).state_dict())
     data.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in ROWS))
     # Every step sees all rows, so that losses compare.
     options = {"accelerator": "cpu", "precision": "fp32", "bone_r": 8, "micro_bsz": 8, "ctx_len": 64, "epoch_count": 2}
@@ -50,10 +50,10 @@ def trained(request, generation_job):
     argv = generation_job.argv({**flags, "proj_dir": generation_job.folder / request.param})
     if "train_parts" in KINDS[request.param]:
         argv += ["--train_parts", *KINDS[request.param]["train_parts"].split()]
-    from rwkv_bone import cli
+    from rwkv_bone.config.flags import parse_train
     from rwkv_bone.training.fit import fit
 
-    fit(cli.parse_train(argv))
+    fit(parse_train(argv))
     return generation_job.flags["load_model"], generation_job.folder / request.param
 
 
@@ -77,7 +77,7 @@ def test_training_lowers_the_loss_and_the_merged_file_runs_in_the_rwkv_package(v
     assert (alone - live).norm() < 0.1 * effect  # what rounding to bf16 leaves of the difference
     # The package applies ln0 to the embedding in the file's dtype, so it gets the same values in fp32.
     exact = tmp_path / "merged-fp32.pth"
-    checkpoint.write_state(exact, {key: tensor.float() for key, tensor in checkpoint.read_state(merged).items()})
+    checkpoints.write_state(exact, {key: tensor.float() for key, tensor in checkpoints.read_state(merged).items()})
     assert abs(alone.numpy() - oracle_logits(exact, ids[0].tolist(), version)).max() < 1e-3
 
 

@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,37 +10,67 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "src" / "rwkv_bone"
 HEAVY = {"torch", "lightning", "deepspeed", "numpy", "matplotlib", "tokenizers"}
-# For each part: what importing it may not bring along.
-FORBIDDEN = {
-    "rwkv_bone.config": HEAVY,
-    "rwkv_bone.cli": HEAVY,
-    "rwkv_bone.devices": HEAVY,
-    "rwkv_bone.ops.wkv7": {"lightning", "deepspeed", "rwkv_bone.models", "rwkv_bone.adapters", "rwkv_bone.data"},
-    "rwkv_bone.adapters": {"lightning", "deepspeed", "rwkv_bone.models", "rwkv_bone.ops", "rwkv_bone.data"},
-    "rwkv_bone.data": {"lightning", "deepspeed", "rwkv_bone.models", "rwkv_bone.ops", "rwkv_bone.adapters"},
-    "rwkv_bone.quantization": {"lightning", "deepspeed", "bitsandbytes", "rwkv_bone.models", "rwkv_bone.adapters"},
-    "rwkv_bone.checkpoint": {"lightning", "deepspeed", "rwkv_bone.models", "rwkv_bone.ops"},
-    "rwkv_bone.models": {"lightning", "deepspeed", "rwkv_bone.adapters", "rwkv_bone.training", "rwkv_bone.data"},
-    "rwkv_bone.merging": {"lightning", "deepspeed", "bitsandbytes", "rwkv_bone.training", "rwkv_bone.data"},
-    "rwkv_bone.formats": {"lightning", "deepspeed", "rwkv_bone.models", "rwkv_bone.training", "rwkv_bone.data"},
-    "rwkv_bone.convert": {"lightning", "deepspeed", "bitsandbytes", "rwkv_bone.training", "rwkv_bone.data"},
-    "rwkv_bone.hf": {"lightning", "deepspeed", "transformers", "peft", "rwkv_bone.models", "rwkv_bone.training"},
-    "rwkv_bone.hf_flags": HEAVY,
-    "rwkv_bone.loading": {"lightning", "deepspeed", "rwkv_bone.training", "rwkv_bone.data"},
+TRAINERS = {"lightning", "deepspeed", "bitsandbytes", "transformers", "peft"}
+ROOMS = {"adapters", "checkpoints", "config", "conversion", "data", "hf", "inference", "models", "ops", "training"}
+# For each room, the rooms that importing any of its modules may bring along.
+MAY_IMPORT = {
+    "config": set(),
+    "checkpoints": {"config"},
+    "ops": {"config"},
+    "data": {"config"},
+    "adapters": {"config", "checkpoints"},
+    "models": {"config", "checkpoints", "ops"},
+    "inference": {"config", "checkpoints", "ops", "models", "adapters", "data"},
+    "conversion": {"config", "checkpoints", "ops", "models", "adapters", "inference"},
+    "hf": {"config", "checkpoints", "adapters", "data"},
+    "training": ROOMS - {"hf", "conversion"},
 }
+# The modules beside the rooms.
+MODULES = {"errors": set(), "devices": {"config"}, "quantization": {"config", "checkpoints"}}
 
 
-def loaded_after_importing(module: str) -> set[str]:
-    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import {module}; print('\\n'.join(sys.modules))"
+def modules(room: str) -> list[str]:
+    names = sorted(path.stem for path in (PACKAGE / room).glob("*.py"))
+    return [f"rwkv_bone.{room}.{name}" for name in names if name != "__init__"]
+
+
+def loaded_after_importing(*modules: str) -> set[str]:
+    source = str(PACKAGE.parent)
+    code = f"import sys; sys.path.insert(0, {source!r}); import {', '.join(modules)}; print(*sys.modules)"
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
-@pytest.mark.parametrize("module", FORBIDDEN)
-def test_a_module_brings_along_only_what_it_may(module):
-    assert loaded_after_importing(module) & FORBIDDEN[module] == set()
+def rooms_of(loaded: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in loaded if name.startswith("rwkv_bone.")} & ROOMS
 
 
-@pytest.mark.parametrize("module", ["rwkv_bone.config", "rwkv_bone.cli", "rwkv_bone.devices", "rwkv_bone.errors"])
+def test_every_folder_of_the_package_is_a_room_with_rules():
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == ROOMS == set(MAY_IMPORT)
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *MODULES}
+
+
+@pytest.mark.parametrize("room", [*MAY_IMPORT, *MODULES])
+def test_a_room_brings_along_only_what_it_may(room):
+    names, allowed = (modules(room), MAY_IMPORT[room]) if room in ROOMS else ([f"rwkv_bone.{room}"], MODULES[room])
+    loaded = loaded_after_importing(*names)
+    assert rooms_of(loaded) <= allowed | {room}
+    if room != "training":
+        assert loaded & TRAINERS == set()
+
+
+def test_data_and_the_parts_that_hf_uses_know_no_model():
+    assert rooms_of(loaded_after_importing(*modules("data"))) == {"config", "data"}
+    assert "models" not in rooms_of(loaded_after_importing("rwkv_bone.hf", *modules("hf")))
+
+
+def test_loading_a_model_reads_no_data_modules():
+    assert "data" not in rooms_of(loaded_after_importing("rwkv_bone.inference.load", "rwkv_bone.conversion.merge"))
+
+
+@pytest.mark.parametrize(
+    "module", ["rwkv_bone", *modules("config"), "rwkv_bone.devices", "rwkv_bone.errors", "rwkv_bone.hf.flags"]
+)
 def test_settings_need_the_standard_library_alone(module):
     names = {name.split(".")[0] for name in loaded_after_importing(module)}
     outside = {name for name in names if not name.startswith("_") and name not in sys.stdlib_module_names}
@@ -50,12 +79,18 @@ def test_settings_need_the_standard_library_alone(module):
     assert outside <= {"rwkv_bone"}
 
 
-def test_help_is_instant():
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, REPOSITORY / "train.py", "--help"], capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    assert done.returncode == 0 and "--bone_r" in done.stdout
-    assert seconds < 1.5  # importing torch alone takes longer than this
+@pytest.mark.parametrize("program", ["train.py", "merge.py", "train_hf.py"])
+def test_help_is_instant_because_it_imports_nothing_heavy(program):
+    code = (
+        "import runpy, sys; program = sys.argv[1]; sys.argv[:] = [program, '--help']\n"
+        "try: runpy.run_path(program, run_name='__main__')\n"
+        "except SystemExit as stop: print('exit', stop.code)\n"
+        "print('modules', *sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(REPOSITORY / program)]
+    text, _, loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rpartition("modules ")
+    assert "--bone_r" in text and text.endswith("exit 0\n")
+    assert set(loaded.split()) & HEAVY == set()
 
 
 def test_no_file_reads_the_environment_for_a_setting():

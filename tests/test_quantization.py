@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rwkv_bone import checkpoint, quantization
+from rwkv_bone import checkpoints, quantization
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings
 from rwkv_bone.config import QUANTS
 from rwkv_bone.errors import UserError
-from rwkv_bone.loading import load_model
+from rwkv_bone.inference.load import load_model
 from rwkv_bone.models import build, load_base_into
 from rwkv_bone.quantization import QuantLinear, as_trained, dequantize, is_quantized, quantize
 from tests.conftest import REPOSITORY, random_model
@@ -103,7 +103,7 @@ def test_codes_and_scales_made_on_the_device_are_those_made_on_the_cpu(kind, mon
 @pytest.mark.gpu
 def test_a_base_is_quantised_on_the_device_one_tensor_at_a_time(tmp_path):
     path, total, largest = large_checkpoint(tmp_path)
-    arch, state = checkpoint.load_base(path)
+    arch, state = checkpoints.load_base(path)
     with torch.device("meta"):
         model = build(arch, op="torch", dtype=torch.bfloat16)
     torch.cuda.empty_cache()
@@ -302,7 +302,7 @@ def test_a_quantised_model_is_loaded_as_strictly_as_any():
 
 def test_half_precision_files_are_quantised_from_their_own_values(tiny_checkpoint):
     path = tiny_checkpoint(dtype=torch.bfloat16)
-    stored = checkpoint.read_state(path)["blocks.0.att.key.weight"]
+    stored = checkpoints.read_state(path)["blocks.0.att.key.weight"]
     for dtype in (torch.float32, torch.bfloat16):
         layer = load_model(path, dtype=dtype, op="torch", quant="nf4").blocks[0].att.key
         assert torch.equal(layer.dequantize(torch.float32), as_trained(stored, "nf4"))
@@ -311,7 +311,7 @@ def test_half_precision_files_are_quantised_from_their_own_values(tiny_checkpoin
 MEASURE = """
 import os, sys, threading, time
 import torch
-from rwkv_bone import checkpoint
+from rwkv_bone import checkpoints
 from rwkv_bone.models import build, load_base_into
 from rwkv_bone.quantization import as_trained
 
@@ -328,7 +328,7 @@ def watch():
         time.sleep(0.003)
 
 torch.set_num_threads(1)
-arch, state = checkpoint.load_base(sys.argv[1])
+arch, state = checkpoints.load_base(sys.argv[1])
 with torch.device("meta"):
     model = build(arch, op="torch", dtype=torch.bfloat16)
 as_trained(torch.zeros(64, 64), sys.argv[2])  # what libraries allocate once is allocated
@@ -366,11 +366,11 @@ def test_loading_needs_the_quantised_size_and_not_the_files(tmp_path):
 
 def test_load_model_quantises_as_the_adapter_was_trained(tiny_checkpoint, tmp_path, caplog):
     path = tiny_checkpoint()
-    base = checkpoint.read_state(path)
+    base = checkpoints.read_state(path)
     adapter = {"blocks.0.att.key.bone": torch.randn(8, 32)}
     metadata = {"format": 1, "kind": "bone", "blocks": "in", "r": 8, "targets": ["blocks.0.att.key"], "extra": []}
-    metadata |= {"quant": "int8", "base": checkpoint.fingerprint(base)}
-    checkpoint.write_state(tmp_path / "adapter.pth", adapter, metadata)
+    metadata |= {"quant": "int8", "base": checkpoints.fingerprint(base)}
+    checkpoints.write_state(tmp_path / "adapter.pth", adapter, metadata)
 
     model = load_model(path, tmp_path / "adapter.pth", op="torch")
     assert {module.kind for module in model.modules() if isinstance(module, QuantLinear)} == {"int8"}

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_bone import cli
 from rwkv_bone.config import MergeConfig
+from rwkv_bone.config.flags import SECTIONS, parse_merge, parse_train
 from tests.nvidia import NOT_LOADED, write_failing_smi, write_program, write_smi, write_torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.sh"))
 RUN_SCRIPTS = ("run_bone.sh", "run_bat.sh", "run_lora.sh", "run_pissa.sh")
 MERGE_SCRIPTS = ("merge_bone.sh", "merge_bat.sh", "merge_lora.sh", "merge_pissa.sh")
-TRAIN_FLAGS = {spec.name for section in cli.SECTIONS.values() for spec in fields(section)}
+TRAIN_FLAGS = {spec.name for section in SECTIONS.values() for spec in fields(section)}
 MERGE_FLAGS = {spec.name for spec in fields(MergeConfig)} | {"proj_dir"}  # proj_dir: where the adapter is looked for
 NOT_PASSED_ON = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_VISIBLE_DEVICES", "PIP_INDEX_URL")
 ECHO = "import json, sys; print(json.dumps(sys.argv[1:]))\n"
@@ -112,7 +112,7 @@ def test_every_variable_is_a_flag_with_a_line_of_meaning(script):
 
 @pytest.mark.parametrize("script", RUN_SCRIPTS)
 def test_run_scripts_need_no_edits_and_pass_a_valid_command_line(script, clone):
-    config = cli.parse_train(arguments(clone.sh(script)))
+    config = parse_train(arguments(clone.sh(script)))
     assert config.run.strategy == "deepspeed_stage_1"
     assert config.adapter.kind == script.removeprefix("run_").removesuffix(".sh")
     assert config.run.proj_dir == f"{clone.root}/out/{config.adapter.kind}"
@@ -125,7 +125,7 @@ def test_run_scripts_need_no_edits_and_pass_a_valid_command_line(script, clone):
 @pytest.mark.parametrize("script", RUN_SCRIPTS)
 def test_any_variable_can_be_overridden_and_paths_stay_the_callers(script, clone):
     words = ["--bone_r", "32", "--data_file", "my rows.jsonl", "--targets", "att.key", "ffn"]
-    config = cli.parse_train(arguments(clone.sh(script, *words)))
+    config = parse_train(arguments(clone.sh(script, *words)))
     assert (config.adapter.bone_r, config.adapter.targets) == (32, ("att.key", "ffn"))
     assert config.data.data_file == ("my rows.jsonl",)
 
@@ -141,7 +141,7 @@ def test_an_edited_variable_may_hold_any_path(clone):
     script = clone.root / "scripts" / "run_bone.sh"
     text = re.sub(r"(?m)^load_model=\S*", "load_model='/data/my model.pth'", script.read_text())
     script.write_text(re.sub(r"(?m)^eval_data=\S*", "eval_data=''", text))
-    config = cli.parse_train(arguments(clone.sh("run_bone.sh")))
+    config = parse_train(arguments(clone.sh("run_bone.sh")))
     assert (config.model.load_model, config.data.eval_data) == ("/data/my model.pth", "")
 
 
@@ -152,10 +152,10 @@ def test_merge_scripts_take_the_newest_adapter_by_number(script, clone):
     folder.mkdir(parents=True)
     for name in ("rwkv-2.pth", "rwkv-10.pth", "rwkv-9.pth", "rwkv-init.pth", "rwkv-3-step-50.pth", "rwkv-11.json"):
         (folder / name).touch()
-    config = cli.parse_merge(arguments(clone.sh(script)))
+    config = parse_merge(arguments(clone.sh(script)))
     assert config.peft_checkpoint == str(folder / "rwkv-10.pth")
     assert config.output == f"{clone.root}/out/rwkv7-tiny-{kind}.pth"
-    config = cli.parse_merge(arguments(clone.sh(script, "--lora_checkpoint", "mine.pth", "--overwrite")))
+    config = parse_merge(arguments(clone.sh(script, "--lora_checkpoint", "mine.pth", "--overwrite")))
     assert config.peft_checkpoint == "mine.pth" and config.overwrite
 
 

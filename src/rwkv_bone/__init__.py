@@ -7,7 +7,7 @@ __all__ = ["load_model"]
 def __getattr__(name: str):
     # Lazily, so that `import rwkv_bone.config` stays free of torch.
     if name == "load_model":
-        from rwkv_bone.loading import load_model
+        from rwkv_bone.inference.load import load_model
 
         return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

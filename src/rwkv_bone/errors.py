@@ -1,4 +1,13 @@
-"""The two exceptions that are no defect: the user can fix this, and somebody stopped the run."""
+"""The two exceptions that are no defect: the user can fix this, and somebody stopped the run.
+
+`exit_status` is how an entry point ends with either.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -19,3 +28,19 @@ class Interrupted(Exception):
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.signum = signum
+
+
+def exit_status(function: Callable[[], Any]) -> int:
+    """Call an entry point's body and return the exit status: 0, 2 for a user's mistake, 130 or 143 for a signal."""
+    try:
+        function()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

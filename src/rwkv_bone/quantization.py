@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rwkv_bone.checkpoint import param_part
+from rwkv_bone.checkpoints import param_part
 
 BLOCK = 64
 # bitsandbytes' tables: quantiles of a normal distribution, and a sign, two bits of exponent and one of mantissa.

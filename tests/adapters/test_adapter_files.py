@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rwkv_bone import checkpoint
+from rwkv_bone import checkpoints
 from rwkv_bone.adapters import (
     ADAPTERS,
     AdapterSettings,
@@ -128,7 +128,7 @@ def trained(tiny_checkpoint, tmp_path):
 
     def make(kind="bone", r=8, dtype=torch.float32, train_parts=(), metadata=(), **settings):
         path = tiny_checkpoint(dtype=dtype)
-        arch, base = checkpoint.load_base(path)
+        arch, base = checkpoints.load_base(path)
         model = random_model(dtype=dtype)
         injection = inject(model, settings=AdapterSettings(kind, r, **settings), train_parts=train_parts)
         torch.manual_seed(0)
@@ -137,12 +137,12 @@ def trained(tiny_checkpoint, tmp_path):
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
         about = {
-            "base": checkpoint.fingerprint(base),
+            "base": checkpoints.fingerprint(base),
             "architecture": arch.to_dict(),
             **injection.metadata(),
             **dict(metadata),
         }
-        checkpoint.write_state(tmp_path / "rwkv-0.pth", adapter_state(model), about)
+        checkpoints.write_state(tmp_path / "rwkv-0.pth", adapter_state(model), about)
         return path, tmp_path / "rwkv-0.pth", model
 
     return make
@@ -152,7 +152,7 @@ def trained(tiny_checkpoint, tmp_path):
 def test_an_adapter_file_applied_to_its_base_gives_the_trained_model(trained, kind):
     path, adapter, model = trained(kind, train_parts=["ln", "time"], alpha=4.0, rslora=True)
     fresh = random_model()
-    found = apply_adapter_file(fresh, adapter, base=checkpoint.read_state(path))
+    found = apply_adapter_file(fresh, adapter, base=checkpoints.read_state(path))
     assert found.settings == AdapterSettings(kind, 8, alpha=4.0, rslora=True)
     assert len(found.targets) == 6 and "ln_out.weight" in found.extra
     ids = torch.arange(12)[None]
@@ -162,21 +162,21 @@ def test_an_adapter_file_applied_to_its_base_gives_the_trained_model(trained, ki
 @pytest.mark.parametrize("suffix", ["bone", "disha"])
 def test_the_fields_adapters_need_no_metadata(trained, tmp_path, suffix):
     path, adapter, model = trained("bat")
-    state = checkpoint.read_state(adapter)
+    state = checkpoints.read_state(adapter)
     torch.save(
         {key.replace(".bone", f".{suffix}"): tensor.bfloat16() for key, tensor in state.items()}, tmp_path / "f.pth"
     )
-    found = read_adapter(tmp_path / "f.pth", checkpoint.read_state(path))
+    found = read_adapter(tmp_path / "f.pth", checkpoints.read_state(path))
     assert (found.settings, found.metadata) == (AdapterSettings("bat", 8), None)
     assert found.state.keys() == state.keys()
 
 
 def test_an_adapter_of_another_base_is_refused(trained, tiny_checkpoint):
     _, adapter, _ = trained()
-    other = checkpoint.read_state(tiny_checkpoint("other.pth", seed=1))
+    other = checkpoints.read_state(tiny_checkpoint("other.pth", seed=1))
     with pytest.raises(UserError, match="another base, with the same sizes and other weights"):
         read_adapter(adapter, other)
-    larger = checkpoint.read_state(tiny_checkpoint("larger.pth", n_layer=3))
+    larger = checkpoints.read_state(tiny_checkpoint("larger.pth", n_layer=3))
     with pytest.raises(UserError, match="another base, with n_layer 2 against 3"):
         read_adapter(adapter, larger)
 
@@ -197,32 +197,32 @@ def test_an_adapter_of_another_base_is_refused(trained, tiny_checkpoint):
 def test_contradictions_between_flags_metadata_and_tensors_are_refused(trained, changes, arguments, message):
     path, adapter, _ = trained(metadata=changes)
     with pytest.raises(UserError, match=message):
-        read_adapter(adapter, checkpoint.read_state(path), **arguments)
+        read_adapter(adapter, checkpoints.read_state(path), **arguments)
 
 
 def test_a_diverged_adapter_is_refused(trained, tmp_path):
     path, adapter, _ = trained()
-    state = {key: tensor.clone() for key, tensor in checkpoint.read_state(adapter).items()}
+    state = {key: tensor.clone() for key, tensor in checkpoints.read_state(adapter).items()}
     state["blocks.1.ffn.key.bone"][3, 3] = float("nan")
     torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(UserError, match="blocks.1.ffn.key.bone holds NaN"):
-        read_adapter(tmp_path / "nan.pth", checkpoint.read_state(path))
+        read_adapter(tmp_path / "nan.pth", checkpoints.read_state(path))
 
 
 def test_the_flat_form_of_2024_becomes_blocks_by_columns(trained, tmp_path):
     path, adapter, _ = trained("bat-col")
-    state = checkpoint.read_state(adapter)
+    state = checkpoints.read_state(adapter)
     flat = {key: tensor.reshape(-1, 8) for key, tensor in state.items()}
     torch.save(flat, tmp_path / "flat.pth")
-    found = read_adapter(tmp_path / "flat.pth", checkpoint.read_state(path))
+    found = read_adapter(tmp_path / "flat.pth", checkpoints.read_state(path))
     assert found.settings == AdapterSettings("bat-col", 8)
     assert all(torch.equal(found.state[key], tensor) for key, tensor in state.items())
 
 
 def test_a_lora_of_the_field_needs_its_alpha(trained, tmp_path):
     path, adapter, model = trained("lora", alpha=4.0)
-    torch.save(checkpoint.read_state(adapter), tmp_path / "f.pth")
-    base = checkpoint.read_state(path)
+    torch.save(checkpoints.read_state(adapter), tmp_path / "f.pth")
+    base = checkpoints.read_state(path)
     with pytest.raises(UserError, match="f.pth: its alpha.*is not in the file: give --lora_alpha"):
         read_adapter(tmp_path / "f.pth", base)
     assert read_adapter(tmp_path / "f.pth", base, alpha=4).settings == AdapterSettings("lora", 8, alpha=4)
@@ -231,7 +231,7 @@ def test_a_lora_of_the_field_needs_its_alpha(trained, tmp_path):
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_a_pissa_of_the_field_is_read_with_its_initial_factors(trained, tmp_path, prefix):
     path, adapter, model = trained("pissa")
-    state, base = checkpoint.read_state(adapter), checkpoint.read_state(path)
+    state, base = checkpoints.read_state(adapter), checkpoints.read_state(path)
     init = {f"{prefix}{key}": tensor for key, tensor in state.items() if ".init_" in key}
     torch.save({key: tensor for key, tensor in state.items() if ".init_" not in key}, tmp_path / "f.pth")
     torch.save(init, tmp_path / "init_pissa.pth")
@@ -248,7 +248,7 @@ def test_a_pissa_of_the_field_is_read_with_its_initial_factors(trained, tmp_path
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_training_continues_from_an_adapter_of_the_same_kind(trained, kind):
     path, adapter, model = trained(kind, train_parts=["ln"])
-    fingerprint = checkpoint.fingerprint(checkpoint.read_state(path))
+    fingerprint = checkpoints.fingerprint(checkpoints.read_state(path))
     # Another seed: PiSSA must go on from the initial factors in the file, not from those it finds itself.
     fresh = random_model()
     generator = torch.Generator().manual_seed(5)
@@ -260,7 +260,7 @@ def test_training_continues_from_an_adapter_of_the_same_kind(trained, kind):
 
 def test_training_continues_on_a_quantised_base(trained):
     path, adapter, model = trained("pissa")
-    fingerprint = checkpoint.fingerprint(checkpoint.read_state(path))
+    fingerprint = checkpoints.fingerprint(checkpoints.read_state(path))
     fresh = random_model()
     for name in [name for name, module in fresh.named_modules() if name.endswith(("key", "value"))]:
         fresh.set_submodule(name, QuantLinear(quantize(fresh.get_submodule(name).weight, "int8")))
@@ -271,7 +271,7 @@ def test_training_continues_on_a_quantised_base(trained):
 
 def test_training_continues_with_the_same_settings_only(trained):
     path, adapter, _ = trained("bone", train_parts=["ln"])
-    fingerprint = checkpoint.fingerprint(checkpoint.read_state(path))
+    fingerprint = checkpoints.fingerprint(checkpoints.read_state(path))
     for kind, r, parts, message in (
         ("bat", 8, ["ln"], "is bone with r 8, the flags say bat with r 8"),
         ("bone", 4, ["ln"], "is bone with r 8, the flags say bone with r 4"),
@@ -288,7 +288,7 @@ def test_training_continues_with_the_same_settings_only(trained):
 
 def test_training_continues_with_the_same_scale_only(trained):
     path, adapter, _ = trained("lora", alpha=4.0)
-    fingerprint = checkpoint.fingerprint(checkpoint.read_state(path))
+    fingerprint = checkpoints.fingerprint(checkpoints.read_state(path))
     for settings, message in (
         (AdapterSettings("lora", 8), "is lora with r 8, alpha 4, the flags say lora with r 8, alpha 8"),
         (AdapterSettings("lora", 8, alpha=4, rslora=True), "lora with r 8, scale 0.5, the flags say .* scale 1.41421"),

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from rwkv_bone import checkpoint
+from rwkv_bone import checkpoints
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, adapter_state, inject, load_adapter, settings_of
 from rwkv_bone.adapters.layer import AdapterLinear
 from rwkv_bone.adapters.registry import split_key
-from rwkv_bone.checkpoint import Architecture
+from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.config import AdapterConfig
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import build
@@ -110,7 +110,7 @@ def test_train_parts_train_the_fields_words_in_fp32(part, examples):
     assert set(injection.extra) == {
         key for key, parameter in parameters.items() if parameter.requires_grad and not key.endswith(".bone")
     }
-    assert {checkpoint.param_part(key) for key in injection.extra} == {part}
+    assert {checkpoints.param_part(key) for key in injection.extra} == {part}
     assert {parameters[key].dtype for key in injection.extra} == {torch.float32}
     assert parameters["blocks.0.att.key.weight"].dtype == torch.bfloat16
     assert injection.parts[part].trainable == sum(parameters[key].numel() for key in injection.extra)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rwkv_bone.errors import UserError
-from rwkv_bone.formats import (
+from rwkv_bone.adapters.peft_format import (
     hf_name,
     lora_config,
     lora_of_bone,
@@ -16,6 +15,7 @@ from rwkv_bone.formats import (
     rwkv_name,
     write_peft,
 )
+from rwkv_bone.errors import UserError
 
 STATE = {"layers.0.q_proj.bone": torch.arange(24.0).reshape(4, 6)}
 

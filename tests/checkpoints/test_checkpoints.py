@@ -6,17 +6,17 @@ import zipfile
 import pytest
 import torch
 
-from rwkv_bone import checkpoint
+from rwkv_bone import checkpoints
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
 
 
 def test_architecture_is_read_from_third_party_files(shared):
-    arch, _ = checkpoint.load_base(shared / "models/rwkv.cpp-tiny/tiny-rwkv-7v0-834K-FP32.pth")
+    arch, _ = checkpoints.load_base(shared / "models/rwkv.cpp-tiny/tiny-rwkv-7v0-834K-FP32.pth")
     assert (arch.version, arch.n_layer, arch.n_embd, arch.n_head, arch.head_size) == (7, 12, 64, 1, 64)
     assert (arch.dim_ffn, arch.vocab_size, arch.v_in_layer0) == (256, 256, False)
     assert arch.low_rank == {"w": 32, "a": 32, "v": 32, "g": 32}
-    arch, _ = checkpoint.load_base(shared / "models/blinkdl-reverse/rwkv7-reverse-L2-D32-ft.pth")
+    arch, _ = checkpoints.load_base(shared / "models/blinkdl-reverse/rwkv7-reverse-L2-D32-ft.pth")
     assert (arch.n_layer, arch.n_embd, arch.n_head, arch.head_size, arch.vocab_size) == (2, 32, 2, 16, 12)
 
 
@@ -25,17 +25,17 @@ def test_architecture_is_read_from_third_party_files(shared):
 )
 def test_a_typed_size_that_contradicts_the_file_is_an_error(tiny_checkpoint, flag, value):
     path = tiny_checkpoint()
-    arch, _ = checkpoint.load_base(path)
+    arch, _ = checkpoints.load_base(path)
     arch.check(ModelConfig(load_model=str(path), n_layer=2, n_embd=32, vocab_size=61, my_testing="x070"), str(path))
     with pytest.raises(UserError, match=f"--{flag} {value}"):
         arch.check(ModelConfig(load_model=str(path), **{flag: value}), str(path))
 
 
 def test_generations_5_and_6_are_recognised_from_third_party_files(shared):
-    arch, _ = checkpoint.load_base(shared / "models/rwkv.cpp-tiny/tiny-rwkv-5v2-730K-FP32.pth")
+    arch, _ = checkpoints.load_base(shared / "models/rwkv.cpp-tiny/tiny-rwkv-5v2-730K-FP32.pth")
     assert (arch.version, arch.n_layer, arch.n_head, arch.head_size, arch.dim_ffn) == (5, 12, 8, 8, 256)
     assert arch.low_rank == {}
-    arch, _ = checkpoint.load_base(shared / "models/rwkv.cpp-tiny/tiny-rwkv-6v0-1m-FP32.pth")
+    arch, _ = checkpoints.load_base(shared / "models/rwkv.cpp-tiny/tiny-rwkv-6v0-1m-FP32.pth")
     assert (arch.version, arch.n_head, arch.head_size, arch.dim_ffn) == (6, 8, 8, 224)
     assert arch.low_rank == {"mix": 32, "decay": 64}
 
@@ -58,31 +58,31 @@ def test_generations_5_and_6_are_recognised_from_third_party_files(shared):
 )
 def test_what_is_not_a_base_of_ours_is_refused_with_what_it_is(keys, sentence):
     with pytest.raises(UserError, match=sentence):
-        checkpoint.architecture_of({key: torch.zeros(2, 2) for key in keys}, "x.pth")
+        checkpoints.architecture_of({key: torch.zeros(2, 2) for key in keys}, "x.pth")
 
 
 def test_a_missing_a_truncated_and_a_foreign_file_each_get_a_sentence(tiny_checkpoint, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        checkpoint.read_state(tmp_path / "none.pth")
+        checkpoints.read_state(tmp_path / "none.pth")
     with pytest.raises(UserError, match="is a folder"):
-        checkpoint.read_state(tmp_path)
+        checkpoints.read_state(tmp_path)
     whole = tiny_checkpoint().read_bytes()
     for cut in (0, 10, len(whole) // 2, len(whole) - 30):
         (tmp_path / "cut.pth").write_bytes(whole[:cut])
         with pytest.raises(UserError, match="cannot be read as a checkpoint"):
-            checkpoint.read_state(tmp_path / "cut.pth")
+            checkpoints.read_state(tmp_path / "cut.pth")
     (tmp_path / "text.pth").write_text("hello, I am a README\n")
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
-        checkpoint.read_state(tmp_path / "text.pth")
+        checkpoints.read_state(tmp_path / "text.pth")
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense" * 10)
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
-        checkpoint.read_state(tmp_path / "bad.safetensors")
+        checkpoints.read_state(tmp_path / "bad.safetensors")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds list"):
-        checkpoint.read_state(tmp_path / "list.pth")
+        checkpoints.read_state(tmp_path / "list.pth")
     torch.save({"emb.weight": torch.zeros(1), "epoch": 3}, tmp_path / "mixed.pth")
     with pytest.raises(UserError, match="'epoch' is int"):
-        checkpoint.read_state(tmp_path / "mixed.pth")
+        checkpoints.read_state(tmp_path / "mixed.pth")
 
 
 def test_a_file_that_would_run_code_is_not_opened(tmp_path):
@@ -92,7 +92,7 @@ def test_a_file_that_would_run_code_is_not_opened(tmp_path):
 
     torch.save({"emb.weight": Bad()}, tmp_path / "bad.pth")
     with pytest.raises(UserError):
-        checkpoint.read_state(tmp_path / "bad.pth")
+        checkpoints.read_state(tmp_path / "bad.pth")
     assert not (tmp_path / "ran").exists()
 
 
@@ -100,12 +100,12 @@ def test_a_file_that_would_run_code_is_not_opened(tmp_path):
 def test_tensors_and_metadata_come_back_and_metadata_travels_inside_the_file(tmp_path, suffix):
     state = {"a.bone": torch.randn(3, 4), "b.bone": torch.randn(2).bfloat16()}
     path = tmp_path / f"rwkv-0{suffix}"
-    checkpoint.write_state(path, state, {"kind": "bone", "r": 3})
-    again = checkpoint.read_state(path)
+    checkpoints.write_state(path, state, {"kind": "bone", "r": 3})
+    again = checkpoints.read_state(path)
     assert set(again) == set(state) and all(torch.equal(again[key], state[key]) for key in state)
     assert (tmp_path / "rwkv-0.json").is_file()
     (tmp_path / "rwkv-0.json").unlink()
-    assert checkpoint.read_metadata(path) == {"kind": "bone", "r": 3}
+    assert checkpoints.read_metadata(path) == {"kind": "bone", "r": 3}
     if suffix == ".pth":
         plain = torch.load(path, weights_only=True)
         assert set(plain) == set(state)
@@ -113,43 +113,43 @@ def test_tensors_and_metadata_come_back_and_metadata_travels_inside_the_file(tmp
 
 
 def test_a_file_without_metadata_has_none(tiny_checkpoint):
-    assert checkpoint.read_metadata(tiny_checkpoint()) is None
+    assert checkpoints.read_metadata(tiny_checkpoint()) is None
 
 
 def test_old_format_files_are_read_and_said(tmp_path, caplog):
     torch.save({"emb.weight": torch.ones(2)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert checkpoint.read_state(tmp_path / "old.pth")["emb.weight"].sum() == 2
+    assert checkpoints.read_state(tmp_path / "old.pth")["emb.weight"].sum() == 2
     assert "old file format" in caplog.text
 
 
 def test_an_existing_file_is_kept_unless_overwritten(tmp_path):
     path = tmp_path / "rwkv-0.pth"
-    checkpoint.write_state(path, {"a": torch.ones(1)})
+    checkpoints.write_state(path, {"a": torch.ones(1)})
     with pytest.raises(UserError, match="--overwrite"):
-        checkpoint.write_state(path, {"a": torch.zeros(1)})
-    assert checkpoint.read_state(path)["a"] == 1
-    checkpoint.write_state(path, {"a": torch.zeros(1)}, overwrite=True)
-    assert checkpoint.read_state(path)["a"] == 0
+        checkpoints.write_state(path, {"a": torch.zeros(1)})
+    assert checkpoints.read_state(path)["a"] == 1
+    checkpoints.write_state(path, {"a": torch.zeros(1)}, overwrite=True)
+    assert checkpoints.read_state(path)["a"] == 0
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path):
     path = tmp_path / "rwkv-0.pth"
-    checkpoint.write_state(path, {"a": torch.ones(1)})
-    with pytest.raises(UserError, match="No space left"), checkpoint.atomic_path(path, overwrite=True) as temporary:
+    checkpoints.write_state(path, {"a": torch.ones(1)})
+    with pytest.raises(UserError, match="No space left"), checkpoints.atomic_path(path, overwrite=True) as temporary:
         temporary.write_bytes(b"half")
         raise OSError(28, "No space left on device")
-    assert checkpoint.read_state(path)["a"] == 1
+    assert checkpoints.read_state(path)["a"] == 1
     assert os.listdir(tmp_path) == ["rwkv-0.pth"]
 
 
 def test_the_fingerprint_tells_bases_apart_and_survives_copying(tiny_checkpoint, tmp_path):
-    state = checkpoint.read_state(tiny_checkpoint())
-    first = checkpoint.fingerprint(state)
-    checkpoint.write_state(tmp_path / "copy.safetensors", dict(reversed(state.items())))
-    assert checkpoint.fingerprint(checkpoint.read_state(tmp_path / "copy.safetensors")) == first
-    assert checkpoint.fingerprint(checkpoint.read_state(tiny_checkpoint("other.pth", seed=1))) != first
+    state = checkpoints.read_state(tiny_checkpoint())
+    first = checkpoints.fingerprint(state)
+    checkpoints.write_state(tmp_path / "copy.safetensors", dict(reversed(state.items())))
+    assert checkpoints.fingerprint(checkpoints.read_state(tmp_path / "copy.safetensors")) == first
+    assert checkpoints.fingerprint(checkpoints.read_state(tiny_checkpoint("other.pth", seed=1))) != first
     moved = {**state, "head.weight": state["head.weight"] + 1e-3}
-    assert checkpoint.fingerprint(moved) != first
+    assert checkpoints.fingerprint(moved) != first
 
 
 @pytest.mark.parametrize(
@@ -168,4 +168,4 @@ def test_the_fingerprint_tells_bases_apart_and_survives_copying(tiny_checkpoint,
     ],
 )
 def test_train_parts_mean_what_they_say_for_rwkv_7(key, part):
-    assert checkpoint.param_part(key) == part
+    assert checkpoints.param_part(key) == part

@@ -5,7 +5,8 @@ import shlex
 
 import pytest
 
-from rwkv_bone import cli
+from rwkv_bone.config import flags
+from rwkv_bone.config.saved import to_json
 from rwkv_bone.errors import UserError
 
 SIZES = "--vocab_size 65536 --n_layer 24 --n_embd 2048"
@@ -34,7 +35,7 @@ accelerator=gpu strategy=auto devices=1 num_nodes=1 precision=bf16 accumulate_gr
 
 
 def parse(line, *words):
-    return cli.parse_train([*shlex.split(line), *words])
+    return flags.parse_train([*shlex.split(line), *words])
 
 
 def notes_of(capsys):
@@ -68,7 +69,7 @@ def test_the_field_script_for_bone_on_a_quantised_base(capsys):
 
 @pytest.mark.parametrize("words, quant", [("int8", "int8"), ("nf4", "nf4"), ("4bit", "fp4"), ("none", "none")])
 def test_the_field_script_for_merging_what_was_trained_on_a_quantised_base(words, quant):
-    config = cli.parse_merge(shlex.split(f"--base_model b --lora_checkpoint a --output o --quant {words}"))
+    config = flags.parse_merge(shlex.split(f"--base_model b --lora_checkpoint a --output o --quant {words}"))
     assert config.quant == quant
 
 
@@ -155,7 +156,7 @@ def test_every_argument_of_the_field_is_understood(argument, capsys):
     parse("--load_model m.pth --data_file d --peft bone --train_parts ln", *words)
     notes = notes_of(capsys)
     unread = ("lora_config", "pissa_config")  # by --peft bone
-    assert len(notes) == (name in (*cli.field_flags.IGNORED, *unread) or value == "-1")
+    assert len(notes) == (name in (*flags.field_flags.IGNORED, *unread) or value == "-1")
     assert all(f"--{name}" in note for note in notes)
 
 
@@ -256,7 +257,7 @@ def test_values_with_another_name_are_translated_aloud(words, flag, expected, ca
 def test_sizes_under_other_names_are_checked_like_ours():
     config = parse(f"{COMMON} {BONE} --head_size_a 64 --dim_att 2048 --dim_ffn 7168")
     assert (config.model.head_size, config.model.n_embd, config.model.dim_ffn) == (64, 2048, 7168)
-    assert cli.parse_train("--load_model m --data_file d --peft bone --dim_att 768".split()).model.n_embd == 768
+    assert flags.parse_train("--load_model m --data_file d --peft bone --dim_att 768".split()).model.n_embd == 768
     with pytest.raises(UserError, match="--n_embd 2048 contradicts --dim_att, which says 1024"):
         parse(f"{COMMON} {BONE} --dim_att 1024")
 
@@ -275,7 +276,7 @@ def test_epoch_steps_counts_optimiser_steps_in_a_command_line_of_ours(capsys):
 
 def test_a_config_file_says_what_an_rwkv_peft_command_line_leaves_unsaid(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(cli.to_json(parse("--load_model m --data_file d --accumulate_grad_batches 4")))
+    path.write_text(to_json(parse("--load_model m --data_file d --accumulate_grad_batches 4")))
     config = parse(f"--config {path} --head_qk 0 --epoch_steps 8 --accumulate_grad_batches 2")
     assert (config.adapter.kind, config.run.epoch_steps) == ("bone", 8)
 
@@ -288,19 +289,19 @@ def test_base_parameters_that_the_field_trains_unasked_are_mentioned(capsys):
 
 @pytest.mark.parametrize("words", ["--device cuda", "--type bone"])
 def test_the_field_script_for_merging(words, capsys):
-    config = cli.parse_merge(shlex.split(f"--base_model b --lora_checkpoint a --output o {words}"))
+    config = flags.parse_merge(shlex.split(f"--base_model b --lora_checkpoint a --output o {words}"))
     assert (config.base_model, config.peft_checkpoint, config.output) == ("b", "a", "o")
     assert len(notes_of(capsys)) == 1
 
 
 def test_the_field_scripts_for_merging_lora_and_pissa(capsys):
     merge = "--base_model b --lora_checkpoint a --output o"
-    config = cli.parse_merge(shlex.split(f"{merge} --type lora --lora_alpha 32 --quant nf4"))
+    config = flags.parse_merge(shlex.split(f"{merge} --type lora --lora_alpha 32 --quant nf4"))
     assert (config.peft, config.lora_alpha, config.quant) == ("lora", 32.0, "nf4")
-    config = cli.parse_merge(shlex.split(f"{merge} --type pissa --lora_init init_pissa.pth --lora_alpha 32"))
+    config = flags.parse_merge(shlex.split(f"{merge} --type pissa --lora_init init_pissa.pth --lora_alpha 32"))
     assert (config.peft, config.pissa_init, config.lora_alpha) == ("pissa", "init_pissa.pth", 0.0)
     assert any("PiSSA of RWKV-PEFT has no alpha" in note for note in notes_of(capsys))
     with pytest.raises(UserError, match="--type dora: expected lora, pissa, bone or disha"):
-        cli.parse_merge(shlex.split(f"{merge} --type dora"))
+        flags.parse_merge(shlex.split(f"{merge} --type dora"))
     with pytest.raises(UserError, match="--peft bone contradicts --type, which says lora"):
-        cli.parse_merge(shlex.split(f"{merge} --peft bone --type lora"))
+        flags.parse_merge(shlex.split(f"{merge} --peft bone --type lora"))

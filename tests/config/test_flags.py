@@ -1,8 +1,6 @@
-"""The command line and config.json are made from config.py and lose nothing of it."""
+"""The command line and config.json are made from sections.py and lose nothing of it."""
 
 import json
-import os
-import resource
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -10,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_bone import cli
-from rwkv_bone.config import MergeConfig
-from rwkv_bone.errors import UserError
+from rwkv_bone.config import MergeConfig, flags
+from rwkv_bone.config.saved import from_json, to_json
+from rwkv_bone.errors import UserError, exit_status
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
 MERGE = ["--base_model", "base.pth", "--peft_checkpoint", "out/rwkv-0.pth", "--output", "merged.pth"]
-SPECS = [spec for section in cli.SECTIONS.values() for spec in fields(section)]
+SPECS = [spec for section in flags.SECTIONS.values() for spec in fields(section)]
 
 
 def train(*words):
-    return cli.parse_train([*NEEDED, *words])
+    return flags.parse_train([*NEEDED, *words])
 
 
 def other_value(spec):
@@ -64,12 +62,12 @@ def test_flags_left_out_take_the_defaults_of_the_config():
 
 def test_every_setting_is_a_flag():
     words, expected = changed_everywhere()
-    assert settings(cli.parse_train(words)) == expected
+    assert settings(flags.parse_train(words)) == expected
 
 
 def test_help_explains_every_flag_with_choices_and_default(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.parse_train(["--help"])
+        flags.parse_train(["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for spec in SPECS:
@@ -81,21 +79,21 @@ def test_help_explains_every_flag_with_choices_and_default(capsys):
 
 
 def test_json_round_trip_keeps_every_setting():
-    config = cli.parse_train(changed_everywhere()[0])
-    assert cli.from_json(cli.to_json(config)) == config
+    config = flags.parse_train(changed_everywhere()[0])
+    assert from_json(to_json(config)) == config
 
 
 def test_config_file_is_the_start_and_flags_override_it(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(cli.to_json(train("--bone_r", "32", "--lr_init", "1e-3", "--targets", "ffn", "--grad_cp")))
-    config = cli.parse_train(["--config", str(path), "--lr_init", "5e-4", "--targets", "--grad_cp", "0"])
+    path.write_text(to_json(train("--bone_r", "32", "--lr_init", "1e-3", "--targets", "ffn", "--grad_cp")))
+    config = flags.parse_train(["--config", str(path), "--lr_init", "5e-4", "--targets", "--grad_cp", "0"])
     assert (config.adapter.bone_r, config.optim.lr_init, config.adapter.targets) == (32, 5e-4, ())
     assert config.model.load_model == "base.pth" and config.model.grad_cp is False
 
 
 def test_config_file_of_an_older_version_gets_defaults_for_what_it_lacks():
     text = json.dumps({"model": {"load_model": "a.pth"}, "data": {"data_file": ["b"]}, "optim": {"lr_init": 1}})
-    config = cli.from_json(text)
+    config = from_json(text)
     assert config.optim.lr_init == 1.0 and config.adapter.bone_r == 64
 
 
@@ -116,13 +114,13 @@ def test_config_file_of_an_older_version_gets_defaults_for_what_it_lacks():
 )
 def test_broken_config_file_is_named_with_what_is_wrong(text, message):
     with pytest.raises(UserError) as error:
-        cli.from_json(text, "c.json")
+        from_json(text, "c.json")
     assert message in str(error.value)
 
 
 def test_missing_config_file_is_an_error():
     with pytest.raises(UserError, match="--config nowhere.json: cannot be read"):
-        cli.parse_train(["--config", "nowhere.json"])
+        flags.parse_train(["--config", "nowhere.json"])
 
 
 @pytest.mark.parametrize(
@@ -195,15 +193,15 @@ def test_mistakes_name_the_flag_and_what_was_expected(words, message):
 
 def test_merge_takes_the_fields_name_of_the_adapter():
     expected = MergeConfig(base_model="base.pth", peft_checkpoint="out/rwkv-0.pth", output="merged.pth")
-    assert cli.parse_merge(MERGE) == expected
-    assert cli.parse_merge([word.replace("peft_checkpoint", "lora_checkpoint") for word in MERGE]) == expected
+    assert flags.parse_merge(MERGE) == expected
+    assert flags.parse_merge([word.replace("peft_checkpoint", "lora_checkpoint") for word in MERGE]) == expected
 
 
 def test_merge_says_what_is_missing_or_unknown():
     with pytest.raises(UserError, match="--output is missing"):
-        cli.parse_merge(MERGE[:4])
+        flags.parse_merge(MERGE[:4])
     with pytest.raises(UserError, match="--outputs is not a flag of merge.py; did you mean --output"):
-        cli.parse_merge([*MERGE, "--outputs", "x"])
+        flags.parse_merge([*MERGE, "--outputs", "x"])
 
 
 def test_notes_are_printed_by_the_first_process_only(capsys, monkeypatch):
@@ -221,12 +219,12 @@ def test_run_turns_mistakes_into_a_sentence_and_a_status(capsys):
     def interrupt():
         raise KeyboardInterrupt
 
-    assert cli.run(lambda: None) == 0
-    assert cli.run(mistake) == 2
+    assert exit_status(lambda: None) == 0
+    assert exit_status(mistake) == 2
     assert capsys.readouterr().err == "error: no such file\n"
-    assert cli.run(interrupt) == 130
+    assert exit_status(interrupt) == 130
     with pytest.raises(ZeroDivisionError):
-        cli.run(lambda: 1 / 0)
+        exit_status(lambda: 1 / 0)
 
 
 def test_program_reports_a_mistake_without_traceback_from_any_folder(tmp_path):
@@ -234,20 +232,3 @@ def test_program_reports_a_mistake_without_traceback_from_any_folder(tmp_path):
     result = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("error: --bone_rr") and result.stderr.count("\n") == 1
-
-
-def test_help_is_instant():
-    def seconds():
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        program = [sys.executable, REPOSITORY / "train.py", "--help"]
-        subprocess.run(program, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "100"})
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    assert min(seconds() for _ in range(3)) < 0.3  # processor time: other work on the machine does not count
-
-
-def test_the_command_line_needs_nothing_but_the_standard_library():
-    program = "import sys; sys.path.insert(0, 'src'); import rwkv_bone.cli; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert not {"torch", "numpy", "lightning", "deepspeed"} & set(loaded.stdout.split())

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_bone import checkpoint, cli
+from rwkv_bone import checkpoints
 from rwkv_bone.adapters import AdapterSettings, adapter_state, apply_adapter_file, inject
-from rwkv_bone.convert import ConvertConfig, convert, main
-from rwkv_bone.errors import UserError
-from rwkv_bone.formats import hf_name
+from rwkv_bone.adapters.peft_format import hf_name
+from rwkv_bone.config.flags import parse_section
+from rwkv_bone.conversion.convert import ConvertConfig, convert, main
+from rwkv_bone.errors import UserError, exit_status
 from tests.conftest import random_model
 
 peft = pytest.importorskip("peft")
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 IDS = torch.arange(12)[None]
 SIX = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
 
@@ -29,8 +30,8 @@ class Field:
 
     def __init__(self, folder: Path):
         self.folder, self.base = folder, folder / "base.pth"
-        checkpoint.write_state(self.base, random_model().state_dict())
-        self.weights = checkpoint.read_state(self.base)
+        checkpoints.write_state(self.base, random_model().state_dict())
+        self.weights = checkpoints.read_state(self.base)
         self.generator = torch.Generator().manual_seed(5)
 
     def draw(self, *shape) -> torch.Tensor:
@@ -101,8 +102,8 @@ def test_rwkv_pefts_bone_becomes_ours(field, suffix):
     assert "by its names and shapes: blocks.0.ffn.key.bone is [8, 128] for a weight of [128, 32]" in told
     assert "that this is the one could not be checked" in told
     close(field.logits("ours.pth"), field.changed(lambda m, w: tiled(bones[m], w.shape[1])))
-    metadata = checkpoint.read_metadata(field.folder / "ours.pth")
-    assert metadata["base"] == checkpoint.fingerprint(field.weights) and metadata["quant"] == "none"
+    metadata = checkpoints.read_metadata(field.folder / "ours.pth")
+    assert metadata["base"] == checkpoints.fingerprint(field.weights) and metadata["quant"] == "none"
 
 
 @pytest.mark.parametrize("form", ["row", "column", "flat"])
@@ -146,7 +147,7 @@ def test_lora_needs_its_alpha_and_pissa_its_first_factors(field):
     told = field.convert(field.folder / "pissa.pth", "lora8.pth", to="lora")
     assert "rank 8, scale 1" in told
     close(field.logits("lora8.pth"), expected)
-    assert all("init" not in key for key in checkpoint.read_state(field.folder / "lora8.pth"))
+    assert all("init" not in key for key in checkpoints.read_state(field.folder / "lora8.pth"))
 
 
 def test_an_initial_state_passes_through_and_cannot_become_a_directory(field):
@@ -169,7 +170,7 @@ def test_alic_lis_adapters_are_transposed_and_scaled_by_the_alpha_that_must_be_g
         field.convert(path, "no.pth")
     assert "multiplied by alpha / r = 2" in field.convert(path, "ours.pth", lora_alpha=16)
     close(field.logits("ours.pth"), field.changed(lambda m, w: 2 * tiled(blocks[m].t(), w.shape[1])))
-    strange = field.save({**checkpoint.read_state(path), "blocks.0.att.key.weight.E": torch.ones(3)}, "strange.pth")
+    strange = field.save({**checkpoints.read_state(path), "blocks.0.att.key.weight.E": torch.ones(3)}, "strange.pth")
     with pytest.raises(UserError, match="holds blocks.0.att.key.weight.E beside"):
         field.convert(strange, "no.pth", lora_alpha=16)
 
@@ -182,9 +183,9 @@ def native(field, kind, r=8, train_parts=(), **settings) -> Path:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(field.draw(*parameter.shape))
-    about = {"base": checkpoint.fingerprint(field.weights), "architecture": {}, "quant": "none", "step": 7}
+    about = {"base": checkpoints.fingerprint(field.weights), "architecture": {}, "quant": "none", "step": 7}
     path = field.folder / f"{kind}.pth"
-    checkpoint.write_state(path, adapter_state(model), about | injection.metadata())
+    checkpoints.write_state(path, adapter_state(model), about | injection.metadata())
     return path
 
 
@@ -287,8 +288,8 @@ def test_adapters_of_other_bases_and_flags_that_contradict_are_refused(field):
         field.convert(field.folder / "directory", "no.pth", peft="bat-col")
     with pytest.raises(UserError, match="the flags say bat with r 8"):
         field.convert(path, "no.pth", peft="bat")
-    checkpoint.write_state(field.folder / "small.pth", random_model(n_layer=1).state_dict())
-    field.base, field.weights = field.folder / "small.pth", checkpoint.read_state(field.folder / "small.pth")
+    checkpoints.write_state(field.folder / "small.pth", random_model(n_layer=1).state_dict())
+    field.base, field.weights = field.folder / "small.pth", checkpoints.read_state(field.folder / "small.pth")
     with pytest.raises(UserError, match="another base"):
         field.convert(path, "no.pth")
     with pytest.raises(UserError, match="adapts blocks.1.att.key, which .*small.pth does not have"):
@@ -297,8 +298,8 @@ def test_adapters_of_other_bases_and_flags_that_contradict_are_refused(field):
 
 def test_an_adapter_trained_on_a_quantised_base_says_so(field):
     path = native(field, "bone")
-    state, metadata = checkpoint.read_state(path), checkpoint.read_metadata(path) | {"quant": "nf4"}
-    checkpoint.write_state(field.folder / "quantised.pth", state, metadata)
+    state, metadata = checkpoints.read_state(path), checkpoints.read_metadata(path) | {"quant": "nf4"}
+    checkpoints.write_state(field.folder / "quantised.pth", state, metadata)
     assert "trained on this base in nf4" in field.convert(field.folder / "quantised.pth", "directory")
 
 
@@ -312,7 +313,7 @@ def test_an_adapter_trained_on_a_quantised_base_says_so(field):
 )
 def test_flags_that_cannot_be_meant_are_refused(words, message):
     with pytest.raises(UserError, match=message):
-        cli.parse_section("python -m rwkv_bone.convert", "", ConvertConfig, words.split())
+        parse_section("python -m rwkv_bone.conversion.convert", "", ConvertConfig, words.split())
 
 
 def test_the_script_prints_what_it_did_and_fails_with_a_sentence(field, capsys, monkeypatch):
@@ -322,5 +323,5 @@ def test_the_script_prints_what_it_did_and_fails_with_a_sentence(field, capsys, 
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"output    {field.folder}/directory"
     monkeypatch.setattr(sys, "argv", ["convert", *map(str, words)])
-    assert cli.run(main) == 2
+    assert exit_status(main) == 2
     assert re.fullmatch(r"error: .* exists and is kept.*\n", capsys.readouterr().err)

@@ -9,14 +9,15 @@ import zipfile
 import pytest
 import torch
 
-from rwkv_bone import checkpoint, load_model, merging
+from rwkv_bone import checkpoints, load_model
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, BoneLinear, adapter_state, inject
+from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.config import MergeConfig
+from rwkv_bone.conversion import merge as merging
+from rwkv_bone.conversion.merge import merge, merge_files
 from rwkv_bone.errors import UserError
-from rwkv_bone.merging import merge, merge_files
 from rwkv_bone.models import load_base_into
 from rwkv_bone.quantization import as_trained
-from rwkv_bone.tensor_stream import write_tensors
 from tests.conftest import REPOSITORY, random_model
 from tests.rwkv_oracle import logits as oracle_logits
 
@@ -40,7 +41,7 @@ def files(tiny_checkpoint, tmp_path):
         **settings,
     ):
         path = tiny_checkpoint(dtype=dtype)
-        arch, base = checkpoint.load_base(path)
+        arch, base = checkpoints.load_base(path)
         model = random_model(dtype=dtype)
         load_base_into(model, base, dtype, quant=quant)
         settings = AdapterSettings(kind, r, **settings)
@@ -51,13 +52,13 @@ def files(tiny_checkpoint, tmp_path):
                 if parameter.requires_grad:
                     parameter.add_(std * torch.randn_like(parameter))
         about = {
-            "base": checkpoint.fingerprint(base),
+            "base": checkpoints.fingerprint(base),
             "architecture": arch.to_dict(),
             "step": 7,
             "quant": quant,
             **injection.metadata(),
         }
-        checkpoint.write_state(tmp_path / "rwkv-0.pth", adapter_state(model), about if metadata else None)
+        checkpoints.write_state(tmp_path / "rwkv-0.pth", adapter_state(model), about if metadata else None)
         return path, tmp_path / "rwkv-0.pth", tmp_path / "merged.pth"
 
     return make
@@ -113,13 +114,13 @@ def test_the_output_has_the_keys_order_shapes_and_dtypes_of_the_base(files, suff
     # Some tensors of another width, an odd number of values among them, so that what follows must be realigned.
     base = {
         key: tensor.bfloat16() if ".ffn." in key or "w1" in key else tensor
-        for key, tensor in checkpoint.read_state(paths[0]).items()
+        for key, tensor in checkpoints.read_state(paths[0]).items()
     }
     base["blocks.0.att.k_a"] = base["blocks.0.att.k_a"][..., :31].bfloat16()
-    adapter = checkpoint.read_state(paths[1])
+    adapter = checkpoints.read_state(paths[1])
     output = paths[2].with_suffix(suffix)
     write_tensors(output, base, merging.merged_tensors(base, adapter, AdapterSettings("bone", 8)))
-    written = checkpoint.read_state(output)
+    written = checkpoints.read_state(output)
     if suffix == ".pth":
         assert list(written) == list(base)
         assert zipfile.ZipFile(output).testzip() is None
@@ -136,15 +137,15 @@ def test_the_output_has_the_keys_order_shapes_and_dtypes_of_the_base(files, suff
 def test_merge_of_dictionaries_equals_merge_of_files(files):
     paths = files("bat", dtype=torch.bfloat16, train_parts=["head"])
     merge_files(config(paths))
-    expected = merge(*map(checkpoint.read_state, paths[:2]), settings=AdapterSettings("bat", 8))
-    found = checkpoint.read_state(paths[2])
+    expected = merge(*map(checkpoints.read_state, paths[:2]), settings=AdapterSettings("bat", 8))
+    found = checkpoints.read_state(paths[2])
     assert list(found) == list(expected)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_an_adapter_tensor_without_a_place_is_refused(files):
     paths = files()
-    base, adapter = checkpoint.read_state(paths[0]), checkpoint.read_state(paths[1])
+    base, adapter = checkpoints.read_state(paths[0]), checkpoints.read_state(paths[1])
     for key in ("blocks.2.att.key.bone", "blocks.0.att.gate.bone", "blocks.0.att.time_state"):
         with pytest.raises(UserError, match=key.removesuffix(".bone")):
             merge(base, {**adapter, key: torch.zeros(8, 32)}, settings=AdapterSettings("bone", 8))
@@ -165,7 +166,7 @@ def test_only_one_tensor_is_held_at_a_time(tmp_path):
     for name in ("a.pth", "a.safetensors"):
         alive.clear()
         write_tensors(tmp_path / name, layout, tensors())
-        assert all((tensor == float(key)).all() for key, tensor in checkpoint.read_state(tmp_path / name).items())
+        assert all((tensor == float(key)).all() for key, tensor in checkpoints.read_state(tmp_path / name).items())
 
 
 def test_an_adapter_of_the_field_merges_without_metadata_and_says_so(files):
@@ -188,17 +189,17 @@ def test_a_lora_of_the_field_merges_with_the_alpha_that_the_user_gives(files):
     with pytest.raises(UserError, match="give --lora_alpha"):
         merge_files(config(paths))
     merge_files(config(paths, lora_alpha=4.0))
-    base, adapter = checkpoint.read_state(paths[0]), checkpoint.read_state(paths[1])
+    base, adapter = checkpoints.read_state(paths[0]), checkpoints.read_state(paths[1])
     module = "blocks.1.ffn.key"
     update = 0.5 * adapter[f"{module}.lora_B"] @ adapter[f"{module}.lora_A"]
     expected = base[f"{module}.weight"] + update
-    torch.testing.assert_close(checkpoint.read_state(paths[2])[f"{module}.weight"], expected)
+    torch.testing.assert_close(checkpoints.read_state(paths[2])[f"{module}.weight"], expected)
 
 
 def test_a_pissa_of_the_field_merges_with_its_initial_factors(files, tmp_path):
     paths = files("pissa")
-    whole = checkpoint.read_state(paths[1])
-    expected = merge(checkpoint.read_state(paths[0]), whole, settings=AdapterSettings("pissa", 8))
+    whole = checkpoints.read_state(paths[1])
+    expected = merge(checkpoints.read_state(paths[0]), whole, settings=AdapterSettings("pissa", 8))
     init = tmp_path / "init_pissa.pth"
     torch.save({f"model.{key}": tensor for key, tensor in whole.items() if ".init_" in key}, init)
     torch.save({key: tensor for key, tensor in whole.items() if ".init_" not in key}, tmp_path / "field.pth")
@@ -206,17 +207,17 @@ def test_a_pissa_of_the_field_merges_with_its_initial_factors(files, tmp_path):
     with pytest.raises(UserError, match="needs its initial factors: give --pissa_init"):
         merge_files(config(paths, peft="pissa"))
     merge_files(config(paths, pissa_init=str(init)))
-    found = checkpoint.read_state(paths[2])
+    found = checkpoints.read_state(paths[2])
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_every_projection_of_a_quantised_base_is_merged_as_it_was_trained_on(files):
     paths = files(quant="nf4", targets=["att.key"], train_parts=["ln"])
     merge_files(config(paths))
-    base, found = checkpoint.read_state(paths[0]), checkpoint.read_state(paths[2])
-    adapter = checkpoint.read_state(paths[1])
+    base, found = checkpoints.read_state(paths[0]), checkpoints.read_state(paths[2])
+    adapter = checkpoints.read_state(paths[1])
     for key, tensor in base.items():
-        expected = as_trained(tensor, "nf4") if checkpoint.param_part(key) == "projection" else tensor
+        expected = as_trained(tensor, "nf4") if checkpoints.param_part(key) == "projection" else tensor
         if key.endswith("att.key.weight"):
             expected = expected + adapter[key.replace("weight", "bone")].t().repeat(1, 4)
         assert torch.equal(found[key], adapter.get(key, expected))
@@ -227,10 +228,10 @@ def test_merging_into_the_original_weights_is_asked_for_and_said(files):
     report = "\n".join(merge_files(config(paths, merge_base="original")))
     assert "warning   merged into the original weights (--merge_base original), not into the nf4 ones" in report
     assert re.search(r"on nf4, as trained, they were [1-9][0-9.]*% away", report)
-    expected = merge(*map(checkpoint.read_state, paths[:2]), settings=AdapterSettings("bone", 8))
-    found = checkpoint.read_state(paths[2])
+    expected = merge(*map(checkpoints.read_state, paths[:2]), settings=AdapterSettings("bone", 8))
+    found = checkpoints.read_state(paths[2])
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    trained = merge(*map(checkpoint.read_state, paths[:2]), settings=AdapterSettings("bone", 8), quant="nf4")
+    trained = merge(*map(checkpoints.read_state, paths[:2]), settings=AdapterSettings("bone", 8), quant="nf4")
     assert not torch.equal(found["blocks.0.att.key.weight"], trained["blocks.0.att.key.weight"])
 
 
@@ -242,8 +243,8 @@ def test_the_quantisation_is_the_adapters_own_and_a_flag_cannot_change_it(files)
 def test_the_quantisation_of_an_adapter_without_metadata_is_a_flag(files):
     paths = files(quant="nf4", metadata=False)
     merge_files(config(paths, quant="nf4"))
-    expected = merge(*map(checkpoint.read_state, paths[:2]), settings=AdapterSettings("bone", 8), quant="nf4")
-    found = checkpoint.read_state(paths[2])
+    expected = merge(*map(checkpoints.read_state, paths[:2]), settings=AdapterSettings("bone", 8), quant="nf4")
+    found = checkpoints.read_state(paths[2])
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
@@ -254,7 +255,7 @@ def test_an_existing_output_is_kept_unless_told_otherwise(files):
         merge_files(config(paths))
     assert paths[2].read_text() == "precious"
     merge_files(config(paths, overwrite=True))
-    assert checkpoint.load_base(paths[2])
+    assert checkpoints.load_base(paths[2])
 
 
 @pytest.mark.parametrize("which", ["base_model", "peft_checkpoint"])

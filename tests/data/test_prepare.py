@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_bone import cli
+from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data import load_dataset, load_tokenizer, tokenise
 from rwkv_bone.data.prepare import PrepareConfig, prepare
 from rwkv_bone.errors import UserError
@@ -129,7 +129,7 @@ def test_the_command_line(write_jsonl, tmp_path):
 
 def test_every_flag_has_a_meaning_in_the_help(capsys):
     with pytest.raises(SystemExit):
-        cli.parse_section("prepare", "", PrepareConfig, ["--help"])
+        parse_section("prepare", "", PrepareConfig, ["--help"])
     text = capsys.readouterr().out
     for flag in ("input", "output", "tokenizer", "field", "append_eod", "workers", "overwrite"):
         assert f"--{flag}" in text

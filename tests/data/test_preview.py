@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rwkv_bone import cli
+from rwkv_bone.config.flags import parse_train
+from rwkv_bone.config.saved import to_json
 from rwkv_bone.data import Sample, load_tokenizer
 from rwkv_bone.data.preview import parse, preview, show
 from rwkv_bone.errors import UserError
@@ -84,11 +85,11 @@ def test_the_command_line_of_train_is_taken_as_it_is(tiny_checkpoint, tmp_path):
     model = str(tiny_checkpoint(vocab_size=61))
     train = ["--load_model", model, "--data_file", "a.jsonl", "b.jsonl", "--template", "g1", "--lr_init", "1e-3"]
     settings, data, vocab_size = parse([*train, "--samples", "7"])
-    assert data == cli.parse_train(train).data
+    assert data == parse_train(train).data
     assert (settings.samples, vocab_size) == (7, 61)
 
     saved = tmp_path / "config.json"
-    saved.write_text(cli.to_json(cli.parse_train(train)))
+    saved.write_text(to_json(parse_train(train)))
     _, data, vocab_size = parse(["--config", str(saved), "--ctx_len", "9"])
     assert (data.data_file, data.template, data.ctx_len, vocab_size) == (("a.jsonl", "b.jsonl"), "g1", 9, 61)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_bone import cli
+from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data.conversation import Conversation, Turn
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf import BoneModel
 from rwkv_bone.hf.data import IGNORED, collate, load_samples, render, rows_of
-from rwkv_bone.hf_flags import IGNORED as IGNORED_FLAGS
-from rwkv_bone.hf_flags import HfConfig
+from rwkv_bone.hf.flags import IGNORED as IGNORED_FLAGS
+from rwkv_bone.hf.flags import HfConfig
 from tests.hf.conftest import CHAT
 
 transformers = pytest.importorskip("transformers")
@@ -132,7 +132,7 @@ def flags(folder, output, **changes) -> dict[str, str]:
 
 def parse(given: dict[str, str], *more: str) -> HfConfig:
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    return cli.parse_section("train_hf.py", "", HfConfig, [*words, *more], IGNORED_FLAGS)
+    return parse_section("train_hf.py", "", HfConfig, [*words, *more], IGNORED_FLAGS)
 
 
 def measured(text: str) -> list[float]:
@@ -198,7 +198,7 @@ def test_the_flags_of_the_bone_repositorys_script_are_understood(folder, capsys)
         "--save_steps 1000 --save_total_limit 2 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0. "
         "--logging_steps 1 --lr_scheduler_type cosine --merge True"
     )
-    config = cli.parse_section("train_hf.py", "", HfConfig, words.split(), IGNORED_FLAGS)
+    config = parse_section("train_hf.py", "", HfConfig, words.split(), IGNORED_FLAGS)
     assert config.targets == ["q_proj", "v_proj"] and config.dataset_field == ("query", "response") and config.merge
     assert capsys.readouterr().out == (
         "note: --use_bone True changes nothing here\nnote: --save_strategy steps changes nothing here\n"
@@ -221,7 +221,7 @@ def test_flags_that_cannot_be_meant_are_refused(folder, changes, message):
     given = flags(folder, "out") | {name: str(value) for name, value in changes.items()}
     words = [word for name, value in given.items() for word in (f"--{name}", *(value.split() or [""]))]
     with pytest.raises(UserError, match=message):
-        cli.parse_section("train_hf.py", "", HfConfig, words, IGNORED_FLAGS)
+        parse_section("train_hf.py", "", HfConfig, words, IGNORED_FLAGS)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_bone.config import DataConfig
 from rwkv_bone.data import load_dataset, load_pairs, load_tokenizer
-from rwkv_bone.evaluate import exact_match, heldout_loss
+from rwkv_bone.inference.evaluate import exact_match, heldout_loss
 from rwkv_bone.training.context import chunked_loss
 from tests.conftest import random_model
 from tests.live_bytes import LiveBytes

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_bone.adapters import AdapterSettings, inject
-from rwkv_bone.generate import BATCH, PIECE, generate
+from rwkv_bone.inference.generate import BATCH, PIECE, generate
 from rwkv_bone.models import LayerState
 from tests.conftest import random_model
 from tests.live_bytes import LiveBytes

@@ -3,7 +3,7 @@
 import pytest
 
 from rwkv_bone import load_model
-from rwkv_bone.generate import generate
+from rwkv_bone.inference.generate import generate
 
 PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8], [11, 12, 13], list(range(1, 60))]
 MAX_NEW = 24

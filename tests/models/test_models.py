@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_bone import checkpoint, load_model
+from rwkv_bone import checkpoints, load_model
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import build, load_base_into
 from tests.conftest import random_model
@@ -135,7 +135,7 @@ def test_bf16_loses_no_more_than_twice_what_the_rwkv_package_loses_in_bf16(tiny_
         expected = exact(ids)
         error = (rounded(ids).float() - expected).norm() / expected.norm()
         for name, parameter in rounded.named_parameters():
-            if checkpoint.param_part(name) != "projection":
+            if checkpoints.param_part(name) != "projection":
                 parameter.data = parameter.data.float()
         mixed = (rounded(ids).float() - expected).norm() / expected.norm()
         theirs = torch.from_numpy(oracle_logits(path, ids[0].tolist(), version, "bf16"))
@@ -146,10 +146,10 @@ def test_bf16_loses_no_more_than_twice_what_the_rwkv_package_loses_in_bf16(tiny_
 
 def test_v0_v1_v2_in_layer_0_are_loaded_and_change_nothing(tiny_checkpoint, tmp_path):
     path = tiny_checkpoint()
-    state = checkpoint.read_state(path)
+    state = checkpoints.read_state(path)
     for name in ("v0", "v1", "v2"):
         state[f"blocks.0.att.{name}"] = torch.randn_like(state[f"blocks.1.att.{name}"])
-    checkpoint.write_state(tmp_path / "with_v.pth", state)
+    checkpoints.write_state(tmp_path / "with_v.pth", state)
     model, ids = load_model(tmp_path / "with_v.pth"), ids_of(61, 9)
     assert model.arch.v_in_layer0
     assert model.unused_keys() == {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
@@ -159,7 +159,7 @@ def test_v0_v1_v2_in_layer_0_are_loaded_and_change_nothing(tiny_checkpoint, tmp_
 
 
 def test_a_key_too_many_or_too_few_or_misshapen_is_named(tiny_checkpoint):
-    arch, state = checkpoint.load_base(tiny_checkpoint())
+    arch, state = checkpoints.load_base(tiny_checkpoint())
     del state["blocks.1.ln2.bias"]
     state["blocks.1.att.extra"] = torch.zeros(1)
     state["blocks.0.ffn.value.weight"] = torch.zeros(3, 3)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_bone import checkpoint, cli
+from rwkv_bone import checkpoints
+from rwkv_bone.config.flags import parse_train
 from tests.conftest import REPOSITORY, python_path, random_model
 
 # Responses of unequal length, so that ranks and micro-batches have unequal numbers of trained tokens.
@@ -48,7 +49,7 @@ class Job:
         """Train in this process, on one device; returns proj_dir."""
         from rwkv_bone.training.fit import fit
 
-        fit(cli.parse_train(self.argv({**flags, "proj_dir": self.folder / name})))
+        fit(parse_train(self.argv({**flags, "proj_dir": self.folder / name})))
         return self.folder / name
 
     def batch(self, device: str, runs: list[Run]) -> dict[str, str | None]:
@@ -94,7 +95,7 @@ def log_of(folder: Path) -> list[dict]:
 
 
 def adapter_of(folder: Path, name: str = "rwkv-0.pth") -> dict[str, torch.Tensor]:
-    return checkpoint.read_state(folder / name)
+    return checkpoints.read_state(folder / name)
 
 
 def largest_difference(a: dict, b: dict) -> float:
@@ -119,7 +120,7 @@ def job(tmp_path_factory) -> Job:
     """Bone on a random 2-layer model in fp32: 11 rows, 4 a step, one epoch of 3 steps."""
     folder = tmp_path_factory.mktemp("training")
     base, data = folder / "base.pth", folder / "rows.jsonl"
-    checkpoint.write_state(base, random_model(vocab_size=256, dtype=torch.bfloat16).state_dict())
+    checkpoints.write_state(base, random_model(vocab_size=256, dtype=torch.bfloat16).state_dict())
     data.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in ROWS))
     flags = {
         "load_model": base,

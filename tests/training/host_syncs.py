@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rwkv_bone import cli
+from rwkv_bone.config.flags import parse_train
 from rwkv_bone.ops import arguments
 from rwkv_bone.training.callbacks import StopOnSignal
 
@@ -128,7 +128,7 @@ if __name__ == "__main__":
     from rwkv_bone.training.fit import fit
 
     with each_step() as steps:
-        fit(cli.parse_train(sys.argv[2:]))
+        fit(parse_train(sys.argv[2:]))
     if not int(os.environ["LOCAL_RANK"]):
         found = [[[*key, count] for key, count in step.items()] for step in steps]
         Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")

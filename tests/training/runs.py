@@ -36,14 +36,14 @@ def dying_after(step: int):
 
 
 def run(argv: list[str], dies_after: int | None) -> None:
-    from rwkv_bone import cli
+    from rwkv_bone.config.flags import parse_train
     from rwkv_bone.training.fit import fit
 
     if dies_after is None:
-        fit(cli.parse_train(argv))
+        fit(parse_train(argv))
         return
     with dying_after(dies_after), contextlib.suppress(Killed):
-        fit(cli.parse_train(argv))
+        fit(parse_train(argv))
         raise AssertionError(f"the run did not reach step {dies_after}")
 
 

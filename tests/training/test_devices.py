@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from rwkv_bone import checkpoint, load_model
+from rwkv_bone import checkpoints, load_model
 from rwkv_bone.config import MergeConfig
-from rwkv_bone.merging import merge_files
+from rwkv_bone.conversion.merge import merge_files
 from tests.training.conftest import Run, adapter_of, largest_difference, log_of
 
 DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -66,8 +66,8 @@ TWO_EPOCHS = {"epoch_count": 2, "save_steps": 1}
 def base(job):
     """The job's base in fp32, so that what a merge writes is exact."""
     path = job.folder / "base-of-devices.pth"
-    state = checkpoint.read_state(job.flags["load_model"])
-    checkpoint.write_state(path, {key: tensor.float() for key, tensor in state.items()})
+    state = checkpoints.read_state(job.flags["load_model"])
+    checkpoints.write_state(path, {key: tensor.float() for key, tensor in state.items()})
     return path
 
 
@@ -153,7 +153,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_to_the_bit(runs, name):
     losses, expected = ([line["loss"] for line in log_of(folder)] for folder in (killed, whole))
     assert len(losses) > 5 and losses == expected
     assert largest_difference(adapter_of(killed, "rwkv-1.pth"), adapter_of(whole, "rwkv-1.pth")) == 0
-    ours, theirs = (checkpoint.read_state(folder / "resume.pth") for folder in (killed, whole))
+    ours, theirs = (checkpoints.read_state(folder / "resume.pth") for folder in (killed, whole))
     assert largest_difference(ours, theirs) == 0
 
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from rwkv_bone import checkpoint
+from rwkv_bone import checkpoints
 from rwkv_bone.data import BatchPlan
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import module as module_file
@@ -16,10 +16,10 @@ from tests.training.conftest import ROWS, adapter_of, largest_difference, log_of
 @pytest.fixture(scope="module")
 def nan_base(job):
     """A base whose embedding of the byte "6", which stands in some rows only, is NaN."""
-    state = {key: tensor.clone() for key, tensor in checkpoint.read_state(job.flags["load_model"]).items()}
+    state = {key: tensor.clone() for key, tensor in checkpoints.read_state(job.flags["load_model"]).items()}
     state["emb.weight"][ord("6")] = float("nan")
     path = job.folder / "nan.pth"
-    checkpoint.write_state(path, state)
+    checkpoints.write_state(path, state)
     return path
 
 
@@ -138,14 +138,14 @@ def test_a_window_without_a_trained_token_stops_the_run(job, monkeypatch):
 
 
 def test_a_full_disk_stops_the_run_and_keeps_earlier_files(job, monkeypatch):
-    original = checkpoint.save_tensors
+    original = checkpoints.save_tensors
 
     def full(path, state, metadata=None):
         if "s2" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
         original(path, state, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    monkeypatch.setattr(checkpoints.files, "save_tensors", full)
     with pytest.raises(UserError, match="after step 2: .*rwkv-0-s2.pth could not be written: No space left on device"):
         job.run("full-disk", save_steps=1)
     folder = job.folder / "full-disk"

@@ -6,7 +6,9 @@ import os
 import pytest
 import torch
 
-from rwkv_bone import checkpoint, cli
+from rwkv_bone import checkpoints
+from rwkv_bone.config.flags import parse_train
+from rwkv_bone.config.saved import from_json, to_json
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import fit as fit_module
 from rwkv_bone.training.place import place
@@ -86,25 +88,25 @@ def test_the_loss_curve_is_a_png(memorised):
 
 def test_the_config_beside_the_results_starts_the_same_run(memorised, job):
     text = (memorised[0] / "config.json").read_text()
-    config = cli.from_json(text)
+    config = from_json(text)
     assert config.run.epoch_count == 40 and config.adapter.bone_r == 8
-    assert cli.to_json(config) == text
+    assert to_json(config) == text
 
 
 def test_a_saved_adapter_says_what_it_belongs_to(memorised, job):
     path = memorised[0] / "rwkv-22.pth"
-    beside, inside = json.loads(path.with_suffix(".json").read_text()), checkpoint.read_metadata(path)
+    beside, inside = json.loads(path.with_suffix(".json").read_text()), checkpoints.read_metadata(path)
     assert beside == inside
-    base = checkpoint.read_state(job.flags["load_model"])
+    base = checkpoints.read_state(job.flags["load_model"])
     assert inside["format"] == 1 and inside["kind"] == "bone" and inside["r"] == 8 and inside["step"] == 20
-    assert inside["base"] == checkpoint.fingerprint(base)
-    assert inside["architecture"] == checkpoint.architecture_of(base).to_dict()
+    assert inside["base"] == checkpoints.fingerprint(base)
+    assert inside["architecture"] == checkpoints.architecture_of(base).to_dict()
     assert inside["config"]["optim"]["lr_init"] == 3e-2
 
 
 def test_the_frozen_base_stays_bf16_and_unchanged_and_the_adapter_fp32(memorised, job):
     folder, prepared = memorised
-    base, adapter = checkpoint.read_state(job.flags["load_model"]), adapter_of(folder, "rwkv-42.pth")
+    base, adapter = checkpoints.read_state(job.flags["load_model"]), adapter_of(folder, "rwkv-42.pth")
     live = dict(prepared.model.named_parameters())
     assert live.keys() == base.keys() | adapter.keys() and not base.keys() & adapter.keys()
     for key, tensor in base.items():
@@ -155,27 +157,27 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(jo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_training_every_weight_keeps_the_bases_keys_and_dtypes_and_file(job, dtype):
     path = job.folder / f"full-{dtype}.pth"
-    checkpoint.write_state(path, random_model(vocab_size=256, dtype=dtype).state_dict())
+    checkpoints.write_state(path, random_model(vocab_size=256, dtype=dtype).state_dict())
     content = path.read_bytes()
     folder = job.run(f"full-{dtype}", load_model=path, peft="none", lr_init=1e-3, weight_decay=0.1)
     assert path.read_bytes() == content
-    base, trained = checkpoint.read_state(path), adapter_of(folder)
+    base, trained = checkpoints.read_state(path), adapter_of(folder)
     assert list(trained) == list(base)
     for key, tensor in trained.items():
         assert tensor.dtype == base[key].dtype and tensor.shape == base[key].shape
     changed = [key for key in base if not torch.equal(base[key], trained[key])]
     assert len(changed) > 0.9 * len(base)
-    assert checkpoint.architecture_of(trained) == checkpoint.architecture_of(base)
+    assert checkpoints.architecture_of(trained) == checkpoints.architecture_of(base)
 
 
 def test_trained_base_parts_start_from_the_files_own_values(job):
     path = job.folder / "fp32.pth"
-    checkpoint.write_state(path, random_model(vocab_size=256).state_dict())
+    checkpoints.write_state(path, random_model(vocab_size=256).state_dict())
     flags = {"load_model": path, "precision": "bf16", "train_parts": "ln"}
-    config = cli.parse_train(job.argv(flags))
+    config = parse_train(job.argv(flags))
     prepared = fit_module.prepare_model(config, torch.device("cpu"))
     place(prepared.model, torch.device("cpu"), prepared.dtype)
-    base, live = checkpoint.read_state(path), dict(prepared.model.named_parameters())
+    base, live = checkpoints.read_state(path), dict(prepared.model.named_parameters())
     assert torch.equal(live["blocks.1.ln1.weight"].detach(), base["blocks.1.ln1.weight"])
     assert live["blocks.1.att.key.weight"].dtype == torch.bfloat16
     assert "blocks.1.ln1.weight" in prepared.output.keys and "emb.weight" not in prepared.output.keys
@@ -196,7 +198,7 @@ def test_training_from_scratch_on_windows_of_text_gives_a_loadable_bf16_model(jo
                      epoch_steps=12, lr_init=5e-3, warmup_steps=2, **sizes)  # fmt: skip
     state = adapter_of(folder)
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
-    arch = checkpoint.architecture_of(state)
+    arch = checkpoints.architecture_of(state)
     assert (arch.n_layer, arch.n_embd, arch.vocab_size, arch.head_size) == (2, 32, 256, 16)
     lines = log_of(folder)
     assert len(lines) == 12 and lines[-1]["loss"] < lines[0]["loss"] - 1

@@ -9,7 +9,7 @@ import deepspeed
 import pytest
 import torch
 
-from rwkv_bone import checkpoint
+from rwkv_bone import checkpoints
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject
 from rwkv_bone.models import build, load_base_into
 from rwkv_bone.training.place import place
@@ -23,7 +23,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from rwkv_bone import cli
+from rwkv_bone.config.flags import parse_train
 from rwkv_bone.training import fit, module
 
 def private():
@@ -53,7 +53,7 @@ largest = before = private()
 loading = True
 thread = threading.Thread(target=watch, daemon=True)
 thread.start()
-fit.fit(cli.parse_train(sys.argv[1:]))
+fit.fit(parse_train(sys.argv[1:]))
 """
 
 
@@ -68,7 +68,7 @@ def wide(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     state = {key: torch.rand(shape, generator=generator).sub_(0.5).mul_(0.05) for key, shape in shapes.items()}
     sizes = [tensor.nbytes for tensor in state.values()]
-    checkpoint.write_state(path, {key: tensor.bfloat16() for key, tensor in state.items()})
+    checkpoints.write_state(path, {key: tensor.bfloat16() for key, tensor in state.items()})
     return path, sum(sizes), max(sizes)
 
 
@@ -160,7 +160,7 @@ def mapped(tiny_checkpoint):
     """mapped(kind, dtype): a model of a file in that dtype under an adapter, as it is before it is placed."""
 
     def make(kind="bone", dtype=torch.bfloat16):
-        arch, state = checkpoint.load_base(tiny_checkpoint(dtype=dtype))
+        arch, state = checkpoints.load_base(tiny_checkpoint(dtype=dtype))
         with torch.device("meta"):
             model = build(arch, op="torch")
         load_base_into(model, state)

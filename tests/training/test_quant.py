@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_bone import checkpoint, cli, load_model
+from rwkv_bone import checkpoints, load_model
 from rwkv_bone.adapters import ADAPTERS
 from rwkv_bone.config import QUANTS, MergeConfig
+from rwkv_bone.config.flags import parse_train
+from rwkv_bone.conversion.merge import merge_files
 from rwkv_bone.errors import UserError
-from rwkv_bone.merging import merge_files
 from rwkv_bone.quantization import as_trained, is_quantized
 from rwkv_bone.training.fit import fit
 from tests.conftest import random_model
@@ -24,17 +25,17 @@ IDS = torch.tensor([list(b"41 -> 14 and more of it")])
 def base(job):
     """The job's base in fp32, so that what a merge writes is exact."""
     path = job.folder / "base-fp32.pth"
-    state = checkpoint.read_state(job.flags["load_model"])
-    checkpoint.write_state(path, {key: tensor.float() for key, tensor in state.items()})
+    state = checkpoints.read_state(job.flags["load_model"])
+    checkpoints.write_state(path, {key: tensor.float() for key, tensor in state.items()})
     return path
 
 
 def dequantised(base, quant):
     """A plain checkpoint of what the codes of `base` stand for."""
-    state = checkpoint.read_state(base)
+    state = checkpoints.read_state(base)
     path = base.with_name(f"{base.stem}-{quant}.pth")
     rounded = {key: as_trained(tensor, quant) if is_quantized(key) else tensor for key, tensor in state.items()}
-    checkpoint.write_state(path, rounded)
+    checkpoints.write_state(path, rounded)
     return path
 
 
@@ -43,7 +44,7 @@ def test_a_quantised_run_trains_on_the_dequantised_weights(job, base, quant, sta
     flags = {"strategy": f"deepspeed_stage_{stage}", "bone_mode": "bat" if stage == 2 else "bone"}
     folder = job.run(f"quant-{quant}", load_model=base, quant=quant, grad_cp=int(stage == 3), **flags)
     assert f"quant     {quant}: 12 projections in 0.0" in capsys.readouterr().out
-    assert checkpoint.read_metadata(folder / "rwkv-0.pth")["quant"] == quant
+    assert checkpoints.read_metadata(folder / "rwkv-0.pth")["quant"] == quant
 
     plain = job.run(f"dequantised-{quant}", load_model=dequantised(base, quant), **flags)
     losses, expected = ([line["loss"] for line in log_of(run)] for run in (folder, plain))
@@ -71,8 +72,8 @@ def test_the_merged_model_is_the_trained_one(base, trained, tmp_path):
     assert (live - logits(base)).norm() > 1e-2 * live.norm()
 
     # By the definitions alone: the adapter's tiles on the dequantised weights.
-    adapter, written = adapter_of(trained), checkpoint.read_state(merged)
-    for key, tensor in checkpoint.read_state(base).items():
+    adapter, written = adapter_of(trained), checkpoints.read_state(merged)
+    for key, tensor in checkpoints.read_state(base).items():
         expected = as_trained(tensor, "nf4") if is_quantized(key) else tensor
         bone = adapter.get(key.replace(".weight", ".bone"))
         if bone is not None:
@@ -92,7 +93,7 @@ KINDS = {
 @pytest.mark.parametrize("kind, version, quant", list(zip(ADAPTERS, [5, 6, 7, 5, 6], [*QUANTS, "nf4"], strict=True)))
 def test_every_adapter_on_a_half_precision_base_merges_to_its_rounding(job, tmp_path, kind, version, quant):
     base, merged = tmp_path / "base.pth", tmp_path / "merged.pth"
-    checkpoint.write_state(base, random_model(vocab_size=256, version=version, dtype=torch.bfloat16).state_dict())
+    checkpoints.write_state(base, random_model(vocab_size=256, version=version, dtype=torch.bfloat16).state_dict())
     folder = job.run(f"merge-{kind}", load_model=base, quant=quant, **KINDS[kind])
     adapter = folder / "rwkv-0.pth"
     merge_files(MergeConfig(str(base), str(adapter), str(merged)))
@@ -141,7 +142,7 @@ BONE_CONFIG = '{"bone_load":"","bone_r":8}'
 
 
 def test_the_fields_script_for_bone_on_int8_trains(tmp_path, capsys):
-    checkpoint.write_state(
+    checkpoints.write_state(
         tmp_path / "model.pth", random_model(version=6, vocab_size=256, dtype=torch.bfloat16).state_dict()
     )
     documents = [list(b"one and two") + [0], list(b"three and four") + [0], list(b"five and six and seven") + [0]]
@@ -151,9 +152,9 @@ def test_the_fields_script_for_bone_on_int8_trains(tmp_path, capsys):
     (tmp_path / "data.idx").write_bytes(index)
     (tmp_path / "data.bin").write_bytes(np.array(sum(documents, []), dtype=np.uint16).tobytes())
     paths = {"model": tmp_path / "model.pth", "out": tmp_path / "out", "data": tmp_path / "data"}
-    fit(cli.parse_train([word.format(config=BONE_CONFIG, **paths) for word in QBONE.split()]))
+    fit(parse_train([word.format(config=BONE_CONFIG, **paths) for word in QBONE.split()]))
     assert "quant     int8: 16 projections" in capsys.readouterr().out
     assert len(log_of(tmp_path / "out")) == 3
     adapter = adapter_of(tmp_path / "out")
     assert len(adapter) == 16 and all(tensor.any() for tensor in adapter.values())
-    assert checkpoint.read_metadata(tmp_path / "out" / "rwkv-0.pth")["quant"] == "int8"
+    assert checkpoints.read_metadata(tmp_path / "out" / "rwkv-0.pth")["quant"] == "int8"

@@ -8,7 +8,9 @@ from dataclasses import fields
 
 import pytest
 
-from rwkv_bone import checkpoint, cli
+from rwkv_bone import checkpoints
+from rwkv_bone.config.flags import SECTIONS, parse_train
+from rwkv_bone.config.saved import from_json
 from rwkv_bone.errors import Interrupted, UserError
 from rwkv_bone.training import resume
 from rwkv_bone.training.callbacks import StepLog
@@ -41,7 +43,7 @@ def assert_same_to_the_bit(folder, reference, last="rwkv-1.pth"):
     assert numbers(folder) == numbers(reference)
     assert {path.name for path in folder.glob("rwkv-*.pth")} == {path.name for path in reference.glob("rwkv-*.pth")}
     assert largest_difference(adapter_of(folder, last), adapter_of(reference, last)) == 0
-    ours, theirs = (checkpoint.read_state(path / "resume.pth") for path in (folder, reference))
+    ours, theirs = (checkpoints.read_state(path / "resume.pth") for path in (folder, reference))
     assert largest_difference(ours, theirs) == 0
 
 
@@ -72,7 +74,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(job, 
     flags = TWO_EPOCHS | VARIANTS[name]
     reference = job.run(f"{name} whole", **flags)
     folder = killed(f"{name} killed", after=5, **flags)
-    assert len(log_of(folder)) == 5 and checkpoint.read_metadata(folder / "resume.pth")["step"] == 4
+    assert len(log_of(folder)) == 5 and checkpoints.read_metadata(folder / "resume.pth")["step"] == 4
     job.run(folder.name, resume=1, **flags)
     assert_same_to_the_bit(folder, reference)
 
@@ -126,9 +128,9 @@ def test_other_held_out_data_is_measured_where_the_run_stands(job, halfway, half
 def test_the_folders_own_settings_serve_when_no_others_are_given(halfway, half):
     from rwkv_bone.training.fit import fit
 
-    fit(cli.parse_train(["--resume", "1", "--proj_dir", str(half), "--epoch_count", "2"]))
+    fit(parse_train(["--resume", "1", "--proj_dir", str(half), "--epoch_count", "2"]))
     assert_same_to_the_bit(half, halfway["whole"])
-    assert not cli.from_json((half / "config.json").read_text()).run.resume
+    assert not from_json((half / "config.json").read_text()).run.resume
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
@@ -161,18 +163,18 @@ def test_what_determines_the_run_may_not_change(job, halfway, half, flags, messa
 
 
 def test_every_setting_that_is_free_to_change_exists():
-    names = {spec.name for section in cli.SECTIONS.values() for spec in fields(section)}
+    names = {spec.name for section in SECTIONS.values() for spec in fields(section)}
     assert resume.FREE < names
 
 
 def test_chunks_may_change_unless_they_cut_the_gradient(job):
     def saved(**flags):
-        config = cli.parse_train(job.argv(flags))
+        config = parse_train(job.argv(flags))
         return resume.Saved(job.folder / "resume.pth", 1, job.folder / "rwkv-0.pth", config, {})
 
-    saved(chunk_ctx=4)._check_settings(cli.parse_train(job.argv({"chunk_ctx": 8})))
+    saved(chunk_ctx=4)._check_settings(parse_train(job.argv({"chunk_ctx": 8})))
     with pytest.raises(UserError, match="--chunk_ctx was 4 and is now 8"):
-        saved(chunk_ctx=4, bptt_chunks=1)._check_settings(cli.parse_train(job.argv({"chunk_ctx": 8, "bptt_chunks": 1})))
+        saved(chunk_ctx=4, bptt_chunks=1)._check_settings(parse_train(job.argv({"chunk_ctx": 8, "bptt_chunks": 1})))
 
 
 @pytest.mark.parametrize("dataload, allowed", [("pad", True), ("pack", False), ("get", False)])
@@ -189,8 +191,8 @@ def test_other_data_and_another_base_are_refused(job, halfway, half, tmp_path):
     data.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows))
     with pytest.raises(UserError, match="--data_file holds other samples than the run in .*half had"):
         go_on(job, half, **(halfway["flags"] | {"data_file": data}))
-    state = {key: tensor + 1 for key, tensor in checkpoint.read_state(job.flags["load_model"]).items()}
-    checkpoint.write_state(tmp_path / "base.pth", state)
+    state = {key: tensor + 1 for key, tensor in checkpoints.read_state(job.flags["load_model"]).items()}
+    checkpoints.write_state(tmp_path / "base.pth", state)
     with pytest.raises(UserError, match="--load_model holds other weights than the run in .*half had"):
         go_on(job, half, **(halfway["flags"] | {"load_model": tmp_path / "base.pth"}))
 
@@ -262,7 +264,7 @@ def test_a_kill_while_the_state_is_written_leaves_the_one_before(job, monkeypatc
         with pytest.raises(Killed):
             job.run("state killed", **TWO_EPOCHS)
     folder = job.folder / "state killed"
-    assert checkpoint.read_metadata(folder / "resume.pth")["step"] == 2
+    assert checkpoints.read_metadata(folder / "resume.pth")["step"] == 2
     assert (folder / "rwkv-0.pth").is_file()
     (left,) = folder.glob(".*")
     left.rename(folder / ".resume.pth.1.partial.pth")  # of another process
@@ -275,7 +277,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_state_before(job, monkeypatch):
     failing_at(monkeypatch, 2, OSError(28, "No space left on device"))
     with pytest.raises(UserError, match="after step 2: .*resume.pth could not be written: No space left on device"):
         job.run("state full", **TWO_EPOCHS)
-    assert checkpoint.read_metadata(job.folder / "state full" / "resume.pth")["step"] == 1
+    assert checkpoints.read_metadata(job.folder / "state full" / "resume.pth")["step"] == 1
 
 
 @pytest.fixture
@@ -309,7 +311,7 @@ def test_ctrl_c_saves_the_step_under_way_and_says_how_to_go_on(job, signalled, c
     assert str(stopped.value).endswith(f"train.py --resume 1 --proj_dir {folder}")
     assert "stopping after this step, to save it (once more: at once)" in capfd.readouterr().err
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert checkpoint.read_metadata(folder / "resume.pth")["step"] == len(log_of(folder)) == 2
+    assert checkpoints.read_metadata(folder / "resume.pth")["step"] == len(log_of(folder)) == 2
 
 
 def test_ctrl_c_in_the_last_step_leaves_only_the_measurement_to_do(job, signalled, monkeypatch):
@@ -329,7 +331,7 @@ def test_a_second_ctrl_c_leaves_at_once(job, signalled, capsys):
         job.run("ctrl-c twice", save_steps=1)
     assert stopped.value.code == 1
     assert "stopped at once; the last step saved is 1, in " in capsys.readouterr().out
-    assert checkpoint.read_metadata(job.folder / "ctrl-c twice" / "resume.pth")["step"] == 1
+    assert checkpoints.read_metadata(job.folder / "ctrl-c twice" / "resume.pth")["step"] == 1
 
 
 # Steps enough for the signal to come while they run.
@@ -357,7 +359,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(terminated):
     folder, status, errors = terminated
     assert status == 128 + signal.SIGTERM
     step = len(log_of(folder))
-    assert 4 <= step < 24 and checkpoint.read_metadata(folder / "resume.pth")["step"] == step
+    assert 4 <= step < 24 and checkpoints.read_metadata(folder / "resume.pth")["step"] == step
     assert [path.name for path in folder.glob("rwkv-*.pth")] == [f"rwkv-{(step - 1) // 3}-s{step}.pth"]
     assert errors.splitlines()[1] == "stopping after this step, to save it (once more: at once)"
     assert errors.count("interrupted; the last step saved is ") == 1 and "Traceback" not in errors

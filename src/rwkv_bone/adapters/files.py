@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rwkv_bone import checkpoint
+from rwkv_bone import checkpoints
 from rwkv_bone.adapters.inject import STATE, Injection, inject, is_projection, load_adapter, target_name, unfreeze
 from rwkv_bone.adapters.registry import ADAPTERS, split_key
 from rwkv_bone.adapters.settings import AdapterSettings
@@ -60,12 +60,12 @@ def read_adapter(
     the file's, and settle what an adapter without metadata leaves open. pissa_init: RWKV-PEFT's init_pissa.pth, which
     its PiSSA adapters need. UserError for everything that does not fit.
     """
-    state, metadata = rename_legacy(checkpoint.read_state(path)), checkpoint.read_metadata(path)
+    state, metadata = rename_legacy(checkpoints.read_state(path)), checkpoints.read_metadata(path)
     if pissa_init:
         state |= read_pissa_init(pissa_init, state)
     settings = AdapterSettings(kind, r, alpha)
     if metadata is not None:
-        _check_base(metadata, base, fingerprint or checkpoint.fingerprint(base), path)
+        _check_base(metadata, base, fingerprint or checkpoints.fingerprint(base), path)
         settings = _settings_in(metadata, settings, path)
     shapes = {key: tuple(tensor.shape) for key, tensor in base.items()}
     try:
@@ -109,7 +109,7 @@ def _check_base(metadata: dict, base: Mapping[str, Tensor], fingerprint: str, pa
         raise UserError(f"{path}: its metadata has no {', '.join(missing)}, so it is not an adapter of this project")
     if metadata["base"] == fingerprint:
         return
-    found = checkpoint.architecture_of(base).to_dict()
+    found = checkpoints.architecture_of(base).to_dict()
     trained_on = metadata.get("architecture", {})
     other = [
         f"{name} {trained_on[name]} against {found[name]}" for name in trained_on if found.get(name) != trained_on[name]
@@ -133,13 +133,13 @@ def read_pissa_init(path: str | Path, state: Mapping[str, Tensor]) -> dict[str, 
 
     UserError unless they belong to the adapter tensors in `state`, one to one.
     """
-    found = {key.removeprefix("model."): tensor for key, tensor in checkpoint.read_state(path).items()}
+    found = {key.removeprefix("model."): tensor for key, tensor in checkpoints.read_state(path).items()}
     expected = {}
     for key, tensor in state.items():
         module, name = split_key(key) or ("", "")
         if name in ("lora_A", "lora_B"):
             expected[f"{module}.init_{name}"] = tensor
-    checkpoint.match_keys(expected, found, f"--pissa_init {path}")
+    checkpoints.match_keys(expected, found, f"--pissa_init {path}")
     return found
 
 
@@ -250,14 +250,14 @@ def _check_names(
     base_shapes: Mapping[str, Sequence[int]],
 ) -> None:
     for key in extra:
-        expected = _state_shape(key, base_shapes) if checkpoint.param_part(key) == STATE else base_shapes.get(key)
+        expected = _state_shape(key, base_shapes) if checkpoints.param_part(key) == STATE else base_shapes.get(key)
         if expected is None:
             raise UserError(f"{key} is neither an adapter tensor (such as <module>.bone) nor a tensor of the base")
         if tuple(state[key].shape) != tuple(expected):
             raise UserError(f"{key} is {list(state[key].shape)}, for the base it would be {list(expected)}")
         if key.removesuffix(".weight") in modules:
             raise UserError(f"{key} is there both whole and with an adapter: expected one of them")
-    if not modules and not (extra and all(checkpoint.param_part(key) == STATE for key in extra)):
+    if not modules and not (extra and all(checkpoints.param_part(key) == STATE for key in extra)):
         raise UserError(
             f"it has no tensor named <module>.bone, <module>{LEGACY_SUFFIX} or <module>.lora_A: not an adapter"
         )
@@ -299,7 +299,7 @@ def apply_adapter_file(model: nn.Module, path: str | Path, base: Mapping[str, Te
 
 def apply_adapter(model: nn.Module, adapter: AdapterFile) -> None:
     """Put an adapter into a model that holds its base."""
-    if any(checkpoint.param_part(key) == STATE for key in adapter.extra):
+    if any(checkpoints.param_part(key) == STATE for key in adapter.extra):
         model.add_time_state()
     inject(model, settings=adapter.settings, targets=adapter.targets, initialise=False)
     unfreeze(model, adapter.extra)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rwkv_bone.adapters.layer import AdapterLinear, has_plain_weight
 from rwkv_bone.adapters.registry import ADAPTERS
 from rwkv_bone.adapters.settings import AdapterSettings
-from rwkv_bone.checkpoint import match_keys, param_part
+from rwkv_bone.checkpoints import match_keys, param_part
 from rwkv_bone.config import TRAIN_PARTS
 from rwkv_bone.errors import UserError
 

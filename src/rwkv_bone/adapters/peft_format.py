@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_bone.checkpoint import atomic_path, read_state
+from rwkv_bone.checkpoints import atomic_path, read_state
 from rwkv_bone.errors import UserError
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

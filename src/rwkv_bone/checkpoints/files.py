@@ -1,8 +1,7 @@
-"""Checkpoint files: read, recognise, write.
+"""Checkpoint files, read and written.
 
-A base checkpoint says everything about its model: generation, depth, width and every low-rank size come from its keys
-and shapes (`architecture_of`), never from flags. Files are mapped, not copied, into memory, and written to a temporary
-name first, so that an interrupted write never leaves half a file under a good name.
+Files are mapped, not copied, into memory, and written to a temporary name first, so that an interrupted write never
+leaves half a file under a good name.
 
 Metadata of our own files is a JSON beside them (`rwkv-0.json` for `rwkv-0.pth`) and once more inside, so that a file
 that travels alone still explains itself.
@@ -11,78 +10,22 @@ that travels alone still explains itself.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import pickle
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
 
 log = logging.getLogger("rwkv_bone")
 
 METADATA_RECORD = "rwkv_bone.json"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a base checkpoint's keys and shapes say about its model."""
-
-    version: int
-    n_layer: int
-    n_embd: int
-    n_head: int
-    head_size: int
-    dim_ffn: int
-    vocab_size: int
-    low_rank: Mapping[str, int]  # the rank of each low-rank network, such as {"w": 64, "a": 64, "v": 32, "g": 128}
-    v_in_layer0: bool = False  # RWKV-7: layer 0 also stores v0 v1 v2, which its forward does not use
-
-    def describe(self) -> str:
-        """One line for the user."""
-        ranks = " ".join(f"{name}={rank}" for name, rank in self.low_rank.items())
-        ranks = f", low-rank {ranks}" if ranks else ""
-        extra = ", v0 v1 v2 in layer 0" if self.v_in_layer0 else ""
-        return (
-            f"RWKV-{self.version}, {self.n_layer} layers, width {self.n_embd}, {self.n_head} heads of "
-            f"{self.head_size}, channel mix {self.dim_ffn}, vocabulary {self.vocab_size}{ranks}{extra}"
-        )
-
-    def to_dict(self) -> dict:
-        return {**asdict(self), "low_rank": dict(self.low_rank)}
-
-    def check(self, config: ModelConfig, source: str) -> None:
-        """UserError if a size that the user typed is not the checkpoint's."""
-        for name in ("n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size"):
-            typed, found = getattr(config, name), getattr(self, name)
-            if typed and typed != found:
-                raise UserError(
-                    f"--{name} {typed}, but {source} has {name} {found}: leave the flag out, it is read from the file"
-                )
-        tested = re.search(r"[4-8]", config.my_testing)
-        if tested and int(tested.group()) != self.version:
-            raise UserError(
-                f"--my_testing {config.my_testing}, but {source} is RWKV-{self.version}: leave the flag out"
-            )
-
-
-def param_part(key: str) -> str:
-    """The part a key belongs to: emb, head, ln, projection, state, or time (all else inside att and ffn)."""
-    segments = key.split(".")
-    if segments[0] in ("emb", "head"):
-        return segments[0]
-    if any(segment.startswith("ln") for segment in segments[:-1]):
-        return "ln"
-    return {"weight": "projection", "time_state": "state"}.get(segments[-1], "time")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -122,113 +65,6 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: {key!r} is {type(value).__name__}, not a tensor: only flat checkpoints are read")
     return state
-
-
-def architecture_of(state: Mapping[str, Tensor], source: str | Path = "checkpoint") -> Architecture:
-    """Recognise a base checkpoint from its keys and shapes; UserError says what it is when it is not one of ours."""
-    version = _generation(state, source)
-    try:
-        vocab_size, n_embd = state["emb.weight"].shape
-        n_layer = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-        n_head, head_size = state["blocks.0.att.r_k" if version == 7 else "blocks.0.att.time_faaaa"].shape
-        v_in_layer0 = version == 7 and "blocks.0.att.v1" in state
-        return Architecture(
-            version=version,
-            n_layer=n_layer,
-            n_embd=n_embd,
-            n_head=n_head,
-            head_size=head_size,
-            dim_ffn=state["blocks.0.ffn.key.weight"].shape[0],
-            vocab_size=vocab_size,
-            low_rank=_low_rank(state, version, 0 if v_in_layer0 else min(1, n_layer - 1)),
-            v_in_layer0=v_in_layer0,
-        )
-    except KeyError as error:
-        raise UserError(
-            f"{source} looks like RWKV-{version}, but {error.args[0]} is missing: it is incomplete"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{source} looks like RWKV-{version}, but a tensor has an odd shape: {error}") from error
-
-
-def _low_rank(state: Mapping[str, Tensor], version: int, v_layer: int) -> dict[str, int]:
-    """The ranks of a generation's low-rank networks; `v_layer` is a layer that has RWKV-7's v1, if any has."""
-    if version == 5:
-        return {}
-    if version == 6:
-        mixed = state["blocks.0.att.time_maa_w2"].shape[1]
-        return {"mix": mixed, "decay": state["blocks.0.att.time_decay_w1"].shape[1]}
-    ranks = {name: state[f"blocks.0.att.{name}1"].shape[1] for name in ("w", "a", "g")}
-    v1 = state.get(f"blocks.{v_layer}.att.v1")
-    return {**ranks, "v": 0 if v1 is None else v1.shape[1]}
-
-
-def _generation(state: Mapping[str, Tensor], source: str | Path) -> int:
-    """5, 6 or 7; UserError naming what the file is instead."""
-    keys = list(state)
-
-    def has(pattern: str) -> bool:
-        return any(re.search(pattern, key) for key in keys)
-
-    if has(r"\.(bone|disha|(init_)?lora_[AB])$") and not has(r"^emb\.weight$"):
-        raise UserError(f"{source} is an adapter, not a base checkpoint: give it as --peft_load or --peft_checkpoint")
-    if has(r"^(model|module|base_model)\."):
-        raise UserError(f"{source} has keys such as {keys[0]}; expected upstream's names such as emb.weight")
-    if not has(r"^emb\.weight$") or not has(r"^blocks\.0\."):
-        raise UserError(
-            f"{source} is not an RWKV checkpoint: no emb.weight and blocks.0.*, but has keys such as {keys[0]}"
-        )
-    refused = (
-        (r"\.ffn\.s_emb", "RWKV-7a (DeepEmbed) is not supported"),
-        (r"\.qkv\.", "RWKV-7b is not supported"),
-        (r"rosa", "RWKV-8 is not supported"),
-        (r"\.att\.time_first$", "RWKV-4 is not supported"),
-    )
-    for pattern, verdict in refused:
-        if has(pattern):
-            raise UserError(
-                f"{source}: {verdict}; expected an RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070) checkpoint"
-            )
-    for pattern, version in ((r"\.att\.r_k$", 7), (r"\.att\.time_maa_w1$", 6), (r"\.att\.time_mix_g$", 5)):
-        if has(pattern):
-            return version
-    kind = "RWKV-5 of version x051 or older" if has(r"\.att\.time_(faaaa|decay)$") else "an unknown RWKV generation"
-    raise UserError(f"{source}: {kind}; expected an RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070) checkpoint")
-
-
-def load_base(path: str | Path) -> tuple[Architecture, dict[str, Tensor]]:
-    """(architecture, mapped tensors) of a base checkpoint."""
-    state = read_state(path)
-    return architecture_of(state, path), state
-
-
-def match_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str | Path) -> None:
-    """UserError naming every key that is missing, unexpected, or of another shape in `found`."""
-    problems = [f"missing {key}" for key in expected if key not in found]
-    problems += [f"unexpected {key}" for key in found if key not in expected]
-    problems += [
-        f"{key} is {list(found[key].shape)}, expected {list(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in found and found[key].shape != tensor.shape
-    ]
-    if problems:
-        more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError(f"{source} does not fit the model: " + "; ".join(problems[:8]) + more)
-
-
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """A short hash of a base checkpoint: keys, shapes, dtypes, and 256 values spread over each tensor.
-
-    Cheap on a mapped 14 GB file, yet different after any training step.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for key in sorted(state):
-        tensor = state[key].detach()
-        flat = tensor.reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)][:256].contiguous().cpu()
-        digest.update(f"{key} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

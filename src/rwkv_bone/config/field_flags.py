@@ -1,4 +1,4 @@
-"""What the flags of RWKV-PEFT (its 2024 and mid-2025 scripts) mean here. Used by `cli.py` only.
+"""What the flags of RWKV-PEFT (its 2024 and mid-2025 scripts) mean here. Used by `flags.py` only.
 
 Every flag of theirs that is not one of ours is in a table below: it is translated, ignored with a line saying so where
 that changes nothing, or refused with the reason. Nothing is skipped in silence.

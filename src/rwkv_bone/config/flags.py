@@ -1,4 +1,4 @@
-"""The command line: flags made from the dataclasses of `config.py`, and a run's settings as JSON.
+"""The command line: flags made from the dataclasses of `sections.py`.
 
 Nothing is declared twice: a field's name is the flag, its default gives the type, its metadata the help. What is typed
 on the command line wins over `--config`, which wins over the defaults; of a flag given twice, the last one counts.
@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
-import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import fields
 from typing import Any, NoReturn
 
-from rwkv_bone import config as sections
-from rwkv_bone import field_flags
-from rwkv_bone.config import MergeConfig, RunConfig, TrainConfig
-from rwkv_bone.errors import Interrupted, UserError
+from rwkv_bone.config import MergeConfig, TrainConfig, field_flags
+from rwkv_bone.config.saved import SECTIONS, build, config_file, read_config
+from rwkv_bone.errors import UserError
 
-SECTIONS = {spec.name: getattr(sections, spec.type) for spec in fields(TrainConfig)}
 ALIASES = {
     "peft_load": "bone_load",
     "peft_checkpoint": "lora_checkpoint",
@@ -43,8 +38,8 @@ def parse_train(argv: list[str]) -> TrainConfig:
     given = parser.read(argv, field_flags.TRAIN_FLAGS)
 
     given, notes = field_flags.translate_train(given)
-    saved = read_config(source) if (source := _config_file(given)) else {}
-    config = _build({name: {**saved.get(name, {}), **of_section(given, cls)} for name, cls in SECTIONS.items()})
+    saved = read_config(source) if (source := config_file(given)) else {}
+    config = build({name: {**saved.get(name, {}), **of_section(given, cls)} for name, cls in SECTIONS.items()})
     print_notes(notes)
     return config
 
@@ -69,31 +64,6 @@ def parse_section(prog: str, description: str, section: type, argv: list[str], i
     config = section(**given)
     print_notes(notes)
     return config
-
-
-def run(function: Callable[[], Any]) -> int:
-    """Call an entry point's body and return the exit status: 0, 2 for a user's mistake, 130 or 143 for a signal."""
-    try:
-        function()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signum
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-def to_json(config: TrainConfig) -> str:
-    return json.dumps(asdict(config), indent=2) + "\n"
-
-
-def from_json(text: str, source: str = "config.json") -> TrainConfig:
-    """The inverse of `to_json`. Missing settings take their defaults; unknown or mistyped ones raise UserError."""
-    return _build(_check_settings(text, source))
 
 
 class Parser(argparse.ArgumentParser):
@@ -174,66 +144,6 @@ class _Words(argparse.Action):
 def of_section(given: dict[str, Any], section: type) -> dict[str, Any]:
     """Those of the flags given that are fields of this section."""
     return {spec.name: given[spec.name] for spec in fields(section) if spec.name in given}
-
-
-def _build(settings: dict[str, dict[str, Any]]) -> TrainConfig:
-    return TrainConfig(**{name: cls(**settings.get(name, {})) for name, cls in SECTIONS.items()})
-
-
-def _config_file(given: dict[str, Any]) -> Path | None:
-    """The saved settings that `given` starts from: --config, with --resume those of the run in proj_dir, or none."""
-    if "config" in given:
-        return Path(given["config"])
-    if not given.get("resume"):
-        return None
-    folder = Path(given.get("proj_dir", RunConfig.proj_dir))
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"--resume: {folder} has no config.json, so there is no run to continue: check --proj_dir, or begin a run "
-            "without --resume"
-        )
-    return folder / "config.json"
-
-
-def read_config(path: Path) -> dict[str, dict[str, Any]]:
-    """{section: {setting: value}} of a config.json; UserError for what is unknown or of the wrong type."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({error})") from None
-    return _check_settings(text, str(path))
-
-
-def _check_settings(text: str, source: str) -> dict[str, dict[str, Any]]:
-    """`text` as {section: {setting: value of the right type}}."""
-    try:
-        saved = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{source}: not JSON ({error})") from None
-    if not isinstance(saved, dict) or not all(isinstance(values, dict) for values in saved.values()):
-        raise UserError(f"{source}: expected an object of sections ({', '.join(SECTIONS)}), as train.py writes it")
-    settings = {}
-    for name, values in saved.items():
-        if name not in SECTIONS:
-            raise UserError(f"{source}: unknown section {name!r}; expected {', '.join(SECTIONS)}")
-        specs = {spec.name: spec for spec in fields(SECTIONS[name])}
-        settings[name] = {}
-        for key, value in values.items():
-            if key not in specs:
-                raise UserError(f"{source}: unknown setting {name}.{key}; expected one of {', '.join(specs)}")
-            settings[name][key] = _of_type(type(specs[key].default), value, f"{source}: {name}.{key}")
-    return settings
-
-
-def _of_type(kind: type, value: Any, where: str) -> Any:
-    if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        expected = {tuple: "a list of strings", str: "a string", bool: "true or false"}.get(kind, "a number")
-        raise UserError(f"{where}: expected {expected}, got {json.dumps(value)}")
-    return value
 
 
 def print_notes(notes: list[str]) -> None:

@@ -1,7 +1,7 @@
 """Every setting of a training run and of a merge: name, type, default, one sentence.
 
 The sections are frozen and check themselves, so a value that gets past this file is usable. The command line is made
-from them (`cli.py`): a field `ctx_len` is the flag `--ctx_len`. Checks that need a file (does the checkpoint have 12
+from them (`flags.py`): a field `ctx_len` is the flag `--ctx_len`. Checks that need a file (does the checkpoint have 12
 layers?) live where the file is read.
 """
 

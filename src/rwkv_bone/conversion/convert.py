@@ -1,4 +1,4 @@
-"""Adapters from one format of the field to another: `python -m rwkv_bone.convert --help`.
+"""Adapters from one format of the field to another: `python -m rwkv_bone.conversion.convert --help`.
 
 Read are this project's files and RWKV-PEFT's (`adapters/files.py` says which), directories of Hugging Face PEFT, with
 RWKV's own names or those of Hugging Face models, and Alic-Li's `<module>.weight.D` [out, r], whose scale is alpha / r.
@@ -24,13 +24,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_bone import __version__, checkpoint, cli, formats
+from rwkv_bone import __version__, checkpoints
+from rwkv_bone.adapters import peft_format
 from rwkv_bone.adapters.files import AdapterFile, infer_adapter, read_adapter
 from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.config import BONE_MODES, QUANTS, knob
-from rwkv_bone.errors import UserError
-from rwkv_bone.merging import trained_quant
+from rwkv_bone.config.flags import parse_section
+from rwkv_bone.conversion.merge import trained_quant
+from rwkv_bone.errors import UserError, exit_status
 
 FORMATS = ("auto", "native", "miss", "lora")
 NAMES = ("hf", "rwkv")
@@ -74,7 +76,7 @@ class ConvertConfig:
 
 def convert(config: ConvertConfig) -> list[str]:
     """Write `config.output` and return what to tell the user, line by line. UserError, and no output, if it cannot."""
-    arch, base = checkpoint.load_base(config.base_model)
+    arch, base = checkpoints.load_base(config.base_model)
     adapter, why = read_any(config, base)
     target = _target(config, adapter)
     lines = [
@@ -94,7 +96,7 @@ def convert(config: ConvertConfig) -> list[str]:
         lines.append(f"lora      rank {adapter.settings.r}, scale {adapter.settings.scale:g}")
     if Path(config.output).suffix in FILE_SUFFIXES:
         metadata = native_metadata(adapter, arch, base, quant)
-        checkpoint.write_state(config.output, adapter.state, metadata, overwrite=config.overwrite)
+        checkpoints.write_state(config.output, adapter.state, metadata, overwrite=config.overwrite)
     else:
         write_directory(config, adapter)
     return [*lines, f"output    {config.output}"]
@@ -104,7 +106,7 @@ def read_any(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[Adapter
     """(the adapter, why it was read as what it is)."""
     if Path(config.adapter).is_dir():
         return _read_directory(config, base)
-    state = checkpoint.read_state(config.adapter)
+    state = checkpoints.read_state(config.adapter)
     if any(key.endswith(ALIC_LI) for key in state):
         return _read_alic_li(config, base, state)
     adapter = read_adapter(
@@ -140,7 +142,7 @@ def _by_shapes(adapter: AdapterFile, base: Mapping[str, Tensor]) -> str:
 
 
 def _read_directory(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[AdapterFile, str]:
-    found = formats.read_peft(config.adapter)
+    found = peft_format.read_peft(config.adapter)
     if config.peft not in ("auto", found.kind):
         raise UserError(f"{config.adapter} is {found.kind} by its adapter_config.json, --peft says {config.peft}")
     renamed = {name: _renamed(getattr(found, name)) for name in ("state", "extra")}
@@ -163,7 +165,7 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for key, tensor in tensors.items():
         module, _, name = key.rpartition(".")
-        renamed[f"{formats.rwkv_name(module)}.{name}"] = tensor
+        renamed[f"{peft_format.rwkv_name(module)}.{name}"] = tensor
     return renamed
 
 
@@ -247,7 +249,7 @@ def to_lora(adapter: AdapterFile, base: Mapping[str, Tensor]) -> AdapterFile:
         module, name = split_key(key) or ("", "")
         if name == "bone":
             in_features = base[f"{module}.weight"].shape[1]
-            state[f"{module}.lora_A"], state[f"{module}.lora_B"] = formats.lora_of_bone(tensor, in_features)
+            state[f"{module}.lora_A"], state[f"{module}.lora_B"] = peft_format.lora_of_bone(tensor, in_features)
         elif name == "lora_A":
             state[key] = torch.cat([tensor, adapter.state[f"{module}.init_lora_A"]])
         elif name == "lora_B":
@@ -260,7 +262,7 @@ def to_lora(adapter: AdapterFile, base: Mapping[str, Tensor]) -> AdapterFile:
 
 
 def native_metadata(
-    adapter: AdapterFile, arch: checkpoint.Architecture, base: Mapping[str, Tensor], quant: str
+    adapter: AdapterFile, arch: checkpoints.Architecture, base: Mapping[str, Tensor], quant: str
 ) -> dict:
     """What this project's adapter files say about themselves, and that this one was converted."""
     earlier = {name: value for name, value in (adapter.metadata or {}).items() if name != "blocks"}  # a LoRA has none
@@ -271,7 +273,7 @@ def native_metadata(
         **adapter.settings.to_metadata(),
         "targets": adapter.targets,
         "extra": adapter.extra,
-        "base": checkpoint.fingerprint(base),
+        "base": checkpoints.fingerprint(base),
         "architecture": arch.to_dict(),
         "converted_from": adapter.path,
         "rwkv_bone": __version__,
@@ -280,7 +282,7 @@ def native_metadata(
 
 def write_directory(config: ConvertConfig, adapter: AdapterFile) -> None:
     """A PEFT directory of a Bone, bat-col or LoRA adapter."""
-    name = formats.hf_name if config.names == "hf" else str
+    name = peft_format.hf_name if config.names == "hf" else str
     state = {}
     for key, tensor in adapter.state.items():
         module, parameter = split_key(key)
@@ -293,10 +295,10 @@ def write_directory(config: ConvertConfig, adapter: AdapterFile) -> None:
         "task_type": "CAUSAL_LM" if config.names == "hf" else None,
     }
     if settings.kind == "lora":
-        about = formats.lora_config(settings.r, settings.alpha or settings.r, targets, settings.rslora, **others)
+        about = peft_format.lora_config(settings.r, settings.alpha or settings.r, targets, settings.rslora, **others)
     else:
-        about = formats.miss_config(settings.kind, settings.r, targets, **others)
-    formats.write_peft(config.output, about, state, overwrite=config.overwrite)
+        about = peft_format.miss_config(settings.kind, settings.r, targets, **others)
+    peft_format.write_peft(config.output, about, state, overwrite=config.overwrite)
 
 
 def _directory_target(target: str, name) -> str:
@@ -309,9 +311,9 @@ def _directory_target(target: str, name) -> str:
 
 def main() -> None:
     description = "Convert an adapter of an RWKV model from one format to another."
-    config = cli.parse_section("python -m rwkv_bone.convert", description, ConvertConfig, sys.argv[1:])
+    config = parse_section("python -m rwkv_bone.conversion.convert", description, ConvertConfig, sys.argv[1:])
     print("\n".join(convert(config)))
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(exit_status(main))

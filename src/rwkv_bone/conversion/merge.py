@@ -19,16 +19,16 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from rwkv_bone import checkpoint
+from rwkv_bone import checkpoints
 from rwkv_bone.adapters import ADAPTERS, AdapterFile, AdapterSettings, apply_adapter, infer_adapter, read_adapter
 from rwkv_bone.adapters.files import tensors_by_module
 from rwkv_bone.adapters.inject import target_name
-from rwkv_bone.checkpoint import Architecture, param_part
+from rwkv_bone.checkpoints import Architecture, param_part
+from rwkv_bone.checkpoints.stream import DTYPE_NAMES, write_tensors
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import build, load_base_into
 from rwkv_bone.quantization import as_trained, is_quantized
-from rwkv_bone.tensor_stream import DTYPE_NAMES, write_tensors
 
 CHECK_TOKENS = 32
 FORMULA_TOLERANCE = 1e-5
@@ -81,7 +81,7 @@ def merge_files(config: MergeConfig) -> list[str]:
     UserError, and no output, when the files do not fit or a check fails. Needs neither a GPU nor the training stack.
     """
     output = _output_path(config)
-    arch, base = checkpoint.load_base(config.base_model)
+    arch, base = checkpoints.load_base(config.base_model)
     adapter = read_adapter(
         config.peft_checkpoint,
         base,
@@ -95,7 +95,7 @@ def merge_files(config: MergeConfig) -> list[str]:
     unknown = {tensor.dtype for tensor in base.values()} - DTYPE_NAMES.keys()
     if unknown:
         raise UserError(f"{config.base_model} holds {unknown.pop()}: expected floating point, merge into the original")
-    with checkpoint.atomic_path(output, config.overwrite) as temporary:
+    with checkpoints.atomic_path(output, config.overwrite) as temporary:
         layout = {**base, **initial_state(base, adapter.state)}
         write_tensors(temporary, layout, merged_tensors(base, adapter.state, adapter.settings, quant))
         changes = verify_tensors(temporary, base, adapter, quant)
@@ -136,7 +136,7 @@ def verify_tensors(
 
     Returns for each target the relative change of its weights, |W' - W| / |W|, one number a layer.
     """
-    written, adapted, settings = checkpoint.read_state(path), tensors_by_module(adapter.state), adapter.settings
+    written, adapted, settings = checkpoints.read_state(path), tensors_by_module(adapter.state), adapter.settings
     assert list(written) == [*base, *initial_state(base, adapter.state)]
     changes: dict[str, list[float]] = {}
     for key, expected in merged_tensors(base, adapter.state, settings, quant):
@@ -176,7 +176,7 @@ def verify_logits(
     If the adapter was trained on another quantisation, how far its logits then were is found too.
     """
     before, expected = _logits(arch, base, quant), _logits(arch, base, quant, adapter)
-    found = _logits(arch, checkpoint.read_state(merged))
+    found = _logits(arch, checkpoints.read_state(merged))
     difference, effect = ((x - expected).norm() / expected.norm() for x in (found, before))
     largest = (found - expected).abs().max().item()
     stored = base["emb.weight"].dtype

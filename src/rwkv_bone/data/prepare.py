@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_bone import cli
 from rwkv_bone.config import BAD_ROWS, knob
+from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data.binidx import PairWriter
 from rwkv_bone.data.conversation import Layout, conversation
 from rwkv_bone.data.sources import Rows, open_source
@@ -29,7 +29,7 @@ from rwkv_bone.data.tokenise import (
     token_dtype,
 )
 from rwkv_bone.data.tokenizer import load_tokenizer
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import UserError, exit_status
 
 DTYPES = ("auto", "uint16", "int32")
 ANY_SIZE = 1 << 31  # of a vocabulary: a tokenizer named by the user says its own
@@ -127,8 +127,8 @@ def prepare(cfg: PrepareConfig) -> None:
 
 
 def main() -> None:
-    prepare(cli.parse_section("prepare", __doc__.split("\n\n")[0], PrepareConfig, sys.argv[1:]))
+    prepare(parse_section("prepare", __doc__.split("\n\n")[0], PrepareConfig, sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(exit_status(main))

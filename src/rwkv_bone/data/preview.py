@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_bone import cli, field_flags
-from rwkv_bone.config import DataConfig, knob
+from rwkv_bone.config import DataConfig, field_flags, flags, knob
+from rwkv_bone.config.saved import SECTIONS, read_config
 from rwkv_bone.data import Dataset, Sample, load_dataset, load_tokenizer
 from rwkv_bone.data.packing import best_fit
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import UserError, exit_status
 
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
 LINE_BREAK = "\N{RETURN SYMBOL}"
@@ -43,23 +43,23 @@ class PreviewConfig:
 
 def parse(argv: list[str]) -> tuple[PreviewConfig, DataConfig, int]:
     """(settings of the preview, settings of the data, vocabulary size) that `argv` asks for."""
-    parser = cli.Parser("preview", __doc__.split("\n\n")[1])
-    cli.add_fields(parser.add_argument_group("preview"), PreviewConfig)
+    parser = flags.Parser("preview", __doc__.split("\n\n")[1])
+    flags.add_fields(parser.add_argument_group("preview"), PreviewConfig)
     parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help="as for train.py")
-    for name, section in cli.SECTIONS.items():
-        cli.add_fields(parser.add_argument_group(name), section)
+    for name, section in SECTIONS.items():
+        flags.add_fields(parser.add_argument_group(name), section)
     given, notes = field_flags.translate_train(parser.read(argv, field_flags.TRAIN_FLAGS))
-    saved = cli.read_config(Path(given["config"])) if "config" in given else {}
-    preview = PreviewConfig(**cli.of_section(given, PreviewConfig))
-    data = DataConfig(**{**saved.get("data", {}), **cli.of_section(given, DataConfig)})
-    cli.print_notes(notes)
+    saved = read_config(Path(given["config"])) if "config" in given else {}
+    preview = PreviewConfig(**flags.of_section(given, PreviewConfig))
+    data = DataConfig(**{**saved.get("data", {}), **flags.of_section(given, DataConfig)})
+    flags.print_notes(notes)
     model = {**saved.get("model", {}), **given}
     return preview, data, _vocab_size(model.get("load_model", ""), model.get("vocab_size", 0), data.tokenizer)
 
 
 def _vocab_size(load_model: str, vocab_size: int, tokenizer: str) -> int:
     if load_model:
-        from rwkv_bone.checkpoint import architecture_of, read_state
+        from rwkv_bone.checkpoints import architecture_of, read_state
 
         return architecture_of(read_state(load_model), load_model).vocab_size
     if vocab_size:
@@ -158,4 +158,4 @@ def packing(dataset: Dataset, micro_bsz: int) -> Iterator[str]:
 if __name__ == "__main__":
     # A terminal that cannot show a character shows its number.
     sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(cli.run(lambda: preview(sys.argv[1:])))
+    sys.exit(exit_status(lambda: preview(sys.argv[1:])))

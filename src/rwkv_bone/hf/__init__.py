@@ -4,10 +4,26 @@
 which peft loads, and `BoneModel.from_pretrained`.
 """
 
-from rwkv_bone.hf.config import BoneConfig, TaskType
-from rwkv_bone.hf.model import BoneModel, get_bone_model
+from typing import TYPE_CHECKING
 
-# PEFT's names for the same.
-get_peft_model, PeftModel, MissConfig = get_bone_model, BoneModel, BoneConfig
+if TYPE_CHECKING:
+    from rwkv_bone.hf.config import BoneConfig, TaskType
+    from rwkv_bone.hf.config import BoneConfig as MissConfig
+    from rwkv_bone.hf.model import BoneModel, get_bone_model
+    from rwkv_bone.hf.model import BoneModel as PeftModel
+    from rwkv_bone.hf.model import get_bone_model as get_peft_model
 
 __all__ = ["BoneConfig", "BoneModel", "MissConfig", "PeftModel", "TaskType", "get_bone_model", "get_peft_model"]
+
+# PEFT's names for the same.
+ALIASES = {"MissConfig": "BoneConfig", "PeftModel": "BoneModel", "get_peft_model": "get_bone_model"}
+
+
+def __getattr__(name: str):
+    # Lazily, so that the flags (`flags.py`) are there without torch.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rwkv_bone.hf import config, model
+
+    real = ALIASES.get(name, name)
+    return getattr(config if hasattr(config, real) else model, real)

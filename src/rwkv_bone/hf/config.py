@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 
+from rwkv_bone.adapters.peft_format import PEFT_TYPES, miss_config
 from rwkv_bone.errors import UserError
-from rwkv_bone.formats import PEFT_TYPES, miss_config
 
 ATTENTION = ["q_proj", "v_proj"]
 # PEFT's own choice for a model that names no target_modules, by the model's model_type.

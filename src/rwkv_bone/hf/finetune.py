@@ -24,8 +24,8 @@ from rwkv_bone.devices import select_device
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf.config import BoneConfig
 from rwkv_bone.hf.data import IGNORED, Samples, collate, load_samples, rows_of
+from rwkv_bone.hf.flags import ZERO_STAGES, HfConfig
 from rwkv_bone.hf.model import TRAINER_WEIGHTS, BoneModel, get_bone_model
-from rwkv_bone.hf_flags import ZERO_STAGES, HfConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MERGED = "merged"

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rwkv_bone import formats
+from rwkv_bone.adapters import peft_format
 from rwkv_bone.adapters.layer import AdapterLinear, has_plain_weight
 from rwkv_bone.adapters.registry import ADAPTERS
 from rwkv_bone.adapters.settings import AdapterSettings
-from rwkv_bone.checkpoint import match_keys
+from rwkv_bone.checkpoints import match_keys
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf.config import ALL_LINEAR, BoneConfig, choose, name_matches
 
@@ -122,10 +122,10 @@ class BoneModel(nn.Module):
         if config.base_model_name_or_path is None:
             name = getattr(getattr(self, "config", None), "_name_or_path", None)
             config = replace(config, base_model_name_or_path=name or None)
-        formats.write_peft(save_directory, self._peft_config(config), saved, extra, overwrite=True)
+        peft_format.write_peft(save_directory, self._peft_config(config), saved, extra, overwrite=True)
         if is_main_process:
-            tensors = formats.join_keys(saved, extra, config.peft_type)
-            formats.save_tensors(Path(save_directory) / TRAINER_WEIGHTS, tensors)
+            tensors = peft_format.join_keys(saved, extra, config.peft_type)
+            peft_format.save_tensors(Path(save_directory) / TRAINER_WEIGHTS, tensors)
 
     def _peft_config(self, config: BoneConfig) -> dict:
         """PEFT's configuration, with the targets that were chosen where PEFT might choose others."""
@@ -147,7 +147,7 @@ class BoneModel(nn.Module):
         """
         if not isinstance(model, nn.Module):
             raise UserError(f"BoneModel.from_pretrained takes the base model and the adapter's folder, got {model!r}")
-        adapter = formats.read_peft(model_id)
+        adapter = peft_format.read_peft(model_id)
         if adapter.kind == "lora":
             raise UserError(f"{model_id} is a LoRA: load it with peft")
         config = BoneConfig.from_peft(adapter.config, adapter.kind, is_trainable)
@@ -171,13 +171,13 @@ class BoneModel(nn.Module):
 
     def load_adapter(self, model_id: str | Path, adapter_name: str | None = None, is_trainable: bool = False) -> None:
         """Replace this adapter's tensors by those of a directory with the same targets, kind and r."""
-        adapter = formats.read_peft(model_id)
+        adapter = peft_format.read_peft(model_id)
         kind, r = self.bone.config.kind, self.bone.config.r
         if (adapter.kind, adapter.r) != (kind, r):
             raise UserError(f"{model_id} is {adapter.kind} with r {adapter.r}, the model has {kind} with r {r}")
         self._fill(adapter)
 
-    def _fill(self, adapter: formats.PeftAdapter) -> None:
+    def _fill(self, adapter: peft_format.PeftAdapter) -> None:
         adapter = adapter.expanded({name: layer.out_features for name, layer in self.bone.layers.items()})
         self._copy({**adapter.state, **adapter.extra}, adapter.path)
 
@@ -190,7 +190,7 @@ class BoneModel(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
         """As of any module, and of checkpoints that leave frozen parameters of the base out. Keys may be PEFT's."""
-        state, extra = formats.split_keys(state_dict, self.bone.config.peft_type)
+        state, extra = peft_format.split_keys(state_dict, self.bone.config.peft_type)
         tensors, own, adapter = {**state, **extra}, self.state_dict(), self.adapter_keys()
         if tensors.keys() >= own.keys() or not tensors.keys() <= own.keys():
             return super().load_state_dict(state_dict, strict=strict, assign=assign)

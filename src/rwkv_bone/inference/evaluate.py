@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from rwkv_bone.data import BatchPlan
-from rwkv_bone.generate import BATCH, generate
+from rwkv_bone.inference.generate import BATCH, generate
 
 
 class Answer(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_bone import checkpoint
+from rwkv_bone import checkpoints
 from rwkv_bone.adapters import apply_adapter, read_adapter
 from rwkv_bone.config import QUANTS
 from rwkv_bone.devices import require_cuda
@@ -36,7 +36,7 @@ def load_model(
         require_cuda(f"device={str(device)!r}: ", "use device='cpu'")
     if quant not in (None, *QUANTS):
         raise UserError(f"quant={quant!r}: expected one of {', '.join(QUANTS)}, or None")
-    arch, state = checkpoint.load_base(path)
+    arch, state = checkpoints.load_base(path)
     dtype = dtype or state["emb.weight"].dtype
     trained = read_adapter(adapter, state) if adapter is not None else None
     metadata = trained.metadata if trained else None

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rwkv_bone import checkpoint
-from rwkv_bone.checkpoint import Architecture
+from rwkv_bone import checkpoints
+from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
 from rwkv_bone.models.rwkv import GENERATIONS, RWKV
@@ -31,15 +31,15 @@ def load_base_into(
     the file's own values and their layers become QuantLinear: no more than one of them is ever in memory whole. That
     is done on `device` (None = the tensors' own), where the codes stay; all other tensors stay where they are.
     """
-    if any(checkpoint.param_part(key) == "state" for key in state):
+    if any(checkpoints.param_part(key) == "state" for key in state):
         model.add_time_state()
-    checkpoint.match_keys(model.state_dict(), state, source)
+    checkpoints.match_keys(model.state_dict(), state, source)
     tensors = {}
     for key, tensor in state.items():
         if quant != "none" and is_quantized(key):
             model.set_submodule(key.removesuffix(".weight"), QuantLinear(quantize(tensor.to(device), quant)))
             continue
-        wanted = torch.float32 if checkpoint.param_part(key) == "state" else dtype
+        wanted = torch.float32 if checkpoints.param_part(key) == "state" else dtype
         tensors[key] = tensor.to(wanted) if wanted else tensor
     model.load_state_dict(tensors, strict=True, assign=True)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_bone.checkpoint import Architecture
+from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import v5, v6, v7
 from rwkv_bone.models.layers import Embedding, Head, LayerNorm, adapted_head_loss

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_bone.checkpoint import Architecture
+from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift, widened
 from rwkv_bone.ops.wkv6 import wkv6
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 
-from rwkv_bone.checkpoint import atomic_path
+from rwkv_bone.checkpoints import atomic_path
 from rwkv_bone.errors import Interrupted, UserError
 
 

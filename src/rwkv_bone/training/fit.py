@@ -22,11 +22,13 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import rwkv_bone
-from rwkv_bone import checkpoint, cli
+from rwkv_bone import checkpoints
 from rwkv_bone.adapters import AdapterLinear, Injection, adapter_keys, inject, load_adapter_file, settings_of
-from rwkv_bone.checkpoint import Architecture, atomic_path
+from rwkv_bone.checkpoints import Architecture, atomic_path
 from rwkv_bone.config import TrainConfig
+from rwkv_bone.config.saved import to_json
 from rwkv_bone.data import BatchPlan, Dataset, load_dataset, load_pairs, load_tokenizer
+from rwkv_bone.data.fingerprint import data_fingerprint
 from rwkv_bone.data.split import split_heldout
 from rwkv_bone.devices import describe_devices, select_device
 from rwkv_bone.errors import Interrupted, UserError
@@ -91,7 +93,7 @@ def fit(config: TrainConfig) -> Path:
         pack=config.data.dataload == "pack",
     )
     check_schedule(plan.total_steps(config.run.epoch_count), config.optim)
-    metadata = prepared.output.metadata | {"data": resume.data_fingerprint(dataset)}
+    metadata = prepared.output.metadata | {"data": data_fingerprint(dataset)}
     first_step = 0
     if earlier:
         earlier.check(metadata)
@@ -124,7 +126,7 @@ def fit(config: TrainConfig) -> Path:
         with atomic_path(folder / project.CONFIG, overwrite=True) as temporary:
             # How a run treats its folder is no setting of the run.
             kept = replace(config, run=replace(config.run, resume=False, overwrite=False))
-            temporary.write_text(cli.to_json(kept), encoding="utf-8")
+            temporary.write_text(to_json(kept), encoding="utf-8")
     save = SaveTrained(
         replace(prepared.output, metadata=metadata),
         folder,
@@ -206,7 +208,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
         init_from_scratch(model, config.run.random_seed)
         dtypes = dict.fromkeys(model.state_dict(), torch.bfloat16)
     else:
-        arch, base = checkpoint.load_base(path)
+        arch, base = checkpoints.load_base(path)
         arch.check(config.model, path)
         op, kernel = select_op(config.model.op, device, f"wkv{arch.version}", arch.head_size, dtype)
         with torch.device("meta"):
@@ -217,7 +219,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
         "format": 1,
         "kind": kind,
         "quant": quant,
-        "base": checkpoint.fingerprint(base) if base else None,
+        "base": checkpoints.fingerprint(base) if base else None,
         "architecture": arch.to_dict(),
         "config": asdict(config),
         "rwkv_bone": rwkv_bone.__version__,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from lightning.pytorch import Callback
 
-from rwkv_bone.checkpoint import atomic_path
-from rwkv_bone.evaluate import Answer, exact_match, heldout_loss
+from rwkv_bone.checkpoints import atomic_path
+from rwkv_bone.data.fingerprint import data_fingerprint
+from rwkv_bone.inference.evaluate import Answer, exact_match, heldout_loss
 from rwkv_bone.training.context import chunked_loss
-from rwkv_bone.training.resume import data_fingerprint
 
 SHOWN = 4  # sample prompts printed
 

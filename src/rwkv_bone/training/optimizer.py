@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rwkv_bone.adapters.registry import split_key
-from rwkv_bone.checkpoint import param_part
+from rwkv_bone.checkpoints import param_part
 from rwkv_bone.config import OptimConfig
 from rwkv_bone.training.gather import whole_shape
 

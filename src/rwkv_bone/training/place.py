@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from rwkv_bone.adapters.registry import split_key
-from rwkv_bone.checkpoint import param_part
+from rwkv_bone.checkpoints import param_part
 
 
 class PlaceModel(Callback):

@@ -7,25 +7,24 @@ data. Nothing else is needed: batches, learning rate and dropout are pure functi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from rwkv_bone import checkpoint, cli
-from rwkv_bone.checkpoint import METADATA_RECORD, atomic_path
+from rwkv_bone import checkpoints
+from rwkv_bone.checkpoints import METADATA_RECORD, atomic_path
+from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.config import TrainConfig
+from rwkv_bone.config.saved import from_json
 from rwkv_bone.data import BatchPlan
 from rwkv_bone.errors import UserError
-from rwkv_bone.tensor_stream import write_tensors
 from rwkv_bone.training import project
 from rwkv_bone.training.gather import whole, whole_shape
 from rwkv_bone.training.schedule import learning_rate
@@ -64,10 +63,10 @@ class Saved:
             raise UserError(
                 f"--resume: {folder} has no {project.STATE}, so there is no run to continue: {_found(folder)}"
             )
-        metadata = checkpoint.read_metadata(path)
+        metadata = checkpoints.read_metadata(path)
         if not metadata or "trained" not in metadata:
             raise UserError(f"--resume: {path} is not the state of a run of this program")
-        then = cli.from_json(json.dumps(metadata["config"]), str(path))
+        then = from_json(json.dumps(metadata["config"]), str(path))
         saved = cls(path, metadata["step"], folder / metadata["trained"], then, metadata)
         saved._check_settings(config)
         return saved
@@ -102,8 +101,8 @@ class Saved:
 
     def load_parameters(self, model: nn.Module, keys: tuple[str, ...]) -> None:
         """Put the saved values, mapped, into a model that is not placed yet."""
-        parameters, state = dict(model.named_parameters()), checkpoint.read_state(self.path)
-        checkpoint.match_keys(_layout({key: parameters[key] for key in keys}), state, self.path)
+        parameters, state = dict(model.named_parameters()), checkpoints.read_state(self.path)
+        checkpoints.match_keys(_layout({key: parameters[key] for key in keys}), state, self.path)
         for key in keys:
             parameters[key].data = state[key]
 
@@ -142,7 +141,7 @@ class RestoreMoments(Callback):
 
     def on_train_start(self, trainer, module) -> None:
         trained = {name: p for name, p in module.model.named_parameters() if p.requires_grad}
-        restore_moments(trainer.model.optimizer, trained, checkpoint.read_state(self.saved.path), self.saved.step)
+        restore_moments(trainer.model.optimizer, trained, checkpoints.read_state(self.saved.path), self.saved.step)
 
 
 def restore_moments(zero, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], step: int) -> None:
@@ -225,17 +224,6 @@ def _layout(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         if parameter.requires_grad:
             layout |= {f"{name}.{moment}": layout[name] for moment in MOMENTS}
     return layout
-
-
-def data_fingerprint(dataset) -> str:
-    """A short hash of the samples: how many, their lengths and trained tokens, and the ids of 256 spread over them."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{len(dataset)} {dataset.ctx_len} {dataset.windows}\n".encode())
-    for counts in (dataset.lengths, dataset.trained_counts):
-        digest.update(np.ascontiguousarray(counts, dtype=np.int64))
-    for index in range(0, len(dataset), -(-len(dataset) // 256)):
-        digest.update(np.ascontiguousarray(dataset[index].ids))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

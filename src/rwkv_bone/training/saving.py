@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from rwkv_bone import checkpoint
+from rwkv_bone import checkpoints
 from rwkv_bone.training import project, resume
 from rwkv_bone.training.gather import gather
 from rwkv_bone.training.module import RunStopped
@@ -93,7 +93,7 @@ class SaveTrained(Callback):
         if trainer.is_global_zero:
             state = {key: tensor.to(self.output.dtypes.get(key, tensor.dtype)) for key, tensor in state.items()}
             try:
-                checkpoint.write_state(path, state, metadata, overwrite=self._overwrite)
+                checkpoints.write_state(path, state, metadata, overwrite=self._overwrite)
             except (OSError, ValueError, RuntimeError) as error:
                 problem = str(error)
             del state

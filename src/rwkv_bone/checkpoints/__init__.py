@@ -1,0 +1,27 @@
+"""Checkpoint files: in and out (`files.py`, `stream.py`), what they say (`architecture.py`), their keys (`keys.py`)."""
+
+from rwkv_bone.checkpoints.architecture import Architecture, architecture_of, load_base
+from rwkv_bone.checkpoints.files import (
+    METADATA_RECORD,
+    atomic_path,
+    read_metadata,
+    read_state,
+    save_tensors,
+    write_state,
+)
+from rwkv_bone.checkpoints.keys import fingerprint, match_keys, param_part
+
+__all__ = [
+    "METADATA_RECORD",
+    "Architecture",
+    "architecture_of",
+    "atomic_path",
+    "fingerprint",
+    "load_base",
+    "match_keys",
+    "param_part",
+    "read_metadata",
+    "read_state",
+    "save_tensors",
+    "write_state",
+]

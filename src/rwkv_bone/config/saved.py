@@ -1,0 +1,84 @@
+"""A run's settings as JSON: `config.json` in its results folder, which `--config` and `--resume` read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from rwkv_bone.config import sections
+from rwkv_bone.config.sections import RunConfig, TrainConfig
+from rwkv_bone.errors import UserError
+
+SECTIONS = {spec.name: getattr(sections, spec.type) for spec in fields(TrainConfig)}
+
+
+def to_json(config: TrainConfig) -> str:
+    return json.dumps(asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, source: str = "config.json") -> TrainConfig:
+    """The inverse of `to_json`. Missing settings take their defaults; unknown or mistyped ones raise UserError."""
+    return build(_check_settings(text, source))
+
+
+def build(settings: dict[str, dict[str, Any]]) -> TrainConfig:
+    """{section: {setting: value}} as a configuration; what is missing takes its default."""
+    return TrainConfig(**{name: cls(**settings.get(name, {})) for name, cls in SECTIONS.items()})
+
+
+def config_file(given: dict[str, Any]) -> Path | None:
+    """The saved settings that `given` starts from: --config, with --resume those of the run in proj_dir, or none."""
+    if "config" in given:
+        return Path(given["config"])
+    if not given.get("resume"):
+        return None
+    folder = Path(given.get("proj_dir", RunConfig.proj_dir))
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"--resume: {folder} has no config.json, so there is no run to continue: check --proj_dir, or begin a run "
+            "without --resume"
+        )
+    return folder / "config.json"
+
+
+def read_config(path: Path) -> dict[str, dict[str, Any]]:
+    """{section: {setting: value}} of a config.json; UserError for what is unknown or of the wrong type."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error})") from None
+    return _check_settings(text, str(path))
+
+
+def _check_settings(text: str, source: str) -> dict[str, dict[str, Any]]:
+    """`text` as {section: {setting: value of the right type}}."""
+    try:
+        saved = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{source}: not JSON ({error})") from None
+    if not isinstance(saved, dict) or not all(isinstance(values, dict) for values in saved.values()):
+        raise UserError(f"{source}: expected an object of sections ({', '.join(SECTIONS)}), as train.py writes it")
+    settings = {}
+    for name, values in saved.items():
+        if name not in SECTIONS:
+            raise UserError(f"{source}: unknown section {name!r}; expected {', '.join(SECTIONS)}")
+        specs = {spec.name: spec for spec in fields(SECTIONS[name])}
+        settings[name] = {}
+        for key, value in values.items():
+            if key not in specs:
+                raise UserError(f"{source}: unknown setting {name}.{key}; expected one of {', '.join(specs)}")
+            settings[name][key] = _of_type(type(specs[key].default), value, f"{source}: {name}.{key}")
+    return settings
+
+
+def _of_type(kind: type, value: Any, where: str) -> Any:
+    if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        expected = {tuple: "a list of strings", str: "a string", bool: "true or false"}.get(kind, "a number")
+        raise UserError(f"{where}: expected {expected}, got {json.dumps(value)}")
+    return value

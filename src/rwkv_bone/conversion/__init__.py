@@ -1,0 +1,1 @@
+"""From files to files: an adapter folded into its base (`merge.py`), or put into another format (`convert.py`)."""

@@ -1,0 +1,18 @@
+"""A hash of what a run trains on, by which it is told whether it goes on with the same data."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+
+def data_fingerprint(dataset) -> str:
+    """A short hash of the samples: how many, their lengths and trained tokens, and the ids of 256 spread over them."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{len(dataset)} {dataset.ctx_len} {dataset.windows}\n".encode())
+    for counts in (dataset.lengths, dataset.trained_counts):
+        digest.update(np.ascontiguousarray(counts, dtype=np.int64))
+    for index in range(0, len(dataset), -(-len(dataset) // 256)):
+        digest.update(np.ascontiguousarray(dataset[index].ids))
+    return digest.hexdigest()
