@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: third-party assets, and tiny random checkpoints."""
+"""Fixtures that every test may use: files by others, and tiny random checkpoints."""
 
 import os
 from dataclasses import replace
@@ -22,11 +22,8 @@ def python_path() -> str:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Third-party checkpoints and data kept beside the repository."""
-    folder = REPOSITORY.parent / "shared" / "assets"
-    if not folder.is_dir():
-        pytest.skip(f"third-party assets are not at {folder}")
-    return folder
+    """Third-party checkpoints and data; tests/assets/README.md says where they come from."""
+    return REPOSITORY / "tests" / "assets"
 
 
 def random_model(seed: int = 0, dtype=torch.float32, version: int = 7, **sizes):

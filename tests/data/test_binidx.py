@@ -33,11 +33,11 @@ def write_pair(tmp_path):
 
 
 def test_a_third_party_pair_holds_the_documents_of_its_jsonl(shared, config):
-    folder = shared / "data" / "binidx_sample"
+    folder = shared / "data" / "binidx"
     tokenizer = load_tokenizer(str(shared / "tokenizers" / "20B_tokenizer.json"), 50277)
-    dataset = load_dataset(config(str(folder / "sample_data_text_document")), 50277)
-    lines = (folder / "sample.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
+    dataset = load_dataset(config(str(folder / "documents_text_document")), 50277)
+    with open(folder / "documents.jsonl", encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
     assert [sample.ids.tolist() for sample in dataset] == [[*tokenizer.encode(text), 0] for text in texts]
     assert [tokenizer.decode(sample.ids[:-1].tolist()) for sample in dataset] == texts
     assert all(sample.trained.tolist() == [False] + [True] * (len(sample.ids) - 1) for sample in dataset)

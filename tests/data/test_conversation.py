@@ -236,10 +236,10 @@ def test_any_row_is_either_read_or_refused(row):
 @pytest.mark.parametrize(
     ("name", "kind", "rows", "responses"),
     [
-        ("llamafactory/alpaca_zh_demo.json", "alpaca", 1000, 1000),
-        ("llamafactory/glaive_toolcall_en_demo.json", "messages", 300, 746 + 211),
-        ("fastchat/dummy_conversation.json", "messages", 500, None),
-        ("kdconv/travel_dev.json", "messages", 150, None),
+        ("self-instruct/seed_tasks.json", "alpaca", 175, 175),
+        ("llamafactory/glaive_toolcall_en_demo.json", "messages", 61, 157 + 44),
+        ("fastchat/dummy_conversation.json", "messages", 150, None),
+        ("kdconv/travel_dev.json", "messages", 26, None),
     ],
 )
 def test_data_of_others_is_read_whole(shared, name, kind, rows, responses):

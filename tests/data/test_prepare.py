@@ -33,10 +33,10 @@ def parts(pair: Path) -> list[bytes]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_pair_is_byte_for_byte_that_of_the_fields_own_tool(shared, run_prepare, monkeypatch, workers):
     monkeypatch.setattr(tokenise, "BLOCK", 100)
-    folder = shared / "data" / "binidx_sample"
+    folder = shared / "data" / "binidx"
     tokenizer = str(shared / "tokenizers" / "20B_tokenizer.json")
-    pair = run_prepare(str(folder / "sample.jsonl"), tokenizer=tokenizer, workers=workers)
-    assert parts(pair) == parts(folder / "sample_data_text_document")
+    pair = run_prepare(str(folder / "documents.jsonl"), tokenizer=tokenizer, workers=workers)
+    assert parts(pair) == parts(folder / "documents_text_document")
 
 
 def test_training_on_the_pair_is_training_on_its_rows(write_jsonl, config, run_prepare, capsys):

@@ -166,10 +166,9 @@ def test_ids_and_targets_of_several_turns_are_these():
     assert trained.tolist() == [False] * 7 + [True] * 3 + [False] * 7 + [True] * 2
 
 
-def test_the_independent_tokenizer_of_the_rwkv_package_gives_the_same_ids(shared):
-    trie = pytest.importorskip("rwkv.rwkv_tokenizer").TRIE_TOKENIZER(
-        str(shared / "tokenizers" / "rwkv_vocab_v20230424.txt")
-    )
+def test_the_independent_tokenizer_of_the_rwkv_package_gives_the_same_ids():
+    package = pytest.importorskip("rwkv.rwkv_tokenizer")
+    trie = package.TRIE_TOKENIZER(package.__file__.replace("rwkv_tokenizer.py", "rwkv_vocab_v20230424.txt"))
     for name in BUILT_IN:
         segments = load_template(name, "world").render(CHAT)
         ids, _ = encode(segments, load_tokenizer("world", 65536), "response")
