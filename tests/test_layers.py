@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "training": ROOMS - {"hf", "conversion"},
 }
 # The modules beside the rooms.
-MODULES = {"errors": set(), "devices": {"config"}, "quantization": {"config", "checkpoints"}}
+MODULES = {"errors": set(), "commands": set(), "devices": {"config"}, "quantization": {"config", "checkpoints"}}
 
 
 def modules(room: str) -> list[str]:
@@ -69,7 +69,15 @@ def test_loading_a_model_reads_no_data_modules():
 
 
 @pytest.mark.parametrize(
-    "module", ["rwkv_bone", *modules("config"), "rwkv_bone.devices", "rwkv_bone.errors", "rwkv_bone.hf.flags"]
+    "module",
+    [
+        "rwkv_bone",
+        *modules("config"),
+        "rwkv_bone.commands",
+        "rwkv_bone.devices",
+        "rwkv_bone.errors",
+        "rwkv_bone.hf.flags",
+    ],
 )
 def test_settings_need_the_standard_library_alone(module):
     names = {name.split(".")[0] for name in loaded_after_importing(module)}

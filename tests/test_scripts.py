@@ -39,7 +39,7 @@ class Clone:
         self.elsewhere = folder / "else where"
         self.bin.mkdir()
         self.elsewhere.mkdir()
-        for name in ("scripts", "src"):
+        for name in ("scripts", "src", "requirements"):
             shutil.copytree(REPOSITORY / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("requirements.txt", "requirements-dev.txt"):
             shutil.copy(REPOSITORY / name, self.root)

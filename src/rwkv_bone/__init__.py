@@ -1,10 +1,15 @@
 """Fine-tuning RWKV with Bone and Bat: see README.md for the public API."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rwkv_bone.inference.load import load_model
+
 __version__ = "0.2.0"
 __all__ = ["load_model"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     # Lazily, so that `import rwkv_bone.config` stays free of torch.
     if name == "load_model":
         from rwkv_bone.inference.load import load_model

@@ -28,9 +28,12 @@ METAVARS = {bool: "0|1", int: "N", float: "X", str: "TEXT", tuple: "NAME"}
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
-def parse_train(argv: list[str]) -> TrainConfig:
-    """The configuration that `argv` asks for; UserError for anything unknown, malformed or contradictory."""
-    parser = Parser("train.py", "Fine-tune RWKV with Bone, Bat, LoRA or PiSSA, or train every weight.")
+def parse_train(argv: list[str], prog: str = "train.py") -> TrainConfig:
+    """The configuration that `argv` asks for; UserError for anything unknown, malformed or contradictory.
+
+    prog: the program's name, as usage and errors show it.
+    """
+    parser = Parser(prog, "Fine-tune RWKV with Bone, Bat, LoRA or PiSSA, or train every weight.")
     group = parser.add_argument_group("saved settings")
     group.add_argument("--config", metavar="FILE", help="start from the config.json of an earlier run; flags win")
     for name, section in SECTIONS.items():
@@ -44,9 +47,9 @@ def parse_train(argv: list[str]) -> TrainConfig:
     return config
 
 
-def parse_merge(argv: list[str]) -> MergeConfig:
+def parse_merge(argv: list[str], prog: str = "merge.py") -> MergeConfig:
     """The merge that `argv` asks for; UserError as in `parse_train`."""
-    parser = Parser("merge.py", "Fold an adapter into its base checkpoint.")
+    parser = Parser(prog, "Fold an adapter into its base checkpoint.")
     add_fields(parser.add_argument_group("merge"), MergeConfig)
     given, notes = field_flags.translate_merge(parser.read(argv, field_flags.MERGE_FLAGS))
     config = MergeConfig(**given)

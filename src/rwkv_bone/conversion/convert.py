@@ -309,9 +309,9 @@ def _directory_target(target: str, name) -> str:
     return name(layer + target).removeprefix(layer).removeprefix("model.layers.0.")
 
 
-def main() -> None:
+def main(prog: str = "python -m rwkv_bone.conversion.convert") -> None:
     description = "Convert an adapter of an RWKV model from one format to another."
-    config = parse_section("python -m rwkv_bone.conversion.convert", description, ConvertConfig, sys.argv[1:])
+    config = parse_section(prog, description, ConvertConfig, sys.argv[1:])
     print("\n".join(convert(config)))
 
 

@@ -41,9 +41,9 @@ class PreviewConfig:
                 raise UserError(f"--{name} {getattr(self, name)}: expected at least 0")
 
 
-def parse(argv: list[str]) -> tuple[PreviewConfig, DataConfig, int]:
+def parse(argv: list[str], prog: str = "preview") -> tuple[PreviewConfig, DataConfig, int]:
     """(settings of the preview, settings of the data, vocabulary size) that `argv` asks for."""
-    parser = flags.Parser("preview", __doc__.split("\n\n")[1])
+    parser = flags.Parser(prog, __doc__.split("\n\n")[1])
     flags.add_fields(parser.add_argument_group("preview"), PreviewConfig)
     parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help="as for train.py")
     for name, section in SECTIONS.items():
@@ -68,8 +68,8 @@ def _vocab_size(load_model: str, vocab_size: int, tokenizer: str) -> int:
     return VOCABULARIES.get(tokenizer) or load_tokenizer(tokenizer, 1 << 30).vocab_size
 
 
-def preview(argv: list[str]) -> None:
-    settings, cfg, vocab_size = parse(argv)
+def preview(argv: list[str], prog: str = "preview") -> None:
+    settings, cfg, vocab_size = parse(argv, prog)
     colored = settings.color == "always" or (settings.color == "auto" and sys.stdout.isatty())
     tokenizer = load_tokenizer(cfg.tokenizer, vocab_size)
     dataset = load_dataset(cfg, vocab_size)
@@ -155,7 +155,11 @@ def packing(dataset: Dataset, micro_bsz: int) -> Iterator[str]:
     yield f"one sample a row: {len(dataset):,} x {dataset.ctx_len:,} tokens, {alone:.1%} of them unused"
 
 
-if __name__ == "__main__":
+def main(prog: str = "preview") -> None:
     # A terminal that cannot show a character shows its number.
     sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(exit_status(lambda: preview(sys.argv[1:])))
+    preview(sys.argv[1:], prog)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

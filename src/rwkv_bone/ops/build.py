@@ -19,10 +19,12 @@ from pathlib import Path
 
 from rwkv_bone.errors import UserError
 
-SOURCES = Path(__file__).resolve().parents[3] / "cuda"
+PACKAGE = Path(__file__).resolve().parents[1]
+# An installed package has the kernels inside it, a checkout beside src/.
+SOURCES = PACKAGE / "cuda" if (PACKAGE / "cuda").is_dir() else PACKAGE.parents[1] / "cuda"
 CPU_COMPILERS = ("g++", "c++", "clang++")
 CPU_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
-MISSING = "the kernel source {} is missing: run from a complete clone of the repository"
+MISSING = "the kernel source {} is missing: install rwkv-bone again, or run from a complete clone of the repository"
 
 
 class BuildError(UserError):

@@ -1,0 +1,61 @@
+"""The console scripts of the installed package. `train.py` and `merge.py` are the first two, for a checkout.
+
+Each function parses `sys.argv`, does the work and returns the exit status. `prog` is the name that usage and errors
+show. Imports are late: --help and mistakes in the flags are answered at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rwkv_bone.errors import exit_status
+
+
+def train(prog: str = "rwkv-bone-train") -> int:
+    """Fine-tune an RWKV model."""
+
+    def body() -> None:
+        from rwkv_bone.config.flags import parse_train
+
+        config = parse_train(sys.argv[1:], prog)
+        from rwkv_bone.training.fit import fit
+
+        fit(config)
+
+    return exit_status(body)
+
+
+def merge(prog: str = "rwkv-bone-merge") -> int:
+    """Fold an adapter into its base checkpoint."""
+
+    def body() -> None:
+        from rwkv_bone.config.flags import parse_merge
+
+        config = parse_merge(sys.argv[1:], prog)
+        from rwkv_bone.conversion.merge import merge_files
+
+        print("\n".join(merge_files(config)))
+
+    return exit_status(body)
+
+
+def convert(prog: str = "rwkv-bone-convert") -> int:
+    """Convert an adapter from one format to another."""
+
+    def body() -> None:
+        from rwkv_bone.conversion.convert import main
+
+        main(prog)
+
+    return exit_status(body)
+
+
+def preview(prog: str = "rwkv-bone-preview") -> int:
+    """Show what a run would train on."""
+
+    def body() -> None:
+        from rwkv_bone.data.preview import main
+
+        main(prog)
+
+    return exit_status(body)
