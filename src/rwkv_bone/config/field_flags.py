@@ -29,7 +29,7 @@ STOP = "a run ends after --epoch_count epochs of --epoch_steps"
 SHUFFLED = "the order of the data follows from --random_seed alone"
 NOT_YET = "not supported yet"
 
-IGNORED = {
+IGNORED_FLAGS = {
     "pre_ffn": Ignored("every block has its time mix", ZERO),
     "head_qk": Ignored("there is no headQK layer", ZERO),
     "tiny_att_dim": Ignored("there is no tiny attention", ZERO),
@@ -91,7 +91,7 @@ ADAPTER_FLAGS = {
     "lora_config": "lora",
     "pissa_config": "pissa",
 }
-TRAIN_FLAGS = (*IGNORED, *ADAPTER_FLAGS, "dim_att", "train_type", "state_tune")
+TRAIN_FLAGS = (*IGNORED_FLAGS, *ADAPTER_FLAGS, "dim_att", "train_type", "state_tune")
 
 NO_FP16 = "fp16 overflows in RWKV and is not supported: use bf16, or fp32"
 VALUES = {  # flag of ours -> a value of theirs -> what it means, or why it is refused
@@ -124,10 +124,10 @@ VALUES = {  # flag of ours -> a value of theirs -> what it means, or why it is r
     "random_seed": {"-1": Means(42, "every run is seeded")},
 }
 
-MERGE_IGNORED = {
+MERGE_IGNORED_FLAGS = {
     "device": Ignored("merging runs on the CPU"),
 }
-MERGE_FLAGS = (*MERGE_IGNORED, "type", "lora_init")
+MERGE_FLAGS = (*MERGE_IGNORED_FLAGS, "type", "lora_init")
 
 
 def translate_train(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -158,7 +158,7 @@ def translate_train(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             raise UserError(f"--dim_att {width}: expected a whole number")
         if int(width):
             _set(given, "n_embd", int(width), "--dim_att")  # the time mix is as wide as the model
-    given, ignored = _ignore(given, IGNORED)
+    given, ignored = _ignore(given, IGNORED_FLAGS)
     notes += ignored
     if theirs and "config" not in given:
         notes += _unsaid(given, f"an RWKV-PEFT command line (it has --{theirs[0]})", adapter=adapter)
@@ -181,7 +181,7 @@ def translate_merge(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         notes.append("--lora_init is read as --pissa_init")
     if kind == "pissa" and given.pop("lora_alpha", None) is not None:
         notes.append("--lora_alpha is ignored: PiSSA of RWKV-PEFT has no alpha")
-    given, ignored = _ignore(given, MERGE_IGNORED)
+    given, ignored = _ignore(given, MERGE_IGNORED_FLAGS)
     return given, notes + ignored
 
 

@@ -250,7 +250,7 @@ class Dataset:
                 pairs.append((texts[0], texts[1]))
         return pairs
 
-    def lines(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """What was read, and what was left out, for the user."""
         lines = [documents.kind for documents in self._parts]
         if self.windows:

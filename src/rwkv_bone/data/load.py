@@ -19,7 +19,16 @@ from rwkv_bone.data.dataset import SCAN, Dataset, Documents
 from rwkv_bone.data.masks import parse_mask_id, stream_mask
 from rwkv_bone.data.sources import Rows, Split, Text, Tokens, open_source
 from rwkv_bone.data.templates import load_template
-from rwkv_bone.data.tokenise import Progress, RowReader, RowSettings, Skipped, TextSettings, blocks, run, token_dtype
+from rwkv_bone.data.tokenise import (
+    RowReader,
+    RowSettings,
+    Skipped,
+    TextSettings,
+    TokenisingProgress,
+    blocks,
+    run,
+    token_dtype,
+)
 from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.errors import UserError
 
@@ -135,7 +144,7 @@ class _Part:
             kind += f", template {template.name}"
         if layout.kind != "text" or cfg.loss_mask in ("qa", "se"):
             kind += f", trained on {TRAINED[cfg.loss_mask]}"
-        skipped = Skipped(record["skipped"]).lines(source.prefix)
+        skipped = Skipped(record["skipped"]).summary_lines(source.prefix)
         if not len(arrays["lengths"]):
             raise UserError(f"{self.name}: no row can be used: {'; '.join(skipped)}")
         if record["unanswered"]:
@@ -218,7 +227,7 @@ class _Part:
         files = self.source.files
         total = sum(path.stat().st_size for path in files)
         packed = any(path.suffix == ".gz" for path in files)  # then nobody knows how much there is
-        progress = Progress(f"tokenising {self.name}", 0 if packed else total)
+        progress = TokenisingProgress(f"tokenising {self.name}", 0 if packed else total)
         skipped = Skipped()
         targets = documents = unanswered = 0
         try:
@@ -296,7 +305,7 @@ class _Part:
             raise UserError(f"{self.name}: every document has tokens outside the vocabulary of {self.vocab_size}")
         skipped = Skipped()
         skipped.add([("token outside the model's vocabulary", int(n)) for n in numbers[bad]])
-        self.notes += skipped.lines(self.source.prefix)
+        self.notes += skipped.summary_lines(self.source.prefix)
         return np.flatnonzero(~bad)
 
     def _stream_masks(self, tokens, starts, lengths) -> np.ndarray | None:

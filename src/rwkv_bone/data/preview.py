@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_bone.config import DataConfig, field_flags, flags, knob
+from rwkv_bone.config import DataConfig, field_flags, flags, setting
+from rwkv_bone.config.fields import check_at_least, check_choices
 from rwkv_bone.config.saved import SECTIONS, read_config
 from rwkv_bone.data import Dataset, Sample, load_dataset, load_tokenizer
 from rwkv_bone.data.packing import best_fit
-from rwkv_bone.errors import UserError, exit_status
+from rwkv_bone.errors import exit_status
 
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
 LINE_BREAK = "\N{RETURN SYMBOL}"
@@ -29,16 +30,17 @@ VOCABULARIES = {"bytes": 256, "world": 65536, "auto": 65536}
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    samples: int = knob(3, "samples to print, spread evenly over the data; 0 = counts only")
-    show_tokens: int = knob(400, "tokens of each to print; 0 = all")
-    color: str = knob("auto", "trained tokens in green, or (never) inside [[ ]]", ("auto", "always", "never"))
+    samples: int = setting(3, "number of samples to print, spread evenly over the data; 0 = counts only")
+    show_tokens: int = setting(400, "most tokens of a sample to print; 0 = all")
+    color: str = setting(
+        "auto",
+        "trained tokens in green, or (never) inside [[ ]]; auto = in green on a terminal",
+        ("auto", "always", "never"),
+    )
 
     def __post_init__(self):
-        if self.color not in ("auto", "always", "never"):
-            raise UserError(f"--color {self.color}: expected one of auto, always, never")
-        for name in ("samples", "show_tokens"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: expected at least 0")
+        check_choices(self)
+        check_at_least(self, 0, "samples", "show_tokens")
 
 
 def parse(argv: list[str]) -> tuple[PreviewConfig, DataConfig, int]:
@@ -76,7 +78,7 @@ def preview(argv: list[str]) -> None:
     chosen = np.unique(np.linspace(0, len(dataset) - 1, settings.samples).round().astype(int))
     for index in chosen:
         print(f"{describe(dataset[index])}\n{show(dataset[index], tokenizer, colored, settings.show_tokens)}\n")
-    for line in [*dataset.lines(), *statistics(dataset), *packing(dataset, cfg.micro_bsz)]:
+    for line in [*dataset.summary_lines(), *statistics(dataset), *packing(dataset, cfg.micro_bsz)]:
         print(line)
 
 

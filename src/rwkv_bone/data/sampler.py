@@ -22,7 +22,7 @@ from rwkv_bone.data.dataset import Dataset
 from rwkv_bone.data.packing import best_fit
 from rwkv_bone.errors import UserError
 
-IGNORED = -100
+IGNORED_LABEL = -100
 PASSES_KEPT = 2
 
 
@@ -143,14 +143,14 @@ class BatchPlan:
         else:
             bounds = None
             shape, places = (self.micro_bsz, max(lengths, default=1)), [(row, 0) for row in range(len(samples))]
-        ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+        ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED_LABEL, dtype=np.int64)
         for sample, length, (row, start) in zip(samples, lengths, places, strict=True):
             ids[row, start : start + length] = sample.ids[:-1]
-            labels[row, start : start + length] = np.where(sample.trained[1:], sample.ids[1:], IGNORED)
+            labels[row, start : start + length] = np.where(sample.trained[1:], sample.ids[1:], IGNORED_LABEL)
         return Batch(
             ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
-            label_rows=torch.from_numpy(np.flatnonzero(labels != IGNORED)),
+            label_rows=torch.from_numpy(np.flatnonzero(labels != IGNORED_LABEL)),
             rows=[sample.origin for sample in samples],
             tokens=sum(lengths),
             window_tokens=window_tokens,
@@ -158,7 +158,7 @@ class BatchPlan:
             cu_seqlens=None if bounds is None else torch.from_numpy(bounds),
         )
 
-    def lines(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """How full the micro-batches of the first pass are, for the user."""
         if self.dataset.windows or not self._steps_in_pass(0):
             return []

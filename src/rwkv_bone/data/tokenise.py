@@ -95,7 +95,7 @@ class Skipped:
             count, first = self.counts.get(reason, (0, []))
             self.counts[reason] = (count + 1, [*first, number][:ORIGINS_SHOWN])
 
-    def lines(self, prefix: str) -> list[str]:
+    def summary_lines(self, prefix: str) -> list[str]:
         lines = []
         for reason, (count, first) in self.counts.items():
             named = ", ".join(f"{prefix}{number}" for number in first) + ", ..." * (count > len(first))
@@ -225,7 +225,7 @@ def _work(block: Block):
     return _encode(block)
 
 
-class Progress:
+class TokenisingProgress:
     """A bar on a terminal, once something has taken two seconds; elsewhere nothing."""
 
     WIDTH = 30

@@ -17,7 +17,7 @@ from rwkv_bone.data.conversation import Conversation, conversation, layout_of
 from rwkv_bone.data.sources import Rows, Split, open_source
 from rwkv_bone.errors import UserError
 
-IGNORED = -100  # the label of tokens that are not trained, in transformers and PyTorch
+IGNORED_LABEL = -100  # the label of tokens that are not trained, in transformers and PyTorch
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Samples:
 
     def facts(self) -> list[str]:
         """What the user should know."""
-        trained = sum(label != IGNORED for row in self.rows for label in row["labels"])
+        trained = sum(label != IGNORED_LABEL for row in self.rows for label in row["labels"])
         facts = [f"{len(self.rows):,} samples with {trained:,} trained tokens"]
         if self.cut:
             facts.append(f"{self.cut:,} cut to model_max_length")
@@ -58,11 +58,11 @@ def load_samples(rows: Iterable[tuple[str, dict]], fields: tuple[str, ...], toke
         ids, labels = [], []
         for tokens, trained in segments:
             ids += tokens
-            labels += tokens if trained else [IGNORED] * len(tokens)
+            labels += tokens if trained else [IGNORED_LABEL] * len(tokens)
         samples.cut += len(ids) > max_length
         ids, labels = ids[:max_length], labels[:max_length]
         # The first token has nothing before it to be predicted from.
-        if any(label != IGNORED for label in labels[1:]):
+        if any(label != IGNORED_LABEL for label in labels[1:]):
             samples.rows.append({"input_ids": ids, "labels": labels})
         else:
             samples.dropped += 1
@@ -150,6 +150,6 @@ def collate(rows: list[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
     for row in rows:
         length = len(row["input_ids"])
         batch["input_ids"].append(row["input_ids"] + [pad] * (width - length))
-        batch["labels"].append(row["labels"] + [IGNORED] * (width - length))
+        batch["labels"].append(row["labels"] + [IGNORED_LABEL] * (width - length))
         batch["attention_mask"].append([1] * length + [0] * (width - length))
     return {name: torch.tensor(values) for name, values in batch.items()}

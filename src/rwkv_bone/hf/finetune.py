@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from rwkv_bone.devices import select_device
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf.config import BoneConfig
-from rwkv_bone.hf.data import IGNORED, Samples, collate, load_samples, rows_of
+from rwkv_bone.hf.data import IGNORED_LABEL, Samples, collate, load_samples, rows_of
 from rwkv_bone.hf.flags import ZERO_STAGES, HfConfig
 from rwkv_bone.hf.model import TRAINER_WEIGHTS, BoneModel, get_bone_model
 
@@ -133,8 +133,8 @@ def held_out_loss(model: torch.nn.Module, samples: Samples, pad: int, size: int)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1].float()
-        total += F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum").item()
-        count += (labels != IGNORED).sum().item()
+        total += F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="sum").item()
+        count += (labels != IGNORED_LABEL).sum().item()
     model.train(training)
     return total / count
 
