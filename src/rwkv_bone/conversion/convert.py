@@ -39,6 +39,20 @@ FORMATS = ("auto", "native", "miss", "lora")
 NAMES = ("hf", "rwkv")
 ALIC_LI = ".weight.D"
 FILE_SUFFIXES = (".pth", ".safetensors")
+EXAMPLES = (
+    (
+        "what the first example of train.py has trained, as a MiSS directory for Hugging Face PEFT",
+        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/rwkv-0.pth --output out/peft",
+    ),
+    (
+        "the same as a LoRA, which equals it",
+        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/rwkv-0.pth --output out/lora --to lora",
+    ),
+    (
+        "a PEFT directory as a file for merge.py and train.py --peft_load",
+        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/peft --output out/back.pth",
+    ),
+)
 MERGE = "merge it (python merge.py --help) and convert the merged model"
 
 
@@ -315,8 +329,8 @@ def _directory_target(target: str, name) -> str:
 
 def main() -> None:
     description = "Convert an adapter of an RWKV model from one format to another."
-    config = parse_section("python -m rwkv_bone.conversion.convert", description, ConvertConfig, sys.argv[1:])
-    print("\n".join(convert(config)))
+    program = "python -m rwkv_bone.conversion.convert"
+    print("\n".join(convert(parse_section(program, description, ConvertConfig, sys.argv[1:], examples=EXAMPLES))))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,20 @@ from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.errors import UserError, exit_status
 
 DTYPES = ("auto", "uint16", "int32")
+EXAMPLES = (
+    (
+        "the bundled corpus, for the bundled model",
+        "sh scripts/prepare_data.sh --input assets/corpus_train.jsonl --tokenizer bytes --output out/corpus",
+    ),
+    (
+        "several files, for a World model, on four processes",
+        "sh scripts/prepare_data.sh --input a.jsonl b.jsonl.gz --tokenizer world --workers 4 --output out/both",
+    ),
+    (
+        "the column story of a table, without the rows that cannot be used",
+        "sh scripts/prepare_data.sh --input stories.parquet --field story --bad_rows skip --output out/stories",
+    ),
+)
 ANY_SIZE = 1 << 31  # of a vocabulary: a tokenizer named by the user says its own
 
 
@@ -41,7 +55,7 @@ class PrepareConfig:
     input: tuple[str, ...] = setting(
         (), "files of rows with one text each: JSON lines (or .gz), JSON list, CSV, Parquet"
     )
-    output: str = setting("", "path of the pair without ending: a writes a.bin and a.idx")
+    output: str = setting("", "path of the pair, without its endings .bin and .idx")
     tokenizer: str = setting("world", "tokenizer of the model: bytes, world, or the path of a tokenizer.json")
     field: str = setting("text", "name of the field that holds the text")
     append_eod: bool = setting(True, "1 = end each document with the end-of-document id, as the field's data has it")
@@ -125,7 +139,8 @@ def prepare(cfg: PrepareConfig) -> None:
 
 
 def main() -> None:
-    prepare(parse_section("prepare", __doc__.split("\n\n")[0], PrepareConfig, sys.argv[1:]))
+    description = "Turn rows of text into a .bin/.idx pair of token ids."
+    prepare(parse_section("prepare", description, PrepareConfig, sys.argv[1:], examples=EXAMPLES))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,18 @@ from rwkv_bone.errors import exit_status
 
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
 LINE_BREAK = "\N{RETURN SYMBOL}"
+DESCRIPTION = "Show what a run would train on. Of the flags of train.py those about data and vocabulary count."
+EXAMPLES = (
+    ("three samples and the counts", "sh scripts/preview_data.sh --load_model my-model.pth --data_file mine.jsonl"),
+    (
+        "five samples in another template",
+        "sh scripts/preview_data.sh --load_model my-model.pth --data_file chat.jsonl --template g1 --samples 5",
+    ),
+    (
+        "counts only, with long samples left out",
+        "sh scripts/preview_data.sh --load_model my-model.pth --data_file mine.jsonl --long_samples drop --samples 0",
+    ),
+)
 BAR = 40
 BINS = 12
 VOCABULARIES = {"bytes": 256, "world": 65536, "auto": 65536}
@@ -45,12 +57,12 @@ class PreviewConfig:
 
 def parse(argv: list[str]) -> tuple[PreviewConfig, DataConfig, int]:
     """(settings of the preview, settings of the data, vocabulary size) that `argv` asks for."""
-    parser = flags.Parser("preview", __doc__.split("\n\n")[1])
+    parser = flags.Parser("preview", DESCRIPTION, EXAMPLES, field_flags.TRAIN_FLAGS)
     flags.add_fields(parser.add_argument_group("preview"), PreviewConfig)
     parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help="as for train.py")
     for name, section in SECTIONS.items():
         flags.add_fields(parser.add_argument_group(name), section)
-    given, notes = field_flags.translate_train(parser.read(argv, field_flags.TRAIN_FLAGS))
+    given, notes = field_flags.translate_train(parser.read(argv))
     saved = read_config(Path(given["config"])) if "config" in given else {}
     preview = PreviewConfig(**flags.of_section(given, PreviewConfig))
     data = DataConfig(**{**saved.get("data", {}), **flags.of_section(given, DataConfig)})

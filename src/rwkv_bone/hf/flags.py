@@ -14,6 +14,23 @@ PRECISIONS = ("bf16", "fp32")
 # Flags of that script which change nothing here.
 IGNORED_FLAGS = ("use_bone", "save_strategy", "report_to", "run_name", "bf16", "attn_implementation")
 
+EXAMPLES = (
+    (
+        "Bone in every linear layer, and the merged model beside the adapter",
+        "python train_hf.py --model_name_or_path models/my-model --data_path mine.jsonl --merge 1",
+    ),
+    (
+        "Hugging Face PEFT's Bat instead",
+        "python train_hf.py --model_name_or_path models/my-model --data_path mine.jsonl --mode bat-col "
+        "--output_dir out/bat",
+    ),
+    (
+        "on two GPUs",
+        "python train_hf.py --model_name_or_path models/my-model --data_path mine.jsonl --devices 2 "
+        "--output_dir out/two",
+    ),
+)
+
 
 @dataclass(frozen=True)
 class HfConfig:
