@@ -69,7 +69,7 @@ PROGRAMS = {
     ],
 )
 def test_names_of_other_trainers_are_answered_with_the_flag_of_train(typed, meant):
-    needed = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
+    needed = ["--data_file", "rows.jsonl", "--load_model", "base.pth"]
     name = typed.split("=")[0]
     assert f"{name} is not a flag of train.py; did you mean --{meant}?" in error_of(
         flags.parse_train, *needed, typed, "8"
