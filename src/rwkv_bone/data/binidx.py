@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 
@@ -84,7 +85,9 @@ class PairWriter:
             raise self._refused(error) from error
         self._lengths.append(lengths.astype(np.int64))
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._finish()

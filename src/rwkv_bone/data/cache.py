@@ -55,6 +55,7 @@ class Arrays:
         """Forget what was appended under `name`, if anything was."""
         self._parts.pop(name, None)
         if record := self._files.pop(name, None):
+            assert self._folder is not None  # files lie there
             record[0].close()
             (self._folder / name).unlink()
 
@@ -112,10 +113,11 @@ class Cache:
         try:
             status = os.stat(path)
             # The change time moves whenever a file is written, whatever is done to its modification time.
-            seen = [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            place = str(path.absolute())
+            seen = [place, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
             if status.st_size <= HASHED:
                 return _hash(path)
-            record = self.folder / "files" / hashlib.blake2b(seen[0].encode(), digest_size=16).hexdigest()
+            record = self.folder / "files" / hashlib.blake2b(place.encode(), digest_size=16).hexdigest()
             with suppress(OSError, ValueError):
                 known = json.loads(record.read_text(encoding="utf-8"))
                 if known.get("seen") == seen:

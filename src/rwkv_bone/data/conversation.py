@@ -107,7 +107,8 @@ def conversation(row: Mapping[str, Any], layout: Layout, where: str) -> Conversa
     if layout.kind == "messages":
         return _of_messages(row, layout.fields[0], where)
     prompt, response = layout.fields
-    before, material = (), ""
+    before: tuple[Turn, ...] = ()
+    material = ""
     if layout.kind == "alpaca":
         material = _optional(row, "input", where)
         before = (*_system(row, where), *_history(row, where))

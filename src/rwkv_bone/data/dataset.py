@@ -16,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
+from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.errors import UserError
 
 SCAN = 1 << 24  # tokens looked at in one go, so that a memory-mapped file is never in memory as a whole
@@ -137,8 +138,9 @@ class Dataset:
             what = f"{len(too_long):,} samples longer than --ctx_len {self.ctx_len}"
             if long_samples == "cut":
                 lengths = np.minimum(full, limit)
-                counts = f"{len(too_long):,} samples, {lost:,} tokens left out"
-                self._notes.append(f"cut at --ctx_len {self.ctx_len}: {counts}")
+                self._notes.append(
+                    f"cut at --ctx_len {self.ctx_len}: {len(too_long):,} samples, {lost:,} tokens left out"
+                )
             elif long_samples == "drop":
                 index = np.flatnonzero(full <= limit)
                 starts, lengths = starts[index], full[index]
@@ -153,8 +155,8 @@ class Dataset:
                 piece = np.arange(len(index)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
                 starts = starts[index] + piece * self.ctx_len
                 lengths = np.minimum(full[index] - piece * self.ctx_len, limit)
-                count = int(pieces[too_long].sum())
-                self._notes.append(f"split (--long_samples split): {what} became {count:,}")
+                became = int(pieces[too_long].sum())
+                self._notes.append(f"split (--long_samples split): {what} became {became:,}")
         counts = count_trained(documents.trained, starts, starts + lengths)
         kept = np.flatnonzero(counts)
         if len(kept) < len(counts):
@@ -233,7 +235,7 @@ class Dataset:
             part.windows = windows
         return part
 
-    def pairs(self, tokenizer, limit: int | None = None) -> list[tuple[str, str]]:
+    def pairs(self, tokenizer: Tokenizer, limit: int | None = None) -> list[tuple[str, str]]:
         """(all before the last response, that response) as text, of the first `limit` samples that have both, uncut."""
         pairs: list[tuple[str, str]] = []
         for index in range(len(self)):

@@ -17,14 +17,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 
 import numpy as np
 
 from rwkv_bone.data.templates import DOCUMENT, RESPONSE, Segment
+from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.errors import UserError
+
+# (ids, hits, length of a hit, its text, tokenizer) -> bool [hits]: which of them count.
+Wanted = Callable[[np.ndarray, np.ndarray, int, str, Tokenizer], np.ndarray]
 
 QA_ON, QA_OFF = ("Assistant:",), ("User:", "System:")
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n[^\S\n]*\Z")
@@ -32,7 +36,9 @@ TOKENS_BEFORE = 8  # more than a blank line takes, "\r\n\r\n" in bytes
 NEIGHBOURS = ("", " ", " x", "x", "\n", "\n\n", *"\"'()*,-./<>=[]{}|#@`_:;!?~^&%$+\\", "“", "。", "，", "…")
 
 
-def encode(segments: Sequence[Segment], tokenizer, loss_mask: str, mask_id: str = "") -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    segments: Sequence[Segment], tokenizer: Tokenizer, loss_mask: str, mask_id: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
     """ids int32 [L], the segments' and the end-of-document id; and trained bool [L], which of them are targets.
 
     The first id is no target: nothing predicts it.
@@ -57,16 +63,17 @@ def _is_trained(role: str, loss_mask: str, last: bool) -> bool:
     return role == RESPONSE and (last or loss_mask != "last")
 
 
-def stream_mask(ids: np.ndarray, tokenizer, loss_mask: str, mask_id: str = "") -> np.ndarray:
+def stream_mask(ids: np.ndarray, tokenizer: Tokenizer, loss_mask: str, mask_id: str = "") -> np.ndarray:
     """bool [N]: which tokens of a stream of whole documents, each ended by the end-of-document id, are targets.
 
     Only qa and se leave tokens out, since only they find responses in the text.
     """
     if loss_mask not in ("qa", "se"):
         return np.ones(len(ids), dtype=bool)
-    if loss_mask == "qa":
-        on_texts, off_texts, wanted = QA_ON, QA_OFF, _at_turn_start
-    else:
+    on_texts: tuple[str, ...] = QA_ON
+    off_texts: tuple[str, ...] = QA_OFF
+    wanted: Wanted | None = _at_turn_start
+    if loss_mask == "se":
         off_text, on_text = parse_mask_id(mask_id)
         on_texts, off_texts, wanted = (on_text,), (off_text,), None
     _, on = _find(ids, tokenizer, on_texts, wanted)
@@ -94,7 +101,9 @@ def parse_mask_id(mask_id: str) -> tuple[str, str]:
     return texts["mask0"], texts["mask1"]
 
 
-def _find(ids: np.ndarray, tokenizer, texts: Iterable[str], wanted) -> tuple[np.ndarray, np.ndarray]:
+def _find(
+    ids: np.ndarray, tokenizer: Tokenizer, texts: Iterable[str], wanted: Wanted | None
+) -> tuple[np.ndarray, np.ndarray]:
     """int64 [hits] twice: the first token of each place where one of the texts stands, and the first token after it."""
     starts, ends = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for text in texts:
@@ -113,7 +122,7 @@ def _find(ids: np.ndarray, tokenizer, texts: Iterable[str], wanted) -> tuple[np.
 
 
 @lru_cache(maxsize=64)
-def _token_forms(text: str, tokenizer) -> set[tuple[int, ...]]:
+def _token_forms(text: str, tokenizer: Tokenizer) -> set[tuple[int, ...]]:
     """The token sequences that may hold `text`: its first and last token can reach over its ends (":" before "(")."""
     around = [(before, after) for before in NEIGHBOURS for after in ("", " x")]
     around += [(before, after) for before in ("", "\n\n") for after in NEIGHBOURS]
@@ -127,7 +136,7 @@ def _token_forms(text: str, tokenizer) -> set[tuple[int, ...]]:
     return forms
 
 
-def _at_turn_start(ids: np.ndarray, hits: np.ndarray, length: int, text: str, tokenizer) -> np.ndarray:
+def _at_turn_start(ids: np.ndarray, hits: np.ndarray, length: int, text: str, tokenizer: Tokenizer) -> np.ndarray:
     """bool [hits]: `text`, `length` tokens from each hit on, begins a document or follows a blank line."""
     # Most hits are settled by the token before: its text ends in a blank line, or in something else than white space.
     # What lies before the stream reads as an ended document.

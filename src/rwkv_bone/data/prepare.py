@@ -7,6 +7,7 @@ Rows of prompt and response are not for this: their masks would be lost, and tra
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class DocumentSettings:
-    """As tokenise.RowSettings, for texts that are documents."""
+    """As tokenise.RowSettings, for rows whose one field is a document."""
 
     reader: RowReader
     field: str
@@ -82,13 +83,15 @@ class DocumentSettings:
     append_eod: bool
     dtype: str
 
-    def encoder(self):
+    def encoder(self) -> Callable[[Block], Encoded]:
         tokenizer = load_tokenizer(self.tokenizer, ANY_SIZE)
         dtype, layout = np.dtype(self.dtype), Layout("text", (self.field,))
         end = [tokenizer.eod] if self.append_eod else []
 
         def encode_row(row: dict, where: str) -> np.ndarray:
-            ids = np.array(tokenizer.encode(conversation(row, layout, where).document) + end, dtype=np.int64)
+            document = conversation(row, layout, where).document
+            assert document is not None  # the layout is one text
+            ids = np.array(tokenizer.encode(document) + end, dtype=np.int64)
             check_vocabulary(ids, np.iinfo(dtype).max + 1, where, tokenizer.name)
             return ids.astype(dtype)
 
@@ -106,10 +109,13 @@ class DocumentSettings:
 
 
 def prepare(cfg: PrepareConfig) -> None:
-    sources = [open_source(name) for name in cfg.input]
-    for name, source in zip(cfg.input, sources, strict=True):
+    """Write the pair and print what it holds. UserError, and no pair, if a row or file cannot be used."""
+    sources = []
+    for name in cfg.input:
+        source = open_source(name)
         if not isinstance(source, Rows):
             raise UserError(f"{name}: {source.kind}; expected rows with a field {cfg.field!r}")
+        sources.append(source)
     tokenizer = load_tokenizer(cfg.tokenizer, ANY_SIZE)
     dtype = token_dtype(tokenizer.vocab_size) if cfg.dtype == "auto" else np.dtype(cfg.dtype)
     files = [path for source in sources for path in source.files]

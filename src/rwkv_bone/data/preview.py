@@ -7,6 +7,7 @@ was cut or left out and why.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from rwkv_bone.config.fields import check_at_least, check_choices
 from rwkv_bone.config.saved import SECTIONS, read_config
 from rwkv_bone.data import Dataset, Sample, load_dataset, load_tokenizer
 from rwkv_bone.data.packing import best_fit
+from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.errors import exit_status
 
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
@@ -98,7 +100,7 @@ def describe(sample: Sample) -> str:
     return f"--- {sample.origin}: {len(sample.ids):,} tokens, {sample.trained.sum():,} of them trained"
 
 
-def show(sample: Sample, tokenizer, colored: bool, limit: int = 0) -> str:
+def show(sample: Sample, tokenizer: Tokenizer, colored: bool, limit: int = 0) -> str:
     """The text of a sample: trained tokens marked, line breaks visible, the end-of-document id as <end>."""
     shown = len(sample.ids) if limit == 0 else min(limit, len(sample.ids))
     text = []
@@ -114,7 +116,7 @@ def show(sample: Sample, tokenizer, colored: bool, limit: int = 0) -> str:
     return "".join(text)
 
 
-def _readable(ids: np.ndarray, tokenizer) -> str:
+def _readable(ids: np.ndarray, tokenizer: Tokenizer) -> str:
     parts = np.split(ids, np.flatnonzero(ids == tokenizer.eod) + 1)
     texts = []
     for part in parts:
@@ -171,5 +173,6 @@ def packing(dataset: Dataset, micro_bsz: int) -> Iterator[str]:
 
 if __name__ == "__main__":
     # A terminal that cannot show a character shows its number.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(exit_status(lambda: preview(sys.argv[1:])))

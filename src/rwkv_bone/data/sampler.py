@@ -194,9 +194,9 @@ class BatchPlan:
 
     def _counts(self, number: int) -> np.ndarray:
         """How often pass `number` has each sample, int64 [n]: its weight, rounded down or up so that passes add up."""
-        if self._offsets is None:
-            return np.ones(len(self.dataset), dtype=np.int64)
         repeats = self.dataset.repeats
+        if repeats is None:
+            return np.ones(len(self.dataset), dtype=np.int64)
         before, after = (np.floor(repeats * passes + self._offsets) for passes in (number, number + 1))
         return (after - before).astype(np.int64)
 

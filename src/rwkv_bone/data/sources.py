@@ -16,12 +16,12 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -120,7 +120,7 @@ class JsonList(Rows):
 class _JsonReader:
     """Values of a JSON text, read from a file piece by piece."""
 
-    def __init__(self, path: Path, file: BinaryIO):
+    def __init__(self, path: Path, file: IO[bytes] | gzip.GzipFile):
         self._path, self._file = path, file
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._parse = json.JSONDecoder().raw_decode
@@ -200,19 +200,19 @@ class Csv(Rows):
                 try:
                     cells = next(reader, None)
                 except csv.Error as error:
-                    cells = UserError(f"{self.prefix}{reader.line_num}: not valid CSV ({error})")
+                    problem = UserError(f"{self.prefix}{reader.line_num}: not valid CSV ({error})")
                     if header is None:
-                        raise cells from error
+                        raise problem from error
+                    yield reader.line_num, problem, 0
+                    continue
                 if cells is None:
                     return
                 if header is None:
                     header = self._header(cells)
-                elif isinstance(cells, UserError):
-                    yield reader.line_num, cells, 0
                 elif cells:
                     yield reader.line_num, (header, cells), sum(map(len, cells)) + len(cells)
 
-    def _texts(self, header_line: bytes, lines) -> Iterator[str]:
+    def _texts(self, header_line: bytes, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[str]:
         yield header_line.decode("utf-8-sig", errors="surrogateescape")
         for number, line in lines:
             if line is None:
@@ -246,7 +246,8 @@ class Table(Rows):
 
     def _batches(self) -> Iterator:
         try:
-            import pyarrow
+            # pyarrow carries no types.
+            import pyarrow  # type: ignore[import-untyped]
             from pyarrow import ipc, parquet
         except ImportError as error:
             raise UserError(f"{self.path}: {self.kind} needs a package: pip install pyarrow") from error
@@ -308,7 +309,7 @@ class HfRows(Rows):
         return len(self._dataset)
 
 
-def _load_hf(name: str, split: str, cache_dir: str, held_out: bool):
+def _load_hf(name: str, split: str, cache_dir: str, held_out: bool) -> tuple[Any, str]:
     """(Dataset, name of its split). Held-out data prefers the splits made for it."""
     try:
         import datasets
@@ -440,7 +441,7 @@ def _uint16(path: Path) -> Tokens:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """The bytes of a file, unpacked if it is gzip."""
     try:
         with open(path, "rb") as file:
@@ -453,7 +454,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+def _lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[int, bytes | None]]:
     """(number from 1, line), without the content of lines beyond LIMIT."""
     number = 0
     while line := file.readline(LIMIT + 1):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
@@ -103,6 +103,13 @@ class Skipped:
         return lines
 
 
+class Settings(Protocol):
+    """What `run` is given, here and in other processes."""
+
+    def encoder(self) -> Callable[[Block], Encoded]:
+        """The function from a block of a source to its documents."""
+
+
 @dataclass(frozen=True)
 class RowSettings:
     """All that decides what becomes of a row; goes to other processes, where `encoder` makes the function."""
@@ -185,7 +192,7 @@ def blocks(items: Iterable[tuple[int, Any, int]]) -> Iterator[Block]:
         yield group, size
 
 
-def run(settings, source: Iterable[Block], total: int, processes: int = 0) -> Iterator:
+def run(settings: Settings, source: Iterable[Block], total: int, processes: int = 0) -> Iterator[Encoded]:
     """`settings.encoder()` on every block, in order; with 0 `processes` the `total` of bytes decides how many."""
     count = processes or (usable_processes(total) if total >= PARALLEL else 1)
     if count == 1:
@@ -216,12 +223,17 @@ def usable_processes(total: int) -> int:
     return max(1, min(cores, PROCESSES, total // (PARALLEL // 4)))
 
 
-def _start(settings) -> None:
+# In a process that tokenises: what it does with a block.
+_encode: Callable[[Block], Encoded] | None = None
+
+
+def _start(settings: Settings) -> None:
     global _encode
     _encode = settings.encoder()
 
 
-def _work(block: Block):
+def _work(block: Block) -> Encoded:
+    assert _encode is not None  # `_start` has run
     return _encode(block)
 
 
@@ -230,7 +242,7 @@ class TokenisingProgress:
 
     WIDTH = 30
 
-    def __init__(self, label: str, total: int, stream=None):
+    def __init__(self, label: str, total: int, stream: TextIO | None = None):
         self.label, self.total, self.stream = label, total, stream or sys.stderr
         self.bytes = self.tokens = 0
         self.begin = self.shown = time.perf_counter()

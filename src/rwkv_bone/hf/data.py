@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from rwkv_bone.data.conversation import Conversation, conversation, layout_of
 from rwkv_bone.data.sources import Rows, Split, open_source
 from rwkv_bone.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100  # the label of tokens that are not trained, in transformers and PyTorch
 
@@ -48,7 +52,9 @@ class Samples:
         return facts
 
 
-def load_samples(rows: Iterable[tuple[str, dict]], fields: tuple[str, ...], tokenizer, max_length: int) -> Samples:
+def load_samples(
+    rows: Iterable[tuple[str, dict]], fields: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Samples:
     """The samples of rows with their places. UserError, with the place, for what cannot be used."""
     samples, layout, where = Samples(), None, "no row"
     for where, row in rows:
@@ -84,7 +90,7 @@ def rows_of(path: str, split: str = "", held_out: bool = False) -> Iterator[tupl
         yield where, source.parse(raw, where)
 
 
-def render(talk: Conversation, tokenizer) -> tuple[list[tuple[list[int], bool]], bool]:
+def render(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[tuple[list[int], bool]], bool]:
     """([(token ids, trained), ...], whether only the last response of several is trained)."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if talk.document is not None:
@@ -99,7 +105,7 @@ def render(talk: Conversation, tokenizer) -> tuple[list[tuple[list[int], bool]],
     return [(_ids(tokenizer, text), trained) for text, trained in spans if text], last_only
 
 
-def _template_spans(talk: Conversation, tokenizer) -> tuple[list[tuple[str, bool]], bool]:
+def _template_spans(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[tuple[str, bool]], bool]:
     """The template's text in pieces, and whether each is trained: from where the model goes on to the turn's end."""
     messages = []
     for turn in talk.turns:
@@ -133,20 +139,20 @@ def _template_spans(talk: Conversation, tokenizer) -> tuple[list[tuple[str, bool
     return spans, last_only
 
 
-def _begun(tokenizer, text: str) -> list[int]:
+def _begun(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a text that something follows: with the tokenizer's start of text, without its end."""
     ids = tokenizer(text)["input_ids"]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
-def _ids(tokenizer, text: str) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def collate(rows: list[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
     """A batch, padded on the right: input_ids, labels and attention_mask, [B, T]."""
     width = max(len(row["input_ids"]) for row in rows)
-    batch = {"input_ids": [], "labels": [], "attention_mask": []}
+    batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": []}
     for row in rows:
         length = len(row["input_ids"])
         batch["input_ids"].append(row["input_ids"] + [pad] * (width - length))
