@@ -36,6 +36,7 @@ def find_pair(path: Path) -> Path | None:
 
 
 def part_of(pair: Path, suffix: str) -> Path:
+    """The file of a pair with this ending, .bin or .idx."""
     return pair.with_name(pair.name + suffix)
 
 

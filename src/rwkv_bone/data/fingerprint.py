@@ -1,4 +1,4 @@
-"""A hash of what a run trains on, by which it is told whether it goes on with the same data."""
+"""A hash of the data of a run, by which a continued run recognises that its data is still the same."""
 
 from __future__ import annotations
 

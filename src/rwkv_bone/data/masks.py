@@ -1,12 +1,12 @@
 """Which tokens are trained.
 
 response  (default) responses and what ends their turns; documents whole
-last      of a conversation the last response only
+last      only the last response of a conversation
 none      every token, prompts too; `pad`, RWKV-PEFT's word for all but the padding, is the same: padding never trains
-qa        of a conversation the responses. Where there are no turns, in documents and token streams, they are found in
-          the text: from after "Assistant:" until before "User:" or "System:", at the beginning of a document or after
-          a blank line only, so that the words inside a turn switch nothing
-se        from after the text mask1 of --mask_id until before its text mask0, wherever they stand
+qa        the responses of a conversation. Documents and token streams have no turns; in them what is trained
+          begins after "Assistant:" and ends before "User:" or "System:". These words count only at the beginning of
+          a document or after a blank line, not in the middle of a turn
+se        what is trained begins after the text mask1 of --mask_id and ends before its text mask0, wherever they stand
 
 With qa and se a document begins untrained, and the end-of-document id is trained if the token before it is. RWKV-PEFT
 also trains the marker that switches on, and the whole document where no marker is found; here such a document trains
@@ -79,7 +79,7 @@ def stream_mask(ids: np.ndarray, tokenizer: Tokenizer, loss_mask: str, mask_id: 
     _, on = _find(ids, tokenizer, on_texts, wanted)
     off, _ = _find(ids, tokenizer, off_texts, wanted)
     after_documents = np.flatnonzero(ids == tokenizer.eod) + 1
-    # Where two fall on one position, the later of this order holds.
+    # Where several changes fall on one position, the last one in this order counts.
     positions = np.concatenate([[0], after_documents, on, off])
     values = np.repeat([False, False, True, False], [1, len(after_documents), len(on), len(off)])
     order = np.argsort(positions, kind="stable")
@@ -123,7 +123,10 @@ def _find(
 
 @lru_cache(maxsize=64)
 def _token_forms(text: str, tokenizer: Tokenizer) -> set[tuple[int, ...]]:
-    """The token sequences that may hold `text`: its first and last token can reach over its ends (":" before "(")."""
+    """The token sequences that may stand for `text`. Its first and last token may reach beyond it, as in ":(".
+
+    So the text is tokenised between many neighbours, and each form that occurs is kept.
+    """
     around = [(before, after) for before in NEIGHBOURS for after in ("", " x")]
     around += [(before, after) for before in ("", "\n\n") for after in NEIGHBOURS]
     forms = set()
@@ -138,8 +141,8 @@ def _token_forms(text: str, tokenizer: Tokenizer) -> set[tuple[int, ...]]:
 
 def _at_turn_start(ids: np.ndarray, hits: np.ndarray, length: int, text: str, tokenizer: Tokenizer) -> np.ndarray:
     """bool [hits]: `text`, `length` tokens from each hit on, begins a document or follows a blank line."""
-    # Most hits are settled by the token before: its text ends in a blank line, or in something else than white space.
-    # What lies before the stream reads as an ended document.
+    # For most hits the token before decides: its text ends in a blank line, or in something that is not white space.
+    # Before the first token of the stream a document is taken to have ended.
     before, which = np.unique(np.where(hits > 0, ids[np.maximum(hits - 1, 0)], tokenizer.eod), return_inverse=True)
     overhang = tokenizer.decode(ids[hits[0] : hits[0] + length].tolist()).partition(text)[0]
     written = [tokenizer.decode([token]) + overhang for token in before.tolist()]

@@ -48,7 +48,7 @@ EXAMPLES = (
         "sh scripts/prepare_data.sh --input stories.parquet --field story --bad_rows skip --output out/stories",
     ),
 )
-ANY_SIZE = 1 << 31  # of a vocabulary: a tokenizer named by the user says its own
+ANY_SIZE = 1 << 31  # a limit on the vocabulary that none reaches: here the tokenizer itself says its size
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
     a text    UTF-8 or UTF-16: the whole file is one document
     tokens    ids made beforehand: a .bin/.idx pair, a NumPy array, a bare array of uint16
 
-Rows and texts are streamed, tokens memory-mapped: no file is ever in memory as a whole. A row that cannot be used is
-a UserError that begins with where it stands; what makes a whole file unusable is one that names the file.
+Rows and texts are streamed, tokens are memory-mapped: no file is ever in memory as a whole. The UserError for a row
+that cannot be used begins with the row's place, the one for a file with its path.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class _JsonReader:
             self._read()
 
     def _read(self) -> None:
-        """More text: as much again as is unread, so that a long value is tried few times."""
+        """Read as much again as is not parsed yet, so that even a long value is tried only a few times."""
         data = self._file.read(max(CHUNK, len(self._text) - self._at))
         self._line += self._text.count("\n", 0, self._at)
         self._text, self._at = self._text[self._at :], 0
@@ -347,8 +347,7 @@ class Text:
         return [self.path]
 
     def pieces(self) -> Iterator[str]:
-        """The text in pieces that end where a line does and the next begins with no white space, where no token reaches
-        across."""
+        """The text in pieces. Each ends with a line, and the next begins with no white space: no token is cut."""
         decode = codecs.getincrementaldecoder(self.encoding)().decode
         text, line = "", 1
         with opened(self.path) as file:
@@ -383,7 +382,7 @@ def _text_encoding(head: bytes) -> str:
             return "utf-8"
     except UnicodeDecodeError:
         pass
-    # Without a mark: UTF-16 if that makes sense of it.
+    # Without a byte order mark: UTF-16 if the text makes sense as such.
     try:
         text = head[: len(head) // 2 * 2].decode("utf-16-le")
     except UnicodeDecodeError as error:
@@ -549,7 +548,7 @@ class Split:
         return cls(found["name"], *bounds)
 
     def bounds(self, count: Callable[[], int]) -> tuple[int, int | None]:
-        """(first row, end or None), from 0; `count` tells the number of rows and is asked only if need be."""
+        """(first row, end or None), from 0; `count` gives the number of rows, and is only called if it is needed."""
         if not any(bound.startswith("-") or bound.endswith("%") for bound in (self.start, self.stop)):
             return int(self.start or 0), int(self.stop) if self.stop else None
         rows = count()

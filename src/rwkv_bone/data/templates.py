@@ -38,7 +38,7 @@ from rwkv_bone.errors import UserError
 
 PROMPT, RESPONSE, DOCUMENT = "prompt", "response", "document"
 END_OF_TURN = "\n\n"
-VERSION = 1  # part of `identity`: to be raised when a row is written as another text than before
+VERSION = 1  # part of `identity`: raise it when the same row is written as another text than before
 
 
 class Segment(NamedTuple):
@@ -47,7 +47,7 @@ class Segment(NamedTuple):
 
 
 class Template:
-    """`render` writes a whole conversation; `prompt` and `response` are its last response and all before it."""
+    """`render` writes a whole conversation; `response` is its last response, `prompt` all text before that."""
 
     name: str
 
@@ -141,7 +141,7 @@ class AlpacaTemplate(Template):
 class FormatTemplate(Template):
     """A text file with {prompt} and, after it, {response}: each exactly once, all else as it is (one line break at the
     end of the file does not count). What follows {response} ends every response and is trained. Several turns are
-    written one after another; system and tool turns it has no place for.
+    written one after another. There is no place for system and tool turns.
     """
 
     def __init__(self, name: str, text: str):

@@ -1,6 +1,6 @@
-"""Rows and texts to flat arrays of ids: a block of rows at a time, on several processes where there is much to do.
+"""Turns rows and texts into flat arrays of ids, a block of rows at a time, on several processes if there is much data.
 
-What comes out does not depend on the number of processes: blocks are made by the reader and collected in its order.
+The result does not depend on the number of processes: the reader makes the blocks, and they are collected in its order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.errors import UserError
 
 BLOCK = 1 << 21  # bytes of rows that a process is given at a time
-PARALLEL = 1 << 26  # bytes from which on processes pay: each takes a second to start and to read a vocabulary
+PARALLEL = 1 << 26  # bytes of data above which several processes are worth their start, a second each
 PROCESSES = 16
 ORIGINS_SHOWN = 3
 SKIP_HINT = "(--bad_rows skip leaves such rows out and counts them)"
@@ -50,10 +50,12 @@ class Encoded:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and int32 that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int, where: str, tokenizer: str) -> None:
+    """UserError for an id that the model does not have."""
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         bad = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise UserError(
@@ -64,7 +66,7 @@ def check_vocabulary(ids: np.ndarray, vocab_size: int, where: str, tokenizer: st
 
 @dataclass(frozen=True)
 class RowReader:
-    """Rows out of what a source yields, with what is wrong with them."""
+    """Parses the rows of a source. A bad row stops the run or, with `skip`, is replaced by the reason."""
 
     parse: Callable[[Any, str], dict]
     prefix: str
@@ -112,7 +114,7 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class RowSettings:
-    """All that decides what becomes of a row; goes to other processes, where `encoder` makes the function."""
+    """Everything that decides the ids of a row. It is sent to other processes, each of which makes its own encoder."""
 
     reader: RowReader
     layout: Layout
@@ -154,7 +156,7 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """As RowSettings, for pieces of texts: each becomes a stretch of ids, of one document in all."""
+    """As RowSettings, for the pieces of one text, whose ids together are one document."""
 
     name: str
     tokenizer: str
@@ -174,7 +176,7 @@ class TextSettings:
 
 
 def reason_of(message: str, where: str) -> str:
-    """What is wrong, without the place and the particulars, so that rows can be counted by it."""
+    """The message without its place and particulars, so that rows with the same problem are counted together."""
     reason = re.split(r"[;:(]|, expected|, found", message.removeprefix(where).lstrip(": "))[0]
     return re.sub(r"\d+", "N", reason).strip()
 
@@ -193,7 +195,10 @@ def blocks(items: Iterable[tuple[int, Any, int]]) -> Iterator[Block]:
 
 
 def run(settings: Settings, source: Iterable[Block], total: int, processes: int = 0) -> Iterator[Encoded]:
-    """`settings.encoder()` on every block, in order; with 0 `processes` the `total` of bytes decides how many."""
+    """The results of `settings.encoder()` for every block, in order.
+
+    processes: how many; 0 = by `total`, the bytes of all blocks.
+    """
     count = processes or (usable_processes(total) if total >= PARALLEL else 1)
     if count == 1:
         yield from map(settings.encoder(), source)
@@ -219,6 +224,7 @@ def run(settings: Settings, source: Iterable[Block], total: int, processes: int 
 
 
 def usable_processes(total: int) -> int:
+    """How many processes are worth it for this many bytes, on the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, PROCESSES, total // (PARALLEL // 4)))
 
@@ -238,7 +244,7 @@ def _work(block: Block) -> Encoded:
 
 
 class TokenisingProgress:
-    """A bar on a terminal, once something has taken two seconds; elsewhere nothing."""
+    """A progress bar, on a terminal and after two seconds; elsewhere nothing is drawn."""
 
     WIDTH = 30
 

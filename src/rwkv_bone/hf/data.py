@@ -40,7 +40,7 @@ class Samples:
         return self.rows[index]
 
     def facts(self) -> list[str]:
-        """What the user should know."""
+        """What was read, cut and left out, in words."""
         trained = sum(label != IGNORED_LABEL for row in self.rows for label in row["labels"])
         facts = [f"{len(self.rows):,} samples with {trained:,} trained tokens"]
         if self.cut:
@@ -55,7 +55,7 @@ class Samples:
 def load_samples(
     rows: Iterable[tuple[str, dict]], fields: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Samples:
-    """The samples of rows with their places. UserError, with the place, for what cannot be used."""
+    """The samples of (place, row) pairs. UserError, beginning with the place, for a row that cannot be used."""
     samples, layout, where = Samples(), None, "no row"
     for where, row in rows:
         layout = layout or layout_of(row, fields, "auto", where)
@@ -106,7 +106,10 @@ def render(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list
 
 
 def _template_spans(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[tuple[str, bool]], bool]:
-    """The template's text in pieces, and whether each is trained: from where the model goes on to the turn's end."""
+    """([(piece of the template's text, whether it is trained), ...], whether only the last response of several is).
+
+    What is trained begins where the model would continue and ends where the turn does.
+    """
     messages = []
     for turn in talk.turns:
         text = f"{turn.text}\n{turn.material}" if turn.material else turn.text
@@ -140,7 +143,7 @@ def _template_spans(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> t
 
 
 def _begun(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text that something follows: with the tokenizer's start of text, without its end."""
+    """The ids of a text that is continued: with the tokenizer's start of text, but without its end."""
     ids = tokenizer(text)["input_ids"]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 

@@ -193,12 +193,12 @@ def _deepspeed(config: HfConfig, device: str) -> dict | None:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("deepspeed is not installed: pip install deepspeed, or give --deepspeed none")
     if "LOCAL_RANK" not in os.environ:
-        # What a launcher would tell its processes, of which this is the only one.
+        # What a launcher would set, for a single process.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if device == "cpu":
         from deepspeed import ops
 
-        # An operator for faster collectives in shared memory, compiled for most of a minute on first use; gloo will do.
+        # This operator makes collectives faster, but compiling it takes most of a minute; gloo does without it.
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if config.deepspeed in ZERO_STAGES:
         return {
@@ -251,7 +251,7 @@ def _reporter(report: Callable[[str], None], measure: Callable[[str], None]) -> 
                 assert self.trainer is not None
                 engine = self.trainer.model_wrapped
                 engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
-            # Not earlier: only now is the model where it is trained, and as ZeRO has cut it up.
+            # Not earlier: only now is the model on its device, and divided as ZeRO divides it.
             measure("before")
 
         def on_log(

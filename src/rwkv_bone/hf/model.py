@@ -45,7 +45,7 @@ def get_bone_model(model: nn.Module, peft_config: BoneConfig, adapter_name: str 
 
 @dataclass
 class _Bone:
-    """What a BoneModel remembers. No nn.Module, so that nothing of it becomes a part of the model."""
+    """What a BoneModel remembers. It is not an nn.Module, so that nothing in it becomes part of the model."""
 
     config: BoneConfig
     name: str
@@ -193,7 +193,7 @@ class BoneModel(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        """As of any module, and of checkpoints that leave frozen parameters of the base out. Keys may be PEFT's."""
+        """As in any module, but a checkpoint may leave out the frozen parameters of the base. Keys may be PEFT's."""
         state, extra = peft_format.split_keys(state_dict, self.bone.config.peft_type)
         tensors, own, adapter = {**state, **extra}, self.state_dict(), self.adapter_keys()
         if tensors.keys() >= own.keys() or not tensors.keys() <= own.keys():
@@ -235,11 +235,11 @@ class BoneModel(nn.Module):
         return self._release()
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> nn.Module:
-        """The base with the adapter in its weights: computed in fp32, rounded once. The same object, no BoneModel more.
+        """The base with the adapter in its weights, computed in fp32 and rounded once. No longer a BoneModel.
 
-        safe_merge: first look whether every merged weight is finite; if not, UserError, and the model is as it was.
-        A merged weight is the layer's own: where it was shared, as an output layer's with the embedding, the sharing
-        ends and the configuration says so.
+        safe_merge: check first that every merged weight is finite; if not, UserError, and the model is as it was.
+        A merged weight belongs to its layer alone: where it was shared, as the output layer's with the embedding, the
+        sharing ends, and the configuration says so.
         """
         if self.bone.trained is not None:
             self.enable_adapters()
