@@ -79,7 +79,10 @@ def test_a_console_script_names_itself_in_usage_and_in_errors(console_script, ca
     with pytest.raises(SystemExit) as stop:
         run("--help")
     assert stop.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: {name} [--flag value ...]\n")
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: {name} [--flag value ...]\n")
+    examples = text.partition("\nexamples:\n")[2].splitlines()
+    assert [line.startswith(f"  {name} --") for line in examples if line.startswith("  ")] == [False, True] * 3
     assert run("--no_such_flag", "1") == 2
     assert capsys.readouterr().err == f"error: --no_such_flag is not a flag of {name} (--help lists them)\n"
 

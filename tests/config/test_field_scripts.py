@@ -156,7 +156,7 @@ def test_every_argument_of_the_field_is_understood(argument, capsys):
     parse("--load_model m.pth --data_file d --peft bone --train_parts ln", *words)
     notes = notes_of(capsys)
     unread = ("lora_config", "pissa_config")  # by --peft bone
-    assert len(notes) == (name in (*flags.field_flags.IGNORED, *unread) or value == "-1")
+    assert len(notes) == (name in (*flags.field_flags.IGNORED_FLAGS, *unread) or value == "-1")
     assert all(f"--{name}" in note for note in notes)
 
 

@@ -55,7 +55,7 @@ def test_the_task_is_right_and_its_held_out_numbers_are_new():
 def test_the_bundled_data_loads_uncut(config, name, ctx_len):
     dataset = load_dataset(config(str(ASSETS / name), tokenizer="auto", ctx_len=ctx_len), 256)
     assert len(dataset) == len(rows(name))
-    assert not any("cut" in line or "left out" in line for line in dataset.lines())
+    assert not any("cut" in line or "left out" in line for line in dataset.summary_lines())
 
 
 def test_the_corpus_parts_do_not_overlap():

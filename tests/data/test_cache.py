@@ -43,8 +43,8 @@ def test_the_second_time_nothing_is_tokenised(write_jsonl, config, tmp_path, mad
     assert len(made) == 1 and samples(first) == samples(second) and len(first) == 40
     assert np.array_equal(first.groups, second.groups)
     assert all(isinstance(second._parts[0].tokens, kind) for kind in (np.memmap,))
-    assert second.lines()[:-1] == first.lines()[:-1]
-    assert "tokenised 0.0 MB" in first.lines()[-1] and second.lines()[-1].endswith(
+    assert second.summary_lines()[:-1] == first.summary_lines()[:-1]
+    assert "tokenised 0.0 MB" in first.summary_lines()[-1] and second.summary_lines()[-1].endswith(
         f"from the cache {tmp_path / 'cache'}"
     )
 
@@ -55,7 +55,7 @@ def test_the_cache_lies_beside_the_data_and_small_data_needs_none(write_jsonl, c
     assert not (tmp_path / cache.FOLDER).exists()
     monkeypatch.setattr(load, "SMALL", 0)
     dataset = load_dataset(config(path, cache_dir=""), 256)
-    assert len(entries(tmp_path / cache.FOLDER)) == 1 and cache.FOLDER in dataset.lines()[-1]
+    assert len(entries(tmp_path / cache.FOLDER)) == 1 and cache.FOLDER in dataset.summary_lines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -151,10 +151,10 @@ def test_a_damaged_entry_is_made_again_and_said(write_jsonl, config, tmp_path, m
     damage(entries(tmp_path / "cache")[0])
     again = load_dataset(cfg, 256)
     assert samples(again) == first and len(made) == 2
-    assert sum(line.endswith("made again") for line in again.lines()) == 1
+    assert sum(line.endswith("made again") for line in again.summary_lines()) == 1
     third = load_dataset(cfg, 256)
     assert samples(third) == first and len(made) == 2
-    assert not any(line.endswith("made again") for line in third.lines())
+    assert not any(line.endswith("made again") for line in third.summary_lines())
 
 
 def test_a_failure_leaves_no_entry(write_jsonl, config, tmp_path):
@@ -180,7 +180,7 @@ def test_data_in_a_folder_that_cannot_be_written_is_cached_for_the_user(write_js
     dataset = load_dataset(config(write_jsonl(*ROWS), cache_dir=""), 256)
     folder = tmp_path / "home" / "rwkv_bone" / "data"
     assert len(entries(folder)) == 1
-    assert f"cache in {folder}, since {tmp_path} cannot be written" in dataset.lines()
+    assert f"cache in {folder}, since {tmp_path} cannot be written" in dataset.summary_lines()
     with pytest.raises(UserError, match="--cache_dir .*cannot be written"):
         load_dataset(config(write_jsonl(*ROWS), cache_dir=str(tmp_path / cache.FOLDER)), 256)
 
@@ -230,13 +230,13 @@ def test_several_processes_make_the_same_entry_as_one(write_jsonl, config, tmp_p
     monkeypatch.setattr(tokenise, "usable_processes", lambda total: 2)
     together = load_dataset(config(path, cache_dir=str(tmp_path / "other")), 256)
     assert samples(together) == alone
-    assert "tokenised" in together.lines()[-1]
+    assert "tokenised" in together.summary_lines()[-1]
     with pytest.raises(UserError, match="data.jsonl:41: not valid JSON"):
         load_dataset(config(write_jsonl(*ROWS, "{", "[")), 256)
 
 
 def test_speed_is_reported_with_its_units():
-    progress = tokenise.Progress("tokenising", 100)
+    progress = tokenise.TokenisingProgress("tokenising", 100)
     progress.begin -= 10
     progress.add(50_000_000, 1_000_000)
     assert progress.speed() == "50.0 MB, 1,000,000 tokens in 10.0 s (5.0 MB/s, 100,000 tokens/s)"
@@ -250,7 +250,7 @@ def test_a_bar_is_drawn_on_a_terminal_only():
             return True
 
     for stream, drawn in ((Terminal(), True), (io.StringIO(), False)):
-        progress = tokenise.Progress("tokenising data.jsonl", 100, stream)
+        progress = tokenise.TokenisingProgress("tokenising data.jsonl", 100, stream)
         progress.begin = progress.shown = progress.begin - 10
         progress.add(50, 7)
         progress.close()

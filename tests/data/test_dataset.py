@@ -59,7 +59,7 @@ def test_a_long_sample_is_cut_and_counted(write_jsonl, config):
     dataset = load_dataset(config(write_jsonl({"text": "abcdefgh"}, {"text": "abc"}), ctx_len=4), 256)
     assert [bytes(sample.ids.tolist()) for sample in dataset] == [b"abcde", b"abc\0"]
     assert dataset.trained_counts.tolist() == [4, 3]
-    assert dataset.lines()[1:3] == [
+    assert dataset.summary_lines()[1:3] == [
         "2 samples, 9 tokens, 7 of them trained; longest 5",
         "cut at --ctx_len 4: 1 samples, 4 tokens left out",
     ]
@@ -72,7 +72,9 @@ def test_a_sample_whose_response_is_cut_away_is_left_out_and_named(write_jsonl, 
     assert [sample.origin for sample in dataset] == [f"{path}:2", f"{path}:6"]
     assert dataset.trained_counts.tolist() == [2, 2]
     named = ", ".join(f"{path}:{line}" for line in (1, 3, 4))
-    assert dataset.lines()[-2] == f"left out, no token to train on within --ctx_len 19: 4 samples ({named}, ...)"
+    assert (
+        dataset.summary_lines()[-2] == f"left out, no token to train on within --ctx_len 19: 4 samples ({named}, ...)"
+    )
     assert load_dataset(config(path, ctx_len=20), 256).trained_counts.tolist() == [1, 2, 1, 1, 1, 2]
 
 
@@ -103,7 +105,7 @@ def test_long_samples_may_be_dropped_and_are_counted(write_jsonl, config):
     dataset = load_dataset(config(path, ctx_len=4, long_samples="drop"), 256)
     assert [bytes(sample.ids.tolist()) for sample in dataset] == [b"abcd\0", b"abc\0"]
     note = f"dropped (--long_samples drop): 1 samples longer than --ctx_len 4, 7 tokens ({path}:3)"
-    assert dataset.lines()[2] == note
+    assert dataset.summary_lines()[2] == note
 
 
 @pytest.mark.parametrize("ctx_len", [1, 2, 3, 8, 31, 64])
@@ -132,7 +134,7 @@ def test_a_split_is_counted(write_jsonl, config):
         config(write_jsonl({"text": "abcdefgh"}, {"text": "ab"}), ctx_len=3, long_samples="split"), 256
     )
     assert [bytes(sample.ids.tolist()) for sample in dataset] == [b"abcd", b"defg", b"gh\0", b"ab\0"]
-    assert dataset.lines()[2] == "split (--long_samples split): 1 samples longer than --ctx_len 3 became 3"
+    assert dataset.summary_lines()[2] == "split (--long_samples split): 1 samples longer than --ctx_len 3 became 3"
 
 
 def test_equal_prompts_have_equal_groups(write_jsonl, config):
@@ -155,8 +157,8 @@ def test_several_files_are_one_set_with_weights(write_jsonl, config):
         (b"cd\0", f"{second}:1"),
     ]
     assert dataset.repeats.tolist() == [2, 2, 0.5]
-    assert [line.split(":")[0] for line in dataset.lines()[:2]] == [first, second]
-    assert [line.split("; ")[-1] for line in dataset.lines()[:2]] == ["weight 2", "weight 0.5"]
+    assert [line.split(":")[0] for line in dataset.summary_lines()[:2]] == [first, second]
+    assert [line.split("; ")[-1] for line in dataset.summary_lines()[:2]] == ["weight 2", "weight 0.5"]
     assert load_dataset(config((first, second)), 256).repeats is None
     assert load_dataset(config((first, second), data_weights=("2", "1")), 256, first).repeats is None
     with pytest.raises(UserError, match="--data_weights has no meaning with --dataload get"):
@@ -172,7 +174,7 @@ def test_a_subset_keeps_everything_that_belongs_to_a_sample(write_jsonl, config)
         assert sample.ids.tolist() == dataset[index].ids.tolist() and sample.origin == dataset[index].origin
     for name in ("lengths", "trained_counts", "groups", "repeats"):
         assert getattr(part, name).tolist() == getattr(dataset, name)[chosen].tolist()
-    assert part.lines()[2].startswith("4 samples, ")
+    assert part.summary_lines()[2].startswith("4 samples, ")
 
 
 def test_the_stream_of_a_subset_lacks_what_was_left_out(write_jsonl, config):

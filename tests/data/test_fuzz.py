@@ -53,7 +53,7 @@ def read(path: Path, vocab_size: int = 256, **options) -> None:
         assert len(sample.ids) == len(sample.trained) == dataset.lengths[i] >= 2
         assert sample.trained.sum() == dataset.trained_counts[i] > 0
         assert sample.ids.min() >= 0 and sample.ids.max() < vocab_size
-    assert len(dataset.groups) == len(dataset) and dataset.lines()
+    assert len(dataset.groups) == len(dataset) and dataset.summary_lines()
 
 
 def json_lines(objects: list) -> bytes:

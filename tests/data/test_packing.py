@@ -14,7 +14,7 @@ from rwkv_bone.config import DataConfig
 from rwkv_bone.data import BatchPlan, Sample, load_dataset, packing
 from rwkv_bone.errors import UserError
 
-IGNORED = -100
+IGNORED_LABEL = -100
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -101,7 +101,7 @@ def test_gsm8k_leaves_less_than_three_percent_of_the_budget_unused(shared, tmp_p
         batches = plan.total_steps(1)
         unused = 1 - (dataset.lengths - 1).sum() / (batches * micro_bsz * 1024)
         assert unused < 0.03
-        (line,) = plan.lines()
+        (line,) = plan.summary_lines()
         assert f"{batches:,} rows of at most {micro_bsz * 1024:,} tokens, {unused:.1%} of that unused" in line
 
 
@@ -125,7 +125,7 @@ def test_a_pass_is_the_whole_data_once_and_every_rank_counts_the_same_labels(cas
         assert sorted(rows(plan, epoch)) == sorted(map(str, range(len(dataset))))
         for window in micro_batches(plan, epoch):
             assert any(batch.rows for batch in window)
-            labels = sum(int((batch.labels != IGNORED).sum()) for batch in window)
+            labels = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in window)
             assert {batch.window_tokens for batch in window} == {labels}
             for first in range(0, len(window), plan.world_size):
                 together = window[first : first + plan.world_size]
@@ -142,14 +142,14 @@ def test_a_row_is_whole_documents_with_their_own_labels_and_bounds(case):
         assert batch.ids.shape == batch.labels.shape == (1, bounds[-1])
         assert batch.cu_seqlens.dtype == batch.ids.dtype == batch.labels.dtype == torch.int64
         if not batch.rows:
-            assert bounds == [0, 1] and batch.tokens == 0 and batch.labels.tolist() == [[IGNORED]]
+            assert bounds == [0, 1] and batch.tokens == 0 and batch.labels.tolist() == [[IGNORED_LABEL]]
             continue
         assert batch.tokens == bounds[-1] <= plan.micro_bsz * dataset.ctx_len
         spans = list(zip(batch.rows, bounds[:-1], bounds[1:], strict=True))
         for row, start, end in spans:
             sample = dataset[int(row)]
             assert batch.ids[0, start:end].tolist() == sample.ids[:-1].tolist()
-            expected = np.where(sample.trained[1:], sample.ids[1:], IGNORED)
+            expected = np.where(sample.trained[1:], sample.ids[1:], IGNORED_LABEL)
             assert batch.labels[0, start:end].tolist() == expected.tolist()
 
 
@@ -253,4 +253,4 @@ def test_weights_that_leave_a_pass_empty_are_passed_over_and_all_empty_is_an_err
 
 def test_padding_is_reported():
     plan = BatchPlan(Samples([11, 6], ctx_len=10), micro_bsz=2)
-    assert plan.lines() == ["padded to the longest sample of each batch: 25.0% of all positions are padding"]
+    assert plan.summary_lines() == ["padded to the longest sample of each batch: 25.0% of all positions are padding"]

@@ -11,7 +11,7 @@ import torch
 
 from rwkv_bone.data import BatchPlan, load_dataset
 
-IGNORED = -100
+IGNORED_LABEL = -100
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_labels_are_the_trained_tokens_and_padding_is_ignored(make_dataset, micr
                 sample = samples[batch.rows[row]] if row < len(batch.rows) else None
                 length = len(sample.ids) - 1 if sample else 0
                 tokens += length
-                expected = [int(sample.ids[t + 1]) if sample.trained[t + 1] else IGNORED for t in range(length)]
-                assert labels == expected + [IGNORED] * (len(labels) - length)
+                expected = [int(sample.ids[t + 1]) if sample.trained[t + 1] else IGNORED_LABEL for t in range(length)]
+                assert labels == expected + [IGNORED_LABEL] * (len(labels) - length)
                 assert ids == (sample.ids[:-1].tolist() if sample else []) + [0] * (len(ids) - length)
             assert batch.tokens == tokens
 
@@ -89,7 +89,7 @@ def test_window_tokens_count_every_label_of_the_window(
     dataset = make_dataset(29, ctx_len=8) if dataload == "pad" else make_stream(100, ctx_len=8)
     plan = BatchPlan(dataset, micro_bsz=micro_bsz, accumulate=accumulate, world_size=world_size)
     for window in windows(plan, 1):
-        counted = sum(int((batch.labels != IGNORED).sum()) for batch in window)
+        counted = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in window)
         assert counted > 0
         assert {batch.window_tokens for batch in window} == {counted}
 
@@ -102,7 +102,7 @@ def test_label_rows_say_where_the_labels_are(make_dataset, make_stream, dataload
     for window in windows(plan, 0):
         for batch in window:
             assert batch.label_rows.dtype == torch.int64
-            assert torch.equal(batch.label_rows, (batch.labels.flatten() != IGNORED).nonzero().squeeze(1))
+            assert torch.equal(batch.label_rows, (batch.labels.flatten() != IGNORED_LABEL).nonzero().squeeze(1))
             moved = batch.to("meta")
             tensors = [moved.ids, moved.labels, moved.label_rows, *([moved.cu_seqlens] if plan.pack else [])]
             assert all(tensor.is_meta for tensor in tensors) and moved.host is batch
@@ -146,7 +146,7 @@ def test_the_last_window_is_used_and_spread_over_the_ranks(make_dataset):
     plan = BatchPlan(make_dataset(11), micro_bsz=2, accumulate=2, world_size=2)
     *_, last = windows(plan, 0)
     assert [len(batch.rows) for batch in last] == [1, 1, 1, 0]
-    assert all((batch.labels[len(batch.rows) :] == IGNORED).all() for batch in last)
+    assert all((batch.labels[len(batch.rows) :] == IGNORED_LABEL).all() for batch in last)
 
 
 def test_a_batch_is_as_wide_as_its_longest_sample(make_dataset):
@@ -218,7 +218,7 @@ def test_every_mask_works_with_whole_samples(make_dataset, dataload, mask):
         (batch,) = window
         assert batch.ids.shape == (1, lengths[batch.rows[0]])
         prompt = int((batch.ids == ord("p")).sum())
-        assert (batch.labels == IGNORED).sum() == (max(prompt - 1, 0) if mask == "response" else 0)
+        assert (batch.labels == IGNORED_LABEL).sum() == (max(prompt - 1, 0) if mask == "response" else 0)
 
 
 @pytest.mark.parametrize("mask", ["none", "pad"])
@@ -226,7 +226,7 @@ def test_random_windows_work_with_the_masks_that_mask_nothing(make_dataset, mask
     """In the peer, masks crashed with `only` and `get` (B11, B13)."""
     dataset = make_dataset(9, dataload="get", loss_mask=mask, ctx_len=4)
     for window in windows(BatchPlan(dataset, micro_bsz=2), 0):
-        assert all((batch.labels != IGNORED).all() for batch in window)
+        assert all((batch.labels != IGNORED_LABEL).all() for batch in window)
 
 
 def test_random_windows_are_consecutive_tokens_of_the_stream(make_stream):

@@ -157,7 +157,7 @@ def test_every_format_of_rows_holds_the_same_samples(write_jsonl, config, tmp_pa
     expected = texts(load_dataset(config(write_jsonl(*ROWS)), 256))
     dataset = load_dataset(config(str(write_as(form, tmp_path, ROWS))), 256)
     assert texts(dataset) == expected and len(expected) == 25
-    assert f": {kind}, prompt and response; tokenizer bytes" in dataset.lines()[0]
+    assert f": {kind}, prompt and response; tokenizer bytes" in dataset.summary_lines()[0]
 
 
 @pytest.mark.parametrize("form", ["saved", "splits", "parquet", "jsonl", "hub word"])
@@ -180,7 +180,7 @@ def test_folders_of_the_datasets_library_are_read_offline(write_jsonl, config, t
     dataset = load_dataset(cfg, 256)
     assert texts(dataset) == texts(load_dataset(config(write_jsonl(*ROWS)), 256))
     assert dataset[1].origin == f"{folder} row 2"
-    assert f"split {'all' if form == 'saved' else 'train'}" in dataset.lines()[0]
+    assert f"split {'all' if form == 'saved' else 'train'}" in dataset.summary_lines()[0]
     if form != "saved":  # held-out data comes from the split made for it
         assert len(load_dataset(cfg, 256, str(folder))) == 3
         with pytest.raises(UserError, match="--sft_split dev: .* has the splits train, test"):
@@ -315,7 +315,9 @@ def test_bad_rows_are_skipped_and_counted_by_reason(write_jsonl, config):
     dataset = load_dataset(config(path, bad_rows="skip"), 256)
     assert [sample.origin for sample in dataset] == [f"{path}:2", f"{path}:10"]
     skipped = [
-        line.removeprefix("skipped (--bad_rows skip), ") for line in dataset.lines() if line.startswith("skipped")
+        line.removeprefix("skipped (--bad_rows skip), ")
+        for line in dataset.summary_lines()
+        if line.startswith("skipped")
     ]
     lines = ", ".join(f"{path}:{number}" for number in (5, 6, 7))
     assert skipped == [
@@ -333,7 +335,7 @@ def test_bad_rows_are_skipped_and_counted_by_reason(write_jsonl, config):
 def test_a_row_with_tokens_outside_the_vocabulary_may_be_skipped(write_jsonl, config):
     dataset = load_dataset(config(write_jsonl({"text": "\1\2"}, {"text": "a"}), bad_rows="skip"), 12)
     assert len(dataset) == 1
-    assert any("token N is outside the model's vocabulary of N: 1 rows" in line for line in dataset.lines())
+    assert any("token N is outside the model's vocabulary of N: 1 rows" in line for line in dataset.summary_lines())
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
@@ -342,13 +344,13 @@ def test_a_text_file_is_one_document_in_any_of_its_encodings(tmp_path, config, e
     (tmp_path / "book.txt").write_bytes(text.encode(encoding))
     dataset = load_dataset(config(str(tmp_path / "book.txt"), ctx_len=4096), 256)
     assert texts(dataset) == [text.encode() + b"\0"]
-    assert f"{'UTF-16' if '16' in encoding else 'UTF-8'} text, one document" in dataset.lines()[0]
+    assert f"{'UTF-16' if '16' in encoding else 'UTF-8'} text, one document" in dataset.summary_lines()[0]
 
 
 def test_json_lines_are_known_by_their_content(write_jsonl, config):
     for name in ("rows.txt", "rows", "rows.data"):
-        assert "JSON lines, text" in load_dataset(config(write_jsonl({"text": "a"}, name=name)), 256).lines()[0]
-    assert "UTF-8 text" in load_dataset(config(write_jsonl("{braces} first", name="book.txt")), 256).lines()[0]
+        assert "JSON lines, text" in load_dataset(config(write_jsonl({"text": "a"}, name=name)), 256).summary_lines()[0]
+    assert "UTF-8 text" in load_dataset(config(write_jsonl("{braces} first", name="book.txt")), 256).summary_lines()[0]
 
 
 def test_a_text_read_in_pieces_has_the_tokens_of_the_whole(tmp_path, config, monkeypatch):

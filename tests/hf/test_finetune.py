@@ -14,9 +14,8 @@ from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data.conversation import Conversation, Turn
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf import BoneModel
-from rwkv_bone.hf.data import IGNORED, collate, load_samples, render, rows_of
-from rwkv_bone.hf.flags import IGNORED as IGNORED_FLAGS
-from rwkv_bone.hf.flags import HfConfig
+from rwkv_bone.hf.data import IGNORED_LABEL, collate, load_samples, render, rows_of
+from rwkv_bone.hf.flags import IGNORED_FLAGS, HfConfig
 from tests.hf.conftest import CHAT
 
 transformers = pytest.importorskip("transformers")
@@ -74,7 +73,7 @@ def test_long_samples_are_cut_or_left_out_and_counted(tokenizer):
     rows = [(f"rows:{i}", {"prompt": p, "response": r}) for i, (p, r) in enumerate([("ab", "cd"), ("abcdef", "g")])]
     samples = load_samples(rows, (), tokenizer, max_length=4)
     assert samples.rows == [
-        {"input_ids": tokenizer("abcd")["input_ids"], "labels": [IGNORED] * 2 + samples[0]["labels"][2:]}
+        {"input_ids": tokenizer("abcd")["input_ids"], "labels": [IGNORED_LABEL] * 2 + samples[0]["labels"][2:]}
     ]
     assert samples.facts() == [
         "1 samples with 2 trained tokens",
@@ -83,9 +82,11 @@ def test_long_samples_are_cut_or_left_out_and_counted(tokenizer):
     ]
     with pytest.raises(UserError, match="rows:1: up to here no row has a response within --model_max_length 2"):
         load_samples(rows, (), tokenizer, max_length=2)
-    batch = collate([{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}], pad=0)
+    batch = collate(
+        [{"input_ids": [5, 6, 7], "labels": [IGNORED_LABEL, 6, 7]}, {"input_ids": [8], "labels": [8]}], pad=0
+    )
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["labels"].tolist() == [[IGNORED_LABEL, 6, 7], [8, IGNORED_LABEL, IGNORED_LABEL]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 

@@ -145,7 +145,7 @@ def join_keys(state: Mapping[str, Tensor], extra: Mapping[str, Tensor], method: 
     return tensors | {f"{PREFIX}{key}": tensor for key, tensor in extra.items()}
 
 
-def miss_config(kind: str, r: int, target_modules: list[str] | str, **others) -> dict:
+def miss_config(kind: str, r: int, target_modules: list[str] | str | None, **others) -> dict:
     """`adapter_config.json` of bone, bat-col or bat. others: further fields of PEFT's, or other values for these."""
     return {
         "peft_type": PEFT_TYPES[kind],

@@ -1,8 +1,10 @@
-"""Every setting of a run: what there is (`sections.py`), how it is typed (`flags.py`) and kept (`saved.py`).
+"""Every setting of a run: what there is (`sections.py`), how it is typed (`flags.py`) and saved (`saved.py`).
 
-`field_flags.py` says what the flags of RWKV-PEFT mean here. The standard library alone, so that --help is instant.
+`field_flags.py` says what the flags of RWKV-PEFT mean here, `other_names.py` what other programs call the same thing.
+This package needs the standard library alone, so that --help is instant.
 """
 
+from rwkv_bone.config.fields import setting
 from rwkv_bone.config.sections import (
     BAD_ROWS,
     BONE_MODES,
@@ -17,7 +19,6 @@ from rwkv_bone.config.sections import (
     OptimConfig,
     RunConfig,
     TrainConfig,
-    knob,
 )
 
 __all__ = [
@@ -34,5 +35,5 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
-    "knob",
+    "setting",
 ]

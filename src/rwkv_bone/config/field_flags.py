@@ -1,7 +1,8 @@
-"""What the flags of RWKV-PEFT (its 2024 and mid-2025 scripts) mean here. Used by `flags.py` only.
+"""What the flags of RWKV-PEFT (its 2024 and mid-2025 scripts) mean here.
 
-Every flag of theirs that is not one of ours is in a table below: it is translated, ignored with a line saying so where
-that changes nothing, or refused with the reason. Nothing is skipped in silence.
+Every flag of RWKV-PEFT that does not exist here is in a table below: it is translated, ignored with a note where that
+changes nothing, or refused with the reason. Nothing is skipped in silence. `flags.py` translates by these tables, and
+`migration.py` writes the tables of docs/migrating.md from them.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from rwkv_bone.errors import UserError
 
 
 class Ignored(NamedTuple):
+    """Of a flag: why it has no effect here."""
+
     why: str
     harmless: tuple[str, ...] | None = None  # the values under which ignoring the flag changes nothing; None = all
 
 
 class Means(NamedTuple):
+    """Of a value: the value that it stands for here, and why."""
+
     value: Any
     why: str
 
@@ -29,7 +34,7 @@ STOP = "a run ends after --epoch_count epochs of --epoch_steps"
 SHUFFLED = "the order of the data follows from --random_seed alone"
 NOT_YET = "not supported yet"
 
-IGNORED = {
+IGNORED_FLAGS = {
     "pre_ffn": Ignored("every block has its time mix", ZERO),
     "head_qk": Ignored("there is no headQK layer", ZERO),
     "tiny_att_dim": Ignored("there is no tiny attention", ZERO),
@@ -65,9 +70,11 @@ IGNORED = {
 
 
 class Key(NamedTuple):
+    """Of a key in RWKV-PEFT's JSON: the setting that it is here, and the type of its values."""
+
     ours: str
     type: type
-    what: str  # of a value, for the message
+    what: str  # the type in words, for messages
 
 
 # RWKV-PEFT's JSON of each adapter, its keys without the prefix that some versions put before them (bone_, lora_).
@@ -91,10 +98,18 @@ ADAPTER_FLAGS = {
     "lora_config": "lora",
     "pissa_config": "pissa",
 }
-TRAIN_FLAGS = (*IGNORED, *ADAPTER_FLAGS, "dim_att", "train_type", "state_tune")
+# The other flags that are translated, and into what.
+TRANSLATED_FLAGS = {
+    "dim_att": "`--n_embd`: the time mix is as wide as the model",
+    "train_type": "`state` is `--peft state`, or beside an adapter `--train_parts state`; `infctx` is "
+    "`--chunk_ctx`, with 512 unless it is given, and the gradient is exact; `none` is nothing",
+    "state_tune": "as `--train_type state`",
+}
+TRAIN_FLAGS = (*IGNORED_FLAGS, *ADAPTER_FLAGS, *TRANSLATED_FLAGS)
 
 NO_FP16 = "fp16 overflows in RWKV and is not supported: use bf16, or fp32"
-VALUES = {  # flag of ours -> a value of theirs -> what it means, or why it is refused
+# flag of the same name here -> value of RWKV-PEFT -> what it means, or why it is refused
+VALUES: dict[str, dict[str, Means | str]] = {
     "peft": {
         "disha": Means("bone", "DiSHA and MiSS are other names of Bone"),
         "miss": Means("bone", "DiSHA and MiSS are other names of Bone"),
@@ -124,14 +139,21 @@ VALUES = {  # flag of ours -> a value of theirs -> what it means, or why it is r
     "random_seed": {"-1": Means(42, "every run is seeded")},
 }
 
-MERGE_IGNORED = {
+MERGE_IGNORED_FLAGS = {
     "device": Ignored("merging runs on the CPU"),
 }
-MERGE_FLAGS = (*MERGE_IGNORED, "type", "lora_init")
+MERGE_TRANSLATED_FLAGS = {
+    "type": "`lora` and `pissa` are `--peft`; `bone` and `disha` are nothing, since their shapes tell them apart",
+    "lora_init": "`--pissa_init`",
+}
+MERGE_FLAGS = (*MERGE_IGNORED_FLAGS, *MERGE_TRANSLATED_FLAGS)
 
 
 def translate_train(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(settings under our names, notes for the user) of the flags given; RWKV-PEFT's flags arrive as raw text."""
+    """(settings under their names here, notes for the user) of the flags given.
+
+    Values of RWKV-PEFT's flags are the text as typed. UserError for what is refused, malformed or contradictory.
+    """
     theirs = [name for name in TRAIN_FLAGS if name in given]
     given, notes = _read_values(given)
     said = [name for name in ADAPTER_FLAGS if name in given]
@@ -158,7 +180,7 @@ def translate_train(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             raise UserError(f"--dim_att {width}: expected a whole number")
         if int(width):
             _set(given, "n_embd", int(width), "--dim_att")  # the time mix is as wide as the model
-    given, ignored = _ignore(given, IGNORED)
+    given, ignored = _ignore(given, IGNORED_FLAGS)
     notes += ignored
     if theirs and "config" not in given:
         notes += _unsaid(given, f"an RWKV-PEFT command line (it has --{theirs[0]})", adapter=adapter)
@@ -181,11 +203,12 @@ def translate_merge(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         notes.append("--lora_init is read as --pissa_init")
     if kind == "pissa" and given.pop("lora_alpha", None) is not None:
         notes.append("--lora_alpha is ignored: PiSSA of RWKV-PEFT has no alpha")
-    given, ignored = _ignore(given, MERGE_IGNORED)
+    given, ignored = _ignore(given, MERGE_IGNORED_FLAGS)
     return given, notes + ignored
 
 
 def _read_values(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values of VALUES by what they mean here; and notes."""
     notes = []
     given = dict(given)
     for name, table in VALUES.items():
@@ -199,6 +222,7 @@ def _read_values(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _ignore(given: dict[str, Any], table: dict[str, Ignored]) -> tuple[dict[str, Any], list[str]]:
+    """The flags that are not in `table`, and a note on each that is; UserError where ignoring it changes something."""
     notes = []
     for name in [name for name in given if name in table]:
         flag = f"--{name} {given[name]}".strip()
@@ -217,7 +241,7 @@ def _same(a: str, b: str) -> bool:
 
 
 def _adapter_config(flag: str, text: str, kind: str) -> tuple[dict[str, Any], list[str]]:
-    """(settings under our names, notes) of JSON such as `{"bone_mode": "bat", "bone_load": "", "bone_r": 64}`."""
+    """(settings, notes) of JSON such as `{"bone_mode": "bat", "bone_load": "", "bone_r": 64}`."""
     try:
         config = json.loads(text)
     except ValueError:
@@ -268,7 +292,7 @@ def _read_init_weights(flag: str, config: dict[str, Any]) -> None:
 
 
 def _train_type(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`--train_type state` (or `--state_tune 1`) and `--train_type infctx` under our names."""
+    """`--train_type state` (or `--state_tune 1`) and `--train_type infctx` as settings; and notes."""
     given, notes = dict(given), []
     kind = given.pop("train_type", "none")
     tuned = given.pop("state_tune", "0").lower()
@@ -288,12 +312,16 @@ def _train_type(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _set(given: dict[str, Any], name: str, value: Any, source: str) -> None:
+    """Set a setting, in place; UserError if it was given another value."""
     if given.setdefault(name, value) != value:
         raise UserError(f"--{name} {given[name]} contradicts {source}, which says {value}: keep one")
 
 
 def _unsaid(given: dict[str, Any], who: str, adapter: bool) -> list[str]:
-    """Settings of ours whose meaning or default differs from RWKV-PEFT's: changes `given`, returns the notes."""
+    """What a command line of RWKV-PEFT means by leaving flags out: changes `given` in place, returns the notes.
+
+    who: what shows that it is one, for the notes. adapter: whether it names an adapter other than by --peft.
+    """
     notes = []
     if "peft" not in given and not adapter:
         given["peft"] = "none"

@@ -8,15 +8,20 @@ RWKV-PEFT's own flags are added hidden and translated by `field_flags.py` before
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import fields
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rwkv_bone.config import MergeConfig, TrainConfig, field_flags
+from rwkv_bone.config.other_names import intended_flag
 from rwkv_bone.config.saved import SECTIONS, build, config_file, read_config
 from rwkv_bone.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Section = TypeVar("Section", bound=DataclassInstance)
 
 ALIASES = {
     "peft_load": "bone_load",
@@ -24,6 +29,36 @@ ALIASES = {
     "head_size": "head_size_a",
     "grad_clip": "gradient_clip_val",
 }
+# (what it does, the command) of each example at the end of --help.
+TRAIN_EXAMPLES = (
+    (
+        "Bone on the bundled model and data",
+        "python train.py --load_model assets/rwkv7-tiny.pth --data_file assets/numbers_train.jsonl",
+    ),
+    (
+        "Bat on a model and rows of your own, 2% of which are held out",
+        "python train.py --load_model my-model.pth --data_file mine.jsonl --eval_split 0.02 --bone_mode bat "
+        "--proj_dir out/mine",
+    ),
+    (
+        "LoRA on a base in 4 bits, where memory is short",
+        "python train.py --load_model my-model.pth --data_file mine.jsonl --peft lora --quant nf4 --proj_dir out/lora",
+    ),
+)
+MERGE_EXAMPLES = (
+    (
+        "what the first example of train.py has trained",
+        "python merge.py --base_model assets/rwkv7-tiny.pth --peft_checkpoint out/rwkv-0.pth --output out/merged.pth",
+    ),
+    (
+        "as safetensors",
+        "python merge.py --base_model my-model.pth --peft_checkpoint out/mine/rwkv-0.pth --output merged.safetensors",
+    ),
+    (
+        "an adapter of RWKV-PEFT, trained on a base in int8",
+        "python merge.py --base_model my-model.pth --peft_checkpoint theirs.pth --output merged.pth --quant int8",
+    ),
+)
 METAVARS = {bool: "0|1", int: "N", float: "X", str: "TEXT", tuple: "NAME"}
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -33,14 +68,13 @@ def parse_train(argv: list[str], prog: str = "train.py") -> TrainConfig:
 
     prog: the program's name, as usage and errors show it.
     """
-    parser = Parser(prog, "Fine-tune RWKV with Bone, Bat, LoRA or PiSSA, or train every weight.")
+    description = "Fine-tune RWKV with Bone, Bat, LoRA or PiSSA, or train every weight."
+    parser = Parser(prog, description, TRAIN_EXAMPLES, field_flags.TRAIN_FLAGS)
     group = parser.add_argument_group("saved settings")
     group.add_argument("--config", metavar="FILE", help="start from the config.json of an earlier run; flags win")
     for name, section in SECTIONS.items():
         add_fields(parser.add_argument_group(name), section)
-    given = parser.read(argv, field_flags.TRAIN_FLAGS)
-
-    given, notes = field_flags.translate_train(given)
+    given, notes = field_flags.translate_train(parser.read(argv))
     saved = read_config(source) if (source := config_file(given)) else {}
     config = build({name: {**saved.get(name, {}), **of_section(given, cls)} for name, cls in SECTIONS.items()})
     print_notes(notes)
@@ -49,20 +83,28 @@ def parse_train(argv: list[str], prog: str = "train.py") -> TrainConfig:
 
 def parse_merge(argv: list[str], prog: str = "merge.py") -> MergeConfig:
     """The merge that `argv` asks for; UserError as in `parse_train`."""
-    parser = Parser(prog, "Fold an adapter into its base checkpoint.")
+    description = "Fold an adapter into its base checkpoint."
+    parser = Parser(prog, description, MERGE_EXAMPLES, field_flags.MERGE_FLAGS)
     add_fields(parser.add_argument_group("merge"), MergeConfig)
-    given, notes = field_flags.translate_merge(parser.read(argv, field_flags.MERGE_FLAGS))
+    given, notes = field_flags.translate_merge(parser.read(argv))
     config = MergeConfig(**given)
     print_notes(notes)
     return config
 
 
-def parse_section(prog: str, description: str, section: type, argv: list[str], ignored: Iterable[str] = ()) -> Any:
+def parse_section(
+    prog: str,
+    description: str,
+    section: type[Section],
+    argv: list[str],
+    ignored: Sequence[str] = (),
+    examples: Sequence[tuple[str, str]] = (),
+) -> Section:
     """One dataclass of settings, for an entry point that needs no more. Flags in `ignored` are dropped with a note."""
-    parser = Parser(prog, description)
+    parser = Parser(prog, description, examples, ignored)
     parser.epilog = None
     add_fields(parser.add_argument_group("settings"), section)
-    given = parser.read(argv, ignored)
+    given = parser.read(argv)
     notes = [f"--{name} {given.pop(name)} changes nothing here" for name in ignored if name in given]
     config = section(**given)
     print_notes(notes)
@@ -70,9 +112,15 @@ def parse_section(prog: str, description: str, section: type, argv: list[str], i
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that never abbreviates, raises UserError, and reports only the flags that were given."""
+    """An ArgumentParser that never abbreviates, raises UserError, and reports only the flags that were given.
 
-    def __init__(self, prog: str, description: str):
+    examples: (what it does, the command), shown at the end of --help. hidden: flags that are understood and not shown;
+    `read` gives their text as it was typed.
+    """
+
+    def __init__(
+        self, prog: str, description: str, examples: Sequence[tuple[str, str]] = (), hidden: Sequence[str] = ()
+    ):
         super().__init__(
             prog=prog,
             usage=f"{prog} [--flag value ...]",
@@ -82,30 +130,40 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
+        self._examples, self._hidden = examples, hidden
 
-    def read(self, argv: list[str], hidden: Iterable[str]) -> dict[str, Any]:
+    def format_help(self) -> str:
+        lines = []
+        for what, command in self._examples:
+            # An installed console script is called by its name alone.
+            shown = f"{self.prog} --{command.split(' --', 1)[1]}" if self.prog.startswith("rwkv-bone-") else command
+            lines += ["", f"  # {what}", f"  {shown}"]
+        return super().format_help() + "\n".join(["\nexamples:", *lines[1:], ""] if lines else [])
+
+    def read(self, argv: list[str]) -> dict[str, Any]:
+        """{setting: value} of the flags given; UserError for one that does not exist."""
         known = [option for action in self._actions for option in action.option_strings]
-        for name in hidden:
+        for name in self._hidden:
             self.add_argument(f"--{name}", nargs="*", type=str, help=argparse.SUPPRESS)
         given, extra = self.parse_known_args(argv)
         if extra:
-            word = extra[0].split("=")[0]
-            close = difflib.get_close_matches(word, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"{word} is not a flag of {self.prog}{hint} (--help lists them)")
-        return {name: " ".join(value) if name in hidden else value for name, value in vars(given).items()}
+            meant = intended_flag(extra[0], known)
+            hint = f"; did you mean {meant}?" if meant else ""
+            raise UserError(f"{extra[0].split('=')[0]} is not a flag of {self.prog}{hint} (--help lists them)")
+        return {name: " ".join(value) if name in self._hidden else value for name, value in vars(given).items()}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
 
-def add_fields(group: argparse._ArgumentGroup, section: type) -> None:
+def add_fields(group: argparse._ArgumentGroup, section: type[DataclassInstance]) -> None:
     """A flag for every field of a dataclass of settings."""
     for spec in fields(section):
+        assert spec.default is not MISSING
         kind, choices, text = type(spec.default), spec.metadata["choices"], spec.metadata["help"]
         if spec.default not in ("", ()):
             text += f" (default: {int(spec.default) if kind is bool else spec.default})"
-        options = {"help": text.replace("%", "%%"), "dest": spec.name}
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "dest": spec.name}
         options["metavar"] = "{" + ",".join(choices) + "}" if choices else METAVARS[kind]
         if kind is bool:
             options |= {"nargs": "?", "const": True, "type": _boolean}
@@ -123,8 +181,8 @@ def _boolean(text: str) -> bool:
     return text.lower() in TRUE
 
 
-def _number(kind: type) -> Callable[[str], Any]:
-    def convert(text: str):
+def _number(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def convert(text: str) -> float:
         try:
             return kind(text)
         except ValueError:
@@ -144,7 +202,7 @@ class _Words(argparse.Action):
         setattr(namespace, self.dest, tuple(value for value in values if value))
 
 
-def of_section(given: dict[str, Any], section: type) -> dict[str, Any]:
+def of_section(given: dict[str, Any], section: type[DataclassInstance]) -> dict[str, Any]:
     """Those of the flags given that are fields of this section."""
     return {spec.name: given[spec.name] for spec in fields(section) if spec.name in given}
 

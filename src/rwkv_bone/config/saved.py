@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rwkv_bone.config import sections
 from rwkv_bone.config.sections import RunConfig, TrainConfig
 from rwkv_bone.errors import UserError
 
-SECTIONS = {spec.name: getattr(sections, spec.type) for spec in fields(TrainConfig)}
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# {name of a section in config.json: its dataclass}
+SECTIONS: dict[str, type[DataclassInstance]] = {
+    spec.name: getattr(sections, str(spec.type)) for spec in fields(TrainConfig)
+}
 
 
 def to_json(config: TrainConfig) -> str:
+    """The text of `config.json`: {section: {setting: value}}."""
     return json.dumps(asdict(config), indent=2) + "\n"
 
 
@@ -25,7 +32,8 @@ def from_json(text: str, source: str = "config.json") -> TrainConfig:
 
 def build(settings: dict[str, dict[str, Any]]) -> TrainConfig:
     """{section: {setting: value}} as a configuration; what is missing takes its default."""
-    return TrainConfig(**{name: cls(**settings.get(name, {})) for name, cls in SECTIONS.items()})
+    made: dict[str, Any] = {name: cls(**settings.get(name, {})) for name, cls in SECTIONS.items()}
+    return TrainConfig(**made)
 
 
 def config_file(given: dict[str, Any]) -> Path | None:
@@ -60,7 +68,7 @@ def _check_settings(text: str, source: str) -> dict[str, dict[str, Any]]:
         raise UserError(f"{source}: not JSON ({error})") from None
     if not isinstance(saved, dict) or not all(isinstance(values, dict) for values in saved.values()):
         raise UserError(f"{source}: expected an object of sections ({', '.join(SECTIONS)}), as train.py writes it")
-    settings = {}
+    settings: dict[str, dict[str, Any]] = {}
     for name, values in saved.items():
         if name not in SECTIONS:
             raise UserError(f"{source}: unknown section {name!r}; expected {', '.join(SECTIONS)}")

@@ -7,9 +7,9 @@ layers?) live where the file is read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
+from rwkv_bone.config.fields import check_at_least, check_choices, check_given, setting
 from rwkv_bone.errors import UserError
 
 PEFT_KINDS = ("none", "bone", "lora", "pissa", "state")
@@ -35,45 +35,36 @@ LONG_SAMPLES = ("cut", "drop", "split")
 BAD_ROWS = ("stop", "skip")
 
 
-def knob(default: Any, text: str, choices: tuple[str, ...] | None = None):
-    """A field with its one-sentence meaning, from which `--help` is made."""
-    return field(default=default, metadata={"help": text, "choices": choices})
-
-
-def _check_choices(section) -> None:
-    for spec in fields(section):
-        choices = spec.metadata.get("choices")
-        value = getattr(section, spec.name)
-        for item in value if isinstance(value, tuple) else (value,):
-            if choices and item not in choices:
-                raise UserError(f"--{spec.name} {item}: expected one of {', '.join(choices)}")
-
-
-def _check_at_least(section, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if not value >= minimum:
-            raise UserError(f"--{name} {value}: expected at least {minimum}")
-
-
 @dataclass(frozen=True)
 class ModelConfig:
-    load_model: str = knob("", "base checkpoint (.pth or .safetensors); empty = from scratch with the sizes below")
-    n_layer: int = knob(0, "depth; 0 = read from the checkpoint, otherwise checked against it")
-    n_embd: int = knob(0, "width; 0 = read from the checkpoint, otherwise checked against it")
-    dim_ffn: int = knob(0, "width of the channel mix; 0 = read from the checkpoint (from scratch: 4 x n_embd)")
-    vocab_size: int = knob(0, "vocabulary; 0 = read from the checkpoint, otherwise checked against it")
-    head_size: int = knob(0, "head size; 0 = read from the checkpoint (from scratch: 64)")
-    my_testing: str = knob("", "generation, x070 for RWKV-7; empty = read from the checkpoint, else checked against it")
-    op: str = knob("auto", "WKV operator", OPERATORS)
-    chunk_ctx: int = knob(0, "run sequences in chunks of so many tokens, with the exact gradient; 0 = whole")
-    bptt_chunks: int = knob(0, "with chunk_ctx: cut the gradient after so many chunks; 0 = never, exact")
-    quant: str = knob("none", "keep the frozen projections in so few bits; what is trained stays fp32", QUANTS)
-    grad_cp: bool = knob(False, "recompute each block in backward: less memory, about a third more time")
+    load_model: str = setting("", "base checkpoint, .pth or .safetensors; empty = from scratch, with the sizes below")
+    n_layer: int = setting(0, "number of layers; 0 = the checkpoint's, any other number must agree with it")
+    n_embd: int = setting(0, "width of the model in channels; 0 = the checkpoint's, else it must agree")
+    dim_ffn: int = setting(
+        0, "width of the channel mix; 0 = the checkpoint's (from scratch: 4 x n_embd), else it must agree"
+    )
+    vocab_size: int = setting(0, "number of tokens in the vocabulary; 0 = the checkpoint's, else it must agree")
+    head_size: int = setting(0, "channels per head; 0 = the checkpoint's (from scratch: 64), else it must agree")
+    my_testing: str = setting("", "generation: x052, x060 or x070; empty = the checkpoint's, else it must agree")
+    op: str = setting(
+        "auto", "form of the WKV operator; auto = the compiled kernel of the device if it works", OPERATORS
+    )
+    chunk_ctx: int = setting(
+        0, "tokens per chunk: sequences run chunk by chunk in less memory, with the same gradient; 0 = whole"
+    )
+    bptt_chunks: int = setting(
+        0, "with --chunk_ctx: number of chunks after which the gradient is cut; 0 = never, exact"
+    )
+    quant: str = setting(
+        "none",
+        "format of the frozen projections: 8 bits (int8), 4 bits (nf4, fp4), or none = as --precision says",
+        QUANTS,
+    )
+    grad_cp: bool = setting(False, "1 = recompute each block in backward: less memory, about a third more time")
 
     def __post_init__(self):
-        _check_choices(self)
-        _check_at_least(self, 0, "n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size", "chunk_ctx", "bptt_chunks")
+        check_choices(self)
+        check_at_least(self, 0, "n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size", "chunk_ctx", "bptt_chunks")
         if self.bptt_chunks and not self.chunk_ctx:
             raise UserError("--bptt_chunks cuts the gradient between chunks: give --chunk_ctx too, or remove it")
         if not self.load_model and not (self.n_layer and self.n_embd and self.vocab_size):
@@ -85,24 +76,28 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    peft: str = knob("bone", "what is trained: an adapter, the initial state, or (none) every weight", PEFT_KINDS)
-    bone_mode: str = knob(
-        "bone", "bone (linear), bat (the delta also depends on the weight) or bat-col (HF PEFT's other bat)", BONE_MODES
+    peft: str = setting(
+        "bone", "what is trained: an adapter (bone, lora, pissa), the initial state, or every weight (none)", PEFT_KINDS
     )
-    bone_r: int = knob(64, "block size r of Bone and Bat: trainable parameters grow with it")
-    lora_r: int = knob(32, "rank of LoRA and PiSSA")
-    lora_alpha: float = knob(0.0, "scale of LoRA is lora_alpha / lora_r; 0 = lora_r, a scale of 1")
-    lora_dropout: float = knob(0.0, "dropout before lora_A")
-    lora_rs: bool = knob(False, "rank-stabilised LoRA: the scale is lora_alpha / sqrt(lora_r)")
-    lora_plus: float = knob(1.0, "LoRA+: lora_B learns at so many times the learning rate")
-    peft_load: str = knob("", "adapter to continue from")
-    targets: tuple[str, ...] = knob((), "projections to adapt, such as att.key ffn; empty = all of att and ffn")
-    train_parts: tuple[str, ...] = knob((), "what to train besides: base parameters, the initial state", TRAIN_PARTS)
+    bone_mode: str = setting(
+        "bone", "bone is linear, bat also depends on the frozen weight, bat-col is Hugging Face PEFT's bat", BONE_MODES
+    )
+    bone_r: int = setting(64, "block size r of Bone and Bat; the number of trained parameters is proportional to it")
+    lora_r: int = setting(32, "rank of LoRA and PiSSA; the number of trained parameters is proportional to it")
+    lora_alpha: float = setting(0.0, "LoRA's scale is lora_alpha / lora_r; 0 = the value of lora_r, a scale of 1")
+    lora_dropout: float = setting(0.0, "probability with which LoRA drops an input in training; 0 = none is dropped")
+    lora_rs: bool = setting(False, "1 = rank-stabilised LoRA: the scale is lora_alpha / sqrt(lora_r)")
+    lora_plus: float = setting(1.0, "LoRA+: factor on the learning rate of lora_B; the paper has 16, 1 = plain LoRA")
+    peft_load: str = setting("", "adapter file to start from; empty = a new adapter")
+    targets: tuple[str, ...] = setting((), "projections to adapt, such as att.key ffn; empty = all of att and ffn")
+    train_parts: tuple[str, ...] = setting(
+        (), "what to train besides the adapter: base parameters, the initial state; empty = nothing", TRAIN_PARTS
+    )
 
     def __post_init__(self):
-        _check_choices(self)
-        _check_at_least(self, 1, "bone_r", "lora_r")
-        _check_at_least(self, 0, "lora_alpha", "lora_plus")
+        check_choices(self)
+        check_at_least(self, 1, "bone_r", "lora_r")
+        check_at_least(self, 0, "lora_alpha", "lora_plus")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: expected 0 <= lora_dropout < 1")
         if self.peft == "none":
@@ -121,29 +116,52 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    data_file: tuple[str, ...] = knob((), "training data: files or folders of any format that README names")
-    data_type: str = knob("auto", "format of data_file; auto = from its content", DATA_TYPES)
-    data_weights: tuple[str, ...] = knob((), "passes over each data_file per pass over all, such as 1 0.5; empty = 1")
-    sft_split: str = knob("", "part of the rows to use, such as train[:1000] or [5%:]; empty = all (of split train)")
-    eval_data: str = knob("", "held-out data in the same format; empty = none, or eval_split")
-    eval_split: float = knob(0.0, "share of data_file's samples kept out of training as held-out data")
-    tokenizer: str = knob("auto", "bytes, world, or the path of a tokenizer.json; auto = by the vocabulary size")
-    sft_field: tuple[str, ...] = knob((), "names of the prompt and response fields, or of the list of messages")
-    template: str = knob("auto", "how turns are joined: raw, world, g1, g1-think, alpaca, or the path of a template")
-    loss_mask: str = knob("response", "what is trained: responses, the last one, or (none = no mask) all", LOSS_MASKS)
-    mask_id: str = knob("", "loss_mask se: JSON with the texts that switch training on and off")
-    dataload: str = knob("pack", "pack: whole samples, no padding; pad; only: one a batch; get: random", DATALOADS)
-    long_samples: str = knob("cut", "what to do with samples beyond ctx_len", LONG_SAMPLES)
-    bad_rows: str = knob("stop", "what to do with rows that cannot be used: stop, or skip and count them", BAD_ROWS)
-    cache_dir: str = knob("", "folder for tokenised data; empty = beside the data")
-    ctx_len: int = knob(512, "tokens per sample")
-    micro_bsz: int = knob(8, "samples per device and forward pass; packed: so many times ctx_len tokens")
+    data_file: tuple[str, ...] = setting(
+        (), "training data: one or more files or folders, in the formats of docs/data.md"
+    )
+    data_type: str = setting("auto", "format of data_file; auto = recognised by its content", DATA_TYPES)
+    data_weights: tuple[str, ...] = setting(
+        (), "how often a pass over the data contains each data_file, such as 1 0.5; empty = each once"
+    )
+    sft_split: str = setting("", "part of the rows to use, such as train[:1000] or [5%:]; empty = all (of split train)")
+    eval_data: str = setting("", "held-out data, in the same formats; empty = none, or what --eval_split takes")
+    eval_split: float = setting(0.0, "share of the samples to hold out of training, such as 0.02; 0 = none")
+    tokenizer: str = setting("auto", "bytes, world, or the path of a tokenizer.json; auto = by the vocabulary's size")
+    sft_field: tuple[str, ...] = setting(
+        (), "names of the prompt and response fields, or of the list of messages; empty = the usual names"
+    )
+    template: str = setting(
+        "auto",
+        "how turns become text: raw, world, g1, g1-think, alpaca, or the path of a template; auto = world for the "
+        "World tokenizer, else raw",
+    )
+    loss_mask: str = setting(
+        "response",
+        "which tokens are trained: responses, the last response, or all (none, pad); qa and se look for turns in "
+        "plain text",
+        LOSS_MASKS,
+    )
+    mask_id: str = setting("", "for --loss_mask se: JSON with mask1 and mask0, the texts that start and end training")
+    dataload: str = setting(
+        "pack",
+        "how samples fill a batch: pack joins whole samples, without padding; pad gives each a row; only is pad with "
+        "one sample; get cuts random windows",
+        DATALOADS,
+    )
+    long_samples: str = setting(
+        "cut", "samples longer than ctx_len: cut off the rest, drop them, or split them into several", LONG_SAMPLES
+    )
+    bad_rows: str = setting("stop", "rows that cannot be used: stop the run, or skip and count them", BAD_ROWS)
+    cache_dir: str = setting("", "folder for tokenised data; empty = .rwkv_bone_cache beside the data")
+    ctx_len: int = setting(512, "most tokens of one sample; see --long_samples")
+    micro_bsz: int = setting(
+        8, "samples per device and forward pass; with --dataload pack a batch is micro_bsz x ctx_len tokens"
+    )
 
     def __post_init__(self):
-        _check_choices(self)
-        _check_at_least(self, 1, "ctx_len", "micro_bsz")
-        if not self.data_file:
-            raise UserError("--data_file is missing: name the training data")
+        check_choices(self)
+        check_at_least(self, 1, "ctx_len", "micro_bsz")
+        check_given(self, "data_file")
         if len(self.sft_field) > 2:
             raise UserError(
                 f"--sft_field takes the names of prompt and response, or one name, of the messages; "
@@ -173,20 +191,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr_init: float = knob(2e-4, "learning rate after warm-up")
-    lr_final: float = knob(2e-5, "learning rate at the end")
-    lr_schedule: str = knob("cos", "shape of the way from lr_init to lr_final", SCHEDULES)
-    warmup_steps: int = knob(0, "optimiser steps of linear warm-up")
-    beta1: float = knob(0.9, "AdamW beta1")
-    beta2: float = knob(0.99, "AdamW beta2")
-    adam_eps: float = knob(1e-8, "AdamW epsilon")
-    weight_decay: float = knob(0.0, "weight decay, on large matrices only")
-    grad_clip: float = knob(1.0, "largest norm of the gradient; 0 = no clipping")
-    l2wrap: float = knob(0.0, "weight of the L2Wrap logit penalty (upstream's pre-training uses 1e-4); 0 = off")
+    lr_init: float = setting(2e-4, "learning rate after the warm-up")
+    lr_final: float = setting(2e-5, "learning rate at the end of the run")
+    lr_schedule: str = setting("cos", "curve of the learning rate from lr_init to lr_final", SCHEDULES)
+    warmup_steps: int = setting(0, "optimiser steps in which the learning rate rises to lr_init; 0 = no warm-up")
+    beta1: float = setting(0.9, "AdamW's decay of the mean of the gradients")
+    beta2: float = setting(0.99, "AdamW's decay of the mean of their squares")
+    adam_eps: float = setting(1e-8, "AdamW's epsilon, added to the denominator")
+    weight_decay: float = setting(0.0, "AdamW's weight decay, on large matrices only; 0 = none")
+    grad_clip: float = setting(1.0, "norm above which the gradient is scaled down to it; 0 = no clipping")
+    l2wrap: float = setting(0.0, "weight of the L2Wrap penalty on large logits (RWKV's pre-training: 1e-4); 0 = off")
 
     def __post_init__(self):
-        _check_choices(self)
-        _check_at_least(self, 0, "lr_init", "lr_final", "warmup_steps", "weight_decay", "grad_clip", "l2wrap")
+        check_choices(self)
+        check_at_least(self, 0, "lr_init", "lr_final", "warmup_steps", "weight_decay", "grad_clip", "l2wrap")
         if self.lr_schedule == "exp" and not (self.lr_init > 0 and self.lr_final > 0):
             raise UserError("--lr_schedule exp needs --lr_init and --lr_final above 0; use linear to reach 0")
         for name in ("beta1", "beta2"):
@@ -198,28 +216,34 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    proj_dir: str = knob("out", "folder for the adapters, logs and plots")
-    overwrite: bool = knob(False, "replace what an earlier run left in proj_dir")
-    resume: bool = knob(False, "continue the run in proj_dir exactly where its last saved step left it")
-    random_seed: int = knob(42, "seed of data order and initial weights")
-    accelerator: str = knob("auto", "where to run; auto = GPU if there is one", ACCELERATORS)
-    devices: int = knob(1, "GPUs (or CPU processes) per node")
-    num_nodes: int = knob(1, "machines")
-    strategy: str = knob("auto", "DeepSpeed ZeRO stage; auto = deepspeed_stage_1", STRATEGIES)
-    precision: str = knob("bf16", "dtype of frozen weights and arithmetic; what is trained is always fp32", PRECISIONS)
-    accumulate_grad_batches: int = knob(1, "forward passes per optimiser step")
-    epoch_begin: int = knob(0, "number of the first epoch: names files only, rwkv-N.pth")
-    epoch_count: int = knob(1, "epochs to train")
-    epoch_steps: int = knob(0, "optimiser steps per epoch; 0 = the whole data once")
-    epoch_save: int = knob(1, "save every so many epochs (the last is always saved)")
-    save_steps: int = knob(0, "also save every so many optimiser steps; 0 = off")
-    eval_samples: int = knob(100, "held-out rows used for the exact match before and after; 0 = none")
-    wandb: str = knob("", "Weights & Biases project; empty = off")
+    proj_dir: str = setting("out", "folder for the results: adapters, settings, log and loss curve")
+    overwrite: bool = setting(False, "1 = replace what an earlier run left in proj_dir; 0 = refuse to")
+    resume: bool = setting(False, "1 = continue the run in proj_dir exactly where its last saved step left it")
+    random_seed: int = setting(42, "seed of the order of the data and of new weights")
+    accelerator: str = setting("auto", "where to run; auto = on a GPU if there is one", ACCELERATORS)
+    devices: int = setting(1, "number of GPUs (or CPU processes) on each machine")
+    num_nodes: int = setting(1, "number of machines")
+    strategy: str = setting("auto", "DeepSpeed ZeRO stage; auto = deepspeed_stage_1", STRATEGIES)
+    precision: str = setting(
+        "bf16", "dtype of frozen weights and arithmetic; what is trained is always fp32", PRECISIONS
+    )
+    accumulate_grad_batches: int = setting(1, "forward passes (micro-batches) per optimiser step")
+    epoch_begin: int = setting(0, "N of the first epoch's adapter, rwkv-N.pth; changes nothing but names")
+    epoch_count: int = setting(1, "number of epochs to train")
+    epoch_steps: int = setting(0, "optimiser steps per epoch; 0 = as many as one pass over the data takes")
+    epoch_save: int = setting(1, "epochs from one save to the next; the last epoch is always saved")
+    save_steps: int = setting(
+        0, "optimiser steps from one save within an epoch to the next; 0 = saves at ends of epochs only"
+    )
+    eval_samples: int = setting(
+        100, "held-out samples that the model answers before and after, to count exact matches; 0 = none"
+    )
+    wandb: str = setting("", "project of Weights & Biases to log to; empty = no logging there")
 
     def __post_init__(self):
-        _check_choices(self)
-        _check_at_least(self, 1, "devices", "num_nodes", "accumulate_grad_batches", "epoch_count", "epoch_save")
-        _check_at_least(self, 0, "epoch_begin", "epoch_steps", "save_steps", "random_seed", "eval_samples")
+        check_choices(self)
+        check_at_least(self, 1, "devices", "num_nodes", "accumulate_grad_batches", "epoch_count", "epoch_save")
+        check_at_least(self, 0, "epoch_begin", "epoch_steps", "save_steps", "random_seed", "eval_samples")
         if not self.proj_dir:
             raise UserError("--proj_dir is empty: name a folder for the results")
 
@@ -237,27 +261,27 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    base_model: str = knob("", "the checkpoint the adapter was trained on")
-    peft_checkpoint: str = knob("", "the adapter, proj_dir/rwkv-N.pth")
-    output: str = knob("", "the standalone checkpoint to write")
-    overwrite: bool = knob(False, "replace the output if it exists")
-    verify: bool = knob(True, "compare the logits of the merged file with base + adapter before keeping it")
-    peft: str = knob(
+    base_model: str = setting("", "checkpoint that the adapter was trained on")
+    peft_checkpoint: str = setting("", "adapter to merge, such as out/rwkv-0.pth")
+    output: str = setting("", "standalone checkpoint to write, .pth or .safetensors")
+    overwrite: bool = setting(False, "1 = replace the output if it exists; 0 = refuse to")
+    verify: bool = setting(True, "1 = keep the output only if its logits are those of base + adapter; 0 = do not check")
+    peft: str = setting(
         "auto",
-        "kind of an adapter that has no metadata; auto = from its shapes",
+        "kind of the adapter, if its file has no metadata; auto = by its shapes",
         ("auto", *BONE_MODES, "bat-flat", "lora", "pissa", "state"),
     )
-    bone_r: int = knob(0, "block size or rank of an adapter that has no metadata; 0 = from its shapes")
-    lora_alpha: float = knob(0.0, "alpha of a LoRA that has no metadata; 0 = unknown, which is an error for LoRA")
-    quant: str = knob("auto", "quantisation the adapter was trained on; auto = from its metadata", ("auto", *QUANTS))
-    merge_base: str = knob(
-        "trained", "merge into the weights as trained on (quantised and back), or the original", ("trained", "original")
+    bone_r: int = setting(0, "block size or rank of the adapter, if its file has no metadata; 0 = by its shapes")
+    lora_alpha: float = setting(0.0, "alpha of a LoRA whose file has no metadata, which must be given; 0 = not given")
+    quant: str = setting(
+        "auto", "format of the base that the adapter was trained on; auto = by its metadata", ("auto", *QUANTS)
     )
-    pissa_init: str = knob("", "RWKV-PEFT's init_pissa.pth, for its PiSSA adapters")
+    merge_base: str = setting(
+        "trained", "weights to merge into: as trained on (quantised and back), or the original", ("trained", "original")
+    )
+    pissa_init: str = setting("", "for PiSSA adapters of RWKV-PEFT: the init_pissa.pth beside them")
 
     def __post_init__(self):
-        _check_choices(self)
-        _check_at_least(self, 0, "bone_r", "lora_alpha")
-        for spec in fields(self):
-            if getattr(self, spec.name) == "" and spec.name != "pissa_init":
-                raise UserError(f"--{spec.name} is missing: {spec.metadata['help']}")
+        check_choices(self)
+        check_at_least(self, 0, "bone_r", "lora_alpha")
+        check_given(self, *(spec.name for spec in fields(self) if spec.default == "" and spec.name != "pissa_init"))

@@ -29,7 +29,8 @@ from rwkv_bone.adapters import peft_format
 from rwkv_bone.adapters.files import AdapterFile, infer_adapter, read_adapter
 from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.adapters.settings import AdapterSettings
-from rwkv_bone.config import BONE_MODES, QUANTS, knob
+from rwkv_bone.config import BONE_MODES, QUANTS, setting
+from rwkv_bone.config.fields import check_choices, check_given
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.conversion.merge import trained_quant
 from rwkv_bone.errors import UserError, exit_status
@@ -38,40 +39,57 @@ FORMATS = ("auto", "native", "miss", "lora")
 NAMES = ("hf", "rwkv")
 ALIC_LI = ".weight.D"
 FILE_SUFFIXES = (".pth", ".safetensors")
+EXAMPLES = (
+    (
+        "what the first example of train.py has trained, as a MiSS directory for Hugging Face PEFT",
+        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/rwkv-0.pth --output out/peft",
+    ),
+    (
+        "the same as a LoRA, which equals it",
+        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/rwkv-0.pth --output out/lora --to lora",
+    ),
+    (
+        "a PEFT directory as a file for merge.py and train.py --peft_load",
+        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/peft --output out/back.pth",
+    ),
+)
 MERGE = "merge it (python merge.py --help) and convert the merged model"
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    adapter: str = knob("", "the adapter to read: a file, or a directory of Hugging Face PEFT")
-    base_model: str = knob("", "the RWKV checkpoint that it belongs to")
-    output: str = knob("", "where to write: a .pth or .safetensors file, or a directory for Hugging Face PEFT")
-    to: str = knob(
-        "auto", "native (this project's), miss or lora; auto = native for a file, else miss or lora", FORMATS
-    )
-    overwrite: bool = knob(False, "replace the output if it exists")
-    peft: str = knob(
+    adapter: str = setting("", "adapter to read: a file, or a directory of Hugging Face PEFT")
+    base_model: str = setting("", "RWKV checkpoint that the adapter was trained on")
+    output: str = setting("", "what to write: a .pth or .safetensors file, or a directory for Hugging Face PEFT")
+    to: str = setting(
         "auto",
-        "kind of an adapter that does not say; auto = from its shapes",
+        "format to write: native (this project's), miss or lora; auto = native for a file, else miss or lora",
+        FORMATS,
+    )
+    overwrite: bool = setting(False, "1 = replace the output if it exists; 0 = refuse to")
+    peft: str = setting(
+        "auto",
+        "kind of the adapter, if its file does not say; auto = by its shapes",
         ("auto", *BONE_MODES, "bat-flat", "lora", "pissa", "state"),
     )
-    bone_r: int = knob(0, "block size or rank of an adapter that does not say; 0 = from its shapes")
-    lora_alpha: float = knob(0.0, "alpha of an adapter whose file lacks it; 0 = unknown, an error where it matters")
-    quant: str = knob("auto", "quantisation it was trained on; auto = from its metadata, else none", ("auto", *QUANTS))
-    pissa_init: str = knob("", "RWKV-PEFT's init_pissa.pth, for its PiSSA adapters")
-    names: str = knob(
+    bone_r: int = setting(0, "block size or rank of the adapter, if its file does not say; 0 = by its shapes")
+    lora_alpha: float = setting(
+        0.0, "alpha of the adapter, if its file lacks it; 0 = unknown, an error where it matters"
+    )
+    quant: str = setting(
+        "auto", "format of the base it was trained on; auto = by its metadata, else none", ("auto", *QUANTS)
+    )
+    pissa_init: str = setting("", "for PiSSA adapters of RWKV-PEFT: the init_pissa.pth beside them")
+    names: str = setting(
         "hf", "module names in a directory: hf, model.layers.0.attn.k_proj, or rwkv, blocks.0.att.key", NAMES
     )
-    hf_base: str = knob("", "name or folder of the base in Hugging Face form, to record in a directory")
+    hf_base: str = setting(
+        "", "name or folder of the base in Hugging Face form, to record in a directory; empty = none"
+    )
 
     def __post_init__(self):
-        for name in ("adapter", "base_model", "output"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing: {type(self).__dataclass_fields__[name].metadata['help']}")
-        for name, spec in type(self).__dataclass_fields__.items():
-            choices = spec.metadata["choices"]
-            if choices and getattr(self, name) not in choices:
-                raise UserError(f"--{name} {getattr(self, name)}: expected one of {', '.join(choices)}")
+        check_given(self, "adapter", "base_model", "output")
+        check_choices(self)
 
 
 def convert(config: ConvertConfig) -> list[str]:
@@ -311,8 +329,7 @@ def _directory_target(target: str, name) -> str:
 
 def main(prog: str = "python -m rwkv_bone.conversion.convert") -> None:
     description = "Convert an adapter of an RWKV model from one format to another."
-    config = parse_section(prog, description, ConvertConfig, sys.argv[1:])
-    print("\n".join(convert(config)))
+    print("\n".join(convert(parse_section(prog, description, ConvertConfig, sys.argv[1:], examples=EXAMPLES))))
 
 
 if __name__ == "__main__":

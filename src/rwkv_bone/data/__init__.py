@@ -3,6 +3,8 @@
 `load_dataset` reads and tokenises; `BatchPlan` says which samples make up which micro-batch on which rank.
 """
 
+from typing import Any
+
 from rwkv_bone.data.dataset import Dataset, Sample
 from rwkv_bone.data.load import load_dataset, load_pairs
 from rwkv_bone.data.templates import load_template
@@ -20,7 +22,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Lazily: the processes that tokenise import this package too, and have no use for torch.
     if name in ("Batch", "BatchPlan"):
         from rwkv_bone.data import sampler

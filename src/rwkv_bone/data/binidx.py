@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 
@@ -35,6 +36,7 @@ def find_pair(path: Path) -> Path | None:
 
 
 def part_of(pair: Path, suffix: str) -> Path:
+    """The file of a pair with this ending, .bin or .idx."""
     return pair.with_name(pair.name + suffix)
 
 
@@ -84,7 +86,9 @@ class PairWriter:
             raise self._refused(error) from error
         self._lengths.append(lengths.astype(np.int64))
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._finish()

@@ -24,8 +24,8 @@ from rwkv_bone.errors import UserError
 
 FOLDER = ".rwkv_bone_cache"
 META = "meta.json"
-SMALL = 1 << 20  # bytes of data that are tokenised faster than they are looked up
-HASHED = 1 << 26  # bytes of a file up to which its content is read each time, whatever its dates say
+SMALL = 1 << 20  # bytes of data below which nothing is cached: tokenising takes no longer than looking it up
+HASHED = 1 << 26  # bytes of a file up to which its content is hashed each time; beyond, only if its dates change
 CHECKED = 1 << 28  # bytes of an array up to which its checksum is compared each time
 
 
@@ -55,11 +55,12 @@ class Arrays:
         """Forget what was appended under `name`, if anything was."""
         self._parts.pop(name, None)
         if record := self._files.pop(name, None):
+            assert self._folder is not None  # files lie there
             record[0].close()
             (self._folder / name).unlink()
 
     def finish(self) -> dict[str, np.ndarray]:
-        """Everything appended; as files, also described by `described`."""
+        """{name: all that was appended under it}. Closes the files; `described` then describes them."""
         if self._folder is None:
             return {name: np.concatenate(parts) for name, parts in self._parts.items()}
         for record in self._files.values():
@@ -69,6 +70,7 @@ class Arrays:
         return {name: _mapped(self._folder / name, *record[1:3]) for name, record in self._files.items()}
 
     def described(self) -> dict[str, dict]:
+        """{name: dtype, number of values and checksum} of the files."""
         return {name: {"dtype": r[1], "count": r[2], "crc32": r[3]} for name, r in self._files.items()}
 
     def close(self) -> None:
@@ -100,7 +102,7 @@ class Cache:
         self.folder = self._folders[0]
 
     def content(self, paths: list[Path], name: str) -> str:
-        """A hash of the bytes of all files, wherever they lie; remembered for a large file until it is touched."""
+        """A hash of the contents of the files. That of a large file is remembered until the file changes."""
         digest = hashlib.blake2b(digest_size=20)
         for path in paths:
             digest.update(self._file_hash(path).encode())
@@ -112,10 +114,11 @@ class Cache:
         try:
             status = os.stat(path)
             # The change time moves whenever a file is written, whatever is done to its modification time.
-            seen = [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            place = str(path.absolute())
+            seen = [place, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
             if status.st_size <= HASHED:
                 return _hash(path)
-            record = self.folder / "files" / hashlib.blake2b(seen[0].encode(), digest_size=16).hexdigest()
+            record = self.folder / "files" / hashlib.blake2b(place.encode(), digest_size=16).hexdigest()
             with suppress(OSError, ValueError):
                 known = json.loads(record.read_text(encoding="utf-8"))
                 if known.get("seen") == seen:
@@ -131,7 +134,7 @@ class Cache:
         return found
 
     def entry(self, made_from: Mapping, build: Build) -> Entry:
-        """The entry for `made_from` (anything JSON), built now if it is not there."""
+        """The entry made from `made_from` (anything that JSON can hold); built now if it is not there."""
         key = hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=20).hexdigest()
         if found := self._read(key):
             return found
@@ -202,6 +205,7 @@ class Cache:
 
 
 def in_memory(build: Build) -> Entry:
+    """An entry that is not kept."""
     arrays = Arrays(None)
     record = build(arrays)
     return arrays.finish(), record
@@ -245,6 +249,7 @@ def _writable(folder: Path) -> bool:
 
 
 def _of_user() -> Path:
+    """The cache folder of the user, where the one beside the data cannot be written."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_bone" / "data"
 
 

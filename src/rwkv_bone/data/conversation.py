@@ -44,6 +44,8 @@ REMEDY = "Name prompt and response with --sft_field"
 
 @dataclass(frozen=True)
 class Turn:
+    """One turn of a conversation."""
+
     role: str  # system, user, assistant or tool
     text: str
     thinking: str = ""  # of an assistant: its reasoning, where a field of its own holds it
@@ -62,6 +64,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Layout:
+    """Which fields of a row are read, and as what."""
+
     kind: str  # text, pair, alpaca or messages
     fields: tuple[str, ...]
 
@@ -70,7 +74,10 @@ class Layout:
 
 
 def layout_of(row: Mapping[str, Any], sft_field: tuple[str, ...], data_type: str, where: str) -> Layout:
-    """The layout of a row, from its fields unless --sft_field or --data_type (jsonl: text; sft: not text) say."""
+    """The layout of a row: as --sft_field or --data_type say (jsonl: text; sft: not text), else by its fields.
+
+    UserError if its fields fit no layout, or more than one.
+    """
     if sft_field:
         return Layout("pair" if len(sft_field) == 2 else "messages", sft_field)
     if data_type == "jsonl":
@@ -107,7 +114,8 @@ def conversation(row: Mapping[str, Any], layout: Layout, where: str) -> Conversa
     if layout.kind == "messages":
         return _of_messages(row, layout.fields[0], where)
     prompt, response = layout.fields
-    before, material = (), ""
+    before: tuple[Turn, ...] = ()
+    material = ""
     if layout.kind == "alpaca":
         material = _optional(row, "input", where)
         before = (*_system(row, where), *_history(row, where))
@@ -157,7 +165,7 @@ def _role(message: dict, where: str, place: str) -> str:
 
 
 def _turn(message: dict, role: str, where: str, place: str) -> Turn:
-    """One element of the list; `role` is the name it has there."""
+    """The turn that one element of the list holds. role: as it is named there."""
     key = next((key for key in TEXT_KEYS if key in message), None)
     value = message.get(key)
     if isinstance(value, list):
@@ -197,7 +205,7 @@ def _call(call: Any, where: str, place: str) -> str:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
-            pass  # a call that the data's model wrote wrongly stays as it was written
+            pass  # arguments that are not valid JSON stay as they are
     return json.dumps({"name": call["name"], "arguments": arguments}, ensure_ascii=False)
 
 

@@ -1,4 +1,4 @@
-"""Samples cut from tokenised documents, and everything about them that an order of batches needs to know.
+"""Samples, cut from tokenised documents, with the lengths and counts that batches are planned by.
 
 A document is a list of ids of which some are targets; it may lie anywhere in a memory-mapped file. A sample is a
 document of at most `ctx_len` predictions (`ctx_len` + 1 ids), or what --long_samples makes of a longer one.
@@ -16,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
+from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.errors import UserError
 
 SCAN = 1 << 24  # tokens looked at in one go, so that a memory-mapped file is never in memory as a whole
@@ -24,6 +25,8 @@ ORIGINS_SHOWN = 3
 
 @dataclass(frozen=True)
 class Sample:
+    """One sequence to train on."""
+
     ids: np.ndarray  # int32 [L]
     trained: np.ndarray  # bool [L]: this token is a target; False for the first, which nothing predicts
     origin: str  # such as "data.jsonl:17"
@@ -48,7 +51,7 @@ class Documents:
 
 
 def prompt_hash(ids: np.ndarray, first_trained: int) -> int:
-    """64 bits of the ids before the first target; of all ids if nothing but the first comes before it."""
+    """A 64-bit hash of the prompt: the ids before the first target, or all ids if there is at most one before it."""
     part = ids[:first_trained] if first_trained > 1 else ids
     return int.from_bytes(hashlib.blake2b(part.astype("<u4").tobytes(), digest_size=8).digest(), "little")
 
@@ -127,7 +130,7 @@ class Dataset:
             )
 
     def _samples_of(self, number: int, long_samples: str) -> tuple[np.ndarray, ...]:
-        """(part, document, start, length, trained count) of the samples of one part; notes what is not among them."""
+        """(part, document, start, length, trained count) of the samples of one part. Notes what is cut or left out."""
         documents, limit = self._parts[number], self.ctx_len + 1
         full, starts = np.asarray(documents.lengths), np.asarray(documents.starts)
         index, lengths = np.arange(len(full)), full
@@ -137,8 +140,9 @@ class Dataset:
             what = f"{len(too_long):,} samples longer than --ctx_len {self.ctx_len}"
             if long_samples == "cut":
                 lengths = np.minimum(full, limit)
-                counts = f"{len(too_long):,} samples, {lost:,} tokens left out"
-                self._notes.append(f"cut at --ctx_len {self.ctx_len}: {counts}")
+                self._notes.append(
+                    f"cut at --ctx_len {self.ctx_len}: {len(too_long):,} samples, {lost:,} tokens left out"
+                )
             elif long_samples == "drop":
                 index = np.flatnonzero(full <= limit)
                 starts, lengths = starts[index], full[index]
@@ -153,8 +157,8 @@ class Dataset:
                 piece = np.arange(len(index)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
                 starts = starts[index] + piece * self.ctx_len
                 lengths = np.minimum(full[index] - piece * self.ctx_len, limit)
-                count = int(pieces[too_long].sum())
-                self._notes.append(f"split (--long_samples split): {what} became {count:,}")
+                became = int(pieces[too_long].sum())
+                self._notes.append(f"split (--long_samples split): {what} became {became:,}")
         counts = count_trained(documents.trained, starts, starts + lengths)
         kept = np.flatnonzero(counts)
         if len(kept) < len(counts):
@@ -233,8 +237,8 @@ class Dataset:
             part.windows = windows
         return part
 
-    def pairs(self, tokenizer, limit: int | None = None) -> list[tuple[str, str]]:
-        """(all before the last response, that response) as text, of the first `limit` samples that have both, uncut."""
+    def pairs(self, tokenizer: Tokenizer, limit: int | None = None) -> list[tuple[str, str]]:
+        """(text before the last response, that response) of the first `limit` samples that have both and are whole."""
         pairs: list[tuple[str, str]] = []
         for index in range(len(self)):
             if limit is not None and len(pairs) == limit:
@@ -250,8 +254,8 @@ class Dataset:
                 pairs.append((texts[0], texts[1]))
         return pairs
 
-    def lines(self) -> list[str]:
-        """What was read, and what was left out, for the user."""
+    def summary_lines(self) -> list[str]:
+        """What was read and what was left out, line by line, for the user."""
         lines = [documents.kind for documents in self._parts]
         if self.windows:
             counts = f"{len(self):,} documents, {len(self.tokens):,} tokens"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import islice
@@ -19,8 +19,19 @@ from rwkv_bone.data.dataset import SCAN, Dataset, Documents
 from rwkv_bone.data.masks import parse_mask_id, stream_mask
 from rwkv_bone.data.sources import Rows, Split, Text, Tokens, open_source
 from rwkv_bone.data.templates import load_template
-from rwkv_bone.data.tokenise import Progress, RowReader, RowSettings, Skipped, TextSettings, blocks, run, token_dtype
-from rwkv_bone.data.tokenizer import load_tokenizer
+from rwkv_bone.data.tokenise import (
+    Block,
+    RowReader,
+    RowSettings,
+    Settings,
+    Skipped,
+    TextSettings,
+    TokenisingProgress,
+    blocks,
+    run,
+    token_dtype,
+)
+from rwkv_bone.data.tokenizer import Tokenizer, load_tokenizer
 from rwkv_bone.errors import UserError
 
 ROWS_TRIED = 100  # rows looked at for the layout, with --bad_rows skip
@@ -48,7 +59,7 @@ def load_dataset(cfg: DataConfig, vocab_size: int, path: str | None = None) -> D
     return Dataset(parts, cfg.ctx_len, windows=cfg.dataload == "get", long_samples=cfg.long_samples, weights=weights)
 
 
-def load_pairs(cfg: DataConfig, path: str, tokenizer, limit: int | None = None) -> list[tuple[str, str]]:
+def load_pairs(cfg: DataConfig, path: str, tokenizer: Tokenizer, limit: int | None = None) -> list[tuple[str, str]]:
     """(prompt, last response) as the template writes them, of the first `limit` rows of held-out data.
 
     Empty if `path` holds documents.
@@ -56,7 +67,7 @@ def load_pairs(cfg: DataConfig, path: str, tokenizer, limit: int | None = None) 
     part = _Part(cfg, tokenizer.vocab_size, path, held_out=True)
     if not isinstance(part.source, Rows):
         return []
-    layout = part.layout()
+    layout = part.layout(part.source)
     if layout.kind == "text":
         return []
     template = load_template(cfg.template, tokenizer.name)
@@ -75,14 +86,15 @@ class _Part:
 
     def __init__(self, cfg: DataConfig, vocab_size: int, name: str, held_out: bool):
         self.cfg, self.vocab_size, self.name = cfg, vocab_size, name
-        # A slice is of the training data; the name of a split is too, and held-out data has one of its own.
+        # --sft_split is about the training data: held-out data is read whole, from the split that is made for it.
         self.split = Split.parse("" if held_out else cfg.sft_split)
         self.source = open_source(
             name, cfg.data_type, split=self.split.name, cache_dir=cfg.cache_dir, held_out=held_out
         )
         self.skip = cfg.bad_rows == "skip"
         if cfg.loss_mask == "se":
-            parse_mask_id(cfg.mask_id)  # a mistake in it is none of a row
+            # Before any row is read: a mistake in it is not a bad row, which --bad_rows skip would skip.
+            parse_mask_id(cfg.mask_id)
         self.notes: list[str] = []
         read_as = "" if isinstance(self.source, Rows) else self.source.kind
         read_as = "rows of text" if cfg.data_type == "jsonl" else read_as
@@ -98,24 +110,24 @@ class _Part:
             return self._of_text(self.source)
         return self._of_rows(self.source)
 
-    def layout(self) -> Layout:
-        """That of the first row, or with --bad_rows skip of the first one that has any."""
+    def layout(self, source: Rows) -> Layout:
+        """The layout of the first row; with --bad_rows skip, of the first row whose layout is recognised."""
         first_error = None
-        for number, raw, _ in islice(self.split.items(self.source), ROWS_TRIED if self.skip else 1):
-            where = f"{self.source.prefix}{number}"
+        for number, raw, _ in islice(self.split.items(source), ROWS_TRIED if self.skip else 1):
+            where = f"{source.prefix}{number}"
             try:
                 if isinstance(raw, UserError):
                     raise raw
-                return layout_of(self.source.parse(raw, where), self.cfg.sft_field, self.cfg.data_type, where)
+                return layout_of(source.parse(raw, where), self.cfg.sft_field, self.cfg.data_type, where)
             except UserError as error:
                 first_error = first_error or error
         if first_error:
             raise first_error
         part = f" in --sft_split {self.cfg.sft_split}" if self.cfg.sft_split else ""
-        raise UserError(f"{self.name}: no rows{part}; expected {self.source.kind}")
+        raise UserError(f"{self.name}: no rows{part}; expected {source.kind}")
 
     def _of_rows(self, source: Rows) -> Documents:
-        cfg, layout = self.cfg, self.layout()
+        cfg, layout = self.cfg, self.layout(source)
         tokenizer = load_tokenizer(cfg.tokenizer, self.vocab_size)
         template = load_template(cfg.template, tokenizer.name)
         self._check_windows(has_prompts=layout.kind != "text")
@@ -135,7 +147,7 @@ class _Part:
             kind += f", template {template.name}"
         if layout.kind != "text" or cfg.loss_mask in ("qa", "se"):
             kind += f", trained on {TRAINED[cfg.loss_mask]}"
-        skipped = Skipped(record["skipped"]).lines(source.prefix)
+        skipped = Skipped(record["skipped"]).summary_lines(source.prefix)
         if not len(arrays["lengths"]):
             raise UserError(f"{self.name}: no row can be used: {'; '.join(skipped)}")
         if record["unanswered"]:
@@ -192,14 +204,24 @@ class _Part:
         if not len(lengths):
             raise UserError(f"{self.name}: no documents in --sft_split {self.cfg.sft_split}")
         if record["low"] < 0 or record["high"] >= self.vocab_size:
-            kept = self._within_vocabulary(tokens, starts, lengths, numbers)
+            kept = self._within_vocabulary(source, starts, lengths, numbers)
             starts, lengths, numbers = starts[kept], lengths[kept], numbers[kept]
         trained = self._stream_masks(tokens, starts, lengths)
         what = "every token" if trained is None else TRAINED[self.cfg.loss_mask]
         kind = f"{self.name}: {source.kind}, trained on {what}"
         return Documents(kind, tokens, starts, lengths, trained, None, source.prefix, numbers, tuple(self.notes))
 
-    def _as_documents(self, kind, tokens, lengths, trained, prompts, prefix, numbers) -> Documents:
+    def _as_documents(
+        self,
+        kind: str,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        trained: np.ndarray | None,
+        prompts: np.ndarray | None,
+        prefix: str,
+        numbers: np.ndarray,
+    ) -> Documents:
+        """Documents that lie one after another in `tokens`."""
         starts = np.cumsum(lengths) - lengths
         return Documents(kind, tokens, starts, lengths, trained, prompts, prefix, numbers, tuple(self.notes))
 
@@ -213,12 +235,12 @@ class _Part:
                 "use --dataload pack, or --loss_mask none to train on the whole stream"
             )
 
-    def _tokenise(self, settings: RowSettings | TextSettings, source, out: Arrays) -> dict[str, Any]:
-        """Fill `out`, without a mask where every token is trained; returns what the user is told."""
+    def _tokenise(self, settings: Settings, source: Iterable[Block], out: Arrays) -> dict[str, Any]:
+        """Fill `out` (without a mask, if every token is trained) and return the counts for the user."""
         files = self.source.files
         total = sum(path.stat().st_size for path in files)
         packed = any(path.suffix == ".gz" for path in files)  # then nobody knows how much there is
-        progress = Progress(f"tokenising {self.name}", 0 if packed else total)
+        progress = TokenisingProgress(f"tokenising {self.name}", 0 if packed else total)
         skipped = Skipped()
         targets = documents = unanswered = 0
         try:
@@ -246,7 +268,7 @@ class _Part:
             "speed": progress.speed(),
         }
 
-    def _entry(self, made_from: dict, tokenizer, build: Build) -> Entry:
+    def _entry(self, made_from: dict, tokenizer: Tokenizer | None, build: Build) -> Entry:
         """Arrays from the cache, or built into it; built in memory where the data is small."""
         files = self.source.files
         try:
@@ -265,7 +287,7 @@ class _Part:
         made_from = made_from | {
             "code": code_hash(),
             "content": store.content(files, self.name),
-            "tokenizer": tokenizer and tokenizer.identity(),
+            "tokenizer": None if tokenizer is None else tokenizer.identity(),
             "vocab_size": self.vocab_size,
             "loss_mask": [self.cfg.loss_mask, self.cfg.mask_id],
         }
@@ -276,9 +298,14 @@ class _Part:
             self.notes.append(f"{self.name}: {done} {store.folder}")
         return entry
 
-    def _within_vocabulary(self, tokens, starts, lengths, numbers) -> np.ndarray:
-        """Indices of the documents without a token that the model does not know; UserError if that is not all of them
-        and bad rows are not to be skipped."""
+    def _within_vocabulary(
+        self, source: Tokens, starts: np.ndarray, lengths: np.ndarray, numbers: np.ndarray
+    ) -> np.ndarray:
+        """int64: indices of the documents whose tokens the model all knows.
+
+        UserError for the first other document, unless --bad_rows skip.
+        """
+        tokens = source.tokens
         bad = np.zeros(len(starts), dtype=bool)
         for first, last in _runs(starts, lengths):
             part = np.asarray(tokens[starts[first] : starts[last - 1] + lengths[last - 1]])
@@ -289,17 +316,17 @@ class _Part:
             if inside.any() and not self.skip:
                 place, document = places[inside][0], hit[inside][0]
                 raise UserError(
-                    f"{self.source.prefix}{numbers[document]}: token {tokens[place]} is outside the model's vocabulary "
-                    f"of {self.vocab_size} ({self.source.kind}): use the tokenizer the model was trained with"
+                    f"{source.prefix}{numbers[document]}: token {tokens[place]} is outside the model's vocabulary "
+                    f"of {self.vocab_size} ({source.kind}): use the tokenizer the model was trained with"
                 )
         if bad.all():
             raise UserError(f"{self.name}: every document has tokens outside the vocabulary of {self.vocab_size}")
         skipped = Skipped()
         skipped.add([("token outside the model's vocabulary", int(n)) for n in numbers[bad]])
-        self.notes += skipped.lines(self.source.prefix)
+        self.notes += skipped.summary_lines(source.prefix)
         return np.flatnonzero(~bad)
 
-    def _stream_masks(self, tokens, starts, lengths) -> np.ndarray | None:
+    def _stream_masks(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
         """bool [N], or None where every token is trained; --loss_mask qa and se look for turns in the tokens."""
         cfg = self.cfg
         if cfg.loss_mask not in ("qa", "se"):
@@ -321,7 +348,7 @@ class _Part:
 
 
 def _runs(starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(first, last) of neighbouring documents, about SCAN tokens at a time."""
+    """(first, last + 1) of neighbouring documents, about SCAN tokens at a time."""
     first = 0
     while first < len(starts):
         last = max(first + 1, int(np.searchsorted(starts, starts[first] + SCAN)))
@@ -331,7 +358,7 @@ def _runs(starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
 
 @cache
 def code_hash() -> str:
-    """Of everything here that turns data into ids, so that a new version of it makes new entries."""
+    """A hash of the code that turns data into ids: a change of it makes new entries in the cache."""
     names = ("sources", "conversation", "templates", "masks", "tokenise", "tokenizer", "load", "binidx")
     digest = hashlib.blake2b(digest_size=8)
     for name in names:

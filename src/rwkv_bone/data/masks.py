@@ -1,12 +1,12 @@
 """Which tokens are trained.
 
 response  (default) responses and what ends their turns; documents whole
-last      of a conversation the last response only
+last      only the last response of a conversation
 none      every token, prompts too; `pad`, RWKV-PEFT's word for all but the padding, is the same: padding never trains
-qa        of a conversation the responses. Where there are no turns, in documents and token streams, they are found in
-          the text: from after "Assistant:" until before "User:" or "System:", at the beginning of a document or after
-          a blank line only, so that the words inside a turn switch nothing
-se        from after the text mask1 of --mask_id until before its text mask0, wherever they stand
+qa        the responses of a conversation. Documents and token streams have no turns; in them what is trained
+          begins after "Assistant:" and ends before "User:" or "System:". These words count only at the beginning of
+          a document or after a blank line, not in the middle of a turn
+se        what is trained begins after the text mask1 of --mask_id and ends before its text mask0, wherever they stand
 
 With qa and se a document begins untrained, and the end-of-document id is trained if the token before it is. RWKV-PEFT
 also trains the marker that switches on, and the whole document where no marker is found; here such a document trains
@@ -17,14 +17,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 
 import numpy as np
 
 from rwkv_bone.data.templates import DOCUMENT, RESPONSE, Segment
+from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.errors import UserError
+
+# (ids, hits, length of a hit, its text, tokenizer) -> bool [hits]: which of them count.
+Wanted = Callable[[np.ndarray, np.ndarray, int, str, Tokenizer], np.ndarray]
 
 QA_ON, QA_OFF = ("Assistant:",), ("User:", "System:")
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n[^\S\n]*\Z")
@@ -32,7 +36,9 @@ TOKENS_BEFORE = 8  # more than a blank line takes, "\r\n\r\n" in bytes
 NEIGHBOURS = ("", " ", " x", "x", "\n", "\n\n", *"\"'()*,-./<>=[]{}|#@`_:;!?~^&%$+\\", "“", "。", "，", "…")
 
 
-def encode(segments: Sequence[Segment], tokenizer, loss_mask: str, mask_id: str = "") -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    segments: Sequence[Segment], tokenizer: Tokenizer, loss_mask: str, mask_id: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
     """ids int32 [L], the segments' and the end-of-document id; and trained bool [L], which of them are targets.
 
     The first id is no target: nothing predicts it.
@@ -57,22 +63,23 @@ def _is_trained(role: str, loss_mask: str, last: bool) -> bool:
     return role == RESPONSE and (last or loss_mask != "last")
 
 
-def stream_mask(ids: np.ndarray, tokenizer, loss_mask: str, mask_id: str = "") -> np.ndarray:
+def stream_mask(ids: np.ndarray, tokenizer: Tokenizer, loss_mask: str, mask_id: str = "") -> np.ndarray:
     """bool [N]: which tokens of a stream of whole documents, each ended by the end-of-document id, are targets.
 
     Only qa and se leave tokens out, since only they find responses in the text.
     """
     if loss_mask not in ("qa", "se"):
         return np.ones(len(ids), dtype=bool)
-    if loss_mask == "qa":
-        on_texts, off_texts, wanted = QA_ON, QA_OFF, _at_turn_start
-    else:
+    on_texts: tuple[str, ...] = QA_ON
+    off_texts: tuple[str, ...] = QA_OFF
+    wanted: Wanted | None = _at_turn_start
+    if loss_mask == "se":
         off_text, on_text = parse_mask_id(mask_id)
         on_texts, off_texts, wanted = (on_text,), (off_text,), None
     _, on = _find(ids, tokenizer, on_texts, wanted)
     off, _ = _find(ids, tokenizer, off_texts, wanted)
     after_documents = np.flatnonzero(ids == tokenizer.eod) + 1
-    # Where two fall on one position, the later of this order holds.
+    # Where several changes fall on one position, the last one in this order counts.
     positions = np.concatenate([[0], after_documents, on, off])
     values = np.repeat([False, False, True, False], [1, len(after_documents), len(on), len(off)])
     order = np.argsort(positions, kind="stable")
@@ -94,7 +101,9 @@ def parse_mask_id(mask_id: str) -> tuple[str, str]:
     return texts["mask0"], texts["mask1"]
 
 
-def _find(ids: np.ndarray, tokenizer, texts: Iterable[str], wanted) -> tuple[np.ndarray, np.ndarray]:
+def _find(
+    ids: np.ndarray, tokenizer: Tokenizer, texts: Iterable[str], wanted: Wanted | None
+) -> tuple[np.ndarray, np.ndarray]:
     """int64 [hits] twice: the first token of each place where one of the texts stands, and the first token after it."""
     starts, ends = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for text in texts:
@@ -113,8 +122,11 @@ def _find(ids: np.ndarray, tokenizer, texts: Iterable[str], wanted) -> tuple[np.
 
 
 @lru_cache(maxsize=64)
-def _token_forms(text: str, tokenizer) -> set[tuple[int, ...]]:
-    """The token sequences that may hold `text`: its first and last token can reach over its ends (":" before "(")."""
+def _token_forms(text: str, tokenizer: Tokenizer) -> set[tuple[int, ...]]:
+    """The token sequences that may stand for `text`. Its first and last token may reach beyond it, as in ":(".
+
+    So the text is tokenised between many neighbours, and each form that occurs is kept.
+    """
     around = [(before, after) for before in NEIGHBOURS for after in ("", " x")]
     around += [(before, after) for before in ("", "\n\n") for after in NEIGHBOURS]
     forms = set()
@@ -127,10 +139,10 @@ def _token_forms(text: str, tokenizer) -> set[tuple[int, ...]]:
     return forms
 
 
-def _at_turn_start(ids: np.ndarray, hits: np.ndarray, length: int, text: str, tokenizer) -> np.ndarray:
+def _at_turn_start(ids: np.ndarray, hits: np.ndarray, length: int, text: str, tokenizer: Tokenizer) -> np.ndarray:
     """bool [hits]: `text`, `length` tokens from each hit on, begins a document or follows a blank line."""
-    # Most hits are settled by the token before: its text ends in a blank line, or in something else than white space.
-    # What lies before the stream reads as an ended document.
+    # For most hits the token before decides: its text ends in a blank line, or in something that is not white space.
+    # Before the first token of the stream a document is taken to have ended.
     before, which = np.unique(np.where(hits > 0, ids[np.maximum(hits - 1, 0)], tokenizer.eod), return_inverse=True)
     overhang = tokenizer.decode(ids[hits[0] : hits[0] + length].tolist()).partition(text)[0]
     written = [tokenizer.decode([token]) + overhang for token in before.tolist()]

@@ -1,4 +1,4 @@
-"""Whole samples into rows of a fixed budget of tokens, with little of it unused.
+"""Packs whole samples into rows of a fixed number of tokens, and leaves little of it unused.
 
 Bounded best fit: each sample goes to the open row that it fills up best, or opens a row; of more than `OPEN` open rows
 the fullest is closed. Samples are taken in the order given, which is random, except that of every `WINDOW` of them the

@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 class Prefetch(Iterator[T], Generic[T]):
-    """The items of an iterable in their order, of which a thread holds at most `ahead` + 1 ready.
+    """The items of an iterable, in order. A thread makes them in advance, at most `ahead` + 1 of them.
 
-    An exception of the iterable comes out of `next`, after the items before it. `close` ends the thread; so does
-    dropping the object. `waited` is how many seconds `next` has waited so far.
+    If the iterable raises, `next` raises the same after the items before. `close` ends the thread, and so does dropping
+    the object. `waited` counts the seconds that `next` has waited.
     """
 
     def __init__(self, items: Iterable[T], ahead: int = 2):

@@ -7,12 +7,14 @@ Rows of prompt and response are not for this: their masks would be lost, and tra
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from rwkv_bone.config import BAD_ROWS, knob
+from rwkv_bone.config import BAD_ROWS, setting
+from rwkv_bone.config.fields import check_at_least, check_choices, check_given
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data.binidx import PairWriter
 from rwkv_bone.data.conversation import Layout, conversation
@@ -20,9 +22,9 @@ from rwkv_bone.data.sources import Rows, open_source
 from rwkv_bone.data.tokenise import (
     Block,
     Encoded,
-    Progress,
     RowReader,
     Skipped,
+    TokenisingProgress,
     blocks,
     check_vocabulary,
     run,
@@ -32,37 +34,48 @@ from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.errors import UserError, exit_status
 
 DTYPES = ("auto", "uint16", "int32")
-ANY_SIZE = 1 << 31  # of a vocabulary: a tokenizer named by the user says its own
+EXAMPLES = (
+    (
+        "the bundled corpus, for the bundled model",
+        "sh scripts/prepare_data.sh --input assets/corpus_train.jsonl --tokenizer bytes --output out/corpus",
+    ),
+    (
+        "several files, for a World model, on four processes",
+        "sh scripts/prepare_data.sh --input a.jsonl b.jsonl.gz --tokenizer world --workers 4 --output out/both",
+    ),
+    (
+        "the column story of a table, without the rows that cannot be used",
+        "sh scripts/prepare_data.sh --input stories.parquet --field story --bad_rows skip --output out/stories",
+    ),
+)
+ANY_SIZE = 1 << 31  # a limit on the vocabulary that none reaches: here the tokenizer itself says its size
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    input: tuple[str, ...] = knob((), "files of rows with a text each: JSON lines (or .gz), JSON list, CSV, Parquet")
-    output: str = knob("", "common name of the pair: output.bin and output.idx")
-    tokenizer: str = knob("world", "bytes, world, or the path of a tokenizer.json")
-    field: str = knob("text", "name of the field that holds the text")
-    append_eod: bool = knob(True, "end each document with the end-of-document id, as the field's data has it")
-    dtype: str = knob("auto", "of the tokens; auto = uint16 if the vocabulary fits", DTYPES)
-    workers: int = knob(0, "processes; 0 = by the size of the input and the cores of the machine")
-    bad_rows: str = knob("stop", "what to do with rows that cannot be used: stop, or skip and count them", BAD_ROWS)
-    overwrite: bool = knob(False, "replace an existing pair")
+    input: tuple[str, ...] = setting(
+        (), "files of rows with one text each: JSON lines (or .gz), JSON list, CSV, Parquet"
+    )
+    output: str = setting("", "path of the pair, without its endings .bin and .idx")
+    tokenizer: str = setting("world", "tokenizer of the model: bytes, world, or the path of a tokenizer.json")
+    field: str = setting("text", "name of the field that holds the text")
+    append_eod: bool = setting(True, "1 = end each document with the end-of-document id, as the field's data has it")
+    dtype: str = setting("auto", "number type of a token; auto = uint16 if the vocabulary fits, else int32", DTYPES)
+    workers: int = setting(0, "number of processes; 0 = by the size of the input and the cores of the machine")
+    bad_rows: str = setting("stop", "rows that cannot be used: stop, or skip and count them", BAD_ROWS)
+    overwrite: bool = setting(False, "1 = replace a pair of this name; 0 = refuse to")
 
     def __post_init__(self):
-        for name, choices in (("dtype", DTYPES), ("bad_rows", BAD_ROWS)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"--{name} {getattr(self, name)}: expected one of {', '.join(choices)}")
-        for name in ("input", "output", "field"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing")
+        check_choices(self)
+        check_given(self, "input", "output", "field")
         if self.tokenizer == "auto":
             raise UserError("--tokenizer auto: there is no model here to choose by; name world, bytes or a file")
-        if self.workers < 0:
-            raise UserError(f"--workers {self.workers}: expected at least 0")
+        check_at_least(self, 0, "workers")
 
 
 @dataclass(frozen=True)
 class DocumentSettings:
-    """As tokenise.RowSettings, for texts that are documents."""
+    """As tokenise.RowSettings, for rows whose one field is a document."""
 
     reader: RowReader
     field: str
@@ -70,13 +83,15 @@ class DocumentSettings:
     append_eod: bool
     dtype: str
 
-    def encoder(self):
+    def encoder(self) -> Callable[[Block], Encoded]:
         tokenizer = load_tokenizer(self.tokenizer, ANY_SIZE)
         dtype, layout = np.dtype(self.dtype), Layout("text", (self.field,))
         end = [tokenizer.eod] if self.append_eod else []
 
         def encode_row(row: dict, where: str) -> np.ndarray:
-            ids = np.array(tokenizer.encode(conversation(row, layout, where).document) + end, dtype=np.int64)
+            document = conversation(row, layout, where).document
+            assert document is not None  # the layout is one text
+            ids = np.array(tokenizer.encode(document) + end, dtype=np.int64)
             check_vocabulary(ids, np.iinfo(dtype).max + 1, where, tokenizer.name)
             return ids.astype(dtype)
 
@@ -94,16 +109,19 @@ class DocumentSettings:
 
 
 def prepare(cfg: PrepareConfig) -> None:
-    sources = [open_source(name) for name in cfg.input]
-    for name, source in zip(cfg.input, sources, strict=True):
+    """Write the pair and print what it holds. UserError, and no pair, if a row or file cannot be used."""
+    sources = []
+    for name in cfg.input:
+        source = open_source(name)
         if not isinstance(source, Rows):
             raise UserError(f"{name}: {source.kind}; expected rows with a field {cfg.field!r}")
+        sources.append(source)
     tokenizer = load_tokenizer(cfg.tokenizer, ANY_SIZE)
     dtype = token_dtype(tokenizer.vocab_size) if cfg.dtype == "auto" else np.dtype(cfg.dtype)
     files = [path for source in sources for path in source.files]
     total = sum(path.stat().st_size for path in files)
     packed = any(path.suffix == ".gz" for path in files)  # then nobody knows how much there is
-    progress, documents, left_out = Progress("tokenising", 0 if packed else total), 0, []
+    progress, documents, left_out = TokenisingProgress("tokenising", 0 if packed else total), 0, []
     with PairWriter(Path(cfg.output), dtype, cfg.overwrite) as pair:
         try:
             for source in sources:
@@ -115,7 +133,7 @@ def prepare(cfg: PrepareConfig) -> None:
                     progress.add(block.bytes, len(block.tokens))
                     documents += len(block.lengths)
                     skipped.add(block.skipped)
-                left_out += skipped.lines(source.prefix)
+                left_out += skipped.summary_lines(source.prefix)
         finally:
             progress.close()
         if not documents:
@@ -127,7 +145,8 @@ def prepare(cfg: PrepareConfig) -> None:
 
 
 def main() -> None:
-    prepare(parse_section("prepare", __doc__.split("\n\n")[0], PrepareConfig, sys.argv[1:]))
+    description = "Turn rows of text into a .bin/.idx pair of token ids."
+    prepare(parse_section("prepare", description, PrepareConfig, sys.argv[1:], examples=EXAMPLES))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ was cut or left out and why.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +15,28 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_bone.config import DataConfig, field_flags, flags, knob
+from rwkv_bone.config import DataConfig, field_flags, flags, setting
+from rwkv_bone.config.fields import check_at_least, check_choices
 from rwkv_bone.config.saved import SECTIONS, read_config
 from rwkv_bone.data import Dataset, Sample, load_dataset, load_tokenizer
 from rwkv_bone.data.packing import best_fit
-from rwkv_bone.errors import UserError, exit_status
+from rwkv_bone.data.tokenizer import Tokenizer
+from rwkv_bone.errors import exit_status
 
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
 LINE_BREAK = "\N{RETURN SYMBOL}"
+DESCRIPTION = "Show what a run would train on. Of the flags of train.py those about data and vocabulary count."
+EXAMPLES = (
+    ("three samples and the counts", "sh scripts/preview_data.sh --load_model my-model.pth --data_file mine.jsonl"),
+    (
+        "five samples in another template",
+        "sh scripts/preview_data.sh --load_model my-model.pth --data_file chat.jsonl --template g1 --samples 5",
+    ),
+    (
+        "counts only, with long samples left out",
+        "sh scripts/preview_data.sh --load_model my-model.pth --data_file mine.jsonl --long_samples drop --samples 0",
+    ),
+)
 BAR = 40
 BINS = 12
 VOCABULARIES = {"bytes": 256, "world": 65536, "auto": 65536}
@@ -29,26 +44,27 @@ VOCABULARIES = {"bytes": 256, "world": 65536, "auto": 65536}
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    samples: int = knob(3, "samples to print, spread evenly over the data; 0 = counts only")
-    show_tokens: int = knob(400, "tokens of each to print; 0 = all")
-    color: str = knob("auto", "trained tokens in green, or (never) inside [[ ]]", ("auto", "always", "never"))
+    samples: int = setting(3, "number of samples to print, spread evenly over the data; 0 = counts only")
+    show_tokens: int = setting(400, "most tokens of a sample to print; 0 = all")
+    color: str = setting(
+        "auto",
+        "trained tokens in green, or (never) inside [[ ]]; auto = in green on a terminal",
+        ("auto", "always", "never"),
+    )
 
     def __post_init__(self):
-        if self.color not in ("auto", "always", "never"):
-            raise UserError(f"--color {self.color}: expected one of auto, always, never")
-        for name in ("samples", "show_tokens"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: expected at least 0")
+        check_choices(self)
+        check_at_least(self, 0, "samples", "show_tokens")
 
 
 def parse(argv: list[str], prog: str = "preview") -> tuple[PreviewConfig, DataConfig, int]:
     """(settings of the preview, settings of the data, vocabulary size) that `argv` asks for."""
-    parser = flags.Parser(prog, __doc__.split("\n\n")[1])
+    parser = flags.Parser(prog, DESCRIPTION, EXAMPLES, field_flags.TRAIN_FLAGS)
     flags.add_fields(parser.add_argument_group("preview"), PreviewConfig)
     parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help="as for train.py")
     for name, section in SECTIONS.items():
         flags.add_fields(parser.add_argument_group(name), section)
-    given, notes = field_flags.translate_train(parser.read(argv, field_flags.TRAIN_FLAGS))
+    given, notes = field_flags.translate_train(parser.read(argv))
     saved = read_config(Path(given["config"])) if "config" in given else {}
     preview = PreviewConfig(**flags.of_section(given, PreviewConfig))
     data = DataConfig(**{**saved.get("data", {}), **flags.of_section(given, DataConfig)})
@@ -76,7 +92,7 @@ def preview(argv: list[str], prog: str = "preview") -> None:
     chosen = np.unique(np.linspace(0, len(dataset) - 1, settings.samples).round().astype(int))
     for index in chosen:
         print(f"{describe(dataset[index])}\n{show(dataset[index], tokenizer, colored, settings.show_tokens)}\n")
-    for line in [*dataset.lines(), *statistics(dataset), *packing(dataset, cfg.micro_bsz)]:
+    for line in [*dataset.summary_lines(), *statistics(dataset), *packing(dataset, cfg.micro_bsz)]:
         print(line)
 
 
@@ -84,7 +100,7 @@ def describe(sample: Sample) -> str:
     return f"--- {sample.origin}: {len(sample.ids):,} tokens, {sample.trained.sum():,} of them trained"
 
 
-def show(sample: Sample, tokenizer, colored: bool, limit: int = 0) -> str:
+def show(sample: Sample, tokenizer: Tokenizer, colored: bool, limit: int = 0) -> str:
     """The text of a sample: trained tokens marked, line breaks visible, the end-of-document id as <end>."""
     shown = len(sample.ids) if limit == 0 else min(limit, len(sample.ids))
     text = []
@@ -100,7 +116,7 @@ def show(sample: Sample, tokenizer, colored: bool, limit: int = 0) -> str:
     return "".join(text)
 
 
-def _readable(ids: np.ndarray, tokenizer) -> str:
+def _readable(ids: np.ndarray, tokenizer: Tokenizer) -> str:
     parts = np.split(ids, np.flatnonzero(ids == tokenizer.eod) + 1)
     texts = []
     for part in parts:
@@ -157,7 +173,8 @@ def packing(dataset: Dataset, micro_bsz: int) -> Iterator[str]:
 
 def main(prog: str = "preview") -> None:
     # A terminal that cannot show a character shows its number.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     preview(sys.argv[1:], prog)
 
 

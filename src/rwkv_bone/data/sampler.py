@@ -22,13 +22,13 @@ from rwkv_bone.data.dataset import Dataset
 from rwkv_bone.data.packing import best_fit
 from rwkv_bone.errors import UserError
 
-IGNORED = -100
+IGNORED_LABEL = -100
 PASSES_KEPT = 2
 
 
 @dataclass
 class Batch:
-    """Tensors lie in the CPU's memory until `to` moves them; what they hold is then still to be read in `host`."""
+    """One micro-batch. Its tensors are in the CPU's memory until `to` moves them; `host` is then the batch there."""
 
     ids: torch.Tensor  # int64 [B, T]; packed [1, T]
     labels: torch.Tensor  # int64 [B, T]: the target of each position, -100 where none is trained
@@ -45,7 +45,7 @@ class Batch:
         return replace(self._map(lambda x: x.to(device, non_blocking=True)), host=self)
 
     def pinned(self) -> Batch:
-        """In memory that a GPU reads by itself."""
+        """Copied to page-locked memory, which a GPU can read while the CPU goes on."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -63,7 +63,7 @@ class Pass:
 
 
 class BatchPlan:
-    """The micro-batches of a run, of whole samples.
+    """The micro-batches of a run, made of whole samples.
 
     Padded: `micro_bsz` samples, each a row, as wide as the longest of them needs; the last window of a pass is filled
     up with empty rows (all labels ignored), spread over ranks and micro-batches. `pack`: one row of at most micro_bsz x
@@ -143,14 +143,14 @@ class BatchPlan:
         else:
             bounds = None
             shape, places = (self.micro_bsz, max(lengths, default=1)), [(row, 0) for row in range(len(samples))]
-        ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+        ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED_LABEL, dtype=np.int64)
         for sample, length, (row, start) in zip(samples, lengths, places, strict=True):
             ids[row, start : start + length] = sample.ids[:-1]
-            labels[row, start : start + length] = np.where(sample.trained[1:], sample.ids[1:], IGNORED)
+            labels[row, start : start + length] = np.where(sample.trained[1:], sample.ids[1:], IGNORED_LABEL)
         return Batch(
             ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
-            label_rows=torch.from_numpy(np.flatnonzero(labels != IGNORED)),
+            label_rows=torch.from_numpy(np.flatnonzero(labels != IGNORED_LABEL)),
             rows=[sample.origin for sample in samples],
             tokens=sum(lengths),
             window_tokens=window_tokens,
@@ -158,7 +158,7 @@ class BatchPlan:
             cu_seqlens=None if bounds is None else torch.from_numpy(bounds),
         )
 
-    def lines(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """How full the micro-batches of the first pass are, for the user."""
         if self.dataset.windows or not self._steps_in_pass(0):
             return []
@@ -194,9 +194,9 @@ class BatchPlan:
 
     def _counts(self, number: int) -> np.ndarray:
         """How often pass `number` has each sample, int64 [n]: its weight, rounded down or up so that passes add up."""
-        if self._offsets is None:
-            return np.ones(len(self.dataset), dtype=np.int64)
         repeats = self.dataset.repeats
+        if repeats is None:
+            return np.ones(len(self.dataset), dtype=np.int64)
         before, after = (np.floor(repeats * passes + self._offsets) for passes in (number, number + 1))
         return (after - before).astype(np.int64)
 
@@ -258,10 +258,10 @@ class BatchPlan:
 
 
 def _offsets(repeats: np.ndarray, seed: int) -> np.ndarray:
-    """Where in its fraction each sample begins, float64 [n] in (0, 1): samples of one weight spread evenly, seeded.
+    """float64 [n] in (0, 1): at what point of its weight each sample starts, so that all passes are about equally long.
 
-    A sample of weight r is in passes 0 to p - 1 floor(p r + offset) times, so that over all samples of that weight
-    every pass has r times their number, to one sample.
+    Passes 0 to p - 1 together contain a sample of weight r floor(p r + offset) times. The offsets of samples with the
+    same weight are spread evenly, in a seeded order, so every pass contains r times their number, give or take one.
     """
     shuffled = np.random.default_rng([seed, 0, 1]).permutation(len(repeats))
     offsets = np.empty(len(repeats))

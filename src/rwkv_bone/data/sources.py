@@ -4,8 +4,8 @@
     a text    UTF-8 or UTF-16: the whole file is one document
     tokens    ids made beforehand: a .bin/.idx pair, a NumPy array, a bare array of uint16
 
-Rows and texts are streamed, tokens memory-mapped: no file is ever in memory as a whole. A row that cannot be used is
-a UserError that begins with where it stands; what makes a whole file unusable is one that names the file.
+Rows and texts are streamed, tokens are memory-mapped: no file is ever in memory as a whole. The UserError for a row
+that cannot be used begins with the row's place, the one for a file with its path.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -120,7 +120,7 @@ class JsonList(Rows):
 class _JsonReader:
     """Values of a JSON text, read from a file piece by piece."""
 
-    def __init__(self, path: Path, file: BinaryIO):
+    def __init__(self, path: Path, file: IO[bytes] | gzip.GzipFile):
         self._path, self._file = path, file
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._parse = json.JSONDecoder().raw_decode
@@ -169,7 +169,7 @@ class _JsonReader:
             self._read()
 
     def _read(self) -> None:
-        """More text: as much again as is unread, so that a long value is tried few times."""
+        """Read as much again as is not parsed yet, so that even a long value is tried only a few times."""
         data = self._file.read(max(CHUNK, len(self._text) - self._at))
         self._line += self._text.count("\n", 0, self._at)
         self._text, self._at = self._text[self._at :], 0
@@ -200,19 +200,19 @@ class Csv(Rows):
                 try:
                     cells = next(reader, None)
                 except csv.Error as error:
-                    cells = UserError(f"{self.prefix}{reader.line_num}: not valid CSV ({error})")
+                    problem = UserError(f"{self.prefix}{reader.line_num}: not valid CSV ({error})")
                     if header is None:
-                        raise cells from error
+                        raise problem from error
+                    yield reader.line_num, problem, 0
+                    continue
                 if cells is None:
                     return
                 if header is None:
                     header = self._header(cells)
-                elif isinstance(cells, UserError):
-                    yield reader.line_num, cells, 0
                 elif cells:
                     yield reader.line_num, (header, cells), sum(map(len, cells)) + len(cells)
 
-    def _texts(self, header_line: bytes, lines) -> Iterator[str]:
+    def _texts(self, header_line: bytes, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[str]:
         yield header_line.decode("utf-8-sig", errors="surrogateescape")
         for number, line in lines:
             if line is None:
@@ -246,7 +246,8 @@ class Table(Rows):
 
     def _batches(self) -> Iterator:
         try:
-            import pyarrow
+            # pyarrow carries no types.
+            import pyarrow  # type: ignore[import-untyped]
             from pyarrow import ipc, parquet
         except ImportError as error:
             raise UserError(f"{self.path}: {self.kind} needs a package: pip install pyarrow") from error
@@ -308,7 +309,7 @@ class HfRows(Rows):
         return len(self._dataset)
 
 
-def _load_hf(name: str, split: str, cache_dir: str, held_out: bool):
+def _load_hf(name: str, split: str, cache_dir: str, held_out: bool) -> tuple[Any, str]:
     """(Dataset, name of its split). Held-out data prefers the splits made for it."""
     try:
         import datasets
@@ -346,8 +347,7 @@ class Text:
         return [self.path]
 
     def pieces(self) -> Iterator[str]:
-        """The text in pieces that end where a line does and the next begins with no white space, where no token reaches
-        across."""
+        """The text in pieces. Each ends with a line, and the next begins with no white space: no token is cut."""
         decode = codecs.getincrementaldecoder(self.encoding)().decode
         text, line = "", 1
         with opened(self.path) as file:
@@ -382,7 +382,7 @@ def _text_encoding(head: bytes) -> str:
             return "utf-8"
     except UnicodeDecodeError:
         pass
-    # Without a mark: UTF-16 if that makes sense of it.
+    # Without a byte order mark: UTF-16 if the text makes sense as such.
     try:
         text = head[: len(head) // 2 * 2].decode("utf-16-le")
     except UnicodeDecodeError as error:
@@ -440,7 +440,7 @@ def _uint16(path: Path) -> Tokens:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """The bytes of a file, unpacked if it is gzip."""
     try:
         with open(path, "rb") as file:
@@ -453,7 +453,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+def _lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[int, bytes | None]]:
     """(number from 1, line), without the content of lines beyond LIMIT."""
     number = 0
     while line := file.readline(LIMIT + 1):
@@ -548,7 +548,7 @@ class Split:
         return cls(found["name"], *bounds)
 
     def bounds(self, count: Callable[[], int]) -> tuple[int, int | None]:
-        """(first row, end or None), from 0; `count` tells the number of rows and is asked only if need be."""
+        """(first row, end or None), from 0; `count` gives the number of rows, and is only called if it is needed."""
         if not any(bound.startswith("-") or bound.endswith("%") for bound in (self.start, self.stop)):
             return int(self.start or 0), int(self.stop) if self.stop else None
         rows = count()

@@ -38,7 +38,7 @@ from rwkv_bone.errors import UserError
 
 PROMPT, RESPONSE, DOCUMENT = "prompt", "response", "document"
 END_OF_TURN = "\n\n"
-VERSION = 1  # part of `identity`: to be raised when a row is written as another text than before
+VERSION = 1  # part of `identity`: raise it when the same row is written as another text than before
 
 
 class Segment(NamedTuple):
@@ -47,7 +47,7 @@ class Segment(NamedTuple):
 
 
 class Template:
-    """`render` writes a whole conversation; `prompt` and `response` are its last response and all before it."""
+    """`render` writes a whole conversation; `response` is its last response, `prompt` all text before that."""
 
     name: str
 
@@ -141,7 +141,7 @@ class AlpacaTemplate(Template):
 class FormatTemplate(Template):
     """A text file with {prompt} and, after it, {response}: each exactly once, all else as it is (one line break at the
     end of the file does not count). What follows {response} ends every response and is trained. Several turns are
-    written one after another; system and tool turns it has no place for.
+    written one after another. There is no place for system and tool turns.
     """
 
     def __init__(self, name: str, text: str):
@@ -195,7 +195,8 @@ class JinjaTemplate(Template):
         try:
             self._template = environment.from_string(text)
         except TemplateError as error:
-            line = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
+            number = getattr(error, "lineno", None)  # of its subclass for errors of syntax
+            line = f"line {number}: " if number else ""
             raise UserError(f"--template {name}: not a Jinja template ({line}{error})") from error
 
     def identity(self) -> str:
@@ -236,13 +237,12 @@ def load_template(name: str, tokenizer_name: str) -> Template:
     """The template of that name or file. auto: world for the World tokenizer, whose models know it; else raw."""
     if name == "auto":
         name = "world" if tokenizer_name == "world" else "raw"
-    built_in = {
-        "raw": RawTemplate,
-        "alpaca": AlpacaTemplate,
-        **{name: lambda name=name: WorldTemplate(name) for name in ("world", "g1", "g1-think")},
+    built_in: dict[str, Template] = {
+        template.name: template
+        for template in (RawTemplate(), AlpacaTemplate(), *map(WorldTemplate, ("world", "g1", "g1-think")))
     }
     if name in built_in:
-        return built_in[name]()
+        return built_in[name]
     path = Path(name)
     if not path.is_file():
         raise UserError(f"--template {name}: expected auto, {', '.join(built_in)}, or the path of a template file")

@@ -1,6 +1,6 @@
-"""Rows and texts to flat arrays of ids: a block of rows at a time, on several processes where there is much to do.
+"""Turns rows and texts into flat arrays of ids, a block of rows at a time, on several processes if there is much data.
 
-What comes out does not depend on the number of processes: blocks are made by the reader and collected in its order.
+The result does not depend on the number of processes: the reader makes the blocks, and they are collected in its order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.errors import UserError
 
 BLOCK = 1 << 21  # bytes of rows that a process is given at a time
-PARALLEL = 1 << 26  # bytes from which on processes pay: each takes a second to start and to read a vocabulary
+PARALLEL = 1 << 26  # bytes of data above which several processes are worth their start, a second each
 PROCESSES = 16
 ORIGINS_SHOWN = 3
 SKIP_HINT = "(--bad_rows skip leaves such rows out and counts them)"
@@ -50,10 +50,12 @@ class Encoded:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and int32 that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int, where: str, tokenizer: str) -> None:
+    """UserError for an id that the model does not have."""
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         bad = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise UserError(
@@ -64,7 +66,7 @@ def check_vocabulary(ids: np.ndarray, vocab_size: int, where: str, tokenizer: st
 
 @dataclass(frozen=True)
 class RowReader:
-    """Rows out of what a source yields, with what is wrong with them."""
+    """Parses the rows of a source. A bad row stops the run or, with `skip`, is replaced by the reason."""
 
     parse: Callable[[Any, str], dict]
     prefix: str
@@ -95,7 +97,7 @@ class Skipped:
             count, first = self.counts.get(reason, (0, []))
             self.counts[reason] = (count + 1, [*first, number][:ORIGINS_SHOWN])
 
-    def lines(self, prefix: str) -> list[str]:
+    def summary_lines(self, prefix: str) -> list[str]:
         lines = []
         for reason, (count, first) in self.counts.items():
             named = ", ".join(f"{prefix}{number}" for number in first) + ", ..." * (count > len(first))
@@ -103,9 +105,16 @@ class Skipped:
         return lines
 
 
+class Settings(Protocol):
+    """What `run` is given, here and in other processes."""
+
+    def encoder(self) -> Callable[[Block], Encoded]:
+        """The function from a block of a source to its documents."""
+
+
 @dataclass(frozen=True)
 class RowSettings:
-    """All that decides what becomes of a row; goes to other processes, where `encoder` makes the function."""
+    """Everything that decides the ids of a row. It is sent to other processes, each of which makes its own encoder."""
 
     reader: RowReader
     layout: Layout
@@ -147,7 +156,7 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """As RowSettings, for pieces of texts: each becomes a stretch of ids, of one document in all."""
+    """As RowSettings, for the pieces of one text, whose ids together are one document."""
 
     name: str
     tokenizer: str
@@ -167,7 +176,7 @@ class TextSettings:
 
 
 def reason_of(message: str, where: str) -> str:
-    """What is wrong, without the place and the particulars, so that rows can be counted by it."""
+    """The message without its place and particulars, so that rows with the same problem are counted together."""
     reason = re.split(r"[;:(]|, expected|, found", message.removeprefix(where).lstrip(": "))[0]
     return re.sub(r"\d+", "N", reason).strip()
 
@@ -185,8 +194,11 @@ def blocks(items: Iterable[tuple[int, Any, int]]) -> Iterator[Block]:
         yield group, size
 
 
-def run(settings, source: Iterable[Block], total: int, processes: int = 0) -> Iterator:
-    """`settings.encoder()` on every block, in order; with 0 `processes` the `total` of bytes decides how many."""
+def run(settings: Settings, source: Iterable[Block], total: int, processes: int = 0) -> Iterator[Encoded]:
+    """The results of `settings.encoder()` for every block, in order.
+
+    processes: how many; 0 = by `total`, the bytes of all blocks.
+    """
     count = processes or (usable_processes(total) if total >= PARALLEL else 1)
     if count == 1:
         yield from map(settings.encoder(), source)
@@ -212,25 +224,31 @@ def run(settings, source: Iterable[Block], total: int, processes: int = 0) -> It
 
 
 def usable_processes(total: int) -> int:
+    """How many processes are worth it for this many bytes, on the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, PROCESSES, total // (PARALLEL // 4)))
 
 
-def _start(settings) -> None:
+# In a process that tokenises: what it does with a block.
+_encode: Callable[[Block], Encoded] | None = None
+
+
+def _start(settings: Settings) -> None:
     global _encode
     _encode = settings.encoder()
 
 
-def _work(block: Block):
+def _work(block: Block) -> Encoded:
+    assert _encode is not None  # `_start` has run
     return _encode(block)
 
 
-class Progress:
-    """A bar on a terminal, once something has taken two seconds; elsewhere nothing."""
+class TokenisingProgress:
+    """A progress bar, on a terminal and after two seconds; elsewhere nothing is drawn."""
 
     WIDTH = 30
 
-    def __init__(self, label: str, total: int, stream=None):
+    def __init__(self, label: str, total: int, stream: TextIO | None = None):
         self.label, self.total, self.stream = label, total, stream or sys.stderr
         self.bytes = self.tokens = 0
         self.begin = self.shown = time.perf_counter()

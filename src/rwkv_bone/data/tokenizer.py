@@ -1,20 +1,21 @@
-"""Text to ids and back: bytes, RWKV World, or any tokenizer.json.
-
-A tokenizer has `name`, `vocab_size`, `eod` (the id that ends a document), `encode(str) -> list[int]`, without `eod`,
-`decode(list[int]) -> str` and `identity() -> str`, which differs wherever ids may differ. Incomplete UTF-8 and ids that
-are no token decode to U+FFFD.
-"""
+"""Text to ids and back: bytes, RWKV World, or any tokenizer.json."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from functools import cache, cached_property
 from importlib import metadata, resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from rwkv_bone.errors import UserError
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
+
+    from pyrwkv_tokenizer import RWKVTokenizer
 
 # The World vocabulary has 65529 tokens and models round it up, at most to 65536.
 WORLD_SIZES = range(65529, 65537)
@@ -22,7 +23,24 @@ END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
 
 
-def load_tokenizer(name: str, vocab_size: int):
+class Tokenizer(Hashable, Protocol):
+    """What every tokenizer here has."""
+
+    name: str
+    vocab_size: int
+    eod: int  # the id that ends a document
+
+    def identity(self) -> str:
+        """Differs between two tokenizers whenever their ids may differ."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without `eod`."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids. Incomplete UTF-8, and ids that are no token, become U+FFFD."""
+
+
+def load_tokenizer(name: str, vocab_size: int) -> Tokenizer:
     """`auto`, `bytes`, `world` or the path of a tokenizer.json; `auto` chooses by the model's vocab_size."""
     if name == "auto":
         if vocab_size == ByteTokenizer.vocab_size:
@@ -63,8 +81,8 @@ class ByteTokenizer:
 
 
 @cache
-def _rust_world():
-    """Reading the vocabulary takes most of a second."""
+def _rust_world() -> RWKVTokenizer:
+    """The package's tokenizer, once: reading its vocabulary takes most of a second."""
     try:
         from pyrwkv_tokenizer import RWKVTokenizer
     except ImportError as error:
@@ -72,7 +90,7 @@ def _rust_world():
     return RWKVTokenizer()
 
 
-def _world_vocabulary():
+def _world_vocabulary() -> Traversable:
     return resources.files("pyrwkv_tokenizer") / "rwkv_vocab_v20230424.txt"
 
 

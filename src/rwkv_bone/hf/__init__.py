@@ -4,7 +4,7 @@
 which peft loads, and `BoneModel.from_pretrained`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rwkv_bone.hf.config import BoneConfig, TaskType
@@ -19,7 +19,7 @@ __all__ = ["BoneConfig", "BoneModel", "MissConfig", "PeftModel", "TaskType", "ge
 ALIASES = {"MissConfig": "BoneConfig", "PeftModel": "BoneModel", "get_peft_model": "get_bone_model"}
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Lazily, so that the flags (`flags.py`) are there without torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from rwkv_bone.data.conversation import Conversation, conversation, layout_of
 from rwkv_bone.data.sources import Rows, Split, open_source
 from rwkv_bone.errors import UserError
 
-IGNORED = -100  # the label of tokens that are not trained, in transformers and PyTorch
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED_LABEL = -100  # the label of tokens that are not trained, in transformers and PyTorch
 
 
 @dataclass
@@ -36,8 +40,8 @@ class Samples:
         return self.rows[index]
 
     def facts(self) -> list[str]:
-        """What the user should know."""
-        trained = sum(label != IGNORED for row in self.rows for label in row["labels"])
+        """What was read, cut and left out, in words."""
+        trained = sum(label != IGNORED_LABEL for row in self.rows for label in row["labels"])
         facts = [f"{len(self.rows):,} samples with {trained:,} trained tokens"]
         if self.cut:
             facts.append(f"{self.cut:,} cut to model_max_length")
@@ -48,8 +52,10 @@ class Samples:
         return facts
 
 
-def load_samples(rows: Iterable[tuple[str, dict]], fields: tuple[str, ...], tokenizer, max_length: int) -> Samples:
-    """The samples of rows with their places. UserError, with the place, for what cannot be used."""
+def load_samples(
+    rows: Iterable[tuple[str, dict]], fields: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Samples:
+    """The samples of (place, row) pairs. UserError, beginning with the place, for a row that cannot be used."""
     samples, layout, where = Samples(), None, "no row"
     for where, row in rows:
         layout = layout or layout_of(row, fields, "auto", where)
@@ -58,11 +64,11 @@ def load_samples(rows: Iterable[tuple[str, dict]], fields: tuple[str, ...], toke
         ids, labels = [], []
         for tokens, trained in segments:
             ids += tokens
-            labels += tokens if trained else [IGNORED] * len(tokens)
+            labels += tokens if trained else [IGNORED_LABEL] * len(tokens)
         samples.cut += len(ids) > max_length
         ids, labels = ids[:max_length], labels[:max_length]
         # The first token has nothing before it to be predicted from.
-        if any(label != IGNORED for label in labels[1:]):
+        if any(label != IGNORED_LABEL for label in labels[1:]):
             samples.rows.append({"input_ids": ids, "labels": labels})
         else:
             samples.dropped += 1
@@ -84,7 +90,7 @@ def rows_of(path: str, split: str = "", held_out: bool = False) -> Iterator[tupl
         yield where, source.parse(raw, where)
 
 
-def render(talk: Conversation, tokenizer) -> tuple[list[tuple[list[int], bool]], bool]:
+def render(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[tuple[list[int], bool]], bool]:
     """([(token ids, trained), ...], whether only the last response of several is trained)."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if talk.document is not None:
@@ -99,8 +105,11 @@ def render(talk: Conversation, tokenizer) -> tuple[list[tuple[list[int], bool]],
     return [(_ids(tokenizer, text), trained) for text, trained in spans if text], last_only
 
 
-def _template_spans(talk: Conversation, tokenizer) -> tuple[list[tuple[str, bool]], bool]:
-    """The template's text in pieces, and whether each is trained: from where the model goes on to the turn's end."""
+def _template_spans(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[tuple[str, bool]], bool]:
+    """([(piece of the template's text, whether it is trained), ...], whether only the last response of several is).
+
+    What is trained begins where the model would continue and ends where the turn does.
+    """
     messages = []
     for turn in talk.turns:
         text = f"{turn.text}\n{turn.material}" if turn.material else turn.text
@@ -133,23 +142,23 @@ def _template_spans(talk: Conversation, tokenizer) -> tuple[list[tuple[str, bool
     return spans, last_only
 
 
-def _begun(tokenizer, text: str) -> list[int]:
-    """The ids of a text that something follows: with the tokenizer's start of text, without its end."""
+def _begun(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text that is continued: with the tokenizer's start of text, but without its end."""
     ids = tokenizer(text)["input_ids"]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
-def _ids(tokenizer, text: str) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def collate(rows: list[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
     """A batch, padded on the right: input_ids, labels and attention_mask, [B, T]."""
     width = max(len(row["input_ids"]) for row in rows)
-    batch = {"input_ids": [], "labels": [], "attention_mask": []}
+    batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": []}
     for row in rows:
         length = len(row["input_ids"])
         batch["input_ids"].append(row["input_ids"] + [pad] * (width - length))
-        batch["labels"].append(row["labels"] + [IGNORED] * (width - length))
+        batch["labels"].append(row["labels"] + [IGNORED_LABEL] * (width - length))
         batch["attention_mask"].append([1] * length + [0] * (width - length))
     return {name: torch.tensor(values) for name, values in batch.items()}

@@ -16,6 +16,8 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +25,19 @@ import torch.nn.functional as F
 from rwkv_bone.devices import select_device
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf.config import BoneConfig
-from rwkv_bone.hf.data import IGNORED, Samples, collate, load_samples, rows_of
+from rwkv_bone.hf.data import IGNORED_LABEL, Samples, collate, load_samples, rows_of
 from rwkv_bone.hf.flags import ZERO_STAGES, HfConfig
 from rwkv_bone.hf.model import TRAINER_WEIGHTS, BoneModel, get_bone_model
+
+if TYPE_CHECKING:
+    from transformers import (
+        PreTrainedTokenizerBase,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MERGED = "merged"
@@ -46,8 +58,10 @@ def finetune(config: HfConfig) -> None:
     )
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     # Before the arguments, which under ZeRO stage 3 make transformers load parts, where adapters need whole layers.
+    base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[config.precision])
+    base.config.use_cache = False
     model = get_bone_model(
-        transformers.AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[config.precision]),
+        base,
         BoneConfig(
             r=config.bone_r,
             target_modules=config.targets,
@@ -56,21 +70,20 @@ def finetune(config: HfConfig) -> None:
             base_model_name_or_path=source,
         ),
     )
-    model.config.use_cache = False
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        base.gradient_checkpointing_enable()  # base is the model itself, now with adapters
     arguments = _arguments(transformers, config, deepspeed, device)
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         if arguments.process_index == 0:
             print(line, flush=True)
 
     def measure(when: str) -> None:
         for samples in held_out:
             loss = held_out_loss(model, samples, pad, config.per_device_train_batch_size)
-            say(f"{when:<8}held-out loss {loss:.4f} nats per token")
+            report(f"{when:<8}held-out loss {loss:.4f} nats per token")
 
-    reporter = _reporter(transformers, say, measure)
+    reporter = _reporter(report, measure)
     trainer = reporter.trainer = transformers.Trainer(
         model=model,
         args=arguments,
@@ -81,9 +94,9 @@ def finetune(config: HfConfig) -> None:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     for samples, path in zip([train, *held_out], files, strict=True):
-        say(f"{path}: {', '.join(samples.facts())}")
+        report(f"{path}: {', '.join(samples.facts())}")
     trainable, total = model.get_nb_trainable_parameters()
-    say(f"{config.mode} with r {config.bone_r}: {trainable:,} trainable of {total:,} parameters")
+    report(f"{config.mode} with r {config.bone_r}: {trainable:,} trainable of {total:,} parameters")
     if arguments.process_index == 0 and config.overwrite:
         for folder in (*output.glob("checkpoint-*"), output / MERGED):
             shutil.rmtree(folder, ignore_errors=True)
@@ -91,12 +104,12 @@ def finetune(config: HfConfig) -> None:
     measure("after")
     trainer.save_model()
     trainer.save_state()
-    say(f"adapter {output}")
+    report(f"adapter {output}")
     if arguments.process_index == 0:
         (output / TRAINER_WEIGHTS).unlink()  # the adapter once more, which only checkpoints need
         if config.merge:
             merge(transformers, source, output, tokenizer)
-            say(f"merged  {output / MERGED}")
+            report(f"merged  {output / MERGED}")
 
 
 def launch(config: HfConfig, argv: list[str]) -> bool:
@@ -114,32 +127,33 @@ def launch(config: HfConfig, argv: list[str]) -> bool:
     return True
 
 
-def merge(transformers, source: str, output: Path, tokenizer) -> None:
-    """Write the base with the adapter in `output` to the folder `merged` there, in the base's own dtype."""
+def merge(transformers: ModuleType, source: str, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Merge the adapter in `output` into its base, and write that to the folder `merged` there, in the base's dtype."""
     transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # or stage 3 would load parts here too
     base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    merged = BoneModel.from_pretrained(base, output).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(output / MERGED)
+    BoneModel.from_pretrained(base, output).merge_and_unload(safe_merge=True)
+    base.save_pretrained(output / MERGED)
     tokenizer.save_pretrained(output / MERGED)
 
 
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, samples: Samples, pad: int, size: int) -> float:
     """Mean loss in nats over all trained tokens. size: samples per forward pass."""
-    training, total, count = model.training, 0.0, 0
+    training, device, total, count = model.training, next(model.parameters()).device, 0.0, 0
     model.eval()
     for start in range(0, len(samples), size):
         batch = collate(samples.rows[start : start + size], pad)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1].float()
-        total += F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum").item()
-        count += (labels != IGNORED).sum().item()
+        total += F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="sum").item()
+        count += int((labels != IGNORED_LABEL).sum())
     model.train(training)
     return total / count
 
 
-def _transformers():
+def _transformers() -> ModuleType:
+    """The library, once it is known to be there and new enough."""
     for name in ("transformers", "accelerate"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is not installed: pip install 'transformers>=5' accelerate")
@@ -179,12 +193,12 @@ def _deepspeed(config: HfConfig, device: str) -> dict | None:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("deepspeed is not installed: pip install deepspeed, or give --deepspeed none")
     if "LOCAL_RANK" not in os.environ:
-        # What a launcher would tell its processes, of which this is the only one.
+        # What a launcher would set, for a single process.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if device == "cpu":
         from deepspeed import ops
 
-        # An operator for faster collectives in shared memory, compiled for most of a minute on first use; gloo will do.
+        # This operator makes collectives faster, but compiling it takes most of a minute; gloo does without it.
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if config.deepspeed in ZERO_STAGES:
         return {
@@ -204,7 +218,7 @@ def _deepspeed(config: HfConfig, device: str) -> dict | None:
         raise UserError(f"--deepspeed {config.deepspeed}: expected {choices}, none or a JSON file ({error})") from None
 
 
-def _arguments(transformers, config: HfConfig, deepspeed: dict | None, device: str):
+def _arguments(transformers: ModuleType, config: HfConfig, deepspeed: dict | None, device: str) -> TrainingArguments:
     same = (
         "output_dir per_device_train_batch_size gradient_accumulation_steps num_train_epochs learning_rate "
         "lr_scheduler_type weight_decay max_grad_norm save_total_limit logging_steps seed"
@@ -222,22 +236,34 @@ def _arguments(transformers, config: HfConfig, deepspeed: dict | None, device: s
     )
 
 
-def _reporter(transformers, say: Callable[[str], None], measure: Callable[[str], None]):
-    class Reporter(transformers.TrainerCallback):
-        """One line for each step that is logged; and checkpoints of DeepSpeed's leave the frozen base out."""
+def _reporter(report: Callable[[str], None], measure: Callable[[str], None]) -> TrainerCallback:
+    from transformers import TrainerCallback
 
-        trainer = None  # set once it exists
+    class Reporter(TrainerCallback):
+        """Writes a line for each step that is logged, and keeps the frozen base out of DeepSpeed's checkpoints."""
 
-        def on_train_begin(self, args, state, control, **kwargs):
+        trainer: Trainer | None = None  # set once it exists
+
+        def on_train_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        ) -> None:
             if args.deepspeed:
+                assert self.trainer is not None
                 engine = self.trainer.model_wrapped
                 engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
-            # Not earlier: only now is the model where it is trained, and as ZeRO has cut it up.
+            # Not earlier: only now is the model on its device, and divided as ZeRO divides it.
             measure("before")
 
-        def on_log(self, args, state, control, logs, **kwargs):
+        def on_log(
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            logs: dict[str, float],
+            **kwargs: object,
+        ) -> None:
             if "loss" in logs:
                 loss, rate = float(logs["loss"]), float(logs["learning_rate"])
-                say(f"step {state.global_step:>5} of {state.max_steps}  loss {loss:.4f}  lr {rate:.2e}")
+                report(f"step {state.global_step:>5} of {state.max_steps}  loss {loss:.4f}  lr {rate:.2e}")
 
     return Reporter()

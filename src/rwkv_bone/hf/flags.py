@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rwkv_bone.config import knob
+from rwkv_bone.config.fields import check_at_least, check_choices, check_given, setting
 from rwkv_bone.errors import UserError
 
 MODES = ("bone", "bat-col", "bat-row")
@@ -12,59 +12,79 @@ ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 PRECISIONS = ("bf16", "fp32")
 # Flags of that script which change nothing here.
-IGNORED = ("use_bone", "save_strategy", "report_to", "run_name", "bf16", "attn_implementation")
+IGNORED_FLAGS = ("use_bone", "save_strategy", "report_to", "run_name", "bf16", "attn_implementation")
+
+EXAMPLES = (
+    (
+        "Bone in every linear layer, and the merged model beside the adapter",
+        "python train_hf.py --model_name_or_path models/my-model --data_path mine.jsonl --merge 1",
+    ),
+    (
+        "Hugging Face PEFT's Bat instead",
+        "python train_hf.py --model_name_or_path models/my-model --data_path mine.jsonl --mode bat-col "
+        "--output_dir out/bat",
+    ),
+    (
+        "on two GPUs",
+        "python train_hf.py --model_name_or_path models/my-model --data_path mine.jsonl --devices 2 "
+        "--output_dir out/two",
+    ),
+)
 
 
 @dataclass(frozen=True)
 class HfConfig:
-    model_name_or_path: str = knob("", "folder of the base model, with its tokenizer")
-    data_path: str = knob("", "rows to train on: JSON lines, a JSON list, CSV, Parquet, Arrow or a datasets folder")
-    eval_path: str = knob("", "rows kept out of training, whose loss is measured before and after; empty = none")
-    dataset_field: tuple[str, ...] = knob((), "names of prompt and response, or of the list of messages; empty = found")
-    dataset_split: str = knob("", "part of data_path's rows to use, such as train[:1000] or [5%:]; empty = all")
-    output_dir: str = knob("out/bone-hf", "folder for the adapter, checkpoints and (merged/) the merged model")
-    overwrite: bool = knob(False, "replace the adapter, checkpoints and merged model of an earlier run in output_dir")
-    resume: bool = knob(False, "continue from the newest checkpoint in output_dir")
-    merge: bool = knob(False, "also write the base with the adapter in it, to output_dir/merged")
-    bone_r: int = knob(64, "block size r: trainable parameters grow with it")
-    mode: str = knob("bone", "bone, bat-col (PEFT's bat) or bat-row (RWKV-PEFT's bat, which PEFT cannot load)", MODES)
-    target_modules: tuple[str, ...] = knob((), "names of layers to adapt, also as one word with commas; empty = all")
-    model_max_length: int = knob(512, "tokens per sample; longer ones are cut, and counted")
-    per_device_train_batch_size: int = knob(4, "samples per device and forward pass")
-    gradient_accumulation_steps: int = knob(1, "forward passes per optimiser step")
-    num_train_epochs: float = knob(1.0, "times through the data")
-    learning_rate: float = knob(2e-5, "learning rate after warm-up")
-    lr_scheduler_type: str = knob("cosine", "how it falls", SCHEDULES)
-    warmup_ratio: float = knob(0.0, "share of the steps that warm up")
-    weight_decay: float = knob(0.0, "weight decay of the adapter")
-    max_grad_norm: float = knob(1.0, "longer gradients are shortened to this; 0 = never")
-    save_steps: int = knob(0, "optimiser steps between checkpoints; 0 = at the end of each epoch")
-    save_total_limit: int = knob(2, "checkpoints to keep")
-    logging_steps: int = knob(1, "optimiser steps between lines of the log")
-    precision: str = knob("bf16", "frozen weights and arithmetic; the adapter is always fp32", PRECISIONS)
-    gradient_checkpointing: bool = knob(False, "recompute each layer in backward: less memory, more time")
-    deepspeed: str = knob("zero2", "zero1, zero2, zero3, the path of a DeepSpeed configuration, or none")
-    devices: int = knob(
-        1, "GPUs, or CPU processes, on this machine; where a launcher has started them, they are counted"
+    model_name_or_path: str = setting("", "folder of the base model, with its tokenizer")
+    data_path: str = setting("", "rows to train on: JSON lines, a JSON list, CSV, Parquet, Arrow or a datasets folder")
+    eval_path: str = setting("", "held-out rows, whose loss is measured before and after; empty = none")
+    dataset_field: tuple[str, ...] = setting(
+        (), "names of the prompt and response fields, or of the list of messages; empty = the usual names"
     )
-    seed: int = knob(42, "seed of the order of the data")
+    dataset_split: str = setting("", "part of data_path's rows to use, such as train[:1000] or [5%:]; empty = all")
+    output_dir: str = setting(
+        "out/bone-hf", "folder for the results: the adapter, checkpoints and, in merged/, the merged model"
+    )
+    overwrite: bool = setting(False, "1 = replace what an earlier run left in output_dir; 0 = refuse to")
+    resume: bool = setting(False, "1 = continue from the newest checkpoint in output_dir")
+    merge: bool = setting(False, "1 = also write the merged model, base and adapter in one, to output_dir/merged")
+    bone_r: int = setting(64, "block size r; the number of trained parameters is proportional to it")
+    mode: str = setting(
+        "bone", "bone, bat-col (PEFT's bat) or bat-row (RWKV-PEFT's bat, which PEFT cannot load)", MODES
+    )
+    target_modules: tuple[str, ...] = setting(
+        (), "names of layers to adapt, such as q_proj v_proj or q_proj,v_proj; empty = all linear layers"
+    )
+    model_max_length: int = setting(512, "most tokens of one sample; longer ones are cut, and counted")
+    per_device_train_batch_size: int = setting(4, "samples per device and forward pass")
+    gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step")
+    num_train_epochs: float = setting(1.0, "passes over the data, such as 2 or 0.5")
+    learning_rate: float = setting(2e-5, "learning rate after the warm-up")
+    lr_scheduler_type: str = setting("cosine", "curve on which the learning rate falls", SCHEDULES)
+    warmup_ratio: float = setting(
+        0.0, "share of the steps in which the learning rate rises, such as 0.03; 0 = no warm-up"
+    )
+    weight_decay: float = setting(0.0, "AdamW's weight decay of the adapter; 0 = none")
+    max_grad_norm: float = setting(1.0, "norm above which the gradient is scaled down to it; 0 = no clipping")
+    save_steps: int = setting(0, "optimiser steps from one checkpoint to the next; 0 = one at the end of each epoch")
+    save_total_limit: int = setting(2, "number of checkpoints to keep, the newest ones")
+    logging_steps: int = setting(1, "optimiser steps from one line of the log to the next")
+    precision: str = setting("bf16", "dtype of frozen weights and arithmetic; the adapter is always fp32", PRECISIONS)
+    gradient_checkpointing: bool = setting(
+        False, "1 = recompute each layer in backward: less memory, about a third more time"
+    )
+    deepspeed: str = setting(
+        "zero2", "ZeRO stage (zero1, zero2, zero3), the path of a DeepSpeed configuration, or none"
+    )
+    devices: int = setting(
+        1, "number of GPUs (or CPU processes) on this machine; under torchrun its processes count instead"
+    )
+    seed: int = setting(42, "seed of the order of the data")
 
     def __post_init__(self):
-        for name in ("model_name_or_path", "data_path", "output_dir"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing: {type(self).__dataclass_fields__[name].metadata['help']}")
-        for name, choices in (("mode", MODES), ("lr_scheduler_type", SCHEDULES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"--{name} {getattr(self, name)}: expected one of {', '.join(choices)}")
-        for name in (
-            "bone_r",
-            "model_max_length",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "devices",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: expected at least 1")
+        check_given(self, "model_name_or_path", "data_path", "output_dir")
+        check_choices(self)
+        counts = ("bone_r", "model_max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "devices")
+        check_at_least(self, 1, *counts)
         if self.resume and self.overwrite:
             raise UserError("--resume needs what --overwrite removes: give one of them")
         if self.num_train_epochs <= 0:

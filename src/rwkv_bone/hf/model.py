@@ -13,9 +13,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from rwkv_bone.adapters import peft_format
 from rwkv_bone.adapters.layer import AdapterLinear, has_plain_weight
@@ -34,21 +36,21 @@ def get_bone_model(model: nn.Module, peft_config: BoneConfig, adapter_name: str 
     Adapters are fp32 and start so that the model computes what it did. UserError, with the model as it was, for targets
     that do not exist or cannot be adapted, and for an r that does not fit.
     """
-    _inject(model, peft_config, adapter_name)
+    adapted = _inject(model, peft_config, adapter_name)
     if peft_config.init_weights is False:
-        for layer in model.bone.layers.values():
-            nn.init.kaiming_uniform_(layer.bone, a=math.sqrt(5))
-    return model
+        for layer in adapted.bone.layers.values():
+            nn.init.kaiming_uniform_(layer.get_parameter("bone"), a=math.sqrt(5))
+    return adapted
 
 
 @dataclass
 class _Bone:
-    """What a BoneModel remembers. No nn.Module, so that nothing of it becomes a part of the model."""
+    """What a BoneModel remembers. It is not an nn.Module, so that nothing in it becomes part of the model."""
 
     config: BoneConfig
     name: str
     layers: dict[str, AdapterLinear]
-    replaced: dict[str, nn.Module]  # the layers whose places they took
+    replaced: dict[str, nn.Linear]  # the layers whose places they took
     originals: dict[str, Tensor]  # parameters of modules_to_save as they were, by name
     trained: dict[str, Tensor] | None = None  # the same as they have become, while the adapter is disabled
 
@@ -160,14 +162,14 @@ class BoneModel(nn.Module):
             modules = {key.rpartition(".")[0] for key in adapter.state}
             used = [name for name in config.target_modules if any(name_matches(module, [name]) for module in modules)]
             config = replace(config, target_modules=used)
-        _inject(model, config, adapter_name)
+        adapted = _inject(model, config, adapter_name)
         try:
-            model._fill(adapter)
+            adapted._fill(adapter)
         except UserError:
-            model.unload()
+            adapted.unload()
             raise
-        model.eval()
-        return model
+        adapted.eval()
+        return adapted
 
     def load_adapter(self, model_id: str | Path, adapter_name: str | None = None, is_trainable: bool = False) -> None:
         """Replace this adapter's tensors by those of a directory with the same targets, kind and r."""
@@ -188,8 +190,10 @@ class BoneModel(nn.Module):
             for key, tensor in tensors.items():
                 state[key].copy_(tensor)
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
-        """As of any module, and of checkpoints that leave frozen parameters of the base out. Keys may be PEFT's."""
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """As in any module, but a checkpoint may leave out the frozen parameters of the base. Keys may be PEFT's."""
         state, extra = peft_format.split_keys(state_dict, self.bone.config.peft_type)
         tensors, own, adapter = {**state, **extra}, self.state_dict(), self.adapter_keys()
         if tensors.keys() >= own.keys() or not tensors.keys() <= own.keys():
@@ -231,11 +235,11 @@ class BoneModel(nn.Module):
         return self._release()
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> nn.Module:
-        """The base with the adapter in its weights: computed in fp32, rounded once. The same object, no BoneModel more.
+        """The base with the adapter in its weights, computed in fp32 and rounded once. No longer a BoneModel.
 
-        safe_merge: first look whether every merged weight is finite; if not, UserError, and the model is as it was.
-        A merged weight is the layer's own: where it was shared, as an output layer's with the embedding, the sharing
-        ends and the configuration says so.
+        safe_merge: check first that every merged weight is finite; if not, UserError, and the model is as it was.
+        A merged weight belongs to its layer alone: where it was shared, as the output layer's with the embedding, the
+        sharing ends, and the configuration says so.
         """
         if self.bone.trained is not None:
             self.enable_adapters()
@@ -257,7 +261,7 @@ class BoneModel(nn.Module):
                 _untie(self)
         return self._release()
 
-    def _replaced(self) -> dict[str, nn.Module]:
+    def _replaced(self) -> dict[str, nn.Linear]:
         for name, module in self.bone.replaced.items():
             layer = self.bone.layers[name]
             if layer.base is None:
@@ -286,7 +290,8 @@ class BoneModel(nn.Module):
         return self
 
 
-def _inject(model: nn.Module, config: BoneConfig, adapter_name: str) -> None:
+def _inject(model: nn.Module, config: BoneConfig, adapter_name: str) -> BoneModel:
+    """Make a BoneModel of the model, with new adapters. UserError, and the model as it was, if that cannot be."""
     if isinstance(model, BoneModel):
         raise UserError("the model has an adapter already: unload() or merge_and_unload() it first")
     if not isinstance(config, BoneConfig):
@@ -308,8 +313,8 @@ def _inject(model: nn.Module, config: BoneConfig, adapter_name: str) -> None:
     layers = {}
     for name, module in chosen.items():
         layers[name] = layer_class(module, settings, name).requires_grad_(False)
-        for parameter in layer_class.parameter_names:
-            layers[name].get_parameter(parameter).requires_grad_(not config.inference_mode)
+        for own in layer_class.parameter_names:
+            layers[name].get_parameter(own).requires_grad_(not config.inference_mode)
         layers[name].train(module.training)
         model.set_submodule(name, layers[name])
     originals = {}
@@ -318,15 +323,17 @@ def _inject(model: nn.Module, config: BoneConfig, adapter_name: str) -> None:
             originals[key] = parameter.detach().clone()
             parameter.requires_grad_(not config.inference_mode)
     own_class = type(model)
-    model.bone = _Bone(config, adapter_name, layers, chosen, originals)
     # The same name: transformers looks up what a model is by the name of its class.
     model.__class__ = type(own_class.__name__, (BoneModel, own_class), {"__module__": own_class.__module__})
+    assert isinstance(model, BoneModel)
+    model.bone = _Bone(config, adapter_name, layers, chosen, originals)
+    return model
 
 
 def _choose(
     model: nn.Module, modules: Mapping[str, nn.Module], config: BoneConfig, whole: list[str]
-) -> dict[str, nn.Module]:
-    """The layers to adapt, by name."""
+) -> dict[str, nn.Linear]:
+    """The layers to adapt, by name. A quantised one need not be an nn.Linear, but has the attributes of one."""
     if config.target_modules == ALL_LINEAR:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         names = {name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head}
@@ -339,7 +346,7 @@ def _choose(
     chosen = {name: modules[name] for name in modules if name in found}
     for name, module in chosen.items():
         _check_layer(name, module)
-    return chosen
+    return cast("dict[str, nn.Linear]", chosen)
 
 
 def _check_layer(name: str, module: nn.Module) -> None:
@@ -376,7 +383,8 @@ def _modules_to_save(model: nn.Module, modules: Mapping[str, nn.Module], config:
 
 def _shared_weights(model: nn.Module) -> set[int]:
     """ids of the parameters that more than one module holds."""
-    seen, shared = set(), set()
+    seen: set[int] = set()
+    shared: set[int] = set()
     for _, parameter in model.named_parameters(remove_duplicate=False):
         (shared if id(parameter) in seen else seen).add(id(parameter))
     return shared
@@ -386,7 +394,7 @@ def _untie(model: nn.Module) -> None:
     """Say in a model's configuration that its output layer has a weight of its own, so that it is saved and loaded."""
     config = getattr(model, "config", None)
     for section in (config, getattr(config, "text_config", None)):
-        if getattr(section, "tie_word_embeddings", False):
+        if section is not None and getattr(section, "tie_word_embeddings", False):
             section.tie_word_embeddings = False
 
 

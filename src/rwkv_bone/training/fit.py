@@ -272,7 +272,7 @@ def prepare_heldout(
         return None
     # Held-out rows are read whole whatever the training batches are.
     dataset = split or load_dataset(replace(data, dataload="pad"), arch.vocab_size, path)
-    source = f"--eval_split {data.eval_split:g} of the training data" if split else dataset.lines()[0]
+    source = f"--eval_split {data.eval_split:g} of the training data" if split else dataset.summary_lines()[0]
     say(f"held-out  {source}; {len(dataset):,} samples")
     pairs, tokenizer, limit = [], None, config.run.eval_samples
     if limit:
@@ -324,7 +324,7 @@ def header(config: TrainConfig, prepared: Prepared, device: str, dataset, module
         yield f"trained   every weight: {trained:,} of {total:,} parameters"
         size = trained * resume.BYTES_PER_PARAMETER / 2**30
         yield f"          each save also replaces {project.STATE}, for --resume: {size:,.1f} GB"
-    for line in [*dataset.lines(), *plan.lines()]:
+    for line in [*dataset.summary_lines(), *plan.summary_lines()]:
         yield f"data      {line}"
     batch = f"{plan.budget:,} tokens" if plan.pack else f"{plan.micro_bsz} samples"
     yield (
