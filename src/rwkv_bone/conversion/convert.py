@@ -46,7 +46,8 @@ EXAMPLES = (
     ),
     (
         "the same as a LoRA, which equals it",
-        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/rwkv-0.pth --output out/lora --to lora",
+        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/rwkv-0.pth --to lora "
+        "--output out/peft-lora",
     ),
     (
         "a PEFT directory as a file for merge.py and train.py --peft_load",
