@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.ops import arguments
-from rwkv_bone.training.callbacks import StopOnSignal
+from rwkv_bone.training.signals import StopOnSignal
 
 SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "is_nonzero")
 METHODS = ("tolist", "cpu")

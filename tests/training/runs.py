@@ -22,7 +22,7 @@ class Killed(BaseException):
 @contextlib.contextmanager
 def dying_after(step: int):
     """Training in this context raises Killed, without warning, when this step is logged but not saved."""
-    from rwkv_bone.training.callbacks import StepLog
+    from rwkv_bone.training.log import StepLog
 
     original = StepLog.on_train_batch_end
 

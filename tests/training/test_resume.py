@@ -12,8 +12,8 @@ from rwkv_bone import checkpoints
 from rwkv_bone.config.flags import SECTIONS, parse_train
 from rwkv_bone.config.saved import from_json
 from rwkv_bone.errors import Interrupted, UserError
-from rwkv_bone.training import resume
-from rwkv_bone.training.callbacks import StepLog
+from rwkv_bone.training import resume, resume_file
+from rwkv_bone.training.log import StepLog
 from tests.training.conftest import ROWS, adapter_of, largest_difference, log_of
 from tests.training.runs import Killed, dying_after
 
@@ -243,7 +243,7 @@ def test_a_log_that_lost_lines_is_refused(job, halfway, half):
 
 def failing_at(monkeypatch, step, error):
     """Let the write of the state after `step` break off in the middle; each step is saved."""
-    original, written = resume.write_tensors, []
+    original, written = resume_file.write_tensors, []
 
     def write(path, layout, tensors):
         written.append(path)
@@ -253,14 +253,14 @@ def failing_at(monkeypatch, step, error):
             raise error
         original(path, layout, tensors)
 
-    monkeypatch.setattr(resume, "write_tensors", write)
+    monkeypatch.setattr(resume_file, "write_tensors", write)
 
 
 def test_a_kill_while_the_state_is_written_leaves_the_one_before(job, monkeypatch):
     reference = job.run("state whole", **TWO_EPOCHS)
     with monkeypatch.context() as patch:
         failing_at(patch, 3, Killed())
-        patch.setattr(resume.Path, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
+        patch.setattr(resume_file.Path, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
         with pytest.raises(Killed):
             job.run("state killed", **TWO_EPOCHS)
     folder = job.folder / "state killed"
