@@ -7,7 +7,6 @@ only the main process prints and touches the results folder.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 
 from rwkv_bone.config import TrainConfig
-from rwkv_bone.data.fingerprint import data_fingerprint
 from rwkv_bone.training import project
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.module import TrainingModule
@@ -36,7 +34,7 @@ def fit(config: TrainConfig) -> Path:
     """Train as `config` says and return the last file of trained parameters; UserError for what a user can mend."""
     silence_libraries()
     main, run = is_main_process(), config.run
-    report: Callable[..., None] = partial(print, flush=True) if main else lambda *_: None
+    report: Callable[[str], None] = partial(print, flush=True) if main else lambda line: None
     device = choose_device(run.accelerator)
     earlier = Saved.find(config) if run.resume else None
     folder = project.check_folder(config) if main else Path(run.proj_dir)
@@ -46,7 +44,7 @@ def fit(config: TrainConfig) -> Path:
     model, adapter = prepared.model, config.adapter
     dataset, split = load_data(config, prepared.arch.vocab_size)
     plan = plan_batches(config, dataset)
-    output = replace(prepared.output, metadata=prepared.output.metadata | {"data": data_fingerprint(dataset)})
+    output = prepared.output.with_data(dataset)
     if earlier:
         earlier.check(output.metadata)
         earlier.load_parameters(model, output.keys)
@@ -69,8 +67,8 @@ def fit(config: TrainConfig) -> Path:
     callbacks += [log, ProgressLines(log), save]
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
     callbacks += [RestoreMoments(earlier.path, earlier.step)] if earlier else []
-    trainable, logger = count_parameters(model, trained_only=True), wandb_logger(run.wandb, folder, report)
-    trainer = make_trainer(config, device, trainable, logger, callbacks)
+    trainable = count_parameters(model, trained_only=True)
+    trainer = make_trainer(config, device, trainable, wandb_logger(run.wandb, folder, report), callbacks)
     if main:
         project.begin(folder, config)
     run_steps(trainer, module)

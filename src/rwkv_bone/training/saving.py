@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from lightning.pytorch import Callback, Trainer
 
 from rwkv_bone import checkpoints
 from rwkv_bone.config import RunConfig
+from rwkv_bone.data import Dataset
+from rwkv_bone.data.fingerprint import data_fingerprint
 from rwkv_bone.training import project, resume_file
 from rwkv_bone.training.gather import gather
 from rwkv_bone.training.module import RunStopped, TrainingModule
@@ -25,6 +27,10 @@ class Output:
     keys: tuple[str, ...]  # of the tensors, in the order of the file
     metadata: dict
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # key -> dtype in the file; missing: fp32, as trained
+
+    def with_data(self, dataset: Dataset) -> Output:
+        """The same, with the fingerprint of the training data in the metadata."""
+        return replace(self, metadata=self.metadata | {"data": data_fingerprint(dataset)})
 
 
 class SaveTrained(Callback):
