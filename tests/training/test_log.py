@@ -25,7 +25,7 @@ class Screen(io.StringIO):
 
 
 def play(path: Path, stream: Screen, total: int, first_step: int = 0, waits=(), logger=None) -> None:
-    """Callbacks through optimiser steps of falling loss up to `total`, two forward passes each.
+    """Lead the callbacks through the optimiser steps up to `total`: two forward passes each, and a falling loss.
 
     waits: seconds that each forward pass waited for its batch.
     """

@@ -26,7 +26,7 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def memorised(job):
-    """Forty steps on the 11 rows, held-out data the same, saved now and then. (proj_dir, the Prepared model)"""
+    """Forty steps on the 11 rows, which are also the held-out data: (proj_dir, the Prepared model)."""
     kept = []
     original = fit_module.prepare_model
 

@@ -35,7 +35,7 @@ def killed(job):
 
 
 def numbers(folder):
-    """The log without what a clock or the memory decides."""
+    """The log without the fields for time and memory, which differ from run to run."""
     return [{field: line[field] for field in TRUE_FIELDS} for line in log_of(folder)]
 
 
@@ -92,7 +92,7 @@ def halfway(job):
 
 @pytest.fixture
 def half(halfway, tmp_path):
-    """A copy of the half run, to continue; paths in a state are relative to its folder."""
+    """A copy of the half run, to continue: paths in a resume file are relative to its folder."""
     return shutil.copytree(halfway["half"], tmp_path / "half")
 
 
@@ -242,7 +242,7 @@ def test_a_log_that_lost_lines_is_refused(job, halfway, half):
 
 
 def failing_at(monkeypatch, step, error):
-    """Let the write of the state after `step` break off in the middle; each step is saved."""
+    """Let the write of the resume file after `step` fail in the middle, in a run that saves each step."""
     original, written = resume_file.write_tensors, []
 
     def write(path, layout, tensors):
@@ -334,7 +334,7 @@ def test_a_second_ctrl_c_leaves_at_once(job, signalled, capsys):
     assert checkpoints.read_metadata(job.folder / "ctrl-c twice" / "resume.pth")["step"] == 1
 
 
-# Steps enough for the signal to come while they run.
+# Enough steps that the signal comes while they run.
 LONG = {"devices": 2, "strategy": "deepspeed_stage_3", "micro_bsz": 2, "epoch_count": 8, "epoch_save": 9}
 
 
