@@ -117,7 +117,7 @@ def train(job: dict) -> dict:
     from rwkv_bone.config import OptimConfig
     from rwkv_bone.data import BatchPlan
     from rwkv_bone.inference.evaluate import exact_match, heldout_loss
-    from rwkv_bone.training.callbacks import peak_memory_mb
+    from rwkv_bone.training.log import peak_memory_mb
     from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
     from rwkv_bone.training.schedule import learning_rate
 
@@ -268,7 +268,7 @@ def draw(path: Path, runs: list[dict], best: dict[str, float]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from rwkv_bone.training.callbacks import smoothed
+    from rwkv_bone.training.curve import smoothed
 
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     FigureCanvasAgg(figure)

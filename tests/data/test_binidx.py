@@ -70,7 +70,7 @@ def test_documents_without_a_target_are_counted_and_named(write_pair, config):
 
 
 def test_a_document_trains_on_no_token_of_its_neighbour(write_pair, config):
-    """The peer's `pad` filled a short document up with the next ones and trained on them (B8)."""
+    """A short document is padded, not filled up with tokens of the documents after it."""
     dataset = load_dataset(config(write_pair([[1, 2, 0]], [[3, 4, 5, 6, 7, 0]]), ctx_len=8, loss_mask="none"), 256)
     batch = BatchPlan(dataset, micro_bsz=2).batch(0, 0, 0, 0)
     targets = {tuple(row[row != -100].tolist()) for row in batch.labels}

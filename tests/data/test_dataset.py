@@ -217,7 +217,7 @@ def test_pairs_of_a_dataset_are_those_of_its_rows(write_jsonl, config):
 @pytest.mark.parametrize("loss_mask", ["response", "last", "none", "pad", "qa", "se"])
 @pytest.mark.parametrize("dataload", ["pack", "pad", "only", "get"])
 def test_every_mask_and_way_to_load_works_or_says_why_not(write_jsonl, config, dataload, loss_mask):
-    """The peer crashed on masks with get and only, on se, and on data smaller than an epoch (B10 to B13)."""
+    """No combination ends in a traceback, with a single sample and batches of eight."""
     mask_id = '{"mask0": "User:", "mask1": "Assistant:"}' if loss_mask == "se" else ""
     settings = dict(dataload=dataload, loss_mask=loss_mask, mask_id=mask_id, micro_bsz=1 if dataload == "only" else 8)
     path = write_jsonl({"text": "User: hi\n\nAssistant: ho"}, name="texts.jsonl")

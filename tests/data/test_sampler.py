@@ -159,7 +159,7 @@ def test_a_batch_is_as_wide_as_its_longest_sample(make_dataset):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 11])
 def test_mini_epochs_go_on_where_the_last_one_ended(make_dataset, steps):
-    """The peer read the head of the data again in every short epoch and never the rest (B12)."""
+    """Short epochs do not begin at the head of the data again: in the end each sample was read equally often."""
     dataset = make_dataset(20)
     whole = BatchPlan(dataset, micro_bsz=2, accumulate=2, seed=1)
     short = BatchPlan(dataset, micro_bsz=2, accumulate=2, seed=1, steps_per_epoch=steps)
@@ -171,7 +171,7 @@ def test_mini_epochs_go_on_where_the_last_one_ended(make_dataset, steps):
 
 
 def test_fewer_samples_than_one_batch_work(make_dataset):
-    """The peer's index ran past the end of a small data set (B12)."""
+    """The last window is filled up with empty rows, and no index runs past the end of the data."""
     dataset = make_dataset(3)
     plan = BatchPlan(dataset, micro_bsz=16, accumulate=4, world_size=2, steps_per_epoch=5)
     for epoch in range(3):
@@ -211,7 +211,6 @@ def test_an_optimiser_step_has_the_same_samples_however_they_are_spread(make_dat
 @pytest.mark.parametrize("mask", ["response", "none", "pad"])
 @pytest.mark.parametrize("dataload", ["pad", "only"])
 def test_every_mask_works_with_whole_samples(make_dataset, dataload, mask):
-    """In the peer, masks crashed with `only` and `get` (B11, B13)."""
     dataset = make_dataset(9, dataload=dataload, loss_mask=mask, micro_bsz=1)
     lengths = {sample.origin: len(sample.ids) - 1 for sample in dataset}
     for window in windows(BatchPlan(dataset, micro_bsz=1), 0):
@@ -223,7 +222,6 @@ def test_every_mask_works_with_whole_samples(make_dataset, dataload, mask):
 
 @pytest.mark.parametrize("mask", ["none", "pad"])
 def test_random_windows_work_with_the_masks_that_mask_nothing(make_dataset, mask):
-    """In the peer, masks crashed with `only` and `get` (B11, B13)."""
     dataset = make_dataset(9, dataload="get", loss_mask=mask, ctx_len=4)
     for window in windows(BatchPlan(dataset, micro_bsz=2), 0):
         assert all((batch.labels != IGNORED_LABEL).all() for batch in window)
@@ -246,7 +244,7 @@ def test_random_windows_are_consecutive_tokens_of_the_stream(make_stream):
 
 
 def test_ranks_draw_different_windows(make_stream):
-    """The peer seeded all ranks alike, so that all devices read the same tokens."""
+    """Equal seeds on all ranks would have every device read the same tokens."""
     plan = BatchPlan(make_stream(250, ctx_len=8), micro_bsz=8, accumulate=2, world_size=2)
     drawn = [tuple(batch.rows) for batch in next(windows(plan, 0))]
     assert len(set(drawn)) == 4

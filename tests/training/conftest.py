@@ -22,7 +22,7 @@ RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "
 
 @dataclass
 class Run:
-    """One of Job.batch: `folder` (default: the name) is where, `dies_after` the step after which it is killed."""
+    """A run for Job.batch, in `folder` (default: the name). dies_after: the step after which it is killed, or None."""
 
     name: str
     flags: dict
@@ -31,13 +31,13 @@ class Run:
 
 
 def clean_environment() -> dict[str, str]:
-    """Without the rendezvous that a run in this process leaves, which would make another process join it."""
+    """The environment without the variables that a run in this process leaves: a new process would join that run."""
     return {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
 
 
 @dataclass
 class Job:
-    """`flags` are those of train.py; a call's own are added or take precedence."""
+    """Runs of train.py with `flags`. A call adds flags of its own, which take precedence."""
 
     folder: Path
     flags: dict
@@ -53,7 +53,7 @@ class Job:
         return self.folder / name
 
     def batch(self, device: str, runs: list[Run]) -> dict[str, str | None]:
-        """Train one after another on `cpu` or `cuda`, in one process of their own: {name: what went wrong, or None}."""
+        """Train one run after another on `cpu` or `cuda`, all in one new process: {name: what went wrong, or None}."""
         where = {"accelerator": "gpu" if device == "cuda" else "cpu", "op": "auto"}
         jobs = [
             {
@@ -73,7 +73,7 @@ class Job:
         return json.loads(results.read_text())
 
     def launch(self, name: str, **flags) -> subprocess.Popen:
-        """`python train.py`, started."""
+        """Start `python train.py` and do not wait for it."""
         argv = self.argv({**flags, "proj_dir": self.folder / name})
         command = [sys.executable, REPOSITORY / "train.py", *argv]
         pipe = subprocess.PIPE
@@ -105,7 +105,7 @@ def largest_difference(a: dict, b: dict) -> float:
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
-    """One thread a process, since models this small are slower on several; afterwards the environment as it was."""
+    """Use one thread a process, since small models are slower on several; restore the environment afterwards."""
     threads, environment = torch.get_num_threads(), dict(os.environ)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # otherwise Lightning sets its own number

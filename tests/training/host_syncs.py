@@ -1,11 +1,11 @@
-"""Counts where a step would wait for a GPU, on a CPU.
+"""Counts on a CPU where a step would wait for a GPU.
 
-Seen are a value read from a tensor (`item`, `float`, `bool`, `tolist`, `cpu`), a size that depends on values
-(`nonzero`, boolean masks), numbers from Python put on a device (`torch.tensor(..., device=...)` and `x[i] = number`: a
-copy from memory that is not pinned), and `synchronize`. Not seen are other copies without `non_blocking`, and what a
-library does on CUDA alone.
+These waits are counted: a value read from a tensor (`item`, `float`, `bool`, `tolist`, `cpu`); a size that depends on
+values (`nonzero`, boolean masks); Python numbers put on a device (`torch.tensor(..., device=...)` and `x[i] = number`:
+a copy from memory that is not pinned); `synchronize`. These are not: other copies without `non_blocking`, and what a
+library does on CUDA only.
 
-As a program: `host_syncs.py OUT TRAIN_FLAGS...` trains and writes what each step did to OUT, as JSON.
+As a program, `host_syncs.py OUT TRAIN_FLAGS...` trains and writes the counts of each step to OUT as JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.ops import arguments
-from rwkv_bone.training.callbacks import StopOnSignal
+from rwkv_bone.training.signals import StopOnSignal
 
 SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "is_nonzero")
 METHODS = ("tolist", "cpu")
@@ -32,7 +32,10 @@ PACKAGES = ("rwkv_bone", "deepspeed", "lightning", "torch")
 
 
 class HostSyncs(TorchDispatchMode):
-    """Of this thread, while entered: {(package, file, what): count}, by the innermost frame that is not torch's."""
+    """While entered, counts what waits in this thread: `found` {(package, file, what): count}.
+
+    The package and file are those of the innermost frame outside torch.
+    """
 
     def __init__(self):
         super().__init__()
@@ -104,9 +107,9 @@ class HostSyncs(TorchDispatchMode):
 
 @contextmanager
 def each_step():
-    """Yields a list that gets the counts of each forward pass and all that follows it up to the next one.
+    """Yields a list to which the counts of each forward pass are appended, up to the begin of the next one.
 
-    The last one of a run, with what is saved then, is not counted.
+    The last forward pass of a run, after which the run saves, is not counted.
     """
     counts, original = [], StopOnSignal.on_train_batch_start
     with HostSyncs() as syncs:
@@ -115,7 +118,7 @@ def each_step():
             counts.append(syncs.take())
             original(self, trainer, module, batch, index)
 
-        # The operators look at the documents' bounds where these are in the CPU's memory anyway.
+        # On a CPU the operators check the documents' bounds; on a GPU they do not, since that would wait.
         with (
             mock.patch.object(arguments, "_check_documents", lambda *_: None),
             mock.patch.object(StopOnSignal, "on_train_batch_start", start),

@@ -16,13 +16,13 @@ from unittest import mock
 
 
 class Killed(BaseException):
-    """Ends a process as nothing can catch."""
+    """Ends a run as a kill would: no `except Exception` catches it."""
 
 
 @contextlib.contextmanager
 def dying_after(step: int):
-    """Training in this context raises Killed, without warning, when this step is logged but not saved."""
-    from rwkv_bone.training.callbacks import StepLog
+    """In this context a run raises Killed, without warning, as soon as this step is logged and before it is saved."""
+    from rwkv_bone.training.log import StepLog
 
     original = StepLog.on_train_batch_end
 

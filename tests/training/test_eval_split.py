@@ -6,7 +6,7 @@ import pytest
 
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.errors import UserError
-from rwkv_bone.training.fit import load_data
+from rwkv_bone.training.prepare import load_data
 from tests.training.conftest import ROWS
 
 FLAGS = ["--load_model", "base.pth", "--eval_split", "0.3", "--ctx_len", "32"]

@@ -55,7 +55,7 @@ def test_two_processes_stop_together_and_tell_it_once(job, nan_base):
 @pytest.mark.parametrize("strategy", ["1", "2", "3", "2_offload", "3_offload"])
 @pytest.mark.parametrize("value", ["inf", "nan"])
 def test_a_bad_loss_with_a_good_gradient_takes_no_step(job, monkeypatch, strategy, value, grad_clip):
-    """The loss is looked at after DeepSpeed has decided by the gradient alone: it must have reached the gradient."""
+    """DeepSpeed decides by the gradient alone, before we look at the loss: so a bad loss must spoil the gradient."""
     name, flags = f"{strategy}-{grad_clip}", {"strategy": f"deepspeed_stage_{strategy}", "grad_clip": grad_clip}
     original = module_file.TrainingModule._loss
 

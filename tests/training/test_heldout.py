@@ -8,7 +8,7 @@ from rwkv_bone.models import RWKV
 
 
 def test_held_out_loss_is_computed_in_the_chunks_of_training(job, monkeypatch):
-    """As many tokens as training runs at once, to the same result."""
+    """No more tokens run at once than in training, and the result is the same."""
     forward, widths = RWKV.forward, []
 
     def spy(self, ids, *args, labels=None, **kwargs):

@@ -13,8 +13,8 @@ import torch
 from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.data import Batch
 from rwkv_bone.ops import cross_entropy
-from rwkv_bone.training.callbacks import StopOnSignal
 from rwkv_bone.training.module import Fetched, TrainingModule
+from rwkv_bone.training.signals import StopOnSignal
 from tests.conftest import python_path
 from tests.training import host_syncs
 from tests.training.conftest import clean_environment

@@ -11,7 +11,9 @@ from rwkv_bone.config.flags import parse_train
 from rwkv_bone.config.saved import from_json, to_json
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import fit as fit_module
+from rwkv_bone.training import log as log_module
 from rwkv_bone.training.place import place
+from rwkv_bone.training.prepare import prepare_model
 from tests.conftest import random_model
 from tests.nvidia import write_smi
 from tests.training.conftest import ROWS, adapter_of, largest_difference, log_of
@@ -24,7 +26,7 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def memorised(job):
-    """Forty steps on the 11 rows, held-out data the same, saved now and then. (proj_dir, the Prepared model)"""
+    """Forty steps on the 11 rows, which are also the held-out data: (proj_dir, the Prepared model)."""
     kept = []
     original = fit_module.prepare_model
 
@@ -175,7 +177,7 @@ def test_trained_base_parts_start_from_the_files_own_values(job):
     checkpoints.write_state(path, random_model(vocab_size=256).state_dict())
     flags = {"load_model": path, "precision": "bf16", "train_parts": "ln"}
     config = parse_train(job.argv(flags))
-    prepared = fit_module.prepare_model(config, torch.device("cpu"))
+    prepared = prepare_model(config, torch.device("cpu"))
     place(prepared.model, torch.device("cpu"), prepared.dtype)
     base, live = checkpoints.read_state(path), dict(prepared.model.named_parameters())
     assert torch.equal(live["blocks.1.ln1.weight"].detach(), base["blocks.1.ln1.weight"])
@@ -205,7 +207,7 @@ def test_training_from_scratch_on_windows_of_text_gives_a_loadable_bf16_model(jo
 
 
 def test_a_missing_wandb_is_said_and_the_run_goes_on(job, monkeypatch, capsys):
-    monkeypatch.setattr(fit_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(log_module.importlib.util, "find_spec", lambda name: None)
     folder = job.run("wandb", wandb="project")
     assert f"wandb     not installed, so nothing is sent; {folder}/train_log.jsonl" in capsys.readouterr().out
     assert len(log_of(folder)) == 3

@@ -27,7 +27,7 @@ from rwkv_bone.config.flags import parse_train
 from rwkv_bone.training import fit, module
 
 def private():
-    # Not the pages of the mapped file, which processes share and the system drops when it needs them.
+    # Without the pages of the mapped file: processes share these, and the system drops them when it needs memory.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
@@ -85,7 +85,7 @@ def measured(job, wide, tmp_path_factory):
         flags = {"load_model": wide[0], "strategy": strategy, "devices": 2, "epoch_steps": 1, "micro_bsz": 2} | flags
         command = [sys.executable, folder / "measure.py", *job.argv(flags | {"proj_dir": folder / "out"})]
         environment = clean_environment()
-        # What is freed goes back to the system, which glibc otherwise ceases to do with pieces as large as these.
+        # With this setting glibc returns freed memory to the system; otherwise it would keep pieces of this size.
         environment |= {"PYTHONPATH": python_path(), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
@@ -138,7 +138,7 @@ def test_of_two_devices_neither_ever_holds_the_base(measured, wide):
 
 @pytest.mark.parametrize("train", [{}, {"train_parts": "[emb, ln]", "peft": "pissa", "lora_r": 4}, {"peft": "none"}])
 def test_at_stage_3_deepspeed_is_handed_a_model_in_parts(job, monkeypatch, train):
-    """Otherwise it moves the whole of it to each device."""
+    """A model that is not in parts is moved to each device as a whole."""
     left = []
     initialize = deepspeed.initialize
 
@@ -157,7 +157,7 @@ def test_at_stage_3_deepspeed_is_handed_a_model_in_parts(job, monkeypatch, train
 
 @pytest.fixture
 def mapped(tiny_checkpoint):
-    """mapped(kind, dtype): a model of a file in that dtype under an adapter, as it is before it is placed."""
+    """mapped(kind, dtype): a model with an adapter, not placed yet; its base is mapped from a file in that dtype."""
 
     def make(kind="bone", dtype=torch.bfloat16):
         arch, state = checkpoints.load_base(tiny_checkpoint(dtype=dtype))
@@ -198,7 +198,7 @@ def test_each_parameter_is_partitioned_before_the_next_is_copied(mapped):
     before, done = addresses(model), []
 
     def partition(parameter):
-        # The others are in parts, or mapped still.
+        # Every other parameter is either in parts already or still mapped.
         left = {name: p for name, p in model.named_parameters() if p.numel()}
         copied = [name for name, p in left.items() if p.data_ptr() != before[name]]
         assert len(copied) == 1 and left[copied[0]] is parameter

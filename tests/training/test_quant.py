@@ -31,7 +31,7 @@ def base(job):
 
 
 def dequantised(base, quant):
-    """A plain checkpoint of what the codes of `base` stand for."""
+    """A plain checkpoint of the weights that the quantised `base` stands for."""
     state = checkpoints.read_state(base)
     path = base.with_name(f"{base.stem}-{quant}.pth")
     rounded = {key: as_trained(tensor, quant) if is_quantized(key) else tensor for key, tensor in state.items()}

@@ -12,8 +12,8 @@ from rwkv_bone import checkpoints
 from rwkv_bone.config.flags import SECTIONS, parse_train
 from rwkv_bone.config.saved import from_json
 from rwkv_bone.errors import Interrupted, UserError
-from rwkv_bone.training import resume
-from rwkv_bone.training.callbacks import StepLog
+from rwkv_bone.training import resume, resume_file
+from rwkv_bone.training.log import StepLog
 from tests.training.conftest import ROWS, adapter_of, largest_difference, log_of
 from tests.training.runs import Killed, dying_after
 
@@ -35,7 +35,7 @@ def killed(job):
 
 
 def numbers(folder):
-    """The log without what a clock or the memory decides."""
+    """The log without the fields for time and memory, which differ from run to run."""
     return [{field: line[field] for field in TRUE_FIELDS} for line in log_of(folder)]
 
 
@@ -92,7 +92,7 @@ def halfway(job):
 
 @pytest.fixture
 def half(halfway, tmp_path):
-    """A copy of the half run, to continue; paths in a state are relative to its folder."""
+    """A copy of the half run, to continue: paths in a resume file are relative to its folder."""
     return shutil.copytree(halfway["half"], tmp_path / "half")
 
 
@@ -242,8 +242,8 @@ def test_a_log_that_lost_lines_is_refused(job, halfway, half):
 
 
 def failing_at(monkeypatch, step, error):
-    """Let the write of the state after `step` break off in the middle; each step is saved."""
-    original, written = resume.write_tensors, []
+    """Let the write of the resume file after `step` fail in the middle, in a run that saves each step."""
+    original, written = resume_file.write_tensors, []
 
     def write(path, layout, tensors):
         written.append(path)
@@ -253,14 +253,14 @@ def failing_at(monkeypatch, step, error):
             raise error
         original(path, layout, tensors)
 
-    monkeypatch.setattr(resume, "write_tensors", write)
+    monkeypatch.setattr(resume_file, "write_tensors", write)
 
 
 def test_a_kill_while_the_state_is_written_leaves_the_one_before(job, monkeypatch):
     reference = job.run("state whole", **TWO_EPOCHS)
     with monkeypatch.context() as patch:
         failing_at(patch, 3, Killed())
-        patch.setattr(resume.Path, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
+        patch.setattr(resume_file.Path, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
         with pytest.raises(Killed):
             job.run("state killed", **TWO_EPOCHS)
     folder = job.folder / "state killed"
@@ -334,7 +334,7 @@ def test_a_second_ctrl_c_leaves_at_once(job, signalled, capsys):
     assert checkpoints.read_metadata(job.folder / "ctrl-c twice" / "resume.pth")["step"] == 1
 
 
-# Steps enough for the signal to come while they run.
+# Enough steps that the signal comes while they run.
 LONG = {"devices": 2, "strategy": "deepspeed_stage_3", "micro_bsz": 2, "epoch_count": 8, "epoch_save": 9}
 
 

@@ -67,7 +67,7 @@ def test_the_first_process_group_is_asked_for_with_our_timeout(monkeypatch, devi
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_every_process_group_waits_as_long(job, monkeypatch, stage):
-    """Of a real run: that of the broadcasts around a save, and DeepSpeed's copy, over which moments are gathered."""
+    """In a real run: the group of the broadcasts around a save, and DeepSpeed's copy, which gathers the moments."""
     found = []
     save = SaveTrained._save
 

@@ -1,16 +1,16 @@
 """Sequences longer than memory: chunk by chunk, with the exact gradient of the whole.
 
-RWKV hands a fixed-size state from token to token. So a long sequence is run in chunks, of which only the state at each
-boundary is kept; backward recomputes one chunk at a time, from the last to the first, and passes the gradient of the
-state on. The gradient is that of the unchunked sequence; memory grows by one state per chunk. In a packed row a chunk
-may hold several documents; the state that is kept is that of the one document, if any, that goes on in the next chunk.
+RWKV hands a state of fixed size from token to token. So a long sequence is run in chunks, and only the state at each
+boundary between chunks is kept. Backward recomputes one chunk at a time, from the last to the first, and passes the
+gradient of the state on. The gradient is that of the unchunked sequence; memory grows by one state per chunk. In a
+packed row a chunk may hold several documents. Only the last of them can go on in the next chunk: its state is kept.
 
 Sizes: B batch, T tokens, D documents of a packed row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from rwkv_bone.ops.cross_entropy import IGNORE, labelled
 
 
 def chunked_loss(
-    model,
+    model: Callable[..., tuple[Tensor, list[LayerState]]],
     ids: Tensor,
     labels: Tensor,
     *,
@@ -32,45 +32,50 @@ def chunked_loss(
     cu_seqlens: Tensor | None = None,
     label_rows: Tensor | None = None,
     widest: int = 0,
-    **options,
+    **options: float | bool,
 ) -> Tensor:
     """The summed loss of `model(ids, labels=labels, cu_seqlens=cu_seqlens)`, with memory for one chunk of tokens.
 
-    ids and labels [B, T], or packed [1, T] with cu_seqlens [D + 1]. bptt_chunks: cut the gradient after every so many
-    chunks (0 = never): the truncated form, on purpose. label_rows: where labels.flatten() is not -100, found here if
-    the caller does not know. Chunks are cut by the values of cu_seqlens and label_rows: give both in the CPU's memory,
-    then nothing waits for a GPU. widest: the largest T among the ranks. Padding to it has all of them run as many
-    chunks, since at ZeRO stage 3 each chunk gathers parameters from all ranks.
+    ids and labels [B, T], or packed [1, T] with cu_seqlens [D + 1]; options go to the model as well.
+    chunk: tokens of a chunk. bptt_chunks: the gradient is cut after this many chunks, as in truncated backpropagation
+    through time (0 = never).
+    label_rows: the positions in labels.flatten() that are not -100 (None = they are looked up). How the chunks are cut
+    depends on the values of cu_seqlens and label_rows: if both are in the CPU's memory, nothing waits for a GPU.
+    widest: the largest T of all ranks. Each rank pads to it, so that all run the same number of chunks: at ZeRO stage
+    3 each chunk gathers parameters from all ranks.
     """
     label_rows = labelled(labels.flatten()) if label_rows is None else label_rows
-    extra, before = widest - ids.shape[1], ids.shape[1]
+    unpadded, extra = ids.shape[1], widest - ids.shape[1]
     if extra > 0:
         ids, labels = F.pad(ids, (0, extra)), F.pad(labels, (0, extra), value=IGNORE)
         cu_seqlens = None if cu_seqlens is None else F.pad(cu_seqlens, (0, 1), value=widest)
     T = ids.shape[1]
-    where = to_device(_label_rows(values(label_rows), before, T, chunk), ids.device)
+    where = to_device(_label_rows(values(label_rows), unpadded, T, chunk), ids.device)
     starts = range(0, T, chunk)
-    if cu_seqlens is None:
-        documents, goes_on = [None] * len(starts), [True] * len(starts)
-    else:
+    documents: Sequence[Tensor | None] = [None] * len(starts)
+    goes_on = [True] * len(starts)  # whether a document of the chunk before goes on in this one
+    if cu_seqlens is not None:
         bounds = values(cu_seqlens)
         documents = to_device(_documents(bounds, T, chunk), ids.device)
-        goes_on = ~np.isin(starts, bounds)
+        goes_on = [start not in bounds for start in starts]
 
-    def run(part, targets, where, documents, state: list[LayerState] | None):
+    def run(
+        part: Tensor, targets: Tensor, where: Tensor, documents: Tensor | None, state: list[LayerState] | None
+    ) -> tuple[Tensor, list[LayerState]]:
         how = {"labels": targets, "label_rows": where, "cu_seqlens": documents}
         loss, after = model(part, **how, state=state, return_state=True, **options)
         if documents is not None:
             after = [LayerState(*(rows[-1:].clone() for rows in layer)) for layer in after]
         return loss, after
 
-    total, state = torch.zeros((), device=ids.device), None
+    total = torch.zeros((), device=ids.device)
+    state: list[LayerState] | None = None
     parts = zip(ids.split(chunk, 1), labels.split(chunk, 1), where, documents, strict=True)
     for number, part in enumerate(parts):
-        if number and not goes_on[number]:
-            # No rows rather than None: at ZeRO stage 3 the graph must have the same form on every rank.
+        if state is not None and not goes_on[number]:
+            # A state without rows and not None: at ZeRO stage 3 the graph must have the same form on every rank.
             state = [LayerState(*(rows[:0] for rows in layer)) for layer in state]
-        if number and bptt_chunks and number % bptt_chunks == 0:
+        if state is not None and bptt_chunks and number % bptt_chunks == 0:
             state = [LayerState(*(rows.detach() for rows in layer)) for layer in state]
         loss, state = checkpoint(run, *part, state, use_reentrant=False)
         total = total + loss
@@ -78,24 +83,24 @@ def chunked_loss(
 
 
 def values(x: Tensor) -> np.ndarray:
-    """What a tensor holds; a GPU is waited for."""
+    """The values of a tensor; of one on a GPU they have to be waited for."""
     return (x.cpu() if x.is_cuda else x).numpy()
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:
-    """Several arrays of integers on `device`, in one copy that nothing waits for."""
+    """Copy several arrays of integers to `device`, all in one copy, for which nothing waits."""
     joined = torch.from_numpy(np.concatenate(arrays))
     if device.type == "cuda":
         joined = joined.pin_memory()
     return joined.to(device, non_blocking=True).split([len(array) for array in arrays])
 
 
-def _label_rows(rows: np.ndarray, before: int, T: int, chunk: int) -> list[np.ndarray]:
-    """Of each chunk of [B, T] the labelled rows in its own flattened labels.
+def _label_rows(rows: np.ndarray, unpadded: int, T: int, chunk: int) -> list[np.ndarray]:
+    """For each chunk, the positions of its labels within the flattened labels of that chunk alone.
 
-    rows: those of the whole, in flattened labels [B, before], of which positions from `before` to T were added.
+    rows: positions of all labels within the flattened labels [B, unpadded], before padding to [B, T].
     """
-    row, position = np.divmod(rows, before)
+    row, position = np.divmod(rows, unpadded)
     number, inside = np.divmod(position, chunk)
     starts = np.arange(0, T, chunk)
     local = row * np.minimum(chunk, T - starts)[number] + inside
@@ -104,7 +109,10 @@ def _label_rows(rows: np.ndarray, before: int, T: int, chunk: int) -> list[np.nd
 
 
 def _documents(bounds: np.ndarray, T: int, chunk: int) -> list[np.ndarray]:
-    """The cu_seqlens of each chunk: its own start and end, and the documents' bounds between them."""
+    """For each chunk, its cu_seqlens: its own start and end, and the bounds of documents between them.
+
+    bounds: cu_seqlens of the whole row.
+    """
     edges = [(start, min(start + chunk, T)) for start in range(0, T, chunk)]
     inside = [bounds[np.searchsorted(bounds, start, "right") : np.searchsorted(bounds, end)] for start, end in edges]
     return [np.array([start, *between, end]) - start for (start, end), between in zip(edges, inside, strict=True)]

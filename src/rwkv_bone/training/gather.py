@@ -1,16 +1,16 @@
-"""Whole tensors from parameters that ZeRO stage 3 has spread over the ranks."""
+"""Full tensors of parameters of which, at ZeRO stage 3, each rank holds only a part."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 
-def whole(parameter: nn.Parameter):
-    """A context in which `parameter` is whole. Every rank must enter it."""
+def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """A context in which this rank has the full `parameter`. Every rank must enter it."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
@@ -18,18 +18,25 @@ def whole(parameter: nn.Parameter):
     return deepspeed.zero.GatheredParameters([parameter])
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def gather(parameters: Iterable[tuple[str, nn.Parameter]], keep: bool) -> dict[str, Tensor]:
-    """Whole copies on the CPU of named parameters, whatever the ZeRO stage. Every rank must call it, in the same order.
+def part_size(parameter: nn.Parameter) -> int:
+    """How many elements of a partitioned parameter each rank holds, padding included."""
+    # DeepSpeed adds this attribute to the parameters that it partitions.
+    return parameter.ds_tensor.numel()  # type: ignore[attr-defined]
 
-    One parameter at a time, so that stage 3 never holds more than one whole; `keep` = this rank wants the result.
+
+def gather(parameters: Iterable[tuple[str, nn.Parameter]], keep: bool) -> dict[str, Tensor]:
+    """Full copies of named parameters on the CPU, whatever the ZeRO stage. Every rank must call it, in the same order.
+
+    Parameters are gathered one at a time, so that at stage 3 only one of them is ever full on the device. keep: this
+    rank wants the result; the others get an empty dictionary.
     """
     state = {}
     for name, parameter in parameters:
-        with whole(parameter):
+        with gathered(parameter):
             if keep:
                 state[name] = parameter.detach().to("cpu", copy=True)
     return state

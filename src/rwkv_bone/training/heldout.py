@@ -1,29 +1,34 @@
-"""Held-out loss and exact answers before and after training, and what changed."""
+"""Held-out loss and exact answers, measured before and after training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from rwkv_bone.checkpoints import atomic_path
+from rwkv_bone.data import Dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
+from rwkv_bone.data.tokenizer import ByteTokenizer, JsonTokenizer, WorldTokenizer
 from rwkv_bone.inference.evaluate import Answer, exact_match, heldout_loss
 from rwkv_bone.training.context import chunked_loss
+from rwkv_bone.training.module import TrainingModule
 
 SHOWN = 4  # sample prompts printed
 
 
 @dataclass(frozen=True)
 class Measured:
-    loss: float
-    tokens: int
-    exact: float | None
+    """One measurement."""
+
+    loss: float  # nats per trained token
+    tokens: int  # trained tokens
+    exact: float | None  # fraction of answers that are right; None without prompts
     answers: list[Answer]
     step: int  # optimiser steps taken before
 
@@ -50,93 +55,96 @@ class Measured:
 
 
 class HeldOut(Callback):
-    """Measure on every rank alike: at ZeRO stage 3 no rank can run the model alone.
+    """Measure held-out data before the first step and after the last one.
 
-    The loss is computed in chunks of `chunk` tokens, as in training (0 = whole), so measuring needs no more memory.
-    Of a run that is continued (`again`) the measurement before it is taken from its file, if the data is the same.
+    Every rank does the same, since at ZeRO stage 3 no rank can run the model alone. The loss is computed in chunks of
+    `chunk` tokens as in training (0 = whole samples), so measuring needs no more memory than training. A continued run
+    (`resumed`) takes the measurement before training from the file at `path`, if the data is still the same.
     """
 
     def __init__(
         self,
-        dataset,
+        dataset: Dataset,
         pairs: Sequence[tuple[str, str]],
-        tokenizer,
+        tokenizer: ByteTokenizer | WorldTokenizer | JsonTokenizer | None,
         *,
         micro_bsz: int,
         chunk: int,
         path: Path,
-        again: bool,
-        say,
+        resumed: bool,
+        report: Callable[[str], None],
     ):
         self.dataset, self.pairs, self.tokenizer = dataset, pairs, tokenizer
-        self.micro_bsz, self.chunk, self.path, self.say = micro_bsz, chunk, path, say
+        self.micro_bsz, self.chunk, self.path, self.report = micro_bsz, chunk, path, report
         self.before: Measured | None = None
         self.after: Measured | None = None
         measured = json.dumps([data_fingerprint(dataset), [list(pair) for pair in pairs]])
         self._data = blake2b(measured.encode(), digest_size=16).hexdigest()
-        if again and path.is_file():
-            report = json.loads(path.read_text(encoding="utf-8"))
-            if report["data"] == self._data:
-                self.before = Measured.from_record(report["before"])
-                self.after = report.get("after") and Measured.from_record(report["after"])
+        if resumed and path.is_file():
+            written = json.loads(path.read_text(encoding="utf-8"))
+            if written["data"] == self._data:
+                self.before = Measured.from_record(written["before"])
+                self.after = Measured.from_record(written["after"]) if "after" in written else None
 
     def interrupted(self, total_steps: int) -> bool:
         """Whether the run was measured before its first step and not after its last."""
         return self.before is not None and not (self.after and self.after.step >= total_steps)
 
-    def on_fit_start(self, trainer, module) -> None:
-        # A run that was stopped in its last measurement has no step left, and Lightning calls no other hook.
+    def on_fit_start(self, trainer: Trainer, module: TrainingModule) -> None:
+        # A run that was stopped in its last measurement has no step left. Lightning then calls no hook but this one.
         if module.first_step >= module.total_steps:
             self.finish(module, write=trainer.is_global_zero)
 
-    def on_train_start(self, trainer, module) -> None:
+    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
         if self.before:
-            self.say(f"before    {self.before.line()}, measured when the run began")
+            self.report(f"before    {self.before.line()}, measured when the run began")
             return
         self.before = self._measure(module, module.first_step)
         late = f", after step {module.first_step}" if module.first_step else ""
-        self.say(f"before    {self.before.line()}{late}")
+        self.report(f"before    {self.before.line()}{late}")
         if trainer.is_global_zero:
             self._write()
 
-    def on_train_end(self, trainer, module) -> None:
+    def on_train_end(self, trainer: Trainer, module: TrainingModule) -> None:
         self.finish(module, write=trainer.is_global_zero)
 
-    def finish(self, module, write: bool) -> None:
-        """Measure the trained model, say what changed, and `write` both measurements."""
-        self.after = self._measure(module, module.total_steps)
-        self.say(f"before    {self.before.line()}")
-        self.say(f"after     {self.after.line()}")
-        for old, new in list(zip(self.before.answers, self.after.answers, strict=True))[:SHOWN]:
-            self.say(f"\n  prompt    {shown(new.prompt)}\n  expected  {shown(new.expected)}")
-            self.say(f"  before    {shown(old.got)}\n  after     {shown(new.got)}")
+    def finish(self, module: TrainingModule, write: bool) -> None:
+        """Measure the trained model, report what changed, and `write` both measurements."""
+        before, after = self.before, self._measure(module, module.total_steps)
+        assert before
+        self.after = after
+        self.report(f"before    {before.line()}")
+        self.report(f"after     {after.line()}")
+        for old, new in list(zip(before.answers, after.answers, strict=True))[:SHOWN]:
+            self.report(f"\n  prompt    {shown(new.prompt)}\n  expected  {shown(new.expected)}")
+            self.report(f"  before    {shown(old.got)}\n  after     {shown(new.got)}")
         if write:
             self._write()
 
     def points(self) -> list[tuple[int, float]]:
-        """(step, loss) of both measurements."""
-        return [(measured.step, measured.loss) for measured in (self.before, self.after)]
+        """(step, loss) of the measurements made so far."""
+        return [(measured.step, measured.loss) for measured in (self.before, self.after) if measured]
 
-    def _measure(self, module, step: int) -> Measured:
+    def _measure(self, module: TrainingModule, step: int) -> Measured:
         module.eval()  # an adapter's dropout is for training alone
-        # Called as a whole, as Lightning does for a training step: at stage 3 DeepSpeed's hooks begin with that call.
+        # The module itself is called, not its model: at stage 3 DeepSpeed's hooks begin with that call.
         sum_of = partial(chunked_loss, module, chunk=self.chunk) if self.chunk else module
         loss, tokens = heldout_loss(sum_of, self.dataset, micro_bsz=self.micro_bsz, device=module.device)
-        exact, answers = None, []
+        exact: float | None = None
+        answers: list[Answer] = []
         if self.pairs:
             exact, answers = exact_match(module, self.tokenizer, self.pairs, device=module.device)
         module.train()
         return Measured(loss, tokens, exact, answers, step)
 
     def _write(self) -> None:
-        report = {"data": self._data, "before": self.before.record()}
-        if self.after:
-            report["after"] = self.after.record()
+        measured = {"before": self.before, "after": self.after}
+        content = {"data": self._data} | {when: one.record() for when, one in measured.items() if one}
         with atomic_path(self.path, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def shown(text: str, width: int = 100) -> str:
-    """A text on one line, quoted, its middle left out if it is long."""
+    """A text on one line, in quotes; the middle of a long text is left out."""
     quoted = json.dumps(text, ensure_ascii=False)
     return quoted if len(quoted) <= width else f"{quoted[: width // 2]} ... {quoted[-width // 2 :]}"

@@ -1,18 +1,19 @@
 """One training step: loss, its normalisation, and the checks that stop a run before it damages anything.
 
 An optimiser step consumes a *window*: `accumulate` micro-batches on each of `world_size` ranks. The gradient of a
-window is that of (sum of the loss over its trained tokens) / (number of its trained tokens), however the window is cut
-into devices, accumulation and micro-batches.
+window is that of (sum of the loss over its trained tokens) / (number of its trained tokens), however the window is
+divided among devices, forward passes and micro-batches.
 
-With a GPU the Python of a step runs ahead of its arithmetic, unless something asks for a value. One thing does, once an
-optimiser step: `Fetched`.
+On a GPU the Python code of a step runs ahead of the arithmetic, as long as nothing asks for a value. Only `Fetched`
+does, once in an optimiser step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,18 +25,19 @@ from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.data import Batch, BatchPlan
 from rwkv_bone.data.prefetch import Prefetch
 from rwkv_bone.errors import UserError
+from rwkv_bone.models import RWKV
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
 from rwkv_bone.training.schedule import learning_rate
 
 
 class RunStopped(UserError):
-    """Raised on every rank at once: the run cannot go on, and the parameters are those before the failed step."""
+    """The run cannot go on. Every rank raises it, and the parameters are those before the failed step."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """What one finished optimiser step was, summed over all ranks."""
+    """The numbers of one finished optimiser step, over all ranks."""
 
     step: int  # 1 is the first of the run
     epoch: int  # 0 is the first of the run
@@ -47,9 +49,9 @@ class Window:
 
 
 class MicroBatches:
-    """The micro-batches of one rank from `first_step` of the run on, made by a thread while the model is busy.
+    """The micro-batches of one rank from step `first_step` of the run on, made by a thread while the model is busy.
 
-    `pin` puts them into memory that a GPU copies from while the CPU goes on.
+    pin: put them into pinned memory, from which a GPU copies while the CPU goes on.
     """
 
     def __init__(self, plan: BatchPlan, epochs: int, rank: int, first_step: int, pin: bool = False):
@@ -66,7 +68,7 @@ class MicroBatches:
 
     @property
     def waited(self) -> float:
-        """Seconds for which the model has waited for its batches so far."""
+        """Seconds that the model has waited for its batches so far."""
         return self._prefetch.waited if self._prefetch else 0.0
 
     def close(self) -> None:
@@ -82,28 +84,31 @@ class MicroBatches:
 
 
 class Fetched:
-    """Values on their way to the CPU: `tolist` waits for what was queued before, not for what was queued since."""
+    """A table of numbers on its way to the CPU.
+
+    `tolist` waits for the work that was queued on the GPU before the table was fetched, not for later work.
+    """
 
     def __init__(self, values: Tensor):
         self._values = values.to("cpu", non_blocking=True)
         self._arrived = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 
-    def tolist(self) -> list[float]:
+    def tolist(self) -> list[list[float]]:
         if self._arrived:
             self._arrived.synchronize()
         return self._values.tolist()
 
 
 class TrainingModule(LightningModule):
-    """Holds the bare model; no name of this class ever reaches a file.
+    """Lightning's view of the model. Files hold the bare model's names, without any prefix of this class.
 
-    `first_step` optimiser steps were taken by an earlier process, whose run this one continues. `lora_plus`: as
-    `parameter_groups` takes it.
+    first_step: how many optimiser steps an earlier process took, if this run continues one. lora_plus: see
+    `parameter_groups`.
     """
 
     def __init__(
         self,
-        model,
+        model: RWKV,
         plan: BatchPlan,
         epochs: int,
         config: OptimConfig,
@@ -115,17 +120,18 @@ class TrainingModule(LightningModule):
         self.model, self.plan, self.epochs, self.config = model, plan, epochs, config
         self.running, self.first_step, self.lora_plus = running, first_step, lora_plus
         self.total_steps = plan.total_steps(epochs)
-        self.window: Window | None = None  # the last one whose step was taken
-        self.signal = 0  # to stop, that this process has received; 0: none
-        self.signal_anywhere = 0  # the same of all ranks, as of the last window
+        self.window: Window | None = None  # the last window whose step was taken
+        self.signal = 0  # number of the signal to stop that this process has received; 0: none
+        self.signal_anywhere = 0  # the same for all ranks together, as known at the end of the last window
         self.batches: MicroBatches | None = None
         self._micro = self._trained = self._tokens = 0
         self._step = first_step
-        # Of the window under way, a row for each rank: loss of each micro-batch, input tokens, signal, gradient norm.
+        # The numbers of the current window. Each rank has a row: the loss of each of its micro-batches, then input
+        # tokens, signal and gradient norm.
         self._table = torch.zeros(plan.world_size, plan.accumulate + 3, dtype=torch.float64)
         self._fetched: Fetched | None = None
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
     def train_dataloader(self) -> MicroBatches:
@@ -141,7 +147,7 @@ class TrainingModule(LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> dict[str, Any]:
         groups = parameter_groups(self.model, self.config.weight_decay, self.lora_plus)
         optimizer = make_optimizer(groups, self.config)
         optimizer.register_step_pre_hook(lambda *_: self._fetch())
@@ -167,44 +173,56 @@ class TrainingModule(LightningModule):
         self._tokens += batch.tokens
         # Averaging over ranks divides by world_size and Lightning by accumulate: both are undone here.
         scale = self.plan.world_size * self.plan.accumulate / self._trained
-        # A loss that is no finite number makes the scale NaN and with it every gradient, so that DeepSpeed takes no
-        # step: the loss itself is looked at after that.
+        # If the loss is not a finite number, this makes the scale and with it every gradient NaN. DeepSpeed then takes
+        # no step, and `optimizer_step` finds the reason.
         return loss * (scale + 0 * loss.detach())
 
     def _loss(self, batch: Batch) -> Tensor:
         """Sum over the trained tokens of one micro-batch."""
-        how = {"l2wrap": self.config.l2wrap, "grad_cp": self.running.grad_cp}
-        chunk, cut = self.running.chunk_ctx, self.running.bptt_chunks
-        if chunk:
-            how |= {"chunk": chunk, "bptt_chunks": cut, "widest": batch.widest}
-            how |= {"cu_seqlens": batch.host.cu_seqlens, "label_rows": batch.host.label_rows}
-            return chunked_loss(self.model, batch.ids, batch.labels, **how)
-        how |= {"cu_seqlens": batch.cu_seqlens, "label_rows": batch.label_rows}
-        return self.model(batch.ids, labels=batch.labels, **how)
+        options = {"l2wrap": self.config.l2wrap, "grad_cp": self.running.grad_cp}
+        if self.running.chunk_ctx:
+            assert batch.host
+            return chunked_loss(
+                self.model,
+                batch.ids,
+                batch.labels,
+                chunk=self.running.chunk_ctx,
+                bptt_chunks=self.running.bptt_chunks,
+                cu_seqlens=batch.host.cu_seqlens,
+                label_rows=batch.host.label_rows,
+                widest=batch.widest,
+                **options,
+            )
+        packed = {"cu_seqlens": batch.cu_seqlens, "label_rows": batch.label_rows}
+        return self.model(batch.ids, labels=batch.labels, **packed, **options)
 
-    def on_before_optimizer_step(self, optimizer) -> None:
-        """At the end of a window: gather what there is to tell of it on all ranks."""
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """At the end of a window: give every rank the numbers of all ranks."""
         if not self.window_finished():
             return
-        # fill_, since an assignment would copy the number to a GPU and wait for it.
+        # fill_ because an assignment would copy the number to the GPU and wait for that.
         self._table[self.global_rank, -3].fill_(self._tokens)
         self._table[self.global_rank, -2].fill_(self.signal)
         if dist.is_initialized() and self.plan.world_size > 1:
             dist.all_reduce(self._table)
 
     def _fetch(self) -> None:
-        """Have the window's numbers sent to the CPU, before the first parameter changes."""
+        """Begin to copy the window's numbers to the CPU, before the first parameter changes."""
         if self._fetched is None:
             norm = torch.as_tensor(self.trainer.model.optimizer._global_grad_norm)
             self._table[:, -1] = norm.to(self._table, non_blocking=True)
             self._fetched = Fetched(self._table)
 
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
-        """DeepSpeed's step, which it does not take when the gradient's norm, over all ranks, is no finite number."""
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Have DeepSpeed take its step, and then look at the window's numbers.
+
+        DeepSpeed takes no step if the norm of the gradient over all ranks is not a finite number: RunStopped.
+        """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if not self.window_finished():
             return
-        self._fetch()  # if no step was taken
+        self._fetch()  # nothing is fetched yet if DeepSpeed took no step
+        assert self._fetched
         rows = self._fetched.tolist()
         losses = [loss for row in rows for loss in row[:-3]]
         tokens, signals, norms = zip(*(row[-3:] for row in rows), strict=True)
@@ -222,18 +240,21 @@ class TrainingModule(LightningModule):
         """Whether the micro-batch just done ended an optimiser step."""
         return self._micro + 1 == self.plan.accumulate
 
-    def _not_finite(self, what: str, micro_batches) -> str:
+    def _not_finite(self, what: str, micro_batches: Iterable[int]) -> str:
         return (
             f"optimiser step {self._step + 1}: the {what} is not a finite number, from {self._rows(micro_batches)}; "
             "the step was not taken. Look at these rows and at the base model; a lower --lr_init or "
             "--precision fp32 helps where training diverged"
         )
 
-    def _rows(self, micro_batches=None) -> str:
-        """The origins of the samples in micro-batches of the window under way, counted through rank by rank."""
+    def _rows(self, micro_batches: Iterable[int] | None = None) -> str:
+        """The origins of the samples in some micro-batches of the current window (None = all).
+
+        micro_batches: their numbers, counted on from one rank to the next.
+        """
         epoch, step = self.plan.locate(self._step)
         everything = range(self.plan.world_size * self.plan.accumulate)
-        rows = []
+        rows: list[str] = []
         for index in everything if micro_batches is None else micro_batches:
             rank, micro = divmod(index, self.plan.accumulate)
             rows += self.plan.batch(epoch, step, micro, rank).rows

@@ -8,7 +8,8 @@ from torch import nn
 from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.checkpoints import param_part
 from rwkv_bone.config import OptimConfig
-from rwkv_bone.training.gather import whole_shape
+from rwkv_bone.models import RWKV
+from rwkv_bone.training.gather import full_shape
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -17,14 +18,14 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     Upstream decays large matrices only; RWKV-7's w1, a1, g1, r_k and x_* have two or more axes but are not among them.
     """
     large = param_part(name) in ("projection", "emb", "head") or split_key(name) is not None
-    return large and len(whole_shape(parameter)) >= 2
+    return large and len(full_shape(parameter)) >= 2
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, lora_plus: float = 1.0) -> list[dict]:
+def parameter_groups(model: RWKV, weight_decay: float, lora_plus: float = 1.0) -> list[dict]:
     """Optimiser groups of every trainable parameter, each in exactly one.
 
-    A group's `lr` is the multiple of the learning rate that upstream gives it (`model.lr_scale`), for LoRA's B also
-    multiplied by `lora_plus` (LoRA+); the schedule supplies the rate itself.
+    A group's `lr` is not a learning rate but a factor: the schedule supplies the rate itself. The factor is upstream's
+    (`model.lr_scale`), and for LoRA's B also `lora_plus` (LoRA+).
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,9 +1,9 @@
 """Putting a prepared model where it is trained, tensor by tensor.
 
-A base is only mapped when a run is prepared: its tensors are pages of the file, in the file's dtype, which all
-processes share and the system drops when it needs them. Here each tensor gets its dtype and its device. At ZeRO stage 3
-it is partitioned the moment it is there, so that no rank ever holds more than its share and one whole tensor; a model
-that is handed to DeepSpeed unpartitioned goes whole to every GPU.
+A prepared base is only mapped: its tensors are pages of the file, in the file's dtype. All processes share these pages,
+and the system drops them when it needs the memory. Here each tensor gets its dtype and its device. At ZeRO stage 3 it
+is partitioned at once, so that no rank ever holds more than its share and one full tensor: DeepSpeed would move a model
+that is not partitioned to every GPU as a whole.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.checkpoints import param_part
+from rwkv_bone.training.module import TrainingModule
 
 
 class PlaceModel(Callback):
-    """Place the model of a TrainingModule once the processes have met, before the strategy sees it.
+    """Place the model of a TrainingModule as soon as the process group exists, before DeepSpeed gets it.
 
-    dtype: as `place` takes it.
+    dtype: of the frozen base.
     """
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
 
-    def setup(self, trainer, module, stage) -> None:
+    def setup(self, trainer: Trainer, module: TrainingModule, stage: str) -> None:
         strategy = trainer.strategy
         partition = partitioner(strategy.config["zero_optimization"]) if strategy.zero_stage_3 else None
         place(module.model, strategy.root_device, self.dtype, partition)
@@ -39,15 +40,15 @@ def place(
     dtype: torch.dtype,
     partition: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
-    """Move a model to `device`, its frozen base in `dtype`; what is trained, adapters and initial states are fp32.
+    """Move a model to `device`, its frozen base as `dtype`; what is trained, adapters and initial states become fp32.
 
-    A tensor that has both already stays as it is, mapped if it was. `partition` is called with each parameter as soon
-    as it is there; every rank must then place the same model.
+    A frozen tensor that has device and dtype already stays where it is, mapped if it was. `partition` is called with
+    each parameter right after it was moved; every rank must then place the same model.
     """
     for name, parameter in model.named_parameters():
         base = not (parameter.requires_grad or split_key(name) or param_part(name) == "state")
-        # The optimiser writes into what is trained, and the broadcast before a partition into everything: each page of
-        # a mapped file that is written to becomes this process's own.
+        # The optimiser writes into what is trained, and the broadcast before a partition into every tensor. Each page
+        # of a mapped file that is written to becomes memory of this process alone.
         written = parameter.requires_grad or partition is not None
         parameter.data = parameter.data.to(device, dtype if base else torch.float32, copy=written)
         if partition:
@@ -57,12 +58,15 @@ def place(
 
 
 def partitioner(zero: Mapping) -> Callable[[nn.Parameter], None]:
-    """What leaves a parameter with this rank's share of it alone, on the host if DeepSpeed's `zero_optimization` says
-    so. The main process's values count, every rank must call it in the same order, and the process group must exist.
+    """A function that reduces a parameter to this rank's share of it.
+
+    zero: DeepSpeed's `zero_optimization`, which says whether the share lies on the CPU. The values of the main process
+    are taken. The process group must exist, and every rank must call the function in the same order.
     """
     import deepspeed
 
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": dict(zero)}
-    # With a module, though an empty one: DeepSpeed then also has linear layers keep no gathered weight for backward.
+    # DeepSpeed is given an empty module because it then also keeps linear layers from storing gathered weights for
+    # backward.
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config)
     return lambda parameter: init._convert_to_zero_parameters([parameter])

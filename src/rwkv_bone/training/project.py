@@ -1,17 +1,20 @@
-"""The results folder: refused while it holds results, checked to be writable before anything is loaded."""
+"""The results folder: its files, what may be overwritten, and the config.json of the run."""
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+from rwkv_bone.checkpoints import atomic_path
 from rwkv_bone.config import TrainConfig
+from rwkv_bone.config.saved import to_json
 from rwkv_bone.errors import UserError
 
 CONFIG, LOG, PLOT, EVALUATION = "config.json", "train_log.jsonl", "loss.png", "evaluation.json"
-STATE = "resume.pth"
-MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, STATE, "rwkv-*.pth", "rwkv-*.json")
-RESULTS = (LOG, STATE, "rwkv-*.pth")
+RESUME_FILE = "resume.pth"
+MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, RESUME_FILE, "rwkv-*.pth", "rwkv-*.json")
+RESULTS = (LOG, RESUME_FILE, "rwkv-*.pth")
 UNFINISHED = tuple(f".{name}.*.partial*" for name in MADE_HERE)  # what a killed run was writing
 
 
@@ -22,7 +25,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 def check_folder(config: TrainConfig) -> Path:
     """`proj_dir`, existing and writable; UserError if it cannot be, or holds results that must be kept.
 
-    With --resume the results are what is continued.
+    With --resume it may hold results: those are continued.
     """
     folder = Path(config.run.proj_dir)
     try:
@@ -46,13 +49,15 @@ def check_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def clear_folder(folder: Path) -> None:
-    """Remove what earlier runs of this program left, and nothing else."""
-    for path in _matching(folder, MADE_HERE + UNFINISHED):
-        path.unlink()
+def begin(folder: Path, config: TrainConfig) -> None:
+    """Make the folder ready for the first step: clear it, or for --resume tidy it, and write config.json.
 
-
-def clear_unfinished(folder: Path) -> None:
-    """Remove files that a killed run had not finished writing."""
-    for path in _matching(folder, UNFINISHED):
+    Only files with names of ours are removed.
+    """
+    left_over = UNFINISHED if config.run.resume else MADE_HERE + UNFINISHED
+    for path in _matching(folder, left_over):
         path.unlink()
+    # These two flags say how this start treats the folder; a later start from config.json must not repeat that.
+    saved = replace(config, run=replace(config.run, resume=False, overwrite=False))
+    with atomic_path(folder / CONFIG, overwrite=True) as temporary:
+        temporary.write_text(to_json(saved), encoding="utf-8")

@@ -1,90 +1,102 @@
-"""What a run leaves on disk: adapters (or whole models), and the state to continue from."""
+"""What a run saves: adapters (or whole models), and the file to continue from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from rwkv_bone import checkpoints
-from rwkv_bone.training import project, resume
+from rwkv_bone.config import RunConfig
+from rwkv_bone.data import Dataset
+from rwkv_bone.data.fingerprint import data_fingerprint
+from rwkv_bone.training import project, resume_file
 from rwkv_bone.training.gather import gather
-from rwkv_bone.training.module import RunStopped
+from rwkv_bone.training.module import RunStopped, TrainingModule
+from rwkv_bone.training.resume import Saved
 
 
 @dataclass(frozen=True)
 class Output:
-    """How trained parameters become a file.
+    """How trained parameters become a file."""
 
-    keys: what the file holds, in its order; dtypes: what a key is cast to (missing = as trained, fp32).
-    """
-
-    keys: tuple[str, ...]
+    keys: tuple[str, ...]  # of the tensors, in the order of the file
     metadata: dict
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # key -> dtype in the file; missing: fp32, as trained
+
+    def with_data(self, dataset: Dataset) -> Output:
+        """The same, with the fingerprint of the training data in the metadata."""
+        return replace(self, metadata=self.metadata | {"data": data_fingerprint(dataset)})
 
 
 class SaveTrained(Callback):
-    """Write `proj_dir/rwkv-N.pth` every so many epochs and at the end, `rwkv-N-sS.pth` every so many steps.
+    """Write `rwkv-N.pth` every `epoch_save` epochs and at the end, and `rwkv-N-sS.pth` every `save_steps` steps.
 
-    N is `epoch_begin` plus the number of the epoch (0 is the first), S the optimiser step (1 is the first). With each
-    goes the state to continue from, of which only the newest is kept. A write that fails stops the run on every rank.
-    `earlier` is the state that this run continues; `go_on` is what to type to continue this one.
+    N is `epoch_begin` plus the number of the epoch (0 is the first), S the optimiser step (1 is the first). Each save
+    also replaces the file to continue from. A write that fails stops the run on every rank.
+    earlier: what this run continues; go_on: what to type to continue this run.
     """
 
     def __init__(
         self,
         output: Output,
         folder: Path,
+        config: RunConfig,
         *,
-        epoch_begin: int,
-        epoch_save: int,
-        save_steps: int,
-        earlier: resume.Saved | None,
+        earlier: Saved | None,
         go_on: str,
-        say,
+        report: Callable[[str], None],
     ):
-        self.output, self.folder, self.say = output, folder, say
-        self.epoch_begin, self.epoch_save, self.save_steps = epoch_begin, epoch_save, save_steps
-        self.last_path = earlier and earlier.trained
+        self.output, self.folder, self.report = output, folder, report
+        self.epoch_begin, self.epoch_save, self.save_steps = config.epoch_begin, config.epoch_save, config.save_steps
+        self.last_path = earlier.trained if earlier else None
         self._saved_step = earlier.step if earlier else 0
-        # A run that was killed comes once more to a step after which it may have saved.
+        # A run that was killed may take a step again after which it had already saved.
         self._overwrite = earlier is not None
         self._go_on = go_on
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: TrainingModule, outputs: Any, batch: Any, index: int
+    ) -> None:
         if not module.window_finished():
             return
+        assert module.window
         step, epoch = module.window.step, module.window.epoch
         if step == module.total_steps or (module.plan.ends_epoch(step - 1) and (epoch + 1) % self.epoch_save == 0):
             self._save(trainer, module, f"rwkv-{self.epoch_begin + epoch}.pth")
         elif self.save_steps and step % self.save_steps == 0:
             self.save_step(trainer, module)
 
-    def save_step(self, trainer, module) -> None:
-        """Save what the last finished step left, unless it is saved. Every rank must call it."""
+    def save_step(self, trainer: Trainer, module: TrainingModule) -> None:
+        """Save the parameters after the last finished step, unless that is done. Every rank must call it."""
         if module.window and module.window.step > self._saved_step:
             self._save(trainer, module, f"rwkv-{self.epoch_begin + module.window.epoch}-s{module.window.step}.pth")
 
     def state_of_things(self) -> str:
-        """What is saved and how to go on, for the user of a run that ends early."""
+        """What is saved and how to go on: for the user of a run that ends early."""
         if self.last_path is None:
             return "nothing was saved yet (see --save_steps)"
         return f"the last step saved is {self._saved_step}, in {self.last_path}\ngo on with: {self._go_on}"
 
-    def on_exception(self, trainer, module, exception) -> None:
+    def on_exception(self, trainer: Trainer, module: TrainingModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
-            self.say(f"stopped at once; {self.state_of_things()}")
-        # Only this exception is raised on every rank, so only then can all take part in gathering.
+            self.report(f"stopped at once; {self.state_of_things()}")
+        # Gathering needs every rank, and RunStopped is the only exception that every rank raises.
         if isinstance(exception, SaveFailed) or not isinstance(exception, RunStopped) or module.window is None:
             return
         self.save_step(trainer, module)
-        self.say(f"the parameters before the failed step, of step {self._saved_step}, are in {self.last_path}")
+        self.report(f"the parameters before the failed step, of step {self._saved_step}, are in {self.last_path}")
 
-    def _save(self, trainer, module, name: str) -> None:
-        """The adapter, then the state: a run that is killed between the two is continued from the state before."""
+    def _save(self, trainer: Trainer, module: TrainingModule, name: str) -> None:
+        """Save as `name`, and only then replace the resume file.
+
+        A run that is killed between the two goes on from the resume file of the save before.
+        """
+        assert module.window
         parameters = dict(module.model.named_parameters())
         parameters = {key: parameters[key] for key in self.output.keys}
         state = gather(parameters.items(), keep=trainer.is_global_zero)
@@ -100,8 +112,8 @@ class SaveTrained(Callback):
         problem = trainer.strategy.broadcast(problem)
         if not problem:
             metadata["trained"] = name
-            state_path, zero = self.folder / project.STATE, trainer.model.optimizer
-            problem = resume.write(state_path, zero, parameters, metadata, keep=trainer.is_global_zero)
+            resume_path, zero = self.folder / project.RESUME_FILE, trainer.model.optimizer
+            problem = resume_file.write(resume_path, zero, parameters, metadata, keep=trainer.is_global_zero)
             problem = trainer.strategy.broadcast(problem)
         if problem:
             raise SaveFailed(f"after step {module.window.step}: {problem}")

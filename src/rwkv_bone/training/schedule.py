@@ -23,8 +23,8 @@ SHAPES: dict[str, Callable[[float, float, float], float]] = {
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """The rate of optimiser step `step` (0-based) in a run of `total_steps`.
 
-    Warm-up rises linearly over `warmup_steps` steps, the last of which has lr_init; the last step of the run has
-    exactly lr_final (lr_init for `constant`, which ignores lr_final, and in a run of one step).
+    In warm-up the rate rises linearly over `warmup_steps` steps, and the last of these has lr_init. The last step of
+    the run has exactly lr_final. Two cases keep lr_init to the end: `constant`, and a run of one step.
     """
     if step + 1 < config.warmup_steps:
         return config.lr_init * (step + 1) / config.warmup_steps

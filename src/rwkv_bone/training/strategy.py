@@ -21,9 +21,9 @@ from rwkv_bone.config import RunConfig
 from rwkv_bone.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# How long a rank waits for another. While the main process writes a save, the others stand in a collective: 14 bytes a
-# parameter, so that 14B trained whole take 2.7 hours on a disk of 20 MB/s. A rank that fails does not keep the others
-# this long: its process ends them.
+# How long a rank waits for another. While the main process writes a save, the others wait in a collective. A save has
+# 14 bytes for each trained parameter: with every weight of a 14B model it takes 2.7 hours on a disk of 20 MB/s. A rank
+# that fails does not let the others wait this long: its process ends them.
 TIMEOUT = timedelta(hours=12)
 BUCKET = 20_000_000  # elements
 
@@ -46,15 +46,15 @@ class KeepDtypes(DeepSpeedPrecision):
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's strategy, which on CUDA needs one thing more: TIMEOUT for DeepSpeed's own process group as well."""
+    """Lightning's strategy, which gives DeepSpeed's own process group TIMEOUT as well."""
 
     def _init_deepspeed_distributed(self) -> None:
         from deepspeed.utils import groups
 
         super()._init_deepspeed_distributed()
-        # A copy of the world that DeepSpeed reduces over. A new group has torch's default, 10 minutes over NCCL,
-        # whatever that of the first is, and counts from when a collective is asked for: the others ask for the moments
-        # of all parameters while the main process writes those of the first.
+        # DeepSpeed reduces over a copy of the world group. A new group has torch's default timeout, 10 minutes over
+        # NCCL, whatever the first group has. Time runs from when a rank asks for a collective: while the main process
+        # writes the moments of the first parameter, the other ranks already ask for those of all parameters.
         dist.distributed_c10d._set_pg_timeout(self._timeout, groups._get_data_parallel_group())
 
 
@@ -67,13 +67,13 @@ class CpuDeepSpeedStrategy(ZeroStrategy):
 
         # Otherwise DeepSpeed takes the GPU of a machine that has one.
         set_accelerator(CPU_Accelerator())
-        # The parent refuses anything but CUDA; the rest of it is its own parent's.
+        # The parent's method refuses anything but CUDA, and then calls this one.
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self):
         from deepspeed import ops
 
-        # An operator for faster collectives in shared memory, compiled for most of a minute on first use; gloo will do.
+        # This operator makes collectives in shared memory faster, but compiles for most of a minute at first use.
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -106,16 +106,16 @@ def make_strategy(config: RunConfig, device: str, trainable: int) -> DeepSpeedSt
     if device == "cuda" and config.devices > torch.cuda.device_count():
         raise UserError(f"--devices {config.devices}: this machine has {torch.cuda.device_count()} CUDA devices")
     stage, world_size = zero_stage(config.strategy), config.devices * config.num_nodes
-    # DeepSpeed allocates whole buckets, by default 0.8 GB, however small an adapter is. A tensor that is larger than a
-    # bucket is reduced on its own.
+    # DeepSpeed allocates full buckets, by default of 0.8 GB, however small an adapter is. A tensor that is larger than
+    # a bucket is reduced on its own.
     bucket = min(max(trainable, 1_000_000), BUCKET)
     chosen = CpuDeepSpeedStrategy if device == "cpu" else ZeroStrategy
     strategy = chosen(
         stage=stage,
         offload_optimizer=offloads(config.strategy),
         offload_parameters=offloads(config.strategy) and stage == 3,
-        # Streams that overlap communication with backward exist only on a GPU; one device has nothing to communicate
-        # and would pay for a second bucket.
+        # Overlapping communication with backward needs the streams of a GPU. With one device there is nothing to
+        # communicate, and a second bucket would cost memory.
         overlap_comm=device == "cuda" and world_size > 1,
         reduce_bucket_size=bucket,
         allgather_bucket_size=bucket,
@@ -124,10 +124,11 @@ def make_strategy(config: RunConfig, device: str, trainable: int) -> DeepSpeedSt
         precision_plugin=KeepDtypes(),
         process_group_backend="gloo" if device == "cpu" else "nccl",
     )
-    # With offload DeepSpeed otherwise insists on an Adam of its own, compiled at the first run: minutes, and a failure
-    # where a path has a space in it. PyTorch's fused AdamW does the same work.
+    # Otherwise DeepSpeed insists, with offload, on an Adam of its own. That is compiled at the first run, which takes
+    # minutes and fails if a path has a space in it. PyTorch's fused AdamW does the same work.
     strategy.config["zero_force_ds_cpu_optimizer"] = False
-    # Its own throughput, which nobody reads here, would wait for the GPU before each forward pass and after each step.
+    # DeepSpeed's own measurement of throughput, which nobody reads here, waits for the GPU before each forward pass and
+    # after each step.
     strategy.config["timers"] = {"throughput": {"enabled": False}}
     return strategy
 
@@ -139,11 +140,14 @@ def leave_process_group() -> None:
 
 
 def silence_libraries() -> None:
-    """Drop the tips and notices of Lightning and DeepSpeed that mean nothing here; errors and words on cards stay."""
+    """Drop the tips and notices of Lightning and DeepSpeed that mean nothing here.
+
+    Errors are still shown, and warnings about a card or a driver.
+    """
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # A filter, since DeepSpeed sets its logger's level anew when it is imported.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|deepspeed|torch)\..*")
-    # About a card or a driver, such as a second card that this PyTorch has no code for.
+    # These tell of a card or a driver: for example that this PyTorch has no code for a second card.
     warnings.filterwarnings("default", category=UserWarning, module=r"torch\.cuda$")

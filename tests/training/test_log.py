@@ -1,4 +1,4 @@
-"""The progress line, the log file and the smoothing of the loss curve."""
+"""The log file and the progress lines of a run."""
 
 import io
 import json
@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.training.callbacks import Progress, SeedBatches, StepLog, clock, draw_loss, read_log, smoothed
+from rwkv_bone.training.log import StepLog, read_log
 from rwkv_bone.training.module import Window
+from rwkv_bone.training.progress import ProgressLines, clock
 
 
 class Screen(io.StringIO):
@@ -24,7 +25,7 @@ class Screen(io.StringIO):
 
 
 def play(path: Path, stream: Screen, total: int, first_step: int = 0, waits=(), logger=None) -> None:
-    """Callbacks through optimiser steps of falling loss up to `total`, two forward passes each.
+    """Lead the callbacks through the optimiser steps up to `total`: two forward passes each, and a falling loss.
 
     waits: seconds that each forward pass waited for its batch.
     """
@@ -38,7 +39,7 @@ def play(path: Path, stream: Screen, total: int, first_step: int = 0, waits=(), 
         batches=SimpleNamespace(waited=0.0),
     )
     log = StepLog(path, read_log(path, first_step) if first_step else ())
-    progress = Progress(log, stream)
+    progress = ProgressLines(log, stream)
     for callback in (log, progress):
         callback.on_train_start(trainer, module)
     for index in range(2 * (total - first_step)):
@@ -120,17 +121,6 @@ def test_a_log_without_the_steps_to_keep_is_refused(tmp_path):
         read_log(tmp_path / "log", 2)
 
 
-def test_what_is_drawn_in_a_step_depends_on_seed_step_micro_batch_and_rank_alone():
-    def drawn(index, *, seed=1, rank=0, first_step=0):
-        module = SimpleNamespace(first_step=first_step, plan=SimpleNamespace(accumulate=2))
-        SeedBatches(seed).on_train_batch_start(SimpleNamespace(global_rank=rank), module, None, index)
-        return tuple(torch.rand(4).tolist())
-
-    with torch.random.fork_rng():
-        assert drawn(7) == drawn(3, first_step=2)
-        assert len({drawn(7), drawn(6), drawn(7, seed=2), drawn(7, rank=1)}) == 4
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_log_that_cannot_be_written_stops_the_run_with_a_sentence():
     with pytest.raises(UserError, match="/dev/full could not be written: No space left on device"):
@@ -139,13 +129,3 @@ def test_a_log_that_cannot_be_written_stops_the_run_with_a_sentence():
 
 def test_clock_reads_like_a_clock():
     assert [clock(s) for s in (0, 9.6, 65, 3599.6, 3725)] == ["0:00", "0:10", "1:05", "1:00:00", "1:02:05"]
-
-
-def test_smoothing_keeps_a_constant_and_the_length():
-    assert smoothed([2.5] * 50) == pytest.approx([2.5] * 50)
-    assert len(smoothed([1.0, 2.0, 3.0])) == 3 and 1.0 < smoothed([1.0, 2.0, 3.0])[-1] < 3.0
-
-
-def test_a_run_of_one_step_can_be_drawn(tmp_path):
-    draw_loss(tmp_path / "loss.png", [{"step": 1, "loss": 2.0}], [(0, 3.0), (1, 1.0)])
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

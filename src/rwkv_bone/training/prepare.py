@@ -1,0 +1,187 @@
+"""From a config to what a run trains on: the model with its adapter, the data, the held-out measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rwkv_bone
+from rwkv_bone import checkpoints
+from rwkv_bone.adapters import AdapterLinear, Injection, adapter_keys, inject, load_adapter_file, settings_of
+from rwkv_bone.checkpoints import Architecture
+from rwkv_bone.config import TrainConfig
+from rwkv_bone.data import BatchPlan, Dataset, load_dataset, load_pairs, load_tokenizer
+from rwkv_bone.data.split import split_heldout
+from rwkv_bone.errors import UserError
+from rwkv_bone.models import RWKV, architecture_from_scratch, build, init_from_scratch, load_base_into
+from rwkv_bone.ops import select_op
+from rwkv_bone.training import project
+from rwkv_bone.training.heldout import HeldOut
+from rwkv_bone.training.saving import Output
+from rwkv_bone.training.schedule import check_schedule
+from rwkv_bone.training.strategy import DTYPES, zero_stage
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be placed and trained, and how its trained part is written."""
+
+    model: RWKV
+    arch: Architecture
+    kernel: str  # one sentence
+    injection: Injection | None  # None: every weight is trained
+    output: Output
+    dtype: torch.dtype  # of the frozen base, once it is placed
+
+
+def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
+    """Map the base model, inject the adapter, and freeze everything that is not trained.
+
+    Tensors stay on the CPU until `place`; only quantised weights are put on `device` at once.
+    """
+    kind, quant, dtype = config.adapter.kind, config.model.quant, DTYPES[config.run.precision]
+    if kind == "none" and quant != "none":
+        raise UserError(f"--quant {quant} with --peft none: only frozen weights are quantised, and none is; remove one")
+    path = config.model.load_model
+    arch, base = _load_base(config)
+    op, kernel = select_op(config.model.op, device, f"wkv{arch.version}", arch.head_size, dtype)
+    if base:
+        with torch.device("meta"):
+            model = build(arch, op=op, dtype=dtype)
+        load_base_into(model, base, source=path, quant=quant, device=device)
+        dtypes = {key: tensor.dtype for key, tensor in base.items()}
+    else:
+        model = build(arch, op=op, dtype=dtype)
+        init_from_scratch(model, config.run.random_seed)
+        dtypes = dict.fromkeys(model.state_dict(), torch.bfloat16)
+    metadata: dict[str, Any] = {
+        "format": 1,
+        "kind": kind,
+        "quant": quant,
+        "base": checkpoints.fingerprint(base) if base else None,
+        "architecture": arch.to_dict(),
+        "config": asdict(config),
+        "rwkv_bone": rwkv_bone.__version__,
+    }
+    if kind == "none":
+        unused = model.unused_keys()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in unused)
+        # fp32: unused tensors are written back with the others, and must not be rounded.
+        return Prepared(model, arch, kernel, None, Output(tuple(dtypes), metadata, dtypes), torch.float32)
+    injection = _inject_adapter(config, model, metadata["base"])
+    output = Output(tuple(adapter_keys(model)), metadata | injection.metadata())
+    return Prepared(model, arch, kernel, injection, output, dtype)
+
+
+def _load_base(config: TrainConfig) -> tuple[Architecture, dict[str, Tensor]]:
+    """The base model's architecture and its tensors, mapped; no tensors for a model that is trained from scratch."""
+    path = config.model.load_model
+    if path:
+        arch, base = checkpoints.load_base(path)
+        arch.check(config.model, path)
+        return arch, base
+    if config.adapter.kind != "none":
+        raise UserError("--load_model is empty: an adapter needs a base model; --peft none trains one from scratch")
+    return architecture_from_scratch(config.model), {}
+
+
+def _inject_adapter(config: TrainConfig, model: RWKV, base: str) -> Injection:
+    """Inject the adapter, filled from --peft_load if that is given. base: the fingerprint of the base model."""
+    injection = inject(
+        model,
+        settings=settings_of(config.adapter),
+        targets=config.adapter.targets or None,
+        train_parts=config.adapter.train_parts,
+    )
+    path, quant = config.adapter.peft_load, config.model.quant
+    if path:
+        metadata = load_adapter_file(model, path, injection, base=base).metadata
+        trained_on = metadata.get("quant", "none") if metadata else quant
+        if trained_on != quant:
+            # The adapter has learnt to make up for the errors of those weights.
+            raise UserError(
+                f"--peft_load {path} was trained with --quant {trained_on}, this run has --quant {quant}: give --quant "
+                f"{trained_on}"
+            )
+    if isinstance(model.head, AdapterLinear) and zero_stage(config.run.strategy) == 3 and _world_size(config) > 1:
+        # An adapted head runs once for each group of trained tokens. Ranks have unequal numbers of these, but at stage
+        # 3 all ranks must gather a weight equally often.
+        raise UserError("--targets head does not work at ZeRO stage 3 on several devices: use deepspeed_stage_2")
+    return injection
+
+
+def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
+
+
+def load_data(config: TrainConfig, vocab_size: int) -> tuple[Dataset, Dataset | None]:
+    """The training data, and the held-out samples that --eval_split takes out of it (None without --eval_split).
+
+    Held-out samples are whole, whatever the training batches are.
+    """
+    data, share = config.data, config.data.eval_split
+    dataset = load_dataset(data, vocab_size)
+    if not share:
+        return dataset, None
+    whole = load_dataset(replace(data, dataload="pad"), vocab_size) if dataset.windows else dataset
+    # The two splits agree, since a sample's side follows from its group alone.
+    train, _ = split_heldout(dataset.groups, share, config.run.random_seed)
+    _, held = split_heldout(whole.groups, share, config.run.random_seed)
+    return dataset.subset(train), whole.subset(held)
+
+
+def plan_batches(config: TrainConfig, dataset: Dataset) -> BatchPlan:
+    """Which samples each optimiser step reads; UserError if the warm-up leaves none of the steps."""
+    plan = BatchPlan(
+        dataset,
+        micro_bsz=config.data.micro_bsz,
+        accumulate=config.run.accumulate_grad_batches,
+        world_size=_world_size(config),
+        seed=config.run.random_seed,
+        steps_per_epoch=config.run.epoch_steps or None,
+        pack=config.data.dataload == "pack",
+    )
+    check_schedule(plan.total_steps(config.run.epoch_count), config.optim)
+    return plan
+
+
+def prepare_heldout(
+    config: TrainConfig, vocab_size: int, split: Dataset | None, folder: Path, report: Callable[[str], None]
+) -> HeldOut | None:
+    """The measurement before and after training; None, with a line that says so, without held-out data.
+
+    split: what `load_data` took out of the training data.
+    """
+    data, path, limit = config.data, config.data.eval_data, config.run.eval_samples
+    if split is None and not path:
+        report("held-out  none (no --eval_data or --eval_split): the training loss is all there will be to see")
+        return None
+    # Held-out rows are read whole whatever the training batches are.
+    dataset = split or load_dataset(replace(data, dataload="pad"), vocab_size, path)
+    source = f"--eval_split {data.eval_split:g} of the training data" if split else dataset.summary_lines()[0]
+    report(f"held-out  {source}; {len(dataset):,} samples")
+    pairs: list[tuple[str, str]] = []
+    tokenizer = None
+    if limit:
+        tokenizer = load_tokenizer(data.tokenizer, vocab_size)
+        pairs = split.pairs(tokenizer, limit) if split else load_pairs(data, path, tokenizer, limit)
+    return HeldOut(
+        dataset,
+        pairs,
+        tokenizer,
+        micro_bsz=data.micro_bsz,
+        chunk=config.model.chunk_ctx,
+        path=folder / project.EVALUATION,
+        resumed=config.run.resume,
+        report=report,
+    )
+
+
+def _world_size(config: TrainConfig) -> int:
+    return config.run.devices * config.run.num_nodes

@@ -1,0 +1,104 @@
+"""What a run says at its start and at its end, and the loss curve it leaves."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rwkv_bone.checkpoints import atomic_path
+from rwkv_bone.config import TrainConfig
+from rwkv_bone.devices import describe_devices
+from rwkv_bone.quantization import describe
+from rwkv_bone.training import project, resume_file
+from rwkv_bone.training.curve import draw_loss
+from rwkv_bone.training.heldout import HeldOut
+from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.prepare import Prepared, count_parameters
+from rwkv_bone.training.resume import Saved
+from rwkv_bone.training.strategy import DTYPES, offloads, zero_stage
+
+COMMANDS = "rwkv-bone-"  # how the names of the installed commands begin; train.py is then rwkv-bone-train
+
+
+def header(
+    config: TrainConfig, prepared: Prepared, module: TrainingModule, device: str, earlier: Saved | None
+) -> Iterator[str]:
+    """What was found and what will be done, one fact a line.
+
+    device: `cuda` or `cpu`; earlier: what this run continues.
+    """
+    run, plan = config.run, module.plan
+    offload = ", optimiser on the CPU" if offloads(run.strategy) else ""
+    yield f"model     {config.model.load_model or 'from scratch'}: {prepared.arch.describe()}"
+    stage = f"DeepSpeed ZeRO stage {zero_stage(run.strategy)}{offload}"
+    yield f"device    {describe_devices(device, plan.world_size)}; {stage}, {run.precision}"
+    yield f"kernel    {prepared.kernel}"
+    if config.model.quant != "none":
+        yield f"quant     {describe(prepared.model, DTYPES[run.precision], device)}"
+    if prepared.injection:
+        for line in prepared.injection.lines():
+            yield f"adapter   {line}"
+    else:
+        trained, total = count_parameters(prepared.model, trained_only=True), count_parameters(prepared.model)
+        yield f"trained   every weight: {trained:,} of {total:,} parameters"
+        size = trained * resume_file.BYTES_PER_PARAMETER / 2**30
+        yield f"          each save also replaces {project.RESUME_FILE}, for --resume: {size:,.1f} GB"
+    for line in [*plan.dataset.summary_lines(), *plan.summary_lines()]:
+        yield f"data      {line}"
+    batch = f"{plan.budget:,} tokens" if plan.pack else f"{plan.micro_bsz} samples"
+    yield (
+        f"steps     {module.total_steps:,} optimiser steps in {module.epochs} epochs; a step is {batch} x "
+        f"{plan.accumulate} forward passes x {plan.world_size} devices"
+    )
+    if config.model.chunk_ctx:
+        cut = config.model.bptt_chunks
+        gradient = f"cut after every {cut} (--bptt_chunks)" if cut else "exact"
+        yield f"context   sequences run in chunks of {config.model.chunk_ctx} tokens; gradient {gradient}"
+    for line in earlier.notes(config, plan) if earlier else ():
+        yield f"resume    {line}"
+
+
+def report_results(
+    config: TrainConfig,
+    folder: Path,
+    trained: Path,
+    records: list[dict],
+    heldout: HeldOut | None,
+    report: Callable[[str], None],
+) -> None:
+    """Draw `loss.png` from the lines of the log and the held-out measurements, and report where everything is."""
+    with atomic_path(folder / project.PLOT, overwrite=True) as temporary:
+        draw_loss(temporary, records, heldout.points() if heldout else [])
+    for line in footer(config, folder, trained):
+        report(line)
+
+
+def footer(config: TrainConfig, folder: Path, trained: Path) -> Iterator[str]:
+    """Where the results are and what to type next."""
+    yield f"\nresults   {trained}, {folder / project.LOG}, {folder / project.PLOT}"
+    if config.adapter.kind == "none":
+        return
+    merge = ["--base_model", config.model.load_model, "--peft_checkpoint", str(trained)]
+    yield f"next      {program('merge.py', *merge, '--output', str(folder / 'merged.pth'))}"
+
+
+def program(name: str, *arguments: str) -> str:
+    """The command line that runs another program of this project, such as merge.py, the way this one was run."""
+    running = Path(sys.argv[0])
+    if not running.name.startswith(COMMANDS):
+        return shlex.join([from_here(sys.executable), from_here(running.with_name(name)), *arguments])
+    command = running.with_name(COMMANDS + Path(name).stem)
+    found = shutil.which(command.name)
+    # The bare name will do where the shell finds this very command.
+    bare = found is not None and Path(found).resolve() == command.resolve()
+    return shlex.join([command.name if bare else from_here(command), *arguments])
+
+
+def from_here(path: str | Path) -> str:
+    """A path as one would type it: relative if it lies below the working directory."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative

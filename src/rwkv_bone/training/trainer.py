@@ -1,0 +1,75 @@
+"""Lightning's part of a run: which process and device this is, the trainer, and how processes end together."""
+
+from __future__ import annotations
+
+import atexit
+import signal
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from rwkv_bone.config import TrainConfig
+from rwkv_bone.devices import select_device
+from rwkv_bone.errors import Interrupted
+from rwkv_bone.training.module import RunStopped, TrainingModule
+from rwkv_bone.training.strategy import leave_process_group, make_strategy
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that reports, also before Lightning has started the others."""
+    return rank_zero_only.rank == 0 and LightningEnvironment().node_rank() == 0
+
+
+def choose_device(accelerator: str) -> str:
+    """`cuda` or `cpu`, as `--accelerator` says; UserError if that is not there."""
+    device = select_device(accelerator)
+    if device == "cuda":
+        # Lightning chooses the same GPU, but later: weights are quantised before there is a trainer.
+        torch.cuda.set_device(LightningEnvironment().local_rank())
+    return device
+
+
+def make_trainer(
+    config: TrainConfig, device: str, trainable: int, logger: Logger | None, callbacks: Sequence[Callback]
+) -> Trainer:
+    """Lightning's trainer on `cuda` or `cpu`, for this many trained parameters."""
+    return Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=config.run.devices,
+        num_nodes=config.run.num_nodes,
+        strategy=make_strategy(config.run, device, trainable),
+        max_epochs=1,  # TrainingModule's loader holds the batches of all our epochs
+        accumulate_grad_batches=config.run.accumulate_grad_batches,
+        gradient_clip_val=config.optim.grad_clip or None,  # passed on to DeepSpeed, which does the clipping
+        logger=logger or False,
+        callbacks=list(callbacks),
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def run_steps(trainer: Trainer, module: TrainingModule) -> None:
+    """Take all optimiser steps. However the run ends, no process is left waiting for another."""
+    try:
+        trainer.fit(module)
+    except (RunStopped, Interrupted):
+        if trainer.local_rank > 0:
+            # Every rank stops for the same reason, which the main process reports. If another process ended with an
+            # error, Lightning would kill the main process before it has finished writing.
+            raise SystemExit(0) from None
+        raise
+    except Exception:
+        # The others would wait for this process in their next collective.
+        trainer.strategy.launcher.kill(signal.SIGTERM)
+        raise
+    finally:
+        module.close()
+    if trainer.strategy.root_device.type == "cuda":
+        # Otherwise NCCL warns in the last line of a run that went well. After a failure the other ranks may be gone.
+        atexit.register(leave_process_group)
