@@ -18,8 +18,10 @@ or_activate="or activate an environment that has what $repo/requirements.txt nam
 
 say() { printf '%s\n' "setup: $*" >&2; }
 die() { say "$@"; exit 2; }
-recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null; }
-version() { "$1" -c 'import platform; print(platform.python_version())' 2> /dev/null || echo none; }
+recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' > /dev/null 2>&1; }
+version() {
+    "$1" -c 'import platform; print("Python " + platform.python_version())' 2> /dev/null || echo 'no Python that works'
+}
 lacks() { "$1" "$repo/scripts/requirements_met.py" "$2" ${3:+"$3"} 2>&1; } # prints nothing when all is there
 # devices QUESTION: the answer of src/rwkv_bone/devices.py.
 devices() { PYTHONPATH=$repo/src${PYTHONPATH:+:$PYTHONPATH} "$python" -m rwkv_bone.devices "$1"; }
@@ -67,7 +69,7 @@ python=$(command -v python3 || command -v python || true)
 if [ -z "$python" ]; then
     missing='it has no python3'
 elif ! recent "$python"; then
-    missing="it has Python $(version "$python"), and 3.10 or newer is needed"
+    missing="it has $(version "$python"), and 3.10 or newer is needed"
 elif missing=$(lacks "$python" "$requirements"); then
     report "the active environment"
 fi
@@ -91,7 +93,7 @@ if [ ! -x "$venv/bin/python" ]; then
             break
         fi
     done
-    [ -n "$base" ] || die "no Python 3.10 or newer on PATH; found ${python:+Python }$(version "${python:-python3}")." \
+    [ -n "$base" ] || die "no Python 3.10 or newer on PATH; found $(version "${python:-python3}")." \
         "Install one (Debian: apt install python3 python3-venv; conda: conda create -n rwkv python=3.12), $or_activate"
     "$base" -c 'import ensurepip, venv' 2> /dev/null ||
         die "$base has no venv module. Install it (Debian: apt install python3-venv), $or_activate"
@@ -112,7 +114,7 @@ if [ -n "$made" ]; then
     if lacks "$python" "$repo/requirements.txt" torch > /dev/null; then sees_base=yes; fi
     "$base" -m venv ${sees_base:+--system-site-packages} "$venv" >&2 || give_up "$base could not make $venv"
 fi
-recent "$python" || die "$venv has Python $(version "$python"): remove that folder, and run the same command again"
+recent "$python" || die "$venv has $(version "$python"): remove that folder, and run the same command again"
 if ! missing=$(lacks "$python" "$requirements"); then
     say "$missing: installing (minutes, the first time)"
     echo "$$" > "$unfinished" || give_up "$venv cannot be written"
