@@ -3,22 +3,23 @@
 #
 # As it stands: the newest adapter of scripts/run_bone.sh becomes a directory that Hugging Face PEFT loads as MiSS;
 # with --to lora, as LoRA. It also reads RWKV-PEFT's files, PEFT directories and Alic-Li's, and says what it recognised
-# and why. `sh scripts/convert.sh --help` lists every flag. Paths below are relative to the repository; paths given as
-# flags are relative to where you are.
-set -eu
+# and why. Each variable but proj_dir is the flag of its name; `sh scripts/convert.sh --help` lists the others.
+# Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
+# shellcheck disable=SC2034 # the variables are read by lib.sh
+set -eu # The comments let these lines run even where lines end as on Windows, which the second line then says.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 base_model=assets/rwkv7-tiny.pth # the checkpoint that the adapter belongs to
 proj_dir=out/bone                # its newest adapter, rwkv-N.pth with the largest N, is converted
 output=out/bone-peft             # a directory, or a .pth or .safetensors file in this project's format
 
-# shellcheck source=scripts/lib.sh
-. "$(dirname -- "$0")/lib.sh"
+repo= # needed in a copy outside of the repository that is run from outside of it: its folder
 
-adapter=$(newest_adapter "$(in_repo "$proj_dir")")
-if [ -z "$adapter" ] && [ $# -eq 0 ]; then
-    echo "error: no adapter rwkv-N.pth in $proj_dir; sh scripts/run_bone.sh makes one" >&2
-    exit 2
-fi
-
-PYTHONPATH=$repo/src exec "$python" -m rwkv_bone.conversion.convert \
-    --base_model "$(in_repo "$base_model")" --adapter "$adapter" --output "$(in_repo "$output")" "$@"
+# The same in all these scripts: find the repository, above this file or above where you are, and go on in its lib.sh.
+root() { if [ -d "$1/src/rwkv_bone" ]; then printf '%s\n' "$1"; else [ -n "$1" ] && root "${1%/*}"; fi; }
+_file=$(readlink -f -- "$0" 2> /dev/null || (CDPATH='' cd -- "$(dirname -- "$0")" && pwd))
+repo=${repo:-$(root "$_file" || root "$PWD" || true)}
+[ -f "$repo/scripts/lib.sh" ] || { echo "error: '$repo' is no repository: set repo= in $0 to its folder" >&2; exit 2; }
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$repo/scripts/lib.sh"
+run_on_newest adapter bone rwkv_bone.conversion.convert "$@"

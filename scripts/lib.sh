@@ -1,8 +1,22 @@
-# shellcheck shell=sh disable=SC2034 # its variables are used by the scripts that source it
-# Sourced by the other scripts. Sets $repo, the repository's folder, and $python, after setting up the environment; a
-# caller that names a Python in $RWKV_PYTHON gets that one as it is.
-repo=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
-python=${RWKV_PYTHON:-$(sh "$repo/scripts/setup.sh")}
+# shellcheck shell=sh disable=SC2154 # $repo and the settings are the script's
+# What the scripts share that a user copies and edits. They source it with $repo, the repository's folder.
+#
+# The variables of a script are its settings. Of every `name=value` in its text, a name in small letters is passed as
+# the flag --name, one in capitals is exported, and one that begins with _ is the script's own. The program refuses a
+# flag that it does not know, so no variable is ignored in silence.
+_me=$repo/scripts/lib.sh # As in the scripts, comments let these lines run where lines end as on Windows.
+grep -q "$(printf '\r')" "$_me" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$_me'" >&2 && exit 2 #
+
+die() { printf '%s\n' "error: $*" >&2; exit 2; } # dash's echo would change backslashes
+
+[ -f "$0" ] || die "$0 is not the path of this script, whose text is read: run it as sh FILE"
+
+# variables: the names that the script assigns, one a line, found in its text without quoted values and comments.
+variables() {
+    sed -e "s/'[^']*'//g" -e 's/"[^"]*"//g' -e 's/^#.*//' -e 's/[[:blank:]]#.*//' -e '/^[[:blank:]]*export /d' "$0" |
+        tr ';\t ' '[\n*]' | sed -n 's/^\([[:alpha:]][[:alnum:]_]*\)=.*/\1/p'
+}
+assigns() { variables | grep -Eqx "$1"; }
 
 # in_repo PATH: a path relative to the repository as an absolute one. Absolute and empty ones stay as they are.
 in_repo() {
@@ -12,14 +26,88 @@ in_repo() {
     esac
 }
 
+# run PROGRAM ARGUMENT...: becomes train.py or the like, or a module, with the script's variables as flags, then the
+# arguments, which override them. Variables named in $not_flags are left out.
+not_flags=repo
+run() {
+    _program=$1
+    shift
+    # After a flag of several words it would be one more of them.
+    case ${1:--} in -*) ;; *) die "$1: expected flags, --name value (--help lists them)" ;; esac
+    _arguments=$#
+    _names=$(variables)
+    set -f
+    for _name in $_names; do
+        case " $not_flags " in *" $_name "*) continue ;; esac
+        eval "_value=\${$_name-} _is_set=\${$_name+yes}" # the name is letters, digits and underscores
+        [ -n "$_is_set" ] || continue                    # a piece of some value, such as a second line of it
+        case $_name in
+            data_file | input) # paths, one a line
+                set -- "$@" "--$_name"
+                _spaces=$IFS IFS='
+'
+                for _word in $_value; do
+                    _word=${_word#"${_word%%[![:blank:]]*}"}
+                    set -- "$@" "$(in_repo "$_word")"
+                done
+                IFS=$_spaces
+                ;;
+            data_weights | dataset_field | sft_field | target_modules | targets | train_parts) # words
+                # shellcheck disable=SC2086
+                set -- "$@" "--$_name" $_value
+                ;;
+            adapter | base_model | bone_load | cache_dir | config | data_path | eval_data | eval_path | load_model | \
+                lora_checkpoint | lora_init | model_name_or_path | output | output_dir | peft_checkpoint | peft_load | \
+                pissa_init | proj_dir) # a path
+                set -- "$@" "--$_name=$(in_repo "$_value")"
+                ;;
+            deepspeed | template | tokenizer) # a path or a name
+                [ ! -f "$repo/$_value" ] || _value=$(in_repo "$_value")
+                set -- "$@" "--$_name=$_value"
+                ;;
+            *[[:lower:]]*) set -- "$@" "--$_name=$_value" ;;
+            *) export "${_name?}" ;; # for the program's environment, such as CUDA_VISIBLE_DEVICES
+        esac
+    done
+    while [ "$_arguments" -gt 0 ]; do # the arguments to the end
+        set -- "$@" "$1"
+        shift
+        _arguments=$((_arguments - 1))
+    done
+    python=${RWKV_PYTHON:-$(sh "$repo/scripts/setup.sh")}
+    case $_program in
+        *.py) exec "$python" "$repo/$_program" "$@" ;;
+    esac
+    export PYTHONPATH="$repo/src${PYTHONPATH:+:$PYTHONPATH}"
+    exec "$python" -m "$_program" "$@"
+}
+
+# run_on_newest FLAG KIND PROGRAM ARGUMENT...: as run, but the newest adapter in $proj_dir is passed as FLAG, unless the
+# script itself names an adapter. KIND is what scripts/run_KIND.sh trains.
+run_on_newest() {
+    _flag=$1 _kind=$2 _program=$3
+    shift 3
+    not_flags="$not_flags proj_dir"
+    if assigns proj_dir && ! assigns 'adapter|lora_checkpoint|peft_checkpoint'; then
+        _adapter=$(newest_adapter "$(in_repo "$proj_dir")")
+        if [ -z "$_adapter" ] && [ $# -eq 0 ]; then
+            _what=adapter
+            [ "$_kind" != state ] || _what=state
+            die "no $_what rwkv-N.pth in $proj_dir; sh scripts/run_$_kind.sh makes one"
+        fi
+        set -- "--$_flag=$_adapter" "$@"
+    fi
+    run "$_program" "$@"
+}
+
 # newest_adapter FOLDER: the path of its rwkv-N.pth with the largest N, or nothing.
 newest_adapter() {
-    newest=
-    for file in "$1"/rwkv-*.pth; do
-        number=${file##*/rwkv-}
-        number=${number%.pth}
-        case $number in '' | *[!0-9]*) continue ;; esac
-        if [ -z "$newest" ] || [ "$number" -gt "$newest" ]; then newest=$number; fi
+    _newest=
+    for _file in "$1"/rwkv-*.pth; do
+        _number=${_file##*/rwkv-}
+        _number=${_number%.pth}
+        case $_number in '' | *[!0-9]*) continue ;; esac
+        if [ -z "$_newest" ] || [ "$_number" -gt "$_newest" ]; then _newest=$_number; fi
     done
-    [ -z "$newest" ] || printf '%s\n' "$1/rwkv-$newest.pth"
+    [ -z "$_newest" ] || printf '%s\n' "$1/rwkv-$_newest.pth"
 }

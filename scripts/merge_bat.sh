@@ -2,23 +2,24 @@
 # Folds a Bat adapter into its base: sh scripts/merge_bat.sh [--flag value ...]
 #
 # Writes an ordinary checkpoint of the base's size and dtype, after comparing its logits with those of base + adapter.
-# It runs on the CPU. `python merge.py --help` lists every flag. Paths below are relative to the repository; paths given
-# as flags are relative to where you are.
-set -eu
+# It runs on the CPU. Each variable but proj_dir is the flag of its name; `python merge.py --help` lists the others.
+# Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
+# shellcheck disable=SC2034 # the variables are read by lib.sh
+set -eu # The comments let these lines run even where lines end as on Windows, which the second line then says.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 base_model=assets/rwkv7-tiny.pth # the checkpoint that was fine-tuned
 proj_dir=out/bat                 # its newest adapter, rwkv-N.pth with the largest N, is merged
 output=out/rwkv7-tiny-bat.pth    # the checkpoint to write
 
-# shellcheck source=scripts/lib.sh
-. "$(dirname -- "$0")/lib.sh"
+repo= # needed in a copy outside of the repository that is run from outside of it: its folder
 
-peft_checkpoint=$(newest_adapter "$(in_repo "$proj_dir")")
-if [ -z "$peft_checkpoint" ] && [ $# -eq 0 ]; then
-    echo "error: no adapter rwkv-N.pth in $proj_dir; sh scripts/run_bat.sh makes one" >&2
-    exit 2
-fi
-
-"$python" "$repo/merge.py" \
-    --base_model "$(in_repo "$base_model")" --peft_checkpoint "$peft_checkpoint" --output "$(in_repo "$output")" "$@"
+# The same in all these scripts: find the repository, above this file or above where you are, and go on in its lib.sh.
+root() { if [ -d "$1/src/rwkv_bone" ]; then printf '%s\n' "$1"; else [ -n "$1" ] && root "${1%/*}"; fi; }
+_file=$(readlink -f -- "$0" 2> /dev/null || (CDPATH='' cd -- "$(dirname -- "$0")" && pwd))
+repo=${repo:-$(root "$_file" || root "$PWD" || true)}
+[ -f "$repo/scripts/lib.sh" ] || { echo "error: '$repo' is no repository: set repo= in $0 to its folder" >&2; exit 2; }
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$repo/scripts/lib.sh"
+(run_on_newest peft_checkpoint bat merge.py "$@")
 echo 'next: load it with the rwkv package, rwkv_bone.load_model, or any other program that runs RWKV-7'

@@ -3,19 +3,25 @@
 #
 # For large plain data that many runs share. It is not needed otherwise: training reads every format that README names
 # and keeps what it tokenised beside it. As it stands: the bundled corpus, in seconds.
-# `python -m rwkv_bone.data.prepare --help` lists every flag. Paths below are relative to the repository; paths given as
-# flags are relative to where you are.
-set -eu
+# Each variable is the flag of its name; `sh scripts/prepare_data.sh --help` lists the others.
+# Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
+# shellcheck disable=SC2034 # the variables are read by lib.sh
+set -eu # The comments let these lines run even where lines end as on Windows, which the second line then says.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
-input=assets/corpus_train.jsonl # rows with a text each: JSON lines (or .gz), a JSON list, CSV, Parquet
+input=assets/corpus_train.jsonl # rows of text: JSON lines (or .gz), JSON list, CSV, Parquet; several files: one a line
 output=out/corpus_train         # common name of the pair, output.bin and output.idx
 tokenizer=bytes                 # that of the model: world, bytes, or the path of a tokenizer.json
 field=text                      # name of the field that holds the text
 workers=0                       # processes; 0 = by the size of the input
 
-# shellcheck source=scripts/lib.sh
-. "$(dirname -- "$0")/lib.sh"
+repo= # needed in a copy outside of the repository that is run from outside of it: its folder
 
-PYTHONPATH=$repo/src${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m rwkv_bone.data.prepare \
-    --input "$(in_repo "$input")" --output "$(in_repo "$output")" \
-    --tokenizer "$tokenizer" --field "$field" --workers "$workers" "$@"
+# The same in all these scripts: find the repository, above this file or above where you are, and go on in its lib.sh.
+root() { if [ -d "$1/src/rwkv_bone" ]; then printf '%s\n' "$1"; else [ -n "$1" ] && root "${1%/*}"; fi; }
+_file=$(readlink -f -- "$0" 2> /dev/null || (CDPATH='' cd -- "$(dirname -- "$0")" && pwd))
+repo=${repo:-$(root "$_file" || root "$PWD" || true)}
+[ -f "$repo/scripts/lib.sh" ] || { echo "error: '$repo' is no repository: set repo= in $0 to its folder" >&2; exit 2; }
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$repo/scripts/lib.sh"
+run rwkv_bone.data.prepare "$@"

@@ -3,18 +3,25 @@
 #
 # Prints a few samples, trained tokens in green, and counts of samples, tokens, what is trained, and what is cut or left
 # out. Takes the flags of the run scripts: give it the ones you train with. Nothing is trained, no GPU is needed.
-# As it stands: the data of run_bone.sh. `python -m rwkv_bone.data.preview --help` lists every flag. Paths below are
-# relative to the repository; paths given as flags are relative to where you are.
-set -eu
+# As it stands: the data of run_bone.sh. Each variable is the flag of its name; `sh scripts/preview_data.sh --help`
+# lists the others.
+# Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
+# shellcheck disable=SC2034 # the variables are read by lib.sh
+set -eu # The comments let these lines run even where lines end as on Windows, which the second line then says.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 load_model=assets/rwkv7-tiny.pth     # base checkpoint: says which tokenizer
-data_file=assets/numbers_train.jsonl # the data to look at
+data_file=assets/numbers_train.jsonl # the data to look at; several files: one a line
 samples=3                            # samples to print, spread evenly over the data
 ctx_len=128                          # tokens per sample; longer ones are cut
 
-# shellcheck source=scripts/lib.sh
-. "$(dirname -- "$0")/lib.sh"
+repo= # needed in a copy outside of the repository that is run from outside of it: its folder
 
-PYTHONPATH=$repo/src${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m rwkv_bone.data.preview \
-    --load_model "$(in_repo "$load_model")" --data_file "$(in_repo "$data_file")" \
-    --samples "$samples" --ctx_len "$ctx_len" "$@"
+# The same in all these scripts: find the repository, above this file or above where you are, and go on in its lib.sh.
+root() { if [ -d "$1/src/rwkv_bone" ]; then printf '%s\n' "$1"; else [ -n "$1" ] && root "${1%/*}"; fi; }
+_file=$(readlink -f -- "$0" 2> /dev/null || (CDPATH='' cd -- "$(dirname -- "$0")" && pwd))
+repo=${repo:-$(root "$_file" || root "$PWD" || true)}
+[ -f "$repo/scripts/lib.sh" ] || { echo "error: '$repo' is no repository: set repo= in $0 to its folder" >&2; exit 2; }
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$repo/scripts/lib.sh"
+run rwkv_bone.data.preview "$@"

@@ -3,10 +3,13 @@
 #
 # The model (Llama, Gemma, Qwen or another of transformers' architectures) is a folder on this machine, with its
 # tokenizer; rows are prompts and responses, or messages, which the tokenizer's chat template writes. Only responses are
-# trained. Needs `pip install 'transformers>=5' accelerate`. Copy this file and edit the variables, or override any of
-# them: sh scripts/run_bone_hf.sh --bone_r 32. `python train_hf.py --help` lists every flag. Paths below are relative to
-# the repository; paths given as flags are relative to where you are.
-set -eu
+# trained. Needs `pip install 'transformers>=5' accelerate`.
+# For your own run copy this file, to any place, and edit the variables. Each is the flag of its name, so add others
+# that `python train_hf.py --help` lists; or give flags, which override them: sh scripts/run_bone_hf.sh --bone_r 32.
+# Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
+# shellcheck disable=SC2034 # the variables are read by lib.sh
+set -eu # The comments let these lines run even where lines end as on Windows, which the second line then says.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 model_name_or_path=models/my-model     # folder of the base: config.json, weights, tokenizer
 data_path=assets/numbers_train.jsonl   # rows of prompt and response, or of messages
@@ -16,7 +19,7 @@ merge=1                                # 1: also write the merged model, to merg
 
 mode=bone          # bone; bat-col: PEFT's bat; bat-row: RWKV-PEFT's bat, which PEFT cannot load
 bone_r=64          # block size: trainable parameters grow with it
-target_modules=    # such as q_proj,v_proj; empty = every linear layer but the output's
+target_modules=    # such as 'q_proj v_proj'; empty = every linear layer but the output's
 
 model_max_length=512          # tokens per sample; longer ones are cut
 per_device_train_batch_size=4 # samples per device and forward pass; lower it when memory runs out
@@ -29,18 +32,13 @@ gradient_checkpointing=0      # 1: less memory, more time
 deepspeed=zero2               # zero1, zero2, zero3, a DeepSpeed configuration, or none
 devices=1                     # GPUs, or CPU processes
 
-# shellcheck source=scripts/lib.sh
-. "$(dirname -- "$0")/lib.sh"
+repo= # needed in a copy outside of the repository that is run from outside of it: its folder
 
-exec "$python" "$repo/train_hf.py" \
-    --model_name_or_path "$(in_repo "$model_name_or_path")" \
-    --data_path "$(in_repo "$data_path")" \
-    --eval_path "$(in_repo "$eval_path")" \
-    --output_dir "$(in_repo "$output_dir")" \
-    --merge "$merge" --mode "$mode" --bone_r "$bone_r" --target_modules "$target_modules" \
-    --model_max_length "$model_max_length" --per_device_train_batch_size "$per_device_train_batch_size" \
-    --gradient_accumulation_steps "$gradient_accumulation_steps" --num_train_epochs "$num_train_epochs" \
-    --learning_rate "$learning_rate" --warmup_ratio "$warmup_ratio" \
-    --precision "$precision" --gradient_checkpointing "$gradient_checkpointing" --deepspeed "$deepspeed" \
-    --devices "$devices" \
-    "$@"
+# The same in all these scripts: find the repository, above this file or above where you are, and go on in its lib.sh.
+root() { if [ -d "$1/src/rwkv_bone" ]; then printf '%s\n' "$1"; else [ -n "$1" ] && root "${1%/*}"; fi; }
+_file=$(readlink -f -- "$0" 2> /dev/null || (CDPATH='' cd -- "$(dirname -- "$0")" && pwd))
+repo=${repo:-$(root "$_file" || root "$PWD" || true)}
+[ -f "$repo/scripts/lib.sh" ] || { echo "error: '$repo' is no repository: set repo= in $0 to its folder" >&2; exit 2; }
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$repo/scripts/lib.sh"
+run train_hf.py "$@"

@@ -4,16 +4,19 @@
 # The run of run_lora.sh, but the update starts from the principal components of each weight.
 # As it stands: the bundled tiny base learns to write numbers out in English words, in a few minutes on two CPU
 # cores. Expected: held-out loss 1.82 before, about 0.005 after; exact answers 0 of 100 before, about 95 after.
-# For your own run copy this file and edit the variables, or override any of them: sh scripts/run_pissa.sh --lora_r 32
-# `python train.py --help` lists every flag. Paths below are relative to the repository; paths given as flags are
-# relative to where you are.
-set -eu
+# For your own run copy this file, to any place, and edit the variables. Each is the flag of its name, so add others
+# that `python train.py --help` lists; or give flags, which override them: sh scripts/run_pissa.sh --lora_r 32.
+# Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
+# shellcheck disable=SC2034 # the variables are read by lib.sh
+set -eu # The comments let these lines run even where lines end as on Windows, which the second line then says.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 load_model=assets/rwkv7-tiny.pth       # base checkpoint; its sizes are read from the file
-data_file=assets/numbers_train.jsonl   # rows of prompt and response, or of text
+data_file=assets/numbers_train.jsonl   # rows of prompt and response, or of text; several files: one a line
 eval_data=assets/numbers_heldout.jsonl # rows kept out of training, measured before and after
 proj_dir=out/pissa                     # results: adapters rwkv-N.pth, log, loss curve
 
+peft=pissa   # what is trained
 lora_r=16    # rank: trainable parameters grow with it
 lora_alpha=0 # the update is scaled by lora_alpha / lora_r; 0: by 1, as PiSSA is meant
 
@@ -21,7 +24,7 @@ ctx_len=128                 # tokens per sample; longer ones are cut
 micro_bsz=6                 # times ctx_len tokens per device and forward pass; lower it when memory runs out
 accumulate_grad_batches=1   # forward passes per optimiser step
 epoch_count=4               # times through the data
-epoch_save=1                # save every so many epochs
+epoch_save=1                # epochs from one saved file to the next
 lr_init=3e-3                # learning rate after warm-up (large models: 2e-5 to 1e-4)
 lr_final=1e-4               # learning rate at the end
 warmup_steps=10             # optimiser steps of warm-up
@@ -31,18 +34,13 @@ strategy=deepspeed_stage_1  # ZeRO stage: _2 and _3 spread more over the devices
 precision=bf16              # frozen weights and arithmetic; the adapter is always fp32
 grad_cp=0                   # 1: less memory, about a third more time
 
-# shellcheck source=scripts/lib.sh
-. "$(dirname -- "$0")/lib.sh"
+repo= # needed in a copy outside of the repository that is run from outside of it: its folder
 
-exec "$python" "$repo/train.py" \
-    --load_model "$(in_repo "$load_model")" \
-    --data_file "$(in_repo "$data_file")" \
-    --eval_data "$(in_repo "$eval_data")" \
-    --proj_dir "$(in_repo "$proj_dir")" \
-    --peft pissa --lora_r "$lora_r" --lora_alpha "$lora_alpha" \
-    --ctx_len "$ctx_len" --micro_bsz "$micro_bsz" --accumulate_grad_batches "$accumulate_grad_batches" \
-    --epoch_count "$epoch_count" --epoch_save "$epoch_save" \
-    --lr_init "$lr_init" --lr_final "$lr_final" --warmup_steps "$warmup_steps" \
-    --accelerator "$accelerator" --devices "$devices" --strategy "$strategy" \
-    --precision "$precision" --grad_cp "$grad_cp" \
-    "$@"
+# The same in all these scripts: find the repository, above this file or above where you are, and go on in its lib.sh.
+root() { if [ -d "$1/src/rwkv_bone" ]; then printf '%s\n' "$1"; else [ -n "$1" ] && root "${1%/*}"; fi; }
+_file=$(readlink -f -- "$0" 2> /dev/null || (CDPATH='' cd -- "$(dirname -- "$0")" && pwd))
+repo=${repo:-$(root "$_file" || root "$PWD" || true)}
+[ -f "$repo/scripts/lib.sh" ] || { echo "error: '$repo' is no repository: set repo= in $0 to its folder" >&2; exit 2; }
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$repo/scripts/lib.sh"
+run train.py "$@"

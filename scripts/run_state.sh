@@ -4,21 +4,24 @@
 # The state that every document starts from, blocks.N.att.time_state, takes the place of a prompt; the weights stay.
 # As it stands: numbers written out in English words again, in about a minute on two CPU cores. Expected: held-out loss
 # 1.82 before, about 0.1 after; exact answers 0 of 100 before, 30 to 60 after.
-# For your own run copy this file and edit the variables, or override any of them: sh scripts/run_state.sh --lr_init 0.1
-# `python train.py --help` lists every flag. Paths below are relative to the repository; paths given as flags are
-# relative to where you are.
-set -eu
+# For your own run copy this file, to any place, and edit the variables. Each is the flag of its name, so add others
+# that `python train.py --help` lists; or give flags, which override them: sh scripts/run_state.sh --lr_init 0.1.
+# Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
+# shellcheck disable=SC2034 # the variables are read by lib.sh
+set -eu # The comments let these lines run even where lines end as on Windows, which the second line then says.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 load_model=assets/rwkv7-tiny.pth       # base checkpoint, RWKV-5, 6 or 7; its sizes are read from the file
-data_file=assets/numbers_train.jsonl   # rows of prompt and response, or of text
+data_file=assets/numbers_train.jsonl   # rows of prompt and response, or of text; several files: one a line
 eval_data=assets/numbers_heldout.jsonl # rows kept out of training, measured before and after
 proj_dir=out/state                     # results: states rwkv-N.pth, log, loss curve
 
+peft=state                  # what is trained
 ctx_len=128                 # tokens per sample; longer ones are cut
 micro_bsz=6                 # times ctx_len tokens per device and forward pass; lower it when memory runs out
 accumulate_grad_batches=1   # forward passes per optimiser step
 epoch_count=4               # times through the data
-epoch_save=1                # save every so many epochs
+epoch_save=1                # epochs from one saved file to the next
 lr_init=1e-1                # learning rate after warm-up; a state takes a far larger one than weights do
 lr_final=1e-2               # learning rate at the end
 warmup_steps=10             # optimiser steps of warm-up
@@ -28,18 +31,13 @@ strategy=deepspeed_stage_1  # ZeRO stage: _2 and _3 spread more over the devices
 precision=bf16              # frozen weights and arithmetic; the state is always fp32
 grad_cp=0                   # 1: less memory, about a third more time
 
-# shellcheck source=scripts/lib.sh
-. "$(dirname -- "$0")/lib.sh"
+repo= # needed in a copy outside of the repository that is run from outside of it: its folder
 
-exec "$python" "$repo/train.py" \
-    --load_model "$(in_repo "$load_model")" \
-    --data_file "$(in_repo "$data_file")" \
-    --eval_data "$(in_repo "$eval_data")" \
-    --proj_dir "$(in_repo "$proj_dir")" \
-    --peft state \
-    --ctx_len "$ctx_len" --micro_bsz "$micro_bsz" --accumulate_grad_batches "$accumulate_grad_batches" \
-    --epoch_count "$epoch_count" --epoch_save "$epoch_save" \
-    --lr_init "$lr_init" --lr_final "$lr_final" --warmup_steps "$warmup_steps" \
-    --accelerator "$accelerator" --devices "$devices" --strategy "$strategy" \
-    --precision "$precision" --grad_cp "$grad_cp" \
-    "$@"
+# The same in all these scripts: find the repository, above this file or above where you are, and go on in its lib.sh.
+root() { if [ -d "$1/src/rwkv_bone" ]; then printf '%s\n' "$1"; else [ -n "$1" ] && root "${1%/*}"; fi; }
+_file=$(readlink -f -- "$0" 2> /dev/null || (CDPATH='' cd -- "$(dirname -- "$0")" && pwd))
+repo=${repo:-$(root "$_file" || root "$PWD" || true)}
+[ -f "$repo/scripts/lib.sh" ] || { echo "error: '$repo' is no repository: set repo= in $0 to its folder" >&2; exit 2; }
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$repo/scripts/lib.sh"
+run train.py "$@"

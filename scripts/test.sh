@@ -1,12 +1,14 @@
 #!/bin/sh
-# Lint and tests: sh scripts/test.sh [pytest arguments, such as -m gpu, or tests/config]
+# Lint, types and tests: sh scripts/test.sh [pytest arguments, such as -m gpu, or tests/config]
 #
 # Tests that need a GPU are skipped, and say so, where there is none.
-set -eu
+set -eu # The comments let these lines run even where lines end as on Windows, which the second line then says.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
-repo=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+repo=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0" 2> /dev/null || printf '%s\n' "$0")")/.." && pwd)
 python=$(sh "$repo/scripts/setup.sh" --dev)
 
 cd -- "$repo"
 "$python" -m ruff check .
+"$python" -m mypy
 exec "$python" -m pytest "$@"

@@ -18,6 +18,7 @@ NOT_LOADED = (
 
 
 def write_program(path: Path, body: str) -> None:
+    path.unlink(missing_ok=True)  # what is there may be a link to a program of this machine
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
 

@@ -9,24 +9,43 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from rwkv_bone.config import MergeConfig
-from rwkv_bone.config.flags import SECTIONS, parse_merge, parse_train
+from rwkv_bone.config.flags import ALIASES, SECTIONS, parse_merge, parse_train
+from rwkv_bone.conversion.convert import ConvertConfig
+from rwkv_bone.data.prepare import PrepareConfig
+from rwkv_bone.data.preview import PreviewConfig
+from rwkv_bone.errors import UserError
+from rwkv_bone.hf.flags import HfConfig
 from tests.nvidia import NOT_LOADED, write_failing_smi, write_program, write_smi, write_torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.sh"))
-RUN_SCRIPTS = ("run_bone.sh", "run_bat.sh", "run_lora.sh", "run_pissa.sh")
-MERGE_SCRIPTS = ("merge_bone.sh", "merge_bat.sh", "merge_lora.sh", "merge_pissa.sh")
-TRAIN_FLAGS = {spec.name for section in SECTIONS.values() for spec in fields(section)}
-MERGE_FLAGS = {spec.name for spec in fields(MergeConfig)} | {"proj_dir"}  # proj_dir: where the adapter is looked for
+KINDS = ("bone", "bat", "lora", "pissa", "state")
+RUN_SCRIPTS = tuple(f"run_{kind}.sh" for kind in KINDS)
+MERGE_SCRIPTS = tuple(f"merge_{kind}.sh" for kind in KINDS)
+TRAIN_SETTINGS = [spec for section in SECTIONS.values() for spec in fields(section)]
+# script -> the settings of its program; those that a user copies and edits
+SETTINGS = {
+    **dict.fromkeys(RUN_SCRIPTS, TRAIN_SETTINGS),
+    **dict.fromkeys(MERGE_SCRIPTS, fields(MergeConfig)),
+    "run_bone_hf.sh": fields(HfConfig),
+    "convert.sh": fields(ConvertConfig),
+    "prepare_data.sh": fields(PrepareConfig),
+    "preview_data.sh": [*TRAIN_SETTINGS, *fields(PreviewConfig)],
+}
+USES_NEWEST_ADAPTER = (*MERGE_SCRIPTS, "convert.sh")  # that of proj_dir
+SHELLS = ("dash", "bash")
 NOT_PASSED_ON = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_VISIBLE_DEVICES", "PIP_INDEX_URL")
+TOOLS = ("awk", "bash", "dash", "df", "dirname", "grep", "mkdir", "readlink", "rm", "sed", "sh", "tr")
 ECHO = "import json, sys; print(json.dumps(sys.argv[1:]))\n"
 
 
@@ -35,6 +54,7 @@ class Clone:
 
     def __init__(self, folder: Path):
         self.root = folder / "a clone of mine"
+        self.scripts = self.root / "scripts"
         self.bin = folder / "the bin"
         self.elsewhere = folder / "else where"
         self.bin.mkdir()
@@ -43,25 +63,45 @@ class Clone:
             shutil.copytree(REPOSITORY / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("requirements.txt", "requirements-dev.txt"):
             shutil.copy(REPOSITORY / name, self.root)
-        for name in ("train.py", "merge.py"):
+        for name in ("train.py", "merge.py", "train_hf.py"):
             (self.root / name).write_text(ECHO)
-        for tool in ("sh", "dirname", "mkdir", "rm"):
-            (self.bin / tool).symlink_to(shutil.which(tool))
+        for tool in TOOLS:
+            if found := shutil.which(tool):
+                (self.bin / tool).symlink_to(found)
         self.python(f'exec "{sys.executable}" "$@"')
 
     def python(self, body: str) -> None:
         """Makes `python3` a shell script with this body."""
         write_program(self.bin / "python3", body)
 
-    def sh(self, script: str, *words: str) -> subprocess.CompletedProcess:
-        environment = {key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON}
+    def echo_modules(self) -> None:
+        """Makes the modules that scripts run print their arguments too, as train.py and merge.py here do."""
+        for name in ("conversion/convert", "data/prepare", "data/preview"):
+            (self.root / "src" / "rwkv_bone" / f"{name}.py").write_text(ECHO)
+
+    def environment(self) -> dict[str, str]:
+        return {key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON} | {"PATH": str(self.bin)}
+
+    def run(self, *command, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            ["sh", self.root / "scripts" / script, *words],
-            cwd=self.elsewhere,
-            env=environment | {"PATH": str(self.bin)},
+            command,
+            cwd=cwd or self.elsewhere,
+            env=self.environment() | variables,
             capture_output=True,
             text=True,
         )
+
+    def sh(self, script: str, *words: str) -> subprocess.CompletedProcess:
+        return self.run("sh", self.scripts / script, *words)
+
+    def edit(self, script: str, *lines: str, **values: str) -> None:
+        """Adds lines to the settings of a script, and gives settings that it has other values, written as in shell."""
+        text = (self.scripts / script).read_text()
+        for name, value in values.items():
+            text, count = re.subn(rf"(?m)^{name}=[^\s]*", lambda _: f"{name}={value}", text)  # noqa: B023
+            assert count
+        text = text.replace("\nrepo=", "\n" + "".join(f"{line}\n" for line in lines) + "repo=", 1)
+        (self.scripts / script).write_text(text)
 
 
 @pytest.fixture
@@ -75,14 +115,22 @@ def arguments(result) -> list[str]:
     return json.loads(result.stdout.splitlines()[0])
 
 
-def variables(script: str) -> dict[str, str]:
-    """name -> the rest of its line, of the variables at the top of a script."""
-    head = (REPOSITORY / "scripts" / script).read_text().split("lib.sh")[0]
+def sentence(result) -> str:
+    """The last line of a script that could not go on: it is ours, and the status is 2."""
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert re.match("(setup|error): ", line)
+    return line
+
+
+def settings(script: str) -> dict[str, str]:
+    """name -> the rest of its line, of the settings at the top of a script."""
+    head = (REPOSITORY / "scripts" / script).read_text().split("\nrepo=")[0]
     return dict(re.findall(r"^([a-z]\w*)=(.*)$", head, re.MULTILINE))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-@pytest.mark.parametrize("shell", ["sh", "dash", "bash"])
+@pytest.mark.parametrize("shell", ["sh", *SHELLS])
 def test_scripts_are_valid_in_every_shell(script, shell):
     if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed")
@@ -101,13 +149,27 @@ def test_continuous_integration_runs_the_test_script_and_then_the_slow_tests():
     assert lines[-2:] == ["sh scripts/test.sh", "exec sh scripts/test.sh -m slow"]
 
 
-@pytest.mark.parametrize("script", [*RUN_SCRIPTS, *MERGE_SCRIPTS])
-def test_every_variable_is_a_flag_with_a_line_of_meaning(script):
-    text = (REPOSITORY / "scripts" / script).read_text()
-    for name, rest in variables(script).items():
-        assert name in (MERGE_FLAGS if script in MERGE_SCRIPTS else TRAIN_FLAGS)
+def test_scripts_differ_in_their_headers_settings_and_last_lines_alone():
+    shared = set()
+    for script in SETTINGS:
+        text = (REPOSITORY / "scripts" / script).read_text()
+        header, begin, rest = re.fullmatch(r"(#!/bin/sh\n(?:#.*\n)+)(set -eu.*\n.*\n)((?:.*\n)+)", text).groups()
+        found, own = rest.split("\nrepo=", 1)[1].split('. "$repo/scripts/lib.sh"\n')
+        shared.add((begin, found))
+        assert header.splitlines()[1].endswith(f": sh scripts/{script} [--flag value ...]")
+        assert 1 <= len(own.splitlines()) <= 2 and own.startswith(("run ", "run_on_newest ", "(run_on_newest "))
+        assert os.access(REPOSITORY / "scripts" / script, os.X_OK)
+    assert len(shared) == 1
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_every_variable_is_a_setting_with_a_line_of_meaning(script):
+    known = {spec.name for spec in SETTINGS[script]}
+    if script in USES_NEWEST_ADAPTER:
+        known.add("proj_dir")
+    for name, rest in settings(script).items():
+        assert name in known
         assert re.search(r" # \w.+", rest), f"{name} has no comment"
-        assert name == "proj_dir" or re.search(rf'--{name} "[^"]*"?\${name}"', text), f"{name} is not passed on"
 
 
 @pytest.mark.parametrize("script", RUN_SCRIPTS)
@@ -118,16 +180,127 @@ def test_run_scripts_need_no_edits_and_pass_a_valid_command_line(script, clone):
     assert config.run.proj_dir == f"{clone.root}/out/{config.adapter.kind}"
     for name, path in (("load_model", config.model.load_model), ("data_file", *config.data.data_file)):
         relative = Path(path).relative_to(clone.root)
-        assert str(relative) == variables(script)[name].split()[0]
+        assert str(relative) == settings(script)[name].split()[0]
         assert (REPOSITORY / relative).is_file()
 
 
 @pytest.mark.parametrize("script", RUN_SCRIPTS)
 def test_any_variable_can_be_overridden_and_paths_stay_the_callers(script, clone):
-    words = ["--bone_r", "32", "--data_file", "my rows.jsonl", "--targets", "att.key", "ffn"]
+    words = ["--bone_r", "32", "--data_file", "my rows.jsonl", "--train_parts", "ln", "time"]
     config = parse_train(arguments(clone.sh(script, *words)))
-    assert (config.adapter.bone_r, config.adapter.targets) == (32, ("att.key", "ffn"))
+    assert (config.adapter.bone_r, config.adapter.train_parts) == (32, ("ln", "time"))
     assert config.data.data_file == ("my rows.jsonl",)
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_variable_of_a_script_is_passed(script, shell, clone):
+    clone.echo_modules()
+    given = arguments(clone.run(shell, clone.scripts / script, "--last"))
+    assert given.pop() == "--last"
+    flags = [word.split("=")[0].removeprefix("--") for word in given if word.startswith("--")]
+    expected = list(settings(script))
+    if script in USES_NEWEST_ADAPTER:
+        expected.remove("proj_dir")
+        expected.append("adapter" if script == "convert.sh" else "peft_checkpoint")
+    assert flags == expected
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_lines_that_a_user_adds_are_passed_exactly(shell, clone):
+    odd = """ it's "so" $HOME `id` \\n * ; a=b # c """
+    quoted = "'" + odd.replace("'", "'\\''") + "'"
+    clone.edit(
+        "run_bone.sh",
+        "weight_decay=0.01",
+        "beta1=0.8; beta2=0.95 # two in a line, and the comment's a=b",
+        f"wandb={quoted}",
+        "    adam_eps=-1e-3",
+        "train_parts='ln  time' # several words",
+        "peft_config='{\"r\": 8}'",
+        "_mine=helper",
+        'save_steps="${_mine#helper}7"',
+        "export lower_case=1",
+        "IN_CAPITALS=2",
+        eval_data="''",
+    )
+    (clone.root / "train.py").write_text(
+        "import os\n" + ECHO.replace("argv[1:]", "argv[1:] + [os.environ['IN_CAPITALS']]")
+    )
+    given = arguments(clone.run(shell, clone.scripts / "run_bone.sh"))
+    assert given.pop() == "2"
+    added = given[given.index("--grad_cp=0") + 1 :]
+    assert added == [
+        "--weight_decay=0.01",
+        "--beta1=0.8",
+        "--beta2=0.95",
+        f"--wandb={odd}",
+        "--adam_eps=-1e-3",
+        "--train_parts",
+        "ln",
+        "time",
+        '--peft_config={"r": 8}',
+        "--save_steps=7",
+    ]
+    assert "--eval_data=" in given
+
+
+def test_a_variable_that_is_no_setting_is_refused(clone):
+    clone.edit("run_bone.sh", "lerning_rate=1")
+    with pytest.raises(UserError, match="--lerning_rate is not a flag"):
+        parse_train(arguments(clone.sh("run_bone.sh")))
+
+
+def test_a_word_that_is_no_flag_is_refused(clone):
+    clone.edit("prepare_data.sh", "input='a b'")
+    assert "stray: expected flags" in sentence(clone.sh("prepare_data.sh", "stray"))
+
+
+def test_variables_of_the_environment_are_no_settings(clone):
+    before = arguments(clone.sh("run_bone.sh"))
+    result = clone.run("sh", clone.scripts / "run_bone.sh", weight_decay="9", micro_bsz="9", repo="/", proj_dir="/")
+    assert arguments(result) == before
+
+
+def test_paths_are_the_repositorys_and_texts_stay_as_they_are(clone):
+    """Every setting that is text is of one of these kinds: a new one belongs into scripts/lib.sh and here."""
+    paths = (
+        "adapter base_model cache_dir config data_path eval_data eval_path load_model model_name_or_path output "
+        "output_dir peft_checkpoint peft_load pissa_init proj_dir"
+    ).split()
+    files = ["data_file", "input"]
+    words = "data_weights dataset_field sft_field target_modules targets train_parts".split()
+    names = ["deepspeed", "template", "tokenizer"]  # or files
+    texts = "dataset_split field hf_base mask_id my_testing sft_split wandb".split()
+    known = {spec.name: spec for specs in SETTINGS.values() for spec in specs}
+    textual = {
+        name for name, spec in known.items() if type(spec.default) in (str, tuple) and not spec.metadata["choices"]
+    }
+    textual |= {"train_parts", "config"}
+    assert textual == {*paths, *files, *words, *names, *texts}
+    assert {name for name, spec in known.items() if type(spec.default) is tuple} == {*files, *words}
+
+    aliases = [alias for name, alias in ALIASES.items() if name in paths]
+    paths += aliases
+    script = clone.scripts / "run_bone.sh"
+    text = script.read_text()
+    lines = "".join(f"{name}='a b/c'\n" for name in (*paths, *words, *names, *texts))
+    lines += "".join(f"{name}='a b\n  /c d\n'\n" for name in files)
+    script.write_text(re.sub(r"(?ms)^load_model=.*?(?=^repo=)", lambda _: lines, text))
+    given = arguments(clone.sh("run_bone.sh"))
+    root = clone.root
+    expected = [f"--{name}={root}/a b/c" for name in paths]
+    for name in words:
+        expected += [f"--{name}", "a", "b/c"]
+    expected += [f"--{name}=a b/c" for name in (*names, *texts)]
+    for name in files:
+        expected += [f"--{name}", f"{root}/a b", "/c d"]
+    assert given == expected
+
+    (root / "a b").mkdir()
+    (root / "a b" / "c").touch()
+    given = arguments(clone.sh("run_bone.sh"))
+    assert all(f"--{name}={root}/a b/c" in given for name in names)
 
 
 def test_a_python_that_the_caller_names_is_taken_as_it_is(clone, monkeypatch):
@@ -138,11 +311,10 @@ def test_a_python_that_the_caller_names_is_taken_as_it_is(clone, monkeypatch):
 
 
 def test_an_edited_variable_may_hold_any_path(clone):
-    script = clone.root / "scripts" / "run_bone.sh"
-    text = re.sub(r"(?m)^load_model=\S*", "load_model='/data/my model.pth'", script.read_text())
-    script.write_text(re.sub(r"(?m)^eval_data=\S*", "eval_data=''", text))
+    clone.edit("run_bone.sh", load_model="'/data/my model.pth'", eval_data="''", data_file="'my rows.jsonl'")
     config = parse_train(arguments(clone.sh("run_bone.sh")))
     assert (config.model.load_model, config.data.eval_data) == ("/data/my model.pth", "")
+    assert config.data.data_file == (f"{clone.root}/my rows.jsonl",)
 
 
 @pytest.mark.parametrize("script", MERGE_SCRIPTS)
@@ -155,19 +327,171 @@ def test_merge_scripts_take_the_newest_adapter_by_number(script, clone):
     config = parse_merge(arguments(clone.sh(script)))
     assert config.peft_checkpoint == str(folder / "rwkv-10.pth")
     assert config.output == f"{clone.root}/out/rwkv7-tiny-{kind}.pth"
+    assert clone.sh(script).stdout.splitlines()[1].startswith("next: ")
     config = parse_merge(arguments(clone.sh(script, "--lora_checkpoint", "mine.pth", "--overwrite")))
     assert config.peft_checkpoint == "mine.pth" and config.overwrite
 
 
-def test_merge_script_without_an_adapter_says_how_to_make_one(clone):
-    result = clone.sh("merge_bone.sh")
-    assert result.returncode == 2 and "run_bone.sh" in result.stderr
+@pytest.mark.parametrize("script", USES_NEWEST_ADAPTER)
+def test_a_script_without_an_adapter_says_how_to_make_one(script, clone):
+    kind = "bone" if script == "convert.sh" else script.removeprefix("merge_").removesuffix(".sh")
+    what = "state" if kind == "state" else "adapter"
+    expected = f"error: no {what} rwkv-N.pth in out/{kind}; sh scripts/run_{kind}.sh makes one"
+    assert sentence(clone.sh(script)) == expected
+
+
+@pytest.mark.parametrize("name", ["peft_checkpoint", "lora_checkpoint"])
+def test_a_merge_script_may_name_the_adapter_itself(name, clone):
+    (clone.root / "out" / "bone").mkdir(parents=True)
+    (clone.root / "out" / "bone" / "rwkv-9.pth").touch()
+    clone.edit("merge_bone.sh", f"{name}=out/rwkv-2.pth")
+    config = parse_merge(arguments(clone.sh("merge_bone.sh")))
+    assert config.peft_checkpoint == f"{clone.root}/out/rwkv-2.pth"
+
+
+def test_a_merge_that_fails_says_nothing_of_what_comes_next(clone):
+    (clone.root / "merge.py").write_text("import sys; sys.exit(2)")
+    result = clone.sh("merge_bone.sh", "--peft_checkpoint", "x")
+    assert (result.returncode, result.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("tools", ["", "no readlink -f"])
+def test_a_script_is_the_same_wherever_it_lies_and_is_linked_from(shell, tools, clone):
+    script = clone.scripts / "run_bone.sh"
+    expected = arguments(clone.run(shell, script))
+    if tools:  # as on systems where it has no -f
+        write_program(clone.bin / "readlink", "exit 1")
+    deep = clone.root / "my own" / "runs of mine"
+    deep.mkdir(parents=True)
+    (clone.elsewhere / "copy.sh").write_text(script.read_text())  # not executable
+    shutil.copy(script, deep / "run.sh")
+    inside = clone.root / "src"
+    ways = [
+        ([shell, "../a clone of mine/scripts/run_bone.sh"], clone.elsewhere),
+        ([shell, "run_bone.sh"], clone.scripts),
+        (["./run_bone.sh"], clone.scripts),
+        ([deep / "run.sh"], clone.elsewhere),
+        ([shell, "run.sh"], deep),
+        ([shell, clone.elsewhere / "copy.sh"], clone.root),
+        ([shell, "../../else where/copy.sh"], inside),
+    ]
+    if not tools:
+        (clone.elsewhere / "relative").symlink_to("../a clone of mine/scripts/run_bone.sh")
+        (clone.elsewhere / "folder").symlink_to(clone.scripts)
+        (clone.bin / "a command").symlink_to(clone.elsewhere / "relative")
+        ways += [
+            ([shell, "relative"], clone.elsewhere),
+            (["./relative"], clone.elsewhere),
+            ([shell, "else where/relative"], clone.elsewhere.parent),
+            ([shell, "folder/run_bone.sh"], clone.elsewhere),
+            (["a command"], clone.elsewhere),
+            (["sh", "-c", "'a command'"], clone.bin),
+        ]
+    for command, folder in ways:
+        assert arguments(clone.run(*command, cwd=folder)) == expected, (command, folder)
+    assert arguments(clone.run(shell, "run.sh", cwd=deep, CDPATH=str(clone.elsewhere.parent))) == expected
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_a_copy_outside_of_the_repository_names_it_or_says_so(script, clone):
+    clone.echo_modules()
+    expected = arguments(clone.sh(script, "--flag"))
+    copy = clone.elsewhere / "my copy.sh"
+    shutil.copy(clone.scripts / script, copy)
+    assert sentence(clone.run("sh", copy)) == f"error: '' is no repository: set repo= in {copy} to its folder"
+    text = copy.read_text()
+    for wrong in ("/nowhere", clone.elsewhere):
+        copy.write_text(text.replace("\nrepo=", f"\nrepo='{wrong}'", 1))
+        # Not even where another could be found: what is written there is what is wanted.
+        assert f"'{wrong}' is no repository" in sentence(clone.run("sh", copy, cwd=clone.root))
+    copy.write_text(text.replace("\nrepo=", f"\nrepo='{clone.root}'", 1))
+    assert arguments(clone.run("sh", copy, "--flag")) == expected
+    copy.write_text(text.replace("\nrepo=", "\nrepo='../a clone of mine'", 1))
+    assert len(arguments(clone.run("sh", copy, "--flag"))) == len(expected)
+
+
+def test_paths_in_a_copy_are_relative_to_the_repository_too(clone):
+    clone.edit("run_bone.sh", data_file="mine.jsonl")
+    copy = clone.elsewhere / "run.sh"
+    shutil.copy(clone.scripts / "run_bone.sh", copy)
+    (clone.elsewhere / "mine.jsonl").touch()
+    config = parse_train(arguments(clone.run("sh", copy, "--eval_data", "mine.jsonl", cwd=clone.root)))
+    assert (config.data.data_file, config.data.eval_data) == ((f"{clone.root}/mine.jsonl",), "mine.jsonl")
+
+
+def test_a_setup_or_test_script_that_is_linked_works_and_a_copy_says_so(clone):
+    for name in ("setup.sh", "test.sh"):
+        (clone.elsewhere / name).symlink_to(clone.scripts / name)
+    result = clone.run("sh", clone.elsewhere / "setup.sh")
+    assert result.stdout == f"{clone.bin}/python3\n"
+    clone.python('case $* in *requirements_met*) ;; *rwkv_bone.devices*) echo ok ;; *) echo "$@" ;; esac')
+    assert "-m pytest here" in clone.run("sh", "test.sh", "here").stdout
+    (clone.elsewhere / "setup.sh").unlink()
+    shutil.copy(clone.scripts / "setup.sh", clone.elsewhere)
+    assert "run scripts/setup.sh in the repository" in sentence(clone.run("sh", "setup.sh"))
+
+
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.name not in ("lib.sh", "gpu_check.sh")])
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_script_with_line_ends_of_windows_says_how_to_mend_it(script, shell, clone):
+    path = clone.scripts / script
+    unix = path.read_bytes()
+    mixed = unix.replace(b"\n\n", b"\n\r\n", 1)
+    for text in (unix.replace(b"\n", b"\r\n"), mixed):
+        path.write_bytes(text)
+        result = clone.run(shell, path)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"error: Windows line ends; mend: sed -i 's/\\r$//' '{path}'\n"
+        clone.run("sh", "-c", result.stderr.partition("mend: ")[2])
+        assert path.read_bytes() == unix
+
+
+@pytest.mark.parametrize("shared", ["lib.sh", "setup.sh"])
+@pytest.mark.parametrize("shell", SHELLS)
+def test_line_ends_of_windows_in_what_scripts_share_are_named_too(shared, shell, clone):
+    path = clone.scripts / shared
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    result = clone.run(shell, clone.scripts / "run_bone.sh")
+    assert sentence(result) == f"error: Windows line ends; mend: sed -i 's/\\r$//' '{path}'"
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_git_gives_text_unix_line_ends_on_every_system_and_leaves_other_files_alone(tmp_path):
+    git = shutil.which("git")
+    if not git:
+        pytest.skip("git is not installed")
+
+    def run(*words: str) -> str:
+        settings = ["-c", "core.autocrlf=true", "-c", "user.name=x", "-c", "user.email=x@example.com"]
+        return subprocess.run([git, *settings, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    run("init", "--quiet")
+    shutil.copy(REPOSITORY / ".gitattributes", tmp_path)
+    contents = {
+        "scripts/run_bone.sh": (REPOSITORY / "scripts" / "run_bone.sh").read_bytes(),
+        "src/a.py": b"a = 1\n",
+        "data.jsonl": b'{"text": "a"}\n',
+        "model.pth": b"a\r\nb\n",
+        "pairs.bin": b"a\r\nb\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "windows.txt").write_bytes(b"a\r\n")
+    run("add", ".")
+    run("commit", "--quiet", "-m", "x")
+    for name in (*contents, "windows.txt"):
+        (tmp_path / name).unlink()
+    run("checkout", "--quiet", ".")
+    assert {name: (tmp_path / name).read_bytes() for name in contents} == contents
+    assert (tmp_path / "windows.txt").read_bytes() == b"a\n"
 
 
 def test_test_script_passes_its_arguments_to_pytest(clone):
     clone.python('case $* in *requirements_met*) ;; *rwkv_bone.devices*) echo ok ;; *) echo "$@" ;; esac')
     result = clone.sh("test.sh", "-m", "gpu")
-    assert result.stdout.splitlines() == ["-m ruff check .", "-m pytest -m gpu"]
+    assert result.stdout.splitlines() == ["-m ruff check .", "-m mypy", "-m pytest -m gpu"]
 
 
 def test_setup_takes_an_active_environment_that_has_everything_and_is_quick(clone):
@@ -187,20 +511,44 @@ def test_setup_says_when_there_is_no_compiler_and_goes_on(clone):
     assert "A GPU needs none" in result.stderr
 
 
-def test_setup_refuses_a_python_that_is_too_old(clone):
-    clone.python('[ "$1" = --version ] && echo Python 3.8.1; exit 1')
-    result = clone.sh("setup.sh")
-    assert result.returncode == 2 and result.stdout == ""
-    assert "no Python 3.10 or newer on PATH; found Python 3.8.1" in result.stderr
+TOO_OLD = "case $2 in *sys.exit*) exit 1 ;; *platform*) echo Python 3.8.1 ;; *) exit 1 ;; esac"
+
+
+def test_setup_refuses_a_python_that_is_too_old(clone, monkeypatch):
+    clone.python(TOO_OLD)
+    line = sentence(clone.sh("setup.sh"))
+    assert "no Python 3.10 or newer on PATH; found Python 3.8.1. Install one (Debian: apt install python3" in line
+    monkeypatch.setenv("CONDA_PREFIX", "/opt/conda/envs/mine")
+    result = clone.run("sh", clone.scripts / "setup.sh", CONDA_PREFIX="/opt/conda/envs/mine")
+    reason = "it has Python 3.8.1, and 3.10 or newer is needed"
+    assert f"setup: not using the active environment /opt/conda/envs/mine: {reason}\n" in result.stderr
+    assert sentence(result) == line
+
+
+def test_setup_takes_a_newer_python_than_that_of_the_active_environment(maker):
+    (maker.bin / "python3").rename(maker.bin / "python3.12")
+    write_program(maker.bin / "python", TOO_OLD)
+    result = maker.run("sh", maker.scripts / "setup.sh", VIRTUAL_ENV="/mine")
+    assert result.stdout == f"{maker.root}/.venv/bin/python\n", result.stderr
+    assert "not using the active environment /mine: it has Python 3.8.1" in result.stderr
 
 
 def test_setup_refuses_to_go_on_without_python_or_venv_or_with_unknown_options(clone):
     assert "expected --dev" in clone.sh("setup.sh", "--gpu").stderr
     clone.python("case $* in *requirements_met*|*ensurepip*) exit 1 ;; esac")
-    assert "python3-venv" in clone.sh("setup.sh").stderr
+    line = sentence(clone.sh("setup.sh"))
+    assert "python3 has no venv module. Install it (Debian: apt install python3-venv), or activate an env" in line
+    assert not (clone.root / ".venv").exists()
     (clone.bin / "python3").unlink()
-    result = clone.sh("setup.sh")
-    assert result.returncode == 2 and "no Python 3.10 or newer on PATH" in result.stderr
+    assert "no Python 3.10 or newer on PATH; found no Python" in sentence(clone.sh("setup.sh"))
+
+
+def test_no_script_runs_where_setup_cannot_go_on(clone):
+    clone.python(TOO_OLD)
+    for script in ("run_bone.sh", "preview_data.sh", "test.sh"):
+        assert sentence(clone.sh(script)).startswith("setup: no Python 3.10")
+    result = clone.sh("merge_bone.sh", "--peft_checkpoint", "x")
+    assert sentence(result).startswith("setup: no Python 3.10")
 
 
 MAKES_ENVIRONMENTS = """
@@ -208,13 +556,22 @@ case $* in
     *requirements_met*torch) [ -n "${BASE_TORCH:-}" ] ;;
     *requirements_met*) [ -e "$0.complete" ] || { echo torch is not installed; exit 1; } ;;
     *'-m venv '*)
+        [ -z "${VENV_FAILS:-}" ] || exit 1
         echo "$@"
         for folder; do :; done
         mkdir -p "$folder/bin" "$folder/lib/python3.11/site-packages"
         while read -r line; do echo "$line"; done < "$0" > "$folder/bin/python"
         chmod +x "$folder/bin/python" ;;
     *'-m pip '*torch==*) echo "torch first: $*" ;;
-    *'-m pip '*) [ -e "$PIP_FAILS" ] && exit 1; : > "$0.complete" ;;
+    *'-m pip '*)
+        if [ -e "$PIP_FAILS" ]; then
+            until [ "$1" = --log ]; do shift; done
+            while read -r line; do echo "$line"; done < "$PIP_FAILS" > "$2"
+            exit 1
+        fi
+        if [ -n "${PIP_WAITS:-}" ]; then : > "$PIP_WAITS"; exec sleep 100; fi
+        : > "$0.complete" ;;
+    *'import deepspeed'*) [ -z "${IMPORT_FAILS:-}" ] ;;
     *rwkv_bone.devices*) exec "$REAL_PYTHON" "$@" ;;
 esac
 """
@@ -222,11 +579,15 @@ esac
 
 @pytest.fixture
 def maker(clone, monkeypatch):
-    """A clone whose `python3` makes environments and installs into them, both only in appearance."""
-    (clone.bin / "chmod").symlink_to(shutil.which("chmod"))
+    """A clone whose `python3` makes environments and installs into them, both only in appearance.
+
+    pip fails with the words in the file `pip fails` beside the clone, while that is there.
+    """
+    for tool in ("chmod", "sleep"):
+        (clone.bin / tool).symlink_to(shutil.which(tool))
     clone.python(MAKES_ENVIRONMENTS)
     monkeypatch.setenv("REAL_PYTHON", sys.executable)
-    monkeypatch.setenv("PIP_FAILS", "")
+    monkeypatch.setenv("PIP_FAILS", f"{clone.elsewhere}/pip fails")
     monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
     return clone
 
@@ -237,27 +598,143 @@ def asked_of_pip(result) -> str:
     return line.partition("--disable-pip-version-check ")[2]
 
 
-def test_setup_starts_again_after_an_interrupted_installation(maker, monkeypatch):
-    clone = maker
-    failing = clone.elsewhere / "pip fails"
-    failing.touch()
-    monkeypatch.setenv("PIP_FAILS", str(failing))
+def begins_anew(clone) -> None:
+    """The next call removes what is half made, makes it, and leaves nothing for the one after it to do."""
     environment = clone.root / ".venv"
-
-    assert clone.sh("setup.sh").returncode == 1
-    assert (environment / ".unfinished").exists()
-    left_over = environment / "left over"
-    left_over.touch()
-    failing.unlink()
-
+    (environment / "left over").touch()
     result = clone.sh("setup.sh")
     assert result.returncode == 0, result.stderr
-    assert "interrupted" in result.stderr and "torch first" in result.stderr
+    assert f"removing {environment}, whose installation was interrupted" in result.stderr
     assert result.stdout == f"{environment}/bin/python\n"
-    assert not left_over.exists() and not (environment / ".unfinished").exists()
-
+    assert not (environment / "left over").exists() and not (environment / ".unfinished").exists()
     again = clone.sh("setup.sh")
     assert again.stdout == result.stdout and "installing" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (
+            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+            "the disk is full. Make",
+        ),
+        (
+            "Retrying (Retry(total=4)) after connection broken by 'NameResolutionError'",
+            "it cannot reach the package index",
+        ),
+        (
+            "Could not fetch URL https://pypi.org/: connection error: Max retries exceeded",
+            "it cannot reach the package",
+        ),
+        ("ERROR: Hash mismatch", "for the reason above. Mend that, or activate an environment"),
+    ],
+)
+def test_setup_says_why_an_installation_failed_and_the_next_call_begins_anew(words, reason, maker):
+    (maker.elsewhere / "pip fails").write_text(f"Looking\n{words}\nBye\n")
+    line = sentence(maker.sh("setup.sh"))
+    assert line.startswith(f"setup: pip could not install what is missing: {reason}".replace(": for", ", for"))
+    assert line.endswith("then run the same command again")
+    (maker.elsewhere / "pip fails").unlink()
+    begins_anew(maker)
+
+
+def test_setup_says_that_a_disk_is_full_where_pip_could_not_even_write_its_log(maker):
+    (maker.elsewhere / "pip fails").touch()
+    write_program(maker.bin / "df", "echo Filesystem blocks Used Available; echo disk 100 90 10240")
+    assert "the disk is full. Make room (10 MB are free at" in sentence(maker.sh("setup.sh"))
+
+
+def test_an_environment_that_cannot_be_made_ends_in_a_sentence(maker):
+    environment = maker.root / ".venv"
+    result = maker.run("sh", maker.scripts / "setup.sh", VENV_FAILS="1")
+    assert sentence(result).startswith(f"setup: python3 could not make {environment}, for the reason above")
+    begins_anew(maker)
+    shutil.rmtree(environment)
+    environment.write_text("not a folder")
+    assert sentence(maker.sh("setup.sh")).startswith(f"setup: {environment} cannot be made, for the reason above")
+    environment.unlink()
+    environment.symlink_to("/proc")  # where nobody can write
+    assert sentence(maker.sh("setup.sh")).startswith(f"setup: {environment} cannot be written, for the reason above")
+
+
+def test_what_is_installed_and_cannot_be_imported_is_installed_anew(maker):
+    result = maker.run("sh", maker.scripts / "setup.sh", IMPORT_FAILS="1")
+    assert sentence(result).startswith("setup: what pip installed cannot be imported, for the reason above")
+    (maker.root / ".venv" / "bin" / "python.complete").unlink()
+    begins_anew(maker)
+
+
+def test_an_environment_of_an_old_python_is_named(maker):
+    assert maker.sh("setup.sh").returncode == 0
+    write_program(maker.root / ".venv" / "bin" / "python", TOO_OLD)
+    assert f"{maker.root}/.venv has Python 3.8.1: remove that folder" in sentence(maker.sh("setup.sh"))
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_installation_that_is_interrupted_says_so_and_begins_anew(shell, number, maker):
+    waits = maker.elsewhere / "pip waits"
+    process = subprocess.Popen(
+        [shell, maker.scripts / "setup.sh"],
+        env=maker.environment() | {"PIP_WAITS": str(waits)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not waits.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    # Another call meanwhile does not take it for interrupted.
+    assert f"another setup, process {process.pid}, is at work" in sentence(maker.sh("setup.sh"))
+    os.killpg(process.pid, number)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (128 + number, "")
+    assert err.splitlines()[-1] == "setup: interrupted. Run the same command again: it begins anew"
+    begins_anew(maker)
+
+
+def test_an_installation_that_was_killed_begins_anew(maker):
+    (maker.elsewhere / "pip fails").touch()
+    assert maker.sh("setup.sh").returncode == 2
+    (maker.elsewhere / "pip fails").unlink()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for owner in (f"{ended.pid}\n", ""):
+        (maker.root / ".venv" / ".unfinished").write_text(owner)
+        begins_anew(maker)
+
+
+def test_an_environment_whose_update_fails_is_kept(maker):
+    assert maker.sh("setup.sh").returncode == 0
+    environment = maker.root / ".venv"
+    (environment / "bin" / "python.complete").unlink()  # as if a requirement had changed
+    (environment / "mine").touch()
+    (maker.elsewhere / "pip fails").touch()
+    assert "torch is not installed: installing" in maker.sh("setup.sh").stderr
+    assert "torch is not installed: installing" in maker.sh("setup.sh").stderr
+    (maker.elsewhere / "pip fails").unlink()
+    assert maker.sh("setup.sh").returncode == 0 and (environment / "mine").exists()
+
+
+@pytest.mark.slow
+def test_setup_without_a_network_ends_in_a_sentence_and_begins_anew(clone):
+    """The real venv and pip, and a package index that nobody serves."""
+    packages = clone.elsewhere / "packages"  # all that the Python of these tests lacks, is what it has
+    clone.python(f'exec "{Path(sys.base_prefix) / "bin" / "python3"}" "$@"')
+    if (
+        clone.run(
+            clone.bin / "python3", clone.scripts / "requirements_met.py", clone.root / "requirements.txt"
+        ).returncode
+        == 0
+    ):
+        pytest.skip("the Python below that of these tests has everything")
+    variables = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple/cpu", "PIP_RETRIES": "0", "PIP_CACHE_DIR": str(packages)}
+    for _ in range(2):
+        line = sentence(clone.run("sh", clone.scripts / "setup.sh", **variables))
+        assert line.startswith("setup: pip could not install what is missing: it cannot reach the package index. Check")
+        assert (clone.root / ".venv" / ".unfinished").exists()
 
 
 @pytest.mark.parametrize("installed", [True, False])
