@@ -317,7 +317,7 @@ def header(config: TrainConfig, prepared: Prepared, device: str, dataset, module
     if config.model.quant != "none":
         yield f"quant     {describe(prepared.model, DTYPES[run.precision], device)}"
     if prepared.injection:
-        for line in prepared.injection.lines():
+        for line in prepared.injection.summary_lines():
             yield f"adapter   {line}"
     else:
         trained, total = count(prepared.model, trained=True), count(prepared.model)
