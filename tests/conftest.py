@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rwkv_bone import checkpoints
+from rwkv_bone.adapters import adapter_keys
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.models import architecture_from_scratch, build, init_from_scratch
 
@@ -51,6 +52,11 @@ def random_model(seed: int = 0, dtype=torch.float32, version: int = 7, **sizes):
                 else:
                     parameter.copy_(noise(parameter) * (parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.5))
     return model.to(dtype)
+
+
+def adapter_state(model) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter file of this model: fp32 copies on the CPU."""
+    return {key: model.get_parameter(key).detach().to("cpu", torch.float32, copy=True) for key in adapter_keys(model)}
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The NVIDIA cards of this machine, whether PyTorch can use them, and what to do if not.
 
-What the machine has is asked of nvidia-smi and of the driver's own files, what PyTorch is of its version.py. So this
-needs the standard library alone, and scripts/setup.sh asks it which PyTorch to install, before there is one:
-`python -m rwkv_bone.devices pip`.
+The machine is looked up in nvidia-smi and the driver's own files, PyTorch in its version.py. So this needs only the
+standard library, and scripts/setup.sh can ask it which PyTorch to install before there is one: `python -m
+rwkv_bone.devices pip`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 
 from rwkv_bone.errors import UserError
 
-# Generation of CUDA -> the first driver for Linux that runs all its builds.
+# Generation of CUDA -> the oldest driver for Linux that runs everything built for it.
 FIRST_DRIVERS = {13: "580.65.06", 12: "525.60.13", 11: "450.80.02"}
 # On PyPI the first is built for CUDA 13, the second is the newest that is built for CUDA 12.
 TORCH, TORCH_FOR_CUDA_12 = "torch==2.13.0", "torch==2.10.0"
-# Cards before Turing are left out of both; these builds have them.
+# Neither has code for cards older than Turing; these builds do.
 OLDEST_CARD, FOR_OLDER_CARDS = (7, 5), ["--index-url", "https://download.pytorch.org/whl/cu126"]
 
 # There while the driver is loaded, in containers too.
@@ -42,12 +42,12 @@ class Card:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine with an NVIDIA driver says about itself; empty is what it does not say."""
+    """What a machine with an NVIDIA driver says about itself; a field is empty if it does not say."""
 
     cards: tuple[Card, ...] = ()
     driver: str = ""  # such as "580.65.06"
     cuda: str = ""  # the newest CUDA that the driver runs: "13.0", or "13"
-    trouble: str = ""  # why nvidia-smi does not list cards, in its words
+    trouble: str = ""  # what nvidia-smi says if it lists no cards
 
     @property
     def generation(self) -> int:
@@ -74,7 +74,7 @@ class Torch:
         return f"{self.version}, built for {built}"
 
     def runs_on(self, machine: Machine) -> bool:
-        """Whether it has code for each of the machine's cards; true of what is not known."""
+        """Whether it has code for each of the machine's cards; true if one of the two is unknown."""
         return all(self.has_code_for(card.capability) for card in machine.cards if card.capability)
 
     def has_code_for(self, capability: tuple[int, int]) -> bool:
@@ -107,7 +107,7 @@ def select_device(accelerator: str, on_purpose: str = "--accelerator cpu") -> st
 def require_cuda(asked: str, otherwise: str) -> None:
     """UserError, with versions and what to do, unless PyTorch can use its first CUDA device.
 
-    asked: begins the message. otherwise: the last of the things to do, the one without a GPU.
+    asked: the message begins with it. otherwise: the last of the things to do, for those who have no GPU.
     """
     import torch
 
@@ -176,7 +176,7 @@ def facts_of(machine: Machine, torch: Torch) -> list[str]:
 
 
 def advice_for(machine: Machine, torch: Torch, visible: str | None) -> list[str]:
-    """The ways to get the card used; each mends it alone, but for several faults at once."""
+    """Ways to get the card used. Each is enough by itself, unless several things are wrong at once."""
     wanted = pip_words(machine)
     install = pip_command(wanted or [TORCH])
     ways = []
@@ -208,7 +208,7 @@ def too_old(machine: Machine, torch: Torch) -> bool:
 
 
 def pip_words(machine: Machine | None) -> list[str] | None:
-    """What to ask pip for, to get a PyTorch for this machine. None if its driver is too old for all of them."""
+    """The arguments for pip to get a PyTorch for this machine. None if its driver is too old for all of them."""
     if machine is None:
         return [TORCH]
     if machine.generation < 12:
@@ -220,13 +220,13 @@ def pip_words(machine: Machine | None) -> list[str] | None:
 
 
 def pip_command(words: Sequence[str]) -> str:
-    """What a person types to put these in place of the PyTorch that is there."""
+    """What a person types to replace the installed PyTorch by this one."""
     ignored = ["env", "-u", variable] if (variable := chosen_index()) else []
     return shlex.join([*ignored, sys.executable, "-m", "pip", "install", "--force-reinstall", *words])
 
 
 def chosen_index() -> str:
-    """The variable by which the user has told pip which builds of PyTorch to take, or nothing."""
+    """The variable by which the user tells pip where to take PyTorch from; "" if there is none."""
     for variable in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
         if re.search(r"/(cpu|cu\d+|rocm[\d.]*|xpu)/?(\s|$)", os.environ.get(variable, "")):  # pip's own PIP_ settings
             return variable
@@ -250,20 +250,20 @@ def look() -> Machine | None:
 
 
 def machine_of(rows: str, banner: str, loaded: str, trouble: str) -> Machine:
-    """A machine from what nvidia-smi lists, what it prints without arguments, the loaded driver, and why it fails."""
+    """A machine from nvidia-smi's list, its output without arguments, the loaded driver, and its error if it fails."""
     cards, driver = [], loaded
     for row in rows.splitlines():
         found = re.fullmatch(r"([\d.]+), (.+?)(?:, (\d+)\.(\d+)|, \[.*\])?", row.strip())
         if found:
             driver = found[1]
             cards.append(Card(found[2], (int(found[3]), int(found[4])) if found[3] else None))
-    # Since driver 610 it is called "CUDA UMD Version". It is that of the library which PyTorch loads too.
+    # Since driver 610 it is called "CUDA UMD Version": the version of the library that PyTorch loads too.
     found = re.search(r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)", banner)
     return Machine(tuple(cards), driver, found[1] if found else cuda_of(driver), trouble)
 
 
 def cuda_of(driver: str) -> str:
-    """The generation of CUDA that a driver for Linux runs; "" of an unknown driver."""
+    """The generation of CUDA that a driver for Linux runs; "" for an unknown driver."""
     number = [int(part) for part in driver.split(".") if part]
     for cuda, first in FIRST_DRIVERS.items():
         if number >= [int(part) for part in first.split(".")]:
@@ -272,7 +272,7 @@ def cuda_of(driver: str) -> str:
 
 
 def loaded_driver() -> str:
-    """The version of the driver in the kernel, or "" where that is not told (as under Windows)."""
+    """The version of the driver in the kernel; "" where the system does not tell (as under Windows)."""
     if not DRIVER_FILE.exists():
         return ""
     found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", DRIVER_FILE.read_text(errors="replace"))
@@ -280,7 +280,7 @@ def loaded_driver() -> str:
 
 
 def nvidia_smi(*arguments: str) -> tuple[str, str]:
-    """(what it prints, nothing), or (nothing, why it fails)."""
+    """(what it prints, ""), or ("", why it fails)."""
     if not (program := shutil.which("nvidia-smi")):
         return "", "is not on PATH"
     try:
@@ -296,13 +296,13 @@ def nvidia_smi(*arguments: str) -> tuple[str, str]:
 
 
 def cards_are_hidden() -> bool:
-    """Whether CUDA_VISIBLE_DEVICES hides all cards as one does on purpose: empty, or beginning with -1."""
+    """Whether CUDA_VISIBLE_DEVICES hides all cards on purpose: it is empty, or begins with -1."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible is not None and visible.split(",")[0].strip() in ("", "-1")
 
 
 def words_of_torch() -> str:
-    """What PyTorch says when it cannot start CUDA. Its warning of the same is given only once, perhaps long ago."""
+    """What PyTorch says when it cannot start CUDA. Its warning is of no use here: it appears only once a process."""
     import torch
 
     try:
@@ -313,7 +313,7 @@ def words_of_torch() -> str:
 
 
 def installed_torch() -> Torch | None:
-    """The installed build of PyTorch, which is not imported (that takes seconds)."""
+    """The installed build of PyTorch, without importing it, which takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.origin:
         return None
@@ -322,7 +322,7 @@ def installed_torch() -> Torch | None:
 
 
 def major(cuda: str | None) -> int:
-    """13 of "13.0"; 0 of nothing."""
+    """13 for "13.0"; 0 for none."""
     return int((cuda or "0").split(".")[0])
 
 
@@ -331,43 +331,45 @@ def card_text(card: Card) -> str:
 
 
 def main(question: str) -> int:
-    """The questions of scripts/setup.sh: the answer is printed, what a person should know goes to standard error.
+    """Answer a question of scripts/setup.sh on standard output; what a person should know goes to standard error.
 
-    pip: what to ask pip for (status 2: this driver is too old). about: the Python and PyTorch that run this. check: the
-    same, and whether PyTorch, which was just installed, can use the card.
+    pip: the arguments for pip (status 2: this driver is too old). about: the Python and PyTorch that run this. check:
+    the same, and whether PyTorch, which was just installed, can use the card.
     """
     if question == "pip":
         machine = None if chosen_index() else look()
         wanted = pip_words(machine)
         if wanted is None:
-            say(
+            assert machine is not None  # there is a PyTorch for a machine without a driver
+            tell(
                 f"the NVIDIA driver {machine.driver} of this machine is too old for every PyTorch that can be used "
                 f"here: update it to {FIRST_DRIVERS[13]} (at least {FIRST_DRIVERS[12]}). To train on the CPU on "
                 "purpose: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu sh scripts/setup.sh"
             )
             return 2
         if machine and machine.cards:
-            say(f"{machine.names()} with driver {machine.driver}, for CUDA up to {machine.cuda}: {' '.join(wanted)}")
+            tell(f"{machine.names()} with driver {machine.driver}, for CUDA up to {machine.cuda}: {' '.join(wanted)}")
         elif machine:
-            say(f"an NVIDIA driver but no card: nvidia-smi {machine.trouble}")
+            tell(f"an NVIDIA driver but no card: nvidia-smi {machine.trouble}")
         print(*wanted)
         return 0
     torch, sees = installed_torch(), ""
     if torch and not torch.cuda:
         if (machine := look()) and machine.cards:
-            say(f"torch {torch}, cannot use {machine.names()}: {advice_for(machine, torch, None)[0]}")
+            tell(f"torch {torch}, cannot use {machine.names()}: {advice_for(machine, torch, None)[0]}")
     elif question == "check" and not cards_are_hidden() and (machine := look()):
         try:
             require_cuda("", "train on the CPU on purpose: --accelerator cpu")
             sees = f", sees {machine.names()}"
         except UserError as problem:
-            say(str(problem))
+            tell(str(problem))
     print(f"Python {platform.python_version()}, torch {torch}{sees}")
     return 0
 
 
-def say(line: str) -> None:
-    for part in line.splitlines():
+def tell(text: str) -> None:
+    """Print for the person who runs setup.sh, on standard error, since standard output is the answer."""
+    for part in text.splitlines():
         print(f"setup: {part}", file=sys.stderr)
 
 

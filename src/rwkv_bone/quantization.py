@@ -1,23 +1,23 @@
-"""Frozen projections in 8 or 4 bits: what is kept are codes and scales, and a weight exists only while it is used.
+"""Frozen projections in 8 or 4 bits: codes and scales are kept, and a weight exists only while it is used.
 
     int8       per row of the weight: w = code * scale, scale = max |row| / 127
     nf4, fp4   per block of 64 values of the flattened weight: w = table[code] * scale, scale = max |block|
 
-Two 4-bit codes to a byte, the first in the high half. Codes, scales and dequantised values of nf4 and fp4 are those of
-bitsandbytes 0.50, bit for bit, and so are the codes of int8. PyTorch alone computes them, the same on any device; on
-CUDA bitsandbytes' kernel dequantises if it is installed.
+A byte holds two 4-bit codes, the first in its high half. Codes, scales and dequantised values of nf4 and fp4 equal
+those of bitsandbytes 0.50 bit for bit, and so do the codes of int8. They are computed with PyTorch alone and are the
+same on any device; on CUDA bitsandbytes' kernel dequantises, if it is installed.
 
-Codes and scales are buffers and not parameters: DeepSpeed neither partitions nor casts them, so that at ZeRO stage 3
-too every device holds all of them.
+Codes and scales are buffers and not parameters, so that DeepSpeed neither partitions nor casts them: every device holds
+all of them, at ZeRO stage 3 too.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ class Quantized(NamedTuple):
 
 
 def is_quantized(key: str) -> bool:
-    """Whether --quant applies to the base's tensor of this name: every projection under att and ffn, adapted or not."""
+    """Whether --quant applies to this key of the base: it does to all projections of att and ffn, adapted or not."""
     return param_part(key) == "projection"
 
 
@@ -70,9 +70,9 @@ def quantize(weight: Tensor, kind: str) -> Quantized:
         for rows in _chunks(out_features, in_features, weight.device):
             part = weight[rows].float()
             largest = part.abs().amax(dim=1)
-            # Above SMALLEST, since 127 divided by that is infinite.
+            # Not SMALLEST: 127 divided by that is infinite in fp32.
             codes[rows] = (part * (127.0 / largest.clamp(min=1e-30))[:, None]).round_().to(torch.int8)
-            # Divided by a tensor: by a number CUDA multiplies with its reciprocal, which rounds differently.
+            # Divided by a tensor and not by a number: then CUDA would multiply by 1/127, which rounds differently.
             scales[rows] = largest / torch.full_like(largest, 127.0)
         return Quantized(codes, scales, kind, (out_features, in_features))
     codes = weight.new_empty(-(-count // 2), dtype=torch.uint8)
@@ -119,7 +119,7 @@ def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def as_trained(weight: Tensor, kind: str) -> Tensor:
-    """The fp32 values that a run with --quant `kind` trains on in place of this weight of the base."""
+    """The fp32 values that a run with --quant `kind` has in place of this weight of the base."""
     return weight.float() if kind == "none" else dequantize(quantize(weight, kind))
 
 
@@ -134,7 +134,10 @@ def has_bitsandbytes() -> bool:
 
 
 def describe(model: nn.Module, dtype: torch.dtype, device: str) -> str:
-    """What of a model is quantised, for the user. dtype: that of the weights otherwise; device: where it will run."""
+    """A sentence for the user: what is quantised, and how much memory that saves against weights of this dtype.
+
+    device: where the model will run, "cpu" or "cuda".
+    """
     weights = [module.quantized for module in model.modules() if isinstance(module, QuantLinear)]
     kept = sum(weight.nbytes for weight in weights) / 1e6
     plain = sum(math.prod(weight.shape) for weight in weights) * dtype.itemsize / 1e6
@@ -146,28 +149,31 @@ def describe(model: nn.Module, dtype: torch.dtype, device: str) -> str:
 
 
 class QuantFunction(torch.autograd.Function):
-    """x [..., in], codes, scales -> x W^T [..., out]. Saves codes and scales alone: backward makes the weight again."""
+    """x [..., in], codes, scales -> x W^T [..., out]. Keeps only codes and scales: backward dequantises again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, codes: Tensor, scales: Tensor, kind: str, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, kind: str, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(codes, scales)
         ctx.kind, ctx.shape = kind, shape
         return F.linear(x, dequantize(Quantized(codes, scales, kind, shape), x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):
-        weight = dequantize(Quantized(*ctx.saved_tensors, ctx.kind, ctx.shape), g.dtype)
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scales = ctx.saved_tensors
+        weight = dequantize(Quantized(codes, scales, ctx.kind, ctx.shape), g.dtype)
         return g @ weight, None, None, None, None
 
 
 class QuantLinear(nn.Module):
     """A frozen projection without bias, x [..., in] -> [..., out], that keeps its weight quantised.
 
-    Arithmetic is in x's dtype. It adds no key to the state dict: codes and scales follow from the base's file.
+    Arithmetic is in x's dtype. Codes and scales are not in the state dict: they are made anew from the base's file.
     """
 
     bias = None
+    codes: Tensor
+    scales: Tensor
 
     def __init__(self, weight: Quantized):
         super().__init__()
@@ -181,14 +187,14 @@ class QuantLinear(nn.Module):
         return Quantized(self.codes, self.scales, self.kind, (self.out_features, self.in_features))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in], made anew."""
+        """The weight [out, in] in this dtype, a new tensor."""
         return dequantize(self.quantized, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return QuantFunction.apply(x, *self.quantized)
 
-    def _apply(self, fn, recurse: bool = True):
-        # `module.to(dtype)` means the weights' dtype; with rounded scales these would be other weights.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        # `module.to(dtype)` would round the scales too, and with them change every weight: they stay fp32.
         scales = self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype != torch.float32:
@@ -207,13 +213,13 @@ def _chunks(count: int, width: int, device: torch.device) -> Iterator[slice]:
 
 @cache
 def _bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(fp32 [15]: the middles between neighbours of the sorted table, uint8 [16]: the code of each of its values)."""
+    """(fp32 [15]: the midpoints of the sorted table, uint8 [16]: the code of each of its values)."""
     values, order = torch.tensor(TABLES[kind]).sort(stable=True)
     return ((values[1:] + values[:-1]) / 2).to(device), order.to(device, torch.uint8)
 
 
 @cache
 def _pairs(kind: str, device: torch.device) -> Tensor:
-    """[256]: for each byte the two values that it stands for, fp32 each, as one element of 64 bits to look up."""
+    """[256] int64: for each byte the two fp32 values that it stands for, joined, so that one look-up finds both."""
     values, byte = torch.tensor(TABLES[kind]), torch.arange(256)
     return torch.stack((values[byte >> 4], values[byte & 15]), dim=1).view(torch.int64).view(-1).to(device)

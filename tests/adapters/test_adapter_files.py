@@ -7,8 +7,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.adapters import (
     ADAPTERS,
     AdapterSettings,
-    adapter_state,
-    apply_adapter_file,
+    apply_adapter,
     infer_adapter,
     inject,
     load_adapter_file,
@@ -16,7 +15,7 @@ from rwkv_bone.adapters import (
 )
 from rwkv_bone.errors import UserError
 from rwkv_bone.quantization import QuantLinear, quantize
-from tests.conftest import random_model
+from tests.conftest import adapter_state, random_model
 
 SHAPES = {
     **{f"blocks.{layer}.att.{name}.weight": (32, 32) for layer in (0, 1) for name in ("key", "value")},
@@ -152,7 +151,8 @@ def trained(tiny_checkpoint, tmp_path):
 def test_an_adapter_file_applied_to_its_base_gives_the_trained_model(trained, kind):
     path, adapter, model = trained(kind, train_parts=["ln", "time"], alpha=4.0, rslora=True)
     fresh = random_model()
-    found = apply_adapter_file(fresh, adapter, base=checkpoints.read_state(path))
+    found = read_adapter(adapter, checkpoints.read_state(path))
+    apply_adapter(fresh, found)
     assert found.settings == AdapterSettings(kind, 8, alpha=4.0, rslora=True)
     assert len(found.targets) == 6 and "ln_out.weight" in found.extra
     ids = torch.arange(12)[None]

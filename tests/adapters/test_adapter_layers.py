@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_bone.adapters import ADAPTERS, AdapterSettings, LoraLinear, PissaLinear, pissa_as_lora
+from rwkv_bone.adapters import ADAPTERS, AdapterSettings, LoraLinear, PissaLinear
 from rwkv_bone.errors import UserError
 from rwkv_bone.quantization import QuantLinear, quantize
 from tests.conftest import REPOSITORY
@@ -93,14 +93,14 @@ def gradients(layer, x, g):
 def quantised(layer):
     """(the same adapter around a quantised base, the same on that base's values as a plain weight), float32."""
     weight = quantize(layer.weight.float(), "int8")
-    around = type(layer)(QuantLinear(weight), layer.settings, initialise=False)
+    wrapping = type(layer)(QuantLinear(weight), layer.settings, initialise=False)
     plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
     plain.weight.data = QuantLinear(weight).dequantize(torch.float32)
     plain = type(layer)(plain, layer.settings, initialise=False)
     for name, tensor in layer.tensors().items():
-        getattr(around, name).data.copy_(tensor)
+        getattr(wrapping, name).data.copy_(tensor)
         getattr(plain, name).data.copy_(tensor)
-    return around, plain
+    return wrapping, plain
 
 
 @pytest.mark.parametrize("kind,in_features,out_features,r", SHAPES)
@@ -114,24 +114,6 @@ def test_layer_and_merge_equal_the_dense_definition(kind, in_features, out_featu
 
 
 @pytest.mark.parametrize("kind,in_features,out_features,r", SHAPES)
-def test_unmerging_restores_the_weight(kind, in_features, out_features, r):
-    layer = make(kind, in_features, out_features, r, dtype=torch.float32, std=0.1)
-    back = layer.unmerged(merged(layer), layer.tensors(), layer.settings)
-    torch.testing.assert_close(back, layer.weight, rtol=0, atol=5e-6)
-    layer.double()
-    back = layer.unmerged(merged(layer), layer.tensors(), layer.settings)
-    torch.testing.assert_close(back, layer.weight, rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("kind", ["bat", "bat-col"])
-def test_a_bat_without_an_inverse_is_not_unmerged(kind):
-    layer = make(kind, 16, 16, 8)
-    layer.bone.data[0] = -torch.eye(8)
-    with pytest.raises(UserError, match="no inverse"):
-        layer.unmerged(merged(layer), layer.tensors(), layer.settings)
-
-
-@pytest.mark.parametrize("kind,in_features,out_features,r", SHAPES)
 def test_backward_is_the_gradient_in_float64(kind, in_features, out_features, r):
     layer = make(kind, in_features, out_features, r, bias=True)
     x = torch.randn(5, in_features, dtype=torch.float64, requires_grad=True)
@@ -140,7 +122,7 @@ def test_backward_is_the_gradient_in_float64(kind, in_features, out_features, r)
 
     def compute(x, weight, bias, *trained):
         own = dict(zip(layer.parameter_names, trained, strict=True))
-        return layer.compute(x, weight, bias, {**tensors, **own}, layer.settings)
+        return layer.forward_fused(x, weight, bias, {**tensors, **own}, layer.settings)
 
     # The weight and bias are trained too here: then they need a gradient like any others.
     assert torch.autograd.gradcheck(compute, (x, weight, bias, *trained))
@@ -162,7 +144,7 @@ def test_around_any_projection_it_is_the_same_function_with_the_same_gradients(k
         calls.append(x)
         return F.linear(x, layer.weight, layer.bias)
 
-    y = layer.around(base, leaf, layer.tensors(), layer.settings, 0.0)
+    y = layer.forward_wrapped(base, leaf, layer.tensors(), layer.settings, 0.0)
     y.backward(g)
     assert len(calls) == 1
     found = (y, leaf.grad, *(getattr(layer, name).grad for name in layer.parameter_names))
@@ -173,13 +155,13 @@ def test_around_any_projection_it_is_the_same_function_with_the_same_gradients(k
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_quantised_base_gives_what_its_values_as_a_plain_weight_give(kind, dtype):
-    around, plain = quantised(make(kind, 64, 96, 8, dtype=torch.float32))
-    assert around.state_dict().keys() == {*around.tensors()}  # codes and scales follow from the base's file
-    assert {name for name, p in around.named_parameters() if p.requires_grad} == set(around.parameter_names)
+    wrapping, plain = quantised(make(kind, 64, 96, 8, dtype=torch.float32))
+    assert wrapping.state_dict().keys() == {*wrapping.tensors()}  # codes and scales follow from the base's file
+    assert {name for name, p in wrapping.named_parameters() if p.requires_grad} == set(wrapping.parameter_names)
     plain.weight.data = plain.weight.data.to(dtype)
     x, g = torch.randn(3, 9, 64).to(dtype), torch.randn(3, 9, 96).to(dtype)
     tolerance = 0 if dtype == torch.float32 else 0.004  # two gradients of x are rounded before they are added
-    for found, wanted in zip(gradients(around, x, g), gradients(plain, x, g), strict=True):
+    for found, wanted in zip(gradients(wrapping, x, g), gradients(plain, x, g), strict=True):
         assert found.dtype == wanted.dtype
         assert (found - wanted).norm() <= tolerance * wanted.norm()
 
@@ -465,19 +447,8 @@ def test_a_small_change_of_pissa_is_not_rounded_away_in_half_precision():
     layer.lora_B.data.mul_(1 + 2**-12)  # far less than bf16 tells apart
     x = torch.randn(9, 64).bfloat16()
     effect = (layer.merged(layer.weight.float(), layer.tensors(), layer.settings) - layer.weight.float()).detach()
-    side = layer.around(torch.zeros_like, x, layer.tensors(), layer.settings, 0.0).detach()
-    assert (side.float() - x.float() @ effect.t()).norm() < 0.02 * (x.float() @ effect.t()).norm()
-
-
-def test_pissa_becomes_a_lora_of_twice_the_rank_on_the_same_base():
-    layer = make("pissa", 22, 13, 3)
-    tensors, settings = pissa_as_lora(layer.tensors(), layer.settings)
-    assert settings.kind == "lora" and settings.r == 6 and settings.scale == layer.settings.scale
-    torch.testing.assert_close(LoraLinear.merged(layer.weight, tensors, settings), merged(layer))
-    rank_stabilised = AdapterSettings("pissa", 3, alpha=5, rslora=True)
-    tensors, settings = pissa_as_lora(layer.tensors(), rank_stabilised)
-    expected = layer.merged(layer.weight, layer.tensors(), rank_stabilised)
-    torch.testing.assert_close(LoraLinear.merged(layer.weight, tensors, settings), expected)
+    update = layer.forward_wrapped(torch.zeros_like, x, layer.tensors(), layer.settings, 0.0).detach()
+    assert (update.float() - x.float() @ effect.t()).norm() < 0.02 * (x.float() @ effect.t()).norm()
 
 
 @pytest.mark.parametrize("kind", ["bat", "bat-col"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rwkv_bone import checkpoints
-from rwkv_bone.adapters import ADAPTERS, AdapterSettings, adapter_state, inject, load_adapter, settings_of
+from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject, load_adapter, settings_of
 from rwkv_bone.adapters.layer import AdapterLinear
 from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.checkpoints import Architecture
@@ -12,7 +12,7 @@ from rwkv_bone.config import AdapterConfig
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import build
 from rwkv_bone.quantization import QuantLinear, quantize
-from tests.conftest import random_model
+from tests.conftest import adapter_state, random_model
 
 ALL = ["att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"]
 
@@ -44,7 +44,7 @@ def test_the_parameters_of_a_2_9b_model_are_those_of_the_papers():
 
 def test_the_counts_of_a_0_1b_model_are_printed_per_target():
     injection = inject(meta_model(12, 768, 3072, w=64, a=64, v=32, g=128), settings=AdapterSettings("bone", 64))
-    lines = [" ".join(line.split()) for line in injection.lines()]
+    lines = [" ".join(line.split()) for line in injection.summary_lines()]
     assert "att.key 12 layers r=64 589,824 trainable of 7,077,888" in lines
     assert lines[-1].startswith("bone 5,308,416 trainable of 191,034,624")
 
@@ -236,7 +236,7 @@ def test_a_quantised_model_takes_every_adapter_and_counts_its_weights(kind):
     injection = inject(model, settings=AdapterSettings(kind, 8))
     assert adapted(model) == adapted(plain)
     assert (injection.total, injection.trainable) == (expected.total, expected.trainable)
-    assert injection.lines() == expected.lines()
+    assert injection.summary_lines() == expected.summary_lines()
 
 
 def test_a_lora_is_drawn_from_the_generator_it_is_given():

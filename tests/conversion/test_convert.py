@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from rwkv_bone import checkpoints
-from rwkv_bone.adapters import AdapterSettings, adapter_state, apply_adapter_file, inject
+from rwkv_bone.adapters import AdapterSettings, apply_adapter, inject, read_adapter
 from rwkv_bone.adapters.peft_format import hf_name
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.conversion.convert import ConvertConfig, convert, main
 from rwkv_bone.errors import UserError, exit_status
-from tests.conftest import random_model
+from tests.conftest import adapter_state, random_model
 
 peft = pytest.importorskip("peft")
 
@@ -57,7 +57,7 @@ class Field:
     def logits(self, output: str) -> torch.Tensor:
         """Of the base under an adapter file of ours."""
         model = random_model()
-        apply_adapter_file(model, self.folder / output, base=self.weights)
+        apply_adapter(model, read_adapter(self.folder / output, self.weights))
         return model(IDS)
 
     def changed(self, delta) -> torch.Tensor:
@@ -190,10 +190,18 @@ def native(field, kind, r=8, train_parts=(), **settings) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind,to", [("bone", "miss"), ("bat-col", "miss"), ("bone", "lora"), ("lora", "auto"), ("pissa", "lora")]
+    "kind,to,settings",
+    [
+        ("bone", "miss", {}),
+        ("bat-col", "miss", {}),
+        ("bone", "lora", {}),
+        ("lora", "auto", {"alpha": 4.0}),
+        ("pissa", "lora", {"alpha": 4.0}),
+        ("pissa", "lora", {"alpha": 4.0, "rslora": True}),
+    ],
 )
-def test_peft_loads_what_is_written_and_computes_the_same(field, kind, to):
-    path = native(field, kind, alpha=4.0 if kind in ("lora", "pissa") else 0.0)
+def test_peft_loads_what_is_written_and_computes_the_same(field, kind, to, settings):
+    path = native(field, kind, **settings)
     told = field.convert(path, "directory", to=to, names="rwkv")
     assert "its metadata says so" in told
     theirs = peft.PeftModel.from_pretrained(random_model(), field.folder / "directory")

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from rwkv_bone import checkpoints, load_model
-from rwkv_bone.adapters import ADAPTERS, AdapterSettings, BoneLinear, adapter_state, inject
+from rwkv_bone.adapters import ADAPTERS, AdapterSettings, BoneLinear, inject
 from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.conversion import merge as merging
-from rwkv_bone.conversion.merge import merge, merge_files
+from rwkv_bone.conversion.merge import merge_files, merged_tensors
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import load_base_into
 from rwkv_bone.quantization import as_trained
-from tests.conftest import REPOSITORY, random_model
+from tests.conftest import REPOSITORY, adapter_state, random_model
 from tests.rwkv_oracle import logits as oracle_logits
 
 QUANTISED = [("nf4", ".pth"), ("int8", ".pth")]
@@ -69,6 +69,12 @@ def config(paths, **changes):
     return MergeConfig(**{"base_model": base, "peft_checkpoint": adapter, "output": output, **changes})
 
 
+def merged(paths, kind="bone", **options):
+    """The tensors of a merge, in memory."""
+    base, adapter = map(checkpoints.read_state, paths[:2])
+    return dict(merged_tensors(base, adapter, AdapterSettings(kind, 8), **options))
+
+
 def left_behind(paths):
     return {path.name for path in paths[2].parent.iterdir()} - {path.name for path in paths[:2]} - {"rwkv-0.json"}
 
@@ -108,6 +114,16 @@ def test_the_rwkv_package_runs_the_merged_file(files):
     assert abs(oracle_logits(paths[2], IDS[0].tolist()) - live).max() < 1e-3
 
 
+def test_a_trained_state_of_a_bf16_base_goes_into_safetensors_too(files):
+    # Wide dtypes come first in that format, so the fp32 states stand before the base's tensors.
+    paths = files("state", r=0, dtype=torch.bfloat16)
+    paths = (*paths[:2], paths[2].with_suffix(".safetensors"))
+    merge_files(config(paths))
+    found, adapter = checkpoints.read_state(paths[2]), checkpoints.read_state(paths[1])
+    assert len(adapter) == 2 and all(torch.equal(found[key], tensor) for key, tensor in adapter.items())
+    torch.testing.assert_close(logits(paths[2]), logits(*paths[:2]), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_the_output_has_the_keys_order_shapes_and_dtypes_of_the_base(files, suffix):
     paths = files("bone", targets=["att.key"], train_parts=["emb"])
@@ -119,7 +135,7 @@ def test_the_output_has_the_keys_order_shapes_and_dtypes_of_the_base(files, suff
     base["blocks.0.att.k_a"] = base["blocks.0.att.k_a"][..., :31].bfloat16()
     adapter = checkpoints.read_state(paths[1])
     output = paths[2].with_suffix(suffix)
-    write_tensors(output, base, merging.merged_tensors(base, adapter, AdapterSettings("bone", 8)))
+    write_tensors(output, base, merged_tensors(base, adapter, AdapterSettings("bone", 8)))
     written = checkpoints.read_state(output)
     if suffix == ".pth":
         assert list(written) == list(base)
@@ -134,10 +150,10 @@ def test_the_output_has_the_keys_order_shapes_and_dtypes_of_the_base(files, suff
     assert torch.equal(written["emb.weight"], adapter["emb.weight"])
 
 
-def test_merge_of_dictionaries_equals_merge_of_files(files):
+def test_the_file_holds_the_merged_tensors_in_the_bases_order(files):
     paths = files("bat", dtype=torch.bfloat16, train_parts=["head"])
     merge_files(config(paths))
-    expected = merge(*map(checkpoints.read_state, paths[:2]), settings=AdapterSettings("bat", 8))
+    expected = merged(paths, "bat")
     found = checkpoints.read_state(paths[2])
     assert list(found) == list(expected)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -145,10 +161,13 @@ def test_merge_of_dictionaries_equals_merge_of_files(files):
 
 def test_an_adapter_tensor_without_a_place_is_refused(files):
     paths = files()
-    base, adapter = checkpoints.read_state(paths[0]), checkpoints.read_state(paths[1])
+    adapter, metadata = checkpoints.read_state(paths[1]), checkpoints.read_metadata(paths[1])
     for key in ("blocks.2.att.key.bone", "blocks.0.att.gate.bone", "blocks.0.att.time_state"):
+        strange = paths[1].with_name("strange.pth")
+        checkpoints.write_state(strange, {**adapter, key: torch.zeros(8, 32)}, metadata, overwrite=True)
         with pytest.raises(UserError, match=key.removesuffix(".bone")):
-            merge(base, {**adapter, key: torch.zeros(8, 32)}, settings=AdapterSettings("bone", 8))
+            merge_files(config((paths[0], strange, paths[2])))
+    assert not paths[2].exists()
 
 
 def test_only_one_tensor_is_held_at_a_time(tmp_path):
@@ -199,7 +218,7 @@ def test_a_lora_of_the_field_merges_with_the_alpha_that_the_user_gives(files):
 def test_a_pissa_of_the_field_merges_with_its_initial_factors(files, tmp_path):
     paths = files("pissa")
     whole = checkpoints.read_state(paths[1])
-    expected = merge(checkpoints.read_state(paths[0]), whole, settings=AdapterSettings("pissa", 8))
+    expected = merged(paths, "pissa")
     init = tmp_path / "init_pissa.pth"
     torch.save({f"model.{key}": tensor for key, tensor in whole.items() if ".init_" in key}, init)
     torch.save({key: tensor for key, tensor in whole.items() if ".init_" not in key}, tmp_path / "field.pth")
@@ -228,10 +247,10 @@ def test_merging_into_the_original_weights_is_asked_for_and_said(files):
     report = "\n".join(merge_files(config(paths, merge_base="original")))
     assert "warning   merged into the original weights (--merge_base original), not into the nf4 ones" in report
     assert re.search(r"on nf4, as trained, they were [1-9][0-9.]*% away", report)
-    expected = merge(*map(checkpoints.read_state, paths[:2]), settings=AdapterSettings("bone", 8))
+    expected = merged(paths)
     found = checkpoints.read_state(paths[2])
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    trained = merge(*map(checkpoints.read_state, paths[:2]), settings=AdapterSettings("bone", 8), quant="nf4")
+    trained = merged(paths, quant="nf4")
     assert not torch.equal(found["blocks.0.att.key.weight"], trained["blocks.0.att.key.weight"])
 
 
@@ -243,7 +262,7 @@ def test_the_quantisation_is_the_adapters_own_and_a_flag_cannot_change_it(files)
 def test_the_quantisation_of_an_adapter_without_metadata_is_a_flag(files):
     paths = files(quant="nf4", metadata=False)
     merge_files(config(paths, quant="nf4"))
-    expected = merge(*map(checkpoints.read_state, paths[:2]), settings=AdapterSettings("bone", 8), quant="nf4")
+    expected = merged(paths, quant="nf4")
     found = checkpoints.read_state(paths[2])
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 

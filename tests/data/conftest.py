@@ -1,10 +1,13 @@
-"""Helpers to write small data files."""
+"""Helpers to write small data files, and to go through a plan's batches."""
 
 import json
+from collections.abc import Iterator
+from itertools import product
 
 import pytest
 
 from rwkv_bone.config import DataConfig
+from rwkv_bone.data import Batch, BatchPlan
 
 
 @pytest.fixture
@@ -35,3 +38,15 @@ def config(tmp_path):
         )
 
     return make
+
+
+def windows(plan: BatchPlan, epoch: int) -> Iterator[list[Batch]]:
+    """The batches of each optimiser step of an epoch, over all micro-batches and ranks."""
+    for step in range(plan.steps_in(epoch)):
+        places = product(range(plan.accumulate), range(plan.world_size))
+        yield [plan.batch(epoch, step, micro, rank) for micro, rank in places]
+
+
+def origins(plan: BatchPlan, epoch: int) -> list[str]:
+    """Where the samples of an epoch come from, in the order in which they are trained on."""
+    return [row for window in windows(plan, epoch) for batch in window for row in batch.rows]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rwkv_bone.config import DataConfig
 from rwkv_bone.data import BatchPlan, Sample, load_dataset, packing
 from rwkv_bone.errors import UserError
+from tests.data.conftest import origins, windows
 
 IGNORED_LABEL = -100
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
@@ -35,17 +36,6 @@ class Samples:
     def __getitem__(self, index: int) -> Sample:
         positions = np.arange(self.lengths[index])
         return Sample((1000 * index + positions).astype(np.int32), positions % 3 > 0, str(index))
-
-
-def micro_batches(plan: BatchPlan, epoch: int):
-    """Of each optimiser step of an epoch a list, over micro-batches and ranks."""
-    for step in range(plan.steps_in(epoch)):
-        places = product(range(plan.accumulate), range(plan.world_size))
-        yield [plan.batch(epoch, step, micro, rank) for micro, rank in places]
-
-
-def rows(plan: BatchPlan, epoch: int) -> list[str]:
-    return [row for window in micro_batches(plan, epoch) for batch in window for row in batch.rows]
 
 
 lengths_and_budget = st.integers(4, 40).flatmap(
@@ -122,8 +112,8 @@ def test_a_pass_is_the_whole_data_once_and_every_rank_counts_the_same_labels(cas
     dataset = Samples(case.pop("lengths"), ctx_len=10)
     plan = BatchPlan(dataset, pack=pack, **case)
     for epoch in range(2):
-        assert sorted(rows(plan, epoch)) == sorted(map(str, range(len(dataset))))
-        for window in micro_batches(plan, epoch):
+        assert sorted(origins(plan, epoch)) == sorted(map(str, range(len(dataset))))
+        for window in windows(plan, epoch):
             assert any(batch.rows for batch in window)
             labels = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in window)
             assert {batch.window_tokens for batch in window} == {labels}
@@ -137,7 +127,7 @@ def test_a_pass_is_the_whole_data_once_and_every_rank_counts_the_same_labels(cas
 def test_a_row_is_whole_documents_with_their_own_labels_and_bounds(case):
     dataset = Samples(case.pop("lengths"), ctx_len=10)
     plan = BatchPlan(dataset, pack=True, **case)
-    for batch in (batch for window in micro_batches(plan, 0) for batch in window):
+    for batch in (batch for window in windows(plan, 0) for batch in window):
         bounds = batch.cu_seqlens.tolist()
         assert batch.ids.shape == batch.labels.shape == (1, bounds[-1])
         assert batch.cu_seqlens.dtype == batch.ids.dtype == batch.labels.dtype == torch.int64
@@ -177,9 +167,9 @@ def test_mini_epochs_go_through_the_passes_without_repeating_or_skipping(steps):
     dataset = Samples(np.random.default_rng(0).integers(2, 11, 60), ctx_len=10)
     settings = dict(micro_bsz=2, accumulate=2, seed=1, pack=True)
     whole, short = BatchPlan(dataset, **settings), BatchPlan(dataset, steps_per_epoch=steps, **settings)
-    passes = [row for epoch in range(6) for row in rows(whole, epoch)]
+    passes = [row for epoch in range(6) for row in origins(whole, epoch)]
     epochs = whole.total_steps(6) // steps
-    mini = [row for epoch in range(epochs) for row in rows(short, epoch)]
+    mini = [row for epoch in range(epochs) for row in origins(short, epoch)]
     assert short.total_steps(epochs) == epochs * steps
     assert mini == passes[: len(mini)]
     assert all(short.ends_epoch(step) == (step % steps == steps - 1) for step in range(epochs * steps))
@@ -193,7 +183,7 @@ def test_passes_of_different_length_are_counted_one_by_one():
     assert len(set(steps)) > 1
     assert plan.total_steps(8) == sum(steps)
     for epoch in range(8):
-        assert sorted(rows(plan, epoch)) == sorted(map(str, range(200)))
+        assert sorted(origins(plan, epoch)) == sorted(map(str, range(200)))
 
 
 def test_other_samples_meet_in_every_pass_and_rows_come_in_no_order_of_length():
@@ -201,7 +191,7 @@ def test_other_samples_meet_in_every_pass_and_rows_come_in_no_order_of_length():
     plan = BatchPlan(dataset, micro_bsz=1, pack=True)
     met = []
     for epoch in range(2):
-        batches = [batch for (batch,) in micro_batches(plan, epoch)]
+        batches = [batch for (batch,) in windows(plan, epoch)]
         met.append({pair for batch in batches for pair in product(batch.rows, batch.rows) if pair[0] < pair[1]})
         longest = [max(np.diff(batch.cu_seqlens)) for batch in batches]
         assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.2
@@ -211,7 +201,7 @@ def test_other_samples_meet_in_every_pass_and_rows_come_in_no_order_of_length():
 def test_ranks_have_about_the_same_to_do_at_the_same_time():
     dataset = Samples(np.random.default_rng(3).integers(2, 200, 500), ctx_len=256)
     plan = BatchPlan(dataset, micro_bsz=1, accumulate=4, world_size=4, pack=True)
-    *full, _ = micro_batches(plan, 0)
+    *full, _ = windows(plan, 0)
     for window in full:
         tokens = np.array([batch.tokens for batch in window])
         assert (np.diff(tokens) <= 0).all()
@@ -222,7 +212,7 @@ def test_ranks_have_about_the_same_to_do_at_the_same_time():
 def test_fewer_samples_than_a_step_takes_leave_ranks_with_an_ignored_token(count):
     plan = BatchPlan(Samples([11] * count, ctx_len=10), micro_bsz=1, accumulate=2, world_size=4, pack=True)
     assert plan.total_steps(3) == 3
-    (window,) = micro_batches(plan, 0)
+    (window,) = windows(plan, 0)
     assert [len(batch.rows) for batch in window] == [1] * count + [0] * (8 - count)
 
 
@@ -231,7 +221,7 @@ def test_weights_are_passes_exactly(pack):
     repeats = np.repeat([2.0, 1.0, 0.5, 0.3, 1.25], 40)
     dataset = Samples(np.random.default_rng(4).integers(2, 11, 200), ctx_len=10, repeats=repeats)
     plan = BatchPlan(dataset, micro_bsz=3, accumulate=2, pack=pack)
-    passes = [Counter(rows(plan, epoch)) for epoch in range(20)]
+    passes = [Counter(origins(plan, epoch)) for epoch in range(20)]
     for counts in passes:
         for index, weight in enumerate(repeats):
             assert int(weight) <= counts[str(index)] <= np.ceil(weight)

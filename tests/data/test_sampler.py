@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rwkv_bone.data import BatchPlan, load_dataset
+from tests.data.conftest import origins, windows
 
 IGNORED_LABEL = -100
 
@@ -34,17 +35,6 @@ def make_stream(write_jsonl, config):
         return load_dataset(config(write_jsonl({"text": text}), dataload="get", **settings), 256)
 
     return make
-
-
-def windows(plan: BatchPlan, epoch: int):
-    """The batches of each optimiser step of an epoch, over all micro-batches and ranks."""
-    for step in range(plan.steps_in(epoch)):
-        places = product(range(plan.accumulate), range(plan.world_size))
-        yield [plan.batch(epoch, step, micro, rank) for micro, rank in places]
-
-
-def origins(plan: BatchPlan, epoch: int) -> list[str]:
-    return [row for window in windows(plan, epoch) for batch in window for row in batch.rows]
 
 
 SHAPES = [(1, 1, 1), (4, 1, 1), (3, 2, 1), (2, 1, 3), (2, 3, 2), (16, 1, 2)]

@@ -9,14 +9,13 @@ from rwkv_bone.adapters.bone import BoneLinear
 from rwkv_bone.adapters.files import (
     AdapterFile,
     apply_adapter,
-    apply_adapter_file,
     infer_adapter,
     load_adapter_file,
     read_adapter,
 )
-from rwkv_bone.adapters.inject import Injection, adapter_keys, adapter_state, inject, load_adapter
+from rwkv_bone.adapters.inject import Injection, adapter_keys, inject, load_adapter
 from rwkv_bone.adapters.layer import AdapterLinear
-from rwkv_bone.adapters.lora import LoraLinear, PissaLinear, pissa_as_lora
+from rwkv_bone.adapters.lora import LoraLinear, PissaLinear
 from rwkv_bone.adapters.registry import ADAPTERS
 from rwkv_bone.adapters.settings import AdapterSettings, settings_of
 
@@ -32,14 +31,11 @@ __all__ = [
     "LoraLinear",
     "PissaLinear",
     "adapter_keys",
-    "adapter_state",
     "apply_adapter",
-    "apply_adapter_file",
     "infer_adapter",
     "inject",
     "load_adapter",
     "load_adapter_file",
-    "pissa_as_lora",
     "read_adapter",
     "settings_of",
 ]

@@ -4,7 +4,8 @@ With W cut into r x r blocks W_ab (outputs a, inputs b):
 
     W'_ab = W_ab + W_ab D_b + D_b
 
-Written on the side of the activations it costs about r/out of the frozen linear, and no tensor has the weight's size:
+W' is never built. Applied to the activations instead, the update costs about r/out of the frozen linear, and no tensor
+has the weight's size:
 
     z_b  = x_b D_b^T,   s = sum over b of z_b
     y    = (x + z) W^T + tile(s)
@@ -15,8 +16,8 @@ Written on the side of the activations it costs about r/out of the frozen linear
 
 Around a projection that can only be called, base(u) = u W^T, it is base(x + z) + tile(s).
 
-Not Hugging Face PEFT's `bat`, whose blocks follow the outputs (`bat_col.py`): on square weights its tensor has the same
-shape and computes something else, and no exact conversion exists.
+This is not Hugging Face PEFT's `bat`, which has a block for each block of outputs (`bat_col.py`). On a square weight
+both have a tensor of the same shape, but they are different functions, and neither can be converted into the other.
 
 Sizes: T tokens, r block size. Blocked activations are [in/r, T, r], views of [T, in].
 """
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,23 +34,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from rwkv_bone.adapters.blocks import blocks, fold, tile_add_, token_chunks
+from rwkv_bone.adapters.blockwise import block_view, fold, tile_add_, token_chunks
 from rwkv_bone.adapters.layer import AdapterLinear, Tensors, check_block, compute_dtype, weight_grads
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.errors import UserError
 
-# Some batched products copy their operands: in chunks, those copies are small.
+# Some batched products copy their operands. For a chunk of the tokens that copy is small.
 TOKEN_CHUNKS = 24
 
 
 def rotate(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
     """(x + z [T, in], s [T, r]) of the formulas above, with one new activation and no other of that size."""
-    return _whole_rotate(x, bone) if is_compiling() else _chunked_rotate(x, bone)
+    return _rotate_op(x, bone) if is_compiling() else _chunked_rotate(x, bone)
 
 
 def rotate_backward_(grad: Tensor, grad_sums: Tensor, x: Tensor, bone: Tensor, need_bone: bool) -> Tensor | None:
     """Turn gu [T, in] into dx in place, given the gradient [T, r] of s, and return dD [in/r, r, r] if it is needed."""
-    backward = _whole_rotate_backward if is_compiling() else _chunked_rotate_backward
+    backward = _rotate_backward_op if is_compiling() else _chunked_rotate_backward
     grad_bone = backward(grad, grad_sums, x, bone, need_bone)
     return grad_bone if need_bone else None
 
@@ -58,8 +60,8 @@ def _chunked_rotate(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
     transposed = bone.to(x.dtype).transpose(1, 2)
     rotated, sums = _empty_rotate(x, bone)
     for rows in token_chunks(x, TOKEN_CHUNKS):
-        # All of a chunk at once, while it is in the cache.
-        torch.bmm(blocks(x[rows], r), transposed, out=blocks(rotated[rows], r))
+        # All steps of one chunk before the next chunk: it is then still in the cache.
+        torch.bmm(block_view(x[rows], r), transposed, out=block_view(rotated[rows], r))
         sums[rows] = fold(rotated[rows], r)
         rotated[rows] += x[rows]
     return rotated, sums
@@ -69,39 +71,39 @@ def _chunked_rotate_backward(grad: Tensor, grad_sums: Tensor, x: Tensor, bone: T
     r, block_weights = bone.shape[1], bone.to(grad.dtype)
     grad_bone = _empty_rotate_backward(grad, grad_sums, x, bone, need_bone).zero_()
     for rows in token_chunks(grad, TOKEN_CHUNKS):
-        part = blocks(grad[rows], r)
-        # Contiguous, which `part + sums` would not be: bf16 products of strided batches are twice as slow. In two
-        # steps, since adding and rearranging in one is far slower than both.
+        part = block_view(grad[rows], r)
+        # A contiguous copy, which `part + sums` would not be: bf16 products of strided batches take twice as long.
+        # The copy comes first and the sum after it, since one operation that does both is far slower.
         grad_z = part.clone(memory_format=torch.contiguous_format)
         grad_z += grad_sums[rows]
         if need_bone:
-            grad_bone += grad_z.transpose(1, 2) @ blocks(x[rows], r)
+            grad_bone += grad_z.transpose(1, 2) @ block_view(x[rows], r)
         part.baddbmm_(grad_z, block_weights)
     return grad_bone
 
 
-# For torch.compile each is one step: it refuses a product into a view, and would unroll the loops over tokens.
-_whole_rotate = torch.library.custom_op("rwkv_bone::bat_rotate", _chunked_rotate, mutates_args=())
-_whole_rotate_backward = torch.library.custom_op(
+# Operators of their own for torch.compile, which refuses a product into a view and would unroll the loops over tokens.
+_rotate_op = torch.library.custom_op("rwkv_bone::bat_rotate", _chunked_rotate, mutates_args=())
+_rotate_backward_op = torch.library.custom_op(
     "rwkv_bone::bat_rotate_backward", _chunked_rotate_backward, mutates_args=("grad",)
 )
 
 
-@_whole_rotate.register_fake
+@_rotate_op.register_fake
 def _empty_rotate(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0], bone.shape[1])
 
 
-@_whole_rotate_backward.register_fake
+@_rotate_backward_op.register_fake
 def _empty_rotate_backward(grad: Tensor, grad_sums: Tensor, x: Tensor, bone: Tensor, need_bone: bool) -> Tensor:
     return bone.new_empty(bone.shape if need_bone else 0, dtype=compute_dtype(bone))
 
 
 class BatFunction(torch.autograd.Function):
-    """x [T, in], weight [out, in], bias [out] or None, bone [in/r, r, r] -> y [T, out]. Saves x alone."""
+    """x [T, in], weight [out, in], bias [out] or None, bone [in/r, r, r] -> y [T, out]. Keeps only x for backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, bone: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bone: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, bias, bone)
         rotated, sums = rotate(x, bone)
         y = F.linear(rotated, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -109,7 +111,7 @@ class BatFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, bone = ctx.saved_tensors
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad
         grad_x = grad_bone = None
@@ -122,16 +124,16 @@ class BatFunction(torch.autograd.Function):
 
 
 class RotateFunction(torch.autograd.Function):
-    """x [T, in], bone [in/r, r, r] -> (x + z [T, in], s [T, r]). Saves x alone."""
+    """x [T, in], bone [in/r, r, r] -> (x + z [T, in], s [T, r]). Keeps only x for backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, bone)
         return rotate(x, bone)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor, grad_sums: Tensor):
+    def backward(ctx: Any, g: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, bone = ctx.saved_tensors
         grad_x = g.clone()
         grad_bone = rotate_backward_(grad_x, grad_sums, x, bone, ctx.needs_input_grad[1])
@@ -148,11 +150,13 @@ class BatLinear(AdapterLinear):
         return {"bone": (in_features // settings.r, settings.r, settings.r)}
 
     @staticmethod
-    def compute(x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+    def forward_fused(
+        x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings
+    ) -> Tensor:
         return BatFunction.apply(x, weight, bias, tensors["bone"])
 
     @staticmethod
-    def around(
+    def forward_wrapped(
         base: Callable[[Tensor], Tensor], x: Tensor, tensors: Tensors, settings: AdapterSettings, dropout: float
     ) -> Tensor:
         rotated, sums = RotateFunction.apply(x, tensors["bone"])
@@ -162,16 +166,9 @@ class BatLinear(AdapterLinear):
     def merged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
         dtype, r = compute_dtype(weight, tensors["bone"]), settings.r
         old, d = weight.to(dtype), tensors["bone"].to(dtype)
-        new = blocks(old, r).baddbmm(blocks(old, r), d)  # [in/r, out, r]
+        new = block_view(old, r).baddbmm(block_view(old, r), d)  # [in/r, out, r]
         new.unflatten(1, (-1, r)).add_(d[:, None])
         return new.transpose(0, 1).reshape(weight.shape).to(weight.dtype)
-
-    @staticmethod
-    def unmerged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
-        dtype, r = compute_dtype(weight, tensors["bone"]), settings.r
-        d = tensors["bone"].to(dtype)
-        new = blocks(weight.to(dtype), r).unflatten(1, (-1, r)) - d[:, None]  # [in/r, out/r, r, r]
-        return undo(new.flatten(1, 2), d).transpose(0, 1).reshape(weight.shape).to(weight.dtype)
 
     @classmethod
     def check(cls, in_features: int, out_features: int, settings: AdapterSettings, name: str = "") -> None:
@@ -185,11 +182,3 @@ class BatLinear(AdapterLinear):
                 f"{out_features} outputs, as {settings.kind} needs: use --bone_r {best}, or --bone_mode bone, which "
                 "takes any r"
             )
-
-
-def undo(new: Tensor, d: Tensor) -> Tensor:
-    """new (I + d)^-1 for each block: new [n, rows, r], d [n, r, r]. UserError when a block has no inverse."""
-    try:
-        return torch.linalg.solve(d + torch.eye(d.shape[1], dtype=d.dtype, device=d.device), new, left=False)
-    except torch.linalg.LinAlgError as error:
-        raise UserError("a block I + D of this bat has no inverse: load the original weights instead") from error

@@ -2,9 +2,9 @@
 
     W'_ab = W_ab + W_ab D_a + D_a        W cut into r x r blocks W_ab (outputs a, inputs b)
 
-Every block of outputs sees the inputs rotated in its own way, so there is no cheap form on the side of the activations,
-as the other bat has. The effective weight is built a few blocks of outputs at a time, used, dropped, and built again in
-backward: no tensor has the weight's size, and nothing is kept beside x.
+Each block of outputs multiplies the inputs by another D_a, so there is no cheap form on the activations as the other
+bat has. W' is built for a few blocks of outputs at a time, used, dropped, and built again in backward: no tensor has
+the weight's size, and nothing but x is kept for backward.
 
     y_a   = x W'_a^T
     dx    = sum over a of g_a W'_a                  g = dL/dy
@@ -12,7 +12,8 @@ backward: no tensor has the weight's size, and nothing is kept beside x.
 
 It costs about half as much again as the frozen linear, since dW' is a product of the weight's size.
 
-A quantised projection is dequantised whole, once in forward and once in backward, and not kept.
+A quantised projection cannot be only called here: its weight is dequantised once in forward and once in backward, and
+dropped each time.
 
 Sizes: T tokens, r block size. Rows of W that belong to n blocks of outputs are [n, r in/r, r], a view.
 """
@@ -20,17 +21,18 @@ Sizes: T tokens, r block size. Rows of W that belong to n blocks of outputs are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from rwkv_bone.adapters.bat import BatLinear, undo
-from rwkv_bone.adapters.layer import Tensors, compute_dtype, weight_grads, weight_of
+from rwkv_bone.adapters.bat import BatLinear
+from rwkv_bone.adapters.layer import Projection, Tensors, compute_dtype, weight_grads, weight_of
 from rwkv_bone.adapters.settings import AdapterSettings
 
-CHUNK_BLOCKS, CHUNK_ROWS = 8, 512  # of the weight are built at a time, whichever is more
+CHUNK_BLOCKS, CHUNK_ROWS = 8, 512  # W' is built for 8 blocks of outputs at a time, or for 512 rows if those are more
 
 
 def row_chunks(bone: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -43,7 +45,7 @@ def row_chunks(bone: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def effective(rows: Tensor, d: Tensor) -> Tensor:
-    """The rows of W' from those of W, [n r, in], and their blocks d [n, r, r]."""
+    """Rows of W' from the same rows of W, [n r, in], and the blocks d [n, r, r] of their n blocks of outputs."""
     old = rows.reshape(len(d), -1, d.shape[1])
     new = torch.baddbmm(old, old, d)
     new.view(len(d), d.shape[1], -1, d.shape[1]).add_(d[:, :, None])
@@ -54,11 +56,11 @@ class BatColFunction(torch.autograd.Function):
     """x [T, in], weight [out, in] or a quantised projection, bias [out] or None, bone [out/r, r, r] -> y [T, out]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | nn.Module, bias: Tensor | None, bone: Tensor) -> Tensor:
-        ctx.base = None if isinstance(weight, Tensor) else weight
-        ctx.save_for_backward(x, weight if ctx.base is None else None, bias, bone)
-        if ctx.base is not None:
-            weight = weight_of(ctx.base, x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | Projection, bias: Tensor | None, bone: Tensor) -> Tensor:
+        ctx.base = None
+        ctx.save_for_backward(x, weight if isinstance(weight, Tensor) else None, bias, bone)
+        if not isinstance(weight, Tensor):
+            ctx.base, weight = weight, weight_of(weight, x.dtype)
         chunks = (
             (rows, effective(weight[rows].to(x.dtype), bone[part].to(x.dtype))) for part, rows in row_chunks(bone)
         )
@@ -72,7 +74,7 @@ class BatColFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, bone = ctx.saved_tensors
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad
         if ctx.base is not None:
@@ -82,14 +84,15 @@ class BatColFunction(torch.autograd.Function):
         grad_bone = torch.empty_like(bone, dtype=compute_dtype(bone)) if need_bone else None
         for part, rows in row_chunks(bone):
             d, old = bone[part].to(g.dtype), weight[rows].to(g.dtype)
-            if need_x:
+            if grad_x is not None:
                 grad_x.addmm_(g[:, rows], effective(old, d))
-            if need_weight or need_bone:
-                grad_new = (g[:, rows].t() @ x).view(len(d), -1, d.shape[1])
-            if need_bone:
+            if grad_weight is None and grad_bone is None:
+                continue
+            grad_new = (g[:, rows].t() @ x).view(len(d), -1, d.shape[1])
+            if grad_bone is not None:
                 grad_bone[part] = old.reshape(grad_new.shape).transpose(1, 2) @ grad_new
                 grad_bone[part] += grad_new.view(len(d), d.shape[1], -1, d.shape[1]).sum(dim=2)
-            if need_weight:
+            if grad_weight is not None:
                 grad_weight[rows] = torch.baddbmm(grad_new, grad_new, d.transpose(1, 2)).view(old.shape)
         _, grad_bias = weight_grads(g, None, weight, bias, (False, need_bias))
         return grad_x, grad_weight, grad_bias, grad_bone
@@ -103,11 +106,13 @@ class BatColLinear(BatLinear):
         return {"bone": (out_features // settings.r, settings.r, settings.r)}
 
     @staticmethod
-    def compute(x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+    def forward_fused(
+        x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings
+    ) -> Tensor:
         return BatColFunction.apply(x, weight, bias, tensors["bone"])
 
     @staticmethod
-    def around(
+    def forward_wrapped(
         base: Callable[[Tensor], Tensor], x: Tensor, tensors: Tensors, settings: AdapterSettings, dropout: float
     ) -> Tensor:
         return BatColFunction.apply(x, base, None, tensors["bone"])
@@ -116,10 +121,3 @@ class BatColLinear(BatLinear):
     def merged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
         dtype = compute_dtype(weight, tensors["bone"])
         return effective(weight.to(dtype), tensors["bone"].to(dtype)).to(weight.dtype)
-
-    @staticmethod
-    def unmerged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
-        dtype, r = compute_dtype(weight, tensors["bone"]), settings.r
-        d = tensors["bone"].to(dtype)
-        new = weight.to(dtype).reshape(len(d), r, -1, r) - d[:, :, None]
-        return undo(new.flatten(1, 2), d).reshape(weight.shape).to(weight.dtype)

@@ -2,14 +2,15 @@
 
     W'[o, j] = W[o, j] + D[j mod r, o]
 
-Written on the side of the activations it costs about r/in of the frozen linear, and no tensor has the weight's size:
+W' is never built. Applied to the activations instead, the update costs about r/in of the frozen linear, and no tensor
+has the weight's size:
 
     y  = x W^T + S D        S[t, k] = sum over blocks b of x[t, b r + k]
     dD = S^T g              g = dL/dy
     dx = g W + tile(g D^T)
 
-r need not divide in_features: the last block is then cut short. The same function and tensor as RWKV-PEFT's BoneLinear
-(2024-11-28 on) and PEFT's default MiSS; it is a LoRA of rank r whose A is a frozen row of identities.
+r need not divide in_features: the last block is then shorter. Function and tensor are those of RWKV-PEFT's BoneLinear
+(since 2024-11-28) and of PEFT's default MiSS. Bone is also a LoRA of rank r, whose A is a frozen row of identities.
 
 Sizes: T tokens, r block size.
 """
@@ -17,13 +18,14 @@ Sizes: T tokens, r block size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_bone.adapters.blocks import fold, tile_add_, token_product
+from rwkv_bone.adapters.blockwise import fold, tile_add_, token_product
 from rwkv_bone.adapters.layer import AdapterLinear, Tensors, check_block, compute_dtype, weight_grads
 from rwkv_bone.adapters.settings import AdapterSettings
 
@@ -32,7 +34,7 @@ class BoneFunction(torch.autograd.Function):
     """x [T, in], weight [out, in], bias [out] or None, bone [r, out] -> y [T, out]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, bone: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bone: Tensor) -> Tensor:
         sums = fold(x, bone.shape[0])  # [T, r]
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         y.addmm_(sums, bone.to(x.dtype))
@@ -41,7 +43,7 @@ class BoneFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         sums, weight, bias, bone, x = ctx.saved_tensors
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad
         grad_x = grad_bone = None
@@ -53,11 +55,11 @@ class BoneFunction(torch.autograd.Function):
         return grad_x, *weight_grads(g, x, weight, bias, (need_weight, need_bias)), grad_bone
 
 
-class BoneSideFunction(torch.autograd.Function):
-    """y [T, out] of any projection of x [T, in], bone [r, out] -> y + S D."""
+class BoneUpdateFunction(torch.autograd.Function):
+    """y [T, out], which any projection made of x [T, in], and bone [r, out] -> y + S D."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, bone: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, bone: Tensor) -> Tensor:
         sums = fold(x, bone.shape[0])
         ctx.save_for_backward(sums, bone)
         ctx.in_features = x.shape[1]
@@ -65,7 +67,7 @@ class BoneSideFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         sums, bone = ctx.saved_tensors
         need_y, need_x, need_bone = ctx.needs_input_grad
         grad_x = None
@@ -84,24 +86,22 @@ class BoneLinear(AdapterLinear):
         return {"bone": (settings.r, out_features)}
 
     @staticmethod
-    def compute(x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+    def forward_fused(
+        x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings
+    ) -> Tensor:
         return BoneFunction.apply(x, weight, bias, tensors["bone"])
 
     @staticmethod
-    def around(
+    def forward_wrapped(
         base: Callable[[Tensor], Tensor], x: Tensor, tensors: Tensors, settings: AdapterSettings, dropout: float
     ) -> Tensor:
-        return BoneSideFunction.apply(base(x), x, tensors["bone"])
+        return BoneUpdateFunction.apply(base(x), x, tensors["bone"])
 
     @staticmethod
     def merged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
         bone = tensors["bone"]
         dtype = compute_dtype(weight, bone)
         return tile_add_(weight.to(dtype, copy=True), bone.t().to(dtype)).to(weight.dtype)
-
-    @staticmethod
-    def unmerged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
-        return BoneLinear.merged(weight, {"bone": -tensors["bone"]}, settings)
 
     @classmethod
     def check(cls, in_features: int, out_features: int, settings: AdapterSettings, name: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Recognising adapter files: ours, which carry metadata, and the field's, which do not."""
+"""Reading adapter files: ours, which carry metadata, and those of other projects, whose shapes must tell."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_bone import checkpoints
-from rwkv_bone.adapters.inject import STATE, Injection, inject, is_projection, load_adapter, target_name, unfreeze
+from rwkv_bone.adapters.inject import STATE, Injection, RwkvModel, inject, load_adapter, target_name, unfreeze
+from rwkv_bone.adapters.layer import AdapterLinear, is_projection
 from rwkv_bone.adapters.registry import ADAPTERS, split_key
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.errors import UserError
 
 LEGACY_SUFFIX = ".disha"  # RWKV-PEFT, 2025-02 to 2025-10
 FLAT = "bat-flat"  # RWKV-PEFT, 2024-08 and 2024-09: the blocks of bat-col one below the other, [out, r]
-# What a file may be by the names and the dimensions of a projection's tensors; shapes decide between several.
-READINGS = {
+# (the names of a projection's tensors, their dimensions) -> the kinds that a file with these may be of.
+READINGS: dict[tuple[tuple[str, ...], int], tuple[str, ...]] = {
     (("bone",), 2): ("bone", FLAT),
     (("bone",), 3): ("bat", "bat-col"),
     (("lora_A", "lora_B"), 2): ("lora",),
@@ -32,7 +33,7 @@ class AdapterFile:
     """An adapter that fits its base.
 
     `state` has the keys of this project (`<module>.bone`, `<module>.lora_A`). `targets` are what `inject` takes,
-    `extra` the keys of base tensors that were trained whole. `metadata` is None for a file of the field.
+    `extra` the keys of base tensors that were trained themselves. `metadata` is None if the file has none.
     """
 
     path: str
@@ -104,6 +105,7 @@ def _settings_in(metadata: Mapping, asked: AdapterSettings, path: str | Path) ->
 
 
 def _check_base(metadata: dict, base: Mapping[str, Tensor], fingerprint: str, path: str | Path) -> None:
+    """UserError, naming what differs, unless the metadata has the fingerprint of this base."""
     missing = [name for name in ("kind", "r", "base") if name not in metadata]
     if missing:
         raise UserError(f"{path}: its metadata has no {', '.join(missing)}, so it is not an adapter of this project")
@@ -144,6 +146,7 @@ def read_pissa_init(path: str | Path, state: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _unflatten(key: str, tensor: Tensor, r: int) -> Tensor:
+    """The blocks [out/r, r, r] of a flat form [out, r]; any tensor of the base as it is."""
     return tensor.reshape(-1, r, r) if split_key(key) else tensor
 
 
@@ -153,11 +156,13 @@ def infer_adapter(
     """(kind, r, targets, extra keys) of adapter tensors, from their names and shapes beside the base's.
 
     `bone` [r, out] is Bone, [in/r, r, r] Bat, [out/r, r, r] Bat by columns, [out, r] its flat form `bat-flat` of mid
-    2024; `lora_A` and `lora_B` are LoRA, with `init_lora_A` and `init_lora_B` PiSSA. All projections of a file are of
-    one kind, so one that is not square decides between two of the same shape. If all are square, three dimensions are
-    Bat, which is what .pth files of the field hold, and two are refused. Tensors of the initial state alone are of the
-    kind `state`. A given kind or r must agree, and settles what is open. UserError when a tensor fits no layer of the
-    base, is of an unknown form, or could be read in two ways.
+    2024. `lora_A` and `lora_B` are LoRA; with `init_lora_A` and `init_lora_B` they are PiSSA. A file that holds nothing
+    but initial states is of the kind `state`.
+    All projections of a file are of one kind, so a projection that is not square decides between two kinds whose
+    tensors have the same shape on a square one. If all are square, tensors of three dimensions are read as Bat, which
+    is what .pth files of other projects hold; those of two dimensions are refused. A given kind or r must agree with
+    the shapes, and decides what they leave open. UserError when a tensor fits no layer of the base, has an unknown
+    form, or could be read in two ways.
     """
     modules: dict[str, Shapes] = {}
     extra = []
@@ -176,13 +181,12 @@ def infer_adapter(
         if kind == "pissa" and candidates == ("lora",):
             raise UserError("a PiSSA adapter needs its initial factors: give --pissa_init init_pissa.pth")
         raise UserError(f"its tensors have the shapes of {candidates[0]}, but {kind} was expected")
-    problems = {
-        name: _misfit(modules, base_shapes, name) for name in candidates if kind in ("auto", name)
-    }  # of each reading: None if it fits
+    problems = {name: _misfit(modules, base_shapes, name) for name in candidates if kind in ("auto", name)}
     fitting = [name for name, problem in problems.items() if problem is None]
     if not fitting:
-        # The reading that went furthest explains best.
-        raise UserError(max(problems.values(), key=lambda problem: problem[0])[1])
+        # The kind that fitted the most projections is likely what the file was meant to be.
+        _, reason = max((problem for problem in problems.values() if problem), key=lambda problem: problem[0])
+        raise UserError(reason)
     if fitting == ["bone", FLAT]:
         size = next(iter(modules.values()))["bone"][0]
         raise UserError(
@@ -215,12 +219,12 @@ def _candidates(modules: Mapping[str, Shapes]) -> tuple[str, ...]:
     return READINGS[form]
 
 
-def _layer(kind: str):
+def _layer(kind: str) -> type[AdapterLinear]:
     return ADAPTERS["bat-col" if kind == FLAT else kind]
 
 
 def _settings_by_shape(kind: str, shapes: Shapes) -> AdapterSettings:
-    """Kind and r as one projection's shapes have it."""
+    """The settings of this kind whose r is that of one projection's shapes."""
     if kind in ("lora", "pissa"):
         return AdapterSettings(kind, shapes["lora_A"][0])
     return AdapterSettings("bat-col" if kind == FLAT else kind, shapes["bone"][0 if kind == "bone" else -1])
@@ -229,7 +233,7 @@ def _settings_by_shape(kind: str, shapes: Shapes) -> AdapterSettings:
 def _misfit(
     modules: Mapping[str, Shapes], base_shapes: Mapping[str, Sequence[int]], kind: str
 ) -> tuple[int, str] | None:
-    """(how many projections fit, what the next one has and should have) if the file read as `kind` does not fit."""
+    """None if all projections have the shapes of this kind, else (how many have, what is wrong with the next one)."""
     settings = _settings_by_shape(kind, next(iter(modules.values())))
     for count, (module, shapes) in enumerate(modules.items()):
         out_features, in_features = base_shapes[f"{module}.weight"]
@@ -249,6 +253,7 @@ def _check_names(
     state: Mapping[str, Tensor],
     base_shapes: Mapping[str, Sequence[int]],
 ) -> None:
+    """UserError unless every tensor belongs to something in the base, by its name; shapes are checked for `extra`."""
     for key in extra:
         expected = _state_shape(key, base_shapes) if checkpoints.param_part(key) == STATE else base_shapes.get(key)
         if expected is None:
@@ -274,7 +279,7 @@ def _state_shape(key: str, base_shapes: Mapping[str, Sequence[int]]) -> tuple[in
 
 
 def _targets(modules: Mapping[str, Shapes], base_shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """What `inject` must be given to adapt exactly these modules: att.key if in every layer, else whole names."""
+    """The targets by which `inject` adapts just these modules: att.key if every layer's is, else full module names."""
     all_modules = [key.removesuffix(".weight") for key in base_shapes if key.endswith(".weight")]
     partial = {target_name(module) for module in all_modules if module not in modules}
     names = (module if target_name(module) in partial else target_name(module) for module in modules)
@@ -290,16 +295,10 @@ def tensors_by_module(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
     return modules
 
 
-def apply_adapter_file(model: nn.Module, path: str | Path, base: Mapping[str, Tensor]) -> AdapterFile:
-    """Put an adapter file into a model that holds `base`, the tensors of the base's file."""
-    adapter = read_adapter(path, base)
-    apply_adapter(model, adapter)
-    return adapter
-
-
 def apply_adapter(model: nn.Module, adapter: AdapterFile) -> None:
     """Put an adapter into a model that holds its base."""
     if any(checkpoints.param_part(key) == STATE for key in adapter.extra):
+        assert isinstance(model, RwkvModel)
         model.add_time_state()
     inject(model, settings=adapter.settings, targets=adapter.targets, initialise=False)
     unfreeze(model, adapter.extra)
@@ -311,7 +310,8 @@ def load_adapter_file(model: nn.Module, path: str | Path, injection: Injection, 
 
     UserError unless the file has the same kind, r, scale, targets and extra parts.
     """
-    settings, parameters = injection.settings, dict(model.named_parameters())
+    settings = injection.settings
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     for name, module in model.named_modules():
         if is_projection(module) and f"{name}.weight" not in parameters:
             shape = (module.out_features, module.in_features)

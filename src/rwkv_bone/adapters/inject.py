@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from rwkv_bone.adapters.layer import AdapterLinear, has_plain_weight
+from rwkv_bone.adapters.layer import AdapterLinear, Projection, has_plain_weight, is_projection
 from rwkv_bone.adapters.registry import ADAPTERS
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.checkpoints import match_keys, param_part
 from rwkv_bone.config import TRAIN_PARTS
 from rwkv_bone.errors import UserError
 
-STATE = "state"  # the part that is not in a base checkpoint, and the kind that trains it alone
+STATE = "state"  # the initial state: a part that base checkpoints do not have, and the kind that trains nothing else
+
+
+@runtime_checkable
+class RwkvModel(Protocol):
+    """What an RWKV offers beside its modules; other models have no initial state to train."""
+
+    def add_time_state(self) -> None: ...
+    def unused_keys(self) -> set[str]: ...
 
 
 @dataclass
 class Count:
-    """What one target, or one part of the base, contributes. Numbers of parameters; total counts the base's own."""
+    """What one target, or one part of the base, contributes: layers (of a part: tensors) and parameters."""
 
     modules: int = 0
     trainable: int = 0
-    total: int = 0
+    total: int = 0  # the base's own parameters
 
 
 @dataclass
@@ -34,7 +43,7 @@ class Injection:
     settings: AdapterSettings
     targets: dict[str, Count] = field(default_factory=dict)
     parts: dict[str, Count] = field(default_factory=dict)
-    extra: list[str] = field(default_factory=list)  # keys of the base's tensors that are trained whole
+    extra: list[str] = field(default_factory=list)  # keys of the base's tensors that are trained themselves
     trainable: int = 0
     total: int = 0  # of the base
 
@@ -42,7 +51,7 @@ class Injection:
         """What an adapter file must say about itself to be applied or merged."""
         return {**self.settings.to_metadata(), "targets": list(self.targets), "extra": self.extra}
 
-    def lines(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """The exact counts, for the user."""
         r = f"r={self.settings.r}"
         rows = [(name, f"{count.modules} layers", r, count) for name, count in self.targets.items()]
@@ -63,7 +72,7 @@ def target_name(module: str) -> str:
 
 
 def matches(module: str, target: str) -> bool:
-    """Whether the dotted segments of `target` stand together in those of `module`: att.key, key, ffn, blocks.3."""
+    """Whether `target` is a run of whole dotted segments of `module`, as att.key, key, ffn and blocks.3 can be."""
     return f".{target}." in f".{module}."
 
 
@@ -86,25 +95,27 @@ def inject(
     unchanged.
     """
     kind = settings.kind
+    chosen: dict[str, Projection] = {}
     if kind == STATE:
-        chosen, train_parts = {}, {*train_parts, STATE}
+        train_parts = {*train_parts, STATE}
     elif kind in ADAPTERS:
         chosen = _choose(model, list(targets or ()))
     else:
         raise UserError(f"adapter {kind}: expected one of {', '.join(ADAPTERS)}")
     keys = _part_keys(model, train_parts)
-    for name, linear in chosen.items():
+    for name, base in chosen.items():
         if f"{name}.weight" in keys:
             raise UserError(f"{name} is both in --targets and in --train_parts: adapt it or train it whole, not both")
-        ADAPTERS[kind].check(linear.in_features, linear.out_features, settings, name)
+        ADAPTERS[kind].check(base.in_features, base.out_features, settings, name)
 
     injection = Injection(settings, total=_base_size(model))
     if STATE in train_parts:
+        assert isinstance(model, RwkvModel)
         model.add_time_state()
         keys |= {key for key, _ in model.named_parameters() if param_part(key) == STATE}
     model.requires_grad_(False)
-    for name, linear in chosen.items():
-        layer = ADAPTERS[kind](linear, settings, name, initialise=initialise, generator=generator)
+    for name, base in chosen.items():
+        layer = ADAPTERS[kind](base, settings, name, initialise=initialise, generator=generator)
         model.set_submodule(name, layer)
         count = injection.targets.setdefault(target_name(name), Count())
         count.modules += 1
@@ -122,33 +133,30 @@ def inject(
     return injection
 
 
-def is_projection(module: nn.Module) -> bool:
-    """Whether an adapter can take the module's place: an `nn.Linear`, or what says as much about its sizes."""
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
 def _base_size(model: nn.Module) -> int:
     """The number of the base's weights, those of quantised projections included."""
-    packed = (module for module in model.modules() if is_projection(module) and not has_plain_weight(module))
+    packed = [module for module in model.modules() if is_projection(module) and not has_plain_weight(module)]
     hidden = sum(module.in_features * module.out_features for module in packed)
     return hidden + sum(parameter.numel() for parameter in model.parameters())
 
 
-def _choose(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
-    linears = {name: module for name, module in model.named_modules() if is_projection(module)}
-    if any(isinstance(module, AdapterLinear) for module in linears.values()):
+def _choose(model: nn.Module, targets: list[str]) -> dict[str, Projection]:
+    """The projections that the targets name, under their names; UserError for a target that names none."""
+    found = {name: module for name, module in model.named_modules() if is_projection(module)}
+    if any(isinstance(module, AdapterLinear) for module in found.values()):
         raise UserError("the model has an adapter already: load the base again to put in another")
     if not targets:
-        targets = [part for part in ("att", "ffn") if any(matches(name, part) for name in linears)] or ["att"]
+        targets = [part for part in ("att", "ffn") if any(matches(name, part) for name in found)] or ["att"]
     for target in targets:
-        if not any(matches(name, target) for name in linears):
-            there = ", ".join(sorted({target_name(name) for name in linears}))
+        if not any(matches(name, target) for name in found):
+            there = ", ".join(sorted({target_name(name) for name in found}))
             raise UserError(f"--targets {target} matches no projection of this model, which has {there}")
-    return {name: linear for name, linear in linears.items() if any(matches(name, target) for target in targets)}
+    return {name: module for name, module in found.items() if any(matches(name, target) for target in targets)}
 
 
 def _part_keys(model: nn.Module, train_parts: Collection[str]) -> set[str]:
-    unused = model.unused_keys() if hasattr(model, "unused_keys") else set()
+    """The keys of the parameters that belong to these parts, `state` left out; UserError for a part without any."""
+    unused = model.unused_keys() if isinstance(model, RwkvModel) else set()
     keys: set[str] = set()
     for part in set(train_parts) - {STATE}:
         if part not in TRAIN_PARTS:
@@ -177,11 +185,6 @@ def adapter_keys(model: nn.Module) -> list[str]:
         for tensor in module.frozen_names
     }
     return [key for key, parameter in model.named_parameters() if parameter.requires_grad or key in frozen]
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of `adapter_keys` under their checkpoint keys: fp32 copies on the CPU."""
-    return {key: model.get_parameter(key).detach().to("cpu", torch.float32, copy=True) for key in adapter_keys(model)}
 
 
 def load_adapter(model: nn.Module, state: Mapping[str, Tensor], source: str = "the adapter") -> None:

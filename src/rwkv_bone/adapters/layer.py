@@ -1,16 +1,24 @@
-"""What every adapter layer has in common.
+"""The base class of every adapter layer.
 
-An adapter layer takes the place of a projection. Of an `nn.Linear` it keeps the weight under the old key; its own
-tensors are parameters beside it. So a base checkpoint still loads strictly, and adapter tensors are named
-`<module>.bone`, `<module>.lora_A` as in the field's files. Any other projection, such as a quantised one, stays whole
-as `base` and is only ever called.
+An adapter layer takes the place of a projection. It computes one function on two paths:
+
+    forward_fused     The base is a plain weight. Base and adapter are one autograd step with a hand-written backward,
+                      which is faster and keeps nothing of the weight's size.
+    forward_wrapped   The base can only be called: its weight is quantised, or dropout acts on the adapter's input and
+                      not on the base's. The adapter calls the base as it is, and adds its update.
+
+Tests hold the two to the same outputs and gradients.
+
+Of an `nn.Linear` the layer keeps `weight` under its old key, and its own tensors are parameters beside it. So a base
+checkpoint still loads strictly, and adapter tensors are named `<module>.bone`, `<module>.lora_A`, as in other projects'
+files. Any other projection is kept as `base`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
-from typing import ClassVar
+from typing import ClassVar, Protocol, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,27 +30,46 @@ from rwkv_bone.errors import UserError
 Tensors = Mapping[str, Tensor]  # an adapter's tensors for one projection, under their names
 
 
+class Projection(Protocol):
+    """A module that an adapter can replace: an `nn.Linear`, or another that states its sizes and is called like one."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def buffers(self) -> Iterator[Tensor]: ...
+    def requires_grad_(self, requires_grad: bool = True) -> object: ...
+
+
+class QuantizedProjection(Projection, Protocol):
+    """A projection whose weight is stored as codes, such as `quantization.QuantLinear`."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor: ...
+
+
 class AdapterLinear(nn.Linear):
     """A frozen projection with a trainable update: x [..., in] -> [..., out].
 
-    base: an `nn.Linear`, whose weight and bias are taken over (the same parameters, now frozen), or another module with
-    `in_features` and `out_features`, kept as `self.base`. The adapter's tensors are fp32 and such that the layer starts
-    out equal to its base; arithmetic is in x's dtype (autocast's under autocast). `name` is for messages only;
-    `initialise=False` leaves all tensors zero, for a caller who fills them; `generator` draws those that are random.
+    base: an `nn.Linear`, whose weight and bias are taken over (the same parameters, now frozen), or another projection,
+    kept as `self.base`. The adapter's tensors are fp32, and at the start the layer equals its base. Arithmetic is in
+    x's dtype (autocast's under autocast). `name` is for messages only. `initialise=False` leaves all tensors zero, for
+    a caller who fills them; `generator` draws the random ones.
 
     A subclass names its tensors (`parameter_names` are trained, `frozen_names` are stored with them) and gives
-    `shapes`, `compute`, `around`, `merged` and `unmerged`, and where the tensors do not start at zero `initialise`.
-    `compute` must keep the parameters themselves for backward, never a cast or transposed copy of the weight: that
-    would be as large as the weight, and under ZeRO stage 3 only the parameter itself is gathered again.
+    `shapes`, `forward_fused`, `forward_wrapped` and `merged`, and `initialise` if the tensors do not start at zero.
+    `forward_fused` must keep the parameters themselves for backward, never a cast or transposed copy of the weight: a
+    copy is as large as the weight, and ZeRO stage 3 gathers again only the parameter itself.
     """
 
     parameter_names: ClassVar[tuple[str, ...]]
     frozen_names: ClassVar[tuple[str, ...]] = ()
     r_flag: ClassVar[str] = "bone_r"
+    base: Projection | None
 
     def __init__(
         self,
-        base: nn.Module,
+        base: Projection,
         settings: AdapterSettings,
         name: str = "",
         *,
@@ -53,11 +80,15 @@ class AdapterLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a second weight
         self.in_features, self.out_features, self.settings = base.in_features, base.out_features, settings
         base.requires_grad_(False)
-        plain = has_plain_weight(base)
-        self.base = None if plain else base
-        self.register_parameter("weight", base.weight if plain else None)
-        self.register_parameter("bias", base.bias if plain else None)
-        device = next(chain(base.parameters(), base.buffers())).device
+        if has_plain_weight(base):
+            self.base = None
+            self.register_parameter("weight", cast(nn.Parameter, base.weight))
+            self.register_parameter("bias", cast("nn.Parameter | None", base.bias))
+        else:
+            self.base = base
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        device = next(chain[Tensor](base.parameters(), base.buffers())).device
         for key, shape in self.shapes(self.in_features, self.out_features, settings).items():
             tensor = torch.zeros(shape, dtype=torch.float32, device=device)
             self.register_parameter(key, nn.Parameter(tensor, requires_grad=key in self.parameter_names))
@@ -72,11 +103,12 @@ class AdapterLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        flat, dropout = x.reshape(-1, self.in_features), self.settings.dropout if self.training else 0.0
+        rows, dropout = x.reshape(-1, self.in_features), self.settings.dropout if self.training else 0.0
         if self.base is None and not dropout:
-            y = self.compute(flat, self.weight, self.bias, self.tensors(), self.settings)
+            y = self.forward_fused(rows, self.weight, self.bias, self.tensors(), self.settings)
         else:
-            y = self.around(self.base or self._plain, flat, self.tensors(), self.settings, dropout)
+            base = self._plain if self.base is None else self.base
+            y = self.forward_wrapped(base, rows, self.tensors(), self.settings, dropout)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _plain(self, x: Tensor) -> Tensor:
@@ -86,7 +118,7 @@ class AdapterLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.settings.describe()}"
 
     def initialise(self, generator: torch.Generator | None) -> None:
-        """Give the tensors their first values, from zeros: the layer must equal its base."""
+        """Give the tensors, which are zero, their first values. The layer must equal its base afterwards."""
 
     @staticmethod
     def shapes(in_features: int, out_features: int, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
@@ -94,25 +126,22 @@ class AdapterLinear(nn.Linear):
         raise NotImplementedError
 
     @staticmethod
-    def compute(x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings) -> Tensor:
+    def forward_fused(
+        x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings
+    ) -> Tensor:
         """The layer on a plain weight: x [T, in], weight [out, in], bias [out] or None -> y [T, out]. No dropout."""
         raise NotImplementedError
 
     @staticmethod
-    def around(
+    def forward_wrapped(
         base: Callable[[Tensor], Tensor], x: Tensor, tensors: Tensors, settings: AdapterSettings, dropout: float
     ) -> Tensor:
-        """The layer around any projection `base`, of whose inside nothing is known: x [T, in] -> y [T, out]."""
+        """The layer around a projection `base` that is only called: x [T, in] -> y [T, out]."""
         raise NotImplementedError
 
     @staticmethod
     def merged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
         """The weight [out, in] of a plain linear equal to this layer: computed in fp32, rounded once to its dtype."""
-        raise NotImplementedError
-
-    @staticmethod
-    def unmerged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
-        """The inverse of `merged`, up to rounding. A half-precision base does not come back: keep the original."""
         raise NotImplementedError
 
     @classmethod
@@ -128,7 +157,12 @@ def check_block(in_features: int, r: int, name: str) -> None:
         raise UserError(f"--bone_r {r} is larger than the {in_features} inputs of {name or 'a layer'}: use a smaller r")
 
 
-def has_plain_weight(module: nn.Module) -> bool:
+def is_projection(module: object) -> TypeGuard[Projection]:
+    """Whether an adapter can take the module's place: it is an `nn.Linear`, or states its sizes in the same way."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def has_plain_weight(module: object) -> TypeGuard[nn.Linear]:
     """Whether a projection's weight is there as numbers [out, in], and not packed in some way."""
     weight = getattr(module, "weight", None)
     return (
@@ -139,20 +173,25 @@ def has_plain_weight(module: nn.Module) -> bool:
     )
 
 
-def weight_of(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] of a projection in this dtype: its own, or that of a quantised one, dequantised anew."""
-    return base.weight.to(dtype) if has_plain_weight(base) else base.dequantize(dtype)
+def weight_of(base: Projection, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] of a projection in this dtype; that of a quantised one is dequantised anew."""
+    return base.weight.to(dtype) if has_plain_weight(base) else cast(QuantizedProjection, base).dequantize(dtype)
 
 
 def weight_grads(
     g: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight and bias of y = x W^T + bias when either is trained beside the adapter, else None.
+    """Gradients of weight and bias of y = x W^T + bias, each None unless it is trained beside the adapter.
 
-    g [T, out], x [T, in] what multiplied the weight.
+    g [T, out]; x [T, in] is what multiplied the weight, None if the weight's gradient is not needed.
     """
-    grad_weight = (g.t() @ x).to(weight.dtype) if needed[0] else None
-    grad_bias = g.sum(dim=0).to(bias.dtype) if needed[1] else None
+    grad_weight = grad_bias = None
+    if needed[0]:
+        assert x is not None
+        grad_weight = (g.t() @ x).to(weight.dtype)
+    if needed[1]:
+        assert bias is not None
+        grad_bias = g.sum(dim=0).to(bias.dtype)
     return grad_weight, grad_bias
 
 

@@ -11,10 +11,11 @@ from the base: y = x (W - s B0 A0)^T + s x A^T B^T. Here the base stays as it is
 
     W' = W + s (B A - B0 A0) = W + s (B (A - A0) + (B - B0) A0)
 
-one product of rank 2r on each side, with the gradients of LoRA for A and B. It is PiSSA exactly, and in half precision
-better: a base W - s B0 A0 would be rounded once more, and of A and B that nearly equal A0 and B0, rounding would keep
-nearly nothing of what was learnt; their differences are computed in fp32, are exactly zero at the start, and only then
-rounded. A0 and B0 are stored with the adapter (`init_lora_A`, `init_lora_B`), so nothing ever has to find them again.
+This is a LoRA of rank 2r with the factors A2 = [A - A0; A0] and B2 = [B, B - B0], and A and B have LoRA's gradients. It
+equals PiSSA, and in half precision it is more exact. A base W - s B0 A0 would be rounded once more. A and B stay close
+to A0 and B0, so rounding them would lose most of what was learnt; their differences are taken in fp32, are exactly
+zero at the start, and only then rounded. A0 and B0 are stored with the adapter (`init_lora_A`, `init_lora_B`): nothing
+has to compute them a second time.
 
 Sizes: T tokens, r rank, k = r or 2r.
 """
@@ -23,36 +24,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_bone.adapters.blocks import token_product
+from rwkv_bone.adapters.blockwise import token_product
 from rwkv_bone.adapters.layer import AdapterLinear, Tensors, compute_dtype, weight_grads, weight_of
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.errors import UserError
 
-EXACT_SVD = 512  # weights whose smaller side is no larger are decomposed exactly, larger ones by random projections
+# Up to this size of its smaller dimension a weight is decomposed exactly, beyond it by random projections.
+EXACT_SVD = 512
 OVERSAMPLING, ITERATIONS = 8, 8
 
 
 def factors(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:
     """(A2 [k, in], B2 [out, k]) with B2 A2 = B A - B0 A0, or = B A without A0 and B0."""
-    if a0 is None:
+    if a0 is None or b0 is None:
         return a, b
     return torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1)
 
 
-def side(x: Tensor, a2: Tensor, b2: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(x A2^T [T, k], s B2^T [k, out], h [T, r])."""
+def low_rank(x: Tensor, a2: Tensor, b2: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(x A2^T [T, k], s B2^T [k, out], h [T, r]): the product of the first two is the update, h is for backward."""
     inner = x @ a2.to(x.dtype).t()
     h = inner if inner.shape[1] == r else inner[:, :r] + inner[:, r:]
     return inner, (b2 * scale).to(x.dtype).t(), h
 
 
-def side_backward(
+def low_rank_backward(
     g: Tensor, x: Tensor, h: Tensor, b2: Tensor, scale: float, need_a: bool, need_b: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(s g B2 [T, k], dA or None, dB or None)."""
@@ -67,9 +70,19 @@ class LowRankFunction(torch.autograd.Function):
     """x [T, in], weight [out, in], bias or None, scale, A [r, in], B [out, r], A0, B0 or None -> y [T, out]."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, a, b, a0, b0) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        a: Tensor,
+        b: Tensor,
+        a0: Tensor | None,
+        b0: Tensor | None,
+    ) -> Tensor:
         a2, b2 = factors(a, b, a0, b0)
-        inner, b2, h = side(x, a2, b2, len(a), scale)
+        inner, b2, h = low_rank(x, a2, b2, len(a), scale)
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         y.addmm_(inner, b2)
         ctx.save_for_backward(x, h, weight, bias, a, b, a0, b0)
@@ -78,33 +91,42 @@ class LowRankFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, h, weight, bias, a, b, a0, b0 = ctx.saved_tensors
         need_x, need_weight, need_bias, _, need_a, need_b, _, _ = ctx.needs_input_grad
         a2, b2 = factors(a, b, a0, b0)
-        grad_inner, grad_a, grad_b = side_backward(g, x, h, b2, ctx.scale, need_a, need_b)
+        grad_inner, grad_a, grad_b = low_rank_backward(g, x, h, b2, ctx.scale, need_a, need_b)
         grad_x = (g @ weight.to(g.dtype)).addmm_(grad_inner, a2.to(g.dtype)) if need_x else None
         grads = weight_grads(g, x, weight, bias, (need_weight, need_bias))
         return grad_x, *grads, None, grad_a, grad_b, None, None
 
 
-class LowRankSideFunction(torch.autograd.Function):
-    """y [T, out] of any projection, x [T, in], then as above -> y + s x A2^T B2^T."""
+class LowRankUpdateFunction(torch.autograd.Function):
+    """y [T, out], which any projection made of x; x [T, in], then as above -> y + s x A2^T B2^T."""
 
     @staticmethod
-    def forward(ctx, y, x, scale, a, b, a0, b0) -> Tensor:
-        inner, b2, h = side(x, *factors(a, b, a0, b0), len(a), scale)
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        scale: float,
+        a: Tensor,
+        b: Tensor,
+        a0: Tensor | None,
+        b0: Tensor | None,
+    ) -> Tensor:
+        inner, b2, h = low_rank(x, *factors(a, b, a0, b0), len(a), scale)
         ctx.save_for_backward(x, h, a, b, a0, b0)
         ctx.scale = scale
         return torch.addmm(y, inner, b2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, h, a, b, a0, b0 = ctx.saved_tensors
         need_y, need_x, _, need_a, need_b, _, _ = ctx.needs_input_grad
         a2, b2 = factors(a, b, a0, b0)
-        grad_inner, grad_a, grad_b = side_backward(g, x, h, b2, ctx.scale, need_a, need_b)
+        grad_inner, grad_a, grad_b = low_rank_backward(g, x, h, b2, ctx.scale, need_a, need_b)
         grad_x = grad_inner @ a2.to(g.dtype) if need_x else None
         return g if need_y else None, grad_x, None, grad_a, grad_b, None, None
 
@@ -121,30 +143,28 @@ class LoraLinear(AdapterLinear):
 
     def initialise(self, generator: torch.Generator | None) -> None:
         # Drawn on the CPU, so that a device does not change the numbers.
-        drawn = torch.empty(self.lora_A.shape)
+        lora_a = self.tensors()["lora_A"]
+        drawn = torch.empty(lora_a.shape)
         torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-        self.lora_A.copy_(drawn)
+        lora_a.copy_(drawn)
 
     @staticmethod
-    def compute(x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings) -> Tensor:
-        return LowRankFunction.apply(x, weight, bias, settings.scale, *_four(tensors))
+    def forward_fused(
+        x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, settings: AdapterSettings
+    ) -> Tensor:
+        return LowRankFunction.apply(x, weight, bias, settings.scale, *_in_order(tensors))
 
     @staticmethod
-    def around(
+    def forward_wrapped(
         base: Callable[[Tensor], Tensor], x: Tensor, tensors: Tensors, settings: AdapterSettings, dropout: float
     ) -> Tensor:
-        return LowRankSideFunction.apply(base(x), F.dropout(x, dropout), settings.scale, *_four(tensors))
+        return LowRankUpdateFunction.apply(base(x), F.dropout(x, dropout), settings.scale, *_in_order(tensors))
 
     @staticmethod
     def merged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
         dtype = compute_dtype(weight, *tensors.values())
-        a2, b2 = factors(*(tensor if tensor is None else tensor.to(dtype) for tensor in _four(tensors)))
+        a2, b2 = factors(*_in_order({name: tensor.to(dtype) for name, tensor in tensors.items()}))
         return torch.addmm(weight.to(dtype), b2, a2, alpha=settings.scale).to(weight.dtype)
-
-    @staticmethod
-    def unmerged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
-        negative = {name: -tensor if name.endswith("lora_B") else tensor for name, tensor in tensors.items()}
-        return LoraLinear.merged(weight, negative, settings)
 
 
 class PissaLinear(LoraLinear):
@@ -176,25 +196,18 @@ class PissaLinear(LoraLinear):
 
 
 def principal_components(weight: Tensor, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(U [out, r], S [r], V [r, in]) of weight [out, in], the largest singular values; large weights approximately."""
+    """(U [out, r], S [r], V [r, in]): the r largest singular values of weight [out, in]; approximate if it is large."""
     if min(weight.shape) <= EXACT_SVD:
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
         return u[:, :r], s[:r], v[:r]
     seed = int(torch.randint(2**31, (), generator=generator))
-    # svd_lowrank draws from the global generator, which must not notice.
+    # svd_lowrank draws from the global generator, whose state is put back afterwards.
     with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
         torch.manual_seed(seed)
         u, s, v = torch.svd_lowrank(weight, min(r + OVERSAMPLING, *weight.shape), ITERATIONS)
     return u[:, :r], s[:r], v[:, :r].t()
 
 
-def pissa_as_lora(tensors: Tensors, settings: AdapterSettings) -> tuple[dict[str, Tensor], AdapterSettings]:
-    """The plain LoRA of rank 2r, on the same base, that equals a PiSSA adapter: its tensors and settings."""
-    a2, b2 = factors(*_four(tensors))
-    rank = 2 * settings.r
-    return {"lora_A": a2, "lora_B": b2}, AdapterSettings("lora", rank, settings.scale * rank, settings.dropout)
-
-
-def _four(tensors: Tensors) -> tuple[Tensor | None, ...]:
+def _in_order(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(A, B, A0 or None, B0 or None)"""
-    return tuple(tensors.get(name) for name in ("lora_A", "lora_B", "init_lora_A", "init_lora_B"))
+    return tensors["lora_A"], tensors["lora_B"], tensors.get("init_lora_A"), tensors.get("init_lora_B")

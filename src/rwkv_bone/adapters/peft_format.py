@@ -1,4 +1,4 @@
-"""Adapter directories of Hugging Face PEFT, and the names that RWKV's modules have there.
+"""Adapter directories of Hugging Face PEFT, and the names of RWKV's modules in them.
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`, whose keys are
 `base_model.model.<module>.<parameter>`:
@@ -39,7 +39,7 @@ PARAMETERS = {
 }
 PEFT_TYPES = {"bone": "MISS", "bat-col": "MISS", "bat": "RWKV_BONE_BAT", "lora": "LORA"}
 DIMS = {"bone": 2, "bat-col": 3, "bat": 3, "lora": 2}
-# What changes the function of a LoRA and has no place here.
+# Options of PEFT's LoRA that make it another function than the one here.
 LORA_EXTRAS = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "target_parameters")
 
 
@@ -53,12 +53,12 @@ class PeftAdapter:
     alpha: float
     rslora: bool
     state: dict[str, Tensor]
-    extra: dict[str, Tensor]  # of modules_to_save: tensors of the base that were trained whole
+    extra: dict[str, Tensor]  # of modules_to_save: tensors of the base that were trained themselves
     config: dict
     mini_r: int = 0
 
     def expanded(self, out_features: Mapping[str, int]) -> PeftAdapter:
-        """With `mini` blocks [r, mini_r] repeated to Bone's [r, out]: the same function. Sizes by module name."""
+        """The same function, with `mini` blocks [r, mini_r] repeated to Bone's [r, out]; sizes by module name."""
         if not self.mini_r:
             return self
         state = {}
@@ -85,6 +85,8 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     if not state:
         raise UserError(f"{weights} has no tensor named {PREFIX}<module>.{' or '.join(PARAMETERS[method])}")
     r = config.get("r")
+    if not isinstance(r, int):
+        raise UserError(f"{folder}: r {r!r} in {CONFIG}: expected a whole number")
     mini_r = config.get("mini_r", 0) if config.get("init_weights") == "mini" else 0
     for key, tensor in state.items():
         found = tensor.shape[1 if key.endswith("lora_B") else -1 if kind in ("bat", "bat-col") else 0]
@@ -109,6 +111,7 @@ def read_config(folder: str | Path) -> dict:
 
 
 def _kind(config: Mapping, folder: Path) -> str:
+    """The kind of adapter that a configuration describes; UserError for one that is not read here."""
     method, init = config["peft_type"], config.get("init_weights", True)
     if method in ("MISS", "BONE"):
         kinds = {True: "bone", False: "bone", "bat": "bat-col", "mini": "bone"}
@@ -145,7 +148,7 @@ def join_keys(state: Mapping[str, Tensor], extra: Mapping[str, Tensor], method: 
     return tensors | {f"{PREFIX}{key}": tensor for key, tensor in extra.items()}
 
 
-def miss_config(kind: str, r: int, target_modules: list[str] | str | None, **others) -> dict:
+def miss_config(kind: str, r: int, target_modules: list[str] | str | None, **others: object) -> dict:
     """`adapter_config.json` of bone, bat-col or bat. others: further fields of PEFT's, or other values for these."""
     return {
         "peft_type": PEFT_TYPES[kind],
@@ -160,7 +163,7 @@ def miss_config(kind: str, r: int, target_modules: list[str] | str | None, **oth
     }
 
 
-def lora_config(r: int, alpha: float, target_modules: list[str] | str, rslora: bool = False, **others) -> dict:
+def lora_config(r: int, alpha: float, target_modules: list[str] | str, rslora: bool = False, **others: object) -> dict:
     """`adapter_config.json` of a LoRA whose scale is alpha / r, or alpha / sqrt(r) with rslora."""
     return {
         "peft_type": "LORA",

@@ -1,4 +1,4 @@
-"""The adapters there are, by the name that files and flags give them."""
+"""All adapters, by the names that files and flags give them."""
 
 from rwkv_bone.adapters.bat import BatLinear
 from rwkv_bone.adapters.bat_col import BatColLinear
@@ -18,6 +18,6 @@ STORED = {name for layer in ADAPTERS.values() for name in (*layer.parameter_name
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(module, name) of an adapter tensor's key `<module>.<name>`, None for any other key."""
+    """(module, name) of an adapter tensor's key `<module>.<name>`; None for any other key."""
     module, _, name = key.rpartition(".")
     return (module, name) if name in STORED else None

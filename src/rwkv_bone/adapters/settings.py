@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, fields
 
 from rwkv_bone.config import AdapterConfig
 
-BLOCKS = {"bone": "in", "bat": "in", "bat-col": "out"}  # the side of the weight that D's blocks are counted along
+# Whether D's blocks run along the inputs or the outputs of the weight; in a file's metadata it is called `blocks`.
+BLOCK_AXIS = {"bone": "in", "bat": "in", "bat-col": "out"}
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """kind: a name in ADAPTERS, or `state`. alpha (0 = r), dropout and rslora are read by LoRA and PiSSA alone."""
+    """kind: a name in ADAPTERS, or `state`. Only LoRA and PiSSA read alpha (0 = r), dropout and rslora."""
 
     kind: str
     r: int
@@ -33,8 +34,8 @@ class AdapterSettings:
 
     def to_metadata(self) -> dict:
         """These settings as an adapter file stores them."""
-        blocks = {"blocks": BLOCKS[self.kind]} if self.kind in BLOCKS else {}
-        return {**asdict(self), **blocks}
+        axis = {"blocks": BLOCK_AXIS[self.kind]} if self.kind in BLOCK_AXIS else {}
+        return {**asdict(self), **axis}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping) -> AdapterSettings:

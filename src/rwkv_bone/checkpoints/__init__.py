@@ -1,4 +1,4 @@
-"""Checkpoint files: in and out (`files.py`, `stream.py`), what they say (`architecture.py`), their keys (`keys.py`)."""
+"""Checkpoints: read and written (`files.py`, `stream.py`), their keys (`keys.py`), their model (`architecture.py`)."""
 
 from rwkv_bone.checkpoints.architecture import Architecture, architecture_of, load_base
 from rwkv_bone.checkpoints.files import (

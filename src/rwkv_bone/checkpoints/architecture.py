@@ -1,4 +1,4 @@
-"""What a base checkpoint says about its model.
+"""Recognising the model of a base checkpoint.
 
 Generation, depth, width and every low-rank size come from its keys and shapes, never from flags.
 """
@@ -19,7 +19,7 @@ from rwkv_bone.errors import UserError
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a base checkpoint's keys and shapes say about its model."""
+    """Generation and sizes of a model, as a base checkpoint's keys and shapes give them."""
 
     version: int
     n_layer: int

@@ -1,10 +1,10 @@
-"""Checkpoint files, read and written.
+"""Reading and writing checkpoint files.
 
-Files are mapped, not copied, into memory, and written to a temporary name first, so that an interrupted write never
-leaves half a file under a good name.
+Files are mapped into memory and not copied. They are written under a temporary name first, so that an interrupted write
+never leaves half a file under a good name.
 
-Metadata of our own files is a JSON beside them (`rwkv-0.json` for `rwkv-0.pth`) and once more inside, so that a file
-that travels alone still explains itself.
+The metadata of our own files stands in a JSON beside them (`rwkv-0.json` for `rwkv-0.pth`) and once more inside the
+file, so that it is not lost when the file is copied alone.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
-            # torch's own text advises to load unsafely.
+            # torch's own text advises the user to load unsafely.
             reason = "it was not written by torch.save, or holds more than tensors"
         raise UserError(
             f"{path} cannot be read as a checkpoint ({reason}): it may be cut short or of another kind; "
             f"its size is {path.stat().st_size:,} bytes, compare that with where it came from"
         ) from error
     except Exception as error:
-        # safetensors raises an exception class of its own that derives from Exception alone.
+        # safetensors raises an exception class of its own, whose only base is Exception.
         raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} holds {type(state).__name__}, not a dictionary of tensors: it is not a checkpoint")
@@ -89,7 +89,9 @@ def atomic_path(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_state(path: str | Path, state: Mapping[str, Tensor], metadata: dict | None = None, overwrite: bool = False):
+def write_state(
+    path: str | Path, state: Mapping[str, Tensor], metadata: dict | None = None, overwrite: bool = False
+) -> None:
     """Write tensors to a .pth or .safetensors file, atomically, with metadata beside and inside it."""
     path = Path(path)
     with atomic_path(path, overwrite) as temporary:

@@ -1,4 +1,4 @@
-"""The keys of a checkpoint: which part of a model one belongs to, whether all are there, and a hash of the whole."""
+"""Keys of a checkpoint: the part of the model that a key belongs to, whether all are there, and a hash of the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rwkv_bone.errors import UserError
 
 
 def param_part(key: str) -> str:
-    """The part a key belongs to: emb, head, ln, projection, state, or time (all else inside att and ffn)."""
+    """The part of a model that a key is of: emb, head, ln, projection, state, or time (the rest of att and ffn)."""
     segments = key.split(".")
     if segments[0] in ("emb", "head"):
         return segments[0]

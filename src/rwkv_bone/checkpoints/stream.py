@@ -1,7 +1,7 @@
 """Writing a checkpoint one tensor at a time, so that a merge needs memory for one tensor and not for the model.
 
-`torch.save` and safetensors' `save_file` want all tensors at once. Both formats are simple, and what is written here is
-read by `torch.load(weights_only=True, mmap=True)` and by safetensors like any other file.
+`torch.save` and safetensors' `save_file` need all tensors at once. Both formats are simple, so they are written here;
+`torch.load(weights_only=True, mmap=True)` and safetensors read the files like any others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPE_NAMES = {
     torch.float16: (torch.HalfStorage, "F16"),
     torch.bfloat16: (torch.BFloat16Storage, "BF16"),
 }
-ALIGNMENT = 64  # torch's own, so that mapped tensors start where vector instructions like them to
+ALIGNMENT = 64  # bytes, as torch aligns records: vector instructions are fastest on mapped tensors that start there
 
 
 def write_tensors(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -39,9 +39,10 @@ def write_tensors(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tu
 
 
 def _checked(layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> Iterable[memoryview]:
+    """The bytes of each tensor, which must be what the layout says."""
     for (key, model), (name, tensor) in zip(layout.items(), tensors, strict=True):
         assert (key, model.shape, model.dtype) == (name, tensor.shape, tensor.dtype)
-        yield memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+        yield tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write_pth(path: Path, layout: Mapping[str, Tensor], contents: Iterable[memoryview]) -> None:
@@ -58,6 +59,7 @@ def _write_pth(path: Path, layout: Mapping[str, Tensor], contents: Iterable[memo
 
 
 def _write_record(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
+    assert archive.fp is not None  # it is open
     record = zipfile.ZipInfo(f"archive/{name}")
     # A local header is 30 bytes, the name and the extra fields; zipfile adds one of 20 bytes for sizes beyond 4 GB.
     header = 30 + len(record.filename) + 20 + 4
@@ -68,7 +70,7 @@ def _write_record(archive: zipfile.ZipFile, name: str, content: bytes | memoryvi
 
 
 class _Storage(NamedTuple):
-    """A record of bytes; `tensor` is the one that it belongs to."""
+    """The record of bytes in which a tensor's values are."""
 
     name: str
     tensor: Tensor
@@ -95,7 +97,9 @@ class _IndexPickler(pickle.Pickler):
 
 def _write_safetensors(path: Path, layout: Mapping[str, Tensor], contents: Iterable[memoryview]) -> None:
     """The header's length, the header as JSON, and the tensors' bytes without gaps, wide dtypes first for alignment."""
-    header, offset = {}, 0
+    header: dict[str, dict[str, object]] = {}
+    starts: dict[str, int] = {}
+    offset = 0
     for key, tensor in sorted(layout.items(), key=lambda item: -item[1].element_size()):
         end = offset + tensor.numel() * tensor.element_size()
         header[key] = {
@@ -103,12 +107,12 @@ def _write_safetensors(path: Path, layout: Mapping[str, Tensor], contents: Itera
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
-        offset = end
+        starts[key], offset = offset, end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for key, content in zip(layout, contents, strict=True):
-            file.seek(8 + len(text) + header[key]["data_offsets"][0])
+            file.seek(8 + len(text) + starts[key])
             file.write(content)

@@ -1,9 +1,9 @@
-"""Adapters from one format of the field to another: `python -m rwkv_bone.conversion.convert --help`.
+"""Converts adapters between the formats that RWKV projects use: `python -m rwkv_bone.conversion.convert --help`.
 
-Read are this project's files and RWKV-PEFT's (`adapters/files.py` says which), directories of Hugging Face PEFT, with
+It reads this project's files and RWKV-PEFT's (`adapters/files.py` says which), directories of Hugging Face PEFT, with
 RWKV's own names or those of Hugging Face models, and Alic-Li's `<module>.weight.D` [out, r], whose scale is alpha / r.
-Written are this project's files, PEFT directories and LoRAs. Everything is checked against the base, which settles what
-shapes alone leave open; what even that leaves open is asked for, never guessed.
+It writes this project's files, PEFT directories and LoRAs. Everything is checked against the base, whose shapes often
+decide what the adapter's leave open. What is open even then, the user is asked for: nothing is guessed.
 
     from \\ to         native   miss             lora
     bone               yes      yes              yes, A = identities, B = D^T
@@ -17,7 +17,7 @@ shapes alone leave open; what even that leaves open is asked for, never guessed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -148,7 +148,7 @@ def _by_shapes(adapter: AdapterFile, base: Mapping[str, Tensor]) -> str:
     keys = [key for key in adapter.state if split_key(key)]
     if not keys:
         return "it holds nothing but time_state"
-    weights = {key: base[f"{split_key(key)[0]}.weight"] for key in keys}
+    weights = {key: base[f"{_module(key)}.weight"] for key in keys}
     # The layer that is furthest from square tells most.
     key = max(keys, key=lambda key: abs(weights[key].shape[0] - weights[key].shape[1]))
     shown = f"{key} is {list(adapter.state[key].shape)} for a weight of {list(weights[key].shape)}"
@@ -161,15 +161,15 @@ def _by_shapes(adapter: AdapterFile, base: Mapping[str, Tensor]) -> str:
 
 
 def _read_directory(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[AdapterFile, str]:
+    """`read_any` for a directory of Hugging Face PEFT."""
     found = peft_format.read_peft(config.adapter)
     if config.peft not in ("auto", found.kind):
         raise UserError(f"{config.adapter} is {found.kind} by its adapter_config.json, --peft says {config.peft}")
-    renamed = {name: _renamed(getattr(found, name)) for name in ("state", "extra")}
-    found = replace(found, **renamed)
+    found = replace(found, state=_renamed(found.state), extra=_renamed(found.extra))
     sizes = {key.removesuffix(".weight"): len(tensor) for key, tensor in base.items() if key.endswith(".weight")}
-    missing = [key for key in found.state if split_key(key)[0] not in sizes]
+    missing = [key for key in found.state if _module(key) not in sizes]
     if missing:
-        raise UserError(f"{config.adapter} adapts {split_key(missing[0])[0]}, which {config.base_model} does not have")
+        raise UserError(f"{config.adapter} adapts {_module(missing[0])}, which {config.base_model} does not have")
     found = found.expanded(sizes)
     settings = AdapterSettings(found.kind, found.r, found.alpha, rslora=found.rslora)
     init = found.config.get("init_weights")
@@ -179,8 +179,13 @@ def _read_directory(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[
     return _checked(config, base, {**found.state, **found.extra}, settings), why
 
 
+def _module(key: str) -> str:
+    """The module of a tensor's key, `<module>.<name>`."""
+    return key.rpartition(".")[0]
+
+
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With RWKV's module names."""
+    """The same tensors under RWKV's module names."""
     renamed = {}
     for key, tensor in tensors.items():
         module, _, name = key.rpartition(".")
@@ -191,6 +196,7 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read_alic_li(
     config: ConvertConfig, base: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> tuple[AdapterFile, str]:
+    """`read_any` for tensors named `<module>.weight.D`."""
     if not config.lora_alpha:
         raise UserError(
             f"{config.adapter} holds <module>{ALIC_LI}, which is scaled by alpha / r, and alpha is not in it: give "
@@ -216,6 +222,7 @@ def _read_alic_li(
 def _checked(
     config: ConvertConfig, base: Mapping[str, Tensor], state: dict[str, Tensor], settings: AdapterSettings
 ) -> AdapterFile:
+    """These tensors as an adapter of the base; UserError unless all fit and all are finite."""
     shapes = {key: tuple(tensor.shape) for key, tensor in base.items()}
     try:
         _, _, targets, extra = infer_adapter(state, shapes, settings.kind, config.bone_r or settings.r)
@@ -259,7 +266,10 @@ def _target(config: ConvertConfig, adapter: AdapterFile) -> str:
 
 
 def to_lora(adapter: AdapterFile, base: Mapping[str, Tensor]) -> AdapterFile:
-    """The LoRA that equals a Bone, PiSSA or LoRA adapter; tensors of the base are kept."""
+    """The LoRA that equals a Bone, PiSSA or LoRA adapter; tensors of the base stay as they are.
+
+    PiSSA's B A - B0 A0 becomes [B, -B0] [A; A0], of rank 2r on the same base.
+    """
     settings = adapter.settings
     if settings.kind == "lora":
         return adapter
@@ -283,8 +293,9 @@ def to_lora(adapter: AdapterFile, base: Mapping[str, Tensor]) -> AdapterFile:
 def native_metadata(
     adapter: AdapterFile, arch: checkpoints.Architecture, base: Mapping[str, Tensor], quant: str
 ) -> dict:
-    """What this project's adapter files say about themselves, and that this one was converted."""
-    earlier = {name: value for name, value in (adapter.metadata or {}).items() if name != "blocks"}  # a LoRA has none
+    """The metadata of an adapter file of ours, and what this one was converted from."""
+    # `blocks` goes, since the adapter may have become a LoRA; to_metadata below gives it again to one that has blocks.
+    earlier = {name: value for name, value in (adapter.metadata or {}).items() if name != "blocks"}
     return {
         "format": 1,
         **earlier,
@@ -304,11 +315,11 @@ def write_directory(config: ConvertConfig, adapter: AdapterFile) -> None:
     name = peft_format.hf_name if config.names == "hf" else str
     state = {}
     for key, tensor in adapter.state.items():
-        module, parameter = split_key(key)
+        module, _, parameter = key.rpartition(".")
         state[f"{name(module)}.{parameter}"] = tensor
     targets = sorted(_directory_target(target, name) for target in adapter.targets)
     settings = adapter.settings
-    # peft expects more of a causal language model than a checkpoint's own modules offer.
+    # For a causal language model peft calls methods that a checkpoint's own modules do not have.
     others = {
         "base_model_name_or_path": config.hf_base or None,
         "task_type": "CAUSAL_LM" if config.names == "hf" else None,
@@ -320,8 +331,8 @@ def write_directory(config: ConvertConfig, adapter: AdapterFile) -> None:
     peft_format.write_peft(config.output, about, state, overwrite=config.overwrite)
 
 
-def _directory_target(target: str, name) -> str:
-    """A target of ours, `att.key` or a whole name, as PEFT's target_modules have it."""
+def _directory_target(target: str, name: Callable[[str], str]) -> str:
+    """A target of ours, `att.key` or a full module name, in the form of PEFT's target_modules."""
     if target.startswith("blocks.") or target == "head":
         return name(target)
     layer = "blocks.0."

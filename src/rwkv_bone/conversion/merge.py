@@ -1,13 +1,14 @@
-"""Folding an adapter into its base: a plain checkpoint that needs this project no more.
+"""Folding an adapter into its base: a plain checkpoint that no longer needs this project.
 
-`merge` is the whole idea, on dictionaries. `merge_files` is the same for files of any size, and checks itself: it holds
-one tensor at a time, writes to a temporary name, reads that back, compares it with a second computation and its logits
-with base + adapter, and only then gives the file its name.
+`merged_tensors` is the arithmetic. `merge_files` applies it to files of any size, one tensor at a time, and checks the
+result: it writes to a temporary name, reads that back, compares the tensors with a second computation and the logits
+with those of base + adapter, and only then gives the file its name.
 
-An adapter that was trained on a quantised base has learnt to make up for that base's errors, those of projections
-without an adapter too. So every projection that was quantised in training is merged as it was then: quantised, and back
-(`as_trained`). What is written is a plain checkpoint in the base's dtype, never a quantised one. `--merge_base
-original` puts the adapter on the original weights instead, which is another model than the trained one.
+An adapter that was trained on a quantised base has learnt to correct that base's rounding errors, also those of
+projections that it does not adapt. So every projection that was quantised in training goes into the merge with the
+values it had then: quantised and dequantised again (`as_trained`). What is written is a plain checkpoint in the base's
+dtype, never a quantised one. With `--merge_base original` the adapter goes on the original weights instead, which is
+another model than the trained one.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import torch
 from torch import Tensor
 
 from rwkv_bone import checkpoints
-from rwkv_bone.adapters import ADAPTERS, AdapterFile, AdapterSettings, apply_adapter, infer_adapter, read_adapter
+from rwkv_bone.adapters import ADAPTERS, AdapterFile, AdapterSettings, read_adapter
 from rwkv_bone.adapters.files import tensors_by_module
 from rwkv_bone.adapters.inject import target_name
 from rwkv_bone.checkpoints import Architecture, param_part
 from rwkv_bone.checkpoints.stream import DTYPE_NAMES, write_tensors
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.errors import UserError
-from rwkv_bone.models import build, load_base_into
+from rwkv_bone.inference.load import assemble
 from rwkv_bone.quantization import as_trained, is_quantized
 
 CHECK_TOKENS = 32
@@ -35,23 +36,15 @@ FORMULA_TOLERANCE = 1e-5
 LOGITS_TOLERANCE = (1e-4, 0.1)  # of the logits' norm, for an fp32 base and for one of half precision
 
 
-def merge(
-    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], *, settings: AdapterSettings, quant: str = "none"
-) -> dict[str, Tensor]:
-    """The base with the adapter folded in: the same keys, order, shapes and dtypes.
-
-    Adapted weights are computed in fp32 and rounded once; tensors that were trained whole replace the base's; a trained
-    initial state, which a base does not have, comes after them in fp32. quant: what the adapter was trained on.
-    UserError if any adapter tensor fits nothing in the base.
-    """
-    infer_adapter(adapter, {key: tuple(tensor.shape) for key, tensor in base.items()}, settings.kind, settings.r)
-    return dict(merged_tensors(base, adapter, settings, quant))
-
-
 def merged_tensors(
     base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], settings: AdapterSettings, quant: str = "none"
 ) -> Iterator[tuple[str, Tensor]]:
-    """The pairs of `merge`, one at a time, for an adapter that is known to fit."""
+    """(key, tensor) of the base with the adapter folded in, one at a time: the base's keys, order, shapes and dtypes.
+
+    Adapted weights are computed in fp32 and rounded once. Tensors that were trained themselves replace the base's. A
+    trained initial state, which a base does not have, comes after the others, in fp32. quant: what the adapter was
+    trained on. The adapter must fit the base, as `read_adapter` makes sure.
+    """
     adapted = tensors_by_module(adapter)
     for key, tensor in base.items():
         module = key.removesuffix(".weight")
@@ -66,7 +59,7 @@ def merged_tensors(
 
 
 def trained_weight(key: str, tensor: Tensor, quant: str) -> Tensor:
-    """A tensor of the base as a run with --quant `quant` sees it: in fp32 if it is quantised then, otherwise itself."""
+    """A tensor of the base as a run with --quant `quant` sees it: rounded, in fp32, if the run quantises it."""
     return as_trained(tensor, quant) if quant != "none" and is_quantized(key) else tensor
 
 
@@ -120,6 +113,7 @@ def trained_quant(adapter: AdapterFile, asked: str) -> str:
 
 
 def _output_path(config: MergeConfig) -> Path:
+    """Where to write; UserError for another suffix, and for a name that would overwrite an input."""
     output = Path(config.output)
     if output.suffix not in (".pth", ".safetensors"):
         raise UserError(f"--output {output}: expected a name that ends in .pth or .safetensors")
@@ -137,10 +131,10 @@ def verify_tensors(
     Returns for each target the relative change of its weights, |W' - W| / |W|, one number a layer.
     """
     written, adapted, settings = checkpoints.read_state(path), tensors_by_module(adapter.state), adapter.settings
-    assert list(written) == [*base, *initial_state(base, adapter.state)]
+    assert written.keys() == {*base, *initial_state(base, adapter.state)}
     changes: dict[str, list[float]] = {}
     for key, expected in merged_tensors(base, adapter.state, settings, quant):
-        # Not isfinite().all(), which takes three times the tensor's memory; minimum and maximum pass NaN on.
+        # Not isfinite().all(), which takes three times the tensor's memory. A NaN is its own minimum and maximum.
         if not torch.stack(expected.aminmax()).isfinite().all():
             raise UserError(f"{key} of the merged model would hold NaN or infinity: nothing was written")
         found = written[key]
@@ -161,19 +155,22 @@ def verify_formula(key: str, weight: Tensor, tensors: Mapping[str, Tensor], sett
     """Compare, in fp32 and before any rounding, what the merged weight and the adapter layer compute."""
     x = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0))
     layer, tensors = ADAPTERS[settings.kind], {name: tensor.float() for name, tensor in tensors.items()}
-    live, alone = layer.compute(x, weight, None, tensors, settings), x @ layer.merged(weight, tensors, settings).t()
-    assert (alone - live).norm() <= FORMULA_TOLERANCE * live.norm(), f"{key}: merged weight and adapter layer differ"
+    adapted = layer.forward_fused(x, weight, None, tensors, settings)
+    plain = x @ layer.merged(weight, tensors, settings).t()
+    assert (plain - adapted).norm() <= FORMULA_TOLERANCE * adapted.norm(), (
+        f"{key}: merged weight and adapter layer differ"
+    )
 
 
 @torch.no_grad()
 def verify_logits(
     merged: Path, arch: Architecture, base: Mapping[str, Tensor], adapter: AdapterFile, quant: str, trained_on: str
 ) -> str:
-    """Compare the merged file, loaded as any base, with the base under the live adapter. Returns what was found.
+    """Compare the merged file, loaded as any base, with the base under the adapter. Returns what was found, in words.
 
-    Both run in fp32 on the weights as they are stored, the base quantised to `quant`, so they differ by the rounding of
-    the merged weights alone, and need no memory beyond the mapped files, the codes of a quantised base and one layer.
-    If the adapter was trained on another quantisation, how far its logits then were is found too.
+    Both compute in fp32 on the weights as they are stored, the base quantised to `quant`. So they differ only by the
+    rounding of the merged weights, and need no memory but for the mapped files, the codes of a quantised base and one
+    layer. If the adapter was trained on another quantisation, the distance from its logits there is reported too.
     """
     before, expected = _logits(arch, base, quant), _logits(arch, base, quant, adapter)
     found = _logits(arch, checkpoints.read_state(merged))
@@ -199,11 +196,8 @@ def _logits(
     arch: Architecture, tensors: Mapping[str, Tensor], quant: str = "none", adapter: AdapterFile | None = None
 ) -> Tensor:
     """[1, CHECK_TOKENS, V] of a fixed row of tokens, from these tensors quantised to `quant` and under an adapter."""
-    with torch.device("meta"):
-        model = build(arch, op="torch")  # the portable operator: a merge must not need a compiler
-    load_base_into(model, tensors, quant=quant)
-    if adapter is not None:
-        apply_adapter(model, adapter)
+    # The portable operator: a merge must not need a compiler.
+    model = assemble(arch, tensors, op="torch", quant=quant, adapter=adapter)
     ids = (torch.arange(1, CHECK_TOKENS + 1) * 7919 % arch.vocab_size)[None]
     return model.eval()(ids)
 
@@ -217,6 +211,7 @@ def _report(
     logits: str,
     size: int,
 ) -> list[str]:
+    """What is told about a merge, line by line."""
     step = f", step {adapter.metadata['step']}" if adapter.metadata and "step" in adapter.metadata else ""
     lines = [
         f"base      {config.base_model}: {arch.describe()}",
@@ -235,8 +230,8 @@ def _report(
         lines.append(
             f"quant     trained on {trained_on}: every projection of att and ffn is written as it was then, dequantised"
         )
-    whole = f", and {len(adapter.extra)} tensors that were trained whole" if adapter.extra else ""
-    lines.append(f"merged    {sum(map(len, changes.values()))} weights{whole}; relative change |W' - W| / |W|:")
+    extra = f", and {len(adapter.extra)} tensors that were trained whole" if adapter.extra else ""
+    lines.append(f"merged    {sum(map(len, changes.values()))} weights{extra}; relative change |W' - W| / |W|:")
     for target, values in changes.items():
         lines.append(
             f"          {target:<16} {len(values):>3} layers  largest {max(values):.3%}  mean {fmean(values):.3%}"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from rwkv_bone.data import BatchPlan
-from rwkv_bone.inference.generate import BATCH, generate
+from rwkv_bone.data import BatchPlan, Dataset
+from rwkv_bone.data.tokenizer import ByteTokenizer, JsonTokenizer, WorldTokenizer
+from rwkv_bone.inference.generate import BATCH, StatefulModel, generate
 
 
 class Answer(NamedTuple):
-    """One prompt and what the model made of it; `got` ends before the end of the document."""
+    """One prompt, the expected answer, and the model's (`got`), without the end of the document."""
 
     prompt: str
     expected: str
@@ -24,14 +25,16 @@ class Answer(NamedTuple):
 
 
 @torch.no_grad()
-def heldout_loss(model, dataset, *, micro_bsz: int, device: torch.device | str = "cpu") -> tuple[float, int]:
+def heldout_loss(
+    model: Callable[..., torch.Tensor], dataset: Dataset, *, micro_bsz: int, device: torch.device | str = "cpu"
+) -> tuple[float, int]:
     """(nats per trained token, number of trained tokens) over every sample once, with the mask of training.
 
     model: a call `model(ids, labels=..., label_rows=..., cu_seqlens=...)` -> the summed loss. Samples are packed,
     micro_bsz x ctx_len tokens at a time.
     """
     plan = BatchPlan(dataset, micro_bsz=micro_bsz, pack=True)
-    # Summed on the device: it is waited for once, at the end.
+    # Summed on the device, so that a GPU is waited for only once, at the end.
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for step in range(plan.total_steps(1)):
         batch = plan.batch(0, step, 0, 0).to(device)
@@ -41,15 +44,20 @@ def heldout_loss(model, dataset, *, micro_bsz: int, device: torch.device | str =
 
 
 def exact_match(
-    model, tokenizer, pairs: Sequence[tuple[str, str]], *, batch: int = BATCH, device: torch.device | str = "cpu"
+    model: StatefulModel,
+    tokenizer: ByteTokenizer | WorldTokenizer | JsonTokenizer,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    batch: int = BATCH,
+    device: torch.device | str = "cpu",
 ) -> tuple[float, list[Answer]]:
-    """(fraction of prompts whose greedy answer is the response exactly, every answer), `batch` prompts at a time.
+    """(fraction of prompts whose greedy answer is exactly the response, every answer), `batch` prompts at a time.
 
-    Prompts are read whole, also beyond the ctx_len of training. An answer may be one token longer than the longest
-    response: more could not make it right.
+    Prompts are read to their end, also beyond the ctx_len of training. An answer may be one token longer than the
+    longest response; a longer one could not be right.
     """
     longest = max((len(tokenizer.encode(response)) for _, response in pairs), default=0)
-    # A model needs one token to start from; the end of a document is what comes before any other.
+    # A model needs one token to start from. What comes before a document is the end of another.
     prompts = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt, _ in pairs]
     written = generate(model, prompts, max_new=longest + 1, stop_id=tokenizer.eod, batch=batch, device=device)
     answers = [Answer(*pair, tokenizer.decode(ids)) for pair, ids in zip(pairs, written, strict=True)]

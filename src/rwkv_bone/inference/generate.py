@@ -1,14 +1,15 @@
 """Text from a model: prompts are read, then all continue together, one token at a time, from their states.
 
-Memory grows neither with the number of prompts nor with their length: a limited number is under way at a time, and
-these are read packed, in pieces of a limited number of tokens, each going on where the one before ended.
+Memory grows neither with the number of prompts nor with their length. At most `batch` prompts are worked on at a time.
+They are read packed, one after another, in pieces of `piece` tokens; each piece goes on from the states of the one
+before.
 
-Sizes: B sequences under way, D documents of a piece, V vocabulary.
+Sizes: B sequences at a time, D documents of a piece, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 
 import torch
@@ -16,13 +17,16 @@ from torch import Tensor
 
 from rwkv_bone.models import LayerState
 
-BATCH = 32  # sequences under way, whose states are kept: 21 MB each at 2.9B, 34 MB at 7B
+BATCH = 32  # sequences at a time; the state of one takes 21 MB at 2.9B, 34 MB at 7B
 PIECE = 1024  # prompt tokens read in one call
+
+# `RWKV.forward` with return_state: (logits [B, V], the new state).
+StatefulModel = Callable[..., tuple[Tensor, list[LayerState]]]
 
 
 @torch.no_grad()
 def generate(
-    model,
+    model: StatefulModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new: int,
@@ -38,8 +42,8 @@ def generate(
 
     model: an `RWKV`, or what passes its arguments on to one. Prompts may have any length but 0; they are never cut.
     temperature 0 takes the most likely token; above it, tokens are drawn from the smallest set whose probability
-    reaches `top_p`, the same ones for the same seed. Memory is for the states of `batch` sequences and one forward pass
-    of `piece` tokens, however many prompts there are and however long.
+    reaches `top_p`, the same ones for the same seed. The states of `batch` sequences and one forward pass of `piece`
+    tokens must fit into memory.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt is empty: it needs at least one token to continue from")
@@ -52,17 +56,25 @@ def generate(
     def choose(logits: Tensor) -> Tensor:
         return _choose(logits, temperature, top_p, generator)
 
-    answers = []
+    answers: list[list[int]] = []
     for start in range(0, len(prompts), batch):
         answers += _answers(model, prompts[start : start + batch], choose, max_new, stop_id, piece, device)
     return answers
 
 
-def _answers(model, prompts, choose, max_new: int, stop_id: int | None, piece: int, device) -> list[list[int]]:
-    """The answers to prompts that are under way together."""
+def _answers(
+    model: StatefulModel,
+    prompts: Sequence[Sequence[int]],
+    choose: Callable[[Tensor], Tensor],
+    max_new: int,
+    stop_id: int | None,
+    piece: int,
+    device: torch.device | str,
+) -> list[list[int]]:
+    """The answers to one batch of prompts."""
     answers: list[list[int]] = [[] for _ in prompts]
     logits, state = _read(model, prompts, piece, device)
-    rows = range(len(prompts))  # the prompt of each row that is still being written
+    rows = list(range(len(prompts)))  # the prompt of each row that is still being written
     for left in reversed(range(max_new)):
         tokens = choose(logits)
         going = []
@@ -75,15 +87,19 @@ def _answers(model, prompts, choose, max_new: int, stop_id: int | None, piece: i
         if len(going) < len(rows):
             keep = torch.tensor(going, device=device)
             rows = [rows[i] for i in going]
-            tokens, state = tokens[keep], _map(lambda part, keep=keep: part[keep], state)
+            tokens, state = tokens[keep], _rows(state, keep)
         logits, state = model(tokens[:, None], state=state, return_state=True, last_only=True)
     return answers
 
 
-def _read(model, prompts, piece: int, device) -> tuple[Tensor, list[LayerState]]:
-    """Read prompts, packed one after another: (logits [B, V] of what follows each, its state)."""
+def _read(
+    model: StatefulModel, prompts: Sequence[Sequence[int]], piece: int, device: torch.device | str
+) -> tuple[Tensor, list[LayerState]]:
+    """Read prompts, packed one after another: (logits [B, V] of what follows each, the state after each)."""
     tokens, ends = list(chain.from_iterable(prompts)), list(accumulate(map(len, prompts)))
-    logits, states, state = [], [], None
+    logits: list[Tensor] = []  # of the prompts that have ended so far
+    states: list[list[LayerState]] = []
+    state: list[LayerState] | None = None  # of the prompt that goes on in the next piece
     for start in range(0, len(tokens), piece):
         ids = torch.tensor([tokens[start : start + piece]], device=device)
         stop = start + ids.shape[1]
@@ -92,16 +108,20 @@ def _read(model, prompts, piece: int, device) -> tuple[Tensor, list[LayerState]]
         cu_seqlens = torch.tensor(bounds, device=device)
         out, state = model(ids, state=state, cu_seqlens=cu_seqlens, return_state=True, last_only=True)
         n = len(inside)  # the prompts that end here; one more may go on in the next piece
-        # Copies: a view would keep the rows of every piece for as long as it lives.
-        logits.append(out[:n].clone())
-        states.append(_map(lambda rows, n=n: rows[:n].clone(), state))
-        state = _map(lambda rows, n=n: rows[n:].clone(), state)
+        logits.append(out[:n].clone())  # a view would keep the rows of every piece in memory
+        states.append(_rows(state, slice(n)))
+        state = _rows(state, slice(n, None))
     joined = [LayerState(*map(torch.cat, zip(*layer, strict=True))) for layer in zip(*states, strict=True)]
     return torch.cat(logits), joined
 
 
-def _map(function, state: list[LayerState]) -> list[LayerState]:
-    return [LayerState(*map(function, layer)) for layer in state]
+def _rows(state: list[LayerState], rows: Tensor | slice) -> list[LayerState]:
+    """The states of some of the sequences, a copy in any case: a view would keep the others in memory too."""
+
+    def copy(part: Tensor) -> Tensor:
+        return part[rows].clone() if isinstance(rows, slice) else part[rows]
+
+    return [LayerState(*map(copy, layer)) for layer in state]
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rwkv_bone import checkpoints
-from rwkv_bone.adapters import apply_adapter, read_adapter
+from rwkv_bone.adapters import AdapterFile, apply_adapter, read_adapter
+from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.config import QUANTS
 from rwkv_bone.devices import require_cuda
 from rwkv_bone.errors import UserError
@@ -27,10 +30,10 @@ def load_model(
 ) -> RWKV:
     """A model in eval mode: `model(ids [B, T])` gives logits [B, T, V]; parameter names are the checkpoint's keys.
 
-    path: base or merged checkpoint. adapter: an adapter file to apply live. dtype: of weights and arithmetic (None =
-    the file's own). op: the WKV operator, as --op. quant: none, int8, nf4 or fp4, as --quant (None = what the adapter
-    was trained on); quantised projections are not in the state dict. UserError for anything wrong with the files, and
-    for a CUDA device that PyTorch cannot use.
+    path: base or merged checkpoint. adapter: a file to apply to it, which stays an adapter. dtype: of weights and
+    arithmetic (None = the file's own). op: the WKV operator, as --op. quant: none, int8, nf4 or fp4, as --quant (None =
+    what the adapter was trained on); quantised projections are not in the state dict. UserError for anything wrong with
+    the files, and for a CUDA device that PyTorch cannot use.
     """
     if torch.device(device).type == "cuda":
         require_cuda(f"device={str(device)!r}: ", "use device='cpu'")
@@ -43,9 +46,31 @@ def load_model(
     trained_on = metadata.get("quant", "none") if metadata else quant or "none"
     if quant not in (None, trained_on):
         log.warning("adapter %s was trained on a base in %s, and is put on one in %s", adapter, trained_on, quant)
-    with torch.device("meta"):
-        model = build(arch, op=op, dtype=dtype)
-    load_base_into(model, state, dtype, str(path), quant or trained_on, device)
-    if trained is not None:
-        apply_adapter(model, trained)
+    model = assemble(
+        arch, state, op=op, dtype=dtype, source=str(path), quant=quant or trained_on, device=device, adapter=trained
+    )
     return model.to(device).eval()
+
+
+def assemble(
+    arch: Architecture,
+    state: Mapping[str, Tensor],
+    *,
+    op: str = "auto",
+    dtype: torch.dtype | None = None,
+    source: str = "checkpoint",
+    quant: str = "none",
+    device: torch.device | str | None = None,
+    adapter: AdapterFile | None = None,
+) -> RWKV:
+    """A model of these tensors, which may be mapped from a file, under an adapter.
+
+    dtype: of weights and arithmetic; None leaves the weights as they are and computes in fp32. source: what messages
+    call the tensors. quant, device: as `load_base_into` takes them.
+    """
+    with torch.device("meta"):
+        model = build(arch, op=op, dtype=dtype or torch.float32)
+    load_base_into(model, state, dtype, source, quant, device)
+    if adapter is not None:
+        apply_adapter(model, adapter)
+    return model

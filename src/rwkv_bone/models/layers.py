@@ -1,15 +1,18 @@
 """Layers that every generation uses. Each casts its own parameters to the activations' dtype.
 
-So a frozen parameter may be bf16 and a trained one fp32 in the same model, with no autocast. Under ZeRO stage 3 a
-parameter may only be read inside its own module's forward, which is why the casts are here and not in the callers.
+So a frozen parameter may be bf16 and a trained one fp32 in the same model, with no autocast. The casts are here and not
+in the callers because under ZeRO stage 3 a parameter may only be read inside its own module's forward.
 
-Sequences come one a row, x [B, T, C], or packed: B is 1, the row holds D documents one after another, `cu_seqlens`
-int64 [D + 1] says where each begins and the last ends, and what is kept of each sequence has D rows instead of B.
+Sequences are the rows of x [B, T, C], or packed: then B is 1 and the row holds D documents one after another.
+`cu_seqlens` int64 [D + 1] says where each of them begins and where the last one ends. Tensors with one row a sequence,
+such as states, then have D rows instead of B.
 
 Sizes: B batch, T tokens, C channels, V vocabulary, D documents.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +54,7 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Contiguous, as the kernels take rows: those of the `torch` operators may not be.
+        # The kernels take contiguous rows. The output of the operator `torch` may be laid out in another way.
         rows = x.flatten(0, 1).contiguous()
         return _HeadNorm.apply(rows, self.weight, self.bias, self.n_head, self.eps).view(x.shape)
 
@@ -59,23 +62,23 @@ class HeadNorm(nn.Module):
 class _HeadNorm(torch.autograd.Function):
     """rows [T, C], weight [C], bias [C] -> [T, C]: GroupNorm whose parameters, mean and scale are at least fp32.
 
-    PyTorch rounds mean and scale to the parameters' dtype and uses them so in backward: in bf16 that adds half as much
-    error again to the gradient of the rows. Keeps the rows as they came.
+    PyTorch's own rounds mean and scale to the parameters' dtype, and its backward uses the rounded ones. In bf16 that
+    makes the error in the gradient of the rows half as large again. For backward the rows are kept in their own dtype.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor, n_head: int, eps: float) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, n_head: int, eps: float) -> Tensor:
         ctx.n_head, ctx.bias_dtype = n_head, bias.dtype
-        sizes = (*rows.shape, 1, n_head)
+        T, C = rows.shape
         y, mean, scale = torch.native_group_norm(
-            _for_norm(rows), widened(weight, rows), widened(bias, rows), *sizes, eps
+            _for_norm(rows), widened(weight, rows), widened(bias, rows), T, C, 1, n_head, eps
         )
         ctx.save_for_backward(rows, weight, mean, scale)
         return y.to(rows.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, mean, scale = ctx.saved_tensors
         sizes = (*rows.shape, 1, ctx.n_head)
         g, x = _for_norm(g.contiguous()), _for_norm(rows)
@@ -87,16 +90,19 @@ class _HeadNorm(torch.autograd.Function):
 
 
 def _for_norm(x: Tensor) -> Tensor:
-    """x in at least fp32, but as it is where the kernel takes bf16 with fp32 parameters: on the processor."""
+    """x in at least fp32; on the processor as it is, since the kernel there takes bf16 with fp32 parameters."""
     return x if x.is_cpu and not is_compiling() else widened(x)
 
 
 class StatefulMix(nn.Module):
     """Base of every generation's TimeMix: knows the state that a document starts from.
 
-    `time_state` [H, N, N] (rows = value index, columns = key index, as in the field's state files) is absent, which
-    means zeros, unless `add_time_state` puts it there.
+    That is `time_state` [H, N, N], rows = value index, columns = key index, as in other projects' state files. It is
+    absent, which means zeros, unless `add_time_state` puts it there.
     """
+
+    time_state: nn.Parameter | None
+    unused: tuple[str, ...] = ()  # names of parameters that the checkpoint format has and the forward never reads
 
     def __init__(self, n_head: int, head_size: int):
         super().__init__()
@@ -112,9 +118,9 @@ class StatefulMix(nn.Module):
         self.time_state = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
 
     def start(self, state: Tensor | None, sequences: int) -> Tensor | None:
-        """The state [sequences, H, N, N] that each sequence starts from, None if that is zeros for all.
+        """The state [sequences, H, N, N] that each sequence starts from; None if all start from zeros.
 
-        The first ones go on from the rows of `state` [k, H, N, N], the others start from the initial state.
+        The first k sequences go on from the rows of `state` [k, H, N, N], the others start from the initial state.
         """
         if self.time_state is None:
             return None if state is None else with_zeros(state, sequences)
@@ -140,7 +146,7 @@ class Embedding(nn.Embedding):
 class Head(Linear):
     """hidden [..., C] -> logits [..., V]; with labels [...] -> their summed fp32 loss, without logits.
 
-    `label_rows`: where the flattened labels have one, if that is known.
+    `label_rows`: the places of the flattened labels that are not -100, if the caller knows them.
     """
 
     def forward(
@@ -155,9 +161,10 @@ class Head(Linear):
 def adapted_head_loss(
     head: nn.Module, hidden: Tensor, labels: Tensor, l2wrap: float, label_rows: Tensor | None = None
 ) -> Tensor:
-    """The same sum for a head that an adapter has replaced: row chunks, each recomputed in backward.
+    """The summed loss for a head that an adapter has replaced. hidden [..., C], labels [...].
 
-    hidden [..., C], labels [...]. Costs one more product of the head than `Head` does.
+    It never holds the logits of all rows: they are computed a chunk of rows at a time, and once more in backward. That
+    is one more product of the head than `Head` needs.
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     rows = labelled(labels) if label_rows is None else label_rows
@@ -167,7 +174,7 @@ def adapted_head_loss(
         logits = head(part).float()
         loss = F.cross_entropy(logits, target, reduction="sum")
         if l2wrap:
-            # Half the square of the largest logit has the gradient that L2Wrap adds; its value stays out of the loss.
+            # L2Wrap adds to the gradient and not to the loss: the gradient is that of half the largest logit squared.
             penalty = 0.5 * l2wrap * logits.amax(dim=1).square().sum()
             loss = loss + penalty - penalty.detach()
         return loss
@@ -179,9 +186,10 @@ def adapted_head_loss(
 
 
 def token_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """x [B, T, C] one token later: the first row of a sequence is `last` [B, C], what came before it, or zeros.
+    """x [B, T, C] moved one token on: each token's place holds the token before it.
 
-    Packed, x [1, T, C], `last` [k, C] is what came before each of the first k documents.
+    In the first place of a sequence is its row of `last` [B, C], or zeros. Packed, x is [1, T, C] and `last` [k, C] has
+    a row for each of the first k documents; the others begin with zeros.
     """
     if cu_seqlens is None:
         first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
@@ -193,10 +201,10 @@ def token_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None
 
 
 def widened(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """x in float32, or in float64 if that is what it has, or what `like` has."""
+    """x in float32; in float64 if `like` is float64 (`like` is x itself unless given)."""
     return x.to(torch.promote_types((x if like is None else like).dtype, torch.float32))
 
 
 def with_zeros(rows: Tensor, count: int) -> Tensor:
-    """rows [k, ...] with rows of zeros after them, `count` in all."""
+    """rows [k, ...] -> [count, ...], filled up with zeros at the end."""
     return rows if len(rows) == count else torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])

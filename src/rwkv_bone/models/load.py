@@ -1,4 +1,4 @@
-"""Getting weights into a model: from a checkpoint or from upstream's initialisation."""
+"""Filling a model with weights: those of a checkpoint, or upstream's initialisation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
+from rwkv_bone.models.layers import Head
 from rwkv_bone.models.rwkv import GENERATIONS, RWKV
 from rwkv_bone.quantization import QuantLinear, is_quantized, quantize
 
@@ -26,10 +27,11 @@ def load_base_into(
 ) -> None:
     """Give the model the checkpoint's tensors, strictly: every key and shape must match (else UserError).
 
-    With `dtype` they are converted; without, they stay what the file holds (mapped, nothing is copied). A checkpoint
-    that carries a trained initial state keeps it, in fp32. With `quant` the projections are quantised one by one from
-    the file's own values and their layers become QuantLinear: no more than one of them is ever in memory whole. That
-    is done on `device` (None = the tensors' own), where the codes stay; all other tensors stay where they are.
+    dtype: what the tensors are converted to; None leaves them as they are, mapped and not copied. A trained initial
+    state in the checkpoint is loaded too, always in fp32. quant: the projections are quantised one at a time, from the
+    file's own values, and their layers become QuantLinear, so no more than one of them is in memory in full. device:
+    where they are quantised and where their codes stay (None = the tensors' own); all other tensors stay where they
+    are. source: what messages call the checkpoint.
     """
     if any(checkpoints.param_part(key) == "state" for key in state):
         model.add_time_state()
@@ -74,6 +76,7 @@ def init_from_scratch(model: RWKV, seed: int) -> None:
                 module.weight.fill_(1.0)
                 module.bias.zero_()
         model.emb.weight.uniform_(-1e-4, 1e-4)
+        assert isinstance(model.head, Head)  # no adapter has taken its place yet
         nn.init.orthogonal_(model.head.weight, gain=0.5 * math.sqrt(max(arch.vocab_size / arch.n_embd, 1)))
         for layer, block in enumerate(model.blocks):
             generation.initialise_block(block.att, block.ffn, layer, arch.n_layer)

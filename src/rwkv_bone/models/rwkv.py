@@ -1,7 +1,12 @@
 """The shell that every generation shares: embedding, blocks, final norm, head.
 
-Parameter names are the checkpoint's keys. What differs between generations, the time mix and the channel mix, is in one
-file each, registered in GENERATIONS.
+Notable:
+- parameter names are the checkpoint's keys
+- what differs between generations, the time mix and the channel mix, is in one file each, registered in GENERATIONS
+- one forward serves training, evaluation and generation: with labels it returns the loss, with a state it goes on where
+  an earlier call ended
+- there are no positions and no attention mask: a token sees the past only through the state and the token before it
+- the head is not tied to the embedding, and layer 0 has one more norm (ln0), on the embedding
 
 Sizes: B batch, T tokens, C channels, H heads, N head size, V vocabulary, D documents of a packed row.
 """
@@ -17,13 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import v5, v6, v7
-from rwkv_bone.models.layers import Embedding, Head, LayerNorm, adapted_head_loss
+from rwkv_bone.models.layers import Embedding, Head, LayerNorm, StatefulMix, adapted_head_loss
 
 GENERATIONS = {5: v5, 6: v6, 7: v7}
 
 
 class LayerState(NamedTuple):
-    """What one block carries from one piece of a sequence to the next; of a packed row D rows instead of B."""
+    """What one block carries from one piece of a sequence to the next. For a packed row: D rows instead of B."""
 
     att_shift: Tensor  # [B, C] fp32, the last input row of the time mix
     wkv: Tensor  # [B, H, N, N] fp32, rows = value index, columns = key index
@@ -31,6 +36,8 @@ class LayerState(NamedTuple):
 
 
 class Block(nn.Module):
+    """Time mix and channel mix, each behind a norm and beside the residual stream x."""
+
     def __init__(self, arch: Architecture, layer: int, op: str):
         super().__init__()
         generation = GENERATIONS[arch.version]
@@ -49,30 +56,39 @@ class Block(nn.Module):
         state: LayerState | None,
         return_state: bool,
         cu_seqlens: Tensor | None,
-    ):
-        """x [B, T, C] -> (x, shared, LayerState or None). `shared` is what a generation hands from block to block."""
+    ) -> tuple[Tensor, Tensor | None, LayerState | None]:
+        """x [B, T, C] -> (x, shared, LayerState or None). `shared` is what a generation hands from block to block.
+
+        That is RWKV-7's v_first [B, T, C], and nothing in the others.
+        """
         if self.first:
             x = self.ln0(x)
-        rows = self.ln1(x)
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
-        mixed, shared, wkv = self.att(rows, shared, att_shift, wkv, return_state, cu_seqlens)
-        x = x + mixed
-        cells = self.ln2(x)
-        # Before the channel mix: what a block saves for backward after its last layer has DeepSpeed's stage 3 take that
-        # layer's weight away while the block is recomputed.
-        after = LayerState(_last(rows, cu_seqlens), wkv, _last(cells, cu_seqlens)) if return_state else None
-        return x + self.ffn(cells, ffn_shift, cu_seqlens), shared, after
+
+        # Mix over time: the only place where tokens see the past, but for the token shift of the channel mix.
+        att_in = self.ln1(x)  # [B, T, C]
+        mixed, shared, wkv = self.att(att_in, shared, att_shift, wkv, return_state, cu_seqlens)
+        x = x + mixed  # [B, T, C]
+
+        # Mix over channels. The state is taken before it, on purpose: if a block saves anything for backward after its
+        # last layer, DeepSpeed's stage 3 takes that layer's weight away while the block is recomputed.
+        ffn_in = self.ln2(x)  # [B, T, C]
+        after = None
+        if return_state:
+            assert wkv is not None
+            after = LayerState(_last(att_in, cu_seqlens), wkv, _last(ffn_in, cu_seqlens))
+        return x + self.ffn(ffn_in, ffn_shift, cu_seqlens), shared, after
 
 
 def _last(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The last row of each sequence, fp32. A copy: a view would keep all rows in memory for as long as it lives."""
+    """The last row of each sequence, x [B, T, C] -> [B, C] fp32. A copy: a view would keep all rows in memory."""
     if cu_seqlens is None:
         return x[:, -1].to(torch.float32, copy=True)
     return x[0, cu_seqlens[1:] - 1].float()
 
 
 class RWKV(nn.Module):
-    """A whole model; build it with `build`, fill it with `models.load.load_base_into` or `init_from_scratch`."""
+    """A model: make one with `build`, fill it with `models.load.load_base_into` or `init_from_scratch`."""
 
     def __init__(self, arch: Architecture, op: str, dtype: torch.dtype):
         super().__init__()
@@ -80,7 +96,7 @@ class RWKV(nn.Module):
         self.emb = Embedding(arch.vocab_size, arch.n_embd, dtype)
         self.blocks = nn.ModuleList(Block(arch, layer, op) for layer in range(arch.n_layer))
         self.ln_out = LayerNorm(arch.n_embd)
-        self.head = Head(arch.n_embd, arch.vocab_size)
+        self.head: nn.Module = Head(arch.n_embd, arch.vocab_size)
 
     def forward(
         self,
@@ -94,25 +110,30 @@ class RWKV(nn.Module):
         cu_seqlens: Tensor | None = None,
         l2wrap: float = 0.0,
         grad_cp: bool = False,
-    ):
+    ) -> Tensor | tuple[Tensor, list[LayerState]]:
         """Logits, or the summed loss, of token ids.
 
         ids [B, T] int64; state: one LayerState a block, as an earlier call returned it (None = start of a document).
         labels [B, T] int64, already shifted: labels[:, t] is what position t should predict, -100 = not trained.
-        label_rows int64: where labels.flatten() is not -100, if the caller knows; finding out waits for a GPU.
+        label_rows int64: where labels.flatten() is not -100, if the caller knows. Otherwise the model finds out, for
+        which a GPU must be waited for.
         cu_seqlens [D + 1] int64, on the device of ids: ids [1, T] are D documents one after another, document d at
         cu_seqlens[d] to cu_seqlens[d + 1], none of which sees another. A state of k <= D rows is what the first k go on
         from, the others start afresh; a returned state has D rows.
-        Returns logits [B, T, V] in `self.dtype`, with last_only those of each sequence's last position alone ([B, V];
-        packed [D, V]), or with labels the fp32 sum of the cross-entropy over labelled positions; with return_state a
-        pair of that and the new state. grad_cp recomputes each block in backward.
+        grad_cp recomputes each block in backward, to save memory.
+
+        Returns logits [B, T, V] in `self.dtype`; with last_only just those of each sequence's last position, [B, V] or
+        packed [D, V]; with labels instead the fp32 sum of the cross-entropy over labelled positions. With return_state
+        it returns a pair of that and the new state.
         """
         if last_only and labels is not None:
             raise ValueError("last_only is for logits: with labels every labelled position counts")
         sequences = len(ids) if cu_seqlens is None else len(cu_seqlens) - 1
         if state is not None and len(state[0].wkv) > sequences:
             raise UserError(f"state: expected at most {sequences} rows, one a sequence, found {len(state[0].wkv)}")
-        x, shared, after = self.emb(ids), None, []
+
+        # The residual stream, through all blocks. Each returns its new state, None unless that is asked for.
+        x, shared, after = self.emb(ids), None, []  # x [B, T, C]
         for layer, block in enumerate(self.blocks):
             before = state[layer] if state is not None else None
             if grad_cp and torch.is_grad_enabled():
@@ -120,9 +141,12 @@ class RWKV(nn.Module):
             else:
                 x, shared, new = block(x, shared, before, return_state, cu_seqlens)
             after.append(new)
+
+        # Generation needs one row a sequence: dropping the others here saves most of the head's work.
         if last_only:
-            x = x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1]
+            x = x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1]  # [B, C] or [D, C]
         hidden = self.ln_out(x)
+        # With labels the head returns the loss itself and never holds all logits, which are V / C times as large as x.
         if labels is None:
             result = self.head(hidden)
         elif isinstance(self.head, Head):
@@ -133,12 +157,14 @@ class RWKV(nn.Module):
 
     def add_time_state(self) -> None:
         """Give every block that has none an initial state, `blocks.N.att.time_state` [H, N, N], zero and fp32."""
-        for block in self.blocks:
-            block.att.add_time_state()
+        for module in self.modules():
+            if isinstance(module, StatefulMix):
+                module.add_time_state()
 
     def unused_keys(self) -> set[str]:
         """Parameters that the checkpoint format holds but the forward never reads: they cannot be trained."""
-        return {f"blocks.{layer}.att.{name}" for layer, block in enumerate(self.blocks) for name in block.att.unused}
+        mixes = ((name, module) for name, module in self.named_modules() if isinstance(module, StatefulMix))
+        return {f"{name}.{unused}" for name, mix in mixes for unused in mix.unused}
 
     def lr_scale(self, key: str) -> float:
         """The learning-rate multiple that upstream's training gives a parameter."""

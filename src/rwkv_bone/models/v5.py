@@ -1,8 +1,11 @@
 """RWKV-5 (x052, Eagle): time mix and channel mix.
 
-Notable: the decay is a parameter, constant over time; the current token enters the output with a bonus u
-(`time_faaaa`) before it enters the state; `time_mix_*` is the share of the current token, not of the previous one as in
-later generations.
+Notable:
+- the decay is a parameter: it is the same for every token
+- the current token enters the output with a bonus u (`time_faaaa`) before it enters the state
+- `time_mix_*` is the share of the current token, not of the previous one as in later generations
+
+Names are upstream's: r receptance, w decay, k key, v value, g gate.
 
 Sizes: B batch, T tokens, C channels, H heads, N head size.
 """
@@ -22,14 +25,16 @@ GROUP_NORM_EPS = 64e-5
 
 
 class TimeMix(StatefulMix):
-    unused = ()
-
     def __init__(self, arch: Architecture, layer: int, op: str):
         super().__init__(arch.n_head, arch.head_size)
         C, H, N = arch.n_embd, arch.n_head, arch.head_size
         self.op = op
-        for name in "kvrg":
-            setattr(self, f"time_mix_{name}", nn.Parameter(torch.empty(1, 1, C)))
+
+        def row() -> nn.Parameter:
+            return nn.Parameter(torch.empty(1, 1, C))
+
+        # The share of the current token in each of the four inputs.
+        self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g = (row() for _ in range(4))
         self.time_decay = nn.Parameter(torch.empty(H, N))
         self.time_faaaa = nn.Parameter(torch.empty(H, N))
         self.receptance = Linear(C, C)
@@ -52,10 +57,18 @@ class TimeMix(StatefulMix):
         B, T, C = x.shape
         state = self.start(state, B if cu_seqlens is None else len(cu_seqlens) - 1)
         heads = (B, T, self.n_head, self.head_size)
-        previous = token_shift(x, last, cu_seqlens)
-        xk, xv, xr, xg = (torch.lerp(previous, x, getattr(self, f"time_mix_{name}").to(x.dtype)) for name in "kvrg")
-        r, k, v = (y.view(heads) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
-        g = F.silu(self.gate(xg))
+
+        # Token shift: each input sees its own mix, per channel, of the token before and the token itself.
+        previous = token_shift(x, last, cu_seqlens)  # [B, T, C]
+        shares = (self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g)
+        xk, xv, xr, xg = (torch.lerp(previous, x, share.to(x.dtype)) for share in shares)  # each [B, T, C]
+
+        # What is asked of the state (r), under which key (k) which value (v) goes into it, and the gate of the output.
+        r, k, v = (y.view(heads) for y in (self.receptance(xr), self.key(xk), self.value(xv)))  # each [B, T, H, N]
+        g = F.silu(self.gate(xg))  # [B, T, C]
+
+        # In each head: y = (state + v (u k)^T) r, then state <- state diag(decay) + v k^T. `time_decay` is not yet the
+        # decay: the operator makes exp(-exp(w)) of it.
         y, state = wkv5(
             r=r,
             w=self.time_decay,
@@ -66,8 +79,8 @@ class TimeMix(StatefulMix):
             cu_seqlens=cu_seqlens,
             output_state=True,
             op=self.op,
-        )
-        y = self.ln_x(y.reshape(B, T, C))
+        )  # y [B, T, H, N]
+        y = self.ln_x(y.reshape(B, T, C))  # [B, T, C]
         return self.output(y * g), None, state if return_state else None
 
 
@@ -83,9 +96,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """x [B, T, C], last [B, C] -> [B, T, C]."""
-        previous = token_shift(x, last, cu_seqlens)
+        previous = token_shift(x, last, cu_seqlens)  # [B, T, C]
         xk = torch.lerp(previous, x, self.time_mix_k.to(x.dtype))
         xr = torch.lerp(previous, x, self.time_mix_r.to(x.dtype))
+        # A gated MLP with relu squared, [B, T, dim_ffn] inside.
         return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)).square())
 
 

@@ -1,8 +1,14 @@
 """RWKV-7 (x070, Goose): time mix and channel mix.
 
-Notable: the decay is per token and channel; the state is edited by a rank-one "remove and rewrite" (a, b) before the
-new value goes in; every layer's value is mixed with the first layer's; small low-rank networks (w1 w2, a1 a2, v1 v2,
-g1 g2) make decay, in-context learning rate, value mix and gate. They are part of the model, not adapters.
+Notable:
+- the decay differs for every token and channel
+- the state is edited before the new value goes in: what is stored under the key kk is removed, in part (a, b)
+- every layer's value is mixed with the first layer's
+- small low-rank networks (w1 w2, a1 a2, v1 v2, g1 g2) make the decay, the in-context learning rate, the value mix and
+  the gate. They are part of the model, not adapters
+- the channel mix has no gate, unlike that of generations 5 and 6
+
+Names are upstream's: r receptance, w decay, k key, v value, a in-context learning rate, g gate.
 
 Sizes: B batch, T tokens, C channels, H heads, N head size, D rank of a low-rank network.
 """
@@ -25,23 +31,31 @@ GROUP_NORM_EPS = 64e-5  # for every head size: upstream's constant, not a formul
 class TimeMix(StatefulMix):
     def __init__(self, arch: Architecture, layer: int, op: str):
         super().__init__(arch.n_head, arch.head_size)
-        C, H, N, rank = arch.n_embd, arch.n_head, arch.head_size, arch.low_rank
+        C, H, N = arch.n_embd, arch.n_head, arch.head_size
         self.first, self.op = layer == 0, op
 
         def row() -> nn.Parameter:
             return nn.Parameter(torch.empty(1, 1, C))
 
-        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"):
-            setattr(self, name, row())
+        def network(name: str) -> tuple[nn.Parameter, nn.Parameter]:
+            D = arch.low_rank[name]
+            return nn.Parameter(torch.empty(C, D)), nn.Parameter(torch.empty(D, C))
+
+        # The share of the previous token in each of the six inputs.
+        self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (row() for _ in range(6))
+        # The biases of decay and in-context learning rate, and two scales of the key.
+        self.w0, self.a0, self.k_k, self.k_a = (row() for _ in range(4))
         self.r_k = nn.Parameter(torch.empty(H, N))
-        has_v = layer > 0 or arch.v_in_layer0
         # Some checkpoints carry the value mix in layer 0 too, where there is nothing to mix with.
+        has_v = layer > 0 or arch.v_in_layer0
         self.unused = ("v0", "v1", "v2") if layer == 0 and has_v else ()
         if has_v:
             self.v0 = row()
-        for name in ("w", "a", "g", "v") if has_v else ("w", "a", "g"):
-            setattr(self, f"{name}1", nn.Parameter(torch.empty(C, rank[name])))
-            setattr(self, f"{name}2", nn.Parameter(torch.empty(rank[name], C)))
+        self.w1, self.w2 = network("w")
+        self.a1, self.a2 = network("a")
+        self.g1, self.g2 = network("g")
+        if has_v:
+            self.v1, self.v2 = network("v")
         self.receptance = Linear(C, C)
         self.key = Linear(C, C)
         self.value = Linear(C, C)
@@ -62,24 +76,42 @@ class TimeMix(StatefulMix):
         state = self.start(state, B if cu_seqlens is None else len(cu_seqlens) - 1)
         heads = (B, T, self.n_head, self.head_size)
 
-        def param(name: str) -> Tensor:
-            return getattr(self, name).to(x.dtype)
+        def cast(parameter: Tensor) -> Tensor:
+            # A trained parameter is fp32, also where activations are bf16.
+            return parameter.to(x.dtype)
 
-        delta = token_shift(x, last, cu_seqlens) - x
-        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, delta, param(f"x_{name}")) for name in "rwkvag")
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        # In fp32: rounding the decay logit to bf16 moves the decay of slow channels by up to 3 %.
-        w = widened(self.w0) + widened(torch.tanh(xw @ param("w1")) @ param("w2"))
-        a = torch.sigmoid(param("a0") + (xa @ param("a1")) @ param("a2"))
-        g = torch.sigmoid(xg @ param("g1")) @ param("g2")
+        # Token shift: each input sees its own mix, per channel, of the token and the one before it.
+        delta = token_shift(x, last, cu_seqlens) - x  # [B, T, C]
+        shares = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, delta, cast(share)) for share in shares)  # each [B, T, C]
+
+        # What is asked of the state (r), and under which key (k) which value (v) goes into it.
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # each [B, T, C]
+        # The operator makes the decay exp(-exp(-0.5) sigmoid(w)) of this. In fp32, since rounding it to bf16 moves the
+        # decay of slow channels by up to 3 %.
+        w = widened(self.w0) + widened(torch.tanh(xw @ cast(self.w1)) @ cast(self.w2))  # [B, T, C] fp32
+        # The in-context learning rate: how much of what is stored under a key the new value replaces, from 0 to 1.
+        a = torch.sigmoid(cast(self.a0) + (xa @ cast(self.a1)) @ cast(self.a2))  # [B, T, C]
+        # The gate has no bias, and its sigmoid is inside the network.
+        g = torch.sigmoid(xg @ cast(self.g1)) @ cast(self.g2)  # [B, T, C]
+
+        # Values lean towards the first layer's, which still knows the token itself.
         if self.first:
             v_first = v
         else:
-            v = v + (v_first - v) * torch.sigmoid(param("v0") + (xv @ param("v1")) @ param("v2"))
-        kk = F.normalize((k * param("k_k")).view(heads), dim=-1)
-        k = k * (1 + (a - 1) * param("k_a"))
-        r, w, k, v, a = (tensor.view(heads) for tensor in (r, w, k, v, a))
-        result = wkv7(
+            assert v_first is not None
+            v = v + (v_first - v) * torch.sigmoid(cast(self.v0) + (xv @ cast(self.v1)) @ cast(self.v2))
+
+        # The removal key kk says what is removed. It is made of the key as it is before the next line changes it, and
+        # has length 1 in each head, so no more is removed than is there.
+        kk = F.normalize((k * cast(self.k_k)).view(heads), dim=-1)  # [B, T, H, N]
+        # The smaller the learning rate, the weaker the key under which the new value goes in.
+        k = k * (1 + (a - 1) * cast(self.k_a))  # [B, T, C]
+
+        # In each head: state <- state (diag(decay) + a b^T) + v k^T, then y = state r. Mind the names: the operator's a
+        # is -kk, and its b is kk times the a of here.
+        r, w, k, v, a = (tensor.view(heads) for tensor in (r, w, k, v, a))  # each [B, T, H, N]
+        y, state = wkv7(
             r=r,
             w=w,
             k=k,
@@ -88,13 +120,14 @@ class TimeMix(StatefulMix):
             b=kk * a,
             state=state,
             cu_seqlens=cu_seqlens,
-            output_state=return_state,
+            output_state=True,
             op=self.op,
-        )
-        y, state = result if return_state else (result, None)
-        y = self.ln_x(y.reshape(B, T, C))
-        bonus = (r * k * param("r_k")).sum(dim=-1, keepdim=True) * v
-        return self.output((y + bonus.reshape(B, T, C)) * g), v_first, state
+        )  # y [B, T, H, N]
+        y = self.ln_x(y.reshape(B, T, C))  # [B, T, C]
+
+        # The current token's own value once more, past norm and state, as much as r, k and r_k agree.
+        bonus = (r * k * cast(self.r_k)).sum(dim=-1, keepdim=True) * v  # [B, T, H, N]
+        return self.output((y + bonus.reshape(B, T, C)) * g), v_first, state if return_state else None
 
 
 class ChannelMix(nn.Module):
@@ -106,7 +139,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """x [B, T, C], last [B, C] -> [B, T, C]."""
-        mixed = torch.addcmul(x, token_shift(x, last, cu_seqlens) - x, self.x_k.to(x.dtype))
+        mixed = torch.addcmul(x, token_shift(x, last, cu_seqlens) - x, self.x_k.to(x.dtype))  # [B, T, C]
+        # An MLP with relu squared, [B, T, dim_ffn] inside.
         return self.value(torch.relu(self.key(mixed)).square())
 
 

@@ -40,7 +40,7 @@ def header(
     if config.model.quant != "none":
         yield f"quant     {describe(prepared.model, DTYPES[run.precision], device)}"
     if prepared.injection:
-        for line in prepared.injection.lines():
+        for line in prepared.injection.summary_lines():
             yield f"adapter   {line}"
     else:
         trained, total = count_parameters(prepared.model, trained_only=True), count_parameters(prepared.model)
