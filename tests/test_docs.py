@@ -156,6 +156,8 @@ class Desk:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root / "src"), os.environ.get("PYTHONPATH")])),
             # No block may need the network: what tries finds none, at once.
             "HF_HUB_OFFLINE": "1",
+            # Threads that wait for one another take longer than such small models do.
+            "OMP_NUM_THREADS": "1",
             "https_proxy": "http://127.0.0.1:9",
             "PIP_RETRIES": "0",
         }
