@@ -27,9 +27,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
 PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
-SLOW = ("adapters.md", "clusters.md", "gpu.md", "huggingface.md", "measured.md", "memory-and-speed.md", "migrating.md")
 RUN, SHOWN = ("sh", "python"), ("", "text", "json", "jinja")
-MARK = re.compile(r"<!-- not run: needs (\S.*?) -->")
+FENCED = re.compile(
+    r"^(?:<!-- not run: needs (?P<needs>\S.*?) -->\n)?```(?P<language>.*?)\n(?P<code>(?s:.*?))^```$", re.MULTILINE
+)
 TIMEOUT = 600  # seconds for a block, which take a few: a run that is not shortened ends here
 
 PYTHON = """#!/bin/sh
@@ -40,9 +41,8 @@ case " $* " in
 esac
 exec "{python}" "$@"
 """
-SHORT_NAMES = ("python", "python3")
 COPIED = ("train.py", "merge.py", "train_hf.py", "pyproject.toml", "requirements.txt", "requirements-dev.txt")
-COPIED_FOLDERS = ("assets", "benchmarks", "cuda", "scripts", "src", "tests")
+COPIED_FOLDERS = ("assets", "benchmarks", "cuda", "docs", "scripts", "src", "tests")
 
 
 @dataclass(frozen=True)
@@ -58,24 +58,14 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """Every fenced block of a page; AssertionError for a fence of an unknown language and a mark without a fence."""
-    blocks, before, opened = [], "", None
-    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
-        if opened is not None:
-            if line.strip() == "```":
-                blocks.append(Block(page, opened[0], opened[1], "".join(opened[3]), opened[2]))
-                opened, line = None, ""
-            else:
-                opened[3].append(line + "\n")
-        elif line.startswith("```"):
-            language, mark = line[3:].strip(), MARK.fullmatch(before)
-            assert language in RUN + SHOWN, f"{page}:{number}: a fence of {language}; expected {', '.join(RUN + SHOWN)}"
-            opened = (number + 1, language, mark[1] if mark else "", [])
-        else:
-            assert not MARK.search(before), f"{page}:{number - 1}: the mark does not stand directly before a fence"
-        before = line
-    assert opened is None, f"{page}:{opened[0]}: the fence is not closed"
-    return blocks
+    """Every fenced block of a page."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(
+            page, text.count("\n", 0, found.start("code")) + 1, found["language"], found["code"], found["needs"] or ""
+        )
+        for found in FENCED.finditer(text)
+    ]
 
 
 def runnable(page: Path) -> list[Block]:
@@ -100,6 +90,7 @@ def talk(row: dict) -> dict:
 def write_tiny_llama(folder: Path) -> None:
     """A Llama with random weights and a tokenizer of bytes, as `save_pretrained` leaves one."""
     transformers = pytest.importorskip("transformers")
+    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tokens = ["<pad>", "<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -108,6 +99,7 @@ def write_tiny_llama(folder: Path) -> None:
     bytewise.decoder = decoders.ByteLevel()
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, **names).save_pretrained(folder)
+    torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokens),
         hidden_size=64,
@@ -177,12 +169,21 @@ class Desk:
         )
 
 
-def pages(slow: tuple[str, ...] = ()) -> list:
-    """The pages as parameters of a test."""
-    return [pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in slow else []) for page in PAGES]
+def pages_with_blocks() -> list:
+    """The pages that have something to run, as parameters of a test; all but README are slow."""
+    found = [page for page in PAGES if runnable(page)]
+    return [pytest.param(page, id=page.name, marks=[] if page == README else [pytest.mark.slow]) for page in found]
 
 
-@pytest.mark.parametrize("page", pages(SLOW))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_fence_is_of_a_known_language_and_every_mark_stands_directly_before_one(page):
+    text, blocks = page.read_text(encoding="utf-8"), blocks_of(page)
+    assert [f"{block}: {block.language}" for block in blocks if block.language not in RUN + SHOWN] == []
+    assert len(re.findall(r"(?m)^\s*```", text)) == 2 * len(blocks)
+    assert text.count("<!-- not run") == sum(bool(block.needs) for block in blocks if block.language in RUN)
+
+
+@pytest.mark.parametrize("page", pages_with_blocks())
 def test_every_block_of_a_page_runs(page, tmp_path):
     desk, blocks = Desk(tmp_path), runnable(page)
     if any("models/my-model" in block.code for block in blocks):
@@ -259,12 +260,8 @@ def test_the_file_map_names_what_is_there_and_every_room_of_the_package():
     entries = file_map()
     assert [name for folder, name in entries if not (REPOSITORY / folder / name).exists()] == []
     rooms = {path.parent.name for path in (REPOSITORY / "src" / "rwkv_bone").glob("*/__init__.py")}
-    named = {name.rstrip("/") for folder, name in entries if folder == "src/rwkv_bone/"}
-    assert rooms <= named
-    folders = {path.name for path in REPOSITORY.iterdir() if path.is_dir() and (path / "..").exists()}
-    assert {"assets", "benchmarks", "cuda", "docs", "scripts", "tests"} <= folders & {
-        name.rstrip("/") for folder, name in entries if not folder
-    }
+    assert rooms <= {name.rstrip("/") for folder, name in entries if folder == "src/rwkv_bone/"}
+    assert set(COPIED_FOLDERS) <= {name.split("/")[0] for folder, name in entries if not folder}
 
 
 # --- messages ---
