@@ -2,8 +2,8 @@
 
 Each page is one test. Its ```sh and ```python blocks run from top to bottom in one scratch copy of the repository, as a
 reader types them; the line `<!-- not run: needs NAME -->` directly before a fence leaves a block out and says why.
-Output shown to the reader stands in ```text. `python tests/test_docs.py` lists the blocks that run and those that do
-not.
+Output shown to the reader stands in ```text. `PYTHONPATH=src python tests/test_docs.py` lists the blocks that run and
+those that do not.
 
 Only the Python that the blocks find is a stand-in (`PYTHON`): it runs training for two steps an epoch, and answers
 `python -m pytest`, which `sh scripts/test.sh` calls, with pytest's version, or these tests would run themselves.
@@ -18,11 +18,20 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 
 import pytest
+
+from rwkv_bone.config import MergeConfig
+from rwkv_bone.config.field_flags import MERGE_FLAGS, TRAIN_FLAGS
+from rwkv_bone.config.flags import ALIASES
+from rwkv_bone.config.saved import SECTIONS
+from rwkv_bone.conversion.convert import ConvertConfig
+from rwkv_bone.data.prepare import PrepareConfig
+from rwkv_bone.data.preview import PreviewConfig
+from rwkv_bone.hf.flags import HfConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
@@ -262,6 +271,32 @@ def test_the_file_map_names_what_is_there_and_every_room_of_the_package():
     rooms = {path.parent.name for path in (REPOSITORY / "src" / "rwkv_bone").glob("*/__init__.py")}
     assert rooms <= {name.rstrip("/") for folder, name in entries if folder == "src/rwkv_bone/"}
     assert set(COPIED_FOLDERS) <= {name.split("/")[0] for folder, name in entries if not folder}
+
+
+SETTINGS = (*SECTIONS.values(), MergeConfig, ConvertConfig, PrepareConfig, PreviewConfig, HfConfig)
+TOOLS = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "benchmarks").glob("*.py")]
+# Of docker, pip, torchrun and Slurm.
+OF_OTHERS = {"gpus", "force-reinstall", "index-url", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}
+OF_OTHERS |= {
+    "master_addr",
+    "master_port",
+    "node_rank",
+    "nproc_per_node",
+    "nodes",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "cpus-per-task",
+}
+
+
+def test_every_flag_that_a_page_names_exists():
+    ours = {spec.name for section in SETTINGS for spec in fields(section)} | {"config", "help"}
+    ours |= {*ALIASES.values(), *TRAIN_FLAGS, *MERGE_FLAGS}
+    flag = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
+    ours |= {name for tool in TOOLS for name in flag.findall(tool.read_text(encoding="utf-8"))}
+    pages = [page for page in PAGES if page.name != "migrating.md"]  # made from the tables of flags
+    named = [(page.name, name) for page in pages for name in flag.findall(page.read_text(encoding="utf-8"))]
+    assert [f"{page}: --{name}" for page, name in named if name not in ours | OF_OTHERS] == []
 
 
 # --- messages ---
