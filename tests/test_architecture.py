@@ -49,8 +49,7 @@ def steps() -> list[tuple[str, str]]:
 def test_a_function_that_the_page_names_is_in_its_file(file, name):
     path = located(file)
     assert path, f"{file} does not exist"
-    # The row of a room that is a single file names that file.
-    assert name == file or name in defined(path), f"{file} defines no {name}"
+    assert name in defined(path), f"{file} defines no {name}"
 
 
 def test_the_page_follows_both_ways_and_names_a_test_for_each_rule():
