@@ -261,12 +261,13 @@ def parts(name: str, arch: Architecture) -> list[str]:
 
 
 def measured() -> Iterator[list[str]]:
-    """Rows of benchmarks/results that the formula speaks of, with what it says."""
+    """The training steps in benchmarks/results, with what the formula says. They ran without DeepSpeed."""
     for path in sorted(RESULTS.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row["what"] != "step" or "CUDA kernel" not in row["kernel"]:
+            if row["what"] != "step":
                 continue
+            form = "" if "CUDA kernel" in row["kernel"] else ", operator in PyTorch"
             run = Run(row["ctx"], row["bsz"], row["kind"], row["r"], grad_cp=row["grad_cp"])
             found = needs(shape(7, *RWKV7[row["size"]]), run)
             for what, key, computed in (
@@ -276,7 +277,7 @@ def measured() -> Iterator[list[str]]:
             ):
                 value = row[key] * 2**20
                 yield [
-                    f"{row['hardware']}, {row['size']}, {run.micro_bsz}x{run.ctx_len}{', grad_cp' * run.grad_cp}",
+                    f"{row['hardware']}, {row['size']}, {run.micro_bsz}x{run.ctx_len}{', grad_cp' * run.grad_cp}{form}",
                     what,
                     gb(value),
                     gb(computed),

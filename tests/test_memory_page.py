@@ -59,11 +59,13 @@ def test_with_grad_cp_a_layer_keeps_its_input_alone(version):
 
 def test_the_formula_agrees_with_every_step_that_was_measured_on_a_gpu():
     rows = list(memory.measured())
-    assert len(rows) >= 3
+    assert len(rows) >= 6
     for run, what, _, _, off in rows:
         share = float(off.rstrip("%")) / 100
-        # A card must never be promised to be enough when it is not.
-        assert (0 <= share < 0.10) if what == "what the card must have" else abs(share) < 0.02, run
+        # A card must never be promised to be enough when it is not. More than 0 also by what DeepSpeed needs, which
+        # took no part in these steps.
+        low, high = {"kept for backward": (-0.01, 0.01), "what the card must have": (0, 0.10)}.get(what, (0, 0.08))
+        assert low <= share <= high, (run, what)
 
 
 def test_what_is_chosen_fits_its_card_and_the_next_larger_batch_does_not():
