@@ -281,7 +281,7 @@ def measured() -> Iterator[list[str]]:
                     what,
                     gb(value),
                     gb(computed),
-                    f"{computed / value - 1:+.1%}",
+                    f"{round(computed / value - 1, 3) + 0.0:+.1%}",
                 ]
 
 
