@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from rwkv_bone.data import BatchPlan, Dataset
-from rwkv_bone.data.tokenizer import ByteTokenizer, JsonTokenizer, WorldTokenizer
+from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.inference.generate import BATCH, StatefulModel, generate
 
 
@@ -45,7 +45,7 @@ def heldout_loss(
 
 def exact_match(
     model: StatefulModel,
-    tokenizer: ByteTokenizer | WorldTokenizer | JsonTokenizer,
+    tokenizer: Tokenizer,
     pairs: Sequence[tuple[str, str]],
     *,
     batch: int = BATCH,

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from rwkv_bone.checkpoints import atomic_path
 from rwkv_bone.data import Dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
-from rwkv_bone.data.tokenizer import ByteTokenizer, JsonTokenizer, WorldTokenizer
+from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.inference.evaluate import Answer, exact_match, heldout_loss
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.module import TrainingModule
@@ -66,7 +66,7 @@ class HeldOut(Callback):
         self,
         dataset: Dataset,
         pairs: Sequence[tuple[str, str]],
-        tokenizer: ByteTokenizer | WorldTokenizer | JsonTokenizer | None,
+        tokenizer: Tokenizer | None,
         *,
         micro_bsz: int,
         chunk: int,
@@ -133,6 +133,7 @@ class HeldOut(Callback):
         exact: float | None = None
         answers: list[Answer] = []
         if self.pairs:
+            assert self.tokenizer
             exact, answers = exact_match(module, self.tokenizer, self.pairs, device=module.device)
         module.train()
         return Measured(loss, tokens, exact, answers, step)
