@@ -14,7 +14,6 @@ repo=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0" 2> /dev/null || prin
 venv=$repo/.venv
 unfinished=$venv/.unfinished # lies there, with the number of this process, while something is being installed
 log=$venv/pip.log
-or_activate="or activate an environment that has what $repo/requirements.txt names; then run the same command again"
 
 say() { printf '%s\n' "setup: $*" >&2; }
 die() { say "$@"; exit 2; }
@@ -31,6 +30,7 @@ case "${1:-}" in
     --dev) requirements=$repo/requirements-dev.txt ;;
     *) die "unknown option $1; expected --dev or nothing" ;;
 esac
+or_activate="or activate an environment that has what $requirements names; then run the same command again"
 [ -d "$repo/src/rwkv_bone" ] || die "$0 is a copy: run scripts/setup.sh in the repository itself"
 
 report() { # report WHICH [check]: what is used; check: also whether its torch can use the card
@@ -72,6 +72,8 @@ elif ! recent "$python"; then
     missing="it has $(version "$python"), and 3.10 or newer is needed"
 elif missing=$(lacks "$python" "$requirements"); then
     report "the active environment"
+else
+    missing="$missing (to use it: $python -m pip install -r '$requirements')"
 fi
 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 [ -z "$active" ] || say "not using the active environment $active: $missing"

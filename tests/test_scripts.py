@@ -533,6 +533,13 @@ def test_setup_takes_a_newer_python_than_that_of_the_active_environment(maker):
     assert "not using the active environment /mine: it has Python 3.8.1" in result.stderr
 
 
+def test_setup_says_what_the_active_environment_lacks_and_leaves_it_alone(maker):
+    result = maker.run("sh", maker.scripts / "setup.sh", CONDA_PREFIX="/mine")
+    remedy = f"(to use it: {maker.bin}/python3 -m pip install -r '{maker.root}/requirements.txt')"
+    assert f"setup: not using the active environment /mine: torch is not installed {remedy}\n" in result.stderr
+    assert result.stdout == f"{maker.root}/.venv/bin/python\n"
+
+
 def test_setup_refuses_to_go_on_without_python_or_venv_or_with_unknown_options(clone):
     assert "expected --dev" in clone.sh("setup.sh", "--gpu").stderr
     clone.python("case $* in *requirements_met*|*ensurepip*) exit 1 ;; esac")
