@@ -334,8 +334,8 @@ def test_torch_compile_takes_the_operator_whole(operator, op):
 @both
 def test_the_registered_operators_keep_pytorchs_rules(operator, op):
     case = place(make_case(operator, torch.float32, T=20, H=1), op)
-    inputs = tuple(case[name].requires_grad_() for name in LEAVES)
-    torch.library.opcheck(torch.ops.rwkv_bone.wkv6_forward.default, (*inputs, None, True))
+    *inputs, state = (case[name].requires_grad_() for name in LEAVES)
+    torch.library.opcheck(torch.ops.rwkv_bone.wkv_forward.default, (operator, inputs, state, None, True))
 
 
 @pytest.mark.parametrize(
