@@ -10,7 +10,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rwkv_bone.ops import compiled, native, sizes
-from rwkv_bone.ops.launches import INPUTS
 from tests.ops.packed_inputs import SHARED
 from tests.ops.wkv_abi import Library
 
@@ -33,8 +32,9 @@ def test_a_trace_without_data_knows_exactly_what_is_saved(operator, device_type,
     """FakeTensorMode stands for torch.compile; a size that depends on the data is an error in it."""
     T, H, N = 130, 2, 16
     with FakeTensorMode():
-        shapes = [(H, N) if name in SHARED[operator] else (B, T, H, N) for name in INPUTS[operator]]
+        shapes = [(H, N) if name in SHARED[operator] else (B, T, H, N) for name in compiled.INPUTS[operator]]
         inputs = [torch.empty(shape, device=device_type) for shape in shapes]
         cu_seqlens = torch.empty(D + 1, dtype=torch.int64, device=device_type) if D else None
-        *_, saved = compiled.forward(operator, inputs, None, cu_seqlens, True)
+        forward = getattr(torch.ops.rwkv_bone, f"{operator}_forward")
+        *_, saved = forward(*inputs, None, cu_seqlens, True)
     assert list(saved.shape) == [sizes.saved_floats(operator, device_type, B, T, H, N, D)]
