@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rwkv_bone.ops import native
+from rwkv_bone.ops import native, sizes
 from rwkv_bone.ops.arguments import sequences
 from rwkv_bone.ops.launches import INPUTS
-from rwkv_bone.ops.sizes import saved_floats
 
 Result = TypeVar("Result")
 
@@ -47,10 +46,10 @@ def _outputs(
     operator: str, inputs: Sequence[Tensor], state: Tensor | None, cu_seqlens: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What _forward returns, not yet filled in."""
-    r, device_type = inputs[0], inputs[0].device.type
-    B, T, H, N = r.shape
-    size = saved_floats(operator, device_type, B, T, H, N, native.documents(cu_seqlens)) if save else 0
+    r = inputs[0]
+    _, _, H, N = r.shape
     last = r.new_empty(sequences(r, cu_seqlens), H, N, N, dtype=torch.float32)
+    size = _floats(sizes.saved_floats, operator, r, cu_seqlens) if save else 0
     return r.new_empty(r.shape), last, last.new_empty(size)
 
 
@@ -69,7 +68,7 @@ def _backward(
     *gradients, d_state = _gradients(operator, inputs, state, cu_seqlens, saved, dy, dlast, want_state)
     # What all sequences share comes as a row per sequence: summed here, the order does not depend on the threads.
     rows = [x if x.dim() == 4 else x.new_empty(sequences(r, cu_seqlens), *x.shape) for x in gradients]
-    workspace = native.scratch(operator, "workspace_floats", r, cu_seqlens)
+    workspace = saved.new_empty(_floats(sizes.workspace_floats, operator, r, cu_seqlens))
     offsets, *given = map(native.ready, (cu_seqlens, *inputs, state, saved, dy, dlast))
     native.call(operator, "backward", r, offsets, *given, workspace, *rows, d_state if want_state else None)
     for gradient, row in zip(gradients, rows, strict=True):
@@ -92,6 +91,10 @@ def _gradients(
     _, _, H, N = inputs[0].shape
     states = (sequences(inputs[0], cu_seqlens), H, N, N) if want_state else 0
     return *(x.new_empty(x.shape) for x in inputs), saved.new_empty(states)
+
+
+def _floats(how_many: Callable[..., int], operator: str, r: Tensor, cu_seqlens: Tensor | None) -> int:
+    return how_many(operator, r.device.type, *r.shape, native.documents(cu_seqlens))
 
 
 def _register(operator: str) -> None:
