@@ -4,13 +4,12 @@
 
 Each row is a process of its own, so that its peak is its own. Before any row, the chunked gradient is compared with
 the whole one at the shortest length; rows are printed only if they agree. On a CPU (Linux) the peak is that of resident
-memory above what the process held before the step, with glibc told to give freed blocks back; on CUDA it is the
-allocator's.
+memory above what the process held before the step, as a user's process has it: glibc's settings are left alone, so
+blocks that it keeps after they are freed count. On CUDA the peak is the allocator's.
 """
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,13 +23,19 @@ TOLERANCE = 1e-4  # relative error of the adapter's gradient in fp32, chunked ag
 
 
 def prepared(path: str, device: str):
-    """The model with Bone in it, not zero, so that every gradient has a part in the sum."""
     import torch
 
     from rwkv_bone import load_model
+
+    return with_bone(load_model(path, dtype=torch.float32, device=device))
+
+
+def with_bone(model):
+    """The model with Bone in it, not zero, so that every gradient has a part in the sum."""
+    import torch
+
     from rwkv_bone.adapters import AdapterSettings, inject
 
-    model = load_model(path, dtype=torch.float32, device=device)
     inject(model, settings=AdapterSettings("bone", 16))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -114,8 +119,7 @@ def main() -> None:
         for chunk in (0, options.chunk) if tokens <= options.whole_up_to else (options.chunk,):
             command = [sys.executable, __file__, "--model", options.model, "--device", options.device]
             command += ["--row", f"{tokens},{chunk}"]
-            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
             row = json.loads(done.stdout.splitlines()[-1])
             print(f"{tokens:>8} {chunk or 'whole':>6} {row['mb']:>9.0f} {row['seconds']:>8.1f}", flush=True)
 

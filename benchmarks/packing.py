@@ -1,14 +1,15 @@
 """Trained tokens per second of a training step with Bone: packed rows against padded batches, side by side.
 
-    python benchmarks/packing.py [--data gsm8k/train.jsonl --tokenizer world] [--ctx_len 1024] [--micro_bsz 4]
+    python benchmarks/packing.py [--data mine.jsonl] [--tokenizer world] [--ctx_len 1024] [--micro_bsz 4]
 
 Three ways through the same samples, micro_bsz x ctx_len positions a step at most: `pack`; `pad`, to the longest sample
 of each batch; and `pad to ctx_len`, as RWKV's usual trainers do. A row is forward and backward of a number of steps,
-the ways taking turns; the rate is the median over the rounds. Before any row the loss per trained token of the same
-samples is compared; rows are printed only if the ways agree.
+the ways taking turns; the rate is the median over the rounds, on a CPU per second of processor time (of all threads),
+which other processes disturb less than the clock does. Before any row the loss per trained token of the same samples is
+compared; rows are printed only if the ways agree.
 
-The model is the bundled one, whose vocabulary is bytes, or with --tokenizer world a random RWKV-7 of --n_layer and
---n_embd with the World vocabulary.
+The data is the bundled corpus unless --data names other files. The model is the bundled one, whose vocabulary is bytes,
+or with --tokenizer world a random RWKV-7 of --n_layer and --n_embd with the World vocabulary.
 """
 
 import argparse
@@ -18,20 +19,21 @@ import tempfile
 import time
 from pathlib import Path
 
+from context import with_bone
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "src"))
 
-GSM8K = REPOSITORY.parent / "shared" / "assets" / "data" / "gsm8k" / "train.jsonl"
+CORPUS = REPOSITORY / "assets" / "corpus_train.jsonl"
 TOLERANCE = 1e-5  # relative difference of the losses in fp32
 WAYS = ("pack", "pad", "pad to ctx_len")
 
 
 def prepared(options):
-    """The model in fp32 with Bone in it, not zero, so that the adapter takes part in the loss."""
+    """The model in fp32 with Bone in it."""
     import torch
 
     from rwkv_bone import load_model
-    from rwkv_bone.adapters import AdapterSettings, inject
     from rwkv_bone.config import ModelConfig
     from rwkv_bone.models import architecture_from_scratch, build, init_from_scratch
 
@@ -42,12 +44,7 @@ def prepared(options):
         model.to(options.device)
     else:
         model = load_model(REPOSITORY / "assets" / "rwkv7-tiny.pth", dtype=torch.float32, device=options.device)
-    inject(model, settings=AdapterSettings("bone", 16))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bone"):
-            parameter.data.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return with_bone(model)
 
 
 def widened(batch, width: int):
@@ -88,7 +85,7 @@ def loss_per_token(model, dataset, way: str, options) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default=str(GSM8K))
+    parser.add_argument("--data", default=str(CORPUS), help="as train.py's --data_file")
     parser.add_argument("--tokenizer", default="bytes", choices=["bytes", "world"])
     parser.add_argument("--n_layer", type=int, default=4)
     parser.add_argument("--n_embd", type=int, default=256)
@@ -116,17 +113,18 @@ def main() -> None:
     plans = {way: BatchPlan(dataset, micro_bsz=options.micro_bsz, pack=way == "pack") for way in WAYS}
     rates = {way: [] for way in WAYS}
     positions, trained = dict.fromkeys(WAYS, 0), dict.fromkeys(WAYS, 0)
+    clock = time.perf_counter if options.device == "cuda" else time.process_time
     for number in range(options.rounds + 1):  # the first builds kernels and fills pools
         for way in WAYS:
             model.zero_grad()
             steps = range(number * options.steps, (number + 1) * options.steps)
             batches = [batch_of(way, plans[way], i, options.device) for i in steps]
-            begin = time.perf_counter()
+            begin = clock()
             for batch in batches:
                 step(model, batch)
             if options.device == "cuda":
                 torch.cuda.synchronize()
-            seconds, tokens = time.perf_counter() - begin, sum(batch.window_tokens for batch in batches)
+            seconds, tokens = clock() - begin, sum(batch.window_tokens for batch in batches)
             if number:
                 rates[way].append(tokens / seconds)
                 positions[way] += sum(batch.ids.numel() for batch in batches)

@@ -139,6 +139,14 @@ struct Place {
 
   // This thread's quad of the tile that starts at token t0.
   __device__ __forceinline__ int64_t offset(int t0) const { return base + (t0 + step) * stride + 4 * quad; }
+
+  // Starts the loads of that quad of every tensor, each a Prefetch.
+  template <typename... Tensors>
+  __device__ __forceinline__ void fetch(int t0, Tensors&... tensors) const {
+    const int64_t from = offset(t0);
+    const bool inside = t0 + step < tokens;
+    (tensors.fetch(from, inside), ...);
+  }
 };
 
 // A matrix for every segment and head: [segments of all sequences, H, N, N]. Here, those of one place.
@@ -166,8 +174,13 @@ struct Prefetch {
   }
   template <int M, int N>
   __device__ __forceinline__ void commit(Tile<M>& tile, const Place<N>& place) const {
+    commit(tile, place, [](float x) { return x; });
+  }
+  // f(x) in place of each number x
+  template <int M, int N, typename F>
+  __device__ __forceinline__ void commit(Tile<M>& tile, const Place<N>& place, F f) const {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) tile.quad(place.step, place.quad).value[e] = to_float(held.value[e]);
+    for (int e = 0; e < 4; ++e) tile.quad(place.step, place.quad).value[e] = f(to_float(held.value[e]));
   }
 };
 
@@ -213,7 +226,13 @@ struct Lines {
   float value[kLines][kQuads][4];
   int lane, line;
 
+  // Zeros.
   __device__ __forceinline__ explicit Lines(const Place<N>& place) : value{}, lane(place.lane), line(place.line) {}
+
+  // The place's state out of those of all sequences [count, H, N, N], as load() takes it; zeros if null.
+  __device__ __forceinline__ Lines(const Place<N>& place, const float* states, bool transposed) : Lines(place) {
+    if (states) load(states + place.head * N * N, transposed);
+  }
 
   // f(element, l, q, e): element e of quad q of line l.
   template <typename F>

@@ -35,18 +35,6 @@ __device__ __forceinline__ float growth(float x) { return expm1f(-expf(x)); }
 // dw / dx, as one exponential: exp(x) alone may be infinite where the product has long been zero.
 __device__ __forceinline__ float decay_slope(float x) { return -expf(x - expf(x)); }
 
-template <int M, int N>
-__device__ __forceinline__ void commit_growth(const Prefetch<float>& x, Tile<M>& tile, const Place<N>& place) {
-#pragma unroll
-  for (int e = 0; e < 4; ++e) tile.quad(place.step, place.quad).value[e] = growth(x.held.value[e]);
-}
-
-template <int M, int N>
-__device__ __forceinline__ void commit_slope(const Prefetch<float>& x, Tile<M>& tile, const Place<N>& place) {
-#pragma unroll
-  for (int e = 0; e < 4; ++e) tile.quad(place.step, place.quad).value[e] = decay_slope(x.held.value[e]);
-}
-
 template <typename T>
 struct Inputs {
   Sequences sequences;
@@ -149,18 +137,15 @@ __device__ __forceinline__ void forward(const Forward<T>& p) {
   Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v);
   Prefetch<float> w(p.in.w);
   const auto fetch = [&](int t0) {
-    const int64_t offset = place.offset(t0);
-    const bool inside = t0 + place.step < tokens;
-    r.fetch(offset, inside), k.fetch(offset, inside), v.fetch(offset, inside);
-    w.fetch(decay_offset<D>(place, heads, t0), inside);
+    place.fetch(t0, r, k, v);
+    w.fetch(decay_offset<D>(place, heads, t0), t0 + place.step < tokens);
   };
   const auto commit = [&] {
-    r.commit(tile.r, place), commit_growth(w, tile.growth, place), k.commit(tile.k, place), v.commit(tile.v, place);
+    r.commit(tile.r, place), w.commit(tile.growth, place, growth), k.commit(tile.k, place), v.commit(tile.v, place);
     tile.bonus.commit(bonus<N>(r, u, k), place);
   };
 
-  Lines<N> S(place);
-  if (p.in.s0) S.load(p.in.s0 + place.head * N * N, false);
+  Lines<N> S(place, p.in.s0, false);
   fetch(0);
   commit();
   __syncthreads();
@@ -203,21 +188,18 @@ __device__ __forceinline__ void backward_values(const Backward<T>& p) {
   Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), dy(p.dy);
   Prefetch<float> w(p.in.w);
   const auto fetch = [&](int t0) {
-    const int64_t offset = place.offset(t0);
-    const bool inside = t0 + place.step < tokens;
-    r.fetch(offset, inside), k.fetch(offset, inside), v.fetch(offset, inside), dy.fetch(offset, inside);
-    w.fetch(decay_offset<D>(place, heads, t0), inside);
+    place.fetch(t0, r, k, v, dy);
+    w.fetch(decay_offset<D>(place, heads, t0), t0 + place.step < tokens);
   };
   const auto commit = [&] {
-    r.commit(tile.r, place), commit_growth(w, tile.growth, place), k.commit(tile.k, place), dy.commit(tile.dy, place);
+    r.commit(tile.r, place), w.commit(tile.growth, place, growth), k.commit(tile.k, place), dy.commit(tile.dy, place);
     tile.bonus.commit(bonus<N>(r, u, k), place);
     const float v_dy = dot<N>(v, dy);
 #pragma unroll
     for (int e = 0; e < 4; ++e) du.value[e] += to_float(r.held.value[e]) * to_float(k.held.value[e]) * v_dy;
   };
 
-  Lines<N> dS(place);
-  if (p.dsT) dS.load(p.dsT + place.head * N * N, false);
+  Lines<N> dS(place, p.dsT, false);
   fetch(last_tile(tokens));
   commit();
   __syncthreads();
@@ -287,13 +269,11 @@ __device__ __forceinline__ void backward_keys(const Backward<T>& p) {
   Prefetch<T> r(p.in.r), v(p.in.v), dy(p.dy);
   Prefetch<float> w(p.in.w);
   const auto fetch = [&](int t0) {
-    const int64_t offset = place.offset(t0);
-    const bool inside = t0 + place.step < place.tokens;
-    r.fetch(offset, inside), v.fetch(offset, inside), dy.fetch(offset, inside);
-    w.fetch(decay_offset<D>(place, heads, t0), inside);
+    place.fetch(t0, r, v, dy);
+    w.fetch(decay_offset<D>(place, heads, t0), t0 + place.step < place.tokens);
   };
   const auto commit = [&] {
-    r.commit(tile.r, place), commit_growth(w, tile.growth, place), v.commit(tile.v, place), dy.commit(tile.dy, place);
+    r.commit(tile.r, place), w.commit(tile.growth, place, growth), v.commit(tile.v, place), dy.commit(tile.dy, place);
     tile.v_dy.commit(dot<N>(v, dy), place);
   };
 
@@ -338,13 +318,11 @@ __device__ __forceinline__ void backward_receptance(const Backward<T>& p) {
   Prefetch<T> k(p.in.k), v(p.in.v), dy(p.dy);
   Prefetch<float> w(p.in.w);
   const auto fetch = [&](int t0) {
-    const int64_t offset = place.offset(t0);
-    const bool inside = t0 + place.step < place.tokens;
-    k.fetch(offset, inside), v.fetch(offset, inside), dy.fetch(offset, inside);
-    w.fetch(decay_offset<D>(place, heads, t0), inside);
+    place.fetch(t0, k, v, dy);
+    w.fetch(decay_offset<D>(place, heads, t0), t0 + place.step < place.tokens);
   };
   const auto commit = [&] {
-    commit_growth(w, tile.growth, place), k.commit(tile.k, place), v.commit(tile.v, place), dy.commit(tile.dy, place);
+    w.commit(tile.growth, place, growth), k.commit(tile.k, place), v.commit(tile.v, place), dy.commit(tile.dy, place);
     tile.v_dy.commit(dot<N>(v, dy), place);
   };
 
@@ -412,9 +390,9 @@ __device__ __forceinline__ void backward_decay(const Backward<T>& p) {
     if (gradients) dy.fetch(offset, inside), r.fetch(offset + columns, inside && loads_columns);
     __syncthreads();
     v.commit(tile.v, place);
-    if (loads_columns) k.commit(tile.k, place), commit_growth(w, tile.growth, place);
+    if (loads_columns) k.commit(tile.k, place), w.commit(tile.growth, place, growth);
     if (gradients) dy.commit(tile.dy, place);
-    if (gradients && loads_columns) r.commit(tile.r, place), commit_slope(w, tile.slope, place);
+    if (gradients && loads_columns) r.commit(tile.r, place), w.commit(tile.slope, place, decay_slope);
     __syncthreads();
   };
   const auto read_state = [&](const float* matrices, int t0) {

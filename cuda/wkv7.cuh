@@ -35,18 +35,6 @@ __device__ __forceinline__ float decay_slope(float x) {
   return -kScale * e / ((1.0f + e) * (1.0f + e));
 }
 
-template <int N>
-__device__ __forceinline__ void commit_decay(const Prefetch<float>& x, Tile<N>& tile, const Place<N>& place) {
-#pragma unroll
-  for (int e = 0; e < 4; ++e) tile.quad(place.step, place.quad).value[e] = decay(x.held.value[e]);
-}
-
-template <int N>
-__device__ __forceinline__ void commit_slope(const Prefetch<float>& x, Tile<N>& tile, const Place<N>& place) {
-#pragma unroll
-  for (int e = 0; e < 4; ++e) tile.quad(place.step, place.quad).value[e] = decay_slope(x.held.value[e]);
-}
-
 template <typename T>
 struct Inputs {
   Sequences sequences;
@@ -88,19 +76,13 @@ __device__ __forceinline__ void forward(const Forward<T>& p) {
   const int tokens = place.tokens;
   Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), a(p.in.a), b(p.in.b);
   Prefetch<float> w(p.in.w);
-  const auto fetch = [&](int t0) {
-    const int64_t offset = place.offset(t0);
-    const bool inside = t0 + place.step < tokens;
-    r.fetch(offset, inside), w.fetch(offset, inside), k.fetch(offset, inside);
-    v.fetch(offset, inside), a.fetch(offset, inside), b.fetch(offset, inside);
-  };
+  const auto fetch = [&](int t0) { place.fetch(t0, r, w, k, v, a, b); };
   const auto commit = [&] {
-    r.commit(tile.r, place), commit_decay(w, tile.w, place), k.commit(tile.k, place);
+    r.commit(tile.r, place), w.commit(tile.w, place, decay), k.commit(tile.k, place);
     v.commit(tile.v, place), a.commit(tile.a, place), b.commit(tile.b, place);
   };
 
-  Lines<N> S(place);
-  if (p.in.s0) S.load(p.in.s0 + place.head * N * N, false);
+  Lines<N> S(place, p.in.s0, false);
   fetch(0);
   commit();
   __syncthreads();
@@ -138,19 +120,13 @@ __device__ __forceinline__ void backward_rows(const Backward<T>& p) {
   const int tokens = place.tokens;
   Prefetch<T> r(p.in.r), k(p.in.k), a(p.in.a), b(p.in.b), dy(p.dy);
   Prefetch<float> w(p.in.w);
-  const auto fetch = [&](int t0) {
-    const int64_t offset = place.offset(t0);
-    const bool inside = t0 + place.step < tokens;
-    r.fetch(offset, inside), w.fetch(offset, inside), k.fetch(offset, inside);
-    a.fetch(offset, inside), b.fetch(offset, inside), dy.fetch(offset, inside);
-  };
+  const auto fetch = [&](int t0) { place.fetch(t0, r, w, k, a, b, dy); };
   const auto commit = [&] {
-    r.commit(tile.r, place), commit_decay(w, tile.w, place), k.commit(tile.k, place);
+    r.commit(tile.r, place), w.commit(tile.w, place, decay), k.commit(tile.k, place);
     a.commit(tile.a, place), b.commit(tile.b, place), dy.commit(tile.dy, place);
   };
 
-  Lines<N> dS(place);
-  if (p.dsT) dS.load(p.dsT + place.head * N * N, false);
+  Lines<N> dS(place, p.dsT, false);
   fetch(last_tile(tokens));
   commit();
   __syncthreads();
@@ -189,21 +165,14 @@ __device__ __forceinline__ void backward_keys(const Backward<T>& p) {
   const int tokens = place.tokens;
   Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), a(p.in.a), b(p.in.b), dy(p.dy);
   Prefetch<float> w(p.in.w), sa(p.sa), dsa(p.dsa);
-  const auto fetch = [&](int t0) {
-    const int64_t offset = place.offset(t0);
-    const bool inside = t0 + place.step < tokens;
-    r.fetch(offset, inside), w.fetch(offset, inside), k.fetch(offset, inside);
-    v.fetch(offset, inside), a.fetch(offset, inside), b.fetch(offset, inside);
-    dy.fetch(offset, inside), sa.fetch(offset, inside), dsa.fetch(offset, inside);
-  };
+  const auto fetch = [&](int t0) { place.fetch(t0, r, w, k, v, a, b, dy, sa, dsa); };
   const auto commit = [&] {
-    r.commit(tile.r, place), commit_decay(w, tile.w, place), k.commit(tile.k_dk, place);
+    r.commit(tile.r, place), w.commit(tile.w, place, decay), k.commit(tile.k_dk, place);
     v.commit(tile.v, place), a.commit(tile.a, place), b.commit(tile.b_db, place);
     dy.commit(tile.dy, place), sa.commit(tile.sa, place), dsa.commit(tile.dsa, place);
   };
 
-  Lines<N> dS(place);
-  if (p.dsT) dS.load(p.dsT + place.head * N * N, true);
+  Lines<N> dS(place, p.dsT, true);
   const SegmentStates<N> boundaries(p.in.sequences, place);
   fetch(last_tile(tokens));
   commit();
@@ -253,23 +222,15 @@ __device__ __forceinline__ void backward_decay(const Backward<T>& p) {
   const int tokens = place.tokens;
   Prefetch<T> r(p.in.r), k(p.in.k), v(p.in.v), a(p.in.a), b(p.in.b), dy(p.dy);
   Prefetch<float> w(p.in.w), sa(p.sa), dsa(p.dsa), products(p.key_products);
-  const auto fetch = [&](int t0) {
-    const int64_t offset = place.offset(t0);
-    const bool inside = t0 + place.step < tokens;
-    r.fetch(offset, inside), w.fetch(offset, inside), k.fetch(offset, inside);
-    v.fetch(offset, inside), a.fetch(offset, inside), b.fetch(offset, inside);
-    dy.fetch(offset, inside), sa.fetch(offset, inside), dsa.fetch(offset, inside);
-    products.fetch(offset, inside);
-  };
+  const auto fetch = [&](int t0) { place.fetch(t0, r, w, k, v, a, b, dy, sa, dsa, products); };
   const auto commit = [&] {
-    r.commit(tile.r_dr, place), commit_decay(w, tile.w, place), k.commit(tile.k, place);
+    r.commit(tile.r_dr, place), w.commit(tile.w, place, decay), k.commit(tile.k, place);
     v.commit(tile.v, place), a.commit(tile.a_da, place), b.commit(tile.b, place);
     dy.commit(tile.dy, place), sa.commit(tile.sa, place), dsa.commit(tile.dsa, place);
-    products.commit(tile.products_dx, place), commit_slope(w, tile.slope, place);
+    products.commit(tile.products_dx, place), w.commit(tile.slope, place, decay_slope);
   };
 
-  Lines<N> S(place);
-  if (p.in.s0) S.load(p.in.s0 + place.head * N * N, true);
+  Lines<N> S(place, p.in.s0, true);
   const SegmentStates<N> boundaries(p.in.sequences, place);
   PerLine<N> X;
   fetch(0);

@@ -24,23 +24,25 @@ const char* error_text(int code) {
     }
 }
 
-template <class Problem>
-int check(const Problem& p) {
+int check(const Sequences& p, int dtype) {
     if (p.B < 1 || p.T < 1 || p.H < 1 || p.N < 8 || p.N % 8) return BAD_SHAPE;
     if (!p.fit()) return BAD_DOCUMENTS;
-    return p.dtype == FLOAT32 || p.dtype == BFLOAT16 ? OK : BAD_TYPE;
+    return dtype == FLOAT32 || dtype == BFLOAT16 ? OK : BAD_TYPE;
 }
 
-// Runs one_head(Head, scratch) for every head of every sequence on at most `threads` threads (0: OpenMP's default).
-template <class Problem, class OneHead>
-int for_each_head(const Problem& p, int threads, OneHead one_head) {
+// Runs one_head(p, results, head, scratch) for every head of every sequence on at most `threads` threads (0: OpenMP's
+// default). Returns what the functions of the interface return.
+template <class Problem, class Results>
+int for_each_head(const Problem& p, const Results& results, int threads,
+                  void (*one_head)(const Problem&, const Results&, const Head&, float*)) {
+    if (int code = check(p, p.dtype)) return code;
     const int64_t heads = p.count() * p.H, floats = scratch_floats(p.N);
     if (threads < 1) threads = omp_get_max_threads();
     if (threads > heads) threads = int(heads);
     float* scratch = static_cast<float*>(aligned_alloc(64, threads * floats * sizeof(float)));
     if (!scratch) return OUT_OF_MEMORY;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t i = 0; i < heads; i++) one_head(Head(p, i), scratch + omp_get_thread_num() * floats);
+    for (int64_t i = 0; i < heads; i++) one_head(p, results, Head(p, i), scratch + omp_get_thread_num() * floats);
     free(scratch);
     return OK;
 }

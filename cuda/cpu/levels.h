@@ -86,10 +86,13 @@ extern "C" int wkv_set_level(int level) {
 // The chosen level, or the next one whose vectors divide a row of N.
 static int level_for(int64_t N) { return chosen_level == AVX512 && N % 16 ? AVX2 : chosen_level; }
 
-// `function` as compiled for that level.
+// `function` as compiled for that level, and for the usual head size: function<64>, or function<0> for any N.
 #if defined(__x86_64__)
 #define AT_LEVEL(function, N) \
-    (level_for(N) == AVX512 ? avx512::function : level_for(N) == AVX2 ? avx2::function : portable::function)
+    (level_for(N) == AVX512 ? OF_SIZE(avx512::function, N) \
+     : level_for(N) == AVX2 ? OF_SIZE(avx2::function, N)   \
+                            : OF_SIZE(portable::function, N))
 #else
-#define AT_LEVEL(function, N) portable::function
+#define AT_LEVEL(function, N) OF_SIZE(portable::function, N)
 #endif
+#define OF_SIZE(function, N) (N == 64 ? function<64> : function<0>)

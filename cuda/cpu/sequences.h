@@ -40,6 +40,10 @@ struct Head {
         segment = all.D ? begin / SEGMENT + sequence : sequence * segments(all.T);
     }
 
+    // Time is cut into segments that begin at multiples of SEGMENT: the last one's begin, and the steps of the one at t0.
+    int64_t last_segment() const { return (tokens - 1) / SEGMENT * SEGMENT; }
+    int64_t steps(int64_t t0) const { return t0 + SEGMENT < tokens ? SEGMENT : tokens - t0; }
+
     // The row of token t in a [B, T, H, N] tensor.
     int64_t row(const Sequences& all, int64_t t) const { return (begin + t) * all.H + h; }
 

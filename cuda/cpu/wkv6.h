@@ -57,28 +57,22 @@ int64_t WKV(saved_floats)(int64_t B, int64_t T, int64_t H, int64_t N, int64_t D)
     return all_segments(B, T, D) * H * N * N;
 }
 
-int64_t WKV(workspace_floats)(int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
-
-// `device` is the number of threads; there is no stream.
+// There is no workspace and no stream.
 int WKV(forward)(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
                  const void* r, const float* w, const void* k, const void* v, const float* u, const float* s0, void* y,
-                 float* sT, float* saved, int device, void*) {
+                 float* sT, float* saved, int threads, void*) {
     const Wkv6 p = {{B, T, H, N, D, offsets}, dtype, r, w, k, v, u, s0};
     const Wkv6Forward f = {y, sT, saved};
-    if (int code = check(p)) return code;
-    const auto run = AT_LEVEL(forward_head, N);
-    return for_each_head(p, device, [&](const Head& head, float* scratch) { run(p, f, head, scratch); });
+    return for_each_head(p, f, threads, AT_LEVEL(forward_head, N));
 }
 
 int WKV(backward)(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
                   const void* r, const float* w, const void* k, const void* v, const float* u, const float* s0,
                   const float* saved, const void* dy, const float* dsT, float*, void* dr, float* dw, void* dk,
-                  void* dv, float* du, float* ds0, int device, void*) {
+                  void* dv, float* du, float* ds0, int threads, void*) {
     const Wkv6 p = {{B, T, H, N, D, offsets}, dtype, r, w, k, v, u, s0};
     const Wkv6Backward b = {saved, dy, dsT, dr, dw, dk, dv, du, ds0};
-    if (int code = check(p)) return code;
-    const auto run = AT_LEVEL(backward_head, N);
-    return for_each_head(p, device, [&](const Head& head, float* scratch) { run(p, b, head, scratch); });
+    return for_each_head(p, b, threads, AT_LEVEL(backward_head, N));
 }
 
 const char* WKV(error)(int code) { return error_text(code); }

@@ -90,7 +90,7 @@ INLINE void forward_tile(const Segment& segment, int64_t n, int64_t N, int64_t x
 }
 
 template <int64_t FIXED_N>
-static void forward_head_of(const Wkv6& p, const Wkv6Forward& f, const Head& head, float* scratch) {
+static void forward_head(const Wkv6& p, const Wkv6Forward& f, const Head& head, float* scratch) {
     const int64_t N = FIXED_N ? FIXED_N : p.N;
     float *S = scratch, *y = S + N * N;
     const Segment segment(y + SEGMENT * N, N);
@@ -99,7 +99,7 @@ static void forward_head_of(const Wkv6& p, const Wkv6Forward& f, const Head& hea
     else
         memset(S, 0, N * N * sizeof(float));
     for (int64_t t0 = 0; t0 < head.tokens; t0 += SEGMENT) {
-        const int64_t n = t0 + SEGMENT < head.tokens ? SEGMENT : head.tokens - t0, first = head.row(p, t0);
+        const int64_t n = head.steps(t0), first = head.row(p, t0);
         read_segment(p, first, n, nullptr, segment);
         if (f.saved) transpose(S, f.saved + head.state(p, t0), N);
         int64_t x = 0;
@@ -175,7 +175,7 @@ INLINE void add_up(int64_t N, float* part, float* total) {
 }
 
 template <int64_t FIXED_N>
-static void backward_head_of(const Wkv6& p, const Wkv6Backward& b, const Head& head, float* scratch) {
+static void backward_head(const Wkv6& p, const Wkv6Backward& b, const Head& head, float* scratch) {
     const int64_t N = FIXED_N ? FIXED_N : p.N;
     float *dS = scratch, *states = dS + N * N, *line = states + SEGMENT * N * N;
     const Gradients g = {line, line + N, line + 2 * N, line + 3 * N, line + 4 * N};
@@ -187,8 +187,8 @@ static void backward_head_of(const Wkv6& p, const Wkv6Backward& b, const Head& h
         memcpy(dS, b.dsT + head.index * N * N, N * N * sizeof(float));
     else
         memset(dS, 0, N * N * sizeof(float));
-    for (int64_t t0 = (head.tokens - 1) / SEGMENT * SEGMENT; t0 >= 0; t0 -= SEGMENT) {
-        const int64_t n = t0 + SEGMENT < head.tokens ? SEGMENT : head.tokens - t0, first = head.row(p, t0);
+    for (int64_t t0 = head.last_segment(); t0 >= 0; t0 -= SEGMENT) {
+        const int64_t n = head.steps(t0), first = head.row(p, t0);
         read_segment(p, first, n, b.dy, segment);
         memcpy(states, b.saved + head.state(p, t0), N * N * sizeof(float));
         // The last step needs only the state before it.
@@ -212,18 +212,4 @@ static void backward_head_of(const Wkv6& p, const Wkv6Backward& b, const Head& h
         if (!DECAY_PER_TOKEN) add_up(N, g.dw, dw);
     }
     if (b.ds0) memcpy(b.ds0 + head.index * N * N, dS, N * N * sizeof(float));
-}
-
-static void forward_head(const Wkv6& p, const Wkv6Forward& f, const Head& head, float* scratch) {
-    if (p.N == 64)
-        forward_head_of<64>(p, f, head, scratch);
-    else
-        forward_head_of<0>(p, f, head, scratch);
-}
-
-static void backward_head(const Wkv6& p, const Wkv6Backward& b, const Head& head, float* scratch) {
-    if (p.N == 64)
-        backward_head_of<64>(p, b, head, scratch);
-    else
-        backward_head_of<0>(p, b, head, scratch);
 }

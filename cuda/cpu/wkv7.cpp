@@ -62,28 +62,22 @@ int64_t wkv7_saved_floats(int64_t B, int64_t T, int64_t H, int64_t N, int64_t D)
     return all_segments(B, T, D) * H * N * N + B * T * H * N;
 }
 
-int64_t wkv7_workspace_floats(int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
-
-// `device` is the number of threads; there is no stream.
+// There is no workspace and no stream.
 int wkv7_forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
                  const void* r, const float* w, const void* k, const void* v, const void* a, const void* b,
-                 const float* s0, void* y, float* sT, float* saved, int device, void*) {
+                 const float* s0, void* y, float* sT, float* saved, int threads, void*) {
     const Wkv7 p = {{B, T, H, N, D, offsets}, dtype, r, w, k, v, a, b, s0};
     const Wkv7Forward f = {y, sT, saved};
-    if (int code = check(p)) return code;
-    const auto run = AT_LEVEL(forward_head, N);
-    return for_each_head(p, device, [&](const Head& head, float* scratch) { run(p, f, head, scratch); });
+    return for_each_head(p, f, threads, AT_LEVEL(forward_head, N));
 }
 
 int wkv7_backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
                   const void* r, const float* w, const void* k, const void* v, const void* a, const void* b,
                   const float* s0, const float* saved, const void* dy, const float* dsT, float*, void* dr, float* dw,
-                  void* dk, void* dv, void* da, void* db, float* ds0, int device, void*) {
+                  void* dk, void* dv, void* da, void* db, float* ds0, int threads, void*) {
     const Wkv7 p = {{B, T, H, N, D, offsets}, dtype, r, w, k, v, a, b, s0};
     const Wkv7Backward g = {saved, dy, dsT, dr, dw, dk, dv, da, db, ds0};
-    if (int code = check(p)) return code;
-    const auto run = AT_LEVEL(backward_head, N);
-    return for_each_head(p, device, [&](const Head& head, float* scratch) { run(p, g, head, scratch); });
+    return for_each_head(p, g, threads, AT_LEVEL(backward_head, N));
 }
 
 const char* wkv7_error(int code) { return error_text(code); }

@@ -73,7 +73,7 @@ INLINE void forward_tile(float* steps, int64_t n, int64_t N, int64_t x, float* S
 }
 
 template <int64_t FIXED_N>
-static void forward_head_of(const Wkv7& p, const Wkv7Forward& f, const Head& head, float* scratch) {
+static void forward_head(const Wkv7& p, const Wkv7Forward& f, const Head& head, float* scratch) {
     const int64_t N = FIXED_N ? FIXED_N : p.N;
     float *S = scratch, *y = S + N * N, *sa = y + SEGMENT * N, *steps = sa + SEGMENT * N;
     if (p.s0)
@@ -81,7 +81,7 @@ static void forward_head_of(const Wkv7& p, const Wkv7Forward& f, const Head& hea
     else
         memset(S, 0, N * N * sizeof(float));
     for (int64_t t0 = 0; t0 < head.tokens; t0 += SEGMENT) {
-        const int64_t n = t0 + SEGMENT < head.tokens ? SEGMENT : head.tokens - t0, first = head.row(p, t0);
+        const int64_t n = head.steps(t0), first = head.row(p, t0);
         read_segment(p, first, n, nullptr, steps);
         if (f.saved) transpose(S, f.saved + head.state(p, t0), N);
         int64_t x = 0;
@@ -159,7 +159,7 @@ INLINE void backward_keys(const Step& step, int64_t N, int64_t x, const float* b
 }
 
 template <int64_t FIXED_N>
-static void backward_head_of(const Wkv7& p, const Wkv7Backward& g, const Head& head, float* scratch) {
+static void backward_head(const Wkv7& p, const Wkv7Backward& g, const Head& head, float* scratch) {
     const int64_t N = FIXED_N ? FIXED_N : p.N;
     float *dS = scratch, *states = dS + N * N, *line = states + (SEGMENT + 1) * N * N;
     float *dv = line, *dsa = line + N, *steps = line + 7 * N;
@@ -168,8 +168,8 @@ static void backward_head_of(const Wkv7& p, const Wkv7Backward& g, const Head& h
         memcpy(dS, g.dsT + head.index * N * N, N * N * sizeof(float));
     else
         memset(dS, 0, N * N * sizeof(float));
-    for (int64_t t0 = (head.tokens - 1) / SEGMENT * SEGMENT; t0 >= 0; t0 -= SEGMENT) {
-        const int64_t n = t0 + SEGMENT < head.tokens ? SEGMENT : head.tokens - t0, first = head.row(p, t0);
+    for (int64_t t0 = head.last_segment(); t0 >= 0; t0 -= SEGMENT) {
+        const int64_t n = head.steps(t0), first = head.row(p, t0);
         const float* segment_sa = saved_sa(p, g.saved, head) + t0 * N;
         read_segment(p, first, n, g.dy, steps);
         memcpy(states, g.saved + head.state(p, t0), N * N * sizeof(float));
@@ -193,18 +193,4 @@ static void backward_head_of(const Wkv7& p, const Wkv7Backward& g, const Head& h
         }
     }
     if (g.ds0) memcpy(g.ds0 + head.index * N * N, dS, N * N * sizeof(float));
-}
-
-static void forward_head(const Wkv7& p, const Wkv7Forward& f, const Head& head, float* scratch) {
-    if (p.N == 64)
-        forward_head_of<64>(p, f, head, scratch);
-    else
-        forward_head_of<0>(p, f, head, scratch);
-}
-
-static void backward_head(const Wkv7& p, const Wkv7Backward& g, const Head& head, float* scratch) {
-    if (p.N == 64)
-        backward_head_of<64>(p, g, head, scratch);
-    else
-        backward_head_of<0>(p, g, head, scratch);
 }

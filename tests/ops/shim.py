@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rwkv_bone.ops import driver, sizes
+from rwkv_bone.ops import driver
 from rwkv_bone.ops.build import SOURCES
 from rwkv_bone.ops.launches import ELEMENTS, HEAD_SIZES, kernel_names, launches, source
 from tests.ops.wkv_abi import Case, Runner, pointer
@@ -57,6 +57,8 @@ def schedule(raw: ctypes.CDLL, *, first: int = 0, last: int = 2**31, reverse: bo
 class ShimLibrary(Runner):
     """One operator on the shim; `raw` is the library itself, `driver` what the product's driver.py makes of it."""
 
+    device_type = "cuda"
+
     def __init__(self, path: Path, operator: str):
         super().__init__(operator)
         self.driver, self.raw = driver.Driver(str(path)), ctypes.CDLL(str(path))
@@ -73,6 +75,3 @@ class ShimLibrary(Runner):
 
     def call(self, name: str, case: Case, *tensors: Tensor | None) -> None:
         self.driver.launch(self.kernels, self.planned(name, case, *tensors), device=0, stream=0)
-
-    def floats(self, name: str, *problem: int) -> int:
-        return getattr(sizes, name)(self.operator, "cuda", *problem)

@@ -200,7 +200,7 @@ def test_torch_compile_takes_the_operator_whole(operator, op):
 def test_the_registered_operators_keep_pytorchs_rules(operator, op):
     case = place(packed_case(operator, torch.float32, lengths=(5, 9), H=1, N=8), op)
     inputs = tuple(case[name].requires_grad_() for name in (*wkv_abi.INPUTS[operator], "state"))
-    forward = getattr(torch.ops.rwkv_bone, "wkv7_forward" if operator == "wkv7" else "wkv6_forward")
+    forward = getattr(torch.ops.rwkv_bone, f"{operator}_forward")
     torch.library.opcheck(forward.default, (*inputs, case["cu_seqlens"], True))
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_bone.ops import sizes
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 INPUTS = {"wkv5": "rwkvu", "wkv6": "rwkvu", "wkv7": "rwkvab"}  # in the interface's order, each of one letter
@@ -28,6 +30,8 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tens
 class Runner:
     """Forward and backward of one operator ("wkv5", "wkv6" or "wkv7") on CPU tensors, whatever computes them."""
 
+    device_type = "cpu"  # whose scratch memory it needs
+
     def __init__(self, operator: str):
         self.operator, self.inputs = operator, INPUTS[operator]
 
@@ -37,7 +41,7 @@ class Runner:
 
     def floats(self, name: str, *problem: int) -> int:
         """saved_floats or workspace_floats of B, T, H, N, D."""
-        raise NotImplementedError
+        return getattr(sizes, name)(self.operator, self.device_type, *problem)
 
     def sizes(self, case: Case) -> tuple[int, ...]:
         """B, T, H, N, D."""
@@ -78,12 +82,11 @@ class Library(Runner):
         super().__init__(operator)
         self.raw = ctypes.CDLL(str(path))
         start = [INT, *[SIZE] * 5, *[POINTER] * (len(self.inputs) + 2)]  # dtype; B, T, H, N, D; offsets, inputs, s0
-        end = [INT, POINTER]  # device, stream
+        end = [INT, POINTER]  # threads, unused
         self.function("forward").argtypes = [*start, *[POINTER] * 3, *end]  # y sT saved
         # saved dy dsT workspace, gradients of inputs and s0
         self.function("backward").argtypes = [*start, *[POINTER] * (4 + len(self.inputs) + 1), *end]
-        for name in ("saved_floats", "workspace_floats"):
-            self.function(name).argtypes, self.function(name).restype = [SIZE] * 5, SIZE
+        self.function("saved_floats").argtypes, self.function("saved_floats").restype = [SIZE] * 5, SIZE
         self.function("error").restype = ctypes.c_char_p
 
     def function(self, name: str):
@@ -95,9 +98,6 @@ class Library(Runner):
     def call(self, name: str, case: Case, *tensors: Tensor | None) -> None:
         code = self.function(name)(*self.problem(case), *map(pointer, tensors), 0, None)
         assert code == 0, self.error(code)
-
-    def floats(self, name: str, *problem: int) -> int:
-        return self.function(name)(*problem)
 
     def problem(self, case: Case) -> tuple:
         """The arguments that begin both calls. `case` must outlive the call."""

@@ -50,17 +50,9 @@ class _Chunked(torch.autograd.Function):
         chunks = Chunks(r.shape, chunk, cu_seqlens)
         with torch.autocast(r.device.type, enabled=False):
             c = _within_chunks(chunks, r, w, k, v, a, b, state.dtype)
-            states, starts = state.clone(), []
-            for i in range(chunks.count):
-                start = chunks.take(states, i)
-                starts.append(start)
-                end = torch.baddbmm(
-                    torch.addcmul(c.added[:, :, i], start, c.kept[:, :, i]).flatten(0, 1),
-                    start.flatten(0, 1),
-                    c.change[:, :, i].flatten(0, 1),
-                ).view_as(start)
-                states = chunks.put(states, i, end)
-            starts = torch.stack(starts, dim=2)  # [B, H, n, N, N]
+            starts, states = chunks.walk(
+                state, lambda i, start: _past(start, c.kept[:, :, i], c.change[:, :, i], c.added[:, :, i])
+            )
             y = c.own + c.reads @ starts.mT
         ctx.save_for_backward(r, w, k, v, a, b, starts, states, cu_seqlens)
         ctx.chunk = chunk
@@ -115,7 +107,15 @@ class _Chunks(NamedTuple):
     added: Tensor  # [B, H, n, N, N]
 
 
-def _within_chunks(chunks, r, w, k, v, a, b, dtype) -> _Chunks:
+def _past(state: Tensor, kept: Tensor, change: Tensor, added: Tensor) -> Tensor:
+    """A state, or the gradient of one, on the other side of a chunk: state * kept + state change + added."""
+    elsewhere = torch.addcmul(added, state, kept)
+    return torch.baddbmm(elsewhere.flatten(0, 1), state.flatten(0, 1), change.flatten(0, 1)).view_as(state)
+
+
+def _within_chunks(
+    chunks: Chunks, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype
+) -> _Chunks:
     log_decay = chunks.split(-DECAY_SCALE * torch.sigmoid(w.to(dtype)), dtype)
     r, k, v, a, b = (chunks.split(x, dtype) for x in (r, k, v, a, b))
     total = log_decay.cumsum(dim=3)
@@ -137,21 +137,29 @@ def _within_chunks(chunks, r, w, k, v, a, b, dtype) -> _Chunks:
     )  # fmt: skip
 
 
-def _backward(chunks, r, w, k, v, a, b, starts, last, dy, dstate) -> tuple[Tensor, ...]:
+def _backward(
+    chunks: Chunks,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    starts: Tensor,
+    last: Tensor,
+    dy: Tensor,
+    dstate: Tensor,
+) -> tuple[Tensor, ...]:
     dtype = starts.dtype
     c = _within_chunks(chunks, r, w, k, v, a, b, dtype)
     dy = chunks.split(dy, dtype)
     from_y = dy.mT @ c.reads
-    dstates, d_ends = dstate.clone(), [None] * chunks.count
-    for i in reversed(range(chunks.count)):
-        d_end = d_ends[i] = chunks.take(dstates, i)
-        d_start = torch.baddbmm(
-            torch.addcmul(from_y[:, :, i], d_end, c.kept[:, :, i]).flatten(0, 1),
-            d_end.flatten(0, 1),
-            c.change[:, :, i].mT.flatten(0, 1),
-        ).view_as(d_end)
-        dstates = chunks.put(dstates, i, d_start)
-    d_ends = torch.stack(d_ends, dim=2)  # gradient of each chunk's last state [B, H, n, N, N]
+    # The gradient of each chunk's last state [B, H, n, N, N], and that of the initial states.
+    d_ends, dstates = chunks.walk(
+        dstate,
+        lambda i, d_end: _past(d_end, c.kept[:, :, i], c.change[:, :, i].mT, from_y[:, :, i]),
+        backwards=True,
+    )
     ends = chunks.ends(starts, last)
 
     u = c.u0 + c.W @ starts.mT

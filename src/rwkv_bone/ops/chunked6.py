@@ -40,9 +40,9 @@ def wkv6_chunked(
 
     With `cu_seqlens` [D + 1] B is 1 and the states are [D, H, N, N]. Computes in float64 if the state is float64,
     otherwise in float32; w and u are of the state's dtype. `chunk` is a power of two. See ops.reference for the
-    formula; RWKV-5's w is expanded over batch and time.
+    formula; RWKV-5's w is [H, N].
     """
-    return _Chunked.apply(r, w, k, v, u, state, cu_seqlens, chunk)
+    return _Chunked.apply(r, w.expand_as(r), k, v, u, state, cu_seqlens, chunk)
 
 
 class _Chunked(torch.autograd.Function):
@@ -56,12 +56,7 @@ class _Chunked(torch.autograd.Function):
             rc, kc, vc = (chunks.split(x, dtype) for x in (r, k, v))
             added = vc.mT @ (kc * _after(log).exp())
             kept = log.sum(dim=3, keepdim=True).exp()
-            states, starts = state.clone(), []
-            for i in range(chunks.count):
-                start = chunks.take(states, i)
-                starts.append(start)
-                states = chunks.put(states, i, torch.addcmul(added[:, :, i], start, kept[:, :, i]))
-            starts = torch.stack(starts, dim=2)  # [B, H, n, N, N]
+            starts, states = chunks.walk(state, lambda i, start: torch.addcmul(added[:, :, i], start, kept[:, :, i]))
             ctx.save_for_backward(r, w, k, v, u, starts, cu_seqlens)
             y = (rc * _before(log).exp()) @ starts.mT + (rc * bonus * kc).sum(-1, keepdim=True) * vc
             for half in _halves_of(chunk):
@@ -105,7 +100,17 @@ def _halve(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     return x.unflatten(3, (-1, 2, half)).unbind(4)
 
 
-def _backward(chunks, r, w, k, v, u, starts, dy, dstate) -> tuple[Tensor, ...]:
+def _backward(
+    chunks: Chunks,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    starts: Tensor,
+    dy: Tensor,
+    dstate: Tensor,
+) -> tuple[Tensor, ...]:
     dtype, bonus = starts.dtype, u[:, None, None, :]
     log_decay = _log_decay(w)
     log = chunks.split(log_decay, dtype)
@@ -113,11 +118,10 @@ def _backward(chunks, r, w, k, v, u, starts, dy, dstate) -> tuple[Tensor, ...]:
     from_start, to_end, kept = _before(log).exp(), _after(log).exp(), log.sum(dim=3, keepdim=True).exp()
     r_start, k_end = r * from_start, k * to_end
     from_y = dy.mT @ r_start
-    dstates, d_ends = dstate.clone(), [None] * chunks.count
-    for i in reversed(range(chunks.count)):
-        d_end = d_ends[i] = chunks.take(dstates, i)
-        dstates = chunks.put(dstates, i, torch.addcmul(from_y[:, :, i], d_end, kept[:, :, i]))
-    d_ends = torch.stack(d_ends, dim=2)  # gradient of each chunk's last state [B, H, n, N, N]
+    # The gradient of each chunk's last state [B, H, n, N, N], and that of the initial states.
+    d_ends, dstates = chunks.walk(
+        dstate, lambda i, d_end: torch.addcmul(from_y[:, :, i], d_end, kept[:, :, i]), backwards=True
+    )
 
     # Between the chunk's tokens and the states around it.
     dr, dk, dv = dy @ starts, v @ d_ends, k_end @ d_ends.mT

@@ -10,6 +10,8 @@ Sizes: B batch, T tokens, H heads, N head size, n chunks, L tokens of a chunk, D
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +27,7 @@ class Chunks:
         _, self.tokens, *_ = shape
         self.length = length
         self.packed = cu_seqlens is not None
-        if not self.packed:
+        if cu_seqlens is None:
             self.count = -(-self.tokens // length)
             return
         documents, device = len(cu_seqlens) - 1, cu_seqlens.device
@@ -64,6 +66,19 @@ class Chunks:
     def put(self, states: Tensor, i: int, changed: Tensor) -> Tensor:
         """All states after step i made `changed` of those it took. `states` may be overwritten."""
         return states.index_copy_(0, self.document[i : i + 1], changed) if self.packed else changed
+
+    def walk(
+        self, states: Tensor, step: Callable[[int, Tensor], Tensor], *, backwards: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Chunk after chunk, `step(i, state)` makes the next state out of what step i works on [B, H, N, N].
+
+        Returns what each step worked on [B, H, n, N, N], and the states of all sequences after the last step.
+        """
+        taken, states = [states] * self.count, states.clone()
+        for i in range(self.count)[:: -1 if backwards else 1]:
+            taken[i] = self.take(states, i)
+            states = self.put(states, i, step(i, taken[i]))
+        return torch.stack(taken, dim=2), states
 
     def ends(self, starts: Tensor, last: Tensor) -> Tensor:
         """From the states at the chunks' starts [B, H, n, N, N] and the last ones, those at the chunks' ends."""

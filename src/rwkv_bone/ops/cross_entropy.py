@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IGNORE = -100
+IGNORED_LABEL = -100  # a row without a label
 CHUNK_ROWS = 1024
 
 
@@ -25,21 +25,27 @@ def linear_cross_entropy(
     chunk_rows: int = CHUNK_ROWS,
     l2wrap: float = 0.0,
 ) -> Tensor:
-    """Sum over the labelled rows of -log softmax(hidden @ weight^T)[label], fp32.
+    """The cross-entropy of the labelled rows, -log softmax(hidden @ weight^T)[label], summed: a float32 scalar in nats.
 
-    hidden [R, C] and weight [V, C] (cast to hidden's dtype for the product); labels [R] int64, IGNORE = no label.
-    `label_rows` int64 are the labelled rows; without them they are looked for, which waits for a GPU.
-    `l2wrap` adds, to the gradient only, l2wrap * max(logits) at each labelled row's largest logit: BlinkDL's L2Wrap,
-    which keeps logits from growing (his factor is 1e-4, divided by the number of rows like the loss itself).
-    Logits are made in hidden's dtype and reduced in fp32. Returns a scalar; zero labelled rows give zero.
+    hidden       [R, C]
+    weight       [V, C], the head; cast to hidden's dtype for the product
+    labels       [R] int64, IGNORED_LABEL where a row has none
+    label_rows   int64, the numbers of the rows that have a label. None: they are looked for, which waits for a GPU
+    chunk_rows   how many rows go through at a time: memory is chunk_rows x V
+    l2wrap       BlinkDL's L2Wrap, which keeps logits from growing: l2wrap * max(logits) is added to the gradient of
+                 each labelled row's largest logit, and nothing to the loss. His factor is 1e-4, divided by the number
+                 of rows like the loss itself
+
+    Logits are of hidden's dtype, sums over them float32. Without a labelled row the result is 0. Can be differentiated
+    once, in hidden and weight.
     """
     rows = labelled(labels) if label_rows is None else label_rows
     return _LinearCrossEntropy.apply(hidden, weight, labels, rows, chunk_rows, l2wrap)
 
 
 def labelled(labels: Tensor) -> Tensor:
-    """The rows of labels [R] that have one, int64. How many there are has to be fetched from a GPU."""
-    return (labels != IGNORE).nonzero().squeeze(1)
+    """The numbers of the rows of labels [R] that have a label, int64. On a GPU it waits for their count."""
+    return (labels != IGNORED_LABEL).nonzero().squeeze(1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -63,9 +69,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if l2wrap:
                 grad.scatter_add_(1, at, largest * l2wrap)
             grad = grad.to(hidden.dtype)
-            if want_hidden:
+            if d_hidden is not None:
                 d_hidden[chunk] = grad @ matrix
-            if want_weight:
+            if d_weight is not None:
                 d_weight += grad.T @ part
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype

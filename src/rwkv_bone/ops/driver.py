@@ -94,7 +94,7 @@ class Driver:
         finally:
             self._call("cuCtxPopCurrent_v2", ctypes.byref(before))
 
-    def _call(self, function: str, *arguments) -> None:
+    def _call(self, function: str, *arguments: object) -> None:
         self._check(function, getattr(self._library, function)(*arguments))
 
     def _check(self, what: str, code: int) -> None:

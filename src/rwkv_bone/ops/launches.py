@@ -17,7 +17,7 @@ from rwkv_bone.ops.sizes import SEGMENT, all_segments
 HEAD_SIZES = (8, 16, 32, 64, 128)
 ELEMENTS = {"float32": "float", "bfloat16": "wkv::BFloat16"}  # a dtype's name -> its C++ type
 HEADERS = {"wkv7": "wkv7.cuh", "wkv6": "wkv6.cuh", "wkv5": "wkv6.cuh"}
-INPUTS = {"wkv7": 6, "wkv6": 5, "wkv5": 5}  # tensors before the initial state
+INPUTS = {"wkv7": "rwkvab", "wkv6": "rwkvu", "wkv5": "rwkvu"}  # the tensors before the initial state, a letter each
 BACKWARD = {
     "wkv7": ("rows", "keys", "decay"),
     "wkv6": ("values", "keys", "receptance", "decay"),
@@ -55,7 +55,7 @@ def launches(
     """The launches of "forward" or "backward", in order.
 
     sizes (B, T, H, N, D). Pointers are numbers, None = null; `offsets` is that of the documents' int64 [D + 1].
-    tensors are, in this order, the inputs (wkv7: r w k v a b; wkv6 and wkv5: r w k v u) and the initial state, then
+    tensors are, in this order, the inputs (see INPUTS) and the initial state, then
         forward     y, last state, saved
         backward    saved, dy, d last state, workspace, the gradient of each input, d initial state
     States, and what forward saves, may be None: zeros, or not wanted. Raises ValueError for what no kernel can take.
@@ -63,7 +63,7 @@ def launches(
     B, T, H, N, D = sizes
     _check(operator, step, dtype, sizes, offsets, tensors)
     sequences = D or B
-    words = [sequences, T, H, offsets, *tensors]
+    words = [sequences, T, H, *(pointer or 0 for pointer in (offsets, *tensors))]
     heads = sequences * H
     if step == "forward":
         blocks = {"forward": heads}
@@ -71,18 +71,20 @@ def launches(
         blocks = dict.fromkeys((f"backward_{part}" for part in BACKWARD[operator]), heads)
         if operator == "wkv7":
             # The workspace holds dsa, products of k and b, and dS at the segments: see Backward in wkv7.cuh.
-            at = 4 + INPUTS[operator] + 1 + 3
+            at = 4 + len(INPUTS[operator]) + 1 + 3
             words[at : at + 1] = [words[at] + part * 4 * B * T * H * N for part in range(3)]
         else:
             segments = all_segments("cuda", B, T, D) * H
             blocks |= {"backward_keys": segments, "backward_receptance": segments}
             blocks["backward_decay"] = (segments if operator == "wkv6" else heads) * (N // COLUMNS)
-    arguments = struct.pack(f"={len(words)}Q", *(word or 0 for word in words))
+    arguments = struct.pack(f"={len(words)}Q", *words)
     threads = 2 * N  # Layout<N>::kThreads
     return [Launch(f"{operator}_{name}_{dtype}_{N}", count, threads, arguments) for name, count in blocks.items()]
 
 
-def _check(operator, step, dtype, sizes, offsets, tensors) -> None:
+def _check(
+    operator: str, step: str, dtype: str, sizes: Sequence[int], offsets: int | None, tensors: Sequence[int | None]
+) -> None:
     B, T, H, N, D = sizes
     if N not in HEAD_SIZES:
         raise ValueError(f"head size must be {', '.join(map(str, HEAD_SIZES[:-1]))} or {HEAD_SIZES[-1]}, found {N}")
@@ -95,7 +97,7 @@ def _check(operator, step, dtype, sizes, offsets, tensors) -> None:
     blocks = (D or B) * H if operator == "wkv7" else all_segments("cuda", B, T, D) * H * (N // COLUMNS)
     if blocks > LARGEST:
         raise ValueError(f"blocks of threads must be below 2^31, found {blocks} for {(B, T, H, N)}")
-    inputs = INPUTS[operator]
+    inputs = len(INPUTS[operator])
     optional = {inputs, inputs + 2, inputs + 3} if step == "forward" else {inputs, inputs + 3, 2 * inputs + 5}
     expected = inputs + 4 if step == "forward" else 2 * inputs + 6
     if len(tensors) != expected:

@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from rwkv_bone.ops import build, cuda, sizes
+from rwkv_bone.ops import build, cuda
 from rwkv_bone.ops.launches import ALIGNMENT
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -20,12 +20,6 @@ def library(operator: str) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(build.cpu_library(operator)))
     getattr(loaded, f"{operator}_error").restype = ctypes.c_char_p
     return loaded
-
-
-def scratch(operator: str, name: str, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """An uninitialised float32 buffer beside `like` [B, T, H, N], as large as `sizes.<name>` says."""
-    size = getattr(sizes, name)(operator, like.device.type, *like.shape, documents(cu_seqlens))
-    return torch.empty(size, dtype=torch.float32, device=like.device)
 
 
 def documents(cu_seqlens: Tensor | None) -> int:

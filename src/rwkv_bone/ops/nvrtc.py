@@ -41,7 +41,7 @@ class Nvrtc:
         self._check("nvrtcGetSupportedArchs", known)
         self.architectures = tuple(known)
 
-    def _check(self, function: str, *arguments) -> None:
+    def _check(self, function: str, *arguments: object) -> None:
         if code := getattr(self._library, function)(*arguments):
             reason = self._library.nvrtcGetErrorString(code).decode()
             raise BuildError(f"{function} of {self.path} failed: {reason}")
@@ -113,7 +113,7 @@ def places(major: int) -> Iterator[Path | str]:
     """Where libnvrtc of this CUDA may be: pip packages, torch's own folder, conda, a toolkit, the loader's paths."""
     name = f"libnvrtc.so.{major}"
     spec = importlib.util.find_spec("nvidia")
-    roots = [Path(root) for root in (spec.submodule_search_locations if spec else ())]
+    roots = [Path(root) for root in (spec and spec.submodule_search_locations or ())]
     folders = [root / folder / "lib" for root in roots for folder in (f"cu{major}", "cuda_nvrtc")]
     folders += [Path(torch.__file__).parent / "lib", Path(sys.prefix) / "lib"]
     folders += [Path(home) / "lib64" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]

@@ -12,32 +12,32 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from rwkv_bone.ops import compiled
+from rwkv_bone.ops.arguments import ANY_DTYPE
 from rwkv_bone.ops.build import BuildError
-from rwkv_bone.ops.chunked import wkv7_chunked
-from rwkv_bone.ops.chunked6 import wkv6_chunked
-from rwkv_bone.ops.wkv6 import wkv6_forward
-from rwkv_bone.ops.wkv7 import wkv7_forward
+from rwkv_bone.ops.launches import INPUTS
+from rwkv_bone.ops.wkv6 import WKV5, WKV6
+from rwkv_bone.ops.wkv7 import WKV7
 
+OPERATORS = {operator.name: operator for operator in (WKV7, WKV6, WKV5)}
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative errors; a defect is off by far more
 
 
 def trial(operator: str, device: torch.device, N: int, dtype: torch.dtype) -> None:
     """Compare the compiled kernels with the `torch` form. Raises BuildError, DriverError, or what torch raises."""
+    chunked, per_head = OPERATORS[operator].chunked, OPERATORS[operator].per_head
     draw = torch.Generator().manual_seed(0)  # its own, so that a run's random numbers stay what they are
 
-    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=draw).to(device, dtype).requires_grad_()
+    def random(name: str, *shape: int) -> Tensor:
+        kind = torch.float32 if name in ANY_DTYPE else dtype
+        return torch.randn(shape, generator=draw).to(device, kind).requires_grad_()
 
     with _alone():
-        inputs = {name: random(1, 1, 1, N, dtype=dtype) for name in ("rkvab" if operator == "wkv7" else "rkv")}
-        inputs["w"] = random(1, N) if operator == "wkv5" else random(1, 1, 1, N)
-        if operator != "wkv7":
-            inputs["u"] = random(1, N)
-        inputs["state"] = random(1, 1, N, N)
-        leaves = tuple(inputs.values())
+        inputs = {name: random(name, *((1, N) if name in per_head else (1, 1, 1, N))) for name in INPUTS[operator]}
+        start = random("state", 1, 1, N, N)
+        leaves = (*inputs.values(), start)
         results = []
-        for form in (_compiled, _chunked):
-            y, state = form(operator, **inputs)
+        for y, state in (compiled.run(operator, inputs, start, None), chunked(**inputs, state=start)):
             gradients = torch.autograd.grad((y, state), leaves, (torch.ones_like(y), torch.ones_like(state)))
             results.append([x.float() for x in (y, state, *gradients)])
         errors = torch.stack([(a - b).norm() / (b.norm() + 1e-6) for a, b in zip(*results, strict=True)])
@@ -53,17 +53,3 @@ def _alone() -> Iterator[None]:
     modes = torch.utils._python_dispatch._disable_current_modes()
     with modes, same, torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-def _compiled(operator: str, *, w: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-    if operator == "wkv7":
-        r, k, v, a, b = (inputs[name] for name in "rkvab")
-        return wkv7_forward(r, w, k, v, a, b, state, None, True)[:2]
-    r, k, v, u = (inputs[name] for name in "rkvu")
-    return wkv6_forward(r, w, k, v, u, state, None, True)[:2]
-
-
-def _chunked(operator: str, *, w: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-    if operator == "wkv7":
-        return wkv7_chunked(w=w, **inputs)
-    return wkv6_chunked(w=w.expand_as(inputs["r"]), **inputs)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone.models import LayerState
-from rwkv_bone.ops.cross_entropy import IGNORE, labelled
+from rwkv_bone.ops.cross_entropy import IGNORED_LABEL, labelled
 
 
 def chunked_loss(
@@ -47,7 +47,7 @@ def chunked_loss(
     label_rows = labelled(labels.flatten()) if label_rows is None else label_rows
     unpadded, extra = ids.shape[1], widest - ids.shape[1]
     if extra > 0:
-        ids, labels = F.pad(ids, (0, extra)), F.pad(labels, (0, extra), value=IGNORE)
+        ids, labels = F.pad(ids, (0, extra)), F.pad(labels, (0, extra), value=IGNORED_LABEL)
         cu_seqlens = None if cu_seqlens is None else F.pad(cu_seqlens, (0, 1), value=widest)
     T = ids.shape[1]
     where = to_device(_label_rows(values(label_rows), unpadded, T, chunk), ids.device)
