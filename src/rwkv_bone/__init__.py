@@ -1,4 +1,4 @@
-"""Fine-tuning RWKV with Bone and Bat: see README.md for the public API."""
+"""Fine-tuning RWKV with Bone and Bat: `load_model` is the public API, see docs/adapters.md."""
 
 from typing import TYPE_CHECKING
 
