@@ -1,8 +1,8 @@
 #!/bin/sh
 # Turns rows of text into a .bin/.idx pair of token ids: sh scripts/prepare_data.sh [--flag value ...]
 #
-# For large plain data that many runs share. It is not needed otherwise: training reads every format that docs/data.md names
-# and keeps what it tokenised beside it. As it stands: the bundled corpus, in seconds.
+# For large plain data that many runs share. It is not needed otherwise: training reads every format that docs/data.md
+# names and keeps what it tokenised beside it. As it stands: the bundled corpus, in seconds.
 # Each variable is the flag of its name; `sh scripts/prepare_data.sh --help` lists the others.
 # Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
 # shellcheck disable=SC2034 # the variables are read by lib.sh
