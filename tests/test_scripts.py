@@ -109,6 +109,13 @@ def clone(tmp_path):
     return Clone(tmp_path)
 
 
+@pytest.fixture
+def ready(clone, monkeypatch):
+    """A clone whose scripts run the Python of these tests, without asking setup.sh."""
+    monkeypatch.setenv("RWKV_PYTHON", sys.executable)
+    return clone
+
+
 def arguments(result) -> list[str]:
     """What the stand-in for train.py or merge.py was called with."""
     assert result.returncode == 0, result.stderr
@@ -185,18 +192,18 @@ def test_run_scripts_need_no_edits_and_pass_a_valid_command_line(script, clone):
 
 
 @pytest.mark.parametrize("script", RUN_SCRIPTS)
-def test_any_variable_can_be_overridden_and_paths_stay_the_callers(script, clone):
+def test_any_variable_can_be_overridden_and_paths_stay_the_callers(script, ready):
     words = ["--bone_r", "32", "--data_file", "my rows.jsonl", "--train_parts", "ln", "time"]
-    config = parse_train(arguments(clone.sh(script, *words)))
+    config = parse_train(arguments(ready.sh(script, *words)))
     assert (config.adapter.bone_r, config.adapter.train_parts) == (32, ("ln", "time"))
     assert config.data.data_file == ("my rows.jsonl",)
 
 
 @pytest.mark.parametrize("script", SETTINGS)
 @pytest.mark.parametrize("shell", SHELLS)
-def test_every_variable_of_a_script_is_passed(script, shell, clone):
-    clone.echo_modules()
-    given = arguments(clone.run(shell, clone.scripts / script, "--last"))
+def test_every_variable_of_a_script_is_passed(script, shell, ready):
+    ready.echo_modules()
+    given = arguments(ready.run(shell, ready.scripts / script, "--last"))
     assert given.pop() == "--last"
     flags = [word.split("=")[0].removeprefix("--") for word in given if word.startswith("--")]
     expected = list(settings(script))
@@ -207,10 +214,10 @@ def test_every_variable_of_a_script_is_passed(script, shell, clone):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_lines_that_a_user_adds_are_passed_exactly(shell, clone):
+def test_lines_that_a_user_adds_are_passed_exactly(shell, ready):
     odd = """ it's "so" $HOME `id` \\n * ; a=b # c """
     quoted = "'" + odd.replace("'", "'\\''") + "'"
-    clone.edit(
+    ready.edit(
         "run_bone.sh",
         "weight_decay=0.01",
         "beta1=0.8; beta2=0.95 # two in a line, and the comment's a=b",
@@ -224,10 +231,10 @@ def test_lines_that_a_user_adds_are_passed_exactly(shell, clone):
         "IN_CAPITALS=2",
         eval_data="''",
     )
-    (clone.root / "train.py").write_text(
+    (ready.root / "train.py").write_text(
         "import os\n" + ECHO.replace("argv[1:]", "argv[1:] + [os.environ['IN_CAPITALS']]")
     )
-    given = arguments(clone.run(shell, clone.scripts / "run_bone.sh"))
+    given = arguments(ready.run(shell, ready.scripts / "run_bone.sh"))
     assert given.pop() == "2"
     added = given[given.index("--grad_cp=0") + 1 :]
     assert added == [
@@ -245,24 +252,33 @@ def test_lines_that_a_user_adds_are_passed_exactly(shell, clone):
     assert "--eval_data=" in given
 
 
-def test_a_variable_that_is_no_setting_is_refused(clone):
-    clone.edit("run_bone.sh", "lerning_rate=1")
+def test_a_variable_that_is_no_setting_is_refused(ready):
+    ready.edit("run_bone.sh", "lerning_rate=1")
     with pytest.raises(UserError, match="--lerning_rate is not a flag"):
-        parse_train(arguments(clone.sh("run_bone.sh")))
+        parse_train(arguments(ready.sh("run_bone.sh")))
 
 
-def test_a_word_that_is_no_flag_is_refused(clone):
-    clone.edit("prepare_data.sh", "input='a b'")
-    assert "stray: expected flags" in sentence(clone.sh("prepare_data.sh", "stray"))
+def test_a_word_that_is_no_flag_is_refused(ready):
+    ready.edit("prepare_data.sh", "input='a b'")
+    assert "stray: expected flags" in sentence(ready.sh("prepare_data.sh", "stray"))
 
 
-def test_variables_of_the_environment_are_no_settings(clone):
-    before = arguments(clone.sh("run_bone.sh"))
-    result = clone.run("sh", clone.scripts / "run_bone.sh", weight_decay="9", micro_bsz="9", repo="/", proj_dir="/")
+def test_variables_of_the_environment_are_no_settings(ready):
+    ready.edit(
+        "run_bone.sh",
+        "#weight_decay=1",
+        "template=raw # not weight_decay=2",
+        "wandb='run #3 weight_decay=3'; beta1=0.8",
+        'my_testing="4 # weight_decay=4"; beta2=0.9',
+    )
+    before = arguments(ready.sh("run_bone.sh"))
+    assert before[-5:] == ["--template=raw", "--wandb=run #3 weight_decay=3", "--beta1=0.8", *before[-2:]]
+    assert before[-2:] == ["--my_testing=4 # weight_decay=4", "--beta2=0.9"]
+    result = ready.run("sh", ready.scripts / "run_bone.sh", weight_decay="9", micro_bsz="9", repo="/", proj_dir="/")
     assert arguments(result) == before
 
 
-def test_paths_are_the_repositorys_and_texts_stay_as_they_are(clone):
+def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
     """Every setting that is text is of one of these kinds: a new one belongs into scripts/lib.sh and here."""
     paths = (
         "adapter base_model cache_dir config data_path eval_data eval_path load_model model_name_or_path output "
@@ -282,13 +298,13 @@ def test_paths_are_the_repositorys_and_texts_stay_as_they_are(clone):
 
     aliases = [alias for name, alias in ALIASES.items() if name in paths]
     paths += aliases
-    script = clone.scripts / "run_bone.sh"
+    script = ready.scripts / "run_bone.sh"
     text = script.read_text()
     lines = "".join(f"{name}='a b/c'\n" for name in (*paths, *words, *names, *texts))
     lines += "".join(f"{name}='a b\n  /c d\n'\n" for name in files)
     script.write_text(re.sub(r"(?ms)^load_model=.*?(?=^repo=)", lambda _: lines, text))
-    given = arguments(clone.sh("run_bone.sh"))
-    root = clone.root
+    given = arguments(ready.sh("run_bone.sh"))
+    root = ready.root
     expected = [f"--{name}={root}/a b/c" for name in paths]
     for name in words:
         expected += [f"--{name}", "a", "b/c"]
@@ -299,7 +315,7 @@ def test_paths_are_the_repositorys_and_texts_stay_as_they_are(clone):
 
     (root / "a b").mkdir()
     (root / "a b" / "c").touch()
-    given = arguments(clone.sh("run_bone.sh"))
+    given = arguments(ready.sh("run_bone.sh"))
     assert all(f"--{name}={root}/a b/c" in given for name in names)
 
 
@@ -310,114 +326,114 @@ def test_a_python_that_the_caller_names_is_taken_as_it_is(clone, monkeypatch):
     assert arguments(result) and "setup:" not in result.stderr
 
 
-def test_an_edited_variable_may_hold_any_path(clone):
-    clone.edit("run_bone.sh", load_model="'/data/my model.pth'", eval_data="''", data_file="'my rows.jsonl'")
-    config = parse_train(arguments(clone.sh("run_bone.sh")))
+def test_an_edited_variable_may_hold_any_path(ready):
+    ready.edit("run_bone.sh", load_model="'/data/my model.pth'", eval_data="''", data_file="'my rows.jsonl'")
+    config = parse_train(arguments(ready.sh("run_bone.sh")))
     assert (config.model.load_model, config.data.eval_data) == ("/data/my model.pth", "")
-    assert config.data.data_file == (f"{clone.root}/my rows.jsonl",)
+    assert config.data.data_file == (f"{ready.root}/my rows.jsonl",)
 
 
 @pytest.mark.parametrize("script", MERGE_SCRIPTS)
-def test_merge_scripts_take_the_newest_adapter_by_number(script, clone):
+def test_merge_scripts_take_the_newest_adapter_by_number(script, ready):
     kind = script.removeprefix("merge_").removesuffix(".sh")
-    folder = clone.root / "out" / kind
+    folder = ready.root / "out" / kind
     folder.mkdir(parents=True)
     for name in ("rwkv-2.pth", "rwkv-10.pth", "rwkv-9.pth", "rwkv-init.pth", "rwkv-3-step-50.pth", "rwkv-11.json"):
         (folder / name).touch()
-    config = parse_merge(arguments(clone.sh(script)))
+    config = parse_merge(arguments(ready.sh(script)))
     assert config.peft_checkpoint == str(folder / "rwkv-10.pth")
-    assert config.output == f"{clone.root}/out/rwkv7-tiny-{kind}.pth"
-    assert clone.sh(script).stdout.splitlines()[1].startswith("next: ")
-    config = parse_merge(arguments(clone.sh(script, "--lora_checkpoint", "mine.pth", "--overwrite")))
+    assert config.output == f"{ready.root}/out/rwkv7-tiny-{kind}.pth"
+    assert ready.sh(script).stdout.splitlines()[1].startswith("next: ")
+    config = parse_merge(arguments(ready.sh(script, "--lora_checkpoint", "mine.pth", "--overwrite")))
     assert config.peft_checkpoint == "mine.pth" and config.overwrite
 
 
 @pytest.mark.parametrize("script", USES_NEWEST_ADAPTER)
-def test_a_script_without_an_adapter_says_how_to_make_one(script, clone):
+def test_a_script_without_an_adapter_says_how_to_make_one(script, ready):
     kind = "bone" if script == "convert.sh" else script.removeprefix("merge_").removesuffix(".sh")
     what = "state" if kind == "state" else "adapter"
     expected = f"error: no {what} rwkv-N.pth in out/{kind}; sh scripts/run_{kind}.sh makes one"
-    assert sentence(clone.sh(script)) == expected
+    assert sentence(ready.sh(script)) == expected
 
 
 @pytest.mark.parametrize("name", ["peft_checkpoint", "lora_checkpoint"])
-def test_a_merge_script_may_name_the_adapter_itself(name, clone):
-    (clone.root / "out" / "bone").mkdir(parents=True)
-    (clone.root / "out" / "bone" / "rwkv-9.pth").touch()
-    clone.edit("merge_bone.sh", f"{name}=out/rwkv-2.pth")
-    config = parse_merge(arguments(clone.sh("merge_bone.sh")))
-    assert config.peft_checkpoint == f"{clone.root}/out/rwkv-2.pth"
+def test_a_merge_script_may_name_the_adapter_itself(name, ready):
+    (ready.root / "out" / "bone").mkdir(parents=True)
+    (ready.root / "out" / "bone" / "rwkv-9.pth").touch()
+    ready.edit("merge_bone.sh", f"{name}=out/rwkv-2.pth")
+    config = parse_merge(arguments(ready.sh("merge_bone.sh")))
+    assert config.peft_checkpoint == f"{ready.root}/out/rwkv-2.pth"
 
 
-def test_a_merge_that_fails_says_nothing_of_what_comes_next(clone):
-    (clone.root / "merge.py").write_text("import sys; sys.exit(2)")
-    result = clone.sh("merge_bone.sh", "--peft_checkpoint", "x")
+def test_a_merge_that_fails_says_nothing_of_what_comes_next(ready):
+    (ready.root / "merge.py").write_text("import sys; sys.exit(2)")
+    result = ready.sh("merge_bone.sh", "--peft_checkpoint", "x")
     assert (result.returncode, result.stdout) == (2, "")
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("tools", ["", "no readlink -f"])
-def test_a_script_is_the_same_wherever_it_lies_and_is_linked_from(shell, tools, clone):
-    script = clone.scripts / "run_bone.sh"
-    expected = arguments(clone.run(shell, script))
+def test_a_script_is_the_same_wherever_it_lies_and_is_linked_from(shell, tools, ready):
+    script = ready.scripts / "run_bone.sh"
+    expected = arguments(ready.run(shell, script))
     if tools:  # as on systems where it has no -f
-        write_program(clone.bin / "readlink", "exit 1")
-    deep = clone.root / "my own" / "runs of mine"
+        write_program(ready.bin / "readlink", "exit 1")
+    deep = ready.root / "my own" / "runs of mine"
     deep.mkdir(parents=True)
-    (clone.elsewhere / "copy.sh").write_text(script.read_text())  # not executable
+    (ready.elsewhere / "copy.sh").write_text(script.read_text())  # not executable
     shutil.copy(script, deep / "run.sh")
-    inside = clone.root / "src"
+    inside = ready.root / "src"
     ways = [
-        ([shell, "../a clone of mine/scripts/run_bone.sh"], clone.elsewhere),
-        ([shell, "run_bone.sh"], clone.scripts),
-        (["./run_bone.sh"], clone.scripts),
-        ([deep / "run.sh"], clone.elsewhere),
+        ([shell, "../a clone of mine/scripts/run_bone.sh"], ready.elsewhere),
+        ([shell, "run_bone.sh"], ready.scripts),
+        (["./run_bone.sh"], ready.scripts),
+        ([deep / "run.sh"], ready.elsewhere),
         ([shell, "run.sh"], deep),
-        ([shell, clone.elsewhere / "copy.sh"], clone.root),
+        ([shell, ready.elsewhere / "copy.sh"], ready.root),
         ([shell, "../../else where/copy.sh"], inside),
     ]
     if not tools:
-        (clone.elsewhere / "relative").symlink_to("../a clone of mine/scripts/run_bone.sh")
-        (clone.elsewhere / "folder").symlink_to(clone.scripts)
-        (clone.bin / "a command").symlink_to(clone.elsewhere / "relative")
+        (ready.elsewhere / "relative").symlink_to("../a clone of mine/scripts/run_bone.sh")
+        (ready.elsewhere / "folder").symlink_to(ready.scripts)
+        (ready.bin / "a command").symlink_to(ready.elsewhere / "relative")
         ways += [
-            ([shell, "relative"], clone.elsewhere),
-            (["./relative"], clone.elsewhere),
-            ([shell, "else where/relative"], clone.elsewhere.parent),
-            ([shell, "folder/run_bone.sh"], clone.elsewhere),
-            (["a command"], clone.elsewhere),
-            (["sh", "-c", "'a command'"], clone.bin),
+            ([shell, "relative"], ready.elsewhere),
+            (["./relative"], ready.elsewhere),
+            ([shell, "else where/relative"], ready.elsewhere.parent),
+            ([shell, "folder/run_bone.sh"], ready.elsewhere),
+            (["a command"], ready.elsewhere),
+            (["sh", "-c", "'a command'"], ready.bin),
         ]
     for command, folder in ways:
-        assert arguments(clone.run(*command, cwd=folder)) == expected, (command, folder)
-    assert arguments(clone.run(shell, "run.sh", cwd=deep, CDPATH=str(clone.elsewhere.parent))) == expected
+        assert arguments(ready.run(*command, cwd=folder)) == expected, (command, folder)
+    assert arguments(ready.run(shell, "run.sh", cwd=deep, CDPATH=str(ready.elsewhere.parent))) == expected
 
 
 @pytest.mark.parametrize("script", SETTINGS)
-def test_a_copy_outside_of_the_repository_names_it_or_says_so(script, clone):
-    clone.echo_modules()
-    expected = arguments(clone.sh(script, "--flag"))
-    copy = clone.elsewhere / "my copy.sh"
-    shutil.copy(clone.scripts / script, copy)
-    assert sentence(clone.run("sh", copy)) == f"error: '' is no repository: set repo= in {copy} to its folder"
+def test_a_copy_outside_of_the_repository_names_it_or_says_so(script, ready):
+    ready.echo_modules()
+    expected = arguments(ready.sh(script, "--flag"))
+    copy = ready.elsewhere / "my copy.sh"
+    shutil.copy(ready.scripts / script, copy)
+    assert sentence(ready.run("sh", copy)) == f"error: '' is no repository: set repo= in {copy} to its folder"
     text = copy.read_text()
-    for wrong in ("/nowhere", clone.elsewhere):
+    for wrong in ("/nowhere", ready.elsewhere):
         copy.write_text(text.replace("\nrepo=", f"\nrepo='{wrong}'", 1))
         # Not even where another could be found: what is written there is what is wanted.
-        assert f"'{wrong}' is no repository" in sentence(clone.run("sh", copy, cwd=clone.root))
-    copy.write_text(text.replace("\nrepo=", f"\nrepo='{clone.root}'", 1))
-    assert arguments(clone.run("sh", copy, "--flag")) == expected
+        assert f"'{wrong}' is no repository" in sentence(ready.run("sh", copy, cwd=ready.root))
+    copy.write_text(text.replace("\nrepo=", f"\nrepo='{ready.root}'", 1))
+    assert arguments(ready.run("sh", copy, "--flag")) == expected
     copy.write_text(text.replace("\nrepo=", "\nrepo='../a clone of mine'", 1))
-    assert len(arguments(clone.run("sh", copy, "--flag"))) == len(expected)
+    assert len(arguments(ready.run("sh", copy, "--flag"))) == len(expected)
 
 
-def test_paths_in_a_copy_are_relative_to_the_repository_too(clone):
-    clone.edit("run_bone.sh", data_file="mine.jsonl")
-    copy = clone.elsewhere / "run.sh"
-    shutil.copy(clone.scripts / "run_bone.sh", copy)
-    (clone.elsewhere / "mine.jsonl").touch()
-    config = parse_train(arguments(clone.run("sh", copy, "--eval_data", "mine.jsonl", cwd=clone.root)))
-    assert (config.data.data_file, config.data.eval_data) == ((f"{clone.root}/mine.jsonl",), "mine.jsonl")
+def test_paths_in_a_copy_are_relative_to_the_repository_too(ready):
+    ready.edit("run_bone.sh", data_file="mine.jsonl")
+    copy = ready.elsewhere / "run.sh"
+    shutil.copy(ready.scripts / "run_bone.sh", copy)
+    (ready.elsewhere / "mine.jsonl").touch()
+    config = parse_train(arguments(ready.run("sh", copy, "--eval_data", "mine.jsonl", cwd=ready.root)))
+    assert (config.data.data_file, config.data.eval_data) == ((f"{ready.root}/mine.jsonl",), "mine.jsonl")
 
 
 def test_a_setup_or_test_script_that_is_linked_works_and_a_copy_says_so(clone):
@@ -434,16 +450,16 @@ def test_a_setup_or_test_script_that_is_linked_works_and_a_copy_says_so(clone):
 
 @pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.name not in ("lib.sh", "gpu_check.sh")])
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_script_with_line_ends_of_windows_says_how_to_mend_it(script, shell, clone):
-    path = clone.scripts / script
+def test_a_script_with_line_ends_of_windows_says_how_to_mend_it(script, shell, ready):
+    path = ready.scripts / script
     unix = path.read_bytes()
     mixed = unix.replace(b"\n\n", b"\n\r\n", 1)
     for text in (unix.replace(b"\n", b"\r\n"), mixed):
         path.write_bytes(text)
-        result = clone.run(shell, path)
+        result = ready.run(shell, path)
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr == f"error: Windows line ends; mend: sed -i 's/\\r$//' '{path}'\n"
-        clone.run("sh", "-c", result.stderr.partition("mend: ")[2])
+        ready.run("sh", "-c", result.stderr.partition("mend: ")[2])
         assert path.read_bytes() == unix
 
 
