@@ -32,7 +32,7 @@ def check_given(section: DataclassInstance, *names: str) -> None:
     """UserError for the first of these settings that is empty, with its help text."""
     for spec in fields(section):
         if spec.name in names and not getattr(section, spec.name):
-            raise UserError(f"--{spec.name} is missing: {spec.metadata['help']}")
+            raise UserError(f"--{spec.name} is missing: expected {spec.metadata['help']}")
 
 
 def check_at_least(section: DataclassInstance, minimum: float, *names: str) -> None:
