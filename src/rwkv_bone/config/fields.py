@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 def setting(default: T, text: str, choices: tuple[str, ...] | None = None) -> T:
-    """A field with its default, the help text of its flag and, where not everything is allowed, its choices."""
+    """A field with its default, the help text of its flag and, if only some values are allowed, these choices."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
 def check_choices(section: DataclassInstance) -> None:
-    """UserError for the first setting whose value (of a list: one of its values) is none of its choices."""
+    """UserError for the first setting that has a value, or a list with a value, outside its choices."""
     for spec in fields(section):
         choices = spec.metadata["choices"]
         value = getattr(section, spec.name)

@@ -1,4 +1,4 @@
-"""The flags of `train_hf.py`, under the names that the Bone repository's script has. The standard library only."""
+"""The flags of `train_hf.py`, named as in the Bone repository's script. The standard library only."""
 
 from __future__ import annotations
 
