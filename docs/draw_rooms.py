@@ -2,8 +2,8 @@
 
     python docs/draw_rooms.py
 
-An arrow that a longer way implies is not drawn, nor are the arrows to what stands on the ground. A room stands above
-all that it imports. The standard library is enough.
+An arrow that follows from others is not drawn, nor are arrows to the grey boxes at the bottom. A room stands above all
+that it imports. The standard library is enough.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOMS = {
     "checkpoints": (1, "files in and out, and what they say"),
 }
 PROGRAMS = {"train.py": "training", "merge.py": "conversion", "train_hf.py": "hf"}
-GROUND = {"config": "every setting", "devices": "the cards", "errors": "what a user can mend"}
+GROUND = {"config": "every setting", "devices": "the cards", "errors": "what a user can fix"}
 LEFT_OUT = {"__init__", "commands"}  # they only pass on
 
 WIDTH, HEIGHT, COLUMN, ROW, MARGIN = 285, 58, 310, 108, 16

@@ -63,7 +63,7 @@ trap 'exit 1' HUP INT TERM
 export RWKV_PYTHON="$python" PYTHONPATH="$work/site:$tools:$repo/src:$repo${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TMPDIR="$work/tmp"
 mkdir -- "$TMPDIR"
-# Kernels are built anew, so that their time is seen. Those for the processor take longer, and are not in question.
+# Kernels are built anew, so that the build is timed. The CPU's take longer and are not what is checked.
 [ "$device" = cpu ] || export XDG_CACHE_HOME="$work/cache" TRITON_CACHE_DIR="$work/triton"
 accelerator=gpu
 patience=1 # times the limits below, which are about three times what an H100 needs
@@ -133,14 +133,14 @@ part_environment() {
 # The kernels of all operators, as a training run gets them.
 part_build() { check build 120 "$python" "$tools/build.py" "$device" "$rows"; }
 
-# pytest_check NAME LIMIT WORDS...: tests for a GPU, or, without one, the same tests' forms for the processor.
+# pytest_check NAME LIMIT WORDS...: tests for a GPU, or, without one, the forms of these tests for the CPU.
 pytest_check() {
     test_name=$1 test_limit=$2
     shift 2
     marks='gpu and not slow'
     [ "$device" = cuda ] || marks='not gpu'
     [ "$part" != slow ] || marks='gpu and slow'
-    # Two threads a process, so that several leave one another some of the processor.
+    # Two threads a process, so that several processes share the CPU.
     check "$test_name" "$test_limit" \
         env OMP_NUM_THREADS=2 "$python" -m pytest -p failures -p no:cacheprovider -m "$marks" "$@"
 }

@@ -5,7 +5,7 @@
 # the flag --name, one in capitals is exported, and one that begins with _ is the script's own. The program refuses a
 # flag that it does not know, so no variable is ignored in silence.
 _me=$repo/scripts/lib.sh # As in the scripts, comments let these lines run where lines end as on Windows.
-grep -q "$(printf '\r')" "$_me" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$_me'" >&2 && exit 2 #
+grep -q "$(printf '\r')" "$_me" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$_me'" >&2 && exit 2 #
 
 die() { printf '%s\n' "error: $*" >&2; exit 2; } # dash's echo would change backslashes
 
@@ -32,7 +32,7 @@ not_flags=repo
 run() {
     _program=$1
     shift
-    # After a flag of several words it would be one more of them.
+    # A bare word would become one more value of the last flag above.
     case ${1:--} in -*) ;; *) die "$1: expected flags, --name value (--help lists them)" ;; esac
     _arguments=$#
     _names=$(variables)

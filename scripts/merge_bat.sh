@@ -5,16 +5,16 @@
 # It runs on the CPU. Each variable but proj_dir is the flag of its name; `python merge.py --help` lists the others.
 # Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
 # shellcheck disable=SC2034 # the variables are read by lib.sh
-set -eu # The comments let these lines run even where lines end as on Windows, which the second line then says.
-grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
+set -eu # With Windows line ends these two lines still run, thanks to their comments; the second reports the line ends.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 base_model=assets/rwkv7-tiny.pth # the checkpoint that was fine-tuned
 proj_dir=out/bat                 # its newest adapter, rwkv-N.pth with the largest N, is merged
 output=out/rwkv7-tiny-bat.pth    # the checkpoint to write
 
-repo= # needed in a copy outside of the repository that is run from outside of it: its folder
+repo= # the repository's folder; set it only in a copy that lies, and is run, outside the repository
 
-# The same in all these scripts: find the repository, above this file or above where you are, and go on in its lib.sh.
+# The same in all these scripts: find the repository above this file or the working directory; continue in its lib.sh.
 root() { if [ -d "$1/src/rwkv_bone" ]; then printf '%s\n' "$1"; else [ -n "$1" ] && root "${1%/*}"; fi; }
 _file=$(readlink -f -- "$0" 2> /dev/null || (CDPATH='' cd -- "$(dirname -- "$0")" && pwd))
 repo=${repo:-$(root "$_file" || root "$PWD" || true)}

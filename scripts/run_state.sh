@@ -8,8 +8,8 @@
 # that `python train.py --help` lists; or give flags, which override them: sh scripts/run_state.sh --lr_init 0.1.
 # Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
 # shellcheck disable=SC2034 # the variables are read by lib.sh
-set -eu # The comments let these lines run even where lines end as on Windows, which the second line then says.
-grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
+set -eu # With Windows line ends these two lines still run, thanks to their comments; the second reports the line ends.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 load_model=assets/rwkv7-tiny.pth       # base checkpoint, RWKV-5, 6 or 7; its sizes are read from the file
 data_file=assets/numbers_train.jsonl   # rows of prompt and response, or of text; several files: one a line
@@ -18,7 +18,7 @@ proj_dir=out/state                     # results: states rwkv-N.pth, log, loss c
 
 peft=state                  # what is trained
 ctx_len=128                 # tokens per sample; longer ones are cut
-micro_bsz=6                 # times ctx_len tokens per device and forward pass; lower it when memory runs out
+micro_bsz=6                 # a batch is micro_bsz x ctx_len tokens, per device; lower it when memory runs out
 accumulate_grad_batches=1   # forward passes per optimiser step
 epoch_count=4               # times through the data
 epoch_save=1                # epochs from one saved file to the next
@@ -31,9 +31,9 @@ strategy=deepspeed_stage_1  # ZeRO stage: _2 and _3 spread more over the devices
 precision=bf16              # frozen weights and arithmetic; the state is always fp32
 grad_cp=0                   # 1: less memory, about a third more time
 
-repo= # needed in a copy outside of the repository that is run from outside of it: its folder
+repo= # the repository's folder; set it only in a copy that lies, and is run, outside the repository
 
-# The same in all these scripts: find the repository, above this file or above where you are, and go on in its lib.sh.
+# The same in all these scripts: find the repository above this file or the working directory; continue in its lib.sh.
 root() { if [ -d "$1/src/rwkv_bone" ]; then printf '%s\n' "$1"; else [ -n "$1" ] && root "${1%/*}"; fi; }
 _file=$(readlink -f -- "$0" 2> /dev/null || (CDPATH='' cd -- "$(dirname -- "$0")" && pwd))
 repo=${repo:-$(root "$_file" || root "$PWD" || true)}

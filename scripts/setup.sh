@@ -6,9 +6,9 @@
 # installs itself is a build for CUDA that the NVIDIA driver of this machine runs. pip's own settings apply: a
 # PIP_INDEX_URL or PIP_EXTRA_INDEX_URL that ends in /cpu, /cu126 or the like chooses another build. --dev adds what the
 # tests need. Prints the path of the python to use on standard output, and what it does on standard error. Where it
-# cannot go on it says why and what to do, and ends with status 2; what is then half made is made anew by the next call.
-set -eu # The comments let these lines run even where lines end as on Windows, which the second line then says.
-grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
+# cannot go on it says why and what to do, and ends with status 2; the next call then removes what is half made.
+set -eu # With Windows line ends these two lines still run, thanks to their comments; the second reports the line ends.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 repo=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0" 2> /dev/null || printf '%s\n' "$0")")/.." && pwd)
 venv=$repo/.venv
@@ -54,7 +54,7 @@ give_up() {
         die "$1: it cannot reach the package index. Check the network (behind a proxy set HTTPS_PROXY, for a mirror" \
             "PIP_INDEX_URL), $or_activate"
     fi
-    die "$1, for the reason above. Mend that, $or_activate"
+    die "$1, for the reason above. Fix that, $or_activate"
 }
 
 # install WORDS...: pip installs them into .venv.

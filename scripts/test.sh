@@ -2,8 +2,8 @@
 # Lint, types and tests: sh scripts/test.sh [pytest arguments, such as -m gpu, or tests/config]
 #
 # Tests that need a GPU are skipped, and say so, where there is none.
-set -eu # The comments let these lines run even where lines end as on Windows, which the second line then says.
-grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; mend: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
+set -eu # With Windows line ends these two lines still run, thanks to their comments; the second reports the line ends.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 repo=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0" 2> /dev/null || printf '%s\n' "$0")")/.." && pwd)
 python=$(sh "$repo/scripts/setup.sh" --dev)

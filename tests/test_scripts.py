@@ -458,8 +458,8 @@ def test_a_script_with_line_ends_of_windows_says_how_to_mend_it(script, shell, r
         path.write_bytes(text)
         result = ready.run(shell, path)
         assert (result.returncode, result.stdout) == (2, "")
-        assert result.stderr == f"error: Windows line ends; mend: sed -i 's/\\r$//' '{path}'\n"
-        ready.run("sh", "-c", result.stderr.partition("mend: ")[2])
+        assert result.stderr == f"error: Windows line ends; fix: sed -i 's/\\r$//' '{path}'\n"
+        ready.run("sh", "-c", result.stderr.partition("fix: ")[2])
         assert path.read_bytes() == unix
 
 
@@ -469,7 +469,7 @@ def test_line_ends_of_windows_in_what_scripts_share_are_named_too(shared, shell,
     path = clone.scripts / shared
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     result = clone.run(shell, clone.scripts / "run_bone.sh")
-    assert sentence(result) == f"error: Windows line ends; mend: sed -i 's/\\r$//' '{path}'"
+    assert sentence(result) == f"error: Windows line ends; fix: sed -i 's/\\r$//' '{path}'"
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -649,7 +649,7 @@ def begins_anew(clone) -> None:
             "Could not fetch URL https://pypi.org/: connection error: Max retries exceeded",
             "it cannot reach the package",
         ),
-        ("ERROR: Hash mismatch", "for the reason above. Mend that, or activate an environment"),
+        ("ERROR: Hash mismatch", "for the reason above. Fix that, or activate an environment"),
     ],
 )
 def test_setup_says_why_an_installation_failed_and_the_next_call_begins_anew(words, reason, maker):

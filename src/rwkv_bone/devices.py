@@ -29,15 +29,15 @@ TORCH, TORCH_FOR_CUDA_12 = "torch==2.13.0", "torch==2.10.0"
 # Neither has code for cards older than Turing; these builds do.
 OLDEST_CARD, FOR_OLDER_CARDS = (7, 5), ["--index-url", "https://download.pytorch.org/whl/cu126"]
 
-# There while the driver is loaded, in containers too.
+# Files that exist while the driver is loaded, in containers too.
 DRIVER_FILE, DRIVER_DEVICE = Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl")
-SMI_SECONDS = 60  # it takes many where the driver has to wake eight cards first
+SMI_SECONDS = 60  # long, since the driver may have to wake eight cards first
 
 
 @dataclass(frozen=True)
 class Card:
     name: str
-    capability: tuple[int, int] | None = None  # old drivers do not tell
+    capability: tuple[int, int] | None = None  # None: an old driver does not say
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def select_device(accelerator: str, on_purpose: str = "--accelerator cpu") -> st
     """`auto | gpu | cpu` -> `cuda` or `cpu`.
 
     UserError if a GPU is asked for and PyTorch can use none, and for `auto` too where the machine has an NVIDIA driver:
-    a run never falls back to the CPU in silence. Hiding the cards by CUDA_VISIBLE_DEVICES is asking for the CPU.
+    a run never falls back to the CPU in silence. Hiding the cards by CUDA_VISIBLE_DEVICES counts as asking for the CPU.
     on_purpose: what to type to train on the CPU, for that message.
     """
     import torch
@@ -107,7 +107,7 @@ def select_device(accelerator: str, on_purpose: str = "--accelerator cpu") -> st
 def require_cuda(asked: str, otherwise: str) -> None:
     """UserError, with versions and what to do, unless PyTorch can use its first CUDA device.
 
-    asked: the message begins with it. otherwise: the last of the things to do, for those who have no GPU.
+    asked: the beginning of the message. otherwise: its last piece of advice, for those who have no GPU.
     """
     import torch
 
@@ -184,7 +184,7 @@ def advice_for(machine: Machine, torch: Torch, visible: str | None) -> list[str]
         ways.append("unset CUDA_VISIBLE_DEVICES, or name cards in it that `nvidia-smi` lists")
     if not machine.cards:
         driver = (
-            "bring the driver in order until `nvidia-smi` lists the card (the driver was just updated: restart the "
+            "repair the driver until `nvidia-smi` lists the card (the driver was just updated: restart the "
             "machine; this is a container: start it with --gpus all)"
         )
         ways.append(driver if torch.cuda else f"{driver}; then install a PyTorch for the card: {install}")
@@ -302,7 +302,7 @@ def cards_are_hidden() -> bool:
 
 
 def words_of_torch() -> str:
-    """What PyTorch says when it cannot start CUDA. Its warning is of no use here: it appears only once a process."""
+    """What PyTorch says when it cannot start CUDA. Its warning is not enough: it appears once in a process."""
     import torch
 
     try:

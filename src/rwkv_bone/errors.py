@@ -1,6 +1,6 @@
-"""The two exceptions that are no defect: the user can fix this, and somebody stopped the run.
+"""The two exceptions that are not defects: a mistake of the user, and a run stopped by a signal.
 
-`exit_status` is how an entry point ends with either.
+`exit_status` turns both into the exit status of a program.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_bone.checkpoints import param_part
 
 BLOCK = 64
-# bitsandbytes' tables: quantiles of a normal distribution, and a sign, two bits of exponent and one of mantissa.
+# bitsandbytes' tables. nf4: quantiles of a normal distribution. fp4: a sign, two bits of exponent, one of mantissa.
 TABLES = {
     "nf4": (
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -37,7 +37,7 @@ TABLES = {
     ),
     "fp4": tuple(sign * twelfths / 12 for sign in (1, -1) for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
-SMALLEST = 1e-38  # what a scale is divided by at least
+SMALLEST = 1e-38  # lower bound of what is divided by
 CHUNK_CPU, CHUNK_GPU = 2**18, 2**24  # values converted at once: in the cache, or enough to fill the device
 
 
@@ -72,7 +72,7 @@ def quantize(weight: Tensor, kind: str) -> Quantized:
             largest = part.abs().amax(dim=1)
             # Not SMALLEST: 127 divided by that is infinite in fp32.
             codes[rows] = (part * (127.0 / largest.clamp(min=1e-30))[:, None]).round_().to(torch.int8)
-            # Divided by a tensor and not by a number: then CUDA would multiply by 1/127, which rounds differently.
+            # The divisor is a tensor: by a number CUDA would multiply with 1/127, which rounds differently.
             scales[rows] = largest / torch.full_like(largest, 127.0)
         return Quantized(codes, scales, kind, (out_features, in_features))
     codes = weight.new_empty(-(-count // 2), dtype=torch.uint8)

@@ -44,7 +44,7 @@ TOKEN_CHUNKS = 24
 
 
 def rotate(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
-    """(x + z [T, in], s [T, r]) of the formulas above, with one new activation and no other of that size."""
+    """(x + z [T, in], s [T, r]) of the formulas above, allocating one tensor of the size of x and no other."""
     return _rotate_op(x, bone) if is_compiling() else _chunked_rotate(x, bone)
 
 

@@ -10,10 +10,10 @@ the weight's size, and nothing but x is kept for backward.
     dx    = sum over a of g_a W'_a                  g = dL/dy
     dD_a  = sum over b of (W_ab + I)^T dW'_ab       dW'_a = g_a^T x, also a few blocks at a time
 
-It costs about half as much again as the frozen linear, since dW' is a product of the weight's size.
+It takes about 1.5 times as long as the frozen linear alone, since dW' is a product of the weight's size.
 
-A quantised projection cannot be only called here: its weight is dequantised once in forward and once in backward, and
-dropped each time.
+A quantised projection must give its weight here, not only be called: the weight is dequantised once in forward and once
+in backward, and dropped each time.
 
 Sizes: T tokens, r block size. Rows of W that belong to n blocks of outputs are [n, r in/r, r], a view.
 """

@@ -1,4 +1,4 @@
-"""Reading adapter files: ours, which carry metadata, and those of other projects, whose shapes must tell."""
+"""Reading adapter files: ours, which carry metadata, and those of other projects, which are recognised by shapes."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def read_adapter(
     """Read an adapter and check it against its base, tensor by tensor and by the fingerprint in its metadata.
 
     base: the base's tensors, for their names and shapes; fingerprint: of the base's file, needed when `base` holds
-    converted tensors and not those of the file. kind (`auto` = from the file), r and alpha (0 = from the file) must be
-    the file's, and settle what an adapter without metadata leaves open. pissa_init: RWKV-PEFT's init_pissa.pth, which
-    its PiSSA adapters need. UserError for everything that does not fit.
+    converted tensors and not those of the file. kind (`auto` = from the file), r and alpha (0 = from the file) must
+    agree with the file; without metadata they decide what its shapes leave open. pissa_init: RWKV-PEFT's
+    init_pissa.pth, which its PiSSA adapters need. UserError for everything that does not fit.
     """
     state, metadata = rename_legacy(checkpoints.read_state(path)), checkpoints.read_metadata(path)
     if pissa_init:
@@ -73,7 +73,7 @@ def read_adapter(
         kind, r, targets, extra = infer_adapter(state, shapes, settings.kind, settings.r)
         if kind == "lora" and metadata is None and not alpha:
             raise UserError(
-                "its alpha, of which the scale is made, is not in the file: give --lora_alpha as it was in training"
+                "its alpha, which sets the scale, is not in the file: give --lora_alpha as it was in training"
             )
     except UserError as error:
         raise UserError(f"adapter {path}: {error}") from error

@@ -21,7 +21,7 @@ STATE = "state"  # the initial state: a part that base checkpoints do not have, 
 
 @runtime_checkable
 class RwkvModel(Protocol):
-    """What an RWKV offers beside its modules; other models have no initial state to train."""
+    """What `inject` uses of `models.RWKV` besides its modules; other models have no initial state."""
 
     def add_time_state(self) -> None: ...
     def unused_keys(self) -> set[str]: ...

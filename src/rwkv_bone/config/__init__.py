@@ -1,4 +1,4 @@
-"""Every setting of a run: what there is (`sections.py`), how it is typed (`flags.py`) and saved (`saved.py`).
+"""Every setting of a run (`sections.py`), as flags (`flags.py`) and as a saved file (`saved.py`).
 
 `field_flags.py` says what the flags of RWKV-PEFT mean here, `other_names.py` what other programs call the same thing.
 This package needs the standard library alone, so that --help is instant.

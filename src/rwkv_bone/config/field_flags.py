@@ -15,14 +15,14 @@ from rwkv_bone.errors import UserError
 
 
 class Ignored(NamedTuple):
-    """Of a flag: why it has no effect here."""
+    """Why a flag of RWKV-PEFT has no effect here."""
 
     why: str
     harmless: tuple[str, ...] | None = None  # the values under which ignoring the flag changes nothing; None = all
 
 
 class Means(NamedTuple):
-    """Of a value: the value that it stands for here, and why."""
+    """The value that a value of RWKV-PEFT stands for here, and why."""
 
     value: Any
     why: str
@@ -70,7 +70,7 @@ IGNORED_FLAGS = {
 
 
 class Key(NamedTuple):
-    """Of a key in RWKV-PEFT's JSON: the setting that it is here, and the type of its values."""
+    """The setting that a key of RWKV-PEFT's JSON stands for here, and the type of its values."""
 
     ours: str
     type: type
@@ -90,7 +90,7 @@ ADAPTER_KEYS = {
     },
     "pissa": {"load": LOAD, "r": Key("lora_r", int, R)},
 }
-# flag -> the adapter that it is for, where --peft does not say
+# flag -> the adapter that it configures, unless --peft names another
 ADAPTER_FLAGS = {
     "bone_config": "bone",
     "disha_config": "bone",
@@ -108,7 +108,7 @@ TRANSLATED_FLAGS = {
 TRAIN_FLAGS = (*IGNORED_FLAGS, *ADAPTER_FLAGS, *TRANSLATED_FLAGS)
 
 NO_FP16 = "fp16 overflows in RWKV and is not supported: use bf16, or fp32"
-# flag of the same name here -> value of RWKV-PEFT -> what it means, or why it is refused
+# flag, the same in both programs -> value of RWKV-PEFT -> what it means here, or why it is refused
 VALUES: dict[str, dict[str, Means | str]] = {
     "peft": {
         "disha": Means("bone", "DiSHA and MiSS are other names of Bone"),
@@ -208,7 +208,7 @@ def translate_merge(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read_values(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The values of VALUES by what they mean here; and notes."""
+    """(the flags, with each value listed in VALUES replaced by its meaning here, and notes)."""
     notes = []
     given = dict(given)
     for name, table in VALUES.items():
@@ -318,9 +318,9 @@ def _set(given: dict[str, Any], name: str, value: Any, source: str) -> None:
 
 
 def _unsaid(given: dict[str, Any], who: str, adapter: bool) -> list[str]:
-    """What a command line of RWKV-PEFT means by leaving flags out: changes `given` in place, returns the notes.
+    """Set, in place, what RWKV-PEFT means by flags that were left out. Returns the notes.
 
-    who: what shows that it is one, for the notes. adapter: whether it names an adapter other than by --peft.
+    who: how the notes call the command line. adapter: whether another flag than --peft names an adapter.
     """
     notes = []
     if "peft" not in given and not adapter:

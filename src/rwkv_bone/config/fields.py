@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 def setting(default: T, text: str, choices: tuple[str, ...] | None = None) -> T:
-    """A field with its default, the help text of its flag and, where not everything is allowed, its choices."""
+    """A field with its default, the help text of its flag and, if only some values are allowed, these choices."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
 def check_choices(section: DataclassInstance) -> None:
-    """UserError for the first setting whose value (of a list: one of its values) is none of its choices."""
+    """UserError for the first setting that has a value, or a list with a value, outside its choices."""
     for spec in fields(section):
         choices = spec.metadata["choices"]
         value = getattr(section, spec.name)
@@ -32,7 +32,7 @@ def check_given(section: DataclassInstance, *names: str) -> None:
     """UserError for the first of these settings that is empty, with its help text."""
     for spec in fields(section):
         if spec.name in names and not getattr(section, spec.name):
-            raise UserError(f"--{spec.name} is missing: {spec.metadata['help']}")
+            raise UserError(f"--{spec.name} is missing: expected {spec.metadata['help']}")
 
 
 def check_at_least(section: DataclassInstance, minimum: float, *names: str) -> None:

@@ -1,8 +1,8 @@
 """The command line: flags made from the dataclasses of `sections.py`.
 
-Nothing is declared twice: a field's name is the flag, its default gives the type, its metadata the help. What is typed
-on the command line wins over `--config`, which wins over the defaults; of a flag given twice, the last one counts.
-RWKV-PEFT's own flags are added hidden and translated by `field_flags.py` before the dataclasses see anything.
+Nothing is declared twice: a field's name is the flag, its default gives the type, its metadata the help. A flag
+overrides `--config`, which overrides the defaults; of a flag given twice, the last one counts. RWKV-PEFT's own flags
+are accepted but not shown in --help; `field_flags.py` translates them before the dataclasses are made.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ MERGE_EXAMPLES = (
         "python merge.py --base_model my-model.pth --peft_checkpoint theirs.pth --output merged.pth --quant int8",
     ),
 )
+CONFIG_HELP = "start from the settings in the config.json of an earlier run; flags override them"
 METAVARS = {bool: "0|1", int: "N", float: "X", str: "TEXT", tuple: "NAME"}
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -71,7 +72,7 @@ def parse_train(argv: list[str], prog: str = "train.py") -> TrainConfig:
     description = "Fine-tune RWKV with Bone, Bat, LoRA or PiSSA, or train every weight."
     parser = Parser(prog, description, TRAIN_EXAMPLES, field_flags.TRAIN_FLAGS)
     group = parser.add_argument_group("saved settings")
-    group.add_argument("--config", metavar="FILE", help="start from the config.json of an earlier run; flags win")
+    group.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     for name, section in SECTIONS.items():
         add_fields(parser.add_argument_group(name), section)
     given, notes = field_flags.translate_train(parser.read(argv))
@@ -100,7 +101,10 @@ def parse_section(
     ignored: Sequence[str] = (),
     examples: Sequence[tuple[str, str]] = (),
 ) -> Section:
-    """One dataclass of settings, for an entry point that needs no more. Flags in `ignored` are dropped with a note."""
+    """The settings of an entry point that has one dataclass of them; UserError as in `parse_train`.
+
+    ignored: flags of other programs, dropped with a note. examples: as `Parser` takes them.
+    """
     parser = Parser(prog, description, examples, ignored)
     parser.epilog = None
     add_fields(parser.add_argument_group("settings"), section)
@@ -203,13 +207,13 @@ class _Words(argparse.Action):
 
 
 def of_section(given: dict[str, Any], section: type[DataclassInstance]) -> dict[str, Any]:
-    """Those of the flags given that are fields of this section."""
+    """The part of `given` that are fields of this section."""
     return {spec.name: given[spec.name] for spec in fields(section) if spec.name in given}
 
 
 def print_notes(notes: list[str]) -> None:
-    """What was translated or ignored, said once."""
-    # Lightning starts the other processes of a run with the same command line; one of them speaks.
+    """Print what was translated or ignored, once."""
+    # Lightning starts the other processes of a run with the same command line; only one of them prints.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for note in notes:
             print(f"note: {note}", flush=True)

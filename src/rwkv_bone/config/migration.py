@@ -1,7 +1,7 @@
 """The tables of docs/migrating.md: python -m rwkv_bone.config.migration docs/migrating.md
 
-Replaces what stands between the two marks of the page by tables made from the settings and from `field_flags.py`, so
-that the page says what the command line does. The text around them is written by hand.
+It makes the tables from the settings and from `field_flags.py`, so that the page and the command line agree, and writes
+them between the two marks of the page. The text around them is written by hand.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BEGIN = "<!-- Made by python -m rwkv_bone.config.migration docs/migrating.md: ch
 END = "<!-- End of what is made. -->"
 # RWKV-PEFT's scripts of December 2024, those of June 2025, and what came after them.
 Y2024, Y2025, LATER = "2024", "2025", "2026"
-# The flags that not all of these versions have.
+# Flags that only one of these versions has.
 ERAS = {
     **dict.fromkeys(("bone_config", "state_tune", "compile", "l2warp_sparse", "enable_progress_bar"), Y2024),
     **dict.fromkeys(("disha_config", "op", "fused_kernel", "lr_schedule", "peft_checkpoint"), Y2025),
@@ -41,7 +41,7 @@ ERAS = {
 
 
 class Same(NamedTuple):
-    """Of a flag with the same name in RWKV-PEFT: its default there, and what differs besides the default."""
+    """A flag that RWKV-PEFT has under the same name: its default there, and what else differs."""
 
     default: str
     differs: str = ""
@@ -119,7 +119,7 @@ def tables() -> str:
             "### Flags of train.py that are translated",
             _table("flag | in | here", _translated({**_adapters(), **TRANSLATED_FLAGS})),
             "### Flags of train.py that have no effect here",
-            "Each is ignored with a note. With a value other than the one named, where one is, it is refused.",
+            "Each is ignored with a note. Where the table names a value, any other value is refused.",
             _table("flag | in | only with | why it has no effect", _ignored(IGNORED_FLAGS)),
             "### Flags of merge.py",
             _same(MERGE_SAME_FLAGS, merge),
@@ -154,7 +154,7 @@ def _values() -> Iterable[tuple[str, ...]]:
 
 
 def _adapters() -> dict[str, str]:
-    """What becomes of the JSON of an adapter, by flag."""
+    """{flag: what its JSON of an adapter is translated into}."""
     told = {}
     for flag, kind in ADAPTER_FLAGS.items():
         keys = ", ".join(f"`{kind}_{key}` is `--{ours.ours}`" for key, ours in ADAPTER_KEYS[kind].items())

@@ -1,4 +1,4 @@
-"""What other trainers call our settings, so that a flag from habit is answered with the right one.
+"""What other trainers call our settings, so that the error for a flag typed from habit names the right one.
 
 Nothing here is accepted as a flag: `--lr` is an error that names `--lr_init`. Names are those of Hugging Face's
 TrainingArguments, PEFT's LoraConfig, TRL, axolotl, LLaMA-Factory, litgpt and torchtune. RWKV-PEFT's flags, which are
@@ -80,12 +80,12 @@ def intended_flag(word: str, flags: Collection[str]) -> str | None:
     """The one of `flags` (such as --lr_init) that an unknown word of a command line most likely means, if any.
 
     A name of another program wins over a similar spelling. Dashes inside a name, capitals, a prefix as in
-    `--train.epochs` and the form `epochs=2` are seen through.
+    `--train.epochs` and the form `epochs=2` do not prevent a match.
     """
     word = word.partition("=")[0]
     name = word.lstrip("-").rpartition(".")[2].replace("-", "_").lower()
     rows = [ours.split() for ours, others in OTHER_NAMES.items() if name in others.split()]
-    # What one of our programs calls by one name, another may call by another: --lr_init is --learning_rate in train_hf.
+    # Our own programs differ too: --lr_init of train.py is --learning_rate of train_hf.py.
     rows += [ours.split() for ours in OTHER_NAMES if name in ours.split()]
     meant = [f"--{flag}" for flag in [name, *(flag for row in rows for flag in row)] if f"--{flag}" in flags]
     return next(iter(meant or difflib.get_close_matches(word, flags, n=1)), None)

@@ -37,7 +37,7 @@ def build(settings: dict[str, dict[str, Any]]) -> TrainConfig:
 
 
 def config_file(given: dict[str, Any]) -> Path | None:
-    """The saved settings that `given` starts from: --config, with --resume those of the run in proj_dir, or none."""
+    """The config.json that `given` starts from: that of --config, or of proj_dir with --resume; else None."""
     if "config" in given:
         return Path(given["config"])
     if not given.get("resume"):

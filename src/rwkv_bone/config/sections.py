@@ -47,17 +47,19 @@ class ModelConfig:
     head_size: int = setting(0, "channels per head; 0 = the checkpoint's (from scratch: 64), else it must agree")
     my_testing: str = setting("", "generation: x052, x060 or x070; empty = the checkpoint's, else it must agree")
     op: str = setting(
-        "auto", "form of the WKV operator; auto = the compiled kernel of the device if it works", OPERATORS
+        "auto",
+        "form of the WKV operator; auto = the device's compiled kernel, or torch (PyTorch, slower) if that fails",
+        OPERATORS,
     )
     chunk_ctx: int = setting(
-        0, "tokens per chunk: sequences run chunk by chunk in less memory, with the same gradient; 0 = whole"
+        0, "tokens per chunk: a long sequence is run chunk by chunk, in less memory, with the same gradient; 0 = whole"
     )
     bptt_chunks: int = setting(
-        0, "with --chunk_ctx: number of chunks after which the gradient is cut; 0 = never, exact"
+        0, "with --chunk_ctx: number of chunks after which the gradient is cut; 0 = never, so that it is exact"
     )
     quant: str = setting(
         "none",
-        "format of the frozen projections: 8 bits (int8), 4 bits (nf4, fp4), or none = as --precision says",
+        "format of the frozen projections: 8 bits (int8), 4 bits (nf4, fp4), or none = the dtype of --precision",
         QUANTS,
     )
     grad_cp: bool = setting(False, "1 = recompute each block in backward: less memory, about a third more time")
@@ -77,7 +79,9 @@ class ModelConfig:
 @dataclass(frozen=True)
 class AdapterConfig:
     peft: str = setting(
-        "bone", "what is trained: an adapter (bone, lora, pissa), the initial state, or every weight (none)", PEFT_KINDS
+        "bone",
+        "what is trained: an adapter (bone, lora, pissa), the initial state (state), or every weight (none)",
+        PEFT_KINDS,
     )
     bone_mode: str = setting(
         "bone", "bone is linear, bat also depends on the frozen weight, bat-col is Hugging Face PEFT's bat", BONE_MODES
@@ -87,7 +91,9 @@ class AdapterConfig:
     lora_alpha: float = setting(0.0, "LoRA's scale is lora_alpha / lora_r; 0 = the value of lora_r, a scale of 1")
     lora_dropout: float = setting(0.0, "probability with which LoRA drops an input in training; 0 = none is dropped")
     lora_rs: bool = setting(False, "1 = rank-stabilised LoRA: the scale is lora_alpha / sqrt(lora_r)")
-    lora_plus: float = setting(1.0, "LoRA+: factor on the learning rate of lora_B; the paper has 16, 1 = plain LoRA")
+    lora_plus: float = setting(
+        1.0, "LoRA+: lora_B learns at this multiple of the learning rate; 1 = plain LoRA, the paper uses 16"
+    )
     peft_load: str = setting("", "adapter file to start from; empty = a new adapter")
     targets: tuple[str, ...] = setting((), "projections to adapt, such as att.key ffn; empty = all of att and ffn")
     train_parts: tuple[str, ...] = setting(
@@ -123,7 +129,9 @@ class DataConfig:
     data_weights: tuple[str, ...] = setting(
         (), "how often a pass over the data contains each data_file, such as 1 0.5; empty = each once"
     )
-    sft_split: str = setting("", "part of the rows to use, such as train[:1000] or [5%:]; empty = all (of split train)")
+    sft_split: str = setting(
+        "", "part of the rows to use, such as [:1000], [5%:] or train[:1000]; empty = all rows (of the split train)"
+    )
     eval_data: str = setting("", "held-out data, in the same formats; empty = none, or what --eval_split takes")
     eval_split: float = setting(0.0, "share of the samples to hold out of training, such as 0.02; 0 = none")
     tokenizer: str = setting("auto", "bytes, world, or the path of a tokenizer.json; auto = by the vocabulary's size")
@@ -141,11 +149,13 @@ class DataConfig:
         "plain text",
         LOSS_MASKS,
     )
-    mask_id: str = setting("", "for --loss_mask se: JSON with mask1 and mask0, the texts that start and end training")
+    mask_id: str = setting(
+        "", "for --loss_mask se: JSON with two texts; training starts after mask1 and ends before mask0"
+    )
     dataload: str = setting(
         "pack",
-        "how samples fill a batch: pack joins whole samples, without padding; pad gives each a row; only is pad with "
-        "one sample; get cuts random windows",
+        "how samples fill a batch: pack joins whole samples, without padding; pad gives each sample a row; only is "
+        "pad with one sample; get cuts random windows",
         DATALOADS,
     )
     long_samples: str = setting(
@@ -153,9 +163,9 @@ class DataConfig:
     )
     bad_rows: str = setting("stop", "rows that cannot be used: stop the run, or skip and count them", BAD_ROWS)
     cache_dir: str = setting("", "folder for tokenised data; empty = .rwkv_bone_cache beside the data")
-    ctx_len: int = setting(512, "most tokens of one sample; see --long_samples")
+    ctx_len: int = setting(512, "largest number of tokens of a sample; --long_samples says what happens to longer ones")
     micro_bsz: int = setting(
-        8, "samples per device and forward pass; with --dataload pack a batch is micro_bsz x ctx_len tokens"
+        8, "samples per device and forward pass; with --dataload pack a batch has up to micro_bsz x ctx_len tokens"
     )
 
     def __post_init__(self):
@@ -195,11 +205,11 @@ class OptimConfig:
     lr_final: float = setting(2e-5, "learning rate at the end of the run")
     lr_schedule: str = setting("cos", "curve of the learning rate from lr_init to lr_final", SCHEDULES)
     warmup_steps: int = setting(0, "optimiser steps in which the learning rate rises to lr_init; 0 = no warm-up")
-    beta1: float = setting(0.9, "AdamW's decay of the mean of the gradients")
-    beta2: float = setting(0.99, "AdamW's decay of the mean of their squares")
+    beta1: float = setting(0.9, "AdamW's decay rate for the running mean of the gradient")
+    beta2: float = setting(0.99, "AdamW's decay rate for the running mean of the squared gradient")
     adam_eps: float = setting(1e-8, "AdamW's epsilon, added to the denominator")
     weight_decay: float = setting(0.0, "AdamW's weight decay, on large matrices only; 0 = none")
-    grad_clip: float = setting(1.0, "norm above which the gradient is scaled down to it; 0 = no clipping")
+    grad_clip: float = setting(1.0, "largest norm of the gradient: a larger one is scaled down; 0 = no clipping")
     l2wrap: float = setting(0.0, "weight of the L2Wrap penalty on large logits (RWKV's pre-training: 1e-4); 0 = off")
 
     def __post_init__(self):
@@ -223,22 +233,26 @@ class RunConfig:
     accelerator: str = setting("auto", "where to run; auto = on a GPU if there is one", ACCELERATORS)
     devices: int = setting(1, "number of GPUs (or CPU processes) on each machine")
     num_nodes: int = setting(1, "number of machines")
-    strategy: str = setting("auto", "DeepSpeed ZeRO stage; auto = deepspeed_stage_1", STRATEGIES)
+    strategy: str = setting(
+        "auto",
+        "DeepSpeed ZeRO stage; offload = optimiser state in the CPU's memory; auto = deepspeed_stage_1",
+        STRATEGIES,
+    )
     precision: str = setting(
         "bf16", "dtype of frozen weights and arithmetic; what is trained is always fp32", PRECISIONS
     )
     accumulate_grad_batches: int = setting(1, "forward passes (micro-batches) per optimiser step")
-    epoch_begin: int = setting(0, "N of the first epoch's adapter, rwkv-N.pth; changes nothing but names")
+    epoch_begin: int = setting(0, "number of the first epoch in the file names rwkv-N.pth; changes only the names")
     epoch_count: int = setting(1, "number of epochs to train")
     epoch_steps: int = setting(0, "optimiser steps per epoch; 0 = as many as one pass over the data takes")
-    epoch_save: int = setting(1, "epochs from one save to the next; the last epoch is always saved")
+    epoch_save: int = setting(1, "number of epochs between saves; the last epoch is always saved")
     save_steps: int = setting(
-        0, "optimiser steps from one save within an epoch to the next; 0 = saves at ends of epochs only"
+        0, "number of optimiser steps between saves, besides those of --epoch_save; 0 = only those"
     )
     eval_samples: int = setting(
-        100, "held-out samples that the model answers before and after, to count exact matches; 0 = none"
+        100, "number of held-out prompts to answer before and after training, to count exact answers; 0 = none"
     )
-    wandb: str = setting("", "project of Weights & Biases to log to; empty = no logging there")
+    wandb: str = setting("", "Weights & Biases project to log to; empty = no logging there")
 
     def __post_init__(self):
         check_choices(self)
@@ -268,16 +282,20 @@ class MergeConfig:
     verify: bool = setting(True, "1 = keep the output only if its logits are those of base + adapter; 0 = do not check")
     peft: str = setting(
         "auto",
-        "kind of the adapter, if its file has no metadata; auto = by its shapes",
+        "kind of the adapter, if its file has no metadata (bat-flat: RWKV-PEFT's of mid 2024); auto = by its shapes",
         ("auto", *BONE_MODES, "bat-flat", "lora", "pissa", "state"),
     )
     bone_r: int = setting(0, "block size or rank of the adapter, if its file has no metadata; 0 = by its shapes")
-    lora_alpha: float = setting(0.0, "alpha of a LoRA whose file has no metadata, which must be given; 0 = not given")
+    lora_alpha: float = setting(0.0, "alpha of the LoRA, required if its file has no metadata; 0 = not given")
     quant: str = setting(
-        "auto", "format of the base that the adapter was trained on; auto = by its metadata", ("auto", *QUANTS)
+        "auto",
+        "format of the base that the adapter was trained on; auto = by its metadata, else none",
+        ("auto", *QUANTS),
     )
     merge_base: str = setting(
-        "trained", "weights to merge into: as trained on (quantised and back), or the original", ("trained", "original")
+        "trained",
+        "base weights to merge into: trained = as in training (quantised and back), original = as in the file",
+        ("trained", "original"),
     )
     pissa_init: str = setting("", "for PiSSA adapters of RWKV-PEFT: the init_pissa.pth beside them")
 

@@ -2,8 +2,8 @@
 
 It reads this project's files and RWKV-PEFT's (`adapters/files.py` says which), directories of Hugging Face PEFT, with
 RWKV's own names or those of Hugging Face models, and Alic-Li's `<module>.weight.D` [out, r], whose scale is alpha / r.
-It writes this project's files, PEFT directories and LoRAs. Everything is checked against the base, whose shapes often
-decide what the adapter's leave open. What is open even then, the user is asked for: nothing is guessed.
+It writes this project's files, PEFT directories and LoRAs. Everything is checked against the base. Where the adapter's
+shapes fit two kinds, the base's shapes often decide; where they do not, the user must say. Nothing is guessed.
 
     from \\ to         native   miss             lora
     bone               yes      yes              yes, A = identities, B = D^T
@@ -64,28 +64,31 @@ class ConvertConfig:
     output: str = setting("", "what to write: a .pth or .safetensors file, or a directory for Hugging Face PEFT")
     to: str = setting(
         "auto",
-        "format to write: native (this project's), miss or lora; auto = native for a file, else miss or lora",
+        "format to write: native (this project's), miss or lora; auto = native for a file; in a directory lora for "
+        "LoRA and PiSSA, else miss",
         FORMATS,
     )
     overwrite: bool = setting(False, "1 = replace the output if it exists; 0 = refuse to")
     peft: str = setting(
         "auto",
-        "kind of the adapter, if its file does not say; auto = by its shapes",
+        "kind of the adapter, if its file does not say (bat-flat: RWKV-PEFT's of mid 2024); auto = by its shapes",
         ("auto", *BONE_MODES, "bat-flat", "lora", "pissa", "state"),
     )
     bone_r: int = setting(0, "block size or rank of the adapter, if its file does not say; 0 = by its shapes")
     lora_alpha: float = setting(
-        0.0, "alpha of the adapter, if its file lacks it; 0 = unknown, an error where it matters"
+        0.0, "alpha of the adapter, if its file lacks it; 0 = not given, an error if alpha is needed"
     )
     quant: str = setting(
-        "auto", "format of the base it was trained on; auto = by its metadata, else none", ("auto", *QUANTS)
+        "auto",
+        "format of the base that the adapter was trained on; auto = by its metadata, else none",
+        ("auto", *QUANTS),
     )
     pissa_init: str = setting("", "for PiSSA adapters of RWKV-PEFT: the init_pissa.pth beside them")
     names: str = setting(
-        "hf", "module names in a directory: hf, model.layers.0.attn.k_proj, or rwkv, blocks.0.att.key", NAMES
+        "hf", "module names in a directory: hf (model.layers.0.attn.k_proj) or rwkv (blocks.0.att.key)", NAMES
     )
     hf_base: str = setting(
-        "", "name or folder of the base in Hugging Face form, to record in a directory; empty = none"
+        "", "name or folder of the base as a Hugging Face model, written into a directory's configuration; empty = none"
     )
 
     def __post_init__(self):
@@ -122,7 +125,7 @@ def convert(config: ConvertConfig) -> list[str]:
 
 
 def read_any(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[AdapterFile, str]:
-    """(the adapter, why it was read as what it is)."""
+    """(the adapter, why it was read as this kind)."""
     if Path(config.adapter).is_dir():
         return _read_directory(config, base)
     state = checkpoints.read_state(config.adapter)
@@ -149,13 +152,13 @@ def _by_shapes(adapter: AdapterFile, base: Mapping[str, Tensor]) -> str:
     if not keys:
         return "it holds nothing but time_state"
     weights = {key: base[f"{_module(key)}.weight"] for key in keys}
-    # The layer that is furthest from square tells most.
+    # The layer furthest from square is the clearest evidence.
     key = max(keys, key=lambda key: abs(weights[key].shape[0] - weights[key].shape[1]))
     shown = f"{key} is {list(adapter.state[key].shape)} for a weight of {list(weights[key].shape)}"
     if adapter.settings.kind == "bat" and all(weight.shape[0] == weight.shape[1] for weight in weights.values()):
         return (
-            f"{shown}; all weights are square, so the blocks could also follow the outputs. In .pth files of the field "
-            "they follow the inputs, as read here; if not in this one, give --peft bat-col"
+            f"{shown}; all weights are square, so the blocks could also follow the outputs. In .pth files of RWKV "
+            "projects they follow the inputs, as read here; if not in this one, give --peft bat-col"
         )
     return f"by its names and shapes: {shown}"
 
@@ -294,7 +297,7 @@ def native_metadata(
     adapter: AdapterFile, arch: checkpoints.Architecture, base: Mapping[str, Tensor], quant: str
 ) -> dict:
     """The metadata of an adapter file of ours, and what this one was converted from."""
-    # `blocks` goes, since the adapter may have become a LoRA; to_metadata below gives it again to one that has blocks.
+    # Without `blocks`, since the adapter may have become a LoRA; to_metadata below adds it to those that have blocks.
     earlier = {name: value for name, value in (adapter.metadata or {}).items() if name != "blocks"}
     return {
         "format": 1,

@@ -2,8 +2,8 @@
 
 The .idx file, little-endian: "MMIDIDX\\0\\0", version u64 = 1, dtype code u8, number of sequences S u64, number of
 document bounds D u64, lengths i32 [S] in tokens, positions i64 [S] in bytes of the .bin file, document bounds i64 [D]
-counted in sequences, from 0 to S. The .bin file is the tokens of all sequences, one after another. In the field a
-document ends with the end-of-document token, which is part of the data.
+counted in sequences, from 0 to S. The .bin file is the tokens of all sequences, one after another. In RWKV's
+own data each document ends with the end-of-document token, which is part of the data.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tokenised data on disk, under a name that is a hash of everything it was made from.
 
 An entry is a folder of flat arrays, which readers map into memory, and `meta.json`, which says what they are. It is
-made under a temporary name and renamed, so that a reader sees all of it or nothing. Of several processes that want the
-same entry one makes it, and the others wait for it; where the file system knows no locks each makes it and one wins.
+made under a temporary name and renamed, so that a reader sees all of it or nothing. If several processes want
+the same entry, one makes it and the others wait. On a file system without locks each makes it, and the first one stays.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rwkv_bone.errors import UserError
 FOLDER = ".rwkv_bone_cache"
 META = "meta.json"
 SMALL = 1 << 20  # bytes of data below which nothing is cached: tokenising takes no longer than looking it up
-HASHED = 1 << 26  # bytes of a file up to which its content is hashed each time; beyond, only if its dates change
-CHECKED = 1 << 28  # bytes of an array up to which its checksum is compared each time
+HASHED = 1 << 26  # bytes; a file up to this size is hashed each time, a larger one only if its dates change
+CHECKED = 1 << 28  # bytes; the checksum of an array up to this size is compared each time
 
 
 class Arrays:
@@ -38,6 +38,7 @@ class Arrays:
         self._files: dict[str, list] = {}  # name -> [file, dtype, count, checksum]
 
     def append(self, **arrays: np.ndarray | None) -> None:
+        """Append values [n] to the array of each name; nothing for None."""
         for name, array in arrays.items():
             if array is None:
                 continue
@@ -205,7 +206,7 @@ class Cache:
 
 
 def in_memory(build: Build) -> Entry:
-    """An entry that is not kept."""
+    """An entry that is built now and not kept on disk."""
     arrays = Arrays(None)
     record = build(arrays)
     return arrays.finish(), record
@@ -249,7 +250,7 @@ def _writable(folder: Path) -> bool:
 
 
 def _of_user() -> Path:
-    """The cache folder of the user, where the one beside the data cannot be written."""
+    """The user's cache folder, used if the one beside the data cannot be written."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_bone" / "data"
 
 

@@ -1,7 +1,7 @@
 """What a row of data means: a document, or the turns of a conversation.
 
 `layout_of` looks at one row, the first of a file, and says which fields to read; `conversation` reads them from every
-row. The layouts, and what finds them:
+row. The layouts, and how each is recognised:
 
 text        {"text": ...}: a document, trained as it is
 pair        prompt and response under the names of USUAL_PAIRS, or two names in --sft_field
@@ -48,8 +48,8 @@ class Turn:
 
     role: str  # system, user, assistant or tool
     text: str
-    thinking: str = ""  # of an assistant: its reasoning, where a field of its own holds it
-    material: str = ""  # of a user: what the instruction is about (alpaca's `input`)
+    thinking: str = ""  # the reasoning of an assistant's turn, if the row has it in a field of its own
+    material: str = ""  # the text that a user's instruction is about (alpaca's `input`)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def count_trained(trained: np.ndarray | None, starts: np.ndarray, ends: np.ndarr
 
 
 class TokenStream:
-    """Pieces of several arrays, read as one: `len`, and slices that come as a new array."""
+    """Several arrays, read as one: `len()`, and slices, each of which is a new array."""
 
     def __init__(self, pieces: Sequence[np.ndarray]):
         self._pieces = pieces
@@ -97,6 +97,7 @@ class Dataset:
     """Samples with at least one target each; documents without any are left out, counted and named.
 
     With `windows` (--dataload get) nothing is cut: batches are windows of `tokens`, the whole stream.
+    weights: one for each of `parts`, how often a pass contains its samples. UserError if no sample has a target.
     """
 
     def __init__(

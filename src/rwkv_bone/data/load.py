@@ -46,7 +46,10 @@ TRAINED = {
 
 
 def load_dataset(cfg: DataConfig, vocab_size: int, path: str | None = None) -> Dataset:
-    """Read, tokenise and check cfg.data_file, or the held-out data `path`, for a model with `vocab_size` tokens."""
+    """Read, tokenise and check cfg.data_file, or the held-out data `path`, for a model with `vocab_size` tokens.
+
+    UserError for data that cannot be used, beginning with its file or row.
+    """
     weights = None
     if cfg.data_weights and path is None:
         if cfg.dataload == "get":
@@ -86,14 +89,14 @@ class _Part:
 
     def __init__(self, cfg: DataConfig, vocab_size: int, name: str, held_out: bool):
         self.cfg, self.vocab_size, self.name = cfg, vocab_size, name
-        # --sft_split is about the training data: held-out data is read whole, from the split that is made for it.
+        # --sft_split concerns the training data alone: held-out data is read whole, from the split made for evaluation.
         self.split = Split.parse("" if held_out else cfg.sft_split)
         self.source = open_source(
             name, cfg.data_type, split=self.split.name, cache_dir=cfg.cache_dir, held_out=held_out
         )
         self.skip = cfg.bad_rows == "skip"
         if cfg.loss_mask == "se":
-            # Before any row is read: a mistake in it is not a bad row, which --bad_rows skip would skip.
+            # Checked before any row is read: --bad_rows skip would take a mistake in --mask_id for a bad row.
             parse_mask_id(cfg.mask_id)
         self.notes: list[str] = []
         read_as = "" if isinstance(self.source, Rows) else self.source.kind
@@ -239,7 +242,7 @@ class _Part:
         """Fill `out` (without a mask, if every token is trained) and return the counts for the user."""
         files = self.source.files
         total = sum(path.stat().st_size for path in files)
-        packed = any(path.suffix == ".gz" for path in files)  # then nobody knows how much there is
+        packed = any(path.suffix == ".gz" for path in files)  # then the unpacked size is not known
         progress = TokenisingProgress(f"tokenising {self.name}", 0 if packed else total)
         skipped = Skipped()
         targets = documents = unanswered = 0
@@ -301,7 +304,7 @@ class _Part:
     def _within_vocabulary(
         self, source: Tokens, starts: np.ndarray, lengths: np.ndarray, numbers: np.ndarray
     ) -> np.ndarray:
-        """int64: indices of the documents whose tokens the model all knows.
+        """int64: indices of the documents that have no token outside the model's vocabulary.
 
         UserError for the first other document, unless --bad_rows skip.
         """

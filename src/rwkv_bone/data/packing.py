@@ -1,8 +1,8 @@
 """Packs whole samples into rows of a fixed number of tokens, and leaves little of it unused.
 
-Bounded best fit: each sample goes to the open row that it fills up best, or opens a row; of more than `OPEN` open rows
-the fullest is closed. Samples are taken in the order given, which is random, except that of every `WINDOW` of them the
-longest come first: the shorter ones then fill the gaps that these leave. Time grows with the number of samples only.
+Bounded best fit: each sample goes to the open row that it fills up best, or opens a row. If more than `OPEN` rows are
+open, the fullest is closed. Samples are taken in the order given, which is random, but each `WINDOW` of them is sorted,
+longest first: the shorter ones then fill the gaps of the longer ones. Time grows with the number of samples only.
 """
 
 from __future__ import annotations

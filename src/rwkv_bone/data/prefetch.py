@@ -44,7 +44,7 @@ class Prefetch(Iterator[T], Generic[T]):
     def close(self) -> None:
         """End the thread, once it has made the item it is at."""
         self._stop.set()
-        # Room for what it is about to put.
+        # Makes room in the queue for the item that the thread is about to put.
         while self._thread.is_alive():
             try:
                 self._queue.get(timeout=0.01)

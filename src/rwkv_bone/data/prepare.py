@@ -1,6 +1,6 @@
 """Rows of text to a .bin/.idx pair: python -m rwkv_bone.data.prepare --input data.jsonl --output data
 
-The pair is what the field's json2binidx tool makes of the same rows, byte for byte: training then maps it into memory.
+The pair is what RWKV's json2binidx tool makes of the same rows, byte for byte: training then maps it into memory.
 Rows of prompt and response are not for this: their masks would be lost, and training reads and caches them as they are.
 """
 
@@ -48,7 +48,7 @@ EXAMPLES = (
         "sh scripts/prepare_data.sh --input stories.parquet --field story --bad_rows skip --output out/stories",
     ),
 )
-ANY_SIZE = 1 << 31  # a limit on the vocabulary that none reaches: here the tokenizer itself says its size
+ANY_SIZE = 1 << 31  # above every vocabulary: no model limits it here, the tokenizer gives its own size
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class PrepareConfig:
     output: str = setting("", "path of the pair, without its endings .bin and .idx")
     tokenizer: str = setting("world", "tokenizer of the model: bytes, world, or the path of a tokenizer.json")
     field: str = setting("text", "name of the field that holds the text")
-    append_eod: bool = setting(True, "1 = end each document with the end-of-document id, as the field's data has it")
+    append_eod: bool = setting(True, "1 = end each document with the end-of-document id, as RWKV's own data has it")
     dtype: str = setting("auto", "number type of a token; auto = uint16 if the vocabulary fits, else int32", DTYPES)
-    workers: int = setting(0, "number of processes; 0 = by the size of the input and the cores of the machine")
+    workers: int = setting(0, "number of processes; 0 = chosen by the size of the input and the number of cores")
     bad_rows: str = setting("stop", "rows that cannot be used: stop, or skip and count them", BAD_ROWS)
-    overwrite: bool = setting(False, "1 = replace a pair of this name; 0 = refuse to")
+    overwrite: bool = setting(False, "1 = replace an existing pair of this name; 0 = refuse to")
 
     def __post_init__(self):
         check_choices(self)
@@ -120,7 +120,7 @@ def prepare(cfg: PrepareConfig) -> None:
     dtype = token_dtype(tokenizer.vocab_size) if cfg.dtype == "auto" else np.dtype(cfg.dtype)
     files = [path for source in sources for path in source.files]
     total = sum(path.stat().st_size for path in files)
-    packed = any(path.suffix == ".gz" for path in files)  # then nobody knows how much there is
+    packed = any(path.suffix == ".gz" for path in files)  # then the unpacked size is not known
     progress, documents, left_out = TokenisingProgress("tokenising", 0 if packed else total), 0, []
     with PairWriter(Path(cfg.output), dtype, cfg.overwrite) as pair:
         try:

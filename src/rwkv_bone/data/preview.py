@@ -1,8 +1,8 @@
 """What a run would train on, before it runs: python -m rwkv_bone.data.preview --data_file data.jsonl
 
-Takes the command line of train.py, of which the flags about data and the vocabulary count, and prints a few samples,
-their trained tokens in green, and what there is of samples, tokens and trained tokens, how long samples are, and what
-was cut or left out and why.
+It takes the command line of train.py and reads the flags about data and vocabulary. It prints a few samples with their
+trained tokens in green, the numbers of samples, tokens and trained tokens, a histogram of lengths, and what was cut or
+left out and why.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from rwkv_bone.errors import exit_status
 
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
 LINE_BREAK = "\N{RETURN SYMBOL}"
-DESCRIPTION = "Show what a run would train on. Of the flags of train.py those about data and vocabulary count."
+DESCRIPTION = (
+    "Show what a run would train on. It takes the flags of train.py and reads those about data and vocabulary."
+)
 EXAMPLES = (
     ("three samples and the counts", "sh scripts/preview_data.sh --load_model my-model.pth --data_file mine.jsonl"),
     (
@@ -45,10 +47,10 @@ VOCABULARIES = {"bytes": 256, "world": 65536, "auto": 65536}
 @dataclass(frozen=True)
 class PreviewConfig:
     samples: int = setting(3, "number of samples to print, spread evenly over the data; 0 = counts only")
-    show_tokens: int = setting(400, "most tokens of a sample to print; 0 = all")
+    show_tokens: int = setting(400, "largest number of tokens to print of a sample; 0 = all")
     color: str = setting(
         "auto",
-        "trained tokens in green, or (never) inside [[ ]]; auto = in green on a terminal",
+        "mark trained tokens in green (always) or with [[ ]] (never); auto = green on a terminal",
         ("auto", "always", "never"),
     )
 
@@ -61,7 +63,7 @@ def parse(argv: list[str], prog: str = "preview") -> tuple[PreviewConfig, DataCo
     """(settings of the preview, settings of the data, vocabulary size) that `argv` asks for."""
     parser = flags.Parser(prog, DESCRIPTION, EXAMPLES, field_flags.TRAIN_FLAGS)
     flags.add_fields(parser.add_argument_group("preview"), PreviewConfig)
-    parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help="as for train.py")
+    parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help=flags.CONFIG_HELP)
     for name, section in SECTIONS.items():
         flags.add_fields(parser.add_argument_group(name), section)
     given, notes = field_flags.translate_train(parser.read(argv))
@@ -159,7 +161,7 @@ def _round_up(width: float) -> int:
 
 
 def packing(dataset: Dataset, micro_bsz: int) -> Iterator[str]:
-    """How many tokens of its rows --dataload pack leaves unused, and one sample a row would."""
+    """The share of unused tokens with --dataload pack, and with one sample a row."""
     if dataset.windows:
         return
     predictions = dataset.lengths - 1

@@ -4,7 +4,7 @@ An optimiser step consumes one window: `accumulate` micro-batches on each of `wo
 another through a seeded order of the data; after a full pass comes a new order. An epoch is a full pass, or
 `steps_per_epoch` windows: the next epoch goes on where it ended, so that a pass repeats no sample and leaves none out.
 
-Passes may differ in their number of steps: packed, other samples meet in a row; with weights, other samples take part.
+Passes may differ in their number of steps: packing puts other samples together, weights select other samples.
 
 Sizes: B rows of a micro-batch, T positions, D documents of a packed row.
 """
@@ -38,7 +38,7 @@ class Batch:
     window_tokens: int  # trained labels of the whole window: all micro-batches of the step, on all ranks
     widest: int  # the largest T among the ranks, which run this micro-batch at the same time
     cu_seqlens: torch.Tensor | None = None  # packed: int64 [D + 1], where each document begins and the last one ends
-    host: Batch | None = None  # after `to`: this batch in the CPU's memory, which one reads without waiting for a GPU
+    host: Batch | None = None  # after `to`: the batch in the CPU's memory, to be read without waiting for a GPU
 
     def to(self, device: torch.device | str) -> Batch:
         """On `device`. A copy from pinned memory is only queued there; nothing waits for it."""
@@ -69,8 +69,8 @@ class BatchPlan:
     up with empty rows (all labels ignored), spread over ranks and micro-batches. `pack`: one row of at most micro_bsz x
     ctx_len tokens, filled with documents one after another; where the last window of a pass has none left, a row of one
     ignored token.
-    A dataset of `windows` gives random windows of its token stream instead, each rank its own, every token trained; a
-    pass is then as many of them as hold the tokens of the stream once.
+    A dataset of `windows` gives random windows of its token stream instead, other windows on each rank, every token
+    trained; a pass is then the number of windows that together have as many tokens as the stream.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class BatchPlan:
         self._fixed_steps = steps_per_epoch
         self._pass_steps: dict[int, int] = {}
         self._passes: dict[int, Pass] = {}
-        self._lock = RLock()  # of _passes: batches are made in a thread
+        self._lock = RLock()  # guards _passes, since batches are made in a thread
         self._offsets = None if dataset.repeats is None else _offsets(dataset.repeats, seed)
 
     def steps_in(self, epoch: int) -> int:
@@ -224,7 +224,7 @@ class BatchPlan:
     def _spread(self, rows: np.ndarray, samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """The micro-batch of each sample, from its packed row: rows in random order, in each window the fullest first.
 
-        So the ranks, which take neighbours at the same time, have about the same to do.
+        So the ranks, which run neighbouring micro-batches at the same time, have about equal work.
         """
         fill = np.bincount(rows, weights=self.dataset.lengths[samples] - 1)
         order = random.permutation(len(fill))
@@ -258,7 +258,7 @@ class BatchPlan:
 
 
 def _offsets(repeats: np.ndarray, seed: int) -> np.ndarray:
-    """float64 [n] in (0, 1): at what point of its weight each sample starts, so that all passes are about equally long.
+    """float64 [n] in (0, 1): an offset for each sample, chosen so that all passes are about equally long.
 
     Passes 0 to p - 1 together contain a sample of weight r floor(p r + offset) times. The offsets of samples with the
     same weight are spread evenly, in a seeded order, so every pass contains r times their number, give or take one.

@@ -1,4 +1,4 @@
-"""Where data comes from: one class per format, found by what the file holds.
+"""Where data comes from: one class per format. A file's content, and sometimes its name, tells the format.
 
     rows      JSON lines, a JSON list, CSV, Parquet, Arrow, a folder or hub id of the `datasets` library
     a text    UTF-8 or UTF-16: the whole file is one document
@@ -39,7 +39,7 @@ FORMATS = "JSON lines, a JSON list, CSV, Parquet, Arrow, text (.txt), .npy, a .b
 
 
 class Rows:
-    """A source of rows. `items` yields (number, raw, bytes); `parse` makes a row of `raw`, in whatever process."""
+    """A source of rows. `items` yields (number, raw, bytes); `parse` turns `raw` into a row, in any process."""
 
     kind: str  # for the user, such as "JSON lines"
     unit = " row "  # between the path and a row's number; ":" where that is a line number
@@ -153,7 +153,7 @@ class _JsonReader:
         while True:
             try:
                 value, end = self._parse(self._text, self._at)
-                if end < len(self._text) or self._ended:  # else it might go on, as a number does
+                if end < len(self._text) or self._ended:  # else the value may continue, as a number can
                     size, self._at = end - self._at, end
                     return value, size
                 problem = "the file ends within it"
@@ -169,7 +169,7 @@ class _JsonReader:
             self._read()
 
     def _read(self) -> None:
-        """Read as much again as is not parsed yet, so that even a long value is tried only a few times."""
+        """Double the text that is not parsed yet, so that even a long value is tried only a few times."""
         data = self._file.read(max(CHUNK, len(self._text) - self._at))
         self._line += self._text.count("\n", 0, self._at)
         self._text, self._at = self._text[self._at :], 0

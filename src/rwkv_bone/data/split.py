@@ -1,4 +1,4 @@
-"""Held-out samples out of the training data itself (--eval_split)."""
+"""Held-out samples taken from the training data (--eval_split)."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Template:
         return self.render(conversation)[-1].text
 
     def identity(self) -> str:
-        """Differs whenever the texts written may differ."""
+        """A text that differs between two templates whenever they may write different texts."""
         return f"{self.name} {VERSION}"
 
     def _segments(self, conversation: Conversation) -> Iterable[Segment]:

@@ -1,6 +1,7 @@
 """Turns rows and texts into flat arrays of ids, a block of rows at a time, on several processes if there is much data.
 
-The result does not depend on the number of processes: the reader makes the blocks, and they are collected in its order.
+The result does not depend on the number of processes: the reader makes the blocks, and the results
+are collected in its order.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ Block = tuple[list, int]  # (items, their size in bytes)
 
 @dataclass
 class Encoded:
-    """The documents of a block."""
+    """The documents of a block: D documents, N tokens."""
 
     tokens: np.ndarray  # uint16 or int32 [N]
     lengths: np.ndarray  # int64 [D]
     trained: np.ndarray | None = None  # bool [N]
-    prompts: np.ndarray | None = None  # uint64 [D]
-    numbers: np.ndarray | None = None  # int64 [D]
+    prompts: np.ndarray | None = None  # uint64 [D]: hashes of the prompts, see `dataset.prompt_hash`
+    numbers: np.ndarray | None = None  # int64 [D]: number of each document's row in the source
     skipped: list[tuple[str, int]] = field(default_factory=list)  # (reason, number of the row)
     unanswered: int = 0  # turns after the last response
     bytes: int = 0  # of the source
@@ -73,7 +74,7 @@ class RowReader:
     skip: bool
 
     def each(self, items: Iterable[tuple[int, Any]], function: Callable[[dict, str], Any]) -> Iterator[tuple[int, Any]]:
-        """(number, function(row, where)) of each row; of one to be skipped (number, the reason)."""
+        """(number, function(row, where)) for each row; (number, the reason) for a row that is skipped."""
         for number, raw in items:
             where = f"{self.prefix}{number}"
             try:
@@ -106,7 +107,7 @@ class Skipped:
 
 
 class Settings(Protocol):
-    """What `run` is given, here and in other processes."""
+    """What decides the ids, as `run` hands it to each process."""
 
     def encoder(self) -> Callable[[Block], Encoded]:
         """The function from a block of a source to its documents."""

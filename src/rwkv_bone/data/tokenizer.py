@@ -31,7 +31,7 @@ class Tokenizer(Hashable, Protocol):
     eod: int  # the id that ends a document
 
     def identity(self) -> str:
-        """Differs between two tokenizers whenever their ids may differ."""
+        """A text that differs between two tokenizers whenever their ids may differ."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without `eod`."""

@@ -121,7 +121,7 @@ def _template_spans(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> t
         try:
             return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
         except Exception as error:
-            # Templates raise what they like for roles and orders that they do not take.
+            # A template may raise anything for roles or an order that it does not support.
             raise UserError(f"{talk.where}: the tokenizer's chat template refuses this row: {error}") from error
 
     whole = written(len(messages), False)

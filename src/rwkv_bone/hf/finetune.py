@@ -57,7 +57,7 @@ def finetune(config: HfConfig) -> None:
         load_samples(rows, config.dataset_field, tokenizer, config.model_max_length) for rows in sources
     )
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
-    # Before the arguments, which under ZeRO stage 3 make transformers load parts, where adapters need whole layers.
+    # Loaded before TrainingArguments exist: under ZeRO stage 3 these make transformers load parts of layers only.
     base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[config.precision])
     base.config.use_cache = False
     model = get_bone_model(
@@ -106,14 +106,14 @@ def finetune(config: HfConfig) -> None:
     trainer.save_state()
     report(f"adapter {output}")
     if arguments.process_index == 0:
-        (output / TRAINER_WEIGHTS).unlink()  # the adapter once more, which only checkpoints need
+        (output / TRAINER_WEIGHTS).unlink()  # a second copy of the adapter, which only checkpoints need
         if config.merge:
             merge(transformers, source, output, tokenizer)
             report(f"merged  {output / MERGED}")
 
 
 def launch(config: HfConfig, argv: list[str]) -> bool:
-    """Run this command once for each of several devices. False, and nothing done, in such a process or for one device.
+    """Run this command in one process for each device, and return True. With one device, or in such a process: False.
 
     argv: the script and its arguments.
     """
@@ -169,7 +169,7 @@ def _transformers() -> ModuleType:
 
 
 def _check_folders(config: HfConfig) -> tuple[str, Path, str | None]:
-    """(the base's folder, the output's, the checkpoint to resume from). UserError for anything that would be lost."""
+    """(the base's folder, the output's, the checkpoint to resume from). UserError if earlier results would be lost."""
     source, output, checkpoint = config.model_name_or_path, Path(config.output_dir), None
     if not (Path(source) / "config.json").is_file():
         raise UserError(f"--model_name_or_path {source} is no folder with a config.json: name a model on this machine")

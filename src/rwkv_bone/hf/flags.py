@@ -1,4 +1,4 @@
-"""The flags of `train_hf.py`, under the names that the Bone repository's script has. The standard library only."""
+"""The flags of `train_hf.py`, named as in the Bone repository's script. The standard library only."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ EXAMPLES = (
 class HfConfig:
     model_name_or_path: str = setting("", "folder of the base model, with its tokenizer")
     data_path: str = setting("", "rows to train on: JSON lines, a JSON list, CSV, Parquet, Arrow or a datasets folder")
-    eval_path: str = setting("", "held-out rows, whose loss is measured before and after; empty = none")
+    eval_path: str = setting("", "held-out rows, whose loss is measured before and after training; empty = none")
     dataset_field: tuple[str, ...] = setting(
         (), "names of the prompt and response fields, or of the list of messages; empty = the usual names"
     )
-    dataset_split: str = setting("", "part of data_path's rows to use, such as train[:1000] or [5%:]; empty = all")
+    dataset_split: str = setting(
+        "", "part of data_path's rows to use, such as [:1000], [5%:] or train[:1000]; empty = all"
+    )
     output_dir: str = setting(
         "out/bone-hf", "folder for the results: the adapter, checkpoints and, in merged/, the merged model"
     )
@@ -54,29 +56,29 @@ class HfConfig:
     target_modules: tuple[str, ...] = setting(
         (), "names of layers to adapt, such as q_proj v_proj or q_proj,v_proj; empty = all linear layers"
     )
-    model_max_length: int = setting(512, "most tokens of one sample; longer ones are cut, and counted")
+    model_max_length: int = setting(512, "largest number of tokens of a sample; longer ones are cut, and counted")
     per_device_train_batch_size: int = setting(4, "samples per device and forward pass")
     gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step")
     num_train_epochs: float = setting(1.0, "passes over the data, such as 2 or 0.5")
     learning_rate: float = setting(2e-5, "learning rate after the warm-up")
-    lr_scheduler_type: str = setting("cosine", "curve on which the learning rate falls", SCHEDULES)
+    lr_scheduler_type: str = setting("cosine", "curve of the learning rate after the warm-up", SCHEDULES)
     warmup_ratio: float = setting(
-        0.0, "share of the steps in which the learning rate rises, such as 0.03; 0 = no warm-up"
+        0.0, "share of the optimiser steps in which the learning rate rises, such as 0.03; 0 = no warm-up"
     )
     weight_decay: float = setting(0.0, "AdamW's weight decay of the adapter; 0 = none")
-    max_grad_norm: float = setting(1.0, "norm above which the gradient is scaled down to it; 0 = no clipping")
-    save_steps: int = setting(0, "optimiser steps from one checkpoint to the next; 0 = one at the end of each epoch")
+    max_grad_norm: float = setting(1.0, "largest norm of the gradient: a larger one is scaled down; 0 = no clipping")
+    save_steps: int = setting(0, "number of optimiser steps between checkpoints; 0 = one at the end of each epoch")
     save_total_limit: int = setting(2, "number of checkpoints to keep, the newest ones")
-    logging_steps: int = setting(1, "optimiser steps from one line of the log to the next")
+    logging_steps: int = setting(1, "number of optimiser steps between lines of the log")
     precision: str = setting("bf16", "dtype of frozen weights and arithmetic; the adapter is always fp32", PRECISIONS)
     gradient_checkpointing: bool = setting(
         False, "1 = recompute each layer in backward: less memory, about a third more time"
     )
     deepspeed: str = setting(
-        "zero2", "ZeRO stage (zero1, zero2, zero3), the path of a DeepSpeed configuration, or none"
+        "zero2", "ZeRO stage (zero1, zero2, zero3), the path of a DeepSpeed JSON configuration, or none"
     )
     devices: int = setting(
-        1, "number of GPUs (or CPU processes) on this machine; under torchrun its processes count instead"
+        1, "number of GPUs (or CPU processes) on this machine; torchrun, if you use it, decides instead"
     )
     seed: int = setting(42, "seed of the order of the data")
 

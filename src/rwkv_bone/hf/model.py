@@ -3,7 +3,7 @@
 The model is not wrapped. Its targeted linear layers become adapter layers, and its class gets the methods of
 `BoneModel` in front of its own: it is still a `LlamaForCausalLM`, with the same parameter names, so `generate`,
 `transformers.Trainer`, gradient checkpointing and everything else work as before. `unload` and `merge_and_unload`
-give the class back.
+restore the class.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class _Bone:
     layers: dict[str, AdapterLinear]
     replaced: dict[str, nn.Linear]  # the layers whose places they took
     originals: dict[str, Tensor]  # parameters of modules_to_save as they were, by name
-    trained: dict[str, Tensor] | None = None  # the same as they have become, while the adapter is disabled
+    trained: dict[str, Tensor] | None = None  # their trained values, while the adapter is disabled
 
 
 class BoneModel(nn.Module):
     """What `get_bone_model` adds to a model. One adapter at a time."""
 
     bone: _Bone
-    # By this transformers lets inputs require gradients for checkpointing, and trains on a quantised base.
+    # With this attribute transformers makes inputs require gradients for checkpointing, and trains on a quantised base.
     _hf_peft_config_loaded = True
 
     @property
@@ -305,7 +305,7 @@ def _inject(model: nn.Module, config: BoneConfig, adapter_name: str) -> BoneMode
         try:
             layer_class.check(module.in_features, module.out_features, settings, name)
         except UserError as error:
-            # Layers speak of train.py's flags.
+            # The layers' messages name the flags of train.py.
             words = str(error).replace("--bone_r ", "r ").replace("--bone_mode bone", "mode 'bone'")
             raise UserError(f"BoneConfig: {words}") from None
 

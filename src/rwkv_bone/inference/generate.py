@@ -43,7 +43,7 @@ def generate(
     model: an `RWKV`, or what passes its arguments on to one. Prompts may have any length but 0; they are never cut.
     temperature 0 takes the most likely token; above it, tokens are drawn from the smallest set whose probability
     reaches `top_p`, the same ones for the same seed. The states of `batch` sequences and one forward pass of `piece`
-    tokens must fit into memory.
+    tokens must fit into memory. ValueError for an empty prompt, and for a batch or piece below 1.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt is empty: it needs at least one token to continue from")

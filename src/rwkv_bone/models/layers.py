@@ -63,7 +63,7 @@ class _HeadNorm(torch.autograd.Function):
     """rows [T, C], weight [C], bias [C] -> [T, C]: GroupNorm whose parameters, mean and scale are at least fp32.
 
     PyTorch's own rounds mean and scale to the parameters' dtype, and its backward uses the rounded ones. In bf16 that
-    makes the error in the gradient of the rows half as large again. For backward the rows are kept in their own dtype.
+    makes the error in the gradient of the rows 1.5 times as large. For backward the rows are kept in their own dtype.
     """
 
     @staticmethod
@@ -90,7 +90,7 @@ class _HeadNorm(torch.autograd.Function):
 
 
 def _for_norm(x: Tensor) -> Tensor:
-    """x in at least fp32; on the processor as it is, since the kernel there takes bf16 with fp32 parameters."""
+    """x in at least fp32; on the CPU unchanged, since PyTorch's kernel there takes bf16 with fp32 parameters."""
     return x if x.is_cpu and not is_compiling() else widened(x)
 
 
@@ -146,7 +146,7 @@ class Embedding(nn.Embedding):
 class Head(Linear):
     """hidden [..., C] -> logits [..., V]; with labels [...] -> their summed fp32 loss, without logits.
 
-    `label_rows`: the places of the flattened labels that are not -100, if the caller knows them.
+    `label_rows` [R] int64: the positions in the flattened labels that are not -100, if the caller knows them.
     """
 
     def forward(

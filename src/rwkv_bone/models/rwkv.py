@@ -115,11 +115,11 @@ class RWKV(nn.Module):
 
         ids [B, T] int64; state: one LayerState a block, as an earlier call returned it (None = start of a document).
         labels [B, T] int64, already shifted: labels[:, t] is what position t should predict, -100 = not trained.
-        label_rows int64: where labels.flatten() is not -100, if the caller knows. Otherwise the model finds out, for
-        which a GPU must be waited for.
+        label_rows [R] int64: the positions in labels.flatten() that are not -100, if the caller knows them. Otherwise
+        they are looked up, which waits for the GPU.
         cu_seqlens [D + 1] int64, on the device of ids: ids [1, T] are D documents one after another, document d at
-        cu_seqlens[d] to cu_seqlens[d + 1], none of which sees another. A state of k <= D rows is what the first k go on
-        from, the others start afresh; a returned state has D rows.
+        cu_seqlens[d] to cu_seqlens[d + 1], none of which sees another. A state of k <= D rows belongs to the first k
+        documents, and the others start afresh; a returned state has D rows. UserError for a state of more rows.
         grad_cp recomputes each block in backward, to save memory.
 
         Returns logits [B, T, V] in `self.dtype`; with last_only just those of each sequence's last position, [B, V] or

@@ -63,12 +63,12 @@ class TimeMix(StatefulMix):
         shares = (self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g)
         xk, xv, xr, xg = (torch.lerp(previous, x, share.to(x.dtype)) for share in shares)  # each [B, T, C]
 
-        # What is asked of the state (r), under which key (k) which value (v) goes into it, and the gate of the output.
+        # r: what is read from the state. k, v: the key and the value that are written into it. g: the output's gate.
         r, k, v = (y.view(heads) for y in (self.receptance(xr), self.key(xk), self.value(xv)))  # each [B, T, H, N]
         g = F.silu(self.gate(xg))  # [B, T, C]
 
-        # In each head: y = (state + v (u k)^T) r, then state <- state diag(decay) + v k^T. `time_decay` is not yet the
-        # decay: the operator makes exp(-exp(w)) of it.
+        # In each head: y = (state + v (u k)^T) r, then state <- state diag(decay) + v k^T. `time_decay` is not the
+        # decay itself: the operator turns it into exp(-exp(w)).
         y, state = wkv5(
             r=r,
             w=self.time_decay,

@@ -80,10 +80,10 @@ class TimeMix(StatefulMix):
             torch.addcmul(x, delta, cast(share) + change) for share, change in zip(shares, mix, strict=True)
         )  # each [B, T, C]
 
-        # What is asked of the state (r), under which key (k) which value (v) goes into it, and the gate of the output.
+        # r: what is read from the state. k, v: the key and the value that are written into it. g: the output's gate.
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # each [B, T, C]
         g = F.silu(self.gate(xg))  # [B, T, C]
-        # The operator makes the decay exp(-exp(w)) of this. In fp32, since it is an exponent twice over.
+        # The operator turns this into the decay exp(-exp(w)). In fp32, since it is the exponent of an exponent.
         low = torch.tanh(xw @ cast(self.time_decay_w1)) @ cast(self.time_decay_w2)
         w = widened(self.time_decay) + widened(low)  # [B, T, C] fp32
 

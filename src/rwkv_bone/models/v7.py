@@ -85,17 +85,17 @@ class TimeMix(StatefulMix):
         shares = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         xr, xw, xk, xv, xa, xg = (torch.addcmul(x, delta, cast(share)) for share in shares)  # each [B, T, C]
 
-        # What is asked of the state (r), and under which key (k) which value (v) goes into it.
+        # r: what is read from the state. k, v: the key and the value that are written into it.
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # each [B, T, C]
-        # The operator makes the decay exp(-exp(-0.5) sigmoid(w)) of this. In fp32, since rounding it to bf16 moves the
-        # decay of slow channels by up to 3 %.
+        # The operator turns this into the decay exp(-exp(-0.5) sigmoid(w)). In fp32, since rounding it to bf16 changes
+        # the decay of slow channels by up to 3 %.
         w = widened(self.w0) + widened(torch.tanh(xw @ cast(self.w1)) @ cast(self.w2))  # [B, T, C] fp32
         # The in-context learning rate: how much of what is stored under a key the new value replaces, from 0 to 1.
         a = torch.sigmoid(cast(self.a0) + (xa @ cast(self.a1)) @ cast(self.a2))  # [B, T, C]
         # The gate has no bias, and its sigmoid is inside the network.
         g = torch.sigmoid(xg @ cast(self.g1)) @ cast(self.g2)  # [B, T, C]
 
-        # Values lean towards the first layer's, which still knows the token itself.
+        # Each value is mixed with the first layer's, which is closest to the token itself.
         if self.first:
             v_first = v
         else:

@@ -83,7 +83,7 @@ def chunked_loss(
 
 
 def values(x: Tensor) -> np.ndarray:
-    """The values of a tensor; of one on a GPU they have to be waited for."""
+    """The values of a tensor; this waits for a GPU if the tensor is there."""
     return (x.cpu() if x.is_cuda else x).numpy()
 
 

@@ -31,7 +31,7 @@ from rwkv_bone.training.trainer import choose_device, is_main_process, make_trai
 
 
 def fit(config: TrainConfig) -> Path:
-    """Train as `config` says and return the last file of trained parameters; UserError for what a user can mend."""
+    """Train as `config` says and return the last file of trained parameters; UserError for what a user can fix."""
     silence_libraries()
     main, run = is_main_process(), config.run
     report: Callable[[str], None] = partial(print, flush=True) if main else lambda line: None

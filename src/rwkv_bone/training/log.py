@@ -23,7 +23,7 @@ from rwkv_bone.training.project import LOG
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory that this process has held: in tensors on the GPU, or resident on a CPU."""
+    """Peak memory of this process in MiB: of tensors on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -31,7 +31,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def peak_reserved_mb(device: torch.device) -> float | None:
-    """Most memory that PyTorch has reserved on the GPU, so what a card must have. None on a CPU."""
+    """Peak memory that PyTorch has reserved on the GPU in MiB: what the card must have. None on a CPU."""
     return torch.cuda.max_memory_reserved(device) / 2**20 if device.type == "cuda" else None
 
 
@@ -54,7 +54,7 @@ class StepLog(Callback):
     | peak_memory_mb | so far, in MiB: `peak_memory_mb` |
     | peak_reserved_mb | so far, in MiB: `peak_reserved_mb`; null on a CPU |
 
-    A continued run keeps the lines of the steps that it does not take again: `kept`.
+    kept: the lines of an earlier process, of the steps that a continued run does not repeat.
     """
 
     def __init__(self, path: Path, kept: Sequence[dict] = ()):
@@ -116,7 +116,7 @@ def read_log(path: Path, steps: int) -> list[dict]:
             try:
                 records.append(json.loads(line))
             except ValueError as error:
-                raise UserError(f"{path}:{len(records) + 1} is not JSON ({error}): mend or remove the file") from None
+                raise UserError(f"{path}:{len(records) + 1} is not JSON ({error}): repair or remove the file") from None
     if [record["step"] for record in records] != list(range(1, steps + 1)):
         raise UserError(f"{path} does not hold the steps 1 to {steps}: restore or remove the file")
     return records

@@ -27,7 +27,7 @@ EQUIVALENT = {"op", "chunk_ctx", "grad_cp", "accelerator", "strategy"}
 # The second group changes only what is written, measured or shown, and how long the run is.
 OUTSIDE_THE_STEPS = {"proj_dir", "overwrite", "resume", "cache_dir", "wandb", "eval_data", "eval_samples"}
 OUTSIDE_THE_STEPS |= {"epoch_begin", "epoch_count", "epoch_save", "save_steps"}
-# Instead of the third group its effects are compared: fingerprints of base and data, architecture, samples of a step.
+# The third group is compared by its effects: fingerprints of base and data, architecture, samples of a step.
 COMPARED = {"load_model", "n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size", "my_testing", "data_file"}
 COMPARED |= {"devices", "num_nodes", "accumulate_grad_batches", "micro_bsz"}
 FREE = EQUIVALENT | OUTSIDE_THE_STEPS | COMPARED

@@ -22,7 +22,7 @@ from rwkv_bone.training.resume import Saved
 
 @dataclass(frozen=True)
 class Output:
-    """How trained parameters become a file."""
+    """Which parameters a file holds, under which keys and dtypes, and its metadata."""
 
     keys: tuple[str, ...]  # of the tensors, in the order of the file
     metadata: dict

@@ -1,4 +1,4 @@
-"""Random numbers that a continued run draws again as an uninterrupted one would."""
+"""Random numbers that are the same in a continued and in an uninterrupted run."""
 
 from __future__ import annotations
 
