@@ -234,9 +234,7 @@ class RunConfig:
     devices: int = setting(1, "number of GPUs (or CPU processes) on each machine")
     num_nodes: int = setting(1, "number of machines")
     strategy: str = setting(
-        "auto",
-        "DeepSpeed ZeRO stage; offload = optimiser state in the CPU's memory; auto = deepspeed_stage_1",
-        STRATEGIES,
+        "auto", "DeepSpeed ZeRO stage; offload uses the CPU's memory too; auto = deepspeed_stage_1", STRATEGIES
     )
     precision: str = setting(
         "bf16", "dtype of frozen weights and arithmetic; what is trained is always fp32", PRECISIONS
