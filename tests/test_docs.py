@@ -28,7 +28,7 @@ from rwkv_bone.config import MergeConfig
 from rwkv_bone.config.field_flags import MERGE_FLAGS, TRAIN_FLAGS
 from rwkv_bone.config.flags import ALIASES
 from rwkv_bone.config.saved import SECTIONS
-from rwkv_bone.conversion.convert import ConvertConfig
+from rwkv_bone.conversion.flags import ConvertConfig
 from rwkv_bone.data.prepare import PrepareConfig
 from rwkv_bone.data.preview import PreviewConfig
 from rwkv_bone.hf.flags import HfConfig

@@ -76,6 +76,7 @@ def test_loading_a_model_reads_no_data_modules():
         "rwkv_bone.commands",
         "rwkv_bone.devices",
         "rwkv_bone.errors",
+        "rwkv_bone.conversion.flags",
         "rwkv_bone.hf.flags",
     ],
 )

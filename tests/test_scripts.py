@@ -20,7 +20,7 @@ import pytest
 
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.config.flags import ALIASES, SECTIONS, parse_merge, parse_train
-from rwkv_bone.conversion.convert import ConvertConfig
+from rwkv_bone.conversion.flags import ConvertConfig
 from rwkv_bone.data.prepare import PrepareConfig
 from rwkv_bone.data.preview import PreviewConfig
 from rwkv_bone.errors import UserError

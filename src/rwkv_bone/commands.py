@@ -43,9 +43,12 @@ def convert(prog: str = "rwkv-bone-convert") -> int:
     """Convert an adapter from one format to another."""
 
     def body() -> None:
-        from rwkv_bone.conversion.convert import main
+        from rwkv_bone.conversion.flags import parse_convert
 
-        main(prog)
+        config = parse_convert(sys.argv[1:], prog)
+        from rwkv_bone.conversion.convert import convert
+
+        print("\n".join(convert(config)))
 
     return exit_status(body)
 

@@ -5,7 +5,7 @@ import pytest
 from rwkv_bone.config import flags
 from rwkv_bone.config.field_flags import MERGE_FLAGS, TRAIN_FLAGS
 from rwkv_bone.config.other_names import OTHER_NAMES, intended_flag
-from rwkv_bone.conversion.convert import ConvertConfig
+from rwkv_bone.conversion.flags import ConvertConfig
 from rwkv_bone.data.prepare import PrepareConfig
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf.flags import IGNORED_FLAGS, HfConfig

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,71 +29,13 @@ from rwkv_bone.adapters import peft_format
 from rwkv_bone.adapters.files import AdapterFile, infer_adapter, read_adapter
 from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.adapters.settings import AdapterSettings
-from rwkv_bone.config import BONE_MODES, QUANTS, setting
-from rwkv_bone.config.fields import check_choices, check_given
-from rwkv_bone.config.flags import parse_section
+from rwkv_bone.conversion.flags import ConvertConfig, parse_convert
 from rwkv_bone.conversion.merge import trained_quant
 from rwkv_bone.errors import UserError, exit_status
 
-FORMATS = ("auto", "native", "miss", "lora")
-NAMES = ("hf", "rwkv")
 ALIC_LI = ".weight.D"
 FILE_SUFFIXES = (".pth", ".safetensors")
-EXAMPLES = (
-    (
-        "what the first example of train.py has trained, as a MiSS directory for Hugging Face PEFT",
-        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/rwkv-0.pth --output out/peft",
-    ),
-    (
-        "the same as a LoRA, which equals it",
-        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/rwkv-0.pth --to lora "
-        "--output out/peft-lora",
-    ),
-    (
-        "a PEFT directory as a file for merge.py and train.py --peft_load",
-        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/peft --output out/back.pth",
-    ),
-)
 MERGE = "merge it (python merge.py --help) and convert the merged model"
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    adapter: str = setting("", "adapter to read: a file, or a directory of Hugging Face PEFT")
-    base_model: str = setting("", "RWKV checkpoint that the adapter was trained on")
-    output: str = setting("", "what to write: a .pth or .safetensors file, or a directory for Hugging Face PEFT")
-    to: str = setting(
-        "auto",
-        "format to write: native (this project's), miss or lora; auto = native for a file; in a directory lora for "
-        "LoRA and PiSSA, else miss",
-        FORMATS,
-    )
-    overwrite: bool = setting(False, "1 = replace the output if it exists; 0 = refuse to")
-    peft: str = setting(
-        "auto",
-        "kind of the adapter, if its file does not say (bat-flat: RWKV-PEFT's of mid 2024); auto = by its shapes",
-        ("auto", *BONE_MODES, "bat-flat", "lora", "pissa", "state"),
-    )
-    bone_r: int = setting(0, "block size or rank of the adapter, if its file does not say; 0 = by its shapes")
-    lora_alpha: float = setting(
-        0.0, "alpha of the adapter, if its file lacks it; 0 = not given, an error if alpha is needed"
-    )
-    quant: str = setting(
-        "auto",
-        "format of the base that the adapter was trained on; auto = by its metadata, else none",
-        ("auto", *QUANTS),
-    )
-    pissa_init: str = setting("", "for PiSSA adapters of RWKV-PEFT: the init_pissa.pth beside them")
-    names: str = setting(
-        "hf", "module names in a directory: hf (model.layers.0.attn.k_proj) or rwkv (blocks.0.att.key)", NAMES
-    )
-    hf_base: str = setting(
-        "", "name or folder of the base as a Hugging Face model, written into a directory's configuration; empty = none"
-    )
-
-    def __post_init__(self):
-        check_given(self, "adapter", "base_model", "output")
-        check_choices(self)
 
 
 def convert(config: ConvertConfig) -> list[str]:
@@ -342,9 +284,8 @@ def _directory_target(target: str, name: Callable[[str], str]) -> str:
     return name(layer + target).removeprefix(layer).removeprefix("model.layers.0.")
 
 
-def main(prog: str = "python -m rwkv_bone.conversion.convert") -> None:
-    description = "Convert an adapter of an RWKV model from one format to another."
-    print("\n".join(convert(parse_section(prog, description, ConvertConfig, sys.argv[1:], examples=EXAMPLES))))
+def main() -> None:
+    print("\n".join(convert(parse_convert(sys.argv[1:], "python -m rwkv_bone.conversion.convert"))))
 
 
 if __name__ == "__main__":
