@@ -5,7 +5,8 @@
 Each row is a process of its own, so that its peak is its own. Before any row, the chunked gradient is compared with
 the whole one at the shortest length; rows are printed only if they agree. On a CPU (Linux) the peak is that of resident
 memory above what the process held before the step, as a user's process has it: glibc's settings are left alone, so
-blocks that it keeps after they are freed count. On CUDA the peak is the allocator's.
+what it keeps of freed blocks counts, which in chunks is most of the peak. Called with MALLOC_MMAP_THRESHOLD_=131072 it
+gives them back at once, and the peak is that of the tensors. On CUDA the peak is the allocator's.
 """
 
 import argparse
