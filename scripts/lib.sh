@@ -4,16 +4,15 @@
 # The variables of a script are its settings. Of every `name=value` in its text, a name in small letters is passed as
 # the flag --name, one in capitals is exported, and one that begins with _ is the script's own. The program refuses a
 # flag that it does not know, so no variable is ignored in silence.
-_me=$repo/scripts/lib.sh # As in the scripts, comments let these lines run where lines end as on Windows.
-grep -q "$(printf '\r')" "$_me" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$_me'" >&2 && exit 2 #
-
 die() { printf '%s\n' "error: $*" >&2; exit 2; } # dash's echo would change backslashes
+_lib=$repo/scripts/lib.sh # As in the scripts, comments let these lines run where lines end as on Windows.
+! grep -q "$(printf '\r')" "$_lib" || die "Windows line ends; fix: sed -i 's/\r\$//' '$_lib'" #
 
 [ -f "$0" ] || die "$0 is not the path of this script, whose text is read: run it as sh FILE"
 
-# variables: the names that the script assigns, one a line, found in its text without quoted values and comments.
+# variables: the names that the script assigns, one a line, found in its text without what is quoted or a comment.
 variables() {
-    sed -e "s/'[^']*'//g" -e 's/"[^"]*"//g' -e 's/^#.*//' -e 's/[[:blank:]]#.*//' -e '/^[[:blank:]]*export /d' "$0" |
+    sed -E -e "s/'[^']*'|\"(\\\\.|[^\\\\\"])*\"|\\\\.|(^|[[:blank:]])#.*//g" -e '/^[[:blank:]]*export /d' "$0" |
         tr ';\t ' '[\n*]' | sed -n 's/^\([[:alpha:]][[:alnum:]_]*\)=.*/\1/p'
 }
 assigns() { variables | grep -Eqx "$1"; }

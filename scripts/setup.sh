@@ -48,8 +48,8 @@ report() { # report WHICH [check]: what is used; check: also whether its torch c
 give_up() {
     free=$(df -Pk -- "$repo" 2> /dev/null | awk 'NR == 2 { print int($4 / 1024) }') || free=
     if grep -qs 'No space left on device' "$log" || [ "${free:-1000}" -lt 100 ]; then
-        die "$1: the disk is full. Make room ($free MB are free at $repo; a torch for CUDA takes 8000) or, where" \
-            "${TMPDIR:-/tmp} is what is full, set TMPDIR to a folder elsewhere, $or_activate"
+        die "$1: the disk is full. Make room ($free MB are free at $repo; PyTorch for CUDA and the rest take 6000)" \
+            "or, where ${TMPDIR:-/tmp} is what is full, set TMPDIR to a folder elsewhere, $or_activate"
     elif grep -Eqs 'connection broken by|onnection error|Max retries exceeded|ReadTimeout' "$log"; then
         die "$1: it cannot reach the package index. Check the network (behind a proxy set HTTPS_PROXY, for a mirror" \
             "PIP_INDEX_URL), $or_activate"

@@ -263,6 +263,24 @@ def test_a_word_that_is_no_flag_is_refused(ready):
     assert "stray: expected flags" in sentence(ready.sh("prepare_data.sh", "stray"))
 
 
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("""wandb="it's"; save_steps=7 # the user's""", ["--wandb=it's", "--save_steps=7"]),
+        (r"""wandb="a\"b # c"; save_steps=7""", ['--wandb=a"b # c', "--save_steps=7"]),
+        (r"""wandb=it\'s; save_steps=7 # isn't""", ["--wandb=it's", "--save_steps=7"]),
+        ("wandb='a\nsave_steps=7'", ["--wandb=a\nsave_steps=7"]),
+        ("if true; then wandb=a; fi\n\tsave_steps=7", ["--wandb=a", "--save_steps=7"]),
+        ("if false; then wandb=a; fi", []),
+        ("wandb=a#b", ["--wandb=a#b"]),
+    ],
+)
+def test_assignments_are_found_as_the_shell_reads_them(line, expected, ready):
+    ready.edit("run_bone.sh", line)
+    given = arguments(ready.sh("run_bone.sh"))
+    assert given[given.index("--grad_cp=0") + 1 :] == expected
+
+
 def test_variables_of_the_environment_are_no_settings(ready):
     ready.edit(
         "run_bone.sh",
