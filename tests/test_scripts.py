@@ -424,7 +424,10 @@ def test_a_script_is_the_same_wherever_it_lies_and_is_linked_from(shell, tools, 
         ]
     for command, folder in ways:
         assert arguments(ready.run(*command, cwd=folder)) == expected, (command, folder)
-    assert arguments(ready.run(shell, "run.sh", cwd=deep, CDPATH=str(ready.elsewhere.parent))) == expected
+    decoy = ready.elsewhere / ready.root.name / "scripts"  # where a cd that looks into CDPATH would go
+    decoy.mkdir(parents=True)
+    command = (shell, f"{ready.root.name}/scripts/run_bone.sh")
+    assert arguments(ready.run(*command, cwd=ready.root.parent, CDPATH=str(ready.elsewhere))) == expected
 
 
 @pytest.mark.parametrize("script", SETTINGS)
@@ -433,6 +436,8 @@ def test_a_copy_outside_of_the_repository_names_it_or_says_so(script, ready):
     expected = arguments(ready.sh(script, "--flag"))
     copy = ready.elsewhere / "my copy.sh"
     shutil.copy(ready.scripts / script, copy)
+    (ready.elsewhere / "scripts").mkdir()  # of another project
+    (ready.elsewhere / "scripts" / "lib.sh").write_text("echo another; exit 1")
     assert sentence(ready.run("sh", copy)) == f"error: '' is no repository: set repo= in {copy} to its folder"
     text = copy.read_text()
     for wrong in ("/nowhere", ready.elsewhere):
