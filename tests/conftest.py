@@ -13,12 +13,18 @@ from rwkv_bone.config import ModelConfig
 from rwkv_bone.models import architecture_from_scratch, build, init_from_scratch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def python_path() -> str:
     """PYTHONPATH for a process of its own: ours first, then what this process was given, where packages may be."""
     given = os.environ.get("PYTHONPATH")
     return os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY), *([given] if given else [])])
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without the variables that a run in this process leaves: a new process would join that run."""
+    return {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, clean_environment
 
 PAGE = REPOSITORY / "docs" / "clusters.md"
 SHORT = "--accelerator cpu --ctx_len 64 --micro_bsz 2 --epoch_steps 3 --eval_samples 0".split()
@@ -42,7 +42,11 @@ def test_two_nodes_by_torchrun_train_the_adapter_of_one_machine_to_the_bit(tmp_p
         # A folder for each: only the first machine's is used.
         node = changed(words, **here, node_rank=rank, proj_dir=str(tmp_path / f"node{rank}"))
         torchrun = [sys.executable, "-m", "torch.distributed.run", *node[1:], *short]
-        nodes.append(subprocess.Popen(torchrun, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        nodes.append(
+            subprocess.Popen(
+                torchrun, cwd=REPOSITORY, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
     outputs = [node.communicate(timeout=300)[0].decode() for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
     assert "step 3/3" in outputs[0] and "step" not in outputs[1]
@@ -50,6 +54,8 @@ def test_two_nodes_by_torchrun_train_the_adapter_of_one_machine_to_the_bit(tmp_p
 
     train = words[words.index("train.py") :]
     alone = changed(train, num_nodes="1", devices="2", proj_dir=str(tmp_path / "alone"))
-    subprocess.run([sys.executable, *alone, *short], cwd=REPOSITORY, capture_output=True, check=True)
+    subprocess.run(
+        [sys.executable, *alone, *short], cwd=REPOSITORY, env=clean_environment(), capture_output=True, check=True
+    )
     found, expected = (torch.load(tmp_path / name / "rwkv-0.pth") for name in ("node0", "alone"))
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)

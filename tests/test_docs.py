@@ -2,7 +2,7 @@
 
 Each page is one test. Its ```sh and ```python blocks run from top to bottom in one scratch copy of the repository, as a
 reader types them; the line `<!-- not run: needs NAME -->` directly before a fence leaves a block out and says why.
-Output shown to the reader stands in ```text. `PYTHONPATH=src python tests/test_docs.py` lists the blocks that run and
+Output shown to the reader stands in ```text. `PYTHONPATH=src:. python tests/test_docs.py` lists the blocks that run and
 those that do not.
 
 Only the Python that the blocks find is a stand-in (`PYTHON`): it runs training for two steps an epoch, and answers
@@ -32,6 +32,7 @@ from rwkv_bone.conversion.flags import ConvertConfig
 from rwkv_bone.data.prepare import PrepareConfig
 from rwkv_bone.data.preview import PreviewConfig
 from rwkv_bone.hf.flags import HfConfig
+from tests.conftest import clean_environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
@@ -151,7 +152,7 @@ class Desk:
 
     def run(self, block: Block) -> None:
         """AssertionError with the end of its output if a block fails."""
-        environment = os.environ | {
+        environment = clean_environment() | {
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
             "RWKV_PYTHON": str(self.bin / "python"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root / "src"), os.environ.get("PYTHONPATH")])),

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import clean_environment
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "scripts" / "gpu_check.sh"
 # Of those, "slow" holds tests for a GPU alone.
@@ -30,7 +32,7 @@ class Check:
         for made in (self.bin, self.temporary):
             made.mkdir()
         self.stand_in("python3", "")
-        self.environment = os.environ | {
+        self.environment = clean_environment() | {
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
             "TMPDIR": str(self.temporary),
             "OMP_NUM_THREADS": "1",

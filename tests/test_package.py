@@ -1,7 +1,6 @@
 """The package: versions written once, console scripts, and a wheel that needs nothing of the checkout."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from packaging.requirements import Requirement
 
 from rwkv_bone import __version__
 from rwkv_bone.ops import build
+from tests.conftest import clean_environment
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -98,7 +98,7 @@ def hooks() -> list[list[str]]:
 @pytest.mark.parametrize("command", hooks(), ids=lambda command: command[2])
 def test_pre_commit_runs_the_pinned_tools_and_fails_where_they_complain(command, tmp_path):
     def run(*words: str) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "RWKV_PYTHON": sys.executable}
+        environment = {**clean_environment(), "RWKV_PYTHON": sys.executable}
         return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
     done = run(*command)
@@ -157,7 +157,7 @@ def installed(wheel, tmp_path_factory):
         done = subprocess.run(
             [sys.executable, *words],
             cwd=elsewhere,
-            env={**os.environ, "PYTHONPATH": str(folder), **environment},
+            env={**clean_environment(), "PYTHONPATH": str(folder), **environment},
             capture_output=True,
             text=True,
         )

@@ -465,7 +465,7 @@ def test_a_setup_or_test_script_that_is_linked_works_and_a_copy_says_so(clone):
     result = clone.run("sh", clone.elsewhere / "setup.sh")
     assert result.stdout == f"{clone.bin}/python3\n"
     clone.python('case $* in *requirements_met*) ;; *rwkv_bone.devices*) echo ok ;; *) echo "$@" ;; esac')
-    assert "-m pytest here" in clone.run("sh", "test.sh", "here").stdout
+    assert "-m pytest -n 2 --dist loadfile here" in clone.run("sh", "test.sh", "here").stdout
     (clone.elsewhere / "setup.sh").unlink()
     shutil.copy(clone.scripts / "setup.sh", clone.elsewhere)
     assert "run scripts/setup.sh in the repository" in sentence(clone.run("sh", "setup.sh"))
@@ -530,7 +530,7 @@ def test_git_gives_text_unix_line_ends_on_every_system_and_leaves_other_files_al
 def test_test_script_passes_its_arguments_to_pytest(clone):
     clone.python('case $* in *requirements_met*) ;; *rwkv_bone.devices*) echo ok ;; *) echo "$@" ;; esac')
     result = clone.sh("test.sh", "-m", "gpu")
-    assert result.stdout.splitlines() == ["-m ruff check .", "-m mypy", "-m pytest -m gpu"]
+    assert result.stdout.splitlines() == ["-m ruff check .", "-m mypy", "-m pytest -n 2 --dist loadfile -m gpu"]
 
 
 def test_setup_takes_an_active_environment_that_has_everything_and_is_quick(clone):

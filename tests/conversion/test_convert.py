@@ -16,7 +16,7 @@ from rwkv_bone.adapters.peft_format import hf_name
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.conversion.convert import ConvertConfig, convert, main
 from rwkv_bone.errors import UserError, exit_status
-from tests.conftest import adapter_state, random_model
+from tests.conftest import adapter_state, clean_environment, random_model
 
 peft = pytest.importorskip("peft")
 
@@ -326,7 +326,7 @@ def test_flags_that_cannot_be_meant_are_refused(words, message):
 
 def test_the_script_prints_what_it_did_and_fails_with_a_sentence(field, capsys, monkeypatch):
     words = ["--base_model", field.base, "--adapter", native(field, "bone"), "--output", field.folder / "directory"]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**clean_environment(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     script = ["sh", REPOSITORY / "scripts" / "convert.sh", *words]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"output    {field.folder}/directory"

@@ -14,6 +14,7 @@ from rwkv_bone.config.saved import to_json
 from rwkv_bone.data import Sample, load_tokenizer
 from rwkv_bone.data.preview import parse, preview, show
 from rwkv_bone.errors import UserError
+from tests.conftest import clean_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BYTES = load_tokenizer("bytes", 256)
@@ -127,7 +128,7 @@ esac
 """
     )
     stand_in.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": "mine"}
+    environment = clean_environment() | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": "mine"}
     command = ["sh", REPOSITORY / "scripts" / "preview_data.sh", "--samples", "1"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

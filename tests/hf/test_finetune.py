@@ -16,6 +16,7 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.hf import BoneModel
 from rwkv_bone.hf.data import IGNORED_LABEL, collate, load_samples, render, rows_of
 from rwkv_bone.hf.flags import IGNORED_FLAGS, HfConfig
+from tests.conftest import clean_environment
 from tests.hf.conftest import CHAT
 
 transformers = pytest.importorskip("transformers")
@@ -174,7 +175,7 @@ def test_the_script_trains_under_deepspeed_with_the_same_losses(folder, capsys):
     expected = measured(capsys.readouterr().out)
     given = flags(folder, "deep", deepspeed="zero2", eval_path="", merge=1)
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**clean_environment(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     script = ["sh", REPOSITORY / "scripts" / "run_bone_hf.sh", *words]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import torch
 
 from rwkv_bone.ops import driver
 from rwkv_bone.ops.launches import ELEMENTS, HEAD_SIZES, Launch, launches, source
-from tests.conftest import python_path
+from tests.conftest import clean_environment, python_path
 from tests.ops import wkv6_inputs, wkv_inputs
 from tests.ops.packed_inputs import each_alone, packed_case
 from tests.ops.shim import ShimLibrary, build_shim, compile_on_shim, schedule
@@ -248,7 +247,7 @@ def test_no_kernel_touches_memory_outside_its_tensors(tmp_path):
         subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
         for name in ("asan", "ubsan")
     ]
-    environment = os.environ | {
+    environment = clean_environment() | {
         "LD_PRELOAD": " ".join(runtime),
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONPATH": python_path(),

@@ -13,11 +13,10 @@ import torch
 
 from rwkv_bone import checkpoints
 from rwkv_bone.config.flags import parse_train
-from tests.conftest import REPOSITORY, python_path, random_model
+from tests.conftest import REPOSITORY, clean_environment, python_path, random_model
 
 # Responses of unequal length, so that ranks and micro-batches have unequal numbers of trained tokens.
 ROWS = [(f"{n} -> ", str(n)[::-1] * (1 + n % 4)) for n in range(37, 48)]
-RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 @dataclass
@@ -28,11 +27,6 @@ class Run:
     flags: dict
     folder: str = ""
     dies_after: int | None = None
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment without the variables that a run in this process leaves: a new process would join that run."""
-    return {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
 
 
 @dataclass

@@ -15,9 +15,8 @@ from rwkv_bone.data import Batch
 from rwkv_bone.ops import cross_entropy
 from rwkv_bone.training.module import Fetched, TrainingModule
 from rwkv_bone.training.signals import StopOnSignal
-from tests.conftest import python_path
+from tests.conftest import clean_environment, python_path
 from tests.training import host_syncs
-from tests.training.conftest import clean_environment
 
 OURS = {("rwkv_bone", "module.py", "tolist"): 1}
 # What DeepSpeed 0.19.8 does in its fp32 mode with clipping. At stages 1 and 2 it asks whether the norm is finite, once

@@ -13,8 +13,8 @@ from rwkv_bone import checkpoints
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject
 from rwkv_bone.models import build, load_base_into
 from rwkv_bone.training.place import place
-from tests.conftest import python_path, random_model
-from tests.training.conftest import adapter_of, clean_environment, largest_difference, log_of
+from tests.conftest import clean_environment, python_path, random_model
+from tests.training.conftest import adapter_of, largest_difference, log_of
 
 MEASURE = """
 import json, sys, threading, time
