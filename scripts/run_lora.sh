@@ -43,7 +43,7 @@ repo= # the repository's folder; set it only in a copy that lies, and is run, ou
 root() { if [ -d "$1/src/rwkv_bone" ]; then printf '%s\n' "$1"; else [ -n "$1" ] && root "${1%/*}"; fi; }
 _file=$(readlink -f -- "$0" 2> /dev/null || (CDPATH='' cd -- "$(dirname -- "$0")" && pwd))
 repo=${repo:-$(root "$_file" || root "$PWD" || true)}
-[ -d "$repo/src/rwkv_bone" ] || { echo "error: '$repo' is no repository: set repo= in $0 to its folder" >&2; exit 2; }
+[ -d "$repo/src/rwkv_bone" ] || { echo "error: no repository at '${repo:-$PWD}': set repo= in $0" >&2; exit 2; }
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$repo/scripts/lib.sh"
 run train.py "$@"

@@ -438,12 +438,12 @@ def test_a_copy_outside_of_the_repository_names_it_or_says_so(script, ready):
     shutil.copy(ready.scripts / script, copy)
     (ready.elsewhere / "scripts").mkdir()  # of another project
     (ready.elsewhere / "scripts" / "lib.sh").write_text("echo another; exit 1")
-    assert sentence(ready.run("sh", copy)) == f"error: '' is no repository: set repo= in {copy} to its folder"
+    assert sentence(ready.run("sh", copy)) == f"error: no repository at '{ready.elsewhere}': set repo= in {copy}"
     text = copy.read_text()
     for wrong in ("/nowhere", ready.elsewhere):
         copy.write_text(text.replace("\nrepo=", f"\nrepo='{wrong}'", 1))
         # Not even where another could be found: what is written there is what is wanted.
-        assert f"'{wrong}' is no repository" in sentence(ready.run("sh", copy, cwd=ready.root))
+        assert f"no repository at '{wrong}'" in sentence(ready.run("sh", copy, cwd=ready.root))
     copy.write_text(text.replace("\nrepo=", f"\nrepo='{ready.root}'", 1))
     assert arguments(ready.run("sh", copy, "--flag")) == expected
     copy.write_text(text.replace("\nrepo=", "\nrepo='../a clone of mine'", 1))
