@@ -134,7 +134,7 @@ def test_a_failing_check_is_shown_and_does_not_stop_the_next(check):
 
 def test_a_check_that_hangs_is_a_failure(check):
     check.stand_in("timeout", "*build.py*) exit 124 ;; *memcheck.py*) exit 0 ;;")
-    done = check.run("--parts", "build,memcheck")
+    done = check.run("--parts", "build,memcheck", "--budget", "3000")
     assert done.returncode == 1 and check.status() == {"build": "timeout", "memcheck": "pass"}
     assert [row["limit"] for row in check.rows("check")] == [4 * 120, 4 * 60]
 
