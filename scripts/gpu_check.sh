@@ -167,7 +167,7 @@ part_tests() {
     has pytest hypothesis || return 0
     models=tests/models/test_devices.py
     if [ "$quick" = 1 ]; then
-        pytest_check tests 90 -k "$device and (bone-7 or answers)" "$models" tests/test_generation_on_devices.py
+        pytest_check tests 90 -k "$device and (bone-7 or answers)" "$models" tests/inference/test_generation_on_devices.py
         return 0
     fi
     # shellcheck disable=SC2046 # lists of words

@@ -210,3 +210,8 @@ def test_a_signal_ends_it_with_the_check_under_way_and_leaves_nothing_behind(che
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     assert not any(check.temporary.iterdir())
+
+
+def test_the_files_of_tests_that_it_names_exist():
+    named = set(re.findall(r"tests/[\w/]+(?:\.py)?", (REPOSITORY / "scripts" / "gpu_check.sh").read_text()))
+    assert len(named) > 3 and [name for name in named if not (REPOSITORY / name).exists()] == []
