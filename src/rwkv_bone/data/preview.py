@@ -11,6 +11,7 @@ import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,7 @@ def _readable(ids: np.ndarray, tokenizer: Tokenizer) -> str:
 def _runs(flags: np.ndarray) -> Iterator[tuple[bool, int, int]]:
     """(value, begin, end) of each run of equal values."""
     bounds = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         yield bool(flags[begin]), begin, end
 
 
