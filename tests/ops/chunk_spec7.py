@@ -19,10 +19,10 @@ the inputs, in a dict by these names:
     scan_backward  W, bt, Q, whole -> dstates, dstate0                 one chunk after another, from the last
     gradients      states, dstates -> dr, dw, dk, dv, da, db           every chunk by itself
 
-states and dstates are those at the start of a chunk and the gradients of those at its end. W, bt, Q are
-[slots, H, L, N]; KV, states, dstates [slots, H, N, N]; whole [slots, H, N]; slots as chunk_model.Chunks numbers them; Y0
-as y. Every product rounds its operands; what goes through memory in between is rounded likewise, but whole, which is
-not, and Y0, which has y's dtype.
+states are those at the start of each chunk, dstates the gradients of those at its end. W, bt, Q are [slots, H, L, N],
+KV, states, dstates [slots, H, N, N], whole [slots, H, N], slots as chunk_model.Chunks numbers them; Y0 is like y. Every
+product rounds its operands, and what goes through memory in between is rounded likewise: all but whole, which is not
+rounded, and Y0, which has y's dtype.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Problem:
         self.up, self.up_before, self.down = G.exp(), g.exp(), (-G).exp()
         self.whole = G[:, :, -1].exp()
         # Rounded here for good: as operands, as the start of a sum, and as factors of the decay's gradient.
-        self.rt, self.at, self.kt, self.bt = map(m.round, (r * self.up, a * self.up_before, k * self.down, b * self.down))
+        self.rt, self.at = m.round(r * self.up), m.round(a * self.up_before)
+        self.kt, self.bt = m.round(k * self.down), m.round(b * self.down)
 
         self.Aab, self.Aak = m.product(self.at, self.bt.mT).tril(-1), m.product(self.at, self.kt.mT).tril(-1)
         self.Ark, self.Arb = m.product(self.rt, self.kt.mT).tril(), m.product(self.rt, self.bt.mT).tril()
@@ -167,10 +168,10 @@ def scan_backward(p: Problem, handed: Mapping[str, Tensor]) -> dict[str, Tensor]
 def gradients(p: Problem, handed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every gradient of a chunk from its inputs and the two states, U and its gradient X made anew.
 
-    A log decay at token j scales what is written before j and read at j or later, for a~ later than j. Summed per column,
-    that is every read's r~ dr~ and a~ da~ from there to the end, less every write's k~ dk~ and b~ db~, plus what reaches
-    the chunk's end: sum(S o D) over the rows, and the shares of k~ and b~ in D. Most of these terms cancel, and do so
-    exactly if each factor is the rounded number that stood in the product.
+    The log decay of token j scales all that is written before j and read by r~ at j or later, or by a~ later than j.
+    Per column that is the sum of r~ dr~ and a~ da~ from there to the end, less the same of k~ dk~ and b~ db~, plus what
+    the chunk's end receives: the sum of S o D over rows, and all of k~ (V D) and b~ (U D). Pairs of a write and a read
+    that are both late cancel, and do so exactly if each factor is the rounded number that stood in the product.
     """
     m, product = p.rounding, p.rounding.product
     S = handed["states"]
