@@ -6,11 +6,11 @@ The log decay has no lower bound, so no exponent may be positive, and no sum of 
     r0 = r e^before(log)    kd = k e^after(log)    whole = e^(sum of log)
 
 Then y = A V + r0 S^T and S' = S diag(whole) + V^T kd, with S the state at the chunk's start, rows = value index,
-columns = key index. The triangle A is a sum over levels h = L/2, L/4, .. 1. Cut the chunk in pieces of h tokens. A token
-t that reads and a token s that writes before it belong to the level on which they lie in neighbouring pieces, t in an
-odd one and s in the even one before it. The decay between them is the product of that from s to the end of its piece
-and that from the start of the piece to t, both sums of logs within h tokens. A level's reads and writes fit in one tile z,
-and their gradients in another:
+columns = key index. The triangle A is a sum over levels h = L/2, L/4, .. 1. Cut the chunk in pieces of h tokens. A
+token t that reads and a token s that writes before it belong to the level on which they lie in neighbouring pieces, t
+in an odd one and s in the even one before it. The decay between them is the product of that from s to the end of its
+piece and that from the start of the piece to t, both sums of logs within h tokens. A level's reads and writes fit in
+one tile z, and their gradients in another:
 
     z = r e^before_h(log) in odd pieces, k e^after_h(log) in even ones
     A = sum over h of (z z^T, t in an odd piece and s in the one before) + diagonal(r . (u o k))
@@ -160,8 +160,8 @@ def gradients(p: Problem, handed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every gradient of a chunk from its inputs and the two states.
 
     The gradient of a log decay is the sum of z dz over the tokens whose exponent holds it: in an odd piece those after
-    it, in an even piece those before it, likewise for r0 and kd with the chunk as the piece; plus that of the state which
-    passes through. Nothing is subtracted, so nothing cancels.
+    it, in an even piece those before it, likewise for r0 and kd with the chunk as the piece; plus that of the state
+    which passes through. Nothing is subtracted, so nothing cancels.
     """
     m, product, L = p.rounding, p.rounding.product, p.chunks.L
     S, dS = handed["states"], handed["dstates"]
