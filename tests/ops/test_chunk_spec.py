@@ -128,6 +128,27 @@ def test_a_kernel_needs_only_what_it_is_said_to_read_and_no_unused_slot(operator
             torch.testing.assert_close(x[rows], whole[name][rows], rtol=0, atol=0)
 
 
+@each_operator
+@pytest.mark.parametrize("operand", ["bf16", "bf16x3"])
+def test_what_goes_through_memory_has_the_format_of_operands(operator, operand):
+    spec = MODULES[operator]
+    p = spec.Problem(problem(operator, 16, "random_without_states", torch.bfloat16)[0], 16, operand=operand)
+    handed = spec.run(p)
+    for name in ("W", "bt", "Q", "KV", "DR", "states", "dstates"):
+        if name in handed:
+            assert torch.equal(handed[name], p.rounding.round(handed[name])), name
+            assert operand == "bf16" or not torch.equal(handed[name], handed[name].bfloat16().float()), name
+    # What is carried along is not.
+    assert not torch.equal(handed["state"], p.rounding.round(handed["state"]))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_solve_rounds_neither_its_right_side_nor_its_unit_diagonal(transposed):
+    p = chunk_spec7.Problem(make_case(torch.bfloat16, B=1, T=1, H=1), 16)
+    right = torch.randn(1, 1, 16, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(p.solve(right, transposed), right)  # of one token alone, the identity's
+
+
 @each_chunk
 def test_a_decay_in_two_parts_is_added_in_float32(L):
     case = with_two_decays(make_case(torch.bfloat16, T=L + 1))
