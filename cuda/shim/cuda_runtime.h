@@ -217,12 +217,14 @@ inline float __shfl_xor_sync(unsigned mask, float x, int other) {
 namespace shim {
 
 // Runs body(arguments) as every thread of every block. False, with a text in machine.failure, if the kernel is broken.
-inline bool launch(void (*body)(void*), void* arguments, int64_t blocks, int threads) {
+inline bool launch(void (*body)(void*), void* arguments, int64_t blocks, int threads,
+                   size_t shared_bytes) {
   machine.body = body;
   machine.arguments = arguments;
   machine.threads = threads;
   machine.failure[0] = 0;
   blockIdx.x = threadIdx.x = 0;
+  if (shared_bytes > kSharedBytes) return note_failure("more shared memory than a block has");
   if (blocks < 1 || threads < 1 || threads > kMaxThreads) return note_failure("invalid grid or block size");
   const int64_t last = std::min(machine.last_block, blocks);
   for (int64_t i = machine.first_block; i < last; ++i) {
