@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 
 from rwkv_bone.ops import chunked_launches
-from rwkv_bone.ops.sizes import CPU, EXACT, chunks
+from rwkv_bone.ops.sizes import CPU, EXACT, chunking
 
 TABLE = Path(__file__).with_name("choice.json")
 LABELS = {"cpu": CPU, "cuda-exact": EXACT, "cuda-chunked": "chunked32", "cuda-accurate": "accurate16"}
@@ -67,7 +67,7 @@ class Rule(NamedTuple):
         return self.capability in (None, "{}.{}".format(*capability))
 
     def __str__(self) -> str:
-        chunked = chunks(self.kernels)
+        chunked = chunking(self.kernels)
         words = [f"tensor cores in chunks of {chunked.tokens} tokens" if chunked else "sequential"]
         for number, what in ((self.tokens, "tokens"), (self.heads, "heads")):
             if number.start > 1:
@@ -120,7 +120,7 @@ def parse(row: dict) -> Rule:
     """A rule of choice.json. Raises ValueError, KeyError or TypeError for one that is none."""
     row = {"capability": None, **row}
     rule = Rule(**{**row, "tokens": Range(*row["tokens"]), "heads": Range(*row["heads"])})
-    chunked = chunks(rule.kernels)
+    chunked = chunking(rule.kernels)
     if rule.kernels == CPU or chunked and (chunked.mode != "chunked" or rule.N not in chunked_launches.HEAD_SIZES):
         raise ValueError(f"no kernels of a rule: {rule.kernels} for head size {rule.N}")
     if rule.origin != "predicted" and not rule.origin.startswith("measured on "):

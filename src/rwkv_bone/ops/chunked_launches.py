@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 
 from rwkv_bone.ops import launches as shared
 from rwkv_bone.ops.launches import Launch
-from rwkv_bone.ops.sizes import Chunks, all_segments, backward_regions, chunks, forward_regions
+from rwkv_bone.ops.sizes import Chunking, all_segments, backward_regions, chunking, forward_regions
 
 HEAD_SIZES = (32, 64, 128)
 HEADERS = {"wkv7": "wkv7_chunked.cuh", "wkv6": "wkv6_chunked.cuh", "wkv5": "wkv6_chunked.cuh"}
@@ -43,7 +43,7 @@ def dtypes(operator: str) -> tuple[str, ...]:
 
 def source(operator: str, label: str, dtypes: Iterable[str], head_sizes: Iterable[int]) -> str:
     """C++ that makes the operator's kernels of this label for each of these dtypes (see ELEMENTS) and head sizes."""
-    mode, length = _chunks(label)
+    mode, length = _chunking(label)
     head_sizes = tuple(head_sizes)
     lines = [f'#include "{HEADERS[operator]}"']
     for dtype in dtypes:
@@ -76,7 +76,7 @@ def launches(
         backward    saved, dy, d last state, w0, workspace, the gradient of each input, d initial state
     Only WKV-7 has w0, a float32 [H, N] or None. Raises ValueError for what no kernel can take.
     """
-    mode, length = _chunks(label)
+    mode, length = _chunking(label)
     B, T, H, N, D = sizes
     extra = ["w0"] if operator == "wkv7" else []
     named = shared.name_tensors(operator, step, [*extra, *(["workspace"] if step == "forward" else [])], tensors)
@@ -122,8 +122,8 @@ def _parts(operator: str, step: str) -> tuple[str, ...]:
     return BACKWARD if operator == "wkv7" else (*BACKWARD, "sums")
 
 
-def _chunks(label: str) -> Chunks:
-    chunked = chunks(label)
+def _chunking(label: str) -> Chunking:
+    chunked = chunking(label)
     if chunked is None:
         raise ValueError(f"expected a label of chunked kernels, found {label}")
     return chunked
