@@ -88,12 +88,13 @@ def backward_regions(operator: str, label: str, B: int, T: int, H: int, N: int, 
 
 
 def _factors(operator: str, label: str, B: int, T: int, H: int, N: int, D: int) -> dict[str, int]:
-    """What makes a chunk's last state of its first."""
+    """What makes a chunk's last state of its first: see cuda/README.md."""
     chunked = chunking(label)
     assert chunked
     slots = all_segments(label, B, T, D) * H
     rows = slots * chunked.tokens * N * HANDED_OVER[chunked.mode]
-    return (dict.fromkeys(("W", "bt", "Q"), rows) if operator == "wkv7" else {}) | {"whole": FLOAT * slots * N}
+    decay = FLOAT * slots * N
+    return {**dict.fromkeys(("W", "bt", "Q"), rows), "whole": decay} if operator == "wkv7" else {"growth": decay}
 
 
 def all_segments(label: str, B: int, T: int, D: int) -> int:
