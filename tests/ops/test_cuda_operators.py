@@ -1,4 +1,4 @@
-"""PyTorch's operators as they run on a card: which kernels a call takes, with which memory and dtypes; no GPU is needed.
+"""PyTorch's operators as they run on a card: which kernels a call takes, in which memory; no GPU is needed.
 
 The kernels run on the host shim, on CPU tensors: everything from the Python call to the arithmetic is the product's.
 """
@@ -50,10 +50,8 @@ def apart(case: dict) -> tuple[dict, torch.Tensor]:
     [
         ("wkv7", "cuda-exact", BF16),
         ("wkv7", "cuda-chunked", BF16),
-        ("wkv7", "cuda-accurate", BF16),
         ("wkv7", "cuda-accurate", FP32),
         ("wkv6", "cuda-chunked", BF16),
-        ("wkv6", "cuda-accurate", FP32),
         ("wkv5", "cuda-chunked", BF16),
     ],
     ids=str,
@@ -82,7 +80,8 @@ def test_a_call_chooses_by_its_sizes_and_backward_chooses_the_same(shim, monkeyp
     monkeypatch.setattr(choice, "table", lambda: (rule,))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     choice.rules.cache_clear()
-    for T, dtype, label, limit in ((39, BF16, "exact", 3e-3), (40, BF16, "chunked32", 1.5e-2), (40, FP32, "exact", 5e-5)):
+    cases = ((39, BF16, "exact", 3e-3), (40, BF16, "chunked32", 1.5e-2), (40, FP32, "exact", 5e-5))
+    for T, dtype, label, limit in cases:
         case = wkv_inputs.make_case(dtype, B=1, T=T, H=1)
         expected = wkv_inputs.reference_gradients(case)
         for name, x in run("wkv7", case, "cuda").items():
@@ -126,7 +125,7 @@ def test_a_forward_pass_that_saves_nothing_gives_the_same_bits(shim, operator):
 @pytest.mark.parametrize("form", ["cuda-exact", "cuda-chunked"])
 @pytest.mark.parametrize("operator", ["wkv7", "wkv6", "wkv5"])
 def test_the_registered_operators_keep_pytorchs_rules_in_every_form(shim, operator, form):
-    case, w0 = packed_inputs.packed_case(operator, BF16, lengths=(5, 34), H=1, N=32), []
+    case, w0 = packed_inputs.packed_case(operator, BF16, lengths=(5, 34), H=1, N=64), []
     if operator == "wkv7":
         case, *w0 = apart(case)
     inputs = tuple(case[name].requires_grad_() for name in (*compiled.INPUTS[operator], "state"))
