@@ -10,7 +10,8 @@ import shutil
 import pytest
 import torch
 
-from rwkv_bone.ops import build, choice, compiled, cuda, native, trial
+from rwkv_bone.errors import UserError
+from rwkv_bone.ops import build, choice, compiled, cuda, native, select_op, trial
 from rwkv_bone.ops.reference import wkv7_reference
 from tests.ops import packed_inputs, wkv6_inputs, wkv_inputs
 from tests.ops.shim import ShimCalls
@@ -155,3 +156,94 @@ def test_the_public_function_hands_a_constant_part_of_the_decay_on_where_that_sa
         y = wkv7(**given, w0=rest)
         assert [unit.dtype for unit, _ in shim.taken] == [dtype]
         assert relative_error(y.detach(), expected) < 9e-3
+
+
+# --- on a card ---
+
+CHUNKED = [("cuda-chunked", BF16), ("cuda-chunked64", BF16), ("cuda-accurate", BF16), ("cuda-accurate", FP32)]
+# Relative errors against float64: bounds of the design, over all inputs and lengths below.
+BOUNDS = {"cuda-chunked": 1.5e-2, "cuda-chunked64": 1.5e-2, "cuda-accurate": 2e-4}
+
+on_a_card = pytest.mark.gpu
+every_operator = pytest.mark.parametrize("operator", ["wkv7", "wkv6", "wkv5"])
+every_form = pytest.mark.parametrize(("form", "dtype"), CHUNKED, ids=str)
+
+
+def on_card(case: dict) -> dict:
+    return {name: None if x is None else x.cuda() for name, x in case.items()}
+
+
+def made(operator: str, dtype: torch.dtype, **sizes: int) -> tuple[dict, dict]:
+    """(a case, its results in float64)"""
+    if operator == "wkv7":
+        case = wkv_inputs.make_case(dtype, **sizes)
+        return case, wkv_inputs.reference_gradients(case)
+    case = wkv6_inputs.make_case(operator, dtype, **sizes)
+    return case, wkv6_inputs.reference_gradients(case)
+
+
+def usable(form: str, operator: str, N: int, dtype: torch.dtype) -> None:
+    """Skips where the card has too little shared memory for chunks this long, and fails for any other reason."""
+    try:
+        select_op(form, torch.device("cuda"), operator, N, dtype)
+    except UserError as problem:
+        if form == "cuda-chunked64" and "bytes of shared memory" in str(problem):
+            pytest.skip(str(problem))
+        raise
+
+
+@on_a_card
+@every_form
+@every_operator
+@pytest.mark.parametrize("N", [32, 64, 128])
+def test_chunked_kernels_on_a_card_agree_with_the_reference(operator, N, form, dtype):
+    usable(form, operator, N, dtype)
+    bound = BOUNDS[form]
+    if form == "cuda-accurate" and dtype == BF16:
+        bound = 6e-3  # what is returned is rounded to it
+    for T in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130):
+        case, expected = made(operator, dtype, B=2, T=T, H=3, N=N)
+        for name, x in run(operator, on_card(case), form).items():
+            assert relative_error(x.cpu(), expected[name]) < bound, (name, T)
+
+
+@on_a_card
+@every_form
+@every_operator
+def test_each_packed_document_on_a_card_is_what_it_is_alone(operator, form, dtype):
+    usable(form, operator, 64, dtype)
+    case = on_card(packed_inputs.packed_case(operator, dtype, lengths=(63, 1, 64, 130, 33), H=2, N=64))
+
+    def of(case: dict) -> dict:
+        return run(operator, case, form)
+
+    expected = packed_inputs.each_alone(operator, case, of)
+    for name, x in of(case).items():
+        assert torch.isfinite(x).all(), name
+        assert torch.equal(x, expected[name]), name
+
+
+@on_a_card
+@every_form
+@every_operator
+def test_chunked_kernels_on_a_card_repeat_and_wait_for_nothing(operator, form, dtype):
+    usable(form, operator, 64, dtype)
+    case, _ = made(operator, dtype, B=2, T=100, H=5)
+    case = on_card(case)
+    first = run(operator, case, form)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = run(operator, case, form)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@on_a_card
+def test_the_parts_of_a_decay_on_a_card_are_added_in_float32():
+    usable("cuda-chunked", "wkv7", 64, BF16)
+    case, w0 = apart(on_card(wkv_inputs.make_case(BF16, B=2, T=70, H=3)))
+    found, whole = (run("wkv7", c, "cuda-chunked", w) for c, w in ((case, w0), ({**case, "w": case["w"] + w0}, None)))
+    whole["dw"] = whole["dw"].bfloat16()
+    for name, x in found.items():
+        assert torch.equal(x, whole[name]), name

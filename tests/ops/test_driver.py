@@ -374,6 +374,7 @@ def test_the_kernels_for_this_card_are_built_without_any_compiler_on_the_machine
     ops._select.cache_clear()
     form, sentence = select_op("cuda", torch.device("cuda"), operator, 64, torch.bfloat16)
     assert form == "cuda" and torch.cuda.get_device_name() in sentence
-    assert [path.suffix for path in (tmp_path / "rwkv_bone").glob("wkv*") if path.suffix != ".lock"] == [".cubin"]
+    kept = [path for path in (tmp_path / "rwkv_bone").glob("wkv*") if path.suffix != ".lock"]
+    assert kept and {path.suffix for path in kept} == {".cubin"}
     cuda.kernels.cache_clear()
     ops._select.cache_clear()
