@@ -90,10 +90,11 @@ def test_a_rule_holds_from_its_first_number_up_to_its_last(card, monkeypatch, tm
 
 
 def test_a_rule_may_be_for_one_generation_of_cards(card, monkeypatch, tmp_path):
-    rules = [{"kernels": "chunked64", "capability": "9.0"}, {"kernels": "chunked32", "tokens": [64, None]}]
-    write(monkeypatch, tmp_path, *rules)
+    """Which the rules for all others then say nothing of."""
+    own = {"kernels": "chunked64", "capability": "9.0", "tokens": [1, 64]}
+    write(monkeypatch, tmp_path, {"kernels": "chunked32", "tokens": [64, None]}, own)
     for capability, short, long in (
-        ((9, 0), "chunked64", "chunked64"),
+        ((9, 0), "chunked64", "exact"),
         ((8, 9), "exact", "chunked32"),
         ((8, 0), "exact", "chunked32"),
         ((7, 5), "exact", "exact"),
@@ -173,6 +174,17 @@ def test_the_header_says_which_kernels_where_and_how_that_is_known(card, monkeyp
             f"heads, tensor cores in chunks of 32 tokens ({known})",
         )
         assert tried == ["cuda-exact", "cuda-chunked64", "cuda-chunked32"]
+
+
+def test_a_header_of_many_rules_is_still_one_line(card, monkeypatch, tmp_path):
+    rules = [{"kernels": "exact", "tokens": [1, 64]}]
+    rules += [{"kernels": f"chunked{L}", "heads": [h, 2 * h]} for h, L in ((1, 64), (2, 64), (4, 32), (8, 64))]
+    write(monkeypatch, tmp_path, *rules)
+    card(*H200)
+    assert select_op("auto", CUDA)[1].endswith(
+        ": by the sizes of each call sequential, tensor cores in chunks of 64 tokens, tensor cores in chunks of 32 "
+        "tokens (predicted, not measured on this card)"
+    )
 
 
 @pytest.mark.parametrize(
