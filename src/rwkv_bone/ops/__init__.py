@@ -26,7 +26,7 @@ from rwkv_bone.ops.sizes import chunking
 
 CHOICES = ("auto", "cuda", "cuda-exact", "cuda-chunked", "cuda-accurate", "cpu", "torch", "reference")
 CPU_LEVELS = ("portable vectors", "AVX2", "AVX-512")
-# What --op wishes for and tests or benchmarks may, too: the chunked kernels of one length.
+# The chunked kernels of one length, for tests and benchmarks; understood like the others.
 LENGTHS = ("cuda-chunked32", "cuda-chunked64")
 
 
