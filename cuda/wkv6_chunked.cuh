@@ -22,8 +22,7 @@
 //     of a token in the odd half   r times the decay of the tokens of its half before it
 //     of a token in the even half  k times the decay of the tokens of its half after it
 // and A is z z^T at that level's pairs. The gradients of r and k come from z, and that of the decay from sums of
-// r o dr and k o dk within halves. All exponents are sums of log decays, all of one sign: nothing cancels and nothing
-// is divided by a decay. Every sum has a fixed order, so results repeat bit for bit.
+// r o dr and k o dk within halves. Nothing cancels and nothing is divided by a decay. Every sum has a fixed order, so results repeat bit for bit.
 //
 // A warp works on a *patch*, 16 tokens by 16 channels, whose numbers it holds as a Sum does. Levels up to h = 8 stay in
 // the registers of a warp; beyond, patches of the same channels meet in shared memory.
@@ -122,32 +121,41 @@ struct ByTokens {
       *to = x.value[c];
     }
   }
-  // sum += those of the 16 tokens of that number
-  __device__ __forceinline__ void add_to(Columns& sum, int number, const Patch& at) const {
+  // Those of the 16 tokens of that number.
+  __device__ __forceinline__ Columns of(int number, const Patch& at) const {
+    Columns out;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const float* from = &value[number][at.channel + column_at(c)];
       WKV_READS(from, sizeof *from);
-      sum.value[c] += *from;
+      out.value[c] = *from;
     }
+    return out;
   }
-  __device__ __forceinline__ Columns all(const Patch& at) const {
-    Columns sum;
-#pragma unroll
-    for (int number = 0; number < L / 16; ++number) add_to(sum, number, at);
-    return sum;
-  }
-  // sum += those of the tokens that lie after the patch (or before it) in its half of h tokens
-  __device__ __forceinline__ void add_side(Columns& sum, int h, bool after, const Patch& at) const {
+  // sum += those of all tokens of the chunk that `which` says, by the number of their 16
+  template <typename Which>
+  __device__ __forceinline__ void add_to(Columns& sum, const Patch& at, Which which) const {
 #pragma unroll
     for (int number = 0; number < L / 16; ++number) {
-      const bool here = number / (h / 16) == at.token / h;
-      if (here && (after ? number > at.token / 16 : number < at.token / 16)) add_to(sum, number, at);
+      if (!which(number)) continue;
+      const Columns x = of(number, at);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sum.value[c] += x.value[c];
     }
+  }
+  // Of one channel, all tokens.
+  __device__ __forceinline__ float all(int channel) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int number = 0; number < L / 16; ++number) {
+      WKV_READS(&value[number][channel], sizeof(float));
+      sum += value[number][channel];
+    }
+    return sum;
   }
 };
 
-// ------------------------------------------------------------------------------------------------ exponents
+// ------------------------------------------------------------------------------------------------ decays
 // h up to 8: from the token in the other half of the group, whose number differs in bit h.
 __device__ __forceinline__ Sum of_other_half(const Sum& x, int h) {
   Sum other;
@@ -155,45 +163,6 @@ __device__ __forceinline__ Sum of_other_half(const Sum& x, int h) {
   for (int i = 0; i < 8; ++i) other.value[i] = h == 8 ? x.value[i ^ 2] : from_lane_xor(x.value[i], 4 * h);
   return other;
 }
-
-// Sums of log decay over each token's group: over the tokens before it, after it, and all. A group is one token first.
-struct Exponents {
-  Sum before, after, all;
-
-  Exponents() = default;
-  __device__ __forceinline__ explicit Exponents(const Sum& log) : all(log) {}
-
-  // Groups of h tokens become groups of 2h.
-  __device__ __forceinline__ void join(const Patch& at, int h) {
-    const Sum other = of_other_half(all, h);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) add(i, at.odd(h, i), other.value[i]);
-  }
-  // Likewise from 16 tokens on.
-  template <int N, int L>
-  __device__ __forceinline__ void join(const Patch& at, int h, const ByTokens<N, L>& logs) {
-    const int each = h / 16, other = (at.token / h ^ 1) * each;
-    Columns sum;
-#pragma unroll
-    for (int n = 0; n < each; ++n) logs.add_to(sum, other + n, at);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) add(i, at.token & h, sum.value[column_of(i)]);
-  }
-  // z is the odd half's r and the even half's k times this, groups being halves of h tokens.
-  __device__ __forceinline__ Sum scale(const Patch& at, int h) const {
-    Sum out;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out.value[i] = h == 1 ? 1.0f : expf(at.odd(h, i) ? before.value[i] : after.value[i]);
-    return out;
-  }
-
- private:
-  __device__ __forceinline__ void add(int i, bool odd, float other) {
-    before.value[i] += odd ? other : 0.0f;
-    after.value[i] += odd ? 0.0f : other;
-    all.value[i] += other;
-  }
-};
 
 __device__ __forceinline__ Sum exp_of(const Sum& x) {
   Sum out;
@@ -212,18 +181,51 @@ __device__ __forceinline__ void add(Sum& sum, const Sum& x) {
   for (int i = 0; i < 8; ++i) sum.value[i] += x.value[i];
 }
 
-// Of each token's half of h tokens, up to 16, sum += x of those after it, or of those before it where not after(i).
-template <typename After>
-__device__ __forceinline__ void add_sides(Sum& sum, Sum x, int h, const Patch& at, After after) {
+// Of each token's group, the decay of the tokens before it, of those after it, and of all. A group is one token first.
+struct Decays {
+  Sum before, after, all;
+
+  Decays() = default;
+  __device__ __forceinline__ explicit Decays(const Sum& log) : all(exp_of(log)) {
 #pragma unroll
-  for (int step = 1; step < 16; step *= 2) {
-    if (step >= h) break;
-    const Sum other = of_other_half(x, step);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum.value[i] += after(i) != at.odd(step, i) ? other.value[i] : 0.0f;
-    add(x, other);
+    for (int i = 0; i < 8; ++i) before.value[i] = after.value[i] = 1.0f;
   }
-}
+
+  // Groups of h tokens become groups of 2h.
+  __device__ __forceinline__ void join(const Patch& at, int h) {
+    const Sum other = of_other_half(all, h);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) join(i, at.odd(h, i), other.value[i]);
+  }
+  // Likewise from 16 tokens on; `parts` has `all` of each 16.
+  template <int N, int L>
+  __device__ __forceinline__ void join(const Patch& at, int h, const ByTokens<N, L>& parts) {
+    const int other = (at.token / h ^ 1) * (h / 16);
+    Columns decay = parts.of(other, at);
+#pragma unroll
+    for (int n = 1; n < h / 16; ++n) {
+      const Columns next = parts.of(other + n, at);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) decay.value[c] *= next.value[c];
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) join(i, at.token & h, decay.value[column_of(i)]);
+  }
+  // z is the odd half's r and the even half's k times this, groups being halves.
+  __device__ __forceinline__ Sum scale(const Patch& at, int h) const {
+    Sum out;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out.value[i] = at.odd(h, i) ? before.value[i] : after.value[i];
+    return out;
+  }
+
+ private:
+  __device__ __forceinline__ void join(int i, bool odd, float other) {
+    before.value[i] = odd ? before.value[i] * other : before.value[i];
+    after.value[i] = odd ? after.value[i] : after.value[i] * other;
+    all.value[i] *= other;
+  }
+};
 
 // The log decay of a token whose raw decay is this. Nothing is left of a state long before the bound, which keeps
 // infinity out of the gradient: there it would meet a zero.
@@ -268,7 +270,7 @@ __device__ __forceinline__ void fetch(Operand<F, L, N>& to, const T* tensor, con
 template <typename F, int N, int L>
 struct PrepareShared {
   Operand<F, L, N> values, keys;
-  ByTokens<N, L> logs;
+  ByTokens<N, L> decays, logs;
 };
 
 // out = values^T (keys times `after`, or `before`), and growth.
@@ -282,32 +284,32 @@ __device__ __forceinline__ void prepare(
   fetch(s.values, values, chunk);
   commit_async();
   Sum in[patches];
-  Exponents x[patches];
+  Decays x[patches];
 #pragma unroll
   for (int n = 0; n < patches; ++n) {
     const Patch at = patch<N, L>(n);
     in[n] = load(keys, chunk, at);
-    x[n] = Exponents(log_decays<D>(w, chunk, at));
+    const Sum log = log_decays<D>(w, chunk, at);
+    s.logs.put(at, sum_over_tokens(log));
+    x[n] = Decays(log);
 #pragma unroll
     for (int h = 1; h < 16; h *= 2) x[n].join(at, h);
-    s.logs.put(at, first_row(x[n].all));
+    if (L > 16) s.decays.put(at, first_row(x[n].all));
   }
   if (L > 16) __syncthreads();
 #pragma unroll
   for (int n = 0; n < patches; ++n) {
     const Patch at = patch<N, L>(n);
 #pragma unroll
-    for (int h = 16; h < L; h *= 2) x[n].join(at, h, s.logs);
-    s.keys.put(at.token, at.channel, block_of<F>(product(in[n], exp_of(after ? x[n].after : x[n].before))));
-    if (at.token == 0 && lane_row() == 0) {
-      const Columns all = first_row(x[n].all);
-      WKV_MOVES_OUT(16);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) growth[chunk.number * N + at.channel + column_at(c)] = expm1f(all.value[c]);
-    }
+    for (int h = 16; h < L; h *= 2) x[n].join(at, h, s.decays);
+    s.keys.put(at.token, at.channel, block_of<F>(product(in[n], after ? x[n].after : x[n].before)));
   }
   wait_async<0>();
   __syncthreads();
+  if (threadIdx.x < N) {
+    WKV_MOVES_OUT(4);
+    growth[chunk.number * N + threadIdx.x] = expm1f(s.logs.all(int(threadIdx.x)));
+  }
   for (int task = warp_id(); task < (N / 16) * (N / 16); task += warps) {
     const int i = task / (N / 16) * 16, j = task % (N / 16) * 16;
     Sum sum;
@@ -395,53 +397,63 @@ __device__ __forceinline__ void scan(
 }
 
 // ------------------------------------------------------------------------------------------------ A
-// A level of h >= 16 tokens pairs whole blocks of A; those below lie in the blocks on its diagonal.
+// A level of h >= 16 tokens pairs whole blocks of A; those below lie in the blocks on its diagonal. There, a pair of
+// tokens belongs to the level of its highest different bit. Whether value[i] of a Sum is for such a pair:
+__device__ __forceinline__ bool at_level(int i, int h) {
+  const bool halves_differ = i / 2 % 2 != i / 4;
+  return h == 8 ? halves_differ : !halves_differ && (lane_row() ^ (lane_column() + i % 2)) / h == 1;
+}
+// Zeros above the diagonal, and on it if `strictly`.
+__device__ __forceinline__ void lower(Sum& sum, bool strictly = false) {
+  sum.each([&](float& x, int row, int column) { x = column < row || (column == row && !strictly) ? x : 0.0f; });
+}
+// Zeros but for the pairs of a level. The diagonal counts as one of h = 1, since registers hold it with those.
+template <typename F>
+__device__ __forceinline__ Block<F> of_level(const Block<F>& block, int h) {
+  Block<F> out{};
+#pragma unroll
+  for (int plane = 0; plane < F::kPlanes; ++plane)
+#pragma unroll
+    for (int q = 0; q < 4; ++q)
+      if (at_level(2 * q, h) || at_level(2 * q + 1, h)) out.pair[plane][q] = block.pair[plane][q];
+  return out;
+}
+
 template <typename F, int N, int L>
 struct Triangle {
   static constexpr int kFar = L / 32;  // levels from 16 tokens on, or more, for L up to 64
   static_assert(L == 16 || L == 32 || L == 64);
-  ByTokens<N, L> logs;
-  // What each slice of channels adds to each block on the diagonal, as its lanes hold it.
-  alignas(16) float near[N / 16][L / 16][2][32][4];
+  ByTokens<N, L> decays;
+  // What each patch adds to the block of A on the diagonal, as its lanes hold it.
+  Quad<float> near[N / 16][L / 16][2][32];
   Operand<F, L, N> far[kFar ? kFar : 1];  // z
   Operand<F, L, L> A;
 
   // z of the level of h tokens.
   __device__ __forceinline__ const Operand<F, L, N>& z(int h) const { return far[h / 32]; }
 
-  // First half: z and what there is to know of its patch. `x` becomes the exponents for the whole chunk. One barrier if
-  // L > 16, and the caller puts another one behind it.
+  // First half: z and what patches add to A. `x` becomes the decays within the chunk. One barrier if L > 16; the caller
+  // puts another one behind it.
   __device__ __forceinline__ void fill(
       const Sum (&r)[kPatches<N, L>], const Sum (&k)[kPatches<N, L>], const Sum (&log)[kPatches<N, L>],
-      const float* u, Exponents (&x)[kPatches<N, L>]) {
+      const float* u, Decays (&x)[kPatches<N, L>]) {
     constexpr int patches = kPatches<N, L>;
 #pragma unroll
     for (int n = 0; n < patches; ++n) {
       const Patch at = patch<N, L>(n);
       Sum diagonal = bonus(r[n], k[n], u + at.channel);
-      x[n] = Exponents(log[n]);
+      x[n] = Decays(log[n]);
 #pragma unroll
       for (int h = 1; h < 16; h *= 2) {
         const Block<F> z = block_of<F>(level(at, h, r[n], k[n], x[n].scale(at, h)));
         Sum square;
         multiply(square, z, z);
-        int i = 0;
-        square.each([&](float& y, int row, int column) {
-          if (row > column && (row ^ column) / h == 1) diagonal.value[i] = y;
-          ++i;
-        });
+#pragma unroll
+        for (int i = 0; i < 8; ++i) diagonal.value[i] = at_level(i, h) ? square.value[i] : diagonal.value[i];
         x[n].join(at, h);
       }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float* to = near[at.channel / 16][at.token / 16][half][lane_id()];
-        WKV_WRITES(to, 16);
-        Quad<float> out;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) out.value[e] = diagonal.value[4 * half + e];
-        *reinterpret_cast<Quad<float>*>(to) = out;
-      }
-      if (L > 16) logs.put(at, first_row(x[n].all));
+      put(at, diagonal);
+      if (L > 16) decays.put(at, first_row(x[n].all));
     }
     if (L > 16) __syncthreads();
 #pragma unroll
@@ -450,7 +462,7 @@ struct Triangle {
 #pragma unroll
       for (int h = 16; h < L; h *= 2) {
         far[h / 32].put(at.token, at.channel, block_of<F>(level(at, h, r[n], k[n], x[n].scale(at, h))));
-        x[n].join(at, h, logs);
+        x[n].join(at, h, decays);
       }
     }
   }
@@ -458,22 +470,36 @@ struct Triangle {
   __device__ __forceinline__ void make(int m, int n) {
     Sum sum;
     if (m == n) {
-#pragma unroll
-      for (int slice = 0; slice < N / 16; ++slice)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float* from = near[slice][m][half][lane_id()];
-          WKV_READS(from, 16);
-          const Quad<float> in = *reinterpret_cast<const Quad<float>*>(from);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sum.value[4 * half + e] += in.value[e];
-        }
+#pragma unroll 2
+      for (int slice = 0; slice < N / 16; ++slice) add(sum, get({16 * m, 16 * slice}));
+      lower(sum);
     } else {
       const Operand<F, L, N>& level = z((m ^ n) / 2 ? 32 : 16);
 #pragma unroll
       for (int j = 0; j < N; j += 16) multiply(sum, level.block(16 * m, j), level.block(16 * n, j));
     }
     A.put(16 * m, 16 * n, block_of<F>(sum));
+  }
+
+  // A patch's place in `near`, which is free for other uses when A is made.
+  __device__ __forceinline__ void put(const Patch& at, const Sum& x) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Quad<float>& to = near[at.channel / 16][at.token / 16][half][lane_id()];
+      WKV_WRITES(&to, sizeof to);
+      to = {x.value[4 * half], x.value[4 * half + 1], x.value[4 * half + 2], x.value[4 * half + 3]};
+    }
+  }
+  __device__ __forceinline__ Sum get(const Patch& at) const {
+    Sum x;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Quad<float>& from = near[at.channel / 16][at.token / 16][half][lane_id()];
+      WKV_READS(&from, sizeof from);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x.value[4 * half + e] = from.value[e];
+    }
+    return x;
   }
 
   __device__ static __forceinline__ Sum level(const Patch& at, int h, const Sum& r, const Sum& k, const Sum& scale) {
@@ -525,7 +551,7 @@ __device__ __forceinline__ void outputs(const Arguments& p, OutputsShared<F, N, 
   fetch(s.v, p.v, chunk);
   commit_async();
   Sum r[patches], k[patches], log[patches];
-  Exponents x[patches];
+  Decays x[patches];
 #pragma unroll
   for (int n = 0; n < patches; ++n) {
     const Patch at = patch<N, L>(n);
@@ -535,7 +561,7 @@ __device__ __forceinline__ void outputs(const Arguments& p, OutputsShared<F, N, 
 #pragma unroll
   for (int n = 0; n < patches; ++n) {
     const Patch at = patch<N, L>(n);
-    s.r.put(at.token, at.channel, block_of<F>(product(r[n], exp_of(x[n].before))));
+    s.r.put(at.token, at.channel, block_of<F>(product(r[n], x[n].before)));
   }
   wait_async<0>();
   __syncthreads();
@@ -562,12 +588,40 @@ __device__ __forceinline__ void outputs(const Arguments& p, OutputsShared<F, N, 
 }
 
 // ------------------------------------------------------------------------------------------------ gradients
+// Sums over tokens of a patch on one side of each token are products with matrices of 0 and 1: row t has a 1 where that
+// token counts for t.
+template <typename F>
+struct Sides {
+  Operand<F, 16, 16> of[5];
+
+  // Which of them: within halves of h = 2, 4, 8 tokens, those after t if t is in an odd half, else those before t.
+  // From h = 16 on all tokens of the patch after t, or before it.
+  __device__ static __forceinline__ int number(int h, bool odd) { return h < 16 ? h / 4 : odd ? 3 : 4; }
+
+  __device__ __forceinline__ void fill(int warps) {
+    for (int n = warp_id(); n < 5; n += warps) {
+      Sum sum;
+      sum.each([&](float& x, int row, int column) {
+        const int h = 2 << n;
+        const bool after = n < 3 ? row & h : n == 3;
+        x = (row ^ column) < h && (after ? column > row : column < row) ? 1.0f : 0.0f;
+      });
+      of[n].put(0, 0, block_of<F>(sum));
+    }
+  }
+  // sum += those sums over x
+  __device__ __forceinline__ void add(Sum& sum, const Sum& x, int number) const {
+    multiply(sum, of[number].block(0, 0), transposed(block_of<F>(x)));
+  }
+};
+
 template <typename F, int N, int L>
 struct GradientsShared {
   Triangle<F, N, L> triangle;
   Operand<F, L, N> k, v, dy;  // k after
   Operand<F, L, L> dA;        // dy v^T
   Operand<F, N, N> S, dS;
+  Sides<F> sides;
   float v_dy[L];
   // Sums over 16 tokens of r o dr and k o dk, as far as these are due to S and dS; parts of colsum(S o dS); of du; and
   // of WKV-5's dw.
@@ -575,18 +629,21 @@ struct GradientsShared {
   ByTokens<N, L> far;  // likewise of the level of 32 tokens
 };
 
-// The block of dA at (m, n).
+// The block of dA at (m, n). On the diagonal, what is below it and the transpose of that above: the gradient of z z^T.
 template <typename F, int N, int L>
 __device__ __forceinline__ void make_dA(GradientsShared<F, N, L>& s, int m, int n) {
   Sum sum;
 #pragma unroll
   for (int i = 0; i < N; i += 16) multiply(sum, s.dy.block(16 * m, i), s.v.block(16 * n, i));
-  if (m == n)
+  if (m == n) {
     sum.each([&](float& x, int row, int column) {
       if (row != column) return;
       WKV_WRITES(&s.v_dy[16 * m + row], sizeof(float));
       s.v_dy[16 * m + row] = x;
     });
+    lower(sum, true);
+    add(sum, sum_of(transposed(block_of<F>(sum))));
+  }
   s.dA.put(16 * m, 16 * n, block_of<F>(sum));
 }
 
@@ -602,16 +659,31 @@ __device__ __forceinline__ void make_dv(
   store(out, chunk, at, dv);
 }
 
-// What all levels give. dr and dk hold what is due to S and dS. `between` becomes the sum of what passes over a token
-// to or from another of its patch, `far` the patch's r o dr or k o dk at the level of 32 tokens.
+// A patch's dr as far as S gives it, (dy S) o before, or dk from dS, (v dS) o after; in_or_out is r or k. Its product with
+// that goes, summed over tokens, to `sums` for other patches and to `passing` for this one's tokens.
 template <typename F, int N, int L>
-__device__ __forceinline__ void level_gradients(
-    const GradientsShared<F, N, L>& s, const Patch& at, const Sum& r, const Sum& k, const Sum& log, Sum& dr, Sum& dk,
-    Sum& between, Sum& far) {
-  Sum read = product(r, dr), written = product(k, dk);  // of levels whose halves are all of the patch, or more
-  Exponents x(log);
-  // Adds a level's g, the gradient of z, to dr or dk; then g is r o dr or k o dk.
-  const auto finish = [&](Sum& g, const Sum& scale, int h) {
+__device__ __forceinline__ Sum state_gradient(
+    const Operand<F, L, N>& values, const Operand<F, N, N>& state, const Sum& decay, const Sum& in_or_out,
+    const Patch& at, ByTokens<N, L>& sums, const Sides<F>& sides, bool after, Sum& passing) {
+  Sum out;
+#pragma unroll
+  for (int i = 0; i < N; i += 16) multiply(out, values.block(at.token, i), state.transposed(i, at.channel));
+  out = product(out, decay);
+  const Sum both = product(out, in_or_out);
+  sums.put(at, sum_over_tokens(both));
+  sides.add(passing, both, Sides<F>::number(16, after));
+  return out;
+}
+
+// Adds what the levels give to a patch's dr and dk. `passing` is the gradient of log decay as far as the patch itself
+// has it: what passes over each token from an earlier one to a later.
+template <typename F, int N, int L>
+__device__ __forceinline__ void add_levels(
+    GradientsShared<F, N, L>& s, const Patch& at, const Sum& r, const Sum& k, const Sum& log, Sum& dr, Sum& dk,
+    Sum& passing) {
+  Decays x(log);
+  // g: the gradient of z.
+  const auto add_level = [&](Sum& g, const Sum& scale, int h) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool odd = at.odd(h, i);
@@ -620,21 +692,16 @@ __device__ __forceinline__ void level_gradients(
       dk.value[i] += odd ? 0.0f : g.value[i];
       g.value[i] *= odd ? r.value[i] : k.value[i];
     }
+    if (h == 32) s.far.put(at, sum_over_tokens(g));
+    if (h > 1) s.sides.add(passing, g, Sides<F>::number(h, at.token & h));
   };
-  // dA below the diagonal and its transpose above.
-  const Block<F> lower = s.dA.block(at.token, at.token), upper = s.dA.transposed(at.token, at.token);
-#pragma unroll
+  const Block<F> pairs = s.dA.block(at.token, at.token);
+#pragma unroll 1
   for (int h = 1; h < 16; h *= 2) {
-    Sum pairs, g;
-    int i = 0;
-    pairs.each([&](float& y, int row, int column) {
-      y = (row ^ column) / h != 1 ? 0.0f : row > column ? lower[i] : upper[i];
-      ++i;
-    });
+    Sum g;
     const Sum scale = x.scale(at, h);
-    multiply(g, block_of<F>(pairs), transposed(block_of<F>(Triangle<F, N, L>::level(at, h, r, k, scale))));
-    finish(g, scale, h);
-    add_sides(between, g, h, at, [&](int i) { return at.odd(h, i); });
+    multiply(g, of_level(pairs, h), transposed(block_of<F>(Triangle<F, N, L>::level(at, h, r, k, scale))));
+    add_level(g, scale, h);
     x.join(at, h);
   }
 #pragma unroll
@@ -648,17 +715,9 @@ __device__ __forceinline__ void level_gradients(
       multiply(
           g, odd ? s.dA.block(at.token, other + t) : s.dA.transposed(other + t, at.token),
           z.transposed(other + t, at.channel));
-    finish(g, x.scale(at, h), h);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      read.value[i] += odd ? g.value[i] : 0.0f;
-      written.value[i] += odd ? 0.0f : g.value[i];
-    }
-    if (h == 32) far = g;
-    x.join(at, h, s.triangle.logs);
+    add_level(g, x.scale(at, h), h);
+    x.join(at, h, s.triangle.decays);
   }
-  add_sides(between, read, 16, at, [](int) { return true; });
-  add_sides(between, written, 16, at, [](int) { return false; });
 }
 
 template <typename F, Decay D, int N, int L, typename Arguments>
@@ -671,24 +730,19 @@ __device__ __forceinline__ void gradients(const Arguments& p, GradientsShared<F,
   s.dS.fetch(p.dstates + chunk.number * (N * N * F::kPlanes), 0, N, Share<N, L>::kThreads);
   fetch(s.v, p.v, chunk), fetch(s.dy, p.dy, chunk);
   commit_async();
-  Sum r[patches], k[patches], log[patches], dr[patches], dk[patches];
-  Columns whole[patches];
-  {
-    Exponents x[patches];
+  s.sides.fill(warps);
+  Sum r[patches], k[patches], log[patches], dr[patches], dk[patches], passing[patches];
+  Decays x[patches];
 #pragma unroll
-    for (int n = 0; n < patches; ++n) {
-      const Patch at = patch<N, L>(n);
-      r[n] = load(p.r, chunk, at), k[n] = load(p.k, chunk, at), log[n] = log_decays<D>(p.w, chunk, at);
-    }
-    s.triangle.fill(r, k, log, u, x);
+  for (int n = 0; n < patches; ++n) {
+    const Patch at = patch<N, L>(n);
+    r[n] = load(p.r, chunk, at), k[n] = load(p.k, chunk, at), log[n] = log_decays<D>(p.w, chunk, at);
+  }
+  s.triangle.fill(r, k, log, u, x);
 #pragma unroll
-    for (int n = 0; n < patches; ++n) {
-      const Patch at = patch<N, L>(n);
-      // The factors of what S and dS give.
-      dr[n] = exp_of(x[n].before), dk[n] = exp_of(x[n].after);
-      s.k.put(at.token, at.channel, block_of<F>(product(k[n], dk[n])));
-      whole[n] = first_row(x[n].all);
-    }
+  for (int n = 0; n < patches; ++n) {
+    const Patch at = patch<N, L>(n);
+    s.k.put(at.token, at.channel, block_of<F>(product(k[n], x[n].after)));
   }
   wait_async<0>();
   __syncthreads();
@@ -703,70 +757,65 @@ __device__ __forceinline__ void gradients(const Arguments& p, GradientsShared<F,
 #pragma unroll
   for (int n = 0; n < patches; ++n) {
     const Patch at = patch<N, L>(n);
-    Sum by_S, by_dS, both;
-#pragma unroll
-    for (int i = 0; i < N; i += 16) {
-      multiply(by_S, s.dy.block(at.token, i), s.S.transposed(i, at.channel));
-      multiply(by_dS, s.v.block(at.token, i), s.dS.transposed(i, at.channel));
-    }
-    dr[n] = product(dr[n], by_S), dk[n] = product(dk[n], by_dS);
     // Patches of the same channels share out the values.
+    Sum both;
     for (int i = at.token; i < N; i += L)
       add(both, product(sum_of(s.S.block(i, at.channel)), sum_of(s.dS.block(i, at.channel))));
     s.state.put(at, sum_over_tokens(both));
-    s.read.put(at, sum_over_tokens(product(r[n], dr[n])));
-    s.written.put(at, sum_over_tokens(product(k[n], dk[n])));
+    dr[n] = state_gradient(s.dy, s.S, x[n].before, r[n], at, s.read, s.sides, true, passing[n]);
+    dk[n] = state_gradient(s.v, s.dS, x[n].after, k[n], at, s.written, s.sides, false, passing[n]);
   }
   __syncthreads();
-  Sum between[patches];
 #pragma unroll
   for (int n = 0; n < patches; ++n) {
     const Patch at = patch<N, L>(n);
     make_dv(p.dv, chunk, at, s);
-    Sum far, of_bonus;
-    level_gradients(s, at, r[n], k[n], log[n], dr[n], dk[n], between[n], far);
-    if (L > 32) s.far.put(at, sum_over_tokens(far));
+    // Anew, and put by: registers are scarce.
+    const Sum log = log_decays<D>(p.w, chunk, at);
+    s.triangle.put(at, log);
+    add_levels(s, at, r[n], k[n], log, dr[n], dk[n], passing[n]);
+    Sum du;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       WKV_READS(&s.v_dy[at.token_of(i)], sizeof(float));
       const float v_dy = s.v_dy[at.token_of(i)], own = u[at.channel + column_at(column_of(i))] * v_dy;
       dr[n].value[i] += own * k[n].value[i];
       dk[n].value[i] += own * r[n].value[i];
-      of_bonus.value[i] = r[n].value[i] * k[n].value[i] * v_dy;
+      du.value[i] = r[n].value[i] * k[n].value[i] * v_dy;
     }
-    s.du.put(at, sum_over_tokens(of_bonus));
     store(p.dr, chunk, at, dr[n]), store(p.dk, chunk, at, dk[n]);
+    s.du.put(at, sum_over_tokens(du));
   }
   __syncthreads();
   // A log decay scales all that passes over its token.
 #pragma unroll
   for (int n = 0; n < patches; ++n) {
     const Patch at = patch<N, L>(n);
-    Columns passing = s.state.all(at);
+    const int number = at.token / 16;
+    Columns others;
+    s.state.add_to(others, at, [](int) { return true; });
+    const Columns whole = first_row(x[n].all);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) passing.value[c] *= expf(whole[n].value[c]);
-    s.read.add_side(passing, L, true, at);
-    s.written.add_side(passing, L, false, at);
-    if (L > 32) s.far.add_side(passing, 32, at.token & 32, at);
+    for (int c = 0; c < 4; ++c) others.value[c] *= whole.value[c];
+    s.read.add_to(others, at, [=](int other) { return other > number; });
+    s.written.add_to(others, at, [=](int other) { return other < number; });
+    if (L > 32)
+      s.far.add_to(others, at, [=](int other) {
+        return other / 2 == number / 2 && (number & 2 ? other > number : other < number);
+      });
+    const Sum slope = s.triangle.get(at);  // log decay
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      between[n].value[i] = (between[n].value[i] + passing.value[column_of(i)]) * log[n].value[i];
+      passing[n].value[i] = (passing[n].value[i] + others.value[column_of(i)]) * slope.value[i];
     if constexpr (D == Decay::kPerToken)
-      store(p.dw, chunk, at, between[n]);
+      store(p.dw, chunk, at, passing[n]);
     else
-      s.dw.put(at, sum_over_tokens(between[n]));
+      s.dw.put(at, sum_over_tokens(passing[n]));
   }
   if constexpr (D == Decay::kPerHead) __syncthreads();
   for (int j = int(threadIdx.x); j < (D == Decay::kPerHead ? 2 * N : N); j += Share<N, L>::kThreads) {
-    const ByTokens<N, L>& from = j < N ? s.du : s.dw;
-    float sum = 0.0f;
-#pragma unroll
-    for (int number = 0; number < L / 16; ++number) {
-      WKV_READS(&from.value[number][j % N], sizeof(float));
-      sum += from.value[number][j % N];
-    }
     WKV_MOVES_OUT(4);
-    p.sums[chunk.number * 2 * N + j] = sum;
+    p.sums[chunk.number * 2 * N + j] = j < N ? s.du.all(j) : s.dw.all(j - N);
   }
 }
 
