@@ -865,7 +865,7 @@ template <typename T, typename F, Decay D, int N, int L>
 struct Prepare {
   using Arguments = ChunkedForward<T, F>;
   using Shared = PrepareShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) {
     prepare<F, D, N, L, true>(p.sequences, p.v, p.k, p.w, p.states, p.growth, s);
   }
@@ -874,7 +874,7 @@ template <typename T, typename F, Decay D, int N, int L>
 struct Scan {
   using Arguments = ChunkedForward<T, F>;
   using Shared = typename Piece<F, N>::Shared;
-  static constexpr int kThreads = Piece<F, N>::kThreads;
+  static constexpr int kThreads = Piece<F, N>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) {
     scan<F, N, L, false>(p.sequences, p.states, p.growth, p.s0, p.sT, s);
   }
@@ -883,14 +883,14 @@ template <typename T, typename F, Decay D, int N, int L>
 struct Outputs {
   using Arguments = ChunkedForward<T, F>;
   using Shared = OutputsShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { outputs<F, D, N, L>(p, s); }
 };
 template <typename T, typename F, Decay D, int N, int L>
 struct PrepareBackward {
   using Arguments = ChunkedBackward<T, F>;
   using Shared = PrepareShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) {
     prepare<F, D, N, L, false>(p.sequences, p.dy, p.r, p.w, p.dstates, p.growth, s);
   }
@@ -899,7 +899,7 @@ template <typename T, typename F, Decay D, int N, int L>
 struct ScanBackward {
   using Arguments = ChunkedBackward<T, F>;
   using Shared = typename Piece<F, N>::Shared;
-  static constexpr int kThreads = Piece<F, N>::kThreads;
+  static constexpr int kThreads = Piece<F, N>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) {
     scan<F, N, L, true>(p.sequences, p.dstates, p.growth, p.dsT, p.ds0, s);
   }
@@ -908,14 +908,14 @@ template <typename T, typename F, Decay D, int N, int L>
 struct Gradients {
   using Arguments = ChunkedBackward<T, F>;
   using Shared = GradientsShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { gradients<F, D, N, L>(p, s); }
 };
 template <typename T, typename F, Decay D, int N, int L>
 struct Sums {
   using Arguments = ChunkedBackward<T, F>;
   using Shared = SumsShared<N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { sums<D, N, L>(p, s); }
 };
 
