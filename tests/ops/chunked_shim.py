@@ -25,6 +25,13 @@ PLANES = {"debug": (torch.float32, 1), "chunked": (torch.bfloat16, 1), "accurate
 DTYPES = {"debug": torch.float32, "chunked": torch.bfloat16, "accurate": torch.float32}  # of tensors, in tests
 
 
+def dtype_of(label: str) -> str:
+    """That of chunked_launches.ELEMENTS with which tests run kernels of a label."""
+    chunked = chunks(label)
+    assert chunked
+    return str(DTYPES[chunked.mode]).removeprefix("torch.")
+
+
 class Step(NamedTuple):
     """A kernel of a run, with copies of what lay in memory before and after it: tensors and hand-overs, by name."""
 
@@ -51,9 +58,7 @@ class ChunkedShim(ShimLibrary):
         self.steps: list[Step] | None = None  # of the last run, if they are wanted
 
     @classmethod
-    def build(cls, operator: str, label: str, dtype: str, N: int, folder: Path) -> ChunkedShim:
-        """dtype: of chunked_launches.ELEMENTS."""
-        unit = Unit(operator, label, dtype, N)
+    def build(cls, unit: Unit, folder: Path) -> ChunkedShim:
         return cls(build_once(unit.source(), folder, "-".join(map(str, unit))), unit)
 
     def planned(self, name: str, case: Case, *tensors: Tensor | None) -> list[Launch]:
