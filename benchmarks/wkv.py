@@ -4,11 +4,13 @@
     python benchmarks/wkv.py --device cuda         the same on a GPU
     python benchmarks/wkv.py --shape 1 4096 40 64  another B T H N
     python benchmarks/wkv.py --shapes standard     the shapes that cards are compared at, and 32k packed tokens
-    python benchmarks/wkv.py --operator wkv6       RWKV-6's instead of RWKV-7's
+    python benchmarks/wkv.py --shapes choice       short sequences, few heads and many: between which forms to choose
+    python benchmarks/wkv.py --operator wkv6       RWKV-6's instead of RWKV-7's; or several
     python benchmarks/wkv.py --documents 16        B * T tokens as 16 documents, packed and padded to the longest
     python benchmarks/wkv.py --forms kernel        the compiled kernel alone: the others are far slower at large T
-    python benchmarks/wkv.py --device cuda --forms all         every form on CUDA, and other projects' if installed
+    python benchmarks/wkv.py --device cuda --forms own   every form on CUDA; all: and other projects', if installed
     python benchmarks/wkv.py --device cuda --forms exact chunked32   these two
+    python benchmarks/wkv.py --w0                  the decay as a model gives it: in the dtype of r, and w0 to be added
     python benchmarks/wkv.py --json rows.jsonl     also append each row to a file
 
 Each row is one form: forward alone, which keeps nothing for backward, and forward + backward with gradients of y and of
@@ -52,17 +54,20 @@ from tests.ops.wkv_inputs import relative_error  # noqa: E402
 Case = dict[str, Tensor]
 
 DRAWN_TOKENS = 512
-# B, H, T; head size 64.
-STANDARD = ((8, 40, 4096), (1, 40, 4096), (1, 40, 16384), (4, 32, 2048), (16, 12, 512))
-STANDARD_PACKED = (64, 40, 32768)  # documents, H, T
+# B, H, T; with a fourth number as many documents. Head size 64.
+SHAPES = {
+    "standard": ((8, 40, 4096), (1, 40, 4096), (1, 40, 16384), (4, 32, 2048), (16, 12, 512), (1, 40, 32768, 64)),
+    "choice": tuple((B, 40, T) for T in (16, 64, 256, 1024) for B in (1, 8)),
+}
 ROUND_SECONDS = 0.01  # a GPU's call is repeated within a round until it takes about as long
 MOST_CALLS = 16  # of a round: more kernels than fit into the driver's queue would make the host wait
 SHORTEST_WAIT = 0.001
 
 # The forms on CUDA by the names of --forms. "chunked" is both lengths of a chunk.
 ON_CUDA = ("exact", "chunked32", "chunked64", "accurate", "cuda")
-GROUPS = {"chunked": ("chunked32", "chunked64"), "all": (*ON_CUDA, *PEERS)}
-CHOICES = ("all", "kernel", *ON_CUDA, "chunked", "cpu", "torch", "reference", *PEERS)
+GROUPS = {"chunked": ("chunked32", "chunked64"), "own": ON_CUDA, "all": (*ON_CUDA, *PEERS)}
+LABELS = {"accurate": "accurate16"}  # in costs.py
+CHOICES = ("all", "own", "kernel", *ON_CUDA, "chunked", "cpu", "torch", "reference", *PEERS)
 # Relative errors: of forms that round where results are stored, of tensor cores in bf16, and of the accurate mode.
 LIMITS = {torch.float32: 5e-5, torch.bfloat16: 3e-3}
 LIMITS_OF = {
@@ -106,7 +111,7 @@ def form_of(name: str, operator: str, device: torch.device, dtype: torch.dtype, 
         except Missing as problem:
             raise Unavailable(str(problem)) from problem
         return Form(name, other.run, other.prepare, other.restore)
-    op = f"cuda-{name.rstrip('0123456789')}" if name in ON_CUDA and name != "cuda" else name
+    op = f"cuda-{name}" if name in ON_CUDA and name != "cuda" else name
     try:
         select_op(op, device, operator, N, dtype)
     except UserError as problem:
@@ -138,18 +143,30 @@ def to(case: Case, device: torch.device) -> Case:
     return {name: None if x is None else x.to(device) for name, x in case.items()}
 
 
+def with_w0(case: Case) -> Case:
+    """About the same problem, with its decay in two parts: w in the dtype of r, and w0 [H, N]."""
+    w0 = case["w"][0].mean(0)
+    return case | {"w": (case["w"] - w0).to(case["r"].dtype), "w0": w0}
+
+
+def without_w0(case: Case) -> Case:
+    """Exactly the same problem, with its decay in one part."""
+    whole = {name: x for name, x in case.items() if name != "w0"}
+    return whole | {"w": case["w"] + case["w0"]} if "w0" in case else case
+
+
 def calls(operator: str, case: Case, form: Form) -> tuple[Callable[[], tuple], Callable[[], Case]]:
     """(forward alone, forward + backward), the second with its results in the names of reference_gradients."""
     inputs = OPERATORS[operator][1]
     leaves = {name: case[name].detach().requires_grad_() for name in (*inputs, "state")}
-    offsets = case.get("cu_seqlens")
+    constants = {"cu_seqlens": case.get("cu_seqlens")} | ({"w0": case["w0"]} if "w0" in case else {})
 
     def forward() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            return form.run(**leaves, cu_seqlens=offsets)
+            return form.run(**leaves, **constants)
 
     def both() -> Case:
-        y, last = form.run(**leaves, cu_seqlens=offsets)
+        y, last = form.run(**leaves, **constants)
         found = torch.autograd.grad((y, last), tuple(leaves.values()), (case["dy"], case["dstate"]))
         names = [*(f"d{name}" for name in inputs), "dstate0"]
         return {"y": y.detach(), "state": last.detach(), **dict(zip(names, found, strict=True))}
@@ -157,14 +174,18 @@ def calls(operator: str, case: Case, form: Form) -> tuple[Callable[[], tuple], C
     return forward, both
 
 
-def error(operator: str, form: Form, dtype: torch.dtype, N: int, device: torch.device, packed: bool) -> float:
+def error(
+    operator: str, form: Form, dtype: torch.dtype, N: int, device: torch.device, packed: bool = False, w0: bool = False
+) -> float:
+    """The largest of all results, on a short problem."""
     _, _, make_case, reference_gradients = OPERATORS[operator]
+    case = packed_inputs.packed_case(operator, dtype, N=N) if packed else make_case(dtype, T=65, N=N)
+    if w0:
+        case = with_w0(case)
     if packed:
-        case = packed_inputs.packed_case(operator, dtype, N=N)
-        expected = packed_inputs.each_alone(operator, case, reference_gradients)
+        expected = packed_inputs.each_alone(operator, without_w0(case), reference_gradients)
     else:
-        case = make_case(dtype, T=65, N=N)
-        expected = reference_gradients(case)
+        expected = reference_gradients(without_w0(case))
     case = to(case, device)
     _, both = calls(operator, form.prepare(case), form)
     found = form.restore(case, both())
@@ -204,21 +225,23 @@ def packed_timed_case(
 Problems = dict[str, Callable[[], Case]]  # "" or "packed" and "padded" -> its case
 
 
-def problems(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> Iterator[Problems]:
+def problems(operator: str, args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> Iterator[Problems]:
     """What is timed: rows of one of these are compared with each other. Nothing is made before it is its turn."""
-    make_case = OPERATORS[args.operator][2]
+    make_case = OPERATORS[operator][2]
+    finish = with_w0 if args.w0 else lambda case: case
 
     def equal(B: int, T: int, H: int, N: int) -> Case:
-        return timed_case(make_case, dtype, B, T, H, N, device)
+        return finish(timed_case(make_case, dtype, B, T, H, N, device))
 
     def packed(lengths: tuple[int, ...], H: int, N: int) -> Case:
-        return packed_timed_case(make_case, dtype, lengths, H, N, device)
+        return finish(packed_timed_case(make_case, dtype, lengths, H, N, device))
 
     if args.shapes:
-        for B, H, T in STANDARD:
-            yield {"": functools.partial(equal, B, T, H, 64)}
-        documents, H, T = STANDARD_PACKED
-        yield {"packed": functools.partial(packed, lognormal_lengths(documents, T), H, 64)}
+        for B, H, T, *documents in (shape for name in args.shapes for shape in SHAPES[name]):
+            if documents:
+                yield {"packed": functools.partial(packed, lognormal_lengths(*documents, T), H, 64)}
+            else:
+                yield {"": functools.partial(equal, B, T, H, 64)}
         return
     B, T, H, N = args.shape
     if not args.documents:
@@ -240,9 +263,10 @@ class Timed(NamedTuple):
     host: list[float]  # of queueing forward + backward; on a GPU only
 
 
-def measure(pairs: dict, device: torch.device, repeat: int) -> dict[object, tuple[Timed, int | None]]:
+def measure(pairs: dict, device: torch.device, repeat: int) -> dict:
     """{key: (times, the bytes that forward + backward took on a GPU)} of {key: (forward, both)}, which take turns."""
-    peaks, plans = {}, {}
+    peaks: dict = {}
+    plans: dict = {}
     for key, pair in pairs.items():
         for call in pair:
             call()  # warm up: compile, tune, reserve memory
@@ -277,13 +301,25 @@ def plan(call: Callable[[], object]) -> tuple[int, float]:
     return times, SHORTEST_WAIT + 1.5 * host * times
 
 
+def chosen(operator: str, form: Form, case: Case) -> str | None:
+    """The kernels that form "cuda" takes for a case; None for other forms."""
+    if form.name != "cuda":
+        return None
+    from rwkv_bone.ops import choice
+
+    documents = case["cu_seqlens"].numel() - 1 if "cu_seqlens" in case else 0
+    r = case["r"]
+    return choice.label("cuda", operator, r.dtype, (*r.shape, documents), r.device)
+
+
 def row_of(operator: str, form: Form, name: str, case: Case, found: tuple[Timed, int | None], best: Ceilings) -> dict:
     """What is known of one form on one problem, as a row for --json."""
     (forward, both, host), peak = found
     r = case["r"]
     tokens, N = r.numel() // r.shape[-1], r.shape[-1]
     decay = case["w"].element_size()
-    label = {"accurate": "accurate16"}.get(form.name, form.name)
+    kernels = chosen(operator, form, case)
+    label = kernels or LABELS.get(form.name, form.name)
     floor, counted = (cost(operator, what, N, r.element_size(), decay) for what in ("floor", label))
     times = [statistics.median(forward), statistics.median(both)]
     expected = [None, None] if counted is None else [counted[0], counted[0] + counted[1]]
@@ -295,6 +331,8 @@ def row_of(operator: str, form: Form, name: str, case: Case, found: tuple[Timed,
         "torch": torch.__version__,
         "operator": operator,
         "form": form.name,
+        "kernels": kernels,
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(r.device))) if r.is_cuda else None,
         "rows": name or "equal",
         "shape": list(r.shape),
         "documents": documents,
@@ -328,7 +366,8 @@ def line_of(row: dict, ratio: float) -> str:
     def share(values: list, best: float) -> str:
         return "-" if values[1] is None else f"{values[1]:.{0 if best > 500 else 1}f} ({values[1] / best:.0%})"
 
-    what = f"{row['operator']} forward+backward, {row['form']} {row['rows'].replace('equal', '')}"
+    form = f"{row['form']} ({row['kernels']})" if row["kernels"] else row["form"]
+    what = f"{row['operator']} forward+backward, {form} {row['rows'].replace('equal', '')}"
     shape = ",".join(map(str, row["shape"]))
     spread = (row["spread"][1] - row["spread"][0]) / row["seconds"]
     numbers = f"{1e3 * row['forward_seconds']:10.2f} {1e3 * row['seconds']:9.2f} {spread:7.0%} {ratio:6.1f}x "
@@ -339,65 +378,75 @@ def line_of(row: dict, ratio: float) -> str:
     return f"{what:39} {shape:>14} {row['dtype']:>9} {numbers}  {row['hardware']}"
 
 
-def show_expected(operator: str, forms: list[Form], N: int, dtype: torch.dtype) -> None:
+def show_expected(operator: str, forms: list[Form], N: int, element: int, decay: int) -> None:
     """The bytes and operations that the kernels are expected to need, beside the floor."""
-    for name in ("floor", *({"accurate": "accurate16"}.get(form.name, form.name) for form in forms)):
-        if counted := cost(operator, name, N, dtype.itemsize, 4):
+    for name in ("floor", *(LABELS.get(form.name, form.name) for form in forms)):
+        if counted := cost(operator, name, N, element, decay):
             (bytes_, work), (more, further) = counted
             flops = f", {work / 1e3:.0f} + {further / 1e3:.0f} thousand operations" if work else ""
             print(f"expected  {name:11} {bytes_:.0f} + {more:.0f} bytes{flops}, forward + backward of a token and head")
 
 
+def compare(operator: str, args: argparse.Namespace, device: torch.device, best: Ceilings) -> bool:
+    """Times the forms of one operator and shows their rows. False if one of our own is wrong. Raises Unavailable."""
+    dtype, N = getattr(torch, args.dtype), 64 if args.shapes else args.shape[3]
+    forms = list(forms_of(args.forms, operator, device, dtype, N, bool(args.documents)))
+    if not forms:
+        raise Unavailable(f"none of --forms {' '.join(args.forms)} can be had on {device}")
+    show_expected(operator, forms, N, dtype.itemsize, dtype.itemsize if args.w0 else 4)
+
+    @functools.cache
+    def error_of(form: Form, kind: str) -> float:
+        return error(operator, form, dtype, N, device, kind == "packed", args.w0)
+
+    wrong: dict[str, Form] = {}
+    columns = COLUMNS
+    for kinds in problems(operator, args, dtype, device):
+        pairs = [(form, kind) for form in forms for kind in kinds]
+        sound = [(form, kind) for form, kind in pairs if error_of(form, kind) <= form.limit(dtype)]
+        for form, kind in pairs:
+            if (form, kind) not in sound:
+                what = f"{operator} {form.name} {kind}".strip()
+                wrong[f"{what}: relative error {error_of(form, kind):.1e} exceeds {form.limit(dtype):.0e}"] = form
+        cases = {kind: make() for kind, make in kinds.items()}
+        prepared = {(form, kind): calls(operator, form.prepare(cases[kind]), form) for form, kind in sound}
+        measured = measure(prepared, device, args.repeat)
+        for form, kind in sound:
+            row = row_of(operator, form, kind, cases[kind], measured[form, kind], best)
+            row["error"] = error_of(form, kind)
+            if columns:
+                print(columns)
+                columns = ""
+            print(line_of(row, row["seconds"] / statistics.median(measured[sound[0]][0].both)))
+            append(args.json, row)
+    for sentence in wrong:
+        print(f"{sentence}; no times are shown")
+    return all(form.name in PEERS for form in wrong.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--operator", choices=OPERATORS, default="wkv7")
+    parser.add_argument("--operator", nargs="+", choices=OPERATORS, default=["wkv7"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", type=int, nargs=4, metavar=("B", "T", "H", "N"), default=(2, 512, 12, 64))
-    parser.add_argument("--shapes", choices=("standard",), help="instead of --shape and --documents")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="instead of --shape and --documents")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--documents", type=int, default=0, metavar="D")
+    parser.add_argument("--w0", action="store_true", help="of wkv7 alone")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--forms", nargs="+", choices=CHOICES, help="default: kernel, torch and reference")
     parser.add_argument("--json", type=Path, help="append each row to this file")
     args = parser.parse_args()
-    operator, dtype, device = args.operator, getattr(torch, args.dtype), torch.device(args.device)
-    N = 64 if args.shapes else args.shape[3]
-    try:
-        forms = list(forms_of(args.forms, operator, device, dtype, N, bool(args.documents)))
-    except Unavailable as problem:
-        parser.error(str(problem))
+    if args.w0 and args.operator != ["wkv7"]:
+        parser.error(f"--w0 goes with wkv7, found --operator {' '.join(args.operator)}")
+    device = torch.device(args.device)
     best = ceilings(device)
     print(f"{hardware(device)}: copy {best.copy / 1e9:,.0f} GB/s, bf16 product {best.matmul / 1e12:,.2f} TFLOP/s")
-    show_expected(operator, forms, N, dtype)
-
-    @functools.cache
-    def error_of(form: Form, packed: bool) -> float:
-        return error(operator, form, dtype, N, device, packed)
-
-    wrong, shown = {}, False
-    for kinds in problems(args, dtype, device):
-        for form in forms:
-            for kind in kinds:
-                found = error_of(form, kind == "packed")
-                if not found <= form.limit(dtype):
-                    wrong[f"{operator} {form.name} {kind}"] = (found, form)
-        keys = [(form, kind) for form in forms for kind in kinds if f"{operator} {form.name} {kind}" not in wrong]
-        cases = {kind: make() for kind, make in kinds.items()}
-        turned = {(form, kind): form.prepare(cases[kind]) for form, kind in keys}
-        pairs = {(form, kind): calls(operator, turned[form, kind], form) for form, kind in keys}
-        measured = measure(pairs, device, args.repeat)
-        for form, kind in keys:
-            row = row_of(operator, form, kind, cases[kind], measured[form, kind], best)
-            row["error"] = error_of(form, kind == "packed")
-            first = statistics.median(measured[keys[0]][0].both)
-            if not shown:
-                print(COLUMNS)
-                shown = True
-            print(line_of(row, row["seconds"] / first))
-            append(args.json, row)
-    for what, (found, form) in wrong.items():
-        print(f"{what}: relative error {found:.1e} exceeds {form.limit(dtype):.0e}; no times are shown")
-    return int(any(form.name not in PEERS for _, form in wrong.values()))
+    try:
+        sound = [compare(operator, args, device, best) for operator in args.operator]
+    except Unavailable as problem:
+        parser.error(str(problem))
+    return int(not all(sound))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_a_form_whose_error_exceeds_its_limit_gets_no_time_and_the_others_do(wkv
     monkeypatch.setitem(wkv.LIMITS_OF, "torch", {torch.float32: 1e-12})
     assert wkv.run("--forms", "kernel", "torch", "--json", str(path)) == 1
     assert [json.loads(line)["form"] for line in path.read_text().splitlines()] == ["cpu"]
-    assert "wkv7 torch : relative error" in capsys.readouterr().out
+    assert "wkv7 torch: relative error" in capsys.readouterr().out
 
 
 def test_a_form_that_cannot_be_had_is_refused_by_name_and_left_out_of_a_group(wkv, capsys):
@@ -77,8 +77,10 @@ def test_a_form_that_cannot_be_had_is_refused_by_name_and_left_out_of_a_group(wk
 def test_the_standard_problems_are_the_five_shapes_and_packed_tokens(wkv, monkeypatch):
     monkeypatch.setattr(wkv, "timed_case", lambda _, __, *sizes: sizes[:-1])
     monkeypatch.setattr(wkv, "packed_timed_case", lambda _, __, lengths, *sizes: (sum(lengths), *sizes[:-1]))
-    args = types.SimpleNamespace(operator="wkv7", shapes="standard")
-    cases = [(kind, make()) for found in wkv.problems(args, torch.bfloat16, CPU) for kind, make in found.items()]
+    args = types.SimpleNamespace(shapes=["standard"], w0=False)
+    cases = [
+        (kind, make()) for found in wkv.problems("wkv7", args, torch.bfloat16, CPU) for kind, make in found.items()
+    ]
     shapes = [(8, 4096, 40, 64), (1, 4096, 40, 64), (1, 16384, 40, 64), (4, 2048, 32, 64), (16, 512, 12, 64)]
     assert cases == [*(("", shape) for shape in shapes), ("packed", (32768, 40, 64))]
 
