@@ -58,7 +58,8 @@ __device__ __forceinline__ int steps_in_tile(int T, int t0) { return T - t0 < kS
 
 __device__ __forceinline__ int last_tile(int T) { return (T - 1) / kSteps * kSteps; }
 
-__device__ __forceinline__ int64_t segments(int64_t T) { return (T + kSegment - 1) / kSegment; }
+// How many segments of `length` tokens T tokens are.
+__device__ __forceinline__ int64_t segments(int64_t T, int length) { return (T + length - 1) / length; }
 
 template <int N>
 struct Layout {
@@ -102,16 +103,18 @@ struct Sequences {
   __device__ __forceinline__ int64_t length(int64_t sequence) const {
     return offsets ? offsets[sequence + 1] - offsets[sequence] : tokens;
   }
+  template <int kLength = kSegment>
   __device__ __forceinline__ int64_t first_segment(int64_t sequence) const {
-    return offsets ? offsets[sequence] / kSegment + sequence : sequence * segments(tokens);
+    return offsets ? offsets[sequence] / kLength + sequence : sequence * segments(tokens, kLength);
   }
   // The sequence to which the segment of that number belongs.
+  template <int kLength = kSegment>
   __device__ __forceinline__ int64_t sequence_of(int64_t number) const {
-    if (!offsets) return number / segments(tokens);
+    if (!offsets) return number / segments(tokens, kLength);
     int64_t low = 0, high = count;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      (first_segment(middle) <= number ? low : high) = middle;
+      (first_segment<kLength>(middle) <= number ? low : high) = middle;
     }
     return low;
   }

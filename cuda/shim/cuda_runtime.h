@@ -3,9 +3,10 @@
 //
 // Blocks run one after another; the threads of a block are fibers on one operating-system thread, each running until
 // it meets a barrier or a shuffle. That is deterministic, and shim_schedule() reverses the order in which threads run,
-// so a missing barrier shows as a different result. Shared memory starts as NaN. A barrier or shuffle that only some
-// threads reach, and a failed WKV_ASSERT, end the launch with a text. Covers what the kernels
-// here use: one-dimensional grids, one shared object per kernel, one struct of arguments.
+// so a missing barrier shows as a different result; where a kernel tells its accesses to shared memory (WKV_READS,
+// WKV_WRITES), it is found itself. Shared memory starts as NaN. A barrier or an operation of a whole warp that only some
+// threads reach, a race, and a failed WKV_ASSERT end the launch with a text. Covers what the kernels here use:
+// one-dimensional grids, one shared object per kernel, one struct of arguments. shim/warp.h adds tensor cores.
 #pragma once
 
 #define WKV_HOST_SHIM
@@ -31,7 +32,7 @@
 struct Index {
   unsigned x;
 };
-inline Index threadIdx, blockIdx;
+inline Index threadIdx, blockIdx, blockDim;
 
 inline float __uint_as_float(uint32_t bits) {
   float x;
@@ -50,17 +51,33 @@ namespace shim {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kSharedBytes = 48 * 1024;  // what CUDA gives a block statically
+constexpr size_t kSharedBytes = 512 * 1024;  // more than any card has, since Exact32 takes twice of what runs there
+constexpr size_t kStaticBytes = 48 * 1024;   // what CUDA gives a block without being asked
+constexpr size_t kPostBytes = 64;
 
-enum State { kReady, kAtShuffle, kAtBarrier, kDone };
+enum State { kReady, kTogether, kAtBarrier, kDone };
 
 struct Fiber {
   State state;
   bool started;
   jmp_buf resume;
-  unsigned shuffles;
-  float posted[2];  // alternating, so that a fast thread does not overwrite what a slow one has yet to read
+  unsigned turns;  // operations of a whole warp so far
 };
+
+// An operation of a whole warp: what each lane brings and takes. Two of them alternate, so that a fast thread does not
+// overwrite what a slow one has yet to take.
+struct Together {
+  const char* what;
+  bool done;
+  alignas(16) unsigned char brought[kWarp][kPostBytes], taken[kWarp][kPostBytes];
+};
+
+// Who last wrote and read four bytes of shared memory, and after how many barriers of the block and of the warp.
+struct Access {
+  int writer, reader;  // threads; kNobody, kSeveral
+  unsigned written_block, written_warp, read_block, read_warp;
+};
+constexpr int kNobody = -1, kSeveral = -2;
 
 struct Machine {
   Fiber fibers[kMaxThreads];
@@ -72,7 +89,12 @@ struct Machine {
   void (*body)(void*) = nullptr;
   void* arguments = nullptr;
   char failure[256] = "";
-  alignas(64) unsigned char shared[kSharedBytes];
+  Together together[2];
+  size_t dynamic_bytes = 0;
+  unsigned blocks_begun = 0, block_barriers = 0, warp_barriers[kMaxThreads / kWarp];
+  int64_t bytes_in = 0, bytes_out = 0;  // of global memory, as far as kernels count them
+  alignas(128) unsigned char shared[kSharedBytes];
+  Access access[kSharedBytes / 4];
 };
 inline Machine machine;
 alignas(64) inline char stacks[kMaxThreads][kStackBytes];
@@ -120,8 +142,54 @@ inline void require(bool condition, const char* what) {
 
 template <typename T>
 T& shared_memory() {
-  static_assert(sizeof(T) <= kSharedBytes, "more shared memory than a block has");
+  static_assert(sizeof(T) <= kStaticBytes, "more shared memory than a block has");
   return *reinterpret_cast<T*>(machine.shared);
+}
+
+template <typename T>
+T& dynamic_shared() {
+  require(sizeof(T) <= machine.dynamic_bytes, "more shared memory than the launch asked for");
+  return *reinterpret_cast<T*>(machine.shared);
+}
+
+// Whether this thread may rely on the order of its access and one by `thread` after so many barriers.
+inline bool in_order(int thread, unsigned block, unsigned warp) {
+  const int self = machine.current;
+  if (thread == kNobody || thread == self || block < machine.block_barriers) return true;
+  return thread >= 0 && thread / kWarp == self / kWarp && warp < machine.warp_barriers[self / kWarp];
+}
+
+inline Access* accesses(const void* pointer, size_t bytes, size_t* count) {
+  const size_t at = size_t(static_cast<const unsigned char*>(pointer) - machine.shared);
+  require(at < kSharedBytes && at + bytes <= kSharedBytes, "not in shared memory");
+  *count = (at % 4 + bytes + 3) / 4;
+  return machine.access + at / 4;
+}
+
+// Called where kernels read and write shared memory: fails if another thread's write, or a read before a write, is not
+// set apart by a barrier. A word of four bytes has one owner, so two threads may not write its halves.
+inline void reads(const void* pointer, size_t bytes) {
+  size_t count;
+  Access* access = accesses(pointer, bytes, &count);
+  const int self = machine.current;
+  for (Access* a = access; a < access + count; ++a) {
+    require(in_order(a->writer, a->written_block, a->written_warp), "a race: read without a barrier after the write");
+    const bool current = a->read_block == machine.block_barriers && a->reader != kNobody;
+    a->reader = current && a->reader != self ? kSeveral : self;
+    a->read_block = machine.block_barriers;
+    a->read_warp = machine.warp_barriers[self / kWarp];
+  }
+}
+inline void writes(const void* pointer, size_t bytes) {
+  size_t count;
+  Access* access = accesses(pointer, bytes, &count);
+  const int self = machine.current;
+  for (Access* a = access; a < access + count; ++a) {
+    require(in_order(a->reader, a->read_block, a->read_warp), "a race: written without a barrier after a read");
+    require(in_order(a->writer, a->written_block, a->written_warp), "a race: written twice without a barrier");
+    a->writer = self, a->written_block = machine.block_barriers;
+    a->written_warp = machine.warp_barriers[self / kWarp];
+  }
 }
 
 inline void fiber_main() {
@@ -170,9 +238,9 @@ inline void release(int first, int last) {
 // Until each of the warp's threads waits at a barrier or has ended.
 inline bool run_warp(int first, int last) {
   while (run_ready(first, last)) {
-    const int waiting = count(first, last, kAtShuffle);
+    const int waiting = count(first, last, kTogether);
     if (waiting == 0) return true;
-    if (waiting < last - first) return note_failure("only some threads of a warp reached a shuffle");
+    if (waiting < last - first) return note_failure("only some threads of a warp reached an operation of all of them");
     release(first, last);
   }
   return false;
@@ -181,8 +249,13 @@ inline bool run_warp(int first, int last) {
 inline bool run_block() {
   const int threads = machine.threads;
   for (int i = 0; i < threads; ++i) machine.fibers[i].started = false;
-  for (int i = 0; i < threads; ++i) machine.fibers[i].shuffles = 0;
-  std::memset(machine.shared, 0xff, sizeof machine.shared);  // NaN as float
+  for (int i = 0; i < threads; ++i) machine.fibers[i].turns = 0;
+  const size_t bytes = std::max(machine.dynamic_bytes, kStaticBytes);
+  std::memset(machine.shared, 0xff, bytes);  // NaN as float
+  std::fill_n(machine.access, bytes / 4, Access{kNobody, kNobody, 0, 0, 0, 0});
+  machine.block_barriers = 0;
+  ++machine.blocks_begun;
+  std::fill_n(machine.warp_barriers, kMaxThreads / kWarp, 0u);
   release(0, threads);
   while (count(0, threads, kDone) < threads) {
     const int warps = (threads + kWarp - 1) / kWarp;
@@ -192,7 +265,7 @@ inline bool run_block() {
     }
     const int waiting = count(0, threads, kAtBarrier);
     if (waiting > 0 && waiting < threads) return note_failure("only some threads of a block reached __syncthreads");
-    if (waiting == threads) release(0, threads);
+    if (waiting == threads) release(0, threads), ++machine.block_barriers;
   }
   return true;
 }
@@ -201,28 +274,76 @@ inline bool run_block() {
 
 inline void __syncthreads() { shim::yield(shim::kAtBarrier); }
 
-inline float __shfl_xor_sync(unsigned mask, float x, int other) {
-  using shim::machine;
-  const int lane = machine.current % shim::kWarp, first = machine.current - lane;
-  const int lanes = std::min(shim::kWarp, machine.threads - first);
-  shim::require(mask == uint32_t((uint64_t(1) << lanes) - 1), "the shuffle's mask is not the warp's threads");
-  shim::require((lane ^ other) < lanes, "shuffle with a thread that does not exist");
-  shim::Fiber& self = machine.fibers[machine.current];
-  const unsigned turn = self.shuffles++ % 2;
-  self.posted[turn] = x;
-  shim::yield(shim::kAtShuffle);
-  return machine.fibers[first + (lane ^ other)].posted[turn];
+namespace shim {
+
+// `together(brought, taken)` happens once, when every lane of the warp has brought its In; each takes its Out.
+template <typename Out, typename In, typename F>
+Out by_the_warp(const char* what, const In& in, F together) {
+  static_assert(sizeof(In) <= kPostBytes && sizeof(Out) <= kPostBytes);
+  const int lane = machine.current % kWarp, lanes = std::min(kWarp, machine.threads - machine.current + lane);
+  Together& turn = machine.together[machine.fibers[machine.current].turns++ % 2];
+  std::memcpy(turn.brought[lane], &in, sizeof in);
+  turn.what = what;
+  turn.done = false;
+  yield(kTogether);
+  require(turn.what == what, "the threads of a warp do different things at a time");
+  if (!turn.done) {
+    In brought[kWarp];
+    Out taken[kWarp];
+    for (int i = 0; i < lanes; ++i) std::memcpy(&brought[i], turn.brought[i], sizeof(In));
+    together(brought, taken);
+    for (int i = 0; i < lanes; ++i) std::memcpy(turn.taken[i], &taken[i], sizeof(Out));
+    turn.done = true;
+  }
+  Out out;
+  std::memcpy(&out, turn.taken[lane], sizeof out);
+  return out;
+}
+
+// x of the lane `source`.
+template <typename T>
+T from_lane(const char* what, unsigned mask, T x, int source) {
+  const int first = machine.current / kWarp * kWarp, lanes = std::min(kWarp, machine.threads - first);
+  require(mask == uint32_t((uint64_t(1) << lanes) - 1), "the shuffle's mask is not the warp's threads");
+  require(source >= 0 && source < lanes, "shuffle with a thread that does not exist");
+  struct Post {
+    T x;
+    int source;
+  };
+  return by_the_warp<T>(what, Post{x, source}, [lanes](const Post* brought, T* taken) {
+    for (int i = 0; i < lanes; ++i) taken[i] = brought[brought[i].source].x;
+  });
+}
+
+}  // namespace shim
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T x, int other) {
+  return shim::from_lane("shuffle", mask, x, (shim::machine.current % shim::kWarp) ^ other);
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T x, int lane) {
+  return shim::from_lane("shuffle", mask, x, lane);
+}
+inline void __syncwarp() {
+  shim::by_the_warp<int>("barrier of a warp", 0, [](const int*, int* taken) {
+    std::fill_n(taken, shim::kWarp, 0);
+    ++shim::machine.warp_barriers[shim::machine.current / shim::kWarp];
+  });
 }
 
 namespace shim {
 
 // Runs body(arguments) as every thread of every block. False, with a text in machine.failure, if the kernel is broken.
-inline bool launch(void (*body)(void*), void* arguments, int64_t blocks, int threads) {
+inline bool launch(void (*body)(void*), void* arguments, int64_t blocks, int threads, size_t dynamic_bytes = 0) {
   machine.body = body;
   machine.arguments = arguments;
   machine.threads = threads;
   machine.failure[0] = 0;
+  machine.dynamic_bytes = dynamic_bytes;
   blockIdx.x = threadIdx.x = 0;
+  blockDim.x = unsigned(threads);
+  if (dynamic_bytes > kSharedBytes) return note_failure("more shared memory than there is");
   if (blocks < 1 || threads < 1 || threads > kMaxThreads) return note_failure("invalid grid or block size");
   const int64_t last = std::min(machine.last_block, blocks);
   for (int64_t i = machine.first_block; i < last; ++i) {
@@ -240,4 +361,9 @@ extern "C" inline __attribute__((used, visibility("default"))) void shim_schedul
   shim::machine.first_block = first;
   shim::machine.last_block = last;
   shim::machine.reversed = reversed != 0;
+}
+// Bytes that kernels have read from and written to global memory since the last call, as far as they count them.
+extern "C" inline __attribute__((used, visibility("default"))) void shim_traffic(int64_t* in, int64_t* out) {
+  *in = shim::machine.bytes_in, *out = shim::machine.bytes_out;
+  shim::machine.bytes_in = shim::machine.bytes_out = 0;
 }

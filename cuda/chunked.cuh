@@ -1,0 +1,203 @@
+// What the chunked WKV kernels share: where a block works, sums over the tokens of a chunk, a ring of loads for the
+// serial kernels. Legend: B batch, T tokens, H heads, N head size, D documents, L tokens of a chunk.
+//
+// A sequence is cut into chunks of L tokens from its own first token. What a last chunk lacks are tokens that leave the
+// state alone: zeros, with a decay of 1. Chunks are numbered as the segments of Sequences are; a number is a *slot*,
+// and a hand-over has a place for every slot and head.
+#pragma once
+
+#include "warp.cuh"
+
+namespace wkv {
+
+// One chunk of one head of one sequence.
+template <int N, int L>
+struct Chunk {
+  int64_t number;          // slot * H + head, where its hand-overs are
+  int head;
+  int tokens;              // 1 to L; 0: there is no chunk of that slot
+  int64_t sequence;
+  int64_t base, stride;    // elements of a [B, T, H, N] tensor: of its first token, and from one token to the next
+
+  __device__ __forceinline__ Chunk(const Sequences& all, int64_t number)
+      : Chunk(all, number, all.template sequence_of<L>(number / all.heads)) {}
+  __device__ __forceinline__ Chunk(const Sequences& all, int64_t number, int64_t sequence)
+      : number(number), head(int(number % all.heads)), sequence(sequence), stride(all.heads * N) {
+    const int64_t first = (number / all.heads - all.template first_segment<L>(sequence)) * L;
+    const int64_t left = all.length(sequence) - first;
+    tokens = left < 0 ? 0 : left < L ? int(left) : L;
+    base = ((all.begin(sequence) + first) * all.heads + head) * N;
+  }
+};
+
+// A thread's share of an L x N matrix: kRows rows of eight columns.
+template <int N, int L>
+struct Share {
+  static constexpr int kThreads = L * N / 8 < 4 * N ? L * N / 8 : 4 * N;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kRows = L * N / 8 / kThreads;
+  static constexpr int kOctets = N / 8;
+  static_assert(kOctets < 32 && kThreads % 32 == 0);
+  int row, column;
+
+  __device__ __forceinline__ Share()
+      : row(int(threadIdx.x) / kOctets * kRows), column(int(threadIdx.x) % kOctets * 8) {}
+
+  // Eight elements of each of this thread's rows of a [B, T, H, N] tensor; zeros behind the chunk's last token.
+  template <typename T>
+  __device__ __forceinline__ void load(Octet<T> (&out)[kRows], const T* tensor, const Chunk<N, L>& chunk) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      out[i] = load_octet(tensor + chunk.base + (row + i) * chunk.stride + column, row + i < chunk.tokens);
+  }
+};
+
+__device__ __forceinline__ void read_shared(float (&out)[8], const float* from) {
+  WKV_READS(from, sizeof out);
+  const Octet<float> got = *reinterpret_cast<const Octet<float>*>(from);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) out[e] = got.value[e];
+}
+__device__ __forceinline__ void write_shared(float* to, const float (&x)[8]) {
+  Octet<float> put;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) put.value[e] = x[e];
+  WKV_WRITES(to, sizeof put);
+  *reinterpret_cast<Octet<float>*>(to) = put;
+}
+
+// Sums over the tokens of a chunk, for each of its N channels.
+template <int N, int L>
+struct TokenSums {
+  using Part = Share<N, L>;
+  float total[Part::kWarps][N];
+
+  // before[i]: the sum of the rows before a thread's row i; upto[i]: with it. One barrier.
+  __device__ __forceinline__ void run(
+      const Part& part, const float (&x)[Part::kRows][8], float (&before)[Part::kRows][8], float (&upto)[Part::kRows][8]) {
+    const int lane = lane_id();
+    float own[8] = {}, sum[8], others[8] = {};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+#pragma unroll
+      for (int i = 0; i < Part::kRows; ++i) own[e] += x[i][e];
+      sum[e] = own[e];
+#pragma unroll
+      for (int distance = Part::kOctets; distance < 32; distance *= 2) {
+        const float earlier = from_lane(sum[e], (lane - distance) & 31);
+        if (lane >= distance) sum[e] += earlier;
+      }
+    }
+    if (lane >= 32 - Part::kOctets) write_shared(&total[warp_id()][part.column], sum);
+    __syncthreads();
+    for (int warp = 0; warp < warp_id(); ++warp) {
+      float earlier[8];
+      read_shared(earlier, &total[warp][part.column]);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) others[e] += earlier[e];
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const float earlier = from_lane(sum[e], (lane - Part::kOctets) & 31);
+      float now = lane >= Part::kOctets ? others[e] + earlier : others[e];
+#pragma unroll
+      for (int i = 0; i < Part::kRows; ++i) {
+        before[i][e] = now;
+        now += x[i][e];
+        upto[i][e] = now;
+      }
+    }
+  }
+  // After run(): the sum of all rows of a channel.
+  __device__ __forceinline__ float all(int channel) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < Part::kWarps; ++warp) {
+      WKV_READS(&total[warp][channel], sizeof(float));
+      sum += total[warp][channel];
+    }
+    return sum;
+  }
+};
+
+// Sums of a Sum's columns: each lane's for its own four, `part` being what its rows give. Every lane gets the result.
+__device__ __forceinline__ void sum_over_rows(float (&part)[4]) {
+#pragma unroll
+  for (int distance = 4; distance < 32; distance *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) part[i] += from_lane_xor(part[i], distance);
+}
+// The column of a Sum's value[i] among the lane's four.
+__device__ __forceinline__ constexpr int column_of(int i) { return i % 2 + i / 4 * 2; }
+
+// In each column of a slice of `blocks` blocks, from the last row to the first: every number becomes the sum of itself
+// and all below it.
+template <int blocks>
+__device__ __forceinline__ void sum_from_below(Sum (&x)[blocks]) {
+  float below[4] = {};
+#pragma unroll
+  for (int group = 2 * blocks - 1; group >= 0; --group)  // of eight rows
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& value = x[group / 2].value[i % 2 + group % 2 * 2 + i / 2 * 4];
+      float sum = value;
+#pragma unroll
+      for (int distance = 4; distance < 32; distance *= 2) {
+        const float other = from_lane(sum, (lane_id() + distance) & 31);
+        if (lane_id() + distance < 32) sum += other;
+      }
+      value = sum + below[i];
+      below[i] += from_lane(sum, lane_id() % 4);
+    }
+}
+
+// The chunks of one head of one sequence, for a block that walks through them with rows of the state in registers:
+// 16 for each warp. `splits` blocks share a head.
+template <int N, int L>
+struct Walk {
+  int64_t sequence, head, first;  // first: the slot of its first chunk
+  int chunks, threads, rows, row;  // this block's rows begin at `row`
+
+  __device__ __forceinline__ explicit Walk(const Sequences& all) : threads(int(blockDim.x)), rows(threads / 2) {
+    const int splits = N / rows;
+    const int64_t number = int64_t(blockIdx.x) / splits;
+    sequence = number / all.heads, head = number % all.heads;
+    first = all.template first_segment<L>(sequence);
+    chunks = int(segments(all.length(sequence), L));
+    row = int(blockIdx.x) % splits * rows;
+  }
+  __device__ __forceinline__ int64_t number(const Sequences& all, int chunk) const {
+    return (first + chunk) * all.heads + head;
+  }
+  __device__ __forceinline__ int own_row() const { return row + warp_id() * 16; }
+};
+
+// 16 rows of an N x N float32 state, a Sum for every 16 columns, from and to those of all sequences and heads.
+template <int N>
+__device__ __forceinline__ void load_state(Sum (&state)[N / 16], const float* states, int64_t number, int row) {
+#pragma unroll
+  for (int j = 0; j < N / 16; ++j)
+    state[j] = states ? load_rows(states + (number * N + row) * N + 16 * j, N, 16) : Sum{};
+}
+template <int N>
+__device__ __forceinline__ void store_state(const Sum (&state)[N / 16], float* states, int64_t number, int row) {
+  if (!states) return;
+#pragma unroll
+  for (int j = 0; j < N / 16; ++j) store_rows(states + (number * N + row) * N + 16 * j, N, 16, state[j]);
+}
+
+}  // namespace wkv
+
+// A kernel `symbol`. What follows is a type with its arguments, its threads at most, and what it does with an object in
+// dynamic shared memory, whose size stands beside the kernel as `symbol`_shared.
+#define WKV_CHUNKED_KERNEL(symbol, ...)                                                        \
+  using symbol##_type = __VA_ARGS__;                                                           \
+  WKV_BYTES(symbol, symbol##_type::Arguments)                                                  \
+  extern "C" {                                                                                 \
+  __device__ unsigned int symbol##_shared = sizeof(symbol##_type::Shared);                     \
+  __global__ void __launch_bounds__(symbol##_type::kThreads)                                   \
+      symbol(symbol##_type::Arguments arguments) {                                             \
+    WKV_DYNAMIC_SHARED(symbol##_type::Shared, shared);                                         \
+    symbol##_type::run(arguments, shared);                                                     \
+  }                                                                                            \
+  }
