@@ -184,7 +184,8 @@ def kept_per_token(arch: Architecture, count: Counted, run: Run) -> float:
         arch.version
     ]
     decay = 0 if arch.version == 5 else 4 * C
-    scratch = saved_floats(f"wkv{arch.version}", run.device, run.micro_bsz, run.length, arch.n_head, arch.head_size, 0)
+    kernels = "cpu" if run.device == "cpu" else "exact"
+    scratch = saved_floats(f"wkv{arch.version}", kernels, run.micro_bsz, run.length, arch.n_head, arch.head_size, 0)
     return numbers * run.width + decay + HEAD_BYTES * arch.n_head + 4 * scratch / run.tokens
 
 

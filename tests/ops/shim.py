@@ -1,7 +1,7 @@
 """The CUDA kernels as plain C++ behind a stand-in for the driver, so that Python's whole path runs without a GPU.
 
-`ShimLibrary` has the methods of `wkv_abi.Library`, but calls what a run on a card calls: ops/launches.py plans, and
-ops/driver.py packs the arguments and launches.
+`ShimLibrary` has the methods of `wkv_abi.Library`, but calls what a run on a card calls: ops/launches.py or
+ops/chunked_launches.py plans and packs the arguments, and ops/driver.py launches.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from rwkv_bone.ops import driver
+from rwkv_bone.ops import chunked_launches, driver
 from rwkv_bone.ops.build import SOURCES
-from rwkv_bone.ops.launches import ELEMENTS, HEAD_SIZES, kernel_names, launches, source
-from tests.ops.wkv_abi import Case, Runner, pointer
+from rwkv_bone.ops.cuda import Unit
+from rwkv_bone.ops.launches import ELEMENTS, HEAD_SIZES, Launch, source
+from rwkv_bone.ops.sizes import EXACT, forward_workspace_floats
+from tests.ops.wkv_abi import Case, Runner, pointer, poisoned
 
 COMPILE = ["g++", "-x", "c++", "-std=c++17", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
 
@@ -33,12 +36,16 @@ def compile_on_shim(kernels: str, target: Path, *flags: str) -> Path:
     return target
 
 
-def build_shim(operator: str, folder: Path) -> Path:
-    """All kernels of an operator, compiled once per content."""
-    kernels = source(operator, ELEMENTS, HEAD_SIZES)
+def build_shim(operator: str, folder: Path, label: str = EXACT) -> Path:
+    """All kernels of an operator of one label (see ops/sizes.py), compiled once per content."""
+    if label == EXACT:
+        kernels = source(operator, ELEMENTS, HEAD_SIZES)
+    else:
+        dtypes = chunked_launches.dtypes(operator)
+        kernels = chunked_launches.source(operator, label, dtypes, chunked_launches.HEAD_SIZES)
     texts = [path.read_bytes() for pattern in ("*.cuh", "shim/*") for path in sorted(SOURCES.glob(pattern))]
     name = hashlib.sha256(b"".join([kernels.encode(), *texts])).hexdigest()[:16]
-    path = folder / f"{operator}-{name}.so"
+    path = folder / f"{operator}-{label}-{name}.so"
     if not path.exists():
         compile_on_shim(kernels, path.with_suffix(".partial")).rename(path)
     return path
@@ -55,23 +62,37 @@ def schedule(raw: ctypes.CDLL, *, first: int = 0, last: int = 2**31, reverse: bo
 
 
 class ShimLibrary(Runner):
-    """One operator on the shim; `raw` is the library itself, `driver` what the product's driver.py makes of it."""
+    """One operator on the shim; `raw` is the library itself, `driver` what the product's driver.py makes of it.
 
-    device_type = "cuda"
+    A case of a chunked label may have "w0" [H, N] float32: its w is then of r's dtype.
+    """
 
-    def __init__(self, path: Path, operator: str):
+    def __init__(self, path: Path, operator: str, label: str = EXACT):
         super().__init__(operator)
+        self.label = label
         self.driver, self.raw = driver.Driver(str(path)), ctypes.CDLL(str(path))
         self.raw.shim_argument_bytes.restype = ctypes.c_size_t
-        names = [name for dtype in ELEMENTS for N in HEAD_SIZES for name in kernel_names(operator, dtype, N)]
+        head_sizes, dtypes = HEAD_SIZES, tuple(ELEMENTS)
+        if label != EXACT:
+            head_sizes, dtypes = chunked_launches.HEAD_SIZES, chunked_launches.dtypes(operator)
+        names = [name for dtype in dtypes for N in head_sizes for name in Unit(operator, label, dtype, N).kernels()]
         self.kernels = self.driver.load(b"", names, device=0)
 
-    def planned(self, name: str, case: Case, *tensors: Tensor | None):
-        """The launches of forward or backward of `case`, with the tensors that follow the initial state."""
-        given = [*(case[key] for key in self.inputs), case["state"], *tensors]
-        dtype = str(case["r"].dtype).removeprefix("torch.")
-        offsets = pointer(case.get("cu_seqlens"))
-        return launches(self.operator, name, dtype, self.sizes(case), offsets, list(map(pointer, given)))
+    def planned(self, name: str, case: Case, *tensors: Tensor | None) -> list[Launch]:
+        """The launches of forward or backward of `case`, with the tensors that follow the initial state.
+
+        Those are the sequential kernels'; what chunked ones take besides is put in here: w0, and forward's workspace.
+        """
+        offsets, sizes, w0 = pointer(case.get("cu_seqlens")), self.sizes(case), case.get("w0")
+        extra = [w0] if self.label != EXACT and self.operator == "wkv7" else []
+        if self.label != EXACT and name == "forward":
+            save = tensors[2] is not None
+            self.workspace = poisoned((forward_workspace_floats(self.operator, self.label, *sizes, save=save),))
+            extra.append(self.workspace)
+        given = [*(case[key] for key in self.inputs), case["state"], *tensors[:3], *extra, *tensors[3:]]
+        dtype = str(case["r"].dtype).removeprefix("torch.") + ("w" if case["w"].dtype == torch.bfloat16 else "")
+        unit = Unit(self.operator, self.label, dtype, sizes[3])
+        return unit.plan(name, sizes, offsets, list(map(pointer, given)))
 
     def call(self, name: str, case: Case, *tensors: Tensor | None) -> None:
         self.driver.launch(self.kernels, self.planned(name, case, *tensors), device=0, stream=0)

@@ -190,12 +190,12 @@ def test_the_trial_call_passes_with_right_kernels_and_finds_wrong_ones(fresh_cho
     trial.trial(operator, cpu, 64, dtype)
     plain = native.call
 
-    def spoiled(operator, step, *arguments):
-        plain(operator, step, *arguments)
+    def spoiled(operator, step, *arguments, label):
+        plain(operator, step, *arguments, label=label)
         arguments[-2].mul_(1.5)  # one result of each: the last state; the gradient of the last input
 
     monkeypatch.setattr(native, "call", spoiled)
-    with pytest.raises(build.BuildError, match="trial call of the cpu kernel gave wrong numbers"):
+    with pytest.raises(build.BuildError, match="trial call of the cpu kernels gave wrong numbers"):
         trial.trial(operator, cpu, 64, dtype)
     assert select_op("auto", cpu, operator, 64, dtype)[0] == "torch"
 

@@ -44,7 +44,7 @@ for card in map(int, sys.argv[2].split()):
     for operator in HEADERS:
         for dtype in ELEMENTS:
             for N in HEAD_SIZES:
-                image = cuda.compiled(operator, dtype, N, target, compiler).read_bytes()
+                image = cuda.compiled(cuda.Unit(operator, "exact", dtype, N), target, compiler).read_bytes()
                 assert image[:4] == b"\\x7fELF", image[:16]
                 assert all(name.encode() + b"\\0" in image for name in kernel_names(operator, dtype, N))
                 print(operator, dtype, N, target, len(image))
@@ -76,7 +76,7 @@ def test_the_kernels_of_a_usual_run_compile_for_every_card(major, tmp_path):
     for card in CARDS:
         target = compiler.target(divmod(card, 10))
         assert target == f"sm_{card}"
-        image = cuda.compiled("wkv7", "bfloat16", 64, target, compiler, tmp_path).read_bytes()
+        image = cuda.compiled(cuda.Unit("wkv7", "exact", "bfloat16", 64), target, compiler, tmp_path).read_bytes()
         for name in kernel_names("wkv7", "bfloat16", 64):
             assert name.encode() + b"\0" in image, name
 
@@ -86,7 +86,7 @@ def test_the_kernels_of_a_usual_run_compile_for_every_card(major, tmp_path):
 def test_each_operator_compiles_in_each_dtype(major, operator, tmp_path):
     compiler = nvrtc.Nvrtc(LIBRARIES[major])
     for dtype in ELEMENTS:
-        image = cuda.compiled(operator, dtype, 64, "sm_90", compiler, tmp_path).read_bytes()
+        image = cuda.compiled(cuda.Unit(operator, "exact", dtype, 64), "sm_90", compiler, tmp_path).read_bytes()
         for name in kernel_names(operator, dtype, 64):
             assert name.encode() + b"\0" in image, name
 
@@ -103,7 +103,7 @@ def test_a_unit_is_compiled_once_and_kept_by_content_card_and_compiler(compiler,
     monkeypatch.setattr(nvrtc.Nvrtc, "compile", lambda self, *arguments: calls.append(arguments) or b"\x7fELF")
 
     def path(target: str = "sm_90", N: int = 8) -> Path:
-        return cuda.compiled("wkv7", "float32", N, target, compiler, tmp_path / "cache")
+        return cuda.compiled(cuda.Unit("wkv7", "exact", "float32", N), target, compiler, tmp_path / "cache")
 
     first = path()
     assert path() == first and len(calls) == 1
@@ -125,7 +125,8 @@ def test_a_card_newer_than_the_compiler_gets_code_that_runs_on_it(compiler):
     # Of the same generation: machine code. Of a later one: code that the driver translates.
     assert compiler.target((newest // 10, 9)) == f"sm_{newest}"
     assert compiler.target((newest // 10 + 1, 0)) == f"compute_{newest}"
-    image = compiler.compile(source("wkv7", ["float32"], [8]), cuda._headers("wkv7"), f"compute_{newest}")
+    text = source("wkv7", ["float32"], [8])
+    image = compiler.compile(text, cuda.read_headers(text), f"compute_{newest}")
     assert b".visible .entry wkv7_forward_float32_8" in image and image.endswith(b"\0")
 
 

@@ -201,7 +201,8 @@ def test_the_registered_operators_keep_pytorchs_rules(operator, op):
     case = place(packed_case(operator, torch.float32, lengths=(5, 9), H=1, N=8), op)
     inputs = tuple(case[name].requires_grad_() for name in (*wkv_abi.INPUTS[operator], "state"))
     forward = getattr(torch.ops.rwkv_bone, f"{operator}_forward")
-    torch.library.opcheck(forward.default, (*inputs, case["cu_seqlens"], True))
+    constants = [None] if operator == "wkv7" else []  # w0
+    torch.library.opcheck(forward.default, (*inputs, case["cu_seqlens"], True, op, *constants))
 
 
 @pytest.mark.parametrize(

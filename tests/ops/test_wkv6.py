@@ -274,7 +274,9 @@ def test_nothing_is_saved_when_no_gradient_is_wanted(operator, op, monkeypatch):
     wkv(**inputs, op=op)  # tries the kernel, with calls of its own
     kept, plain = [], native.call
     # The last argument of forward is what it leaves for backward.
-    monkeypatch.setattr(native, "call", lambda *args: kept.append(args[-1] is not None) or plain(*args))
+    monkeypatch.setattr(
+        native, "call", lambda *args, **label: kept.append(args[-1] is not None) or plain(*args, **label)
+    )
     with torch.no_grad():
         quiet = wkv(**inputs, op=op)
     assert torch.equal(wkv(**inputs, op=op), quiet) and kept == [False, True]
@@ -336,7 +338,7 @@ def test_the_registered_operators_keep_pytorchs_rules(operator, op):
     case = place(make_case(operator, torch.float32, T=20, H=1), op)
     inputs = tuple(case[name].requires_grad_() for name in LEAVES)
     forward = getattr(torch.ops.rwkv_bone, f"{operator}_forward")
-    torch.library.opcheck(forward.default, (*inputs, None, True))
+    torch.library.opcheck(forward.default, (*inputs, None, True, op))
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,9 @@ def test_nothing_is_saved_when_no_gradient_is_wanted(op, monkeypatch):
     wkv7(**inputs, op=op)  # tries the kernel, with calls of its own
     kept, plain = [], native.call
     # The last argument of forward is what it leaves for backward.
-    monkeypatch.setattr(native, "call", lambda *args: kept.append(args[-1] is not None) or plain(*args))
+    monkeypatch.setattr(
+        native, "call", lambda *args, **label: kept.append(args[-1] is not None) or plain(*args, **label)
+    )
     with torch.no_grad():
         quiet = wkv7(**inputs, op=op)
     assert torch.equal(wkv7(**inputs, op=op), quiet) and kept == [False, True]
@@ -259,7 +261,7 @@ def test_torch_compile_takes_the_operator_whole(op):
 def test_the_registered_operators_keep_pytorchs_rules(op):
     case = place(make_case(torch.float32, T=20, H=1), op)
     inputs = tuple(case[name].requires_grad_() for name in (*INPUTS, "state"))
-    torch.library.opcheck(torch.ops.rwkv_bone.wkv7_forward.default, (*inputs, None, True))
+    torch.library.opcheck(torch.ops.rwkv_bone.wkv7_forward.default, (*inputs, None, True, op, None))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tens
 class Runner:
     """Forward and backward of one operator ("wkv5", "wkv6" or "wkv7") on CPU tensors, whatever computes them."""
 
-    device_type = "cpu"  # whose scratch memory it needs
+    label = "cpu"  # of the kernels whose scratch memory it needs: see ops/sizes.py
 
     def __init__(self, operator: str):
         self.operator, self.inputs = operator, INPUTS[operator]
@@ -41,7 +41,7 @@ class Runner:
 
     def floats(self, name: str, *problem: int) -> int:
         """saved_floats or workspace_floats of B, T, H, N, D."""
-        return getattr(sizes, name)(self.operator, self.device_type, *problem)
+        return getattr(sizes, name)(self.operator, self.label, *problem)
 
     def sizes(self, case: Case) -> tuple[int, ...]:
         """B, T, H, N, D."""
@@ -58,8 +58,8 @@ class Runner:
         B, _, H, N, D = self.sizes(case)
         outputs = {}
         for name in self.inputs:
-            dtype = r.dtype if name not in "wu" else torch.float32
-            outputs[f"d{name}"] = poisoned(tuple(r.shape) if case[name].dim() == 4 else (D or B, H, N), dtype)
+            shape = tuple(r.shape) if case[name].dim() == 4 else (D or B, H, N)
+            outputs[f"d{name}"] = poisoned(shape, case[name].dtype)
         return {**outputs, "dstate0": poisoned((D or B, H, N, N))}
 
     def run(self, case: Case) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch.compiler import assume_constant_result, is_compiling
 from rwkv_bone.errors import UserError
 from rwkv_bone.ops import select_op
 
-ANY_DTYPE = ("w", "u", "state")  # computed with in float32 whatever they come as
+ANY_DTYPE = ("w", "w0", "u", "state")  # computed with in float32 whatever they come as
 
 
 def check(
@@ -78,7 +78,7 @@ def _check_documents(operator: str, r: Tensor, cu_seqlens: Tensor) -> None:
 def choose_form(operator: str, op: str, device_type: str, dtype: torch.dtype, N: int) -> str:
     """The form of the operator that takes such arguments: see select_op. Raises UserError if `op` cannot take them."""
     if dtype == torch.float64:
-        if op in ("cpu", "cuda"):
+        if op not in ("auto", "torch", "reference"):
             raise UserError(f"--op {op} takes float32 and bfloat16, found float64: use --op torch")
         dtype, op = torch.float32, "torch" if op == "auto" else op
     return select_op(op, torch.device(device_type), operator, N, dtype)[0]

@@ -1,29 +1,66 @@
 """The CUDA form of the operators: compile what a run needs for the card that is there, keep it, launch it.
 
-A unit is one operator in one dtype and head size: four or five kernels, compiled by NVRTC in about a second and kept as
-machine code. cuda/README.md follows a launch from Python to the card.
+A unit is one operator in one form, dtype and head size: four to seven kernels, compiled by NVRTC in a few seconds and
+kept as machine code. cuda/README.md follows a launch from Python to the card.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from rwkv_bone.ops import build, driver, nvrtc
-from rwkv_bone.ops.launches import HEADERS, kernel_names, launches, source
+from rwkv_bone.ops import build, chunked_launches, driver, launches, nvrtc
+from rwkv_bone.ops.sizes import EXACT
+
+INCLUDE = re.compile(r'^#include "(\w+\.cuh)"', re.MULTILINE)
 
 
-def compiled(operator: str, dtype: str, N: int, target: str, compiler: nvrtc.Nvrtc, cache: Path | None = None) -> Path:
-    """The kernels of one operator, dtype and head size for a target of `Nvrtc.target`, compiled if need be.
+class Unit(NamedTuple):
+    """What is compiled and loaded at a time."""
+
+    operator: str
+    label: str  # see ops/sizes.py
+    dtype: str  # of launches.ELEMENTS, or of chunked_launches.ELEMENTS
+    N: int
+
+    def source(self) -> str:
+        """C++ that makes the unit's kernels."""
+        operator, label, dtype, N = self
+        if label == EXACT:
+            return launches.source(operator, [dtype], [N])
+        return chunked_launches.source(operator, label, [dtype], [N])
+
+    def kernels(self) -> list[str]:
+        """Their names."""
+        operator, label, dtype, N = self
+        if label == EXACT:
+            return launches.kernel_names(operator, dtype, N)
+        return chunked_launches.kernel_names(operator, label, dtype, N)
+
+    def plan(
+        self, step: str, sizes: Sequence[int], offsets: int | None, tensors: Sequence[int | None]
+    ) -> list[launches.Launch]:
+        """See launches.launches and chunked_launches.launches. Raises ValueError for what no kernel can take."""
+        operator, label, dtype, _ = self
+        if label == EXACT:
+            return launches.launches(operator, step, dtype, sizes, offsets, tensors)
+        return chunked_launches.launches(operator, step, label, dtype, sizes, offsets, tensors)
+
+
+def compiled(unit: Unit, target: str, compiler: nvrtc.Nvrtc, cache: Path | None = None) -> Path:
+    """The kernels of a unit for a target of `Nvrtc.target`, compiled if need be.
 
     The file's name holds everything that decides its content: sources, options, target, version of the compiler.
     Raises BuildError.
     """
-    text, headers = source(operator, [dtype], [N]), _headers(operator)
+    text = unit.source()
+    headers = read_headers(text)
     content = repr((text, headers, nvrtc.OPTIONS, target, compiler.version))
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:20]
     kind = "cubin" if target.startswith("sm_") else "ptx"
@@ -31,30 +68,37 @@ def compiled(operator: str, dtype: str, N: int, target: str, compiler: nvrtc.Nvr
     def make(path: Path) -> None:
         path.write_bytes(compiler.compile(text, headers, target))
 
-    return build.kept(f"{operator}-{dtype}-{N}-{target}-{fingerprint}.{kind}", make, cache)
+    name = f"{unit.operator}-{unit.label}-{unit.dtype}-{unit.N}-{target}-{fingerprint}.{kind}"
+    return build.kept(name, make, cache)
 
 
-def _headers(operator: str) -> dict[str, str]:
-    names = ("common.cuh", HEADERS[operator])
-    for name in names:
+def read_headers(text: str) -> dict[str, str]:
+    """The kernels' headers that a source includes, and theirs: {name: content}. Raises BuildError if one is missing."""
+    found: dict[str, str] = {}
+    wanted = INCLUDE.findall(text)
+    while wanted:
+        name = wanted.pop(0)
+        if name in found:
+            continue
         if not (build.SOURCES / name).is_file():
             raise build.BuildError(build.MISSING.format(build.SOURCES / name))
-    return {name: (build.SOURCES / name).read_text(encoding="utf-8") for name in names}
+        found[name] = (build.SOURCES / name).read_text(encoding="utf-8")
+        wanted += INCLUDE.findall(found[name])
+    return found
 
 
 @functools.cache
-def kernels(operator: str, dtype: str, N: int, device: int) -> dict:
+def kernels(unit: Unit, device: int) -> dict[str, driver.Kernel]:
     """The unit's kernels on a device, compiled and loaded on first use. Raises BuildError or driver.DriverError."""
     compiler = nvrtc.find()
     target = compiler.target(torch.cuda.get_device_capability(device))
-    image = compiled(operator, dtype, N, target, compiler).read_bytes()
-    return driver.find().load(image, kernel_names(operator, dtype, N), device)
+    image = compiled(unit, target, compiler).read_bytes()
+    return driver.find().load(image, unit.kernels(), device)
 
 
-def call(operator: str, step: str, like: Tensor, sizes: tuple[int, ...], pointers: list[int | None]) -> None:
-    """Puts "forward" or "backward" on the current stream of like's device. See launches.launches for the arguments."""
-    dtype, device = str(like.dtype).removeprefix("torch."), like.device.index
+def call(unit: Unit, step: str, device: int, sizes: tuple[int, ...], pointers: list[int | None]) -> None:
+    """Puts "forward" or "backward" on the device's current stream. See launches.launches for the arguments."""
     offsets, *tensors = pointers
-    planned = launches(operator, step, dtype, sizes, offsets, tensors)
-    loaded = kernels(operator, dtype, like.shape[-1], device)
+    planned = unit.plan(step, sizes, offsets, tensors)
+    loaded = kernels(unit, device)
     driver.find().launch(loaded, planned, device, torch.cuda.current_stream(device).cuda_stream)

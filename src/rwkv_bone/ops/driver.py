@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from rwkv_bone.ops.launches import Launch
 
@@ -17,10 +18,21 @@ LIBRARY = "libcuda.so.1"
 # Codes of cuModuleLoadData for code that this driver or this card does not take: INVALID_IMAGE, NO_BINARY_FOR_GPU,
 # INVALID_PTX, UNSUPPORTED_PTX_VERSION, JIT_COMPILER_NOT_FOUND.
 NOT_LOADABLE = (200, 209, 218, 222, 221)
+NOT_FOUND = 500
+STATIC_SHARED = 48 * 1024  # bytes of shared memory that a kernel may have without asking
+MAX_SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class DriverError(RuntimeError):
     """There is no driver, or it refused something. The text says what and why."""
+
+
+class Kernel(NamedTuple):
+    """A kernel on a device."""
+
+    function: ctypes.c_void_p
+    shared: int  # bytes of dynamic shared memory that a block of it needs
 
 
 class Driver:
@@ -43,7 +55,7 @@ class Driver:
         self._call("cuDriverGetVersion", ctypes.byref(number))
         return number.value // 1000, number.value % 1000 // 10
 
-    def load(self, image: bytes, names: Sequence[str], device: int) -> dict[str, ctypes.c_void_p]:
+    def load(self, image: bytes, names: Sequence[str], device: int) -> dict[str, Kernel]:
         """The kernels of these names out of a cubin or PTX, on a device."""
         module, kernels = ctypes.c_void_p(), {}
         with self._current(device):
@@ -56,24 +68,54 @@ class Driver:
                 )
             self._check("cuModuleLoadData", code)
             for name in names:
-                kernels[name] = ctypes.c_void_p()
-                self._call("cuModuleGetFunction", ctypes.byref(kernels[name]), module, name.encode())
+                function = ctypes.c_void_p()
+                self._call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+                kernels[name] = Kernel(function, self._shared(module, name))
+                self._allow(name, kernels[name], device)
         return kernels
 
-    def launch(self, kernels: dict[str, ctypes.c_void_p], launches: Sequence[Launch], device: int, stream: int) -> None:
+    def _shared(self, module: ctypes.c_void_p, name: str) -> int:
+        """The dynamic shared memory of a kernel: what the source says in a global next to it, or none."""
+        address, size, found = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_uint32()
+        code = self._library.cuModuleGetGlobal_v2(
+            ctypes.byref(address), ctypes.byref(size), module, f"{name}_shared".encode()
+        )
+        if code == NOT_FOUND:
+            return 0
+        self._check("cuModuleGetGlobal", code)
+        self._call("cuMemcpyDtoH_v2", ctypes.byref(found), address, ctypes.c_size_t(ctypes.sizeof(found)))
+        return found.value
+
+    def _allow(self, name: str, kernel: Kernel, device: int) -> None:
+        """Lets a kernel have the shared memory that it needs, if that is more than any kernel may have."""
+        if kernel.shared <= STATIC_SHARED:
+            return
+        handle, most = ctypes.c_int(), ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+        self._call("cuDeviceGetAttribute", ctypes.byref(most), ctypes.c_int(MAX_SHARED_OPTIN), handle)
+        if kernel.shared > most.value:
+            raise DriverError(
+                f"{name} needs {kernel.shared} bytes of shared memory per block, and this card has {most.value}"
+            )
+        self._call(
+            "cuFuncSetAttribute", kernel.function, ctypes.c_int(MAX_DYNAMIC_SHARED), ctypes.c_int(kernel.shared)
+        )
+
+    def launch(self, kernels: Mapping[str, Kernel], launches: Sequence[Launch], device: int, stream: int) -> None:
         """Puts the launches on a stream, one after another, and waits for nothing."""
         with self._current(device):
-            for kernel, blocks, threads, arguments in launches:
+            for name, blocks, threads, arguments in launches:
+                kernel = kernels[name]
                 # The driver copies the struct before it returns.
                 parameters = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p))
                 code = self._library.cuLaunchKernel(
-                    kernels[kernel],
-                    *map(ctypes.c_uint, (blocks, 1, 1, threads, 1, 1, 0)),
+                    kernel.function,
+                    *map(ctypes.c_uint, (blocks, 1, 1, threads, 1, 1, kernel.shared)),
                     ctypes.c_void_p(stream),
                     parameters,
                     None,
                 )
-                self._check(f"launching {kernel} with {blocks} blocks of {threads} threads", code)
+                self._check(f"launching {name} with {blocks} blocks of {threads} threads", code)
 
     @contextmanager
     def _current(self, device: int) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rwkv_bone.ops import build, cuda
 from rwkv_bone.ops.launches import ALIGNMENT
+from rwkv_bone.ops.sizes import CPU
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -34,18 +35,24 @@ def ready(x: Tensor | None) -> Tensor | None:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def call(operator: str, step: str, like: Tensor, cu_seqlens: Tensor | None, *tensors: Tensor | None) -> None:
+def call(
+    operator: str, step: str, like: Tensor, cu_seqlens: Tensor | None, *tensors: Tensor | None, label: str = CPU
+) -> None:
     """Runs "forward" or "backward" of an operator on `tensors`, in the order of cuda/README.md; None = null pointer.
 
-    dtype and sizes are those of `like` [B, T, H, N], D is that of `cu_seqlens`. On CUDA the kernels go to the current
-    stream of like's device; the processor's library gets PyTorch's number of threads. Raises RuntimeError with the
-    driver's or the library's own words.
+    dtype and sizes are those of `like` [B, T, H, N], D is that of `cu_seqlens`. `label` says which kernels: see
+    ops/sizes.py. CUDA's go to the current stream of like's device; the processor's library gets PyTorch's number of
+    threads. Raises RuntimeError with the driver's or the library's own words.
     """
     shape = (*like.shape, documents(cu_seqlens))
     pointers = [None if x is None else x.data_ptr() for x in (cu_seqlens, *tensors)]
-    if like.is_cuda:
+    if label != CPU:
+        r, w, *_ = tensors
+        assert r is not None and w is not None
+        dtype = str(r.dtype).removeprefix("torch.") + ("w" if w.dtype == torch.bfloat16 else "")
+        unit = cuda.Unit(operator, label, dtype, like.shape[-1])
         try:
-            return cuda.call(operator, step, like, shape, pointers)
+            return cuda.call(unit, step, like.device.index, shape, pointers)
         except ValueError as problem:
             raise _failed(operator, step, like, problem) from problem
     loaded = library(operator)

@@ -1,49 +1,94 @@
-"""One call of a compiled operator before it is relied on: one token of one head, forward and backward.
+"""Calls of a compiled operator before it is relied on, forward and backward.
 
-It shows a driver that cannot load the kernels, a card that they were not made for, and a miscompiled kernel, before a
+They show a driver that cannot load the kernels, a card that they were not made for, and a miscompiled kernel, before a
 run has begun instead of at its first step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_bone.ops import compiled
+from rwkv_bone.ops import choice, compiled
 from rwkv_bone.ops.arguments import ANY_DTYPE
 from rwkv_bone.ops.build import BuildError
 from rwkv_bone.ops.launches import INPUTS
+from rwkv_bone.ops.sizes import chunks
 from rwkv_bone.ops.wkv6 import WKV5, WKV6
 from rwkv_bone.ops.wkv7 import WKV7
 
 OPERATORS = {operator.name: operator for operator in (WKV7, WKV6, WKV5)}
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative errors; a defect is off by far more
+# Relative errors; a defect is off by far more.
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+CHUNKED_LIMITS = {
+    ("chunked", torch.bfloat16): 3e-2,
+    ("accurate", torch.bfloat16): 1e-2,
+    ("accurate", torch.float32): 1e-3,
+}
 
 
-def trial(operator: str, device: torch.device, N: int, dtype: torch.dtype) -> None:
-    """Compare the compiled kernels with the `torch` form. Raises BuildError, DriverError, or what torch raises."""
+def trial(operator: str, device: torch.device, N: int, dtype: torch.dtype, form: str | None = None) -> None:
+    """Compare the kernels of a form with the `torch` form; the device's sequential ones unless it is given.
+
+    Sequential kernels get one token of one head. Chunked ones get enough tokens to end inside a chunk, once in a single
+    sequence and once as documents, with a constant part of WKV-7's decay apart. Raises BuildError, DriverError, or what
+    torch raises.
+    """
+    form = form or ("cpu" if device.type == "cpu" else "cuda-exact")
+    (label,) = choice.labels(form, operator, dtype, N)
+    chunked = chunks(label)
+    if not chunked:
+        _compare(operator, device, N, dtype, form, (1,), False, LIMITS[dtype])
+        return
+    limit = CHUNKED_LIMITS[chunked.mode, dtype]
+    _compare(operator, device, N, dtype, form, (70,), False, limit)
+    _compare(operator, device, N, dtype, form, (33, 37), operator == "wkv7", limit)
+
+
+def _compare(
+    operator: str,
+    device: torch.device,
+    N: int,
+    dtype: torch.dtype,
+    form: str,
+    lengths: Sequence[int],
+    decay_apart: bool,
+    limit: float,
+) -> None:
     chunked, per_head = OPERATORS[operator].chunked, OPERATORS[operator].per_head
     draw = torch.Generator().manual_seed(0)  # its own, so that a run's random numbers stay what they are
+    T, D = sum(lengths), len(lengths)
 
     def random(name: str, *shape: int) -> Tensor:
-        kind = torch.float32 if name in ANY_DTYPE else dtype
-        return torch.randn(shape, generator=draw).to(device, kind).requires_grad_()
+        kind = torch.float32 if name in ANY_DTYPE and not (name == "w" and decay_apart) else dtype
+        x = torch.randn(shape, generator=draw)
+        if T > 1 and name in "ab":
+            # As a model has them: a state neither grows without bounds nor vanishes.
+            x = F.normalize(x, dim=-1) * (-1 if name == "a" else 0.5)
+        return x.to(device, kind).requires_grad_()
 
     with _alone():
-        inputs = {name: random(name, *((1, N) if name in per_head else (1, 1, 1, N))) for name in INPUTS[operator]}
-        start = random("state", 1, 1, N, N)
+        inputs = {name: random(name, *((1, N) if name in per_head else (1, T, 1, N))) for name in INPUTS[operator]}
+        start = random("state", D, 1, N, N)
+        offsets = torch.tensor([0, *lengths], device=device).cumsum(0) if D > 1 else None
+        w0 = torch.randn(1, N, generator=draw).to(device) if decay_apart else None
         leaves = (*inputs.values(), start)
+        whole = inputs if w0 is None else {**inputs, "w": inputs["w"].float() + w0}
         results = []
-        for y, state in (compiled.run(operator, inputs, start, None), chunked(**inputs, state=start)):
+        for y, state in (
+            compiled.run(operator, inputs, start, offsets, form, w0),
+            chunked(**whole, state=start, cu_seqlens=offsets),
+        ):
             gradients = torch.autograd.grad((y, state), leaves, (torch.ones_like(y), torch.ones_like(state)))
             results.append([x.float() for x in (y, state, *gradients)])
         errors = torch.stack([(a - b).norm() / (b.norm() + 1e-6) for a, b in zip(*results, strict=True)])
         worst = errors.nan_to_num(nan=torch.inf).max().item()
-    if not worst < LIMITS[dtype]:
-        raise BuildError(f"a trial call of the {device.type} kernel gave wrong numbers (relative error {worst:.1e})")
+    if not worst < limit:
+        raise BuildError(f"a trial call of the {form} kernels gave wrong numbers (relative error {worst:.1e})")
 
 
 @contextmanager

@@ -35,18 +35,27 @@ def run(
     cu_seqlens: Tensor | None,
     output_state: bool,
     op: str,
+    w0: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What the public function of the operator returns; the arguments are described there (ops/wkv7.py)."""
     inputs = _as_under_autocast(inputs)
-    check(operator.name, **inputs, state=state, cu_seqlens=cu_seqlens, per_head=operator.per_head)
-    r = inputs["r"]
+    constants = {} if w0 is None else {"w0": w0}
+    per_head = (*operator.per_head, *constants)
+    check(operator.name, **inputs, **constants, state=state, cu_seqlens=cu_seqlens, per_head=per_head)
+    r, w = inputs["r"], inputs["w"]
     _, _, H, N = r.shape
     form = choose_form(operator.name, op, r.device.type, r.dtype, N)
     wide = torch.promote_types(r.dtype, torch.float32)
     inputs = {name: x.to(wide) if name in ANY_DTYPE else x for name, x in inputs.items()}
     state = None if state is None else state.to(wide)
-    if form in ("cpu", "cuda"):
-        y, last = compiled.run(operator.name, inputs, state, cu_seqlens)
+    if w0 is not None:
+        w0 = w0.to(wide)
+        if form.startswith("cuda") and w.dtype == r.dtype and not w0.requires_grad:
+            inputs["w"] = w  # which saves its float32 copy
+        else:
+            inputs["w"], w0 = inputs["w"] + w0, None
+    if form not in ("torch", "reference"):
+        y, last = compiled.run(operator.name, inputs, state, cu_seqlens, form, w0)
         return (y, last) if output_state else y
     if state is None:
         state = torch.zeros(sequences(r, cu_seqlens), H, N, N, dtype=wide, device=r.device)

@@ -40,7 +40,7 @@ def wkv6(
     cu_seqlens   int64 [D + 1], rising from 0 to T: B is 1, and document d is tokens cu_seqlens[d] up to
                  cu_seqlens[d + 1]. Each document has its own state, so states are [D, H, N, N]; results and gradients
                  are those of each document alone
-    op           "auto", "cuda", "cpu", "torch" or "reference": see ops.select_op
+    op           one of ops.CHOICES: see ops.select_op
 
     The returned state is float32, and so is the arithmetic; both are float64 for float64 inputs. Everything can be
     differentiated, once. Under autocast r, k and v are cast to autocast's dtype. Raises UserError if a shape, dtype,

@@ -1,0 +1,156 @@
+"""Which kernels a call of a form of CUDA's takes.
+
+    cuda-exact      the sequential kernels, label "exact"
+    cuda-chunked    tensor cores, one bfloat16 product each, in chunks of 32 tokens
+    cuda-accurate   tensor cores, three bfloat16 products each, in chunks of 16 tokens
+    cuda-LABEL      the chunked kernels of that label (ops/sizes.py), e.g. cuda-chunked64: for tests and benchmarks
+    cuda            whichever is the fastest for the call's sizes: the first of choice.json's rules that fits says so,
+                    and without one it is "exact", which it also is for float32
+
+choice.json is a list of rules, which scripts/gpu_check/choose.py writes from measurements. A rule is an object of
+
+    operator    "wkv7", "wkv6" or "wkv5"
+    N           the head size
+    kernels     a label: "exact", "chunked32" or "chunked64"
+    tokens      [from, below]: tokens of a sequence, of packed documents their mean; below may be null: any number
+    heads       [from, below]: heads of all sequences, H times B or times the number of documents
+    capability  optional: the compute capability of the cards that it is for, e.g. "9.0"; any from 8.0 on without it
+    origin      "predicted", or "measured on " and the card's name
+    why         one sentence
+
+Rules are tried in their order. A choice depends on nothing else, so backward makes that of forward.
+
+Sizes: B batch, T tokens, H heads, N head size, D documents (0: not packed).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rwkv_bone.ops import chunked_launches
+from rwkv_bone.ops.sizes import CPU, EXACT, chunks
+
+TABLE = Path(__file__).with_name("choice.json")
+LABELS = {"cpu": CPU, "cuda-exact": EXACT, "cuda-chunked": "chunked32", "cuda-accurate": "accurate16"}
+# Of what a form computes with; float32 takes more than one bfloat16 product.
+DTYPES = {"chunked": (torch.bfloat16,), "accurate": (torch.bfloat16, torch.float32)}
+CAPABILITY = (8, 0)  # bfloat16 tensor cores, and copies into shared memory that nobody waits for
+
+
+class Range(NamedTuple):
+    start: int
+    below: int | None
+
+    def holds(self, number: int) -> bool:
+        return self.start <= number and (self.below is None or number < self.below)
+
+
+class Rule(NamedTuple):
+    """See above."""
+
+    operator: str
+    N: int
+    kernels: str
+    tokens: Range
+    heads: Range
+    capability: str | None
+    origin: str
+    why: str
+
+    def is_for(self, capability: tuple[int, int]) -> bool:
+        return self.capability in (None, "{}.{}".format(*capability))
+
+    def __str__(self) -> str:
+        chunked = chunks(self.kernels)
+        words = [f"tensor cores in chunks of {chunked.tokens} tokens" if chunked else "sequential"]
+        for number, what in ((self.tokens, "tokens"), (self.heads, "heads")):
+            if number.start > 1:
+                words.append(f"from {number.start} {what} on")
+            if number.below is not None:
+                words.append(f"below {number.below} {what}")
+        return " ".join(words)
+
+
+def label(form: str, operator: str, dtype: torch.dtype, sizes: Sequence[int], device: torch.device) -> str:
+    """The kernels of a call: of sizes (B, T, H, N, D), on r's device in r's dtype."""
+    if form != "cuda":
+        return _fixed(form)
+    B, T, H, N, D = sizes
+    tokens, heads = (T // D if D else T), (D or B) * H
+    if dtype in DTYPES["chunked"]:
+        for rule in rules(operator, N, torch.cuda.get_device_capability(device)):
+            if rule.tokens.holds(tokens) and rule.heads.holds(heads):
+                return rule.kernels
+    return EXACT
+
+
+def labels(form: str, operator: str, dtype: torch.dtype, N: int) -> tuple[str, ...]:
+    """All kernels that calls of a form may take, on whatever card and for whatever sizes."""
+    if form != "cuda":
+        return (_fixed(form),)
+    chosen = (rule.kernels for rule in table() if (rule.operator, rule.N) == (operator, N))
+    return tuple(dict.fromkeys((EXACT, *(chosen if dtype in DTYPES["chunked"] else ()))))
+
+
+def _fixed(form: str) -> str:
+    return LABELS.get(form) or form.removeprefix("cuda-")
+
+
+@functools.cache
+def rules(operator: str, N: int, capability: tuple[int, int]) -> tuple[Rule, ...]:
+    """Those of a card."""
+    if capability < CAPABILITY:
+        return ()
+    return tuple(rule for rule in table() if (rule.operator, rule.N) == (operator, N) and rule.is_for(capability))
+
+
+@functools.cache
+def table() -> tuple[Rule, ...]:
+    """choice.json."""
+    return tuple(parse(row) for row in json.loads(TABLE.read_text(encoding="utf-8")))
+
+
+def parse(row: dict) -> Rule:
+    """A rule of choice.json. Raises ValueError, KeyError or TypeError for one that is none."""
+    row = {"capability": None, **row}
+    rule = Rule(**{**row, "tokens": Range(*row["tokens"]), "heads": Range(*row["heads"])})
+    chunked = chunks(rule.kernels)
+    if rule.kernels == CPU or chunked and (chunked.mode != "chunked" or rule.N not in chunked_launches.HEAD_SIZES):
+        raise ValueError(f"no kernels of a rule: {rule.kernels} for head size {rule.N}")
+    if rule.origin != "predicted" and not rule.origin.startswith("measured on "):
+        raise ValueError(f"origin must be 'predicted' or 'measured on ' and a card, found {rule.origin!r}")
+    return rule
+
+
+def obstacle(mode: str, N: int, capability: tuple[int, int]) -> str:
+    """Why the kernels of a mode ("chunked" or "accurate") cannot be had, in words; nothing if they can."""
+    if capability < CAPABILITY:
+        needed, found = ("{}.{}".format(*x) for x in (CAPABILITY, capability))
+        return f"the {mode} kernels need a card of compute capability {needed} or higher, this one has {found}"
+    if N not in chunked_launches.HEAD_SIZES:
+        sizes = ", ".join(map(str, chunked_launches.HEAD_SIZES))
+        return f"the {mode} kernels need a head size of {sizes}, found {N}"
+    return ""
+
+
+def describe(operator: str, N: int, capability: tuple[int, int], card: str) -> str:
+    """What form "cuda" takes on a card for bfloat16, and how that is known."""
+    found = rules(operator, N, capability)
+    if not found:
+        return f"sequential (nothing else is known to be faster for head size {N})"
+    parts = ", ".join(map(str, found))
+    if not any(rule.tokens == rule.heads == (1, None) for rule in found):
+        parts += ", else sequential"
+    return f"{parts} ({'; '.join(dict.fromkeys(_known(rule.origin, card) for rule in found))})"
+
+
+def _known(origin: str, card: str) -> str:
+    if origin == "predicted":
+        return "predicted, not measured on this card"
+    return "measured on this card" if origin == f"measured on {card}" else f"{origin}, not on this card"

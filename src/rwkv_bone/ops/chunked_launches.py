@@ -1,0 +1,129 @@
+"""What a call of a WKV operator launches on a CUDA device if it takes the chunked kernels, which use tensor cores.
+
+Here is all that the host has to know about the kernels of cuda/wkv7_chunked.cuh and cuda/wkv6_chunked.cuh, as
+ops/launches.py has it of the sequential ones. `label` is their mode and the number of tokens in a chunk (ops/sizes.py).
+
+Three kernels make a direction, and a fourth adds up what WKV-5 and -6 have in common:
+    prepare, prepare_backward    a block per chunk and head    what a chunk does to the state, whatever the state is
+    scan, scan_backward          from chunk to chunk           the state at each chunk's start, or its gradient
+    outputs, gradients           a block per chunk and head    what is returned
+
+Sizes: B batch, T tokens, H heads, N head size, D documents (0: not packed), L tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rwkv_bone.ops import launches as shared
+from rwkv_bone.ops.launches import Launch
+from rwkv_bone.ops.sizes import Chunks, all_segments, backward_regions, chunks, forward_regions
+
+HEAD_SIZES = (32, 64, 128)
+HEADERS = {"wkv7": "wkv7_chunked.cuh", "wkv6": "wkv6_chunked.cuh", "wkv5": "wkv6_chunked.cuh"}
+OPERANDS = {"chunked": "wkv::Bf16", "accurate": "wkv::Bf16x3", "debug": "wkv::Exact32"}
+# dtype of the tensors -> C++ types of r and of w. With "bfloat16w" the decay comes as bfloat16 too, without w0.
+ELEMENTS = {
+    "float32": ("float", "float"),
+    "bfloat16": ("wkv::BFloat16", "float"),
+    "bfloat16w": ("wkv::BFloat16", "wkv::BFloat16"),
+}
+FORWARD = ("prepare", "scan", "outputs")
+BACKWARD = ("prepare_backward", "scan_backward", "gradients")
+SCANS = ("scan", "scan_backward")
+# Blocks that a scan should have if it can: two for each multiprocessor of an H100 or H200.
+WANTED_BLOCKS = 264
+ROWS = 16  # of the state that a warp of a scan carries
+
+
+def dtypes(operator: str) -> tuple[str, ...]:
+    """The dtypes of ELEMENTS in which there are kernels of this operator."""
+    return tuple(dtype for dtype in ELEMENTS if dtype != "bfloat16w" or operator == "wkv7")
+
+
+def source(operator: str, label: str, dtypes: Iterable[str], head_sizes: Iterable[int]) -> str:
+    """C++ that makes the operator's kernels of this label for each of these dtypes (see ELEMENTS) and head sizes."""
+    mode, length = _chunks(label)
+    head_sizes = tuple(head_sizes)
+    lines = [f'#include "{HEADERS[operator]}"']
+    for dtype in dtypes:
+        types = ", ".join(ELEMENTS[dtype] if operator == "wkv7" else ELEMENTS[dtype][:1])
+        lines += [
+            f"{operator.upper()}_CHUNKED_KERNELS({types}, {OPERANDS[mode]}, {label}, {dtype}, {N}, {length})"
+            for N in head_sizes
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def kernel_names(operator: str, label: str, dtype: str, N: int) -> list[str]:
+    """The kernels that `source` makes for one dtype and head size."""
+    parts = (*FORWARD, *BACKWARD, *(() if operator == "wkv7" else ("sums",)))
+    return [f"{operator}_{label}_{part}_{dtype}_{N}" for part in parts]
+
+
+def launches(
+    operator: str,
+    step: str,
+    label: str,
+    dtype: str,
+    sizes: Sequence[int],
+    offsets: int | None,
+    tensors: Sequence[int | None],
+) -> list[Launch]:
+    """The launches of "forward" or "backward", in order: as launches.launches, with these tensors after the first.
+
+        forward     y, last state, saved, w0, workspace
+        backward    saved, dy, d last state, w0, workspace, the gradient of each input, d initial state
+    Only WKV-7 has w0, a float32 [H, N] or None. Raises ValueError for what no kernel can take.
+    """
+    mode, length = _chunks(label)
+    B, T, H, N, D = sizes
+    extra = ["w0"] if operator == "wkv7" else []
+    named = shared.name_tensors(operator, step, [*extra, *(["workspace"] if step == "forward" else [])], tensors)
+    if dtype not in dtypes(operator):
+        raise ValueError(f"dtype must be {' or '.join(dtypes(operator))}, found {dtype}")
+    if dtype == "bfloat16w" and not named["w0"] or dtype == "bfloat16" and named.get("w0"):
+        raise ValueError(f"{operator} {step}: w0 goes with a decay of bfloat16, and only with it")
+    slots, heads = all_segments(label, B, T, D) * H, (D or B) * H
+    shared.check(operator, step, HEAD_SIZES, sizes, offsets, named, max(slots, heads * (N // ROWS)))
+
+    if step == "forward":
+        regions = forward_regions(operator, label, B, T, H, N, D, save=named["saved"] is not None)
+    else:
+        regions = backward_regions(operator, label, B, T, H, N, D)
+    words = shared.expand(named, regions)
+    if "states" in words:
+        words["saved"] = words.pop("states")
+    arguments = shared.pack(sizes, offsets, words.values())
+
+    splits = scan_splits(heads, N)
+    # A warp carries ROWS rows with a thread per 16 x N / 32 numbers; WKV-5's and -6's scan is a thread per 16 numbers.
+    scan = (heads * splits, (2 * N if operator == "wkv7" else N * N // 16) // splits)
+    parts = {name: scan if name in SCANS else (slots, min(length * N // 8, 4 * N)) for name in _parts(operator, step)}
+    if "sums" in parts:
+        parts["sums"] = (heads, N)
+    return [
+        Launch(f"{operator}_{label}_{part}_{dtype}_{N}", blocks, threads, arguments)
+        for part, (blocks, threads) in parts.items()
+    ]
+
+
+def scan_splits(heads: int, N: int) -> int:
+    """Into how many blocks a scan divides the rows of each state: a power of two."""
+    splits = 1
+    while heads * splits < WANTED_BLOCKS and splits < N // ROWS:
+        splits *= 2
+    return splits
+
+
+def _parts(operator: str, step: str) -> tuple[str, ...]:
+    if step == "forward":
+        return FORWARD
+    return BACKWARD if operator == "wkv7" else (*BACKWARD, "sums")
+
+
+def _chunks(label: str) -> Chunks:
+    chunked = chunks(label)
+    if chunked is None:
+        raise ValueError(f"expected a label of chunked kernels, found {label}")
+    return chunked
