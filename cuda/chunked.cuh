@@ -188,14 +188,15 @@ __device__ __forceinline__ void store_state(const Sum (&state)[N / 16], float* s
 
 }  // namespace wkv
 
-// A kernel `symbol`. What follows is a type with its arguments, its threads at most, and what it does with an object in
-// dynamic shared memory, whose size stands beside the kernel as `symbol`_shared.
+// A kernel `symbol`. What follows is a type with its arguments, its threads at most, how many blocks of these a
+// multiprocessor's registers shall hold, and what it does with an object in dynamic shared memory, whose size stands
+// beside the kernel as `symbol`_shared.
 #define WKV_CHUNKED_KERNEL(symbol, ...)                                                        \
   using symbol##_type = __VA_ARGS__;                                                           \
   WKV_BYTES(symbol, symbol##_type::Arguments)                                                  \
   extern "C" {                                                                                 \
   __device__ unsigned int symbol##_shared = sizeof(symbol##_type::Shared);                     \
-  __global__ void __launch_bounds__(symbol##_type::kThreads)                                   \
+  __global__ void __launch_bounds__(symbol##_type::kThreads, symbol##_type::kBlocks)           \
       symbol(symbol##_type::Arguments arguments) {                                             \
     WKV_DYNAMIC_SHARED(symbol##_type::Shared, shared);                                         \
     symbol##_type::run(arguments, shared);                                                     \

@@ -278,7 +278,7 @@ __device__ __forceinline__ void prepare_values(
     for (int m = 0; m <= b; ++m) multiply(right[b], v[m], s.triangles.of[kAK].block(16 * b, 16 * m));
   }
   s.solver.solve(U, right, s.triangles.of[kAB]);
-#pragma unroll
+#pragma unroll 2
   for (int j = 0; j < N; j += 16) {
     Sum sum;
 #pragma unroll
@@ -503,6 +503,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& p, ScanBackwardSh
     }
 #pragma unroll
     for (int t = 0; t < L / 16; ++t) {
+      __syncwarp();  // not for the data: it keeps loads of the next turn, and their registers, out of this one
       const Block<F> values = block_of<F>(written[t]), dy = now.dy.transposed(16 * t, row);
 #pragma unroll
       for (int j = 0; j < N / 16; ++j) {
@@ -803,47 +804,53 @@ __device__ __forceinline__ void gradients(const Arguments& p, GradientsShared<F,
 }
 
 // ------------------------------------------------------------------------------------------------ kernels
-// T: element of r, k, v, a, b, dy, y and their gradients. W: of w and dw. F: the operands' format.
+// T: element of r, k, v, a, b, dy, y and their gradients. W: of w and dw. F: the operands' format. A multiprocessor has
+// registers for 512 threads with 128 each, or, for the scans, 384 with 168; longer chunks need more.
+__device__ __forceinline__ constexpr int blocks(int threads, int of, int L) {
+  const int all = L > 32 ? threads / 2 : threads;
+  return all < of ? 1 : all / of;
+}
+
 template <typename T, typename W, typename F, int N, int L>
 struct Prepare {
   using Arguments = ChunkedForward<T, W, F>;
   using Shared = PrepareShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks(512, kThreads, L);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { prepare<F, N, L, false>(p, s); }
 };
 template <typename T, typename W, typename F, int N, int L>
 struct Scan {
   using Arguments = ChunkedForward<T, W, F>;
   using Shared = ScanShared<F, N, L>;
-  static constexpr int kThreads = 2 * N;  // at most: fewer if blocks split a state
+  static constexpr int kThreads = 2 * N, kBlocks = blocks(384, kThreads, L);  // fewer threads if blocks split a state
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { scan<F, N, L>(p, s); }
 };
 template <typename T, typename W, typename F, int N, int L>
 struct Outputs {
   using Arguments = ChunkedForward<T, W, F>;
   using Shared = OutputsShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks(512, kThreads, L);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { outputs<F, N, L>(p, s); }
 };
 template <typename T, typename W, typename F, int N, int L>
 struct PrepareBackward {
   using Arguments = ChunkedBackward<T, W, F>;
   using Shared = PrepareShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks(512, kThreads, L);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { prepare<F, N, L, true>(p, s); }
 };
 template <typename T, typename W, typename F, int N, int L>
 struct ScanBackward {
   using Arguments = ChunkedBackward<T, W, F>;
   using Shared = ScanBackwardShared<F, N, L>;
-  static constexpr int kThreads = 2 * N;
+  static constexpr int kThreads = 2 * N, kBlocks = blocks(384, kThreads, L);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { scan_backward<F, N, L>(p, s); }
 };
 template <typename T, typename W, typename F, int N, int L>
 struct Gradients {
   using Arguments = ChunkedBackward<T, W, F>;
   using Shared = GradientsShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks(512, kThreads, L);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { gradients<F, N, L>(p, s); }
 };
 

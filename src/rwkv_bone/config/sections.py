@@ -16,7 +16,7 @@ PEFT_KINDS = ("none", "bone", "lora", "pissa", "state")
 BONE_MODES = ("bone", "bat", "bat-col")
 QUANTS = ("none", "int8", "nf4", "fp4")
 TRAIN_PARTS = ("emb", "head", "ln", "time", "state")
-OPERATORS = ("auto", "cuda", "cpu", "torch")
+OPERATORS = ("auto", "cuda", "cuda-exact", "cuda-chunked", "cuda-accurate", "cpu", "torch")
 ACCELERATORS = ("auto", "gpu", "cpu")
 STRATEGIES = (
     "auto",
@@ -48,7 +48,9 @@ class ModelConfig:
     my_testing: str = setting("", "generation: x052, x060 or x070; empty = the checkpoint's, else it must agree")
     op: str = setting(
         "auto",
-        "form of the WKV operator; auto = the device's compiled kernel, or torch (PyTorch, slower) if that fails",
+        "form of the WKV operator; auto = the device's compiled kernel, or torch (PyTorch, slower) if that fails; "
+        "cuda = the faster of cuda-exact (fp32) and cuda-chunked (bf16 tensor cores); cuda-accurate = tensor cores, "
+        "near fp32",
         OPERATORS,
     )
     chunk_ctx: int = setting(

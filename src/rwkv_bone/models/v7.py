@@ -87,9 +87,13 @@ class TimeMix(StatefulMix):
 
         # r: what is read from the state. k, v: the key and the value that are written into it.
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # each [B, T, C]
-        # The operator turns this into the decay exp(-exp(-0.5) sigmoid(w)). In fp32, since rounding it to bf16 changes
-        # the decay of slow channels by up to 3 %.
-        w = widened(self.w0) + widened(torch.tanh(xw @ cast(self.w1)) @ cast(self.w2))  # [B, T, C] fp32
+        # The operator turns the sum into the decay exp(-exp(-0.5) sigmoid(w0 + w)). It is made in fp32, since rounding
+        # it to bf16 changes the decay of slow channels by up to 3 %. Where w0 is not trained the operator makes it:
+        # then w reaches it in bf16, half as many bytes.
+        w = torch.tanh(xw @ cast(self.w1)) @ cast(self.w2)  # [B, T, C]
+        w0 = None if self.w0.requires_grad else widened(self.w0).view(heads[2:])  # [H, N] fp32
+        if w0 is None:
+            w = widened(self.w0) + widened(w)  # [B, T, C] fp32
         # The in-context learning rate: how much of what is stored under a key the new value replaces, from 0 to 1.
         a = torch.sigmoid(cast(self.a0) + (xa @ cast(self.a1)) @ cast(self.a2))  # [B, T, C]
         # The gate has no bias, and its sigmoid is inside the network.
@@ -118,6 +122,7 @@ class TimeMix(StatefulMix):
             v=v,
             a=-kk,
             b=kk * a,
+            w0=w0,
             state=state,
             cu_seqlens=cu_seqlens,
             output_state=True,
