@@ -33,7 +33,7 @@ extern "C" void {name}(Given p) {{
 }}
 """
 HEAD = """
-#include "warp.cuh"
+#include "chunked.cuh"
 using namespace wkv;
 struct Given { const float* in; float* out; int64_t unused[2]; };
 struct Shared {
@@ -114,10 +114,9 @@ RIGHT = {
     "__syncthreads(); p.out[t] = get(s.row[t]);",
     "a_copy_not_waited_for": "if (t < 16) copy_async(s.row + 4 * t, p.in + 4 * t, true); commit_async();"
     "__syncthreads(); p.out[t] = s.row[t];",
-    "the_first_of_two_groups": "if (t < 32)"
-    " copy_async(s.row + 4 * t, p.in + 4 * (t % 16), true); if (t < 16) commit_async();"
-    "if (t < 16) copy_async(s.row + 128 + 4 * t, p.in + 4 * t, true); commit_async();"
-    "if (t < 16) wait_async<1>(); __syncthreads(); p.out[t] = s.row[t]; p.out[64 + t] = s.row[128 + t];",
+    "the_first_of_two_groups": "if (t < 16) { copy_async(s.row + 4 * t, p.in + 4 * t, true); commit_async();"
+    "copy_async(s.row + 64 + 4 * t, p.in + 4 * t, true); commit_async(); wait_async<1>(); }"
+    "__syncthreads(); p.out[t] = s.row[t]; p.out[64 + t] = s.row[64 + t];",
     "shuffles": "p.out[t] = from_lane_xor(p.in[t], 3); p.out[64 + t] = from_lane(p.in[t], (t + 1) % 32);",
     # c[8] of each lane; x and y as registers: 4 pairs of each lane.
     "a_product": "if (t >= 32) return; Sum c; Block<Exact32> x, y;"
@@ -136,6 +135,14 @@ RIGHT = {
 }
 
 
+SHARES = [(N, L) for N in (32, 64, 128) for L in (16, 32, 64)]
+RIGHT |= {
+    f"places_{N}_{L}": f"using Part = Share<{N}, {L}>; const Part part; for (int i = 0; i < Part::kRows; ++i)"
+    f"p.out[i * blockDim.x + t] = float(Arrangement<{L}, {N}>::of(part.row + i, part.column));"
+    for N, L in SHARES
+}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Callable[..., Tensor]:
     """run(name, in): a kernel's out. Raises DriverError with what the shim says."""
@@ -144,12 +151,12 @@ def run(tmp_path_factory) -> Callable[..., Tensor]:
     library = driver.Driver(str(compile_on_shim(text, tmp_path_factory.mktemp("warp") / "kernels.so")))
     kernels = library.load(b"", list(bodies), device=0)
 
-    def launch(name: str, given: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+    def launch(name: str, given: Tensor | None = None, *, reverse: bool = False, threads: int = THREADS) -> Tensor:
         given = torch.arange(1024.0) if given is None else given
-        out = torch.full((1024,), float("nan"))
+        out = torch.full((4096,), float("nan"))
         arguments = b"".join(x.to_bytes(8, "little") for x in (given.data_ptr(), out.data_ptr(), 0, 0))
         with schedule(library._library, reverse=reverse):
-            library.launch(kernels, [Launch(name, 1, THREADS, arguments)], device=0, stream=0)
+            library.launch(kernels, [Launch(name, 1, threads, arguments)], device=0, stream=0)
         return out
 
     return launch
@@ -230,18 +237,13 @@ def test_rows_that_are_not_there_are_neither_read_nor_written(run):
 
 
 # --------------------------------------------------------------------------------------------- banks
-def conflicts(addresses: Tensor, at_once: int) -> int:
-    """The most accesses to one of the 32 banks, of as many threads as get 16 bytes each at once; 1: none collide.
+def conflicts(addresses: Tensor) -> int:
+    """The most of 8 threads that get or give 16 bytes each at once and share a bank; 1: no two do.
 
-    addresses: in bytes, [.., threads]. Shared memory gives 128 bytes at a time: 8 threads of 16 bytes.
+    addresses: in bytes, [.., threads]. Shared memory has 32 banks of 4 bytes, and serves a quarter of a warp at a time.
     """
-    banks = (addresses.unflatten(-1, (-1, at_once)) // 16) % 8
+    banks = addresses.unflatten(-1, (-1, 8)) // 16 % 8
     return max(int(torch.bincount(row, minlength=8).max()) for row in banks.flatten(0, -2))
-
-
-def octets(rows: int, columns: int) -> Tensor:
-    """[rows, columns / 8]: bytes at which eight neighbours of bfloat16 begin."""
-    return 2 * places(rows, columns)[:, ::8]
 
 
 SHAPES = [(R, C) for R in (16, 32, 64, 128) for C in (16, 32, 64, 128)]
@@ -251,30 +253,24 @@ SHAPES = [(R, C) for R in (16, 32, 64, 128) for C in (16, 32, 64, 128)]
 def test_places_are_a_permutation_in_whole_rows_of_a_matrix(rows, columns):
     at = places(rows, columns)
     assert torch.equal(at.flatten().sort().values, torch.arange(rows * columns))
-    assert torch.equal(at.diff(dim=1)[:, torch.arange(columns - 1) % 8 != 7], torch.ones(rows, columns * 7 // 8).long())
-    # Eight rows of a hand-over lie together, as Operand::fetch takes them.
+    assert (at.unflatten(1, (-1, 8)).diff(dim=2) == 1).all() and (at[:, ::8] % 8 == 0).all()
+    # Eight rows of an operand lie together, as Operand::fetch takes them.
     assert torch.equal(at.unflatten(0, (-1, 8)).flatten(1).amin(1), torch.arange(rows // 8) * 8 * columns)
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_a_matrix_is_read_without_meeting_a_bank_twice(rows, columns):
-    """ldmatrix takes eight rows of 16 bytes at once: eight rows of the operand below each other."""
-    matrices = octets(rows, columns).unflatten(0, (-1, 8)).transpose(1, 2)
-    assert conflicts(matrices, 8) == 1
+    """ldmatrix takes 16 bytes of eight rows below each other at once; so does a block's store, by four lanes each."""
+    assert conflicts(2 * places(rows, columns)[:, ::8].mT) == 1
 
 
-@pytest.mark.parametrize(("N", "expected"), [(32, 2), (64, 1), (128, 1)])
-def test_rows_of_inputs_are_written_without_meeting_a_bank_twice(N, expected):
-    """Eight neighbouring threads write 16 bytes each: as Share has it, eight octets of a row.
+@pytest.mark.parametrize(("N", "L"), SHARES)
+def test_rows_of_inputs_are_written_without_meeting_a_bank_twice(run, N, L):
+    """Eight neighbouring threads of Share write 16 bytes each: eight octets of a row.
 
-    At N = 32, where a row has four, that is two rows, or one and the one after the next: they meet in pairs.
+    At N = 32 a row has but four, so those eight threads are in two rows, and meet in pairs.
     """
-    for L in (16, 32, 64):
-        threads = min(L * N // 8, 4 * N)
-        own = L * N // 8 // threads  # rows of a thread
-        thread = torch.arange(threads)
-        for i in range(own):
-            row, octet = thread // (N // 8) * own + i, thread % (N // 8)
-            found = conflicts(octets(L, N)[row, octet], 8)
-            assert found <= expected
-            assert N > 32 or found == 2
+    threads = min(L * N // 8, 4 * N)
+    found = run(f"places_{N}_{L}", threads=threads)[: L * N // 8].long().view(-1, threads)
+    assert torch.equal(found.flatten().sort().values, torch.arange(L * N // 8) * 8), "each octet once"
+    assert conflicts(2 * found) == (2 if N == 32 else 1)
