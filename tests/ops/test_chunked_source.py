@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from benchmarks import costs
 from rwkv_bone.ops.cuda import Unit
 from tests.ops import chunked_checks as checks
 from tests.ops import wkv_inputs
@@ -206,3 +207,48 @@ def test_all_kernels_together_do_what_is_specified(build, operator, label):
 def test_each_kernel_does_what_is_specified_over_thousands_of_tokens(build, operator, label, repeated):
     library = build(operator, label)
     checks.each_kernel_does_what_is_specified(library, random_case(library, B=1, T=4096, H=1, repeated=repeated))
+
+
+# --------------------------------------------------------------------------------------------- bytes
+# Bytes of a token and head that a kernel moves beyond benchmarks/costs.py: what a card finds in its caches, being read
+# by the same block a moment ago.
+READ_AGAIN = {"gradients": {"w": 1}}
+
+
+@pytest.mark.parametrize(
+    ("operator", "label", "dtype", "N"),
+    [
+        ("wkv7", "chunked32", "bfloat16", 64),
+        ("wkv7", "chunked32", "bfloat16w", 64),
+        ("wkv7", "chunked64", "bfloat16", 64),
+        ("wkv7", "accurate16", "float32", 64),
+        pytest.param("wkv7", "chunked32", "bfloat16", 128, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_move_the_bytes_that_are_counted_for_them(build, operator, label, dtype, N):
+    """Counted where kernels load and store, at full chunks, without states at the ends of the sequence."""
+    library = build(operator, label, dtype, N)
+    tensors = torch.float32 if dtype == "float32" else torch.bfloat16
+    T = 2 * library.L
+    case = MAKE_CASE[operator](tensors, B=1, T=T, H=1, N=N, states=None)
+    if dtype == "bfloat16w":
+        case = with_two_decays(case)
+    library.splits = 1  # each split reads the factors of the transition again
+    try:
+        library.run(case)
+    finally:
+        library.splits = None
+    counted = costs.Problem(N, tensors.itemsize, case["w"].element_size(), library.L)
+    handed = 4 if library.mode == "accurate" else 2
+    expected = {}
+    for kernel in sum(costs.KERNELS[operator, "chunked"], []):
+        again = READ_AGAIN.get(kernel.name, {})
+        reads, writes = (
+            sum(count * costs.UNITS[unit](counted, handed) for unit, count in units.items())
+            for units in ({unit: n + again.get(unit, 0) for unit, n in kernel.reads.items()}, kernel.writes)
+        )
+        expected[kernel.name] = (reads, writes)
+    # The scans write the states at a sequence's ends: sT and ds0.
+    ends = {"scan": 4 * N * N, "scan_backward": 4 * N * N}
+    found = {part: (read / T, (wrote - ends.get(part, 0)) / T) for part, (read, wrote) in library.traffic.items()}
+    assert found == expected

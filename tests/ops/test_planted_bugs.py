@@ -109,12 +109,13 @@ BUGS = [
         "from + plane * kElements + (place ^ 8), true",
         "specified",
     ),
+    Bug("the rows of a matrix in their plain order", WARP, "(row ^ column / 8) % 8 * 8", "row % 8 * 8", "specified"),
     # Barriers and copies.
     Bug(
         "no barrier between making the decayed inputs and reading them",
         WKV7,
-        "b.put(part.row + i, part.column, b_out);\n    }\n    __syncthreads();",
-        "b.put(part.row + i, part.column, b_out);\n    }",
+        "    __syncthreads();\n  }\n};\n\n// An input as it is.",
+        "  }\n};\n\n// An input as it is.",
         "order",
         RACE,
     ),
