@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -16,16 +18,17 @@ import torch
 
 from benchmarks import costs
 from rwkv_bone.ops.cuda import Unit
+from tests.conftest import clean_environment, python_path
 from tests.ops import chunked_checks as checks
-from tests.ops import wkv_inputs
+from tests.ops import shim, wkv_inputs
 from tests.ops.chunk_cases import bounds, inputs, with_one_decay, with_two_decays
 from tests.ops.chunked_checks import MAKE_CASE, assert_same, assert_within, packed, problem, random_case
 from tests.ops.chunked_shim import ChunkedShim, dtype_of
 from tests.ops.packed_inputs import alone, each_alone
-from tests.ops.shim import schedule
+from tests.ops.shim import compile_on_shim, schedule
+from tests.ops.sparse import in_last_head, sparse
 from tests.ops.wkv_abi import poisoned
 
-MAP_NORESERVE = 0x4000  # Linux; the mmap module of Python 3.10 does not name it
 OPERATORS = ("wkv7",)
 LABELS = ("debug32", "debug64", "chunked32", "chunked64", "accurate16")
 
@@ -252,3 +255,70 @@ def test_kernels_move_the_bytes_that_are_counted_for_them(build, operator, label
     ends = {"scan": 4 * N * N, "scan_backward": 4 * N * N}
     found = {part: (read / T, (wrote - ends.get(part, 0)) / T) for part, (read, wrote) in library.traffic.items()}
     assert found == expected
+
+
+# --------------------------------------------------------------------------------------------- memory
+@each_operator
+def test_offsets_are_64_bit(build, operator, monkeypatch):
+    """The last of 4 x 2097153 heads, in sparse memory: it begins beyond 2^31 elements in tensors and hand-overs."""
+    B, T, H, N = 4, 11, 2**21 + 1, 32
+    assert min((B - 1) * T * H * N, (B * H - 1) * N * N) > 2**31
+    library = build(operator, "chunked32", N=N)
+    alone = MAKE_CASE[operator](torch.bfloat16, B=1, T=T, H=1, N=N)
+    expected = library.run(alone)
+    given = {name: in_last_head(tensor, B, H)[0] for name, tensor in alone.items()}
+    forward = {name: torch.full_like(expected[name], float("nan")) for name in ("y", "state")}
+    outputs = {name: in_last_head(x, B, H) for name, x in {**forward, **library.gradients(alone)}.items()}
+    y, state, *gradients = (whole for whole, _ in outputs.values())
+    saved, workspace = (sparse(library.floats(name, B, T, H, N, 0)) for name in ("saved_floats", "workspace_floats"))
+    monkeypatch.setattr(shim, "poisoned", lambda shape: sparse(*shape))  # forward's workspace
+    with schedule(library.raw, first=B * H - 1, last=B * H):
+        library.call("forward", given, y, state, saved)
+        library.call("backward", given, saved, given["dy"], given["dstate"], workspace, *gradients)
+    for name, (_, view) in outputs.items():
+        assert torch.equal(view.reshape(expected[name].shape), expected[name]), name
+
+
+SANITIZED = """
+import torch
+from rwkv_bone.ops.cuda import Unit
+from tests.ops.chunk_cases import with_two_decays
+from tests.ops.chunked_checks import packed, random_case
+from tests.ops.chunked_shim import ChunkedShim
+from tests.ops.test_chunked_source import SANITIZED_UNITS
+for i, unit in enumerate(SANITIZED_UNITS):
+    library = ChunkedShim({folder!r} + f"/{{i}}.so", Unit(*unit))
+    L = library.L
+    cases = [random_case(library, B=1, T=T, H=2) for T in (1, L - 1, L + 1)]
+    cases += [packed(library, (1, L, L + 1, 9, 3))]
+    for case in cases:
+        if unit[2] == "bfloat16w":
+            case = with_two_decays(case)
+        assert all(x.isfinite().all() for x in library.run(case).values())
+print("all ran")
+"""
+SANITIZED_UNITS = [
+    (operator, label, dtype, N)
+    for operator in OPERATORS
+    for label, dtype, N in (("chunked32", "bfloat16", 64), ("accurate16", "float32", 32), ("debug32", "float32", 128))
+] + [("wkv7", "chunked64", "bfloat16w", 64)]
+
+
+@pytest.mark.slow
+def test_no_kernel_touches_memory_outside_its_tensors(tmp_path):
+    """Under AddressSanitizer, with every buffer exactly as large as ops/sizes.py says."""
+    sanitize = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    for i, unit in enumerate(SANITIZED_UNITS):
+        compile_on_shim(Unit(*unit).source(), tmp_path / f"{i}.so", *sanitize)
+    runtime = [
+        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    environment = clean_environment() | {
+        "LD_PRELOAD": " ".join(runtime),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": python_path(),
+    }
+    command = [sys.executable, "-c", SANITIZED.format(folder=str(tmp_path))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "all ran" in result.stdout, result.stdout + result.stderr
