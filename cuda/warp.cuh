@@ -79,6 +79,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const BFloat16
                  : "memory");
 }
 
+// An 8 x 8 matrix that a warp holds, transposed.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t matrix) {
+  uint32_t out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(matrix));
+  return out;
+}
+
 // 16 bytes from global to shared memory, zeros if not `inside`; there after wait_async and a barrier.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
@@ -178,6 +185,16 @@ __device__ __forceinline__ Sum sum_of(const Block<F>& block) {
   return sum;
 }
 
+template <typename F>
+__device__ __forceinline__ Block<F> transposed(const Block<F>& block) {
+  Block<F> out;
+#pragma unroll
+  for (int plane = 0; plane < F::kPlanes; ++plane)
+#pragma unroll
+    for (int q = 0; q < 4; ++q) out.pair[plane][q % 2 * 2 + q / 2] = transpose_matrix(block.pair[plane][q]);
+  return out;
+}
+
 // sum += x y^T
 template <typename F>
 __device__ __forceinline__ void multiply(Sum& sum, const Block<F>& x, const Block<F>& y) {
@@ -200,6 +217,24 @@ __device__ __forceinline__ Octet<T> load_octet(const T* from, bool inside) {
   return *reinterpret_cast<const Octet<T>*>(from);
 }
 
+// Eight neighbours in format F to a hand-over whose planes have `plane_elements` each.
+template <typename F>
+__device__ __forceinline__ void store_octet(
+    typename F::Element* to, int64_t plane_elements, const float (&x)[8]) {
+  struct alignas(16) Row {
+    Pair<typename F::Element> pair[4];
+  };
+  Pair<typename F::Element> pairs[4][F::kPlanes];
+#pragma unroll
+  for (int p = 0; p < 4; ++p) split<F>(pairs[p], x[2 * p], x[2 * p + 1]);
+#pragma unroll
+  for (int plane = 0; plane < F::kPlanes; ++plane) {
+    WKV_MOVES_OUT(sizeof(Row));
+    *reinterpret_cast<Row*>(to + plane * plane_elements) =
+        Row{{pairs[0][plane], pairs[1][plane], pairs[2][plane], pairs[3][plane]}};
+  }
+}
+
 // ------------------------------------------------------------------------------------------------ operands
 // How an R x C operand lies in memory: 8 x 8 matrices one after another, 16 bytes a row of bfloat16, its rows
 // permuted so that neither writing a row of the operand nor reading a matrix meets a bank twice.
@@ -211,8 +246,11 @@ struct Arrangement {
     WKV_ASSERT(row >= 0 && row < R && column >= 0 && column < C);
     return (row / 8 * (C / 8) + column / 8) * 64 + (row ^ column / 8) % 8 * 8;
   }
-  // The column of the eight elements that begin at `place`.
+  // The row and column of the eight elements that begin at `place`.
   __device__ static __forceinline__ int column(int place) { return place / 64 % (C / 8) * 8; }
+  __device__ static __forceinline__ int row(int place) {
+    return place / 64 / (C / 8) * 8 + (place / 8 ^ column(place) / 8) % 8;
+  }
 };
 
 // An R x C matrix in shared memory, to be read by blocks. What one kernel leaves for another is the same bytes in
