@@ -44,6 +44,7 @@ def build_shim(operator: str, folder: Path, label: str = EXACT) -> Path:
     else:
         dtypes = chunked_launches.dtypes(operator)
         kernels = chunked_launches.source(operator, label, dtypes, chunked_launches.HEAD_SIZES)
+<<<<<<< HEAD
     return build_once(kernels, folder, f"{operator}-{label}")
 
 
@@ -52,10 +53,39 @@ def build_once(kernels: str, folder: Path, name: str) -> Path:
     texts = [path.read_bytes() for pattern in ("*.cuh", "shim/*") for path in sorted(SOURCES.glob(pattern))]
     content = hashlib.sha256(b"".join([kernels.encode(), *texts])).hexdigest()[:16]
     path = folder / f"{name}-{content}.so"
+=======
+    return _kept(f"{operator}-{label}", kernels, folder)
+
+
+def _kept(name: str, kernels: str, folder: Path) -> Path:
+    texts = [path.read_bytes() for pattern in ("*.cuh", "shim/*") for path in sorted(SOURCES.glob(pattern))]
+    fingerprint = hashlib.sha256(b"".join([kernels.encode(), *texts])).hexdigest()[:16]
+    path = folder / f"{name}-{fingerprint}.so"
+>>>>>>> h_python
     if not path.exists():
         # Another process may do the same at the same time.
         compile_on_shim(kernels, path.with_name(f"{path.stem}-{os.getpid()}.partial")).rename(path)
     return path
+
+
+class ShimCalls:
+    """Stands in for `cuda.call`: PyTorch's operators on CPU tensors are run by CUDA's kernels on the shim.
+
+    `taken` holds the unit and the step of each call. Units are compiled when they are first needed.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.taken = folder, []
+        self.loaded: dict[Unit, tuple[driver.Driver, dict[str, driver.Kernel]]] = {}
+
+    def __call__(self, unit: Unit, step: str, device: int, sizes: tuple[int, ...], pointers: list[int | None]) -> None:
+        if unit not in self.loaded:
+            library = driver.Driver(str(_kept("-".join(map(str, unit)), unit.source(), self.folder)))
+            self.loaded[unit] = library, library.load(b"", unit.kernels(), device=0)
+        library, kernels = self.loaded[unit]
+        offsets, *tensors = pointers
+        self.taken.append((unit, step))
+        library.launch(kernels, unit.plan(step, sizes, offsets, tensors), device=0, stream=0)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ choice.json is a list of rules, which scripts/gpu_check/choose.py writes from me
     kernels     a label: "exact", "chunked32" or "chunked64"
     tokens      [from, below]: tokens of a sequence, of packed documents their mean; below may be null: any number
     heads       [from, below]: heads of all sequences, H times B or times the number of documents
-    capability  optional: the compute capability of the cards that it is for, e.g. "9.0"; any from 8.0 on without it
+    capability  optional: the compute capability of the cards that it is for, e.g. "9.0". Without it, all from 8.0 on
+                for whose capability, operator and head size there is no rule
     origin      "predicted", or "measured on " and the card's name
     why         one sentence
 
@@ -34,12 +35,13 @@ from typing import NamedTuple
 import torch
 
 from rwkv_bone.ops import chunked_launches
-from rwkv_bone.ops.sizes import CPU, EXACT, chunks
+from rwkv_bone.ops.sizes import CPU, EXACT, chunking
 
 TABLE = Path(__file__).with_name("choice.json")
 LABELS = {"cpu": CPU, "cuda-exact": EXACT, "cuda-chunked": "chunked32", "cuda-accurate": "accurate16"}
 # Of what a form computes with; float32 takes more than one bfloat16 product.
 DTYPES = {"chunked": (torch.bfloat16,), "accurate": (torch.bfloat16, torch.float32)}
+FEW = 3  # rules that fit into a line
 CAPABILITY = (8, 0)  # bfloat16 tensor cores, and copies into shared memory that nobody waits for
 
 
@@ -49,6 +51,9 @@ class Range(NamedTuple):
 
     def holds(self, number: int) -> bool:
         return self.start <= number and (self.below is None or number < self.below)
+
+
+ANY = Range(1, None)
 
 
 class Rule(NamedTuple):
@@ -63,11 +68,8 @@ class Rule(NamedTuple):
     origin: str
     why: str
 
-    def is_for(self, capability: tuple[int, int]) -> bool:
-        return self.capability in (None, "{}.{}".format(*capability))
-
     def __str__(self) -> str:
-        chunked = chunks(self.kernels)
+        chunked = chunking(self.kernels)
         words = [f"tensor cores in chunks of {chunked.tokens} tokens" if chunked else "sequential"]
         for number, what in ((self.tokens, "tokens"), (self.heads, "heads")):
             if number.start > 1:
@@ -107,7 +109,9 @@ def rules(operator: str, N: int, capability: tuple[int, int]) -> tuple[Rule, ...
     """Those of a card."""
     if capability < CAPABILITY:
         return ()
-    return tuple(rule for rule in table() if (rule.operator, rule.N) == (operator, N) and rule.is_for(capability))
+    found = [rule for rule in table() if (rule.operator, rule.N) == (operator, N)]
+    own = [rule for rule in found if rule.capability == "{}.{}".format(*capability)]
+    return tuple(own or [rule for rule in found if rule.capability is None])
 
 
 @functools.cache
@@ -120,7 +124,7 @@ def parse(row: dict) -> Rule:
     """A rule of choice.json. Raises ValueError, KeyError or TypeError for one that is none."""
     row = {"capability": None, **row}
     rule = Rule(**{**row, "tokens": Range(*row["tokens"]), "heads": Range(*row["heads"])})
-    chunked = chunks(rule.kernels)
+    chunked = chunking(rule.kernels)
     if rule.kernels == CPU or chunked and (chunked.mode != "chunked" or rule.N not in chunked_launches.HEAD_SIZES):
         raise ValueError(f"no kernels of a rule: {rule.kernels} for head size {rule.N}")
     if rule.origin != "predicted" and not rule.origin.startswith("measured on "):
@@ -145,7 +149,10 @@ def describe(operator: str, N: int, capability: tuple[int, int], card: str) -> s
     if not found:
         return f"sequential (nothing else is known to be faster for head size {N})"
     parts = ", ".join(map(str, found))
-    if not any(rule.tokens == rule.heads == (1, None) for rule in found):
+    if len(found) > FEW:
+        lengths = ", ".join(dict.fromkeys(str(rule._replace(tokens=ANY, heads=ANY)) for rule in found))
+        parts = f"by the sizes of each call {lengths}"
+    elif not any(rule.tokens == rule.heads == ANY for rule in found):
         parts += ", else sequential"
     return f"{parts} ({'; '.join(dict.fromkeys(_known(rule.origin, card) for rule in found))})"
 
