@@ -15,7 +15,7 @@ from torch import Tensor
 from rwkv_bone.ops import chunked_launches, driver
 from rwkv_bone.ops.cuda import Unit
 from rwkv_bone.ops.launches import Launch
-from rwkv_bone.ops.sizes import backward_regions, chunks, forward_regions
+from rwkv_bone.ops.sizes import backward_regions, chunking, forward_regions
 from tests.ops.shim import ShimLibrary, build_once
 from tests.ops.wkv_abi import Case, Runner
 
@@ -27,7 +27,7 @@ DTYPES = {"debug": torch.float32, "chunked": torch.bfloat16, "accurate": torch.f
 
 def dtype_of(label: str) -> str:
     """That of chunked_launches.ELEMENTS with which tests run kernels of a label."""
-    chunked = chunks(label)
+    chunked = chunking(label)
     assert chunked
     return str(DTYPES[chunked.mode]).removeprefix("torch.")
 
@@ -46,7 +46,7 @@ class ChunkedShim(ShimLibrary):
     def __init__(self, path: Path, unit: Unit) -> None:
         Runner.__init__(self, unit.operator)
         self.unit, self.label = unit, unit.label
-        chunked = chunks(unit.label)
+        chunked = chunking(unit.label)
         assert chunked
         self.mode, self.L = chunked
         self.raw = ctypes.CDLL(str(path))
@@ -103,7 +103,8 @@ class ChunkedShim(ShimLibrary):
         )
 
     def _split(self, launch: Launch, case: Case) -> Launch:
-        if self.splits is None or self.part(launch) not in chunked_launches.SCANS:
+        # WKV-5's and -6's scan has nothing to choose.
+        if self.splits is None or self.operator != "wkv7" or self.part(launch) not in chunked_launches.SCANS:
             return launch
         B, _, H, _, D = self.sizes(case)
         heads = (D or B) * H
@@ -128,11 +129,12 @@ class ChunkedShim(ShimLibrary):
             if key in shapes:
                 found[key] = self.matrices(raw, *shapes[key]).unflatten(0, (-1, H))
             else:
-                found[key] = raw.view(torch.float32).clone().unflatten(0, (-1, H, 2 * N if key == "sums" else N))
+                numbers = raw.view(torch.float32).clone()
+                found[key] = numbers.unflatten(0, (-1, H, 2, N) if key == "sums" else (-1, H, N))
         if "W" in found:
             found["W"] = found["W"].mT
-        if "sums" in found:
-            found["sums"] = found["sums"].unflatten(-1, (2, N))
+        if "growth" in found:
+            found["whole"] = 1 + found.pop("growth").double()
         return found
 
     def matrices(self, raw: Tensor, rows: int, columns: int) -> Tensor:

@@ -44,7 +44,6 @@ def build_shim(operator: str, folder: Path, label: str = EXACT) -> Path:
     else:
         dtypes = chunked_launches.dtypes(operator)
         kernels = chunked_launches.source(operator, label, dtypes, chunked_launches.HEAD_SIZES)
-<<<<<<< HEAD
     return build_once(kernels, folder, f"{operator}-{label}")
 
 
@@ -53,15 +52,6 @@ def build_once(kernels: str, folder: Path, name: str) -> Path:
     texts = [path.read_bytes() for pattern in ("*.cuh", "shim/*") for path in sorted(SOURCES.glob(pattern))]
     content = hashlib.sha256(b"".join([kernels.encode(), *texts])).hexdigest()[:16]
     path = folder / f"{name}-{content}.so"
-=======
-    return _kept(f"{operator}-{label}", kernels, folder)
-
-
-def _kept(name: str, kernels: str, folder: Path) -> Path:
-    texts = [path.read_bytes() for pattern in ("*.cuh", "shim/*") for path in sorted(SOURCES.glob(pattern))]
-    fingerprint = hashlib.sha256(b"".join([kernels.encode(), *texts])).hexdigest()[:16]
-    path = folder / f"{name}-{fingerprint}.so"
->>>>>>> h_python
     if not path.exists():
         # Another process may do the same at the same time.
         compile_on_shim(kernels, path.with_name(f"{path.stem}-{os.getpid()}.partial")).rename(path)
@@ -80,7 +70,7 @@ class ShimCalls:
 
     def __call__(self, unit: Unit, step: str, device: int, sizes: tuple[int, ...], pointers: list[int | None]) -> None:
         if unit not in self.loaded:
-            library = driver.Driver(str(_kept("-".join(map(str, unit)), unit.source(), self.folder)))
+            library = driver.Driver(str(build_once(unit.source(), self.folder, "-".join(map(str, unit)))))
             self.loaded[unit] = library, library.load(b"", unit.kernels(), device=0)
         library, kernels = self.loaded[unit]
         offsets, *tensors = pointers

@@ -29,7 +29,7 @@ from tests.ops.shim import compile_on_shim, schedule
 from tests.ops.sparse import in_last_head, sparse
 from tests.ops.wkv_abi import poisoned
 
-OPERATORS = ("wkv7",)
+OPERATORS = ("wkv7", "wkv6", "wkv5")
 LABELS = ("debug32", "debug64", "chunked32", "chunked64", "accurate16")
 
 each_operator = pytest.mark.parametrize("operator", OPERATORS)
