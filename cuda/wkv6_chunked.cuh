@@ -279,7 +279,7 @@ __device__ __forceinline__ void prepare(
     const Sequences& sequences, const T* values, const T* keys, const float* w, typename F::Element* out, float* growth,
     PrepareShared<F, N, L>& s) {
   constexpr int warps = Share<N, L>::kWarps, patches = kPatches<N, L>;
-  const Chunk<N, L> chunk(sequences, blockIdx.x);
+  const Chunk<N, L> chunk(sequences);
   if (chunk.tokens == 0) return;
   fetch(s.values, values, chunk);
   commit_async();
@@ -545,7 +545,7 @@ struct OutputsShared {
 template <typename F, Decay D, int N, int L, typename Arguments>
 __device__ __forceinline__ void outputs(const Arguments& p, OutputsShared<F, N, L>& s) {
   constexpr int warps = Share<N, L>::kWarps, patches = kPatches<N, L>;
-  const Chunk<N, L> chunk(p.sequences, blockIdx.x);
+  const Chunk<N, L> chunk(p.sequences);
   if (chunk.tokens == 0) return;
   s.S.fetch(p.states + chunk.number * (N * N * F::kPlanes), 0, N, Share<N, L>::kThreads);
   fetch(s.v, p.v, chunk);
@@ -723,7 +723,7 @@ __device__ __forceinline__ void add_levels(
 template <typename F, Decay D, int N, int L, typename Arguments>
 __device__ __forceinline__ void gradients(const Arguments& p, GradientsShared<F, N, L>& s) {
   constexpr int warps = Share<N, L>::kWarps, patches = kPatches<N, L>;
-  const Chunk<N, L> chunk(p.sequences, blockIdx.x);
+  const Chunk<N, L> chunk(p.sequences);
   if (chunk.tokens == 0) return;
   const float* u = p.u + chunk.head * N;
   s.S.fetch(p.states + chunk.number * (N * N * F::kPlanes), 0, N, Share<N, L>::kThreads);

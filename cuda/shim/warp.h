@@ -47,6 +47,10 @@ inline float second(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u);
 inline float first(FloatPair pair) { return pair.first; }
 inline float second(FloatPair pair) { return pair.second; }
 
+inline void keep_apart() {}
+inline float power_of_two(float x) { return exp2f(x); }
+inline float divide(float a, float b) { return a / b; }
+
 // The product of an m16n8k16 instruction for each half of y's rows; registers hold the elements as PTX says.
 template <typename P>
 void multiply_pairs(float (&c)[8], const P (&x)[4], const P (&y)[4]) {

@@ -144,12 +144,11 @@ class ChunkedShim(ShimLibrary):
         return numbers.float().sum(1)
 
 
-def places(rows: int, columns: int) -> Tensor:
-    """[rows, columns]: where the elements of a matrix lie: Arrangement of cuda/warp.cuh.
+def places(rows: int, columns: int, *, shared: bool = False) -> Tensor:
+    """[rows, columns]: where the elements of an operand lie: Arrangement of cuda/warp.cuh.
 
-    8 x 8 matrices one after another, along a row of them first. A row of such a matrix is 8 neighbours; the rows of the
-    matrix in place c of its row are permuted: row i lies where row i xor c would.
+    8 x 8 matrices one after another, along a row of them first. In shared memory there are 8 elements between them.
     """
     row, column = torch.arange(rows)[:, None], torch.arange(columns)
     matrix = row // 8 * (columns // 8) + column // 8
-    return matrix * 64 + ((row % 8) ^ (column // 8 % 8)) * 8 + column % 8
+    return matrix * (72 if shared else 64) + row % 8 * 8 + column % 8
