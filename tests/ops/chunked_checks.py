@@ -27,6 +27,9 @@ SPECS = {"wkv7": chunk_spec7, "wkv6": chunk_spec6, "wkv5": chunk_spec6}
 OPERANDS = {"debug": "fp32", "chunked": "bf16", "accurate": "bf16x3"}  # as the specifications call them
 # Of three products: what sums of another order leave, where an operand's 16 bits round to a neighbour.
 LIMITS = {**AGAINST_SPEC, "bf16x3": 1e-5}
+# WKV-6's and -5's decay gradients add up r o dr and k o dk as products with matrices of 0 and 1, so these are rounded
+# once more than in the specification.
+LIMITS_OF_SUMS = {"bf16": 3.2e-3, "bf16x3": 1e-5, "fp32": 1e-6}
 # What a specification's name lies in, where a kernel puts another thing in the same place later.
 PLACES = {"KV": "states", "DR": "dstates", "Y0": "y"}
 RESULTS = ("y", "state", "dstate0", "dr", "dw", "dk", "dv", "da", "db", "du")  # all else is numbered by slots
@@ -139,7 +142,15 @@ def all_kernels_do_what_is_specified(library: ChunkedShim, case: dict) -> None:
     spec, found = SPECS[library.operator], library.run(case)
     expected = spec.run(_specified(library, case))
     expected = {name: expected[name].reshape(x.shape).double() for name, x in found.items()}
-    assert_within(found, expected, dict.fromkeys(expected, LIMITS[OPERANDS[library.mode]]))
+    assert_within(found, expected, {name: _limit(library, name) for name in expected})
+
+
+def _limit(library: ChunkedShim, name: str) -> float:
+    operand = OPERANDS[library.mode]
+    if operand == "fp32" and library.L > 32:
+        return 2e-6  # sums of the log decay reach 38.8, of which half of float32's last digit is that much
+    decay = library.operator != "wkv7" and name in ("dw", "sums")
+    return (LIMITS_OF_SUMS if decay else LIMITS)[operand]
 
 
 def _specified(library: ChunkedShim, case: dict):
@@ -152,7 +163,6 @@ def _specified(library: ChunkedShim, case: dict):
 def _compare(library: ChunkedShim, case: dict, step: Step) -> set[str]:
     """A kernel's results beside those of the specification's function given the same memory; the names compared."""
     spec, p = SPECS[library.operator], _specified(library, case)
-    limit = LIMITS[OPERANDS[library.mode]]
     handed = {**step.before, **{name: step.before[at] for name, at in PLACES.items() if at in step.before}}
     # Slots that nobody uses hold NaN, and the specification's products take all.
     handed = {
@@ -167,7 +177,9 @@ def _compare(library: ChunkedShim, case: dict, step: Step) -> set[str]:
             continue
         rows = p.chunks.used if place not in RESULTS else slice(None)
         found = step.after[place].reshape(x.shape)[rows]
-        error = relative_error(found, x[rows].double())
+        if name == "sums" and library.operator == "wkv6":
+            found, x = found[..., :1, :], x[..., :1, :]  # the second row is of WKV-5 alone
+        error, limit = relative_error(found, x[rows].double()), _limit(library, name)
         assert error <= limit, f"{step.part}: {name} is off by {error:.1e}, at most {limit:.1e}"
         compared.add(name)
     return compared

@@ -125,9 +125,11 @@ RIGHT = {
     "(i % 2 ? y.pair[0][i / 2].second : y.pair[0][i / 2].first) = p.in[256 + 8 * t + i];"
     "c.value[i] = p.in[512 + 8 * t + i]; }"
     "multiply(c, x, y); for (int i = 0; i < 8; ++i) p.out[8 * t + i] = c.value[i];",
-    "a_block": "if (t >= 32) return; for (int i = t; i < 256; i += 32) set(s.exact.value[0][i + i / 64 * 8], p.in[i]); __syncwarp();"
+    "a_block": "if (t >= 32) return; for (int i = t; i < 256; i += 32) set(s.exact.value[0][i + i / 64 * 8], p.in[i]);"
+    "__syncwarp();"
     "Block<Exact32> x = s.exact.block(0, 0); for (int i = 0; i < 8; ++i) p.out[8 * t + i] = x[i];",
-    "a_transposed_block": "if (t >= 32) return; for (int i = t; i < 256; i += 32) set(s.exact.value[0][i + i / 64 * 8], p.in[i]);"
+    "a_transposed_block": "if (t >= 32) return;"
+    "for (int i = t; i < 256; i += 32) set(s.exact.value[0][i + i / 64 * 8], p.in[i]);"
     "__syncwarp(); Block<Exact32> x = s.exact.transposed(0, 0); for (int i = 0; i < 8; ++i) p.out[8 * t + i] = x[i];",
     "rows_in_and_out": "if (t >= 32) return; Sum x = load_rows(p.in, 16, 13); store_rows(p.out, 16, 11, x);",
     "bfloat16_rows_in_and_out": "if (t >= 32) return; auto* in = reinterpret_cast<const BFloat16*>(p.in);"
