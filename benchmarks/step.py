@@ -27,16 +27,16 @@ import argparse
 import json
 import statistics
 import sys
-import time
 import warnings
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "src"))
+sys.path[:0] = [str(REPOSITORY / "src"), str(REPOSITORY)]
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks.timing import append, ceilings, elapsed  # noqa: E402
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject  # noqa: E402
 from rwkv_bone.config import ModelConfig  # noqa: E402
 from rwkv_bone.models import RWKV, architecture_from_scratch, build  # noqa: E402
@@ -52,38 +52,6 @@ SIZES = {
     "7.2B": (32, 4096, 65536),
 }
 WARM_UP = 2
-MATRIX = {"cuda": 8192, "cpu": 512}  # side of the square matrices of the ceiling
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
-CEILING_ROUNDS = 8
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def elapsed(work, device: torch.device) -> float:
-    """Seconds that work() takes, until the device has done it."""
-    synchronise(device)
-    begin = time.perf_counter()
-    work()
-    synchronise(device)
-    return time.perf_counter() - begin
-
-
-def matmul_ceiling(device: torch.device) -> float:
-    """Operations per second of the best of some bf16 products of square matrices."""
-    n = MATRIX[device.type]
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * n**3 / min(elapsed(lambda: a @ b, device) for _ in range(CEILING_ROUNDS))
-
-
-def copy_ceiling(device: torch.device) -> float:
-    """Bytes per second, read and written, of the best of some copies."""
-    size = COPY_BYTES[device.type]
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / min(elapsed(lambda: target.copy_(source), device) for _ in range(CEILING_ROUNDS))
 
 
 @torch.no_grad()
@@ -168,7 +136,7 @@ def without_gradient(trained: dict[str, Tensor]) -> list[str]:
 def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict, list[str]]:
     """(the row, what is wrong with the step)"""
     torch.manual_seed(0)
-    arithmetic, memory = matmul_ceiling(device), copy_ceiling(device)
+    best = ceilings(device)
     op, sentence = select_op(args.op, device, "wkv7")
     model = random_model(args.size, op, AdapterSettings(args.kind, args.r), device)
     if args.compile:
@@ -228,10 +196,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict, list[
         "seconds": seconds,
         "spread": [min(times), max(times)],
         "tokens_per_s": tokens / seconds,
-        "matmul_tflops": arithmetic / 1e12,
-        "copy_gb_per_s": memory / 1e9,
-        "share_of_matmul": 4 * sum(p.numel() for p in frozen) * tokens / seconds / arithmetic,
-        "share_of_copy": 2 * (weights + kept) / seconds / memory,
+        "matmul_tflops": best.matmul / 1e12,
+        "copy_gb_per_s": best.copy / 1e9,
+        "share_of_matmul": 4 * sum(p.numel() for p in frozen) * tokens / seconds / best.matmul,
+        "share_of_copy": 2 * (weights + kept) / seconds / best.copy,
         "kept_mb": round(kept / 2**20, 3),
         **peaks,
         **counts,
@@ -263,13 +231,10 @@ def main() -> int:
     if broken:
         print(f"this step is wrong, so its speed is not shown: {'; '.join(broken)}", file=sys.stderr)
         return 1
-    line = json.dumps(row)
-    print(line)
+    print(json.dumps(row))
     speed, product, copy = row["tokens_per_s"], row["share_of_matmul"], row["share_of_copy"]
     print(f"{row['seconds']:.4f} s, {speed:,.0f} tokens/s, {product:.1%} of a matrix product, {copy:.1%} of a copy")
-    if args.json:
-        with args.json.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    append(args.json, row)
     return 0
 
 

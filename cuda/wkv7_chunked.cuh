@@ -93,15 +93,16 @@ struct Decayed {
   TokenSums<N, L> sums;
   float whole[N];
 
-  // `grown` gets e^G of this thread's rows. Ends with a barrier.
-  template <typename In>
+  // `grown` gets e^G of this thread's rows. Unless `keys`, nothing needs k~, and k is not loaded. Ends with a barrier.
+  template <bool keys = true, typename In>
   __device__ __forceinline__ void fill(
       const In& in, const Chunk<N, L>& chunk, const Share<N, L>& part, float (&grown)[Share<N, L>::kRows][8]) {
     constexpr int kRows = Share<N, L>::kRows;
     Octet<typename In::Input> r_in[kRows], k_in[kRows], a_in[kRows], b_in[kRows];
     Octet<typename In::Decay> w_in[kRows];
-    part.load(w_in, in.w, chunk), part.load(r_in, in.r, chunk), part.load(k_in, in.k, chunk);
+    part.load(w_in, in.w, chunk), part.load(r_in, in.r, chunk);
     part.load(a_in, in.a, chunk), part.load(b_in, in.b, chunk);
+    if constexpr (keys) part.load(k_in, in.k, chunk);
 
     float log[kRows][8], before[kRows][8], upto[kRows][8];
 #pragma unroll
@@ -125,11 +126,12 @@ struct Decayed {
         const float down = divide(1.0f, grown[i][e]);
         r_out[e] = to_float(r_in[i].value[e]) * grown[i][e];
         a_out[e] = to_float(a_in[i].value[e]) * power_of_two(before[i][e]);
-        k_out[e] = to_float(k_in[i].value[e]) * down;
         b_out[e] = to_float(b_in[i].value[e]) * down;
+        if constexpr (keys) k_out[e] = to_float(k_in[i].value[e]) * down;
       }
-      r.put(part.row + i, part.column, r_out), k.put(part.row + i, part.column, k_out);
-      a.put(part.row + i, part.column, a_out), b.put(part.row + i, part.column, b_out);
+      r.put(part.row + i, part.column, r_out), a.put(part.row + i, part.column, a_out);
+      b.put(part.row + i, part.column, b_out);
+      if constexpr (keys) k.put(part.row + i, part.column, k_out);
     }
     __syncthreads();
   }
@@ -322,7 +324,7 @@ __device__ __forceinline__ void prepare(const Arguments& p, PrepareShared<F, N, 
   const Share<N, L> part;
   float grown[Share<N, L>::kRows][8];
   if constexpr (!backward) fill(s.v, p.v, chunk, part);
-  s.in.fill(p, chunk, part, grown);
+  s.in.template fill<!backward>(p, chunk, part, grown);
   s.triangles.template fill<warps>(s.in, s.solver, backward ? 1 << kAB | 1 << kRB : 15);
   s.in.b.hand_over(p.b_ + chunk.number * (L * N * F::kPlanes), Share<N, L>::kThreads);
   if (threadIdx.x < N) {

@@ -230,31 +230,33 @@ part_resume() {
     train second_epoch resume $(short) --lr_schedule constant --epoch_count 2 --resume 1
 }
 
-# wkv NAME LIMIT WORDS...: time and error of a kernel in bf16, WKV-7's if not said otherwise.
+# wkv NAME LIMIT WORDS...: time and error of kernels, WKV-7's in bf16 if not said otherwise.
 wkv() {
     wkv_name=$1 wkv_limit=$2
     shift 2
-    check "$wkv_name" "$wkv_limit" "$python" benchmarks/wkv.py --device "$device" --dtype bfloat16 --forms kernel \
-        --json "$rows" "$@"
+    check "$wkv_name" "$wkv_limit" "$python" benchmarks/wkv.py --device "$device" --dtype bfloat16 --json "$rows" "$@"
 }
 
 part_wkv() {
+    forms=own # every form on CUDA
+    [ "$device" = cuda ] || forms=kernel
     if [ "$quick" = 1 ]; then
-        wkv wkv7_toy 30 --shape 2 64 2 64 --repeat 3
+        wkv wkv7_toy 30 --shape 2 64 2 64 --repeat 3 --forms "$forms"
     else
-        wkv wkv7_8x4096 60 --shape 8 4096 40 64
-        wkv wkv7_1x4096 60 --shape 1 4096 40 64
-        wkv wkv7_4x2048 60 --shape 4 2048 32 64
-        wkv wkv6_4x2048 60 --shape 4 2048 32 64 --operator wkv6
-        wkv wkv5_4x2048 60 --shape 4 2048 32 64 --operator wkv5
+        wkv wkv7_standard 60 --shapes standard choice --forms "$forms"
+        wkv wkv7_w0 30 --shape 8 4096 40 64 --w0 --forms "$forms"
+        wkv wkv7_float32 30 --shape 4 2048 32 64 --dtype float32 --forms "$forms"
+        wkv wkv6_wkv5 40 --shape 4 2048 32 64 --operator wkv6 wkv5 --forms "$forms"
     fi
+    # A proposal, beside the rows.
+    check choose 20 "$python" "$tools/choose.py" "$rows" "$repo/src/rwkv_bone/ops/choice.json"
 }
 
 part_packed() {
     if [ "$quick" = 1 ]; then
-        wkv wkv7_packed 30 --shape 2 64 2 64 --documents 4 --repeat 3
+        wkv wkv7_packed 30 --shape 2 64 2 64 --documents 4 --repeat 3 --forms kernel
     else
-        wkv wkv7_packed 60 --shape 4 4096 32 64 --documents 16
+        wkv wkv7_packed 30 --shape 4 4096 32 64 --documents 16 --forms kernel
     fi
 }
 
@@ -279,6 +281,14 @@ part_steps() {
     fi
 }
 
+# sanitize NAME LIMIT TOOL WORDS...: small problems under a tool of compute-sanitizer.
+sanitize() {
+    sanitize_name=$1 sanitize_limit=$2 tool=$3
+    shift 3
+    check "$sanitize_name" "$sanitize_limit" "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        "$python" "$tools/memcheck.py" cuda "$@"
+}
+
 # Small shapes of every kernel, under compute-sanitizer where there is a GPU.
 part_memcheck() {
     if [ "$device" = cpu ]; then
@@ -287,9 +297,13 @@ part_memcheck() {
     fi
     sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer || true)
     if [ -n "$sanitizer" ]; then
-        check memcheck 120 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" "$tools/memcheck.py" cuda
+        sanitize memcheck 150 memcheck
+        sanitize racecheck 90 racecheck chunked
+        sanitize synccheck 60 synccheck chunked
     else
-        without memcheck 'compute-sanitizer is not installed (it comes with the CUDA toolkit)'
+        for name in memcheck racecheck synccheck; do
+            without "$name" 'compute-sanitizer is not installed (it comes with the CUDA toolkit)'
+        done
     fi
 }
 

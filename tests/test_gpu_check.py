@@ -177,6 +177,99 @@ def test_missing_packages_are_named_with_what_they_mean(tmp_path):
     assert not any(line.startswith("torch") for line in lines)
 
 
+def timed(shape: list[int], documents: int = 0, hardware: str = "NVIDIA H100 80GB HBM3", **milliseconds) -> list[dict]:
+    """Rows of benchmarks/wkv.py: forms and their times, on a card."""
+    row = {"what": "wkv", "hardware": hardware, "capability": "9.0", "operator": "wkv7", "rows": "equal"}
+    row |= {"shape": shape, "documents": documents, "dtype": "bfloat16", "error": 2e-3}
+    return [row | {"form": form, "seconds": time / 1e3} for form, time in milliseconds.items()]
+
+
+MEASURED = [
+    *timed([1, 16, 40, 64], exact=0.05, chunked32=0.08, chunked64=0.1),
+    *timed([8, 16, 40, 64], exact=0.05, chunked32=0.09, chunked64=0.1),
+    *timed([1, 256, 40, 64], exact=0.3, chunked32=0.1, chunked64=0.12),
+    *timed([8, 256, 40, 64], exact=0.5, chunked32=0.49, chunked64=0.6),  # about as fast: the exact ones
+    *timed([1, 4096, 40, 64], exact=4.8, chunked32=0.60, chunked64=0.59),
+    *timed([8, 4096, 40, 64], exact=9.5, chunked32=3.5, chunked64=3.0),
+    *timed([1, 32768, 40, 64], 128, exact=5.0, chunked32=3.9, chunked64=9.9),  # as 256 tokens and 5120 heads
+    *timed([1, 2048, 40, 64], cuda=1.0, accurate=2.0),  # forms that are no choice
+    *timed([1, 1024, 40, 64], chunked32=1.0),  # nothing to compare with
+]
+
+
+def fitting(table: list[dict], tokens: int, heads: int) -> str | None:
+    """The kernels of the first rule that fits, as ops/choice.py takes them."""
+    for rule in table:
+        spans = ((tokens, rule["tokens"]), (heads, rule["heads"]))
+        if all(start <= number and (below is None or number < below) for number, (start, below) in spans):
+            return rule["kernels"]
+    return None
+
+
+def test_the_table_of_kernels_is_what_was_fastest_where_it_was_measured_and_near_there():
+    from scripts.gpu_check import choose
+
+    table = choose.merged([], choose.points(MEASURED))
+    assert fitting(table, 16, 40) == fitting(table, 1, 1) == fitting(table, 63, 10**6) == "exact"
+    assert fitting(table, 64, 40) == fitting(table, 256, 1) == "chunked32"  # halfway from 16 to 256 tokens
+    assert fitting(table, 256, 320) == fitting(table, 1023, 320) == "exact"
+    assert fitting(table, 256, 5120) == fitting(table, 300, 10**6) == "chunked32"
+    assert fitting(table, 4096, 40) == fitting(table, 10**6, 113) == "chunked32"  # 2 % slower, and listed before
+    assert fitting(table, 4096, 320) == fitting(table, 10**6, 114) == "chunked64"
+    assert all(rule["origin"] == "measured on NVIDIA H100 80GB HBM3" and rule["capability"] == "9.0" for rule in table)
+    assert "exact 9.50, chunked32 3.50, chunked64 3.00 ms at 4096 tokens and 320 heads" in table[-1]["why"]
+    # Every size has exactly one rule.
+    for tokens in (1, 15, 63, 64, 255, 1023, 1024, 10**7):
+        for heads in (1, 113, 114, 1281, 10**7):
+            assert len([rule for rule in table if fitting([rule], tokens, heads)]) == 1
+
+
+def test_rules_of_other_cards_stay_and_those_of_this_one_are_replaced(tmp_path, capsys):
+    from scripts.gpu_check import choose
+
+    predicted = {"operator": "wkv7", "N": 64, "kernels": "chunked32", "tokens": [128, None], "heads": [1, None]}
+    others = [predicted | {"capability": "8.0"}, predicted, predicted | {"operator": "wkv6", "capability": "9.0"}]
+    table = tmp_path / "table" / "choice.json"
+    table.parent.mkdir()
+    before = json.dumps([predicted | {"capability": "9.0", "kernels": "exact"}, *others])
+    table.write_text(before)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in MEASURED))
+    assert choose.main(str(rows), str(table)) == 0
+    assert table.read_text() == before and f"wrote {tmp_path / 'choice.json'}" in capsys.readouterr().out
+    proposed = json.loads((tmp_path / "choice.json").read_text())
+    assert proposed[-3:] == others and len(proposed) == len(choose.merged([], choose.points(MEASURED))) + 3
+    assert choose.main(str(rows), str(table), "--write") == 0
+    assert json.loads(table.read_text()) == proposed
+    assert choose.main(str(rows), str(table), "--writ") == 2
+
+
+def test_without_times_of_a_gpu_there_is_nothing_to_choose_from(check):
+    check.stand_in("python3", "*benchmarks/wkv.py*) echo timed; exit 0 ;;")
+    done = check.run("--parts", "wkv")
+    assert done.returncode == 0 and check.status() == {"wkv7_toy": "pass", "choose": "pass"}
+    assert "there is nothing to choose from" in check.rows("check")[-1]["last"]
+    assert not (check.out / "choice.json").exists()
+
+
+def test_a_bar_is_met_missed_or_not_run_and_never_a_failure(tmp_path):
+    from scripts.gpu_check import summary
+
+    lines = [
+        {"what": "check", "part": "wkv", "name": "wkv7_standard", "status": "pass", "seconds": 9.0, "last": ""},
+        *timed([8, 4096, 40, 64], cuda=3.5, chunked64=2.0),
+        *timed([1, 4096, 40, 64], cuda=0.8),
+        *timed([8, 4096, 40, 64], hardware="NVIDIA RTX 4090", cuda=1.0),
+    ]
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "summary.md"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in lines))
+    assert summary.main(str(rows), str(page)) == 0
+    found = [line.strip("| ").split(" | ") for line in page.read_text().splitlines()]
+    assert ["8x4096x40x64", "H100", "3.6", "3.50", "met"] in found
+    assert ["1x4096x40x64", "H100", "0.7", "0.80", "missed"] in found
+    assert ["8x4096x40x64", "H200", "2.8", "", "not run"] in found
+
+
 def test_wheels_beside_the_repository_are_used_and_not_installed(check, tmp_path):
     clone = tmp_path / "a clone of mine"
     for folder in ("scripts", "src"):

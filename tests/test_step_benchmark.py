@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import timing
 from tests.conftest import REPOSITORY
 
 TINY = ["--size", "tiny", "--bsz", "2", "--ctx", "32", "--r", "8", "--steps", "2"]
@@ -20,8 +21,8 @@ def step(monkeypatch):
     spec = importlib.util.spec_from_file_location("step_benchmark", REPOSITORY / "benchmarks" / "step.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "MATRIX", {"cpu": 64, "cuda": 1024})
-    monkeypatch.setattr(module, "COPY_BYTES", {"cpu": 2**16, "cuda": 2**24})
+    monkeypatch.setattr(timing, "MATRIX", {"cpu": 64, "cuda": 1024})
+    monkeypatch.setattr(timing, "COPY_BYTES", {"cpu": 2**16, "cuda": 2**24})
 
     def run(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["step.py", *TINY, *words])

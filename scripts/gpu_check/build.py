@@ -1,7 +1,8 @@
 """The WKV kernels as a training run gets them: build.py cuda|cpu ROWS.
 
-Prints what `select_op` says of each operator and how long it took. Exits with 1 unless every operator has its compiled
-kernel: `auto` would then train all the same, slowly.
+Prints what `select_op` says of each operator, how long it took, and which of CUDA's kernels are then taken at which
+sizes. Exits with 1 unless `auto` takes the compiled kernels without having to fall back, which trains all the same, but
+slowly.
 """
 
 import sys
@@ -13,6 +14,18 @@ from rows import append
 
 from rwkv_bone.ops import select_op
 
+SIZES = ((8, 4096, 40), (1, 4096, 40), (16, 512, 12), (1, 64, 12))  # B, T, H; head size 64
+
+
+def chosen(operator: str, device: torch.device) -> dict[str, str]:
+    """{"8x4096x40": "chunked32"}: the kernels that form "cuda" takes in bf16."""
+    from rwkv_bone.ops import choice
+
+    return {
+        "x".join(map(str, size)): choice.label("cuda", operator, torch.bfloat16, (*size, 64, 0), device)
+        for size in SIZES
+    }
+
 
 def main(device: str, rows: str) -> int:
     place = torch.device(device)
@@ -23,12 +36,16 @@ def main(device: str, rows: str) -> int:
         form, sentence = select_op("auto", place, operator)
         row = {"what": "build", "operator": operator, "form": form, "sentence": sentence}
         row["seconds"] = round(time.perf_counter() - begin, 3)
+        if form == "cuda":
+            row["kernels"] = chosen(operator, place)
         append(Path(rows), row)
         print(f"{row['seconds']:.2f} s  {sentence}")
+        if form == "cuda":
+            print(" " * 8 + ", ".join(f"{size}: {label}" for size, label in row["kernels"].items()))
         if form != device:
             missing.append(operator)
     if missing:
-        print(f"no compiled kernel for {', '.join(missing)}")
+        print(f"auto does not take the compiled {device} kernels for {', '.join(missing)}")
     return bool(missing)
 
 
