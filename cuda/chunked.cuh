@@ -64,6 +64,17 @@ struct Share {
   }
 };
 
+// A chunk of a tensor on its way to shared memory, as it is.
+template <typename T, typename F, int N, int L>
+__device__ __forceinline__ void fetch(Operand<F, L, N>& to, const T* tensor, const Chunk<N, L>& chunk) {
+  const Share<N, L> part;
+#pragma unroll
+  for (int i = 0; i < Share<N, L>::kRows; ++i) {
+    const int t = part.row + i;
+    to.fetch_octet(t, part.column, tensor + chunk.base + t * chunk.stride + part.column, t < chunk.tokens);
+  }
+}
+
 __device__ __forceinline__ void read_shared(float (&out)[8], const float* from) {
   WKV_READS(from, sizeof out);
   const Octet<float> got = *reinterpret_cast<const Octet<float>*>(from);

@@ -258,18 +258,6 @@ __device__ __forceinline__ void store(T* tensor, const Chunk<N, L>& chunk, const
   store_rows(tensor + chunk.base + at.token * chunk.stride + at.channel, chunk.stride, chunk.tokens - at.token, x);
 }
 
-// All of a chunk on its way to shared memory.
-template <typename T, typename F, int N, int L>
-__device__ __forceinline__ void fetch(Operand<F, L, N>& to, const T* tensor, const Chunk<N, L>& chunk) {
-  const Share<N, L> part;
-#pragma unroll
-  for (int i = 0; i < Share<N, L>::kRows; ++i) {
-    const int t = part.row + i;
-    to.fetch_octet(
-        t, part.column, tensor + chunk.base + t * chunk.stride + part.column, t < chunk.tokens);
-  }
-}
-
 // ------------------------------------------------------------------------------------------------ prepare
 template <typename F, int N, int L>
 struct PrepareShared {

@@ -137,21 +137,6 @@ struct Decayed {
   }
 };
 
-// An input as it is.
-template <typename F, int N, int L, typename T>
-__device__ __forceinline__ void fill(
-    Operand<F, L, N>& operand, const T* tensor, const Chunk<N, L>& chunk, const Share<N, L>& part) {
-  Octet<T> in[Share<N, L>::kRows];
-  part.load(in, tensor, chunk);
-#pragma unroll
-  for (int i = 0; i < Share<N, L>::kRows; ++i) {
-    float x[8];
-#pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = to_float(in[i].value[e]);
-    operand.put(part.row + i, part.column, x);
-  }
-}
-
 // ------------------------------------------------------------------------------------------------ the four triangles
 enum Triangle { kAB, kAK, kRK, kRB };
 
@@ -323,7 +308,8 @@ __device__ __forceinline__ void prepare(const Arguments& p, PrepareShared<F, N, 
   if (chunk.tokens == 0) return;
   const Share<N, L> part;
   float grown[Share<N, L>::kRows][8];
-  if constexpr (!backward) fill(s.v, p.v, chunk, part);
+  if constexpr (!backward) fetch(s.v, p.v, chunk);
+  commit_async();
   s.in.template fill<!backward>(p, chunk, part, grown);
   s.triangles.template fill<warps>(s.in, s.solver, backward ? 1 << kAB | 1 << kRB : 15);
   s.in.b.hand_over(p.b_ + chunk.number * (L * N * F::kPlanes), Share<N, L>::kThreads);
@@ -332,6 +318,7 @@ __device__ __forceinline__ void prepare(const Arguments& p, PrepareShared<F, N, 
     WKV_READS(&s.in.whole[threadIdx.x], sizeof(float));
     p.whole[chunk.number * N + threadIdx.x] = s.in.whole[threadIdx.x];
   }
+  wait_async<0>();
   __syncthreads();
   s.solver.invert();
   __syncthreads();
@@ -760,9 +747,9 @@ __device__ __forceinline__ void gradients(const Arguments& p, GradientsShared<F,
   if (chunk.tokens == 0) return;
   const Part part;
   s.S.fetch(p.states + chunk.number * (N * N * F::kPlanes), 0, N, Part::kThreads);
+  fetch(s.v, p.v, chunk);
+  fetch(s.dy, p.dy, chunk);
   commit_async();
-  fill(s.v, p.v, chunk, part);
-  fill(s.dy, p.dy, chunk, part);
   float grown[Part::kRows][8];
   s.in.fill(p, chunk, part, grown);
 #pragma unroll
