@@ -142,6 +142,18 @@ def test_the_bytes_and_operations_are_those_of_the_design():
     assert costs.cost("wkv6", "unknown32", 64, 2, 4) is None
 
 
+def test_a_decay_in_two_parts_is_the_same_problem_with_fewer_bytes(wkv, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = ("--dtype", "bfloat16", "--forms", "kernel", "torch", "--documents", "3")
+    assert wkv.run(*words, "--w0", "--json", str(path)) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 4 and all(row["error"] < 3e-3 for row in rows)
+    assert {row["decay_dtype"] for row in rows} == {"bfloat16"}
+    assert {tuple(row["floor_bytes"]) for row in rows} == {(14 * 16, 40 * 16)}
+    with pytest.raises(SystemExit):
+        wkv.run("--w0", "--operator", "wkv6")
+
+
 def log_decay_reference(operator: str):
     """What flash-linear-attention's function of that name does, in its conventions, by our float64 reference."""
 
@@ -166,9 +178,9 @@ def test_a_peer_gets_log_decays_and_turned_states_and_is_compared_in_ours(wkv, m
     setattr(module, f"chunk_{name}", log_decay_reference(operator))
     monkeypatch.setitem(sys.modules, f"fla.ops.{name}", module)
     other = peers.peer("fla", operator)
-    form = wkv.Form("fla", other.run, other.prepare, other.restore)
+    form = wkv.Form("fla", other.run, prepare=other.prepare, restore=other.restore)
     assert wkv.error(operator, form, torch.float32, 16, CPU, packed=False) < 2e-5
-    unturned = wkv.Form("fla", other.run, lambda case: case | {"w": other.prepare(case)["w"]}, other.restore)
+    unturned = form._replace(prepare=lambda case: case | {"w": other.prepare(case)["w"]})
     assert wkv.error(operator, unturned, torch.float32, 16, CPU, packed=False) > 0.1
 
 

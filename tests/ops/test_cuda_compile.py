@@ -26,16 +26,11 @@ from typing import NamedTuple
 
 import pytest
 
-from rwkv_bone.ops import build, launches
+from rwkv_bone.ops import build, chunked_launches, launches
 from rwkv_bone.ops.launches import ELEMENTS
 from rwkv_bone.ops.launches import HEAD_SIZES as SIZES
+from rwkv_bone.ops.sizes import EXACT
 
-try:
-    from rwkv_bone.ops import chunked_launches
-except ImportError:
-    chunked_launches = None
-
-EXACT = "exact"
 TABLE = build.SOURCES / "registers.json"
 TOOLKIT = "/usr/local/cuda/bin"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=TOOLKIT)
@@ -104,13 +99,12 @@ class Unit(NamedTuple):
 
 
 UNITS = [Unit(operator, EXACT, tuple(ELEMENTS), SIZES) for operator in launches.HEADERS]
-if chunked_launches:
-    UNITS += [
-        Unit(operator, label, (dtype,), sizes)
-        for operator, header in chunked_launches.HEADERS.items()
-        for label, dtype, sizes in CHUNKED
-        if (build.SOURCES / header).exists() and dtype in chunked_launches.dtypes(operator)
-    ]
+UNITS += [
+    Unit(operator, label, (dtype,), sizes)
+    for operator, header in chunked_launches.HEADERS.items()
+    for label, dtype, sizes in CHUNKED
+    if (build.SOURCES / header).exists() and dtype in chunked_launches.dtypes(operator)
+]
 
 
 class Kernel(NamedTuple):
