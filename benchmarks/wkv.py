@@ -175,18 +175,23 @@ def calls(operator: str, case: Case, form: Form) -> tuple[Callable[[], tuple], C
     return forward, both
 
 
-def error(
-    operator: str, form: Form, dtype: torch.dtype, N: int, device: torch.device, packed: bool = False, w0: bool = False
-) -> float:
-    """The largest of all results, on a short problem."""
+@functools.cache
+def short_problem(operator: str, dtype: torch.dtype, N: int, packed: bool, w0: bool) -> tuple[Case, Case]:
+    """(a case, its results in float64)"""
     _, _, make_case, reference_gradients = OPERATORS[operator]
     case = packed_inputs.packed_case(operator, dtype, N=N) if packed else make_case(dtype, T=65, N=N)
     if w0:
         case = with_w0(case)
     if packed:
-        expected = packed_inputs.each_alone(operator, without_w0(case), reference_gradients)
-    else:
-        expected = reference_gradients(without_w0(case))
+        return case, packed_inputs.each_alone(operator, without_w0(case), reference_gradients)
+    return case, reference_gradients(without_w0(case))
+
+
+def error(
+    operator: str, form: Form, dtype: torch.dtype, N: int, device: torch.device, packed: bool = False, w0: bool = False
+) -> float:
+    """The largest of all results."""
+    case, expected = short_problem(operator, dtype, N, packed, w0)
     case = to(case, device)
     _, both = calls(operator, form.prepare(case), form)
     found = form.restore(case, both())

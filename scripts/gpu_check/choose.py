@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rwkv_bone.ops.choice import parse
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+from rwkv_bone.ops.choice import parse  # noqa: E402
 
 LABELS = ("exact", "chunked32", "chunked64")  # the first of those that are about as fast is taken
 ABOUT = 1.03
