@@ -10,23 +10,35 @@
 
 namespace wkv {
 
-// One chunk of one head of one sequence.
+// One chunk of one head of one sequence. Slots, heads and sequences have 32 bits here, since a 64-bit division takes a
+// hundred instructions; a grid has no more blocks anyway.
 template <int N, int L>
 struct Chunk {
-  int64_t number;          // slot * H + head, where its hand-overs are
+  int64_t number;        // slot * H + head, where its hand-overs are
   int head;
-  int tokens;              // 1 to L; 0: there is no chunk of that slot
-  int64_t sequence;
-  int64_t base, stride;    // elements of a [B, T, H, N] tensor: of its first token, and from one token to the next
+  int tokens;            // 1 to L; 0: there is no chunk of that slot
+  int64_t base, stride;  // elements of a [B, T, H, N] tensor: of its first token, and from one token to the next
 
-  __device__ __forceinline__ Chunk(const Sequences& all, int64_t number)
-      : Chunk(all, number, all.template sequence_of<L>(number / all.heads)) {}
-  __device__ __forceinline__ Chunk(const Sequences& all, int64_t number, int64_t sequence)
-      : number(number), head(int(number % all.heads)), sequence(sequence), stride(all.heads * N) {
-    const int64_t first = (number / all.heads - all.template first_segment<L>(sequence)) * L;
-    const int64_t left = all.length(sequence) - first;
-    tokens = left < 0 ? 0 : left < L ? int(left) : L;
-    base = ((all.begin(sequence) + first) * all.heads + head) * N;
+  __device__ __forceinline__ explicit Chunk(const Sequences& all) : number(blockIdx.x) {
+    const unsigned heads = unsigned(all.heads), slot = blockIdx.x / heads;
+    const unsigned each = (unsigned(all.tokens) + L - 1) / L;
+    const unsigned sequence = all.offsets ? unsigned(all.template sequence_of<L>(slot)) : slot / each;
+    const unsigned first = all.offsets ? unsigned(all.template first_segment<L>(sequence)) : sequence * each;
+    place(all, sequence, int(blockIdx.x - slot * heads), int(slot - first) * L);
+  }
+  // The chunk of a sequence and head that begins `from` tokens after its sequence.
+  __device__ __forceinline__ Chunk(const Sequences& all, int64_t number, unsigned sequence, int head, int from)
+      : number(number) {
+    place(all, sequence, head, from);
+  }
+
+ private:
+  __device__ __forceinline__ void place(const Sequences& all, unsigned sequence, int in_head, int from) {
+    const int left = int(all.length(sequence)) - from;
+    head = in_head;
+    tokens = left < 0 ? 0 : left < L ? left : L;
+    stride = all.heads * N;
+    base = (all.begin(sequence) + from) * stride + head * N;
   }
 };
 
@@ -41,7 +53,7 @@ struct Share {
   int row, column;
 
   __device__ __forceinline__ Share()
-      : row(int(threadIdx.x) / kOctets * kRows), column(int(threadIdx.x) % kOctets * 8) {}
+      : row(int(threadIdx.x / unsigned(kOctets)) * kRows), column(int(threadIdx.x % unsigned(kOctets)) * 8) {}
 
   // Eight elements of each of this thread's rows of a [B, T, H, N] tensor; zeros behind the chunk's last token.
   template <typename T>
@@ -76,11 +88,12 @@ struct TokenSums {
   __device__ __forceinline__ void run(
       const Part& part, const float (&x)[Part::kRows][8], float (&before)[Part::kRows][8], float (&upto)[Part::kRows][8]) {
     const int lane = lane_id();
-    float own[8] = {}, sum[8], others[8] = {};
+    float own[8], sum[8], others[8] = {};
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
+      own[e] = x[0][e];
 #pragma unroll
-      for (int i = 0; i < Part::kRows; ++i) own[e] += x[i][e];
+      for (int i = 1; i < Part::kRows; ++i) own[e] += x[i][e];
       sum[e] = own[e];
 #pragma unroll
       for (int distance = Part::kOctets; distance < 32; distance *= 2) {
@@ -152,23 +165,25 @@ __device__ __forceinline__ void sum_from_below(Sum (&x)[blocks]) {
 }
 
 // The chunks of one head of one sequence, for a block that walks through them with rows of the state in registers:
-// 16 for each warp. `splits` blocks share a head.
+// 16 for each warp. Several blocks may share a head.
 template <int N, int L>
 struct Walk {
-  int64_t sequence, head, first;  // first: the slot of its first chunk
-  int chunks, threads, rows, row;  // this block's rows begin at `row`
+  unsigned sequence;
+  int head, chunks, threads, rows, row;  // this block's rows begin at `row`
+  int64_t first, stride;                 // numbers: of its first chunk, and from one chunk to the next
+  int64_t state;                         // sequence * H + head
 
-  __device__ __forceinline__ explicit Walk(const Sequences& all) : threads(int(blockDim.x)), rows(threads / 2) {
-    const int splits = N / rows;
-    const int64_t number = int64_t(blockIdx.x) / splits;
-    sequence = number / all.heads, head = number % all.heads;
-    first = all.template first_segment<L>(sequence);
-    chunks = int(segments(all.length(sequence), L));
-    row = int(blockIdx.x) % splits * rows;
+  __device__ __forceinline__ explicit Walk(const Sequences& all)
+      : threads(int(blockDim.x)), rows(threads / 2), stride(all.heads) {
+    const unsigned splits = unsigned(N / rows), heads = unsigned(all.heads), block = blockIdx.x / splits;
+    sequence = block / heads, head = int(block - sequence * heads);
+    chunks = int((unsigned(all.length(sequence)) + L - 1) / L);
+    first = all.offsets ? all.template first_segment<L>(sequence) * stride + head
+                        : int64_t(sequence) * chunks * stride + head;
+    row = int(blockIdx.x - block * splits) * rows;
+    state = block;
   }
-  __device__ __forceinline__ int64_t number(const Sequences& all, int chunk) const {
-    return (first + chunk) * all.heads + head;
-  }
+  __device__ __forceinline__ int64_t number(int chunk) const { return first + chunk * stride; }
   __device__ __forceinline__ int own_row() const { return row + warp_id() * 16; }
 };
 
@@ -184,6 +199,14 @@ __device__ __forceinline__ void store_state(const Sum (&state)[N / 16], float* s
   if (!states) return;
 #pragma unroll
   for (int j = 0; j < N / 16; ++j) store_rows(states + (number * N + row) * N + 16 * j, N, 16, state[j]);
+}
+
+// How many blocks of so many threads a multiprocessor's registers hold if `all` threads fill it: 512 with 128 registers
+// each, 384 with 168. Long chunks and operands in two parts, of which shared memory holds half as many, need more.
+template <typename F, int L>
+__device__ __forceinline__ constexpr int blocks(int all, int threads) {
+  const int count = (L > 32 || F::kPlanes > 1 ? all / 2 : all) / threads;
+  return count < 1 ? 1 : count;
 }
 
 }  // namespace wkv

@@ -79,6 +79,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const BFloat16
                  : "memory");
 }
 
+// An 8 x 8 matrix that a warp holds, transposed.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t matrix) {
+  uint32_t out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(matrix));
+  return out;
+}
+
 // 16 bytes from global to shared memory, zeros if not `inside`; there after wait_async and a barrier.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
@@ -92,6 +99,23 @@ template <int groups>
 __device__ __forceinline__ void wait_async() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
 }
+
+// 2^x, and a / b, to two units in the last place: an instruction or two. |b| is 0 or from 2^-126 to 2^126, or the
+// result 0.
+__device__ __forceinline__ float power_of_two(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+__device__ __forceinline__ float divide(float a, float b) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  return a * inverse;
+}
+
+// Not for the data: it keeps the compiler from loading what is needed behind it ahead of it, and so from holding more in
+// registers than there are.
+__device__ __forceinline__ void keep_apart() { __syncwarp(); }
 
 template <typename X>
 __device__ __forceinline__ X from_lane_xor(X x, int other) {
@@ -113,11 +137,12 @@ struct Bf16x3 {
   static constexpr int kPlanes = 2;
 };
 
-__device__ __forceinline__ int lane_id() { return int(threadIdx.x) % 32; }
-__device__ __forceinline__ int warp_id() { return int(threadIdx.x) / 32; }
+// Unsigned, as is all arithmetic on places below: a signed division by a power of two takes four instructions.
+__device__ __forceinline__ int lane_id() { return int(threadIdx.x % 32u); }
+__device__ __forceinline__ int warp_id() { return int(threadIdx.x / 32u); }
 // Of this lane's elements in a quarter: the row, and the first of the two columns.
-__device__ __forceinline__ int lane_row() { return lane_id() / 4; }
-__device__ __forceinline__ int lane_column() { return lane_id() % 4 * 2; }
+__device__ __forceinline__ int lane_row() { return int(threadIdx.x % 32u / 4u); }
+__device__ __forceinline__ int lane_column() { return int(threadIdx.x % 4u * 2u); }
 
 // A 16 x 16 accumulator.
 struct Sum {
@@ -139,11 +164,8 @@ struct Block {
 
   // The number at the place of a Sum's value[i].
   __device__ __forceinline__ float operator[](int i) const {
-    float x = 0.0f;
-#pragma unroll
-    for (int plane = F::kPlanes - 1; plane >= 0; --plane)
-      x += i % 2 ? second(pair[plane][i / 2]) : first(pair[plane][i / 2]);
-    return x;
+    const auto part = [&](int plane) { return i % 2 ? second(pair[plane][i / 2]) : first(pair[plane][i / 2]); };
+    return F::kPlanes == 1 ? part(0) : part(0) + part(F::kPlanes - 1);
   }
 };
 
@@ -178,6 +200,16 @@ __device__ __forceinline__ Sum sum_of(const Block<F>& block) {
   return sum;
 }
 
+template <typename F>
+__device__ __forceinline__ Block<F> transposed(const Block<F>& block) {
+  Block<F> out;
+#pragma unroll
+  for (int plane = 0; plane < F::kPlanes; ++plane)
+#pragma unroll
+    for (int q = 0; q < 4; ++q) out.pair[plane][q % 2 * 2 + q / 2] = transpose_matrix(block.pair[plane][q]);
+  return out;
+}
+
 // sum += x y^T
 template <typename F>
 __device__ __forceinline__ void multiply(Sum& sum, const Block<F>& x, const Block<F>& y) {
@@ -200,19 +232,60 @@ __device__ __forceinline__ Octet<T> load_octet(const T* from, bool inside) {
   return *reinterpret_cast<const Octet<T>*>(from);
 }
 
+// Eight neighbours in format F to a hand-over whose planes have `plane_elements` each.
+template <typename F>
+__device__ __forceinline__ void store_octet(
+    typename F::Element* to, int64_t plane_elements, const float (&x)[8]) {
+  struct alignas(16) Row {
+    Pair<typename F::Element> pair[4];
+  };
+  Pair<typename F::Element> pairs[4][F::kPlanes];
+#pragma unroll
+  for (int p = 0; p < 4; ++p) split<F>(pairs[p], x[2 * p], x[2 * p + 1]);
+#pragma unroll
+  for (int plane = 0; plane < F::kPlanes; ++plane) {
+    WKV_MOVES_OUT(sizeof(Row));
+    *reinterpret_cast<Row*>(to + plane * plane_elements) =
+        Row{{pairs[0][plane], pairs[1][plane], pairs[2][plane], pairs[3][plane]}};
+  }
+}
+
 // ------------------------------------------------------------------------------------------------ operands
-// How an R x C operand lies in memory: 8 x 8 matrices one after another, 16 bytes a row of bfloat16, its rows
-// permuted so that neither writing a row of the operand nor reading a matrix meets a bank twice.
+// How an R x C operand lies in memory: 8 x 8 matrices one after another, row of matrices by row. In shared memory there
+// are eight elements (a row of a matrix, 16 bytes of bfloat16) more from one to the next, so that neither reading a
+// matrix nor writing a row of the operand meets a bank twice; in global memory nothing is between them.
 template <int R, int C>
 struct Arrangement {
   static_assert(R % 16 == 0 && C % 16 == 0, "made of blocks");
-  // Where the eight elements from (row, column) on begin; column is a multiple of 8.
-  __device__ static __forceinline__ int of(int row, int column) {
-    WKV_ASSERT(row >= 0 && row < R && column >= 0 && column < C);
-    return (row / 8 * (C / 8) + column / 8) * 64 + (row ^ column / 8) % 8 * 8;
+  static constexpr int kElements = R * C, kShared = R * C / 64 * 72;
+
+  __device__ static __forceinline__ int in_shared(unsigned row, unsigned column) { return of<72>(row, column); }
+  __device__ static __forceinline__ int in_global(unsigned row, unsigned column) { return of<64>(row, column); }
+  // Of the block at (row, column) the element (y, x). What belongs to the block and what belongs to the lane are added,
+  // so that the first is a constant of the instruction wherever it is known.
+  __device__ static __forceinline__ int in_shared(int row, int column, unsigned y, unsigned x) {
+    return block<72>(row, column) + of<72>(y, x);
   }
-  // The column of the eight elements that begin at `place`.
-  __device__ static __forceinline__ int column(int place) { return place / 64 % (C / 8) * 8; }
+  __device__ static __forceinline__ int in_global(int row, int column, unsigned y, unsigned x) {
+    return block<64>(row, column) + of<64>(y, x);
+  }
+  // Where the element at a place in global memory is in shared memory, its row and its column.
+  __device__ static __forceinline__ int shared_place(unsigned place) { return int(place + place / 64 * 8); }
+  __device__ static __forceinline__ int row(unsigned place) { return int(place / 64 / (C / 8) * 8 + place / 8 % 8); }
+  __device__ static __forceinline__ int column(unsigned place) { return int(place / 64 % (C / 8) * 8 + place % 8); }
+
+ private:
+  template <int kMatrix>
+  __device__ static __forceinline__ int of(unsigned row, unsigned column) {
+    WKV_ASSERT(row < R && column < C);
+    return int((row / 8 * (C / 8) + column / 8) * kMatrix + row % 8 * 8 + column % 8);
+  }
+  // Both are multiples of 16, so nothing is divided.
+  template <int kMatrix>
+  __device__ static __forceinline__ int block(int row, int column) {
+    WKV_ASSERT(row >= 0 && row % 16 == 0 && row < R && column >= 0 && column % 16 == 0 && column < C);
+    return (row * (C / 8) + column) * (kMatrix / 8);
+  }
 };
 
 // An R x C matrix in shared memory, to be read by blocks. What one kernel leaves for another is the same bytes in
@@ -221,17 +294,18 @@ template <typename F, int R, int C>
 struct alignas(128) Operand {
   using Element = typename F::Element;
   using Place = Arrangement<R, C>;
-  static constexpr int kElements = R * C;           // of a plane
+  static constexpr int kElements = R * C;             // of a plane of a hand-over
   static constexpr int kEach = 16 / sizeof(Element);  // in 16 bytes
-  Element value[F::kPlanes][R * C];
+  Element value[F::kPlanes][Place::kShared];
 
   // Rows row.. and columns column.. of the matrix.
   __device__ __forceinline__ Block<F> block(int row, int column) const {
-    return load<false>(row + lane_id() % 16, column + lane_id() / 16 * 8);
+    return load<false>(Place::in_shared(row, column, threadIdx.x % 16u, threadIdx.x % 32u / 16u * 8u));
   }
   // Element (x, y) of the block is that at (row + y, column + x) of the matrix.
   __device__ __forceinline__ Block<F> transposed(int row, int column) const {
-    return load<true>(row + lane_id() % 8 + lane_id() / 16 * 8, column + lane_id() / 8 % 2 * 8);
+    const unsigned lane = threadIdx.x % 32u;
+    return load<true>(Place::in_shared(row, column, lane % 8u + lane / 16u * 8u, lane / 8u % 2u * 8u));
   }
 
   __device__ __forceinline__ void put(int row, int column, const Block<F>& block) {
@@ -239,14 +313,17 @@ struct alignas(128) Operand {
     for (int plane = 0; plane < F::kPlanes; ++plane)
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        Pair<Element>* to = pair(value[plane], row, column, q);
+        Pair<Element>* to = reinterpret_cast<Pair<Element>*>(
+            value[plane] + Place::in_shared(row, column, q % 2 * 8 + lane_row(), q / 2 * 8 + lane_column()));
         WKV_WRITES(to, sizeof *to);
         *to = block.pair[plane][q];
       }
   }
 
   // Eight neighbours in a row.
-  __device__ __forceinline__ void put(int row, int column, const float (&x)[8]) { put(Place::of(row, column), x); }
+  __device__ __forceinline__ void put(int row, int column, const float (&x)[8]) {
+    put(Place::in_shared(row, column), x);
+  }
   __device__ __forceinline__ void put(int place, const float (&x)[8]) {
     Pair<Element> pairs[4][F::kPlanes];
 #pragma unroll
@@ -267,7 +344,7 @@ struct alignas(128) Operand {
     split<F>(pairs, x, 0.0f);
 #pragma unroll
     for (int plane = 0; plane < F::kPlanes; ++plane) {
-      Element* to = value[plane] + Place::of(row, column / 8 * 8) + column % 8;
+      Element* to = value[plane] + Place::in_shared(row, column);
       assign(*to, first(pairs[plane]));
     }
   }
@@ -276,7 +353,7 @@ struct alignas(128) Operand {
   __device__ __forceinline__ void fetch_octet(int row, int column, const T* from, bool inside) {
     if constexpr (F::kPlanes == 1 && sizeof(T) == sizeof(Element)) {
 #pragma unroll
-      for (int i = 0; i < 8; i += kEach) copy_async(value[0] + Place::of(row, column) + i, from + i, inside);
+      for (int i = 0; i < 8; i += kEach) copy_async(value[0] + Place::in_shared(row, column) + i, from + i, inside);
     } else {  // into another format, so through registers
       const Octet<T> in = load_octet(from, inside);
       float x[8];
@@ -288,17 +365,17 @@ struct alignas(128) Operand {
   // A hand-over whose columns are scaled on the way.
   __device__ __forceinline__ void fill_scaled(const Element* from, const float (&factor)[C], int threads) {
     for (int place = int(threadIdx.x) * 8; place < kElements; place += threads * 8) {
-      float x[8] = {};
+      float x[8];
 #pragma unroll
       for (int plane = F::kPlanes - 1; plane >= 0; --plane) {
         const Octet<Element> in = load_octet(from + plane * kElements + place, true);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) x[e] += to_float(in.value[e]);
+        for (int e = 0; e < 8; ++e) x[e] = to_float(in.value[e]) + (plane < F::kPlanes - 1 ? x[e] : 0.0f);
       }
       WKV_READS(factor + Place::column(place), sizeof x);
 #pragma unroll
       for (int e = 0; e < 8; ++e) x[e] *= factor[Place::column(place) + e];
-      put(place, x);
+      put(Place::shared_place(place), x);
     }
   }
   // Of a hand-over at `from`, the rows first.. up to end.. (multiples of 8) on their way in, by `threads` threads.
@@ -308,21 +385,18 @@ struct alignas(128) Operand {
     for (int plane = 0; plane < F::kPlanes; ++plane)
       for (int i = int(threadIdx.x); i < count; i += threads) {
         const int place = (begin + i) * kEach;
-        copy_async(value[plane] + place, from + plane * kElements + place, true);
+        copy_async(value[plane] + Place::shared_place(place), from + plane * kElements + place, true);
       }
   }
   // All of it to a hand-over.
   __device__ __forceinline__ void hand_over(Element* to, int threads) const {
-    struct alignas(16) Vector {
-      unsigned char bytes[16];
-    };
 #pragma unroll
     for (int plane = 0; plane < F::kPlanes; ++plane)
-      for (int i = int(threadIdx.x); i < kElements / kEach; i += threads) {
-        WKV_READS(value[plane] + i * kEach, 16);
+      for (int place = int(threadIdx.x) * kEach; place < kElements; place += threads * kEach) {
+        const Element* from = value[plane] + Place::shared_place(place);
+        WKV_READS(from, 16);
         WKV_MOVES_OUT(16);
-        *reinterpret_cast<Vector*>(to + plane * kElements + i * kEach) =
-            *reinterpret_cast<const Vector*>(value[plane] + i * kEach);
+        *reinterpret_cast<uint4*>(to + plane * kElements + place) = *reinterpret_cast<const uint4*>(from);
       }
   }
   // A block of a hand-over, straight from registers: 128 bytes at a time.
@@ -332,23 +406,19 @@ struct alignas(128) Operand {
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         WKV_MOVES_OUT(sizeof(Pair<Element>));
-        *pair(to + plane * kElements, row, column, q) = block.pair[plane][q];
+        const int place = Place::in_global(row, column, q % 2 * 8 + lane_row(), q / 2 * 8 + lane_column());
+        *reinterpret_cast<Pair<Element>*>(to + plane * kElements + place) = block.pair[plane][q];
       }
   }
 
  private:
   template <bool trans>
-  __device__ __forceinline__ Block<F> load(int row, int column) const {
+  __device__ __forceinline__ Block<F> load(int place) const {
     Block<F> block;
 #pragma unroll
     for (int plane = 0; plane < F::kPlanes; ++plane)
-      load_matrices<trans>(block.pair[plane], value[plane] + Place::of(row, column));
+      load_matrices<trans>(block.pair[plane], value[plane] + place);
     return block;
-  }
-  // This lane's pair of quarter q of the block at (row, column).
-  __device__ static __forceinline__ Pair<Element>* pair(Element* plane, int row, int column, int q) {
-    const int place = Place::of(row + lane_row() + q % 2 * 8, column + q / 2 * 8) + lane_column();
-    return reinterpret_cast<Pair<Element>*>(plane + place);
   }
 };
 
@@ -369,9 +439,6 @@ __device__ __forceinline__ void transpose_four_lanes(uint32_t (&x)[4]) {
   }
 }
 
-struct alignas(16) FourPairs {
-  uint32_t pair[4];
-};
 struct alignas(8) TwoFloats {
   float value[2];
 };
@@ -380,16 +447,12 @@ struct alignas(8) TwoFloats {
 __device__ __forceinline__ void store_rows(BFloat16* at, int64_t stride, int rows, const Sum& sum) {
   uint32_t x[4];
 #pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    BFloat16 a, b;
-    assign(a, sum.value[2 * q]), assign(b, sum.value[2 * q + 1]);
-    x[q] = uint32_t(a.bits) | uint32_t(b.bits) << 16;
-  }
+  for (int q = 0; q < 4; ++q) x[q] = pair_of(BFloat16{}, sum.value[2 * q], sum.value[2 * q + 1]);
   transpose_four_lanes(x);
-  const int quarter = lane_id() % 4, row = lane_row() + quarter % 2 * 8;
+  const int quarter = int(threadIdx.x % 4u), row = lane_row() + (quarter & 1) * 8;
   if (row >= rows) return;
   WKV_MOVES_OUT(16);
-  *reinterpret_cast<FourPairs*>(at + row * stride + quarter / 2 * 8) = FourPairs{{x[0], x[1], x[2], x[3]}};
+  *reinterpret_cast<uint4*>(at + row * stride + (quarter & 2) * 4) = make_uint4(x[0], x[1], x[2], x[3]);
 }
 __device__ __forceinline__ void store_rows(float* at, int64_t stride, int rows, const Sum& sum) {
 #pragma unroll
@@ -403,18 +466,19 @@ __device__ __forceinline__ void store_rows(float* at, int64_t stride, int rows, 
 }
 
 __device__ __forceinline__ Sum load_rows(const BFloat16* at, int64_t stride, int rows) {
-  const int quarter = lane_id() % 4, row = lane_row() + quarter % 2 * 8;
-  FourPairs got{};
+  const int quarter = int(threadIdx.x % 4u), row = lane_row() + (quarter & 1) * 8;
+  uint32_t got[4] = {};
   if (row < rows) {
     WKV_MOVES_IN(16);
-    got = *reinterpret_cast<const FourPairs*>(at + row * stride + quarter / 2 * 8);
+    const uint4 all = *reinterpret_cast<const uint4*>(at + row * stride + (quarter & 2) * 4);
+    got[0] = all.x, got[1] = all.y, got[2] = all.z, got[3] = all.w;
   }
-  transpose_four_lanes(got.pair);
+  transpose_four_lanes(got);
   Sum sum;
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
-    sum.value[2 * q] = __uint_as_float(got.pair[q] << 16);
-    sum.value[2 * q + 1] = __uint_as_float(got.pair[q] & 0xffff0000u);
+    sum.value[2 * q] = __uint_as_float(got[q] << 16);
+    sum.value[2 * q + 1] = __uint_as_float(got[q] & 0xffff0000u);
   }
   return sum;
 }

@@ -66,7 +66,17 @@ struct ChunkedBackward {
   float* ds0;  // may be null: not wanted
 };
 
-__device__ __forceinline__ float log_decay(float raw) { return -kScale / (1.0f + expf(-raw)); }
+constexpr float kLog2E = 1.44269504f;
+
+// The logarithm to base 2 of the decay.
+__device__ __forceinline__ float log2_decay(float raw) {
+  return divide(-kScale * kLog2E, 1.0f + power_of_two(-kLog2E * raw));
+}
+// As decay_slope in wkv7.cuh.
+__device__ __forceinline__ float log_decay_slope(float raw) {
+  const float e = power_of_two(-kLog2E * fabsf(raw));
+  return divide(-kScale * e, (1.0f + e) * (1.0f + e));
+}
 
 // The raw decay of eight channels.
 template <typename W>
@@ -83,15 +93,16 @@ struct Decayed {
   TokenSums<N, L> sums;
   float whole[N];
 
-  // `grown` gets e^G of this thread's rows. Ends with a barrier.
-  template <typename In>
+  // `grown` gets e^G of this thread's rows. Unless `keys`, nothing needs k~, and k is not loaded. Ends with a barrier.
+  template <bool keys = true, typename In>
   __device__ __forceinline__ void fill(
       const In& in, const Chunk<N, L>& chunk, const Share<N, L>& part, float (&grown)[Share<N, L>::kRows][8]) {
     constexpr int kRows = Share<N, L>::kRows;
     Octet<typename In::Input> r_in[kRows], k_in[kRows], a_in[kRows], b_in[kRows];
     Octet<typename In::Decay> w_in[kRows];
-    part.load(w_in, in.w, chunk), part.load(r_in, in.r, chunk), part.load(k_in, in.k, chunk);
+    part.load(w_in, in.w, chunk), part.load(r_in, in.r, chunk);
     part.load(a_in, in.a, chunk), part.load(b_in, in.b, chunk);
+    if constexpr (keys) part.load(k_in, in.k, chunk);
 
     float log[kRows][8], before[kRows][8], upto[kRows][8];
 #pragma unroll
@@ -99,27 +110,28 @@ struct Decayed {
       float raw[8];
       raw_decay(raw, w_in[i], in.w0, chunk.head * N + part.column);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) log[i][e] = part.row + i < chunk.tokens ? log_decay(raw[e]) : 0.0f;
+      for (int e = 0; e < 8; ++e) log[i][e] = part.row + i < chunk.tokens ? log2_decay(raw[e]) : 0.0f;
     }
     sums.run(part, log, before, upto);
     if (threadIdx.x < N) {
       WKV_WRITES(&whole[threadIdx.x], sizeof(float));
-      whole[threadIdx.x] = expf(sums.all(int(threadIdx.x)));
+      whole[threadIdx.x] = power_of_two(sums.all(int(threadIdx.x)));
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       float r_out[8], k_out[8], a_out[8], b_out[8];
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        const float down = expf(-upto[i][e]);
-        grown[i][e] = expf(upto[i][e]);
+        grown[i][e] = power_of_two(upto[i][e]);
+        const float down = divide(1.0f, grown[i][e]);
         r_out[e] = to_float(r_in[i].value[e]) * grown[i][e];
-        a_out[e] = to_float(a_in[i].value[e]) * expf(before[i][e]);
-        k_out[e] = to_float(k_in[i].value[e]) * down;
+        a_out[e] = to_float(a_in[i].value[e]) * power_of_two(before[i][e]);
         b_out[e] = to_float(b_in[i].value[e]) * down;
+        if constexpr (keys) k_out[e] = to_float(k_in[i].value[e]) * down;
       }
-      r.put(part.row + i, part.column, r_out), k.put(part.row + i, part.column, k_out);
-      a.put(part.row + i, part.column, a_out), b.put(part.row + i, part.column, b_out);
+      r.put(part.row + i, part.column, r_out), a.put(part.row + i, part.column, a_out);
+      b.put(part.row + i, part.column, b_out);
+      if constexpr (keys) k.put(part.row + i, part.column, k_out);
     }
     __syncthreads();
   }
@@ -172,7 +184,7 @@ struct Solver {
   }
   // By the first threads of the block, 16 for a block of the diagonal: each makes a column.
   __device__ __forceinline__ void invert() {
-    const int block = int(threadIdx.x) / 16, column = int(threadIdx.x) % 16;
+    const int block = int(threadIdx.x / 16u), column = int(threadIdx.x % 16u);
     if (block >= L / 16) return;
     const float* A = diagonal[block].value;
     float x[16];
@@ -307,12 +319,12 @@ __device__ __forceinline__ void prepare_values(
 template <typename F, int N, int L, bool backward, typename Arguments>
 __device__ __forceinline__ void prepare(const Arguments& p, PrepareShared<F, N, L>& s) {
   constexpr int warps = Share<N, L>::kWarps;
-  const Chunk<N, L> chunk(p.sequences, blockIdx.x);
+  const Chunk<N, L> chunk(p.sequences);
   if (chunk.tokens == 0) return;
   const Share<N, L> part;
   float grown[Share<N, L>::kRows][8];
   if constexpr (!backward) fill(s.v, p.v, chunk, part);
-  s.in.fill(p, chunk, part, grown);
+  s.in.template fill<!backward>(p, chunk, part, grown);
   s.triangles.template fill<warps>(s.in, s.solver, backward ? 1 << kAB | 1 << kRB : 15);
   s.in.b.hand_over(p.b_ + chunk.number * (L * N * F::kPlanes), Share<N, L>::kThreads);
   if (threadIdx.x < N) {
@@ -373,7 +385,7 @@ __device__ __forceinline__ void scan(const Arguments& p, ScanShared<F, N, L>& sh
   const int row = walk.own_row();
   const auto fetch = [&](int chunk) {
     if (chunk < walk.chunks) {
-      const int64_t number = walk.number(p.sequences, chunk);
+      const int64_t number = walk.number(chunk);
       ScanStage<F, N, L>& to = shared.stage[chunk % stages];
       to.W.fetch(p.W_ + number * (L * N * F::kPlanes), 0, N, walk.threads);
       to.b.fetch(p.b_ + number * (L * N * F::kPlanes), 0, L, walk.threads);
@@ -383,7 +395,7 @@ __device__ __forceinline__ void scan(const Arguments& p, ScanShared<F, N, L>& sh
     commit_async();
   };
   Sum S[N / 16];
-  load_state<N>(S, p.s0, walk.sequence * p.sequences.heads + walk.head, row);
+  load_state<N>(S, p.s0, walk.state, row);
 #pragma unroll
   for (int chunk = 0; chunk < stages - 1; ++chunk) fetch(chunk);
   for (int chunk = 0; chunk < walk.chunks; ++chunk) {
@@ -397,7 +409,7 @@ __device__ __forceinline__ void scan(const Arguments& p, ScanShared<F, N, L>& sh
     for (int j = 0; j < N / 16; ++j) {
       start[j] = block_of<F>(S[j]);
       // In the place of KV, of which this block has loaded its rows.
-      State::hand_over(p.states + walk.number(p.sequences, chunk) * (N * N * F::kPlanes), row, 16 * j, start[j]);
+      State::hand_over(p.states + walk.number(chunk) * (N * N * F::kPlanes), row, 16 * j, start[j]);
 #pragma unroll
       for (int t = 0; t < L / 16; ++t) multiply(removed[t], start[j], now.W.transposed(16 * j, 16 * t));
     }
@@ -415,7 +427,7 @@ __device__ __forceinline__ void scan(const Arguments& p, ScanShared<F, N, L>& sh
       for (int i = 0; i < 8; ++i) S[j].value[i] += added[i];
     }
   }
-  store_state<N>(S, p.sT, walk.sequence * p.sequences.heads + walk.head, row);
+  store_state<N>(S, p.sT, walk.state, row);
 }
 
 // ------------------------------------------------------------------------------------------------ outputs
@@ -428,7 +440,7 @@ struct OutputsShared {
 template <typename F, int N, int L, typename Arguments>
 __device__ __forceinline__ void outputs(const Arguments& p, OutputsShared<F, N, L>& s) {
   constexpr int threads = Share<N, L>::kThreads;
-  const Chunk<N, L> chunk(p.sequences, blockIdx.x);
+  const Chunk<N, L> chunk(p.sequences);
   if (chunk.tokens == 0) return;
   s.Q.fetch(p.Q + chunk.number * (L * N * F::kPlanes), 0, L, threads);
   s.S.fetch(p.states + chunk.number * (N * N * F::kPlanes), 0, N, threads);
@@ -465,14 +477,14 @@ __device__ __forceinline__ void scan_backward(const Arguments& p, ScanBackwardSh
   const int row = walk.own_row(), octets = walk.rows / 8;
   const auto fetch = [&](int chunk) {
     if (chunk >= 0) {
-      const int64_t number = walk.number(p.sequences, chunk);
+      const int64_t number = walk.number(chunk);
       ScanBackwardStage<F, N, L>& to = shared.stage[chunk % stages];
       to.W.fetch(p.W_ + number * (L * N * F::kPlanes), 0, N, walk.threads);
       to.b.fetch(p.b_ + number * (L * N * F::kPlanes), 0, L, walk.threads);
       to.Q.fetch(p.Q + number * (L * N * F::kPlanes), 0, L, walk.threads);
       fetch_floats(to.whole, p.whole + number * N, walk.threads);
       // dy: this block's columns.
-      const Chunk<N, L> at(p.sequences, number, walk.sequence);
+      const Chunk<N, L> at(p.sequences, number, walk.sequence, walk.head, chunk * L);
       for (int i = int(threadIdx.x); i < L * octets; i += walk.threads) {
         const int t = i / octets, column = walk.row + i % octets * 8;
         to.dy.fetch_octet(t, column, p.dy + at.base + t * at.stride + column, t < at.tokens);
@@ -481,7 +493,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& p, ScanBackwardSh
     commit_async();
   };
   Sum dS[N / 16];
-  load_state<N>(dS, p.dsT, walk.sequence * p.sequences.heads + walk.head, row);
+  load_state<N>(dS, p.dsT, walk.state, row);
 #pragma unroll
   for (int i = 1; i < stages; ++i) fetch(walk.chunks - i);
   for (int chunk = walk.chunks - 1; chunk >= 0; --chunk) {
@@ -492,7 +504,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& p, ScanBackwardSh
 #pragma unroll
     for (int j = 0; j < N / 16; ++j)
       State::hand_over(
-          p.dstates + walk.number(p.sequences, chunk) * (N * N * F::kPlanes), row, 16 * j, block_of<F>(dS[j]));
+          p.dstates + walk.number(chunk) * (N * N * F::kPlanes), row, 16 * j, block_of<F>(dS[j]));
     scale_columns<N>(dS, now.whole);
     Sum written[L / 16];  // dS~ b~^T
 #pragma unroll
@@ -503,7 +515,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& p, ScanBackwardSh
     }
 #pragma unroll
     for (int t = 0; t < L / 16; ++t) {
-      __syncwarp();  // not for the data: it keeps loads of the next turn, and their registers, out of this one
+      keep_apart();
       const Block<F> values = block_of<F>(written[t]), dy = now.dy.transposed(16 * t, row);
 #pragma unroll
       for (int j = 0; j < N / 16; ++j) {
@@ -512,7 +524,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& p, ScanBackwardSh
       }
     }
   }
-  store_state<N>(dS, p.ds0, walk.sequence * p.sequences.heads + walk.head, row);
+  store_state<N>(dS, p.ds0, walk.state, row);
 }
 
 // ------------------------------------------------------------------------------------------------ gradients
@@ -607,6 +619,7 @@ __device__ __forceinline__ void finish_writer(
     Triangle by_a, Triangle by_r, T* out, Sum (&products)[L / 16], float (&late)[4]) {
 #pragma unroll
   for (int b = 0; b < L / 16; ++b) {
+    keep_apart();
     const Block<F> own = decayed.block(16 * b, j);
 #pragma unroll
     for (int i = 0; i < 8; ++i) late[column_of(i)] += own[i] * g[b].value[i];
@@ -619,7 +632,7 @@ __device__ __forceinline__ void finish_writer(
     for (int i = 0; i < 8; ++i) products[b].value[i] += own[i] * g[b].value[i];
     g[b].each([&](float& x, int row, int column) {
       WKV_READS(&s.grown[16 * b + row][j + column], sizeof(float));
-      x /= s.grown[16 * b + row][j + column];
+      x = divide(x, s.grown[16 * b + row][j + column]);
     });
     store_rows(out + chunk.base + 16 * b * chunk.stride + j, chunk.stride, chunk.tokens - 16 * b, g[b]);
   }
@@ -659,6 +672,7 @@ __device__ __forceinline__ void reader_gradients(
     Sum (&a_products)[L / 16]) {
 #pragma unroll
   for (int b = 0; b < L / 16; ++b) {
+    keep_apart();
     Sum dr, da;
 #pragma unroll
     for (int i = 0; i < N; i += 16) {
@@ -724,7 +738,7 @@ __device__ __forceinline__ void decay_gradients(
     Sum raw = load_rows(p.w + at, chunk.stride, chunk.tokens - 16 * b);
     raw.each([&](float& y, int, int column) {
       if (p.w0) y += p.w0[chunk.head * N + j + column];
-      y = decay_slope(y);
+      y = log_decay_slope(y);
     });
     Sum base;
     base.each([&](float& y, int, int column) {
@@ -742,7 +756,7 @@ template <typename F, int N, int L, typename Arguments>
 __device__ __forceinline__ void gradients(const Arguments& p, GradientsShared<F, N, L>& s) {
   using Part = Share<N, L>;
   constexpr int warps = Part::kWarps, slices = N / 16;
-  const Chunk<N, L> chunk(p.sequences, blockIdx.x);
+  const Chunk<N, L> chunk(p.sequences);
   if (chunk.tokens == 0) return;
   const Part part;
   s.S.fetch(p.states + chunk.number * (N * N * F::kPlanes), 0, N, Part::kThreads);
@@ -804,53 +818,47 @@ __device__ __forceinline__ void gradients(const Arguments& p, GradientsShared<F,
 }
 
 // ------------------------------------------------------------------------------------------------ kernels
-// T: element of r, k, v, a, b, dy, y and their gradients. W: of w and dw. F: the operands' format. A multiprocessor has
-// registers for 512 threads with 128 each, or, for the scans, 384 with 168; longer chunks need more.
-__device__ __forceinline__ constexpr int blocks(int threads, int of, int L) {
-  const int all = L > 32 ? threads / 2 : threads;
-  return all < of ? 1 : all / of;
-}
-
+// T: element of r, k, v, a, b, dy, y and their gradients. W: of w and dw. F: the operands' format.
 template <typename T, typename W, typename F, int N, int L>
 struct Prepare {
   using Arguments = ChunkedForward<T, W, F>;
   using Shared = PrepareShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks(512, kThreads, L);
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { prepare<F, N, L, false>(p, s); }
 };
 template <typename T, typename W, typename F, int N, int L>
 struct Scan {
   using Arguments = ChunkedForward<T, W, F>;
   using Shared = ScanShared<F, N, L>;
-  static constexpr int kThreads = 2 * N, kBlocks = blocks(384, kThreads, L);  // fewer threads if blocks split a state
+  static constexpr int kThreads = 2 * N, kBlocks = blocks<F, L>(384, kThreads);  // fewer threads if blocks split a state
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { scan<F, N, L>(p, s); }
 };
 template <typename T, typename W, typename F, int N, int L>
 struct Outputs {
   using Arguments = ChunkedForward<T, W, F>;
   using Shared = OutputsShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks(512, kThreads, L);
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { outputs<F, N, L>(p, s); }
 };
 template <typename T, typename W, typename F, int N, int L>
 struct PrepareBackward {
   using Arguments = ChunkedBackward<T, W, F>;
   using Shared = PrepareShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks(512, kThreads, L);
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { prepare<F, N, L, true>(p, s); }
 };
 template <typename T, typename W, typename F, int N, int L>
 struct ScanBackward {
   using Arguments = ChunkedBackward<T, W, F>;
   using Shared = ScanBackwardShared<F, N, L>;
-  static constexpr int kThreads = 2 * N, kBlocks = blocks(384, kThreads, L);
+  static constexpr int kThreads = 2 * N, kBlocks = blocks<F, L>(384, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { scan_backward<F, N, L>(p, s); }
 };
 template <typename T, typename W, typename F, int N, int L>
 struct Gradients {
   using Arguments = ChunkedBackward<T, W, F>;
   using Shared = GradientsShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks(512, kThreads, L);
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { gradients<F, N, L>(p, s); }
 };
 

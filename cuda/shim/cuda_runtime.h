@@ -32,6 +32,10 @@
 struct Index {
   unsigned x;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline Index threadIdx, blockIdx, blockDim;
 
 inline float __uint_as_float(uint32_t bits) {

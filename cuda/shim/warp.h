@@ -40,10 +40,16 @@ inline uint32_t pair_of(BFloat16, float first, float second) {
   return uint32_t(low.bits) | uint32_t(high.bits) << 16;
 }
 inline FloatPair pair_of(float, float first, float second) { return {first, second}; }
+inline BFloat16 element_of(uint32_t);
+inline float element_of(FloatPair);
 inline float first(uint32_t pair) { return __uint_as_float(pair << 16); }
 inline float second(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 inline float first(FloatPair pair) { return pair.first; }
 inline float second(FloatPair pair) { return pair.second; }
+
+inline void keep_apart() {}
+inline float power_of_two(float x) { return exp2f(x); }
+inline float divide(float a, float b) { return a / b; }
 
 // The product of an m16n8k16 instruction for each half of y's rows; registers hold the elements as PTX says.
 template <typename P>
@@ -98,6 +104,20 @@ void load_matrices(P (&out)[4], const E* row) {
       }
   });
   for (int q = 0; q < 4; ++q) out[q] = taken.pair[q];
+}
+
+template <typename P>
+P transpose_matrix(P matrix) {
+  return shim::by_the_warp<P>("movmatrix", matrix, [](const P* lanes, P* results) {
+    const auto element = [&](int row, int column) {
+      const P& pair = lanes[4 * row + column / 2];
+      return column % 2 ? second(pair) : first(pair);
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      const int row = lane / 4, column = lane % 4 * 2;
+      results[lane] = pair_of(decltype(element_of(P{})){}, element(column, row), element(column + 1, row));
+    }
+  });
 }
 
 // A copy happens as late as it may, when it is waited for; until then its place holds NaN.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from rwkv_bone import checkpoints, load_model
 from rwkv_bone.errors import UserError
-from rwkv_bone.models import build, load_base_into
+from rwkv_bone.models import build, load_base_into, v7
 from tests.conftest import random_model
 from tests.rwkv_oracle import logits as oracle_logits
 
@@ -50,6 +50,31 @@ def test_a_random_model_of_several_heads_equals_the_rwkv_package(tiny_checkpoint
     with torch.no_grad():
         got = load_model(path)(ids)[0].numpy()
     assert np.abs(got - oracle_logits(path, ids[0].tolist(), version)).max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_adds_the_decays_bias_where_it_is_not_trained_and_no_bit_changes(
+    tiny_checkpoint, monkeypatch, dtype
+):
+    model, ids = load_model(tiny_checkpoint(version=7), op="cpu", dtype=dtype), ids_of(61, 37, batch=2)
+    given, plain = [], v7.wkv7
+    monkeypatch.setattr(v7, "wkv7", lambda **inputs: given.append(inputs) or plain(**inputs))
+
+    def run(trained: bool) -> list[torch.Tensor]:
+        for block in model.blocks:
+            block.att.w0.requires_grad_(trained)
+            block.att.w1.requires_grad_(True)
+        logits = model(ids)
+        return [logits, *torch.autograd.grad(logits.float().square().mean(), [b.att.w1 for b in model.blocks])]
+
+    apart = run(trained=False)
+    assert [x["w"].dtype for x in given] == [dtype] * len(model.blocks)
+    for x, block in zip(given, model.blocks, strict=True):
+        assert torch.equal(x["w0"].flatten(), block.att.w0.float().flatten())
+    given.clear()
+    added = run(trained=True)
+    assert {x["w"].dtype for x in given} == {torch.float32} and {x["w0"] for x in given} == {None}
+    assert all(torch.equal(x, y) for x, y in zip(apart, added, strict=True))
 
 
 @every_generation

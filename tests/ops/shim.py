@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +27,11 @@ from tests.ops.wkv_abi import Case, Runner, pointer, poisoned
 COMPILE = ["g++", "-x", "c++", "-std=c++17", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
 
 
-def compile_on_shim(kernels: str, target: Path, *flags: str) -> Path:
-    """The text of kernels (and what it includes) with the stand-in for the driver, as one library."""
+def compile_on_shim(kernels: str, target: Path, *flags: str, sources: Path = SOURCES) -> Path:
+    """The text of kernels (and what it includes from `sources`) with the stand-in for the driver, as one library."""
     text = target.with_suffix(".cu")
     text.write_text(f'{kernels}\n#include "driver.cpp"\n')
-    command = [*COMPILE, *(flags or ["-O2"]), f"-I{SOURCES / 'shim'}", f"-I{SOURCES}", str(text), "-o", str(target)]
+    command = [*COMPILE, *(flags or ["-O2"]), f"-I{sources / 'shim'}", f"-I{sources}", str(text), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return target
@@ -43,12 +44,38 @@ def build_shim(operator: str, folder: Path, label: str = EXACT) -> Path:
     else:
         dtypes = chunked_launches.dtypes(operator)
         kernels = chunked_launches.source(operator, label, dtypes, chunked_launches.HEAD_SIZES)
+    return build_once(kernels, folder, f"{operator}-{label}")
+
+
+def build_once(kernels: str, folder: Path, name: str) -> Path:
+    """compile_on_shim, once per content."""
     texts = [path.read_bytes() for pattern in ("*.cuh", "shim/*") for path in sorted(SOURCES.glob(pattern))]
-    name = hashlib.sha256(b"".join([kernels.encode(), *texts])).hexdigest()[:16]
-    path = folder / f"{operator}-{label}-{name}.so"
+    content = hashlib.sha256(b"".join([kernels.encode(), *texts])).hexdigest()[:16]
+    path = folder / f"{name}-{content}.so"
     if not path.exists():
-        compile_on_shim(kernels, path.with_suffix(".partial")).rename(path)
+        # Another process may do the same at the same time.
+        compile_on_shim(kernels, path.with_name(f"{path.stem}-{os.getpid()}.partial")).rename(path)
     return path
+
+
+class ShimCalls:
+    """Stands in for `cuda.call`: PyTorch's operators on CPU tensors are run by CUDA's kernels on the shim.
+
+    `taken` holds the unit and the step of each call. Units are compiled when they are first needed.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.taken = folder, []
+        self.loaded: dict[Unit, tuple[driver.Driver, dict[str, driver.Kernel]]] = {}
+
+    def __call__(self, unit: Unit, step: str, device: int, sizes: tuple[int, ...], pointers: list[int | None]) -> None:
+        if unit not in self.loaded:
+            library = driver.Driver(str(build_once(unit.source(), self.folder, "-".join(map(str, unit)))))
+            self.loaded[unit] = library, library.load(b"", unit.kernels(), device=0)
+        library, kernels = self.loaded[unit]
+        offsets, *tensors = pointers
+        self.taken.append((unit, step))
+        library.launch(kernels, unit.plan(step, sizes, offsets, tensors), device=0, stream=0)
 
 
 @contextmanager

@@ -6,8 +6,6 @@ They are planned and launched by the product's own Python, through a stand-in fo
 
 from __future__ import annotations
 
-import math
-import mmap
 import shutil
 import subprocess
 import sys
@@ -22,10 +20,10 @@ from tests.conftest import clean_environment, python_path
 from tests.ops import wkv6_inputs, wkv_inputs
 from tests.ops.packed_inputs import each_alone, packed_case
 from tests.ops.shim import ShimLibrary, build_shim, compile_on_shim, schedule
+from tests.ops.sparse import in_last_head, sparse
 from tests.ops.wkv_abi import poisoned
 from tests.ops.wkv_inputs import relative_error
 
-MAP_NORESERVE = 0x4000  # Linux; the mmap module of Python 3.10 does not name it
 MAKE_CASE = {
     "wkv7": wkv_inputs.make_case,
     "wkv6": partial(wkv6_inputs.make_case, "wkv6"),
@@ -156,28 +154,11 @@ def test_offsets_are_64_bit(library):
     B, T, H, N = 4, 11, 2**23 + 1, 8
     assert min((B - 1) * T * H * N, (B * H - 1) * N * N) > 2**31
 
-    def sparse(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, flags=flags), dtype=dtype)
-
-    def in_last_head(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A large tensor, and the view of its last head, which holds `tensor` (of the same shape with B = H = 1)."""
-        last = slice(-1, None)
-        shape, index = {
-            (1, T, 1, N): ((B, T, H, N), (last, slice(None), last)),
-            (1, 1, N, N): ((B, H, N, N), (last, last)),
-            (1, 1, N): ((B, H, N), (last, last)),
-            (1, N): ((H, N), (last,)),
-        }[tuple(tensor.shape)]
-        whole = sparse(math.prod(shape), tensor.dtype).view(shape)
-        whole[index].copy_(tensor)
-        return whole, whole[index]
-
     alone = MAKE_CASE[library.operator](torch.bfloat16, B=1, T=T, H=1, N=N)
     expected = library.run(alone)
-    given = {name: in_last_head(tensor)[0] for name, tensor in alone.items()}
+    given = {name: in_last_head(tensor, B, H)[0] for name, tensor in alone.items()}
     forward = {name: torch.full_like(expected[name], float("nan")) for name in ("y", "state")}
-    outputs = {name: in_last_head(tensor) for name, tensor in {**forward, **library.gradients(alone)}.items()}
+    outputs = {name: in_last_head(tensor, B, H) for name, tensor in {**forward, **library.gradients(alone)}.items()}
     y, state, *gradients = (whole for whole, _ in outputs.values())
     saved, workspace = (sparse(library.floats(name, B, T, H, N, 0)) for name in ("saved_floats", "workspace_floats"))
     with schedule(library.raw, first=B * H - 1, last=B * H):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone import ops
 from rwkv_bone.errors import UserError
-from rwkv_bone.ops import build, cuda, driver, launches, native, select_op, trial
+from rwkv_bone.ops import build, chunked_launches, cuda, driver, launches, native, select_op, trial
 from rwkv_bone.ops.wkv7 import wkv7
 from tests.ops.shim import ShimLibrary, build_shim, compile_on_shim
 
@@ -134,6 +134,144 @@ def test_a_thread_without_a_context_launches_in_the_devices_own(shim_driver):
     assert tensors["y"].isfinite().all()
 
 
+SHARED = """
+#include "common.cuh"
+struct Output { float* values; int64_t unused[3]; };
+#define KERNEL(name) WKV_BYTES(name, Output) extern "C" void name(Output p) { p.values[0] = 1.0f; }
+#define SHARED(name, bytes) extern "C" unsigned int name##_shared = bytes;
+KERNEL(none) KERNEL(little) KERNEL(much)
+SHARED(little, 1000) SHARED(much, 100000)
+"""
+
+
+@needs_compiler
+def test_a_kernel_gets_the_shared_memory_that_its_module_asks_for(tmp_path):
+    library = driver.Driver(str(compile_on_shim(SHARED, tmp_path / "shared.so")))
+    names = ["none", "little", "much"]
+    kernels = library.load(b"", names, device=0)
+    assert [kernels[name].shared for name in names] == [0, 1000, 100000]
+    for name in names:
+        values = torch.zeros(1)
+        planned = [launches.Launch(name, 1, 32, values.data_ptr().to_bytes(32, "little"))]
+        library.launch(kernels, planned, device=0, stream=0)
+        assert values.item() == 1
+        if name == "much":
+            # What was not asked for when the kernel was loaded is refused, as by the driver.
+            greedy = {name: kernels[name]._replace(shared=100001)}
+            with pytest.raises(driver.DriverError, match="launching much with 1 blocks of 32 threads failed"):
+                library.launch(greedy, planned, device=0, stream=0)
+
+
+@needs_compiler
+def test_a_card_with_too_little_shared_memory_is_told_with_both_numbers(tmp_path):
+    library = driver.Driver(str(compile_on_shim(SHARED, tmp_path / "shared.so")))
+    library._library.shim_most_shared(99 * 1024)
+    assert library.load(b"", ["none", "little", "much"], device=0)["much"].shared == 100000
+    library._library.shim_most_shared(99999)
+    library.load(b"", ["none", "little"], device=0)
+    with pytest.raises(driver.DriverError, match="much needs 100000 bytes of shared .* this card has 99999"):
+        library.load(b"", ["much"], device=0)
+
+
+# Members of the chunked kernels' structs, as cuda/README.md lists them.
+FORWARD7 = "r w k v a b s0 y sT states w0 W bt Q whole"
+BACKWARD7 = "r w k v a b s0 states dy dsT w0 W bt Q whole dstates dr dw dk dv da db ds0"
+FORWARD6 = "r w k v u s0 y sT states growth"
+BACKWARD6 = "r w k v u s0 states dy dsT growth dstates sums dr dw dk dv du ds0"
+
+
+@pytest.mark.parametrize("label, E", [("chunked32", 2), ("chunked64", 2), ("accurate16", 4), ("debug32", 4)])
+@pytest.mark.parametrize("B, T, D", [(3, 100, 0), (1, 100, 7)])
+@pytest.mark.parametrize("operator", ["wkv7", "wkv6", "wkv5"])
+def test_chunked_kernels_get_their_tensors_and_regions_in_the_order_of_their_struct(operator, B, T, D, label, E):
+    H, N, L = 5, 64, int(label[-2:])
+    slots = (T // L + D if D else B * -(-T // L)) * H
+    size = {"whole": 4 * N, "growth": 4 * N, "states": N * N * E, "dstates": N * N * E, "sums": 8 * N}
+    size |= dict.fromkeys(("W", "bt", "Q"), L * N * E)
+    inputs = len(launches.INPUTS[operator])
+    w0 = [7008] if operator == "wkv7" else []
+    start, offsets = [16 * (i + 1) for i in range(inputs + 1)], 8000 if D else None
+
+    def expected(members: str, given: dict[str, int], workspace: list[str]) -> bytes:
+        at, addresses = 2**40, {}
+        for name in workspace:
+            addresses[name] = at
+            at += slots * size[name]
+        found = {**dict(zip(members.split(), start, strict=False)), "w0": 7008, **given, **addresses}
+        return struct.pack("=4Q", D or B, T, H, offsets or 0) + b"".join(
+            struct.pack("=Q", found[name]) for name in members.split()
+        )
+
+    def plan(step: str, *tensors: int | None) -> list[launches.Launch]:
+        dtype = "bfloat16w" if w0 else "bfloat16"
+        return chunked_launches.launches(operator, step, label, dtype, (B, T, H, N, D), offsets, [*start, *tensors])
+
+    seven = operator == "wkv7"
+    handed = ["W", "bt", "Q", "whole"] if seven else ["growth"]
+    forward, backward = (FORWARD7, BACKWARD7) if seven else (FORWARD6, BACKWARD6)
+    saving = plan("forward", 1600, 1616, 1632, *w0, 2**40)
+    given = {"y": 1600, "sT": 1616}
+    assert {launch.arguments for launch in saving} == {expected(forward, {**given, "states": 1632}, handed)}
+    quiet = plan("forward", 1600, None, None, *w0, 2**40)
+    assert {launch.arguments for launch in quiet} == {expected(forward, {**given, "sT": 0}, [*handed, "states"])}
+    gradients = [3200 + 16 * i for i in range(inputs)]
+    back = plan("backward", 1632, 1648, None, *w0, 2**40, *gradients, None)
+    names = (f"d{name}" for name in launches.INPUTS[operator])
+    given = {"states": 1632, "dy": 1648, "dsT": 0, "ds0": 0, **dict(zip(names, gradients, strict=True))}
+    handed += ["dstates"] if seven else ["dstates", "sums"]
+    assert {launch.arguments for launch in back} == {expected(backward, given, handed)}
+
+    names = chunked_launches.kernel_names(operator, label, "bfloat16w" if seven else "bfloat16", N)
+    assert [launch.kernel for launch in saving + back] == names
+    threads, heads = min(L * N // 8, 4 * N), (D or B) * H
+    for launch in saving + back:
+        if "scan" in launch.kernel:
+            # 15 or 35 heads: a large card has room for all of WKV-7's warps, so each is a block.
+            expected_size = (heads * N // 16, 32) if seven else (heads * N * N // 1024, 128)
+        else:
+            expected_size = (heads if "sums" in launch.kernel else slots, threads)
+        assert (launch.blocks, launch.threads) == expected_size
+
+
+@pytest.mark.parametrize(
+    "heads, N, splits",
+    [(1, 64, 4), (66, 64, 4), (131, 64, 4), (132, 64, 2), (263, 64, 2), (264, 64, 1), (320, 64, 1), (1, 32, 2)]
+    + [(1, 128, 8), (66, 128, 4)],
+)
+def test_a_scan_is_split_as_far_as_a_large_card_has_room(heads, N, splits):
+    assert chunked_launches.scan_splits(heads, N) == splits
+
+
+@pytest.mark.parametrize(
+    ("change", "explanation"),
+    [
+        ({"label": "exact"}, "label of chunked kernels"),
+        ({"label": "chunky32"}, "expected cpu or exact"),
+        ({"N": 16}, "head size must be 32, 64 or 128, found 16"),
+        ({"dtype": "float16"}, "dtype must be float32 or bfloat16 or bfloat16w, found float16"),
+        ({"dtype": "bfloat16w"}, "w0 goes with a decay of bfloat16"),
+        ({"w0": 16}, "w0 goes with a decay of bfloat16"),
+        ({"T": 0}, "at least 1"),
+        ({"T": 2**31 - 64}, "below 2^31"),
+        ({"B": 2**15, "T": 2**20, "H": 2}, "below 2^31"),
+        ({"y": None}, "y is missing"),
+        ({"y": 8}, "y is not aligned"),
+        ({"workspace": None}, "workspace is missing"),
+        ({"D": 1}, "documents need"),
+        ({"tensors": 3}, "takes 12 tensors, found 3"),
+    ],
+    ids=str,
+)
+def test_arguments_that_no_chunked_kernel_takes_get_an_explanation(change, explanation):
+    sizes = {"B": 1, "T": 1, "H": 1, "N": 64, "D": 0}
+    sizes |= {key: value for key, value in change.items() if key in sizes}
+    tensors = [*[16] * 6, None, change.get("y", 16), None, None, change.get("w0"), change.get("workspace", 16)]
+    tensors = tensors[: change.get("tensors")]
+    label, dtype = change.get("label", "chunked32"), change.get("dtype", "bfloat16")
+    with pytest.raises(ValueError, match=explanation.replace("^", r"\^")):
+        chunked_launches.launches("wkv7", "forward", label, dtype, tuple(sizes.values()), None, tensors)
+
+
 @needs_compiler
 def test_a_driver_that_cannot_load_the_kernels_says_what_to_do(shim_driver):
     for code in (200, 209, 222):
@@ -236,6 +374,7 @@ def test_the_kernels_for_this_card_are_built_without_any_compiler_on_the_machine
     ops._select.cache_clear()
     form, sentence = select_op("cuda", torch.device("cuda"), operator, 64, torch.bfloat16)
     assert form == "cuda" and torch.cuda.get_device_name() in sentence
-    assert [path.suffix for path in (tmp_path / "rwkv_bone").glob("wkv*") if path.suffix != ".lock"] == [".cubin"]
+    kept = [path for path in (tmp_path / "rwkv_bone").glob("wkv*") if path.suffix != ".lock"]
+    assert kept and {path.suffix for path in kept} == {".cubin"}
     cuda.kernels.cache_clear()
     ops._select.cache_clear()

@@ -91,6 +91,49 @@ def test_each_operator_compiles_in_each_dtype(major, operator, tmp_path):
             assert name.encode() + b"\0" in image, name
 
 
+USUAL = [
+    cuda.Unit("wkv7", "chunked32", "bfloat16w", 64),
+    cuda.Unit("wkv7", "chunked32", "bfloat16", 64),
+    cuda.Unit("wkv7", "accurate16", "float32", 64),
+    cuda.Unit("wkv6", "chunked32", "bfloat16", 64),
+    cuda.Unit("wkv5", "chunked32", "bfloat16", 64),
+]
+
+
+def compile_chunked(unit: cuda.Unit, major: int, card: int, folder: Path) -> None:
+    compiler = nvrtc.Nvrtc(LIBRARIES[major])
+    image = cuda.compiled(unit, compiler.target(divmod(card, 10)), compiler, folder).read_bytes()
+    for name in unit.kernels():
+        assert name.encode() + b"\0" in image, name
+        # What the driver reads before it launches the kernel.
+        assert f"{name}_shared".encode() + b"\0" in image, name
+
+
+@pytest.mark.parametrize("major", MAJORS)
+def test_the_chunked_kernels_of_a_usual_run_compile_with_their_sizes_of_shared_memory(major, tmp_path):
+    compile_chunked(USUAL[0], major, 90, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", [card for card in CARDS if card >= 80])
+@pytest.mark.parametrize("unit", USUAL, ids=lambda unit: "-".join(map(str, unit)))
+@pytest.mark.parametrize("major", MAJORS)
+def test_chunked_kernels_compile_for_every_card_that_can_run_them(major, unit, card, tmp_path):
+    compile_chunked(unit, major, card, tmp_path)
+
+
+def test_every_header_that_a_header_includes_goes_to_the_compiler(tmp_path, monkeypatch):
+    texts = {"a.cuh": '#include "b.cuh"\n', "b.cuh": '#pragma once\n#include "c.cuh"\n#include "a.cuh"\n'}
+    texts["c.cuh"] = "1\n"
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    assert cuda.read_headers('#include "a.cuh"\nKERNELS(1)\n') == texts
+    (tmp_path / "c.cuh").unlink()
+    with pytest.raises(build.BuildError, match="kernel source .*c.cuh is missing"):
+        cuda.read_headers('#include "a.cuh"\n')
+
+
 @pytest.fixture
 def compiler():
     if not LIBRARIES:

@@ -17,8 +17,8 @@ from tests.ops.wkv_inputs import INPUTS, cases, make_case, reference_gradients, 
 CASES = cases()
 LEVELS = {"portable": 0, "AVX2": 1, "AVX-512": 2}
 ROUNDED = ("y", "dr", "dk", "dv", "da", "db")  # what is returned in the inputs' dtype
-FORMS = ["cpu", "torch", pytest.param("cuda", marks=pytest.mark.gpu)]
-KERNELS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+FORMS = ["cpu", "torch", pytest.param("cuda-exact", marks=pytest.mark.gpu)]
+KERNELS = ["cpu", pytest.param("cuda-exact", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def assert_agrees(found: dict, expected: dict, dtype: torch.dtype) -> None:
 
 
 def place(case: dict, op: str) -> dict:
-    device = "cuda" if op == "cuda" else "cpu"
+    device = "cuda" if op.startswith("cuda") else "cpu"
     return {name: None if x is None else x.to(device) for name, x in case.items()}
 
 
@@ -264,6 +264,32 @@ def test_the_registered_operators_keep_pytorchs_rules(op):
     torch.library.opcheck(torch.ops.rwkv_bone.wkv7_forward.default, (*inputs, None, True, op, None))
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["cpu", "torch", "reference"])
+def test_a_constant_part_of_the_decay_is_added_in_float32(op, dtype, trained):
+    if op == "cpu" and dtype == torch.float64:
+        pytest.skip("no kernel")
+    case = make_case(dtype, B=2, T=20, N=16)
+    w0 = torch.linspace(-3, 2, 32).view(2, 16).to(torch.promote_types(dtype, torch.float32))
+    whole, parts = ({name: case[name].clone().requires_grad_() for name in INPUTS} for _ in range(2))
+    with torch.no_grad():
+        parts["w"] = parts["w"].to(dtype).requires_grad_()
+        whole["w"] = (parts["w"].to(w0.dtype) + w0).requires_grad_()
+    w0.requires_grad_(trained)
+    expected, found = wkv7(**whole, op=op), wkv7(**parts, w0=w0, op=op)
+    assert torch.equal(found, expected)
+    for y in (expected, found):
+        y.backward(case["dy"])
+    for name in INPUTS:
+        assert parts[name].grad.dtype == dtype
+        assert torch.equal(parts[name].grad, whole[name].grad.to(dtype)), name
+    if trained:
+        torch.testing.assert_close(w0.grad, whole["w"].grad.sum((0, 1)))
+    else:
+        assert w0.grad is None
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -274,6 +300,7 @@ def test_the_registered_operators_keep_pytorchs_rules(op):
         ({"v": torch.bfloat16}, "v must be torch.float32 like r, found torch.bfloat16"),
         ({"r": torch.float16}, "r must be float32, bfloat16 or float64"),
         ({"b": "meta"}, "b must be on cpu like r"),
+        ({"w0": (2, 20, 2, 64)}, r"w0 must be \[2, 64\] to fit r"),
     ],
 )
 def test_a_wrong_tensor_is_named_with_what_was_expected(change, sentence):

@@ -24,7 +24,10 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype)
+    """All bits are set: NaN in whatever number format somebody reads it."""
+    tensor = torch.empty(shape, dtype=dtype)
+    tensor.view(torch.uint8).fill_(255)
+    return tensor
 
 
 class Runner:

@@ -22,11 +22,11 @@ from rwkv_bone.ops import choice, native
 from rwkv_bone.ops.build import BuildError
 from rwkv_bone.ops.driver import DriverError
 from rwkv_bone.ops.launches import HEAD_SIZES
-from rwkv_bone.ops.sizes import chunks
+from rwkv_bone.ops.sizes import chunking
 
 CHOICES = ("auto", "cuda", "cuda-exact", "cuda-chunked", "cuda-accurate", "cpu", "torch", "reference")
 CPU_LEVELS = ("portable vectors", "AVX2", "AVX-512")
-# What --op wishes for and tests or benchmarks may, too: the chunked kernels of one length.
+# The chunked kernels of one length, for tests and benchmarks; understood like the others.
 LENGTHS = ("cuda-chunked32", "cuda-chunked64")
 
 
@@ -77,14 +77,14 @@ def _fastest(device: torch.device, operator: str, N: int, dtype: torch.dtype) ->
     if obstacle := choice.obstacle("chunked", N, capability):
         return "cuda", f"sequential: {obstacle}"
     for label in dict.fromkeys(rule.kernels for rule in choice.rules(operator, N, capability)):
-        if chunks(label) and (problem := _trial_problem(device, operator, N, dtype, f"cuda-{label}")):
+        if chunking(label) and (problem := _trial_problem(device, operator, N, dtype, f"cuda-{label}")):
             return "cuda-exact", f"sequential, slower than those for tensor cores: {problem}"
     return "cuda", choice.describe(operator, N, capability, torch.cuda.get_device_name(device))
 
 
 def _chunked(op: str, device: torch.device, operator: str, N: int, dtype: torch.dtype) -> tuple[str, str]:
     """What select_op returns for an explicit choice of chunked kernels."""
-    chunked = chunks(choice.labels(op, operator, dtype, N)[0])
+    chunked = chunking(choice.labels(op, operator, dtype, N)[0])
     assert chunked
     if dtype not in choice.DTYPES[chunked.mode]:
         found = str(dtype).removeprefix("torch.")

@@ -17,9 +17,15 @@ from collections.abc import Iterable, Sequence
 
 from rwkv_bone.ops import launches as shared
 from rwkv_bone.ops.launches import Launch
-from rwkv_bone.ops.sizes import Chunks, all_segments, backward_regions, chunks, forward_regions
+from rwkv_bone.ops.sizes import Chunking, all_segments, backward_regions, chunking, forward_regions
 
 HEAD_SIZES = (32, 64, 128)
+# The lengths of chunks that kernels of a mode are made for, the usual one first, by head size. With heads of 128 longer
+# chunks need more registers than there are, and operands in two parts more shared memory than any card has.
+LENGTHS = {
+    "chunked": {32: (32, 64), 64: (32, 64), 128: (16,)},
+    "accurate": {32: (16,), 64: (16,)},
+}
 HEADERS = {"wkv7": "wkv7_chunked.cuh", "wkv6": "wkv6_chunked.cuh", "wkv5": "wkv6_chunked.cuh"}
 OPERANDS = {"chunked": "wkv::Bf16", "accurate": "wkv::Bf16x3", "debug": "wkv::Exact32"}
 # dtype of the tensors -> C++ types of r and of w. With "bfloat16w" the decay comes as bfloat16 too, without w0.
@@ -31,9 +37,11 @@ ELEMENTS = {
 FORWARD = ("prepare", "scan", "outputs")
 BACKWARD = ("prepare_backward", "scan_backward", "gradients")
 SCANS = ("scan", "scan_backward")
-# Blocks that a scan should have if it can: two for each multiprocessor of an H100 or H200.
-WANTED_BLOCKS = 264
-ROWS = 16  # of the state that a warp of a scan carries
+# WKV-7's scans: rows of the state that a warp carries, and how many blocks there should be if possible, two for each
+# multiprocessor of an H100 or H200.
+ROWS, WANTED_BLOCKS = 16, 264
+# WKV-5's and -6's: threads of a block, each of which carries 8 elements of the state.
+SCAN_THREADS = 128
 
 
 def dtypes(operator: str) -> tuple[str, ...]:
@@ -43,7 +51,7 @@ def dtypes(operator: str) -> tuple[str, ...]:
 
 def source(operator: str, label: str, dtypes: Iterable[str], head_sizes: Iterable[int]) -> str:
     """C++ that makes the operator's kernels of this label for each of these dtypes (see ELEMENTS) and head sizes."""
-    mode, length = _chunks(label)
+    mode, length = _chunking(label)
     head_sizes = tuple(head_sizes)
     lines = [f'#include "{HEADERS[operator]}"']
     for dtype in dtypes:
@@ -57,7 +65,7 @@ def source(operator: str, label: str, dtypes: Iterable[str], head_sizes: Iterabl
 
 def kernel_names(operator: str, label: str, dtype: str, N: int) -> list[str]:
     """The kernels that `source` makes for one dtype and head size."""
-    parts = (*FORWARD, *BACKWARD, *(() if operator == "wkv7" else ("sums",)))
+    parts = (*_parts(operator, "forward"), *_parts(operator, "backward"))
     return [f"{operator}_{label}_{part}_{dtype}_{N}" for part in parts]
 
 
@@ -76,7 +84,7 @@ def launches(
         backward    saved, dy, d last state, w0, workspace, the gradient of each input, d initial state
     Only WKV-7 has w0, a float32 [H, N] or None. Raises ValueError for what no kernel can take.
     """
-    mode, length = _chunks(label)
+    length = _chunking(label).tokens
     B, T, H, N, D = sizes
     extra = ["w0"] if operator == "wkv7" else []
     named = shared.name_tensors(operator, step, [*extra, *(["workspace"] if step == "forward" else [])], tensors)
@@ -85,7 +93,12 @@ def launches(
     if dtype == "bfloat16w" and not named["w0"] or dtype == "bfloat16" and named.get("w0"):
         raise ValueError(f"{operator} {step}: w0 goes with a decay of bfloat16, and only with it")
     slots, heads = all_segments(label, B, T, D) * H, (D or B) * H
-    shared.check(operator, step, HEAD_SIZES, sizes, offsets, named, max(slots, heads * (N // ROWS)))
+    if operator == "wkv7":
+        splits = scan_splits(heads, N)
+        scan = (heads * splits, 2 * N // splits)
+    else:
+        scan = (heads * (N * N // (8 * SCAN_THREADS)), SCAN_THREADS)
+    shared.check(operator, step, HEAD_SIZES, sizes, offsets, named, max(slots, scan[0]))
 
     if step == "forward":
         regions = forward_regions(operator, label, B, T, H, N, D, save=named["saved"] is not None)
@@ -96,20 +109,18 @@ def launches(
         words["saved"] = words.pop("states")
     arguments = shared.pack(sizes, offsets, words.values())
 
-    splits = scan_splits(heads, N)
-    # A warp carries ROWS rows with a thread per 16 x N / 32 numbers; WKV-5's and -6's scan is a thread per 16 numbers.
-    scan = (heads * splits, (2 * N if operator == "wkv7" else N * N // 16) // splits)
-    parts = {name: scan if name in SCANS else (slots, min(length * N // 8, 4 * N)) for name in _parts(operator, step)}
-    if "sums" in parts:
-        parts["sums"] = (heads, N)
-    return [
-        Launch(f"{operator}_{label}_{part}_{dtype}_{N}", blocks, threads, arguments)
-        for part, (blocks, threads) in parts.items()
-    ]
+    threads = min(length * N // 8, 4 * N)
+    blocks = dict.fromkeys(_parts(operator, step), (slots, threads))
+    for part in blocks:
+        if part in SCANS:
+            blocks[part] = scan
+        elif part == "sums":
+            blocks[part] = (heads, threads)
+    return [Launch(f"{operator}_{label}_{part}_{dtype}_{N}", *size, arguments) for part, size in blocks.items()]
 
 
 def scan_splits(heads: int, N: int) -> int:
-    """Into how many blocks a scan divides the rows of each state: a power of two."""
+    """Into how many blocks WKV-7's scans divide the rows of each state: a power of two."""
     splits = 1
     while heads * splits < WANTED_BLOCKS and splits < N // ROWS:
         splits *= 2
@@ -122,8 +133,8 @@ def _parts(operator: str, step: str) -> tuple[str, ...]:
     return BACKWARD if operator == "wkv7" else (*BACKWARD, "sums")
 
 
-def _chunks(label: str) -> Chunks:
-    chunked = chunks(label)
+def _chunking(label: str) -> Chunking:
+    chunked = chunking(label)
     if chunked is None:
         raise ValueError(f"expected a label of chunked kernels, found {label}")
     return chunked

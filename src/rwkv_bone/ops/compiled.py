@@ -56,7 +56,7 @@ def _forward(
     label, problem = _problem(operator, inputs, cu_seqlens, form)
     offsets, *given = map(native.ready, (cu_seqlens, *_decayed(label, inputs, w0), state))
     extra = _extra(operator, label, w0)
-    if sizes.chunks(label):
+    if sizes.chunking(label):
         extra.append(saved.new_empty(sizes.forward_workspace_floats(operator, label, *problem, save=save)))
     native.call(operator, "forward", y, offsets, *given, y, last, saved if save else None, *extra, label=label)
     return y, last, saved
@@ -149,7 +149,7 @@ def _problem(
 
 def _decayed(label: str, inputs: Sequence[Tensor], w0: Tensor | None) -> Sequence[Tensor]:
     """The inputs as these kernels take them: the chunked ones add w0 themselves."""
-    if w0 is None or sizes.chunks(label):
+    if w0 is None or sizes.chunking(label):
         return inputs
     r, w, *others = inputs
     return r, w.float() + w0, *others
@@ -157,7 +157,7 @@ def _decayed(label: str, inputs: Sequence[Tensor], w0: Tensor | None) -> Sequenc
 
 def _extra(operator: str, label: str, w0: Tensor | None) -> list[Tensor | None]:
     """What WKV-7's chunked kernels take besides."""
-    return [native.ready(w0)] if operator == "wkv7" and sizes.chunks(label) else []
+    return [native.ready(w0)] if operator == "wkv7" and sizes.chunking(label) else []
 
 
 def _register(operator: str) -> None:

@@ -22,27 +22,27 @@ HANDED_OVER = {"chunked": 2, "accurate": 4, "debug": 4}
 FLOAT = 4  # bytes
 
 
-class Chunks(NamedTuple):
+class Chunking(NamedTuple):
     """What a label of chunked kernels says."""
 
     mode: str  # see HANDED_OVER
     tokens: int
 
 
-def chunks(label: str) -> Chunks | None:
+def chunking(label: str) -> Chunking | None:
     """None if the label is that of sequential kernels. Raises ValueError for what is no label."""
     if label in SEGMENT:
         return None
     mode = label.rstrip("0123456789")
     if mode not in HANDED_OVER or mode == label:
         raise ValueError(f"expected {' or '.join(SEGMENT)}, or one of {', '.join(HANDED_OVER)} and a number: {label}")
-    return Chunks(mode, int(label.removeprefix(mode)))
+    return Chunking(mode, int(label.removeprefix(mode)))
 
 
 def saved_floats(operator: str, label: str, B: int, T: int, H: int, N: int, D: int) -> int:
     """Numbers that the forward pass of wkv5, wkv6 or wkv7 leaves for backward."""
     states = all_segments(label, B, T, D) * H * N * N
-    if chunked := chunks(label):
+    if chunked := chunking(label):
         return states * HANDED_OVER[chunked.mode] // FLOAT
     if operator != "wkv7":
         return states
@@ -64,7 +64,7 @@ def forward_regions(
     operator: str, label: str, B: int, T: int, H: int, N: int, D: int, *, save: bool
 ) -> dict[str, int]:
     """The parts of the forward pass's workspace in the order of their addresses, in bytes."""
-    if not chunks(label):
+    if not chunking(label):
         return {}
     regions = _factors(operator, label, B, T, H, N, D)
     # The states at the chunks' starts are what is left for backward; otherwise they live here.
@@ -88,17 +88,18 @@ def backward_regions(operator: str, label: str, B: int, T: int, H: int, N: int, 
 
 
 def _factors(operator: str, label: str, B: int, T: int, H: int, N: int, D: int) -> dict[str, int]:
-    """What makes a chunk's last state of its first."""
-    chunked = chunks(label)
+    """What makes a chunk's last state of its first: see cuda/README.md."""
+    chunked = chunking(label)
     assert chunked
     slots = all_segments(label, B, T, D) * H
     rows = slots * chunked.tokens * N * HANDED_OVER[chunked.mode]
-    return (dict.fromkeys(("W", "bt", "Q"), rows) if operator == "wkv7" else {}) | {"whole": FLOAT * slots * N}
+    decay = FLOAT * slots * N
+    return {**dict.fromkeys(("W", "bt", "Q"), rows), "whole": decay} if operator == "wkv7" else {"growth": decay}
 
 
 def all_segments(label: str, B: int, T: int, D: int) -> int:
     """Room for the segments, or chunks, of all sequences. Documents are numbered by rounding down, which may leave
     gaps."""
-    chunked = chunks(label)
+    chunked = chunking(label)
     length = chunked.tokens if chunked else SEGMENT[label]
     return T // length + D if D else B * ((T + length - 1) // length)

@@ -17,7 +17,7 @@ from rwkv_bone.ops import choice, compiled
 from rwkv_bone.ops.arguments import ANY_DTYPE
 from rwkv_bone.ops.build import BuildError
 from rwkv_bone.ops.launches import INPUTS
-from rwkv_bone.ops.sizes import chunks
+from rwkv_bone.ops.sizes import chunking
 from rwkv_bone.ops.wkv6 import WKV5, WKV6
 from rwkv_bone.ops.wkv7 import WKV7
 
@@ -40,7 +40,7 @@ def trial(operator: str, device: torch.device, N: int, dtype: torch.dtype, form:
     """
     form = form or ("cpu" if device.type == "cpu" else "cuda-exact")
     (label,) = choice.labels(form, operator, dtype, N)
-    chunked = chunks(label)
+    chunked = chunking(label)
     if not chunked:
         _compare(operator, device, N, dtype, form, (1,), False, LIMITS[dtype])
         return
