@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 import types
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from benchmarks import costs, peers, timing
+from rwkv_bone.ops import arguments, cuda
 from rwkv_bone.ops.reference import wkv6_reference, wkv7_reference
 from tests.conftest import REPOSITORY
+from tests.ops.shim import ShimCalls
 
 CPU = torch.device("cpu")
 TINY = ["--shape", "2", "20", "2", "16", "--repeat", "2"]
@@ -72,6 +75,24 @@ def test_a_form_that_cannot_be_had_is_refused_by_name_and_left_out_of_a_group(wk
     printed = capsys.readouterr().out
     assert all(f"{name} is left out: " in printed for name in ("exact", "chunked64", "fla", "fla-bounded"))
     assert "wkv7 forward+backward, cpu" in printed
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the CUDA source as C++")
+@pytest.mark.parametrize(
+    ("name", "packed", "w0"),
+    [("exact", False, True), ("chunked32", True, True), ("chunked32", False, False), ("accurate", False, True)],
+)
+def test_the_forms_on_cuda_are_the_kernels_they_are_called_after_and_keep_to_their_limits(
+    wkv, monkeypatch, request, name, packed, w0
+):
+    """On the host shim, whose tensors are the processor's."""
+    calls = ShimCalls(request.config.cache.mkdir("cuda_shim"))
+    monkeypatch.setattr(cuda, "call", calls)
+    for module in (wkv, arguments):
+        monkeypatch.setattr(module, "select_op", lambda op, *_: (op, ""))
+    form = wkv.form_of(name, "wkv7", CPU, torch.bfloat16, 64)
+    assert 1e-3 < wkv.error("wkv7", form, torch.bfloat16, 64, CPU, packed, w0) <= form.limit(torch.bfloat16)
+    assert {unit.label for unit, _ in calls.taken} == {wkv.LABELS.get(name, name)}
 
 
 def test_the_standard_problems_are_the_five_shapes_and_packed_tokens(wkv, monkeypatch):
