@@ -31,8 +31,8 @@ class Problem(NamedTuple):
 class Kernel(NamedTuple):
     """One kernel: the UNITS that it reads and writes, and its products.
 
-    `squares` are products of N x N a token, `triangles` those of a token with the tokens before it in its chunk, of
-    which the blocks of BLOCK x BLOCK above the diagonal are left out.
+    `squares` are products of N x N a token; `triangles` those of a token with the tokens before it in its chunk, of
+    which the blocks of BLOCK x BLOCK above the diagonal are left out; `blocks` those with BLOCK tokens, besides.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Kernel(NamedTuple):
     writes: dict[str, int]
     squares: int
     triangles: int = 0
+    blocks: int = 0
 
 
 # Bytes per token and head; the hand-over of a chunked form has twice a bf16 number in the accurate mode.
@@ -50,11 +51,12 @@ UNITS: dict[str, Callable[[Problem, int], float]] = {
     "segment": lambda p, handed: p.N * p.N * 4 / SEGMENT,  # a float32 state a segment
     "handed": lambda p, handed: p.N * handed,  # a row of W, b~ or Q
     "state": lambda p, handed: p.N * p.N * handed / p.L,  # a state a chunk: KV, S or dS
-    "whole": lambda p, handed: p.N * 4 / p.L,  # the decay of a whole chunk
+    "whole": lambda p, handed: p.N * 4 / p.L,  # a number of each channel a chunk: its decay, or a sum
 }
 
 # (operator, form) -> kernels, of forward and of backward. Sources: cuda/wkv7.cuh and cuda/wkv6.cuh, whose blocks of
-# backward_decay find v and dy in the cache after the first; cuda/wkv7_chunked.cuh.
+# backward_decay find v and dy in the cache after the first; cuda/wkv7_chunked.cuh; cuda/wkv6_chunked.cuh, whose levels
+# within BLOCK tokens make the blocks, and whose sums over tokens are six more of them at L = 32.
 SEQUENTIAL_6 = (
     [Kernel("forward", {"x": 3, "w": 1}, {"x": 1, "segment": 1}, 3)],
     [
@@ -64,6 +66,34 @@ SEQUENTIAL_6 = (
         Kernel("decay", {"x": 4, "w": 1, "segment": 2}, {"w": 1}, 7),
     ],
 )
+CHUNKED_6 = (
+    [
+        Kernel("prepare", {"x": 2, "w": 1}, {"state": 1, "whole": 1}, 1),
+        Kernel("scan", {"state": 1, "whole": 1}, {"state": 1}, 0),
+        Kernel("outputs", {"x": 3, "w": 1, "state": 1}, {"x": 1}, 1, 2, 3),
+    ],
+    [
+        Kernel("prepare_backward", {"x": 2, "w": 1}, {"state": 1, "whole": 1}, 1),
+        Kernel("scan_backward", {"state": 1, "whole": 1}, {"state": 1}, 0),
+        Kernel("gradients", {"x": 4, "w": 1, "state": 2}, {"x": 3, "w": 1, "whole": 1}, 3, 5, 11),
+        Kernel("sums", {"whole": 1}, {}, 0),
+    ],
+)
+
+
+def with_one_decay(kernels: tuple[list[Kernel], ...]) -> tuple[list[Kernel], ...]:
+    """WKV-5's of WKV-6's: w and dw are those of a head, and dw is one more sum over the tokens."""
+
+    def changed(kernel: Kernel) -> Kernel:
+        reads, writes = ({unit: n for unit, n in units.items() if unit != "w"} for units in kernel[1:3])
+        for name, units in (("gradients", writes), ("sums", reads)):
+            if kernel.name == name:
+                units["whole"] = 2
+        return kernel._replace(reads=reads, writes=writes)
+
+    return tuple([changed(kernel) for kernel in direction] for direction in kernels)
+
+
 KERNELS = {
     ("wkv7", "floor"): (
         [Kernel("forward", {"x": 5, "w": 1}, {"x": 1}, 0)],
@@ -98,10 +128,9 @@ KERNELS = {
         [Kernel("forward", {"x": 3}, {"x": 1}, 0)],
         [Kernel("backward", {"x": 4}, {"x": 3}, 0)],
     ),
-    ("wkv5", "exact"): tuple(
-        [k._replace(reads=k.reads | {"w": 0}, writes={n: c for n, c in k.writes.items() if n != "w"}) for k in kernels]
-        for kernels in SEQUENTIAL_6
-    ),
+    ("wkv5", "exact"): with_one_decay(SEQUENTIAL_6),
+    ("wkv6", "chunked"): CHUNKED_6,
+    ("wkv5", "chunked"): with_one_decay(CHUNKED_6),
 }
 
 
@@ -119,6 +148,7 @@ def kernel_cost(kernel: Kernel, problem: Problem, accurate: bool = False) -> Cos
     handed = 4 if accurate else 2
     moved = [count * UNITS[unit](problem, handed) for side in kernel[1:3] for unit, count in side.items()]
     products = 2 * problem.N**2 * kernel.squares + problem.N * (problem.L + BLOCK) * kernel.triangles
+    products += 2 * problem.N * BLOCK * kernel.blocks
     return Cost(sum(moved), products * (3 if accurate else 1))
 
 

@@ -54,9 +54,13 @@ def peer(name: str, operator: str) -> Peer:
     except (ImportError, RuntimeError) as problem:  # it also asks for a driver
         raise Missing(f"{name} is not installed, or not usable: {problem}") from problem
 
+    def raw(case: Case) -> Tensor:
+        return case["w"] + case["w0"] if "w0" in case else case["w"]
+
     def prepare(case: Case) -> Case:
         turned = {name: case[name].mT.contiguous() for name in ("state", "dstate")}
-        return case | turned | {"w": LOG_DECAY[operator](case["w"]).float()}
+        kept = {name: x for name, x in case.items() if name != "w0"}
+        return kept | turned | {"w": LOG_DECAY[operator](raw(case)).float()}
 
     def run(*, state: Tensor, cu_seqlens: Tensor | None, **leaves: Tensor) -> tuple[Tensor, Tensor]:
         flags = {"scale": 1.0, "output_final_state": True, "cu_seqlens": cu_seqlens} | FLA_FLAGS[name]
@@ -64,6 +68,6 @@ def peer(name: str, operator: str) -> Peer:
 
     def restore(case: Case, results: dict[str, Tensor]) -> dict[str, Tensor]:
         turned = {name: results[name].mT for name in ("state", "dstate0")}
-        return results | turned | {"dw": results["dw"].double() * SLOPE[operator](case["w"])}
+        return results | turned | {"dw": results["dw"].double() * SLOPE[operator](raw(case))}
 
     return Peer(prepare, run, restore)

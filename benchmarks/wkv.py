@@ -45,7 +45,7 @@ from benchmarks.costs import cost  # noqa: E402
 from benchmarks.peers import PEERS, Missing, peer  # noqa: E402
 from benchmarks.timing import Ceilings, append, ceilings, elapsed, hardware, queued  # noqa: E402
 from rwkv_bone.errors import UserError  # noqa: E402
-from rwkv_bone.ops import select_op  # noqa: E402
+from rwkv_bone.ops import choice, select_op  # noqa: E402
 from rwkv_bone.ops.wkv6 import wkv5, wkv6  # noqa: E402
 from rwkv_bone.ops.wkv7 import wkv7  # noqa: E402
 from tests.ops import packed_inputs, wkv6_inputs, wkv_inputs  # noqa: E402
@@ -89,6 +89,7 @@ class Form(NamedTuple):
 
     name: str
     run: Callable[..., tuple[Tensor, Tensor]]
+    taken: str = ""  # what select_op makes of it
     prepare: Callable[[Case], Case] = lambda case: case
     restore: Callable[[Case, Case], Case] = lambda case, results: results
 
@@ -110,13 +111,13 @@ def form_of(name: str, operator: str, device: torch.device, dtype: torch.dtype, 
             other = peer(name, operator)
         except Missing as problem:
             raise Unavailable(str(problem)) from problem
-        return Form(name, other.run, other.prepare, other.restore)
+        return Form(name, other.run, prepare=other.prepare, restore=other.restore)
     op = f"cuda-{name}" if name in ON_CUDA and name != "cuda" else name
     try:
-        select_op(op, device, operator, N, dtype)
+        taken, _ = select_op(op, device, operator, N, dtype)
     except UserError as problem:
         raise Unavailable(str(problem)) from problem
-    return Form(name, functools.partial(function, op=op, output_state=True))
+    return Form(name, functools.partial(function, op=op, output_state=True), taken)
 
 
 def forms_of(
@@ -129,7 +130,7 @@ def forms_of(
         names = list(dict.fromkeys([kernel, "torch", "reference"]))
         if packed:
             names.remove("reference")
-    named = [kernel if name == "kernel" else name for name in names]
+    named = [kernel.removeprefix("cuda-") if name == "kernel" else name for name in names]
     for one in dict.fromkeys(one for name in named for one in GROUPS.get(name, [name])):
         try:
             yield form_of(one, operator, device, dtype, N)
@@ -174,18 +175,23 @@ def calls(operator: str, case: Case, form: Form) -> tuple[Callable[[], tuple], C
     return forward, both
 
 
-def error(
-    operator: str, form: Form, dtype: torch.dtype, N: int, device: torch.device, packed: bool = False, w0: bool = False
-) -> float:
-    """The largest of all results, on a short problem."""
+@functools.cache
+def short_problem(operator: str, dtype: torch.dtype, N: int, packed: bool, w0: bool) -> tuple[Case, Case]:
+    """(a case, its results in float64)"""
     _, _, make_case, reference_gradients = OPERATORS[operator]
     case = packed_inputs.packed_case(operator, dtype, N=N) if packed else make_case(dtype, T=65, N=N)
     if w0:
         case = with_w0(case)
     if packed:
-        expected = packed_inputs.each_alone(operator, without_w0(case), reference_gradients)
-    else:
-        expected = reference_gradients(without_w0(case))
+        return case, packed_inputs.each_alone(operator, without_w0(case), reference_gradients)
+    return case, reference_gradients(without_w0(case))
+
+
+def error(
+    operator: str, form: Form, dtype: torch.dtype, N: int, device: torch.device, packed: bool = False, w0: bool = False
+) -> float:
+    """The largest of all results."""
+    case, expected = short_problem(operator, dtype, N, packed, w0)
     case = to(case, device)
     _, both = calls(operator, form.prepare(case), form)
     found = form.restore(case, both())
@@ -305,11 +311,9 @@ def chosen(operator: str, form: Form, case: Case) -> str | None:
     """The kernels that form "cuda" takes for a case; None for other forms."""
     if form.name != "cuda":
         return None
-    from rwkv_bone.ops import choice
-
     documents = case["cu_seqlens"].numel() - 1 if "cu_seqlens" in case else 0
     r = case["r"]
-    return choice.label("cuda", operator, r.dtype, (*r.shape, documents), r.device)
+    return choice.label(form.taken, operator, r.dtype, (*r.shape, documents), r.device)
 
 
 def row_of(operator: str, form: Form, name: str, case: Case, found: tuple[Timed, int | None], best: Ceilings) -> dict:

@@ -2,7 +2,8 @@
 # shellcheck disable=SC2329 # the functions part_* are called by their names
 # Does everything run on this machine's GPU, and how fast: sh scripts/gpu_check.sh [--option value ...]
 #
-#   --out FOLDER       results: rows.jsonl (every check and figure), summary.md, logs/ (default out/gpu_check)
+#   --out FOLDER       results: rows.jsonl (every check and figure), summary.md, logs/, and choice.json, a proposal for
+#                      src/rwkv_bone/ops/choice.json from the measured times (default out/gpu_check)
 #   --parts a,b        only these parts, of those listed at PARTS below, in that order
 #   --budget SECONDS   what no longer fits is recorded as "not run" (default 480)
 #   --device cuda|cpu  cpu: the same checks without a GPU

@@ -228,6 +228,7 @@ def test_rules_of_other_cards_stay_and_those_of_this_one_are_replaced(tmp_path, 
     from scripts.gpu_check import choose
 
     predicted = {"operator": "wkv7", "N": 64, "kernels": "chunked32", "tokens": [128, None], "heads": [1, None]}
+    predicted |= {"origin": "predicted", "why": "so it should be"}
     others = [predicted | {"capability": "8.0"}, predicted, predicted | {"operator": "wkv6", "capability": "9.0"}]
     table = tmp_path / "table" / "choice.json"
     table.parent.mkdir()

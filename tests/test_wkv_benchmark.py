@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 import types
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from benchmarks import costs, peers, timing
+from rwkv_bone.ops import arguments, cuda
 from rwkv_bone.ops.reference import wkv6_reference, wkv7_reference
 from tests.conftest import REPOSITORY
+from tests.ops.shim import ShimCalls
 
 CPU = torch.device("cpu")
 TINY = ["--shape", "2", "20", "2", "16", "--repeat", "2"]
@@ -72,6 +75,24 @@ def test_a_form_that_cannot_be_had_is_refused_by_name_and_left_out_of_a_group(wk
     printed = capsys.readouterr().out
     assert all(f"{name} is left out: " in printed for name in ("exact", "chunked64", "fla", "fla-bounded"))
     assert "wkv7 forward+backward, cpu" in printed
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the CUDA source as C++")
+@pytest.mark.parametrize(
+    ("name", "packed", "w0"),
+    [("exact", False, True), ("chunked32", True, True), ("chunked32", False, False), ("accurate", False, True)],
+)
+def test_the_forms_on_cuda_are_the_kernels_they_are_called_after_and_keep_to_their_limits(
+    wkv, monkeypatch, request, name, packed, w0
+):
+    """On the host shim, whose tensors are the processor's."""
+    calls = ShimCalls(request.config.cache.mkdir("cuda_shim"))
+    monkeypatch.setattr(cuda, "call", calls)
+    for module in (wkv, arguments):
+        monkeypatch.setattr(module, "select_op", lambda op, *_: (op, ""))
+    form = wkv.form_of(name, "wkv7", CPU, torch.bfloat16, 64)
+    assert 1e-3 < wkv.error("wkv7", form, torch.bfloat16, 64, CPU, packed, w0) <= form.limit(torch.bfloat16)
+    assert {unit.label for unit, _ in calls.taken} == {wkv.LABELS.get(name, name)}
 
 
 def test_the_standard_problems_are_the_five_shapes_and_packed_tokens(wkv, monkeypatch):
@@ -142,6 +163,18 @@ def test_the_bytes_and_operations_are_those_of_the_design():
     assert costs.cost("wkv6", "unknown32", 64, 2, 4) is None
 
 
+def test_a_decay_in_two_parts_is_the_same_problem_with_fewer_bytes(wkv, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = ("--dtype", "bfloat16", "--forms", "kernel", "torch", "--documents", "3")
+    assert wkv.run(*words, "--w0", "--json", str(path)) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 4 and all(row["error"] < 3e-3 for row in rows)
+    assert {row["decay_dtype"] for row in rows} == {"bfloat16"}
+    assert {tuple(row["floor_bytes"]) for row in rows} == {(14 * 16, 40 * 16)}
+    with pytest.raises(SystemExit):
+        wkv.run("--w0", "--operator", "wkv6")
+
+
 def log_decay_reference(operator: str):
     """What flash-linear-attention's function of that name does, in its conventions, by our float64 reference."""
 
@@ -166,9 +199,9 @@ def test_a_peer_gets_log_decays_and_turned_states_and_is_compared_in_ours(wkv, m
     setattr(module, f"chunk_{name}", log_decay_reference(operator))
     monkeypatch.setitem(sys.modules, f"fla.ops.{name}", module)
     other = peers.peer("fla", operator)
-    form = wkv.Form("fla", other.run, other.prepare, other.restore)
+    form = wkv.Form("fla", other.run, prepare=other.prepare, restore=other.restore)
     assert wkv.error(operator, form, torch.float32, 16, CPU, packed=False) < 2e-5
-    unturned = wkv.Form("fla", other.run, lambda case: case | {"w": other.prepare(case)["w"]}, other.restore)
+    unturned = form._replace(prepare=lambda case: case | {"w": other.prepare(case)["w"]})
     assert wkv.error(operator, unturned, torch.float32, 16, CPU, packed=False) > 0.1
 
 

@@ -12,15 +12,13 @@ from pathlib import Path
 import torch
 from rows import append
 
-from rwkv_bone.ops import select_op
+from rwkv_bone.ops import choice, select_op
 
 SIZES = ((8, 4096, 40), (1, 4096, 40), (16, 512, 12), (1, 64, 12))  # B, T, H; head size 64
 
 
 def chosen(operator: str, device: torch.device) -> dict[str, str]:
     """{"8x4096x40": "chunked32"}: the kernels that form "cuda" takes in bf16."""
-    from rwkv_bone.ops import choice
-
     return {
         "x".join(map(str, size)): choice.label("cuda", operator, torch.bfloat16, (*size, 64, 0), device)
         for size in SIZES

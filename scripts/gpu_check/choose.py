@@ -13,6 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+from rwkv_bone.ops.choice import parse  # noqa: E402
+
 LABELS = ("exact", "chunked32", "chunked64")  # the first of those that are about as fast is taken
 ABOUT = 1.03
 STEP = 16  # tokens at which a rule may begin
@@ -117,6 +121,8 @@ def main(rows_path: str, table_path: str, *flags: str) -> int:
         print("no two forms on CUDA were timed at one size in bf16: there is nothing to choose from")
         return 0
     table = merged(json.loads(Path(table_path).read_text(encoding="utf-8")), measured)
+    for rule in table:
+        parse(rule)  # as a run will
     target = Path(table_path) if flags else Path(rows_path).with_name("choice.json")
     target.write_text(as_text(table), encoding="utf-8")
     for rule in table:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from rwkv_bone.ops import chunked_launches
 from rwkv_bone.ops.wkv6 import wkv5, wkv6
 from rwkv_bone.ops.wkv7 import wkv7
 
@@ -30,9 +31,9 @@ class Kind(NamedTuple):
 
 
 # All head sizes of the form that is used most; the other forms are the same source.
-CHUNKED = [Kind("cuda-chunked32", torch.bfloat16, N) for N in (64, 32, 128)]
+CHUNKED = [Kind("cuda-chunked", torch.bfloat16, N) for N in chunked_launches.LENGTHS["chunked"]]
 CHUNKED += [Kind(f"cuda-{label}", torch.bfloat16, 64) for label in ("chunked64", "accurate")]
-CHUNKED += [Kind("cuda-accurate", torch.float32, 64), Kind("cuda-chunked32", torch.bfloat16, 64, w0=True)]
+CHUNKED += [Kind("cuda-accurate", torch.float32, 64), Kind("cuda-chunked", torch.bfloat16, 64, w0=True)]
 
 
 def kinds(device: str) -> Iterator[Kind]:

@@ -214,8 +214,9 @@ def test_each_kernel_does_what_is_specified_over_thousands_of_tokens(build, oper
 
 # --------------------------------------------------------------------------------------------- bytes
 # Bytes of a token and head that a kernel moves beyond benchmarks/costs.py: what a card finds in its caches, being read
-# by the same block a moment ago.
+# by the same block a moment ago, or by the other blocks of a head in WKV-5's and -6's scans, four at head size 64.
 READ_AGAIN = {"gradients": {"w": 1}}
+READ_AGAIN_6 = READ_AGAIN | {"scan": {"whole": 3}, "scan_backward": {"whole": 3}}
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,9 @@ READ_AGAIN = {"gradients": {"w": 1}}
         ("wkv7", "chunked32", "bfloat16w", 64),
         ("wkv7", "chunked64", "bfloat16", 64),
         ("wkv7", "accurate16", "float32", 64),
+        ("wkv6", "chunked32", "bfloat16", 64),
+        ("wkv6", "accurate16", "float32", 64),
+        ("wkv5", "chunked32", "bfloat16", 64),
         pytest.param("wkv7", "chunked32", "bfloat16", 128, marks=pytest.mark.slow),
     ],
 )
@@ -245,14 +249,14 @@ def test_kernels_move_the_bytes_that_are_counted_for_them(build, operator, label
     handed = 4 if library.mode == "accurate" else 2
     expected = {}
     for kernel in sum(costs.KERNELS[operator, "chunked"], []):
-        again = READ_AGAIN.get(kernel.name, {})
+        again = (READ_AGAIN if operator == "wkv7" else READ_AGAIN_6).get(kernel.name, {})
         reads, writes = (
             sum(count * costs.UNITS[unit](counted, handed) for unit, count in units.items())
             for units in ({unit: n + again.get(unit, 0) for unit, n in kernel.reads.items()}, kernel.writes)
         )
         expected[kernel.name] = (reads, writes)
-    # The scans write the states at a sequence's ends: sT and ds0.
-    ends = {"scan": 4 * N * N, "scan_backward": 4 * N * N}
+    # What is written of a whole sequence: the states at its ends, sT and ds0, du, and WKV-5's dw.
+    ends = {"scan": 4 * N * N, "scan_backward": 4 * N * N, "sums": 4 * N * (2 if operator == "wkv5" else 1)}
     found = {part: (read / T, (wrote - ends.get(part, 0)) / T) for part, (read, wrote) in library.traffic.items()}
     assert found == expected
 

@@ -26,16 +26,11 @@ from typing import NamedTuple
 
 import pytest
 
-from rwkv_bone.ops import build, launches
+from rwkv_bone.ops import build, chunked_launches, launches
 from rwkv_bone.ops.launches import ELEMENTS
 from rwkv_bone.ops.launches import HEAD_SIZES as SIZES
+from rwkv_bone.ops.sizes import EXACT, chunking
 
-try:
-    from rwkv_bone.ops import chunked_launches
-except ImportError:
-    chunked_launches = None
-
-EXACT = "exact"
 TABLE = build.SOURCES / "registers.json"
 TOOLKIT = "/usr/local/cuda/bin"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=TOOLKIT)
@@ -49,13 +44,15 @@ SHARED = {
     "sm_120": 99 * 1024,
 }
 SEQUENTIAL_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-# Of the kernels for tensor cores: label, dtype, head sizes. The others are the same source with other constants.
+# Of the kernels for tensor cores: label and dtype, and whether all head sizes or the one of released models. The others
+# are the same source with other constants.
 CHUNKED = (
-    ("chunked32", "bfloat16", (32, 64, 128)),
-    ("chunked32", "bfloat16w", (64,)),
-    ("chunked64", "bfloat16", (32, 64)),
-    ("accurate16", "float32", (32, 64, 128)),
-    ("accurate16", "bfloat16", (64,)),
+    ("chunked32", "bfloat16", True),
+    ("chunked32", "bfloat16w", False),
+    ("chunked64", "bfloat16", False),
+    ("chunked16", "bfloat16", True),
+    ("accurate16", "float32", True),
+    ("accurate16", "bfloat16", False),
 )
 # Instructions by how their names begin: products of tensor cores, their operands from shared memory, loads of 16 bytes
 # from global memory, into registers or past them; and what moves registers to and from memory.
@@ -104,13 +101,21 @@ class Unit(NamedTuple):
 
 
 UNITS = [Unit(operator, EXACT, tuple(ELEMENTS), SIZES) for operator in launches.HEADERS]
-if chunked_launches:
-    UNITS += [
-        Unit(operator, label, (dtype,), sizes)
-        for operator, header in chunked_launches.HEADERS.items()
-        for label, dtype, sizes in CHUNKED
-        if (build.SOURCES / header).exists() and dtype in chunked_launches.dtypes(operator)
-    ]
+
+
+def sizes_of(label: str, every: bool) -> tuple[int, ...]:
+    """The head sizes for which there are chunked kernels of this label."""
+    mode, length = chunking(label)
+    found = tuple(N for N, lengths in chunked_launches.LENGTHS[mode].items() if length in lengths)
+    return found if every or 64 not in found else (64,)
+
+
+UNITS += [
+    Unit(operator, label, (dtype,), sizes_of(label, every))
+    for operator in chunked_launches.HEADERS
+    for label, dtype, every in CHUNKED
+    if dtype in chunked_launches.dtypes(operator)
+]
 
 
 class Kernel(NamedTuple):
@@ -250,8 +255,8 @@ def is_elementwise(name: str) -> bool:
 def test_a_block_of_every_kernel_finds_room_on_the_cards_it_is_for(compiled):
     too_large = {}
     for architecture, name, kernel in each(compiled):
-        # Chunks of 64 tokens and heads of 128 are for cards with more of it.
-        large = compiled[0].label == "chunked64" or name.endswith("_128")
+        # Chunks of 64 tokens are for cards with more of it.
+        large = compiled[0].label == "chunked64"
         if kernel.shared > (max(SHARED.values()) if large else SHARED[architecture]):
             too_large[f"{architecture} {name}"] = kernel.shared
     assert not too_large
