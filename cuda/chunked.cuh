@@ -144,6 +144,11 @@ struct TokenSums {
   }
 };
 
+// Zeros above the diagonal, and on it if `strictly`, in a block on the diagonal.
+__device__ __forceinline__ void lower(Sum& sum, bool strictly = false) {
+  sum.each([&](float& x, int row, int column) { x = column < row || (column == row && !strictly) ? x : 0.0f; });
+}
+
 // Sums of a Sum's columns: each lane's for its own four, `part` being what its rows give. Every lane gets the result.
 __device__ __forceinline__ void sum_over_rows(float (&part)[4]) {
 #pragma unroll

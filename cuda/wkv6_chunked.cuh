@@ -397,10 +397,6 @@ __device__ __forceinline__ bool at_level(int i, int h) {
   const int different = lane_row() ^ (lane_column() + i % 2);
   return h == 8 ? halves_differ : !halves_differ && different >= h && different < 2 * h;
 }
-// Zeros above the diagonal, and on it if `strictly`.
-__device__ __forceinline__ void lower(Sum& sum, bool strictly = false) {
-  sum.each([&](float& x, int row, int column) { x = column < row || (column == row && !strictly) ? x : 0.0f; });
-}
 // Zeros but for the pairs of a level. The diagonal counts as one of h = 1, since registers hold it with those.
 template <typename F>
 __device__ __forceinline__ Block<F> of_level(const Block<F>& block, int h) {

@@ -143,11 +143,6 @@ enum Triangle { kAB, kAK, kRK, kRB };
 // Which triangle exclude their diagonal: a reads the state before its token's edit, r after it.
 __device__ __forceinline__ constexpr bool strict(int triangle) { return triangle == kAB || triangle == kAK; }
 
-// Zeros above the diagonal, and on it if `strictly`, in a block on the diagonal.
-__device__ __forceinline__ void lower(Sum& sum, bool strictly) {
-  sum.each([&](float& x, int row, int column) { x = column < row || (column == row && !strictly) ? x : 0.0f; });
-}
-
 // T = (1 - A)^-1 for a strictly lower A = ab of L x L, by blocks of 16: only the inverses of the blocks on the diagonal
 // are made, by substitution in fp32. Powers of A (a Neumann series) would reach 1e6 where keys repeat, though T itself
 // stays near 1.
