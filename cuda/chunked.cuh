@@ -201,6 +201,14 @@ __device__ __forceinline__ void store_state(const Sum (&state)[N / 16], float* s
   for (int j = 0; j < N / 16; ++j) store_rows(states + (number * N + row) * N + 16 * j, N, 16, state[j]);
 }
 
+// How many blocks of so many threads a multiprocessor's registers hold if `all` threads fill it: 512 with 128 registers
+// each, 384 with 168. Long chunks and operands in two parts, of which shared memory holds half as many, need more.
+template <typename F, int L>
+__device__ __forceinline__ constexpr int blocks(int all, int threads) {
+  const int count = (L > 32 || F::kPlanes > 1 ? all / 2 : all) / threads;
+  return count < 1 ? 1 : count;
+}
+
 }  // namespace wkv
 
 // A kernel `symbol`. What follows is a type with its arguments, its threads at most, how many blocks of these a

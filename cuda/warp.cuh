@@ -269,10 +269,10 @@ struct Arrangement {
   __device__ static __forceinline__ int in_global(int row, int column, unsigned y, unsigned x) {
     return block<64>(row, column) + of<64>(y, x);
   }
-  // Where the element at a place in global memory is in shared memory, its column and its row.
+  // Where the element at a place in global memory is in shared memory, its row and its column.
   __device__ static __forceinline__ int shared_place(unsigned place) { return int(place + place / 64 * 8); }
+  __device__ static __forceinline__ int row(unsigned place) { return int(place / 64 / (C / 8) * 8 + place / 8 % 8); }
   __device__ static __forceinline__ int column(unsigned place) { return int(place / 64 % (C / 8) * 8 + place % 8); }
-  __device__ static __forceinline__ int row(unsigned place) { return int(place / 64 / (C / 8) * 8 + place % 64 / 8); }
 
  private:
   template <int kMatrix>

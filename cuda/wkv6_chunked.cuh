@@ -70,6 +70,10 @@ struct ChunkedBackward {
   float *du, *ds0;  // ds0 may be null: not wanted
 };
 
+// How far long products are unrolled: not all of it, since what is loaded early for them takes registers.
+template <typename F>
+constexpr int kUnroll = 4 / F::kPlanes;
+
 // ------------------------------------------------------------------------------------------------ patches
 struct Patch {
   int token, channel;  // where in the chunk it begins
@@ -401,7 +405,8 @@ __device__ __forceinline__ void scan(
 // tokens belongs to the level of its highest different bit. Whether value[i] of a Sum is for such a pair:
 __device__ __forceinline__ bool at_level(int i, int h) {
   const bool halves_differ = i / 2 % 2 != i / 4;
-  return h == 8 ? halves_differ : !halves_differ && (lane_row() ^ (lane_column() + i % 2)) / h == 1;
+  const int different = lane_row() ^ (lane_column() + i % 2);
+  return h == 8 ? halves_differ : !halves_differ && different >= h && different < 2 * h;
 }
 // Zeros above the diagonal, and on it if `strictly`.
 __device__ __forceinline__ void lower(Sum& sum, bool strictly = false) {
@@ -443,7 +448,7 @@ struct Triangle {
       const Patch at = patch<N, L>(n);
       Sum diagonal = bonus(r[n], k[n], u + at.channel);
       x[n] = Decays(log[n]);
-#pragma unroll
+#pragma unroll 1  // registers are scarce
       for (int h = 1; h < 16; h *= 2) {
         const Block<F> z = block_of<F>(level(at, h, r[n], k[n], x[n].scale(at, h)));
         Sum square;
@@ -574,7 +579,7 @@ __device__ __forceinline__ void outputs(const Arguments& p, OutputsShared<F, N, 
 #pragma unroll
   for (int n = 0; n < patches; ++n) {
     const Patch at = patch<N, L>(n);
-#pragma unroll
+#pragma unroll(kUnroll<F>)
     for (int j = 0; j < N; j += 16) multiply(y[n], s.r.block(at.token, j), s.S.block(at.channel, j));
   }
   __syncthreads();
@@ -633,7 +638,7 @@ struct GradientsShared {
 template <typename F, int N, int L>
 __device__ __forceinline__ void make_dA(GradientsShared<F, N, L>& s, int m, int n) {
   Sum sum;
-#pragma unroll
+#pragma unroll(kUnroll<F>)
   for (int i = 0; i < N; i += 16) multiply(sum, s.dy.block(16 * m, i), s.v.block(16 * n, i));
   if (m == n) {
     sum.each([&](float& x, int row, int column) {
@@ -652,7 +657,7 @@ template <typename F, int N, int L, typename T>
 __device__ __forceinline__ void make_dv(
     T* out, const Chunk<N, L>& chunk, const Patch& at, const GradientsShared<F, N, L>& s) {
   Sum dv;
-#pragma unroll
+#pragma unroll(kUnroll<F>)
   for (int j = 0; j < N; j += 16) multiply(dv, s.k.block(at.token, j), s.dS.block(at.channel, j));
   for (int t = at.token; t < L; t += 16)
     multiply(dv, s.triangle.A.transposed(t, at.token), s.dy.transposed(t, at.channel));
@@ -666,7 +671,7 @@ __device__ __forceinline__ Sum state_gradient(
     const Operand<F, L, N>& values, const Operand<F, N, N>& state, const Sum& decay, const Sum& in_or_out,
     const Patch& at, ByTokens<N, L>& sums, const Sides<F>& sides, bool after, Sum& passing) {
   Sum out;
-#pragma unroll
+#pragma unroll(kUnroll<F>)
   for (int i = 0; i < N; i += 16) multiply(out, values.block(at.token, i), state.transposed(i, at.channel));
   out = product(out, decay);
   const Sum both = product(out, in_or_out);
@@ -676,9 +681,9 @@ __device__ __forceinline__ Sum state_gradient(
 }
 
 // Adds what the levels give to a patch's dr and dk. `passing` is the gradient of log decay as far as the patch itself
-// has it: what passes over each token from an earlier one to a later.
+// has it: what passes over each token from an earlier one to a later. Returns the decay of the whole chunk.
 template <typename F, int N, int L>
-__device__ __forceinline__ void add_levels(
+__device__ __forceinline__ Columns add_levels(
     GradientsShared<F, N, L>& s, const Patch& at, const Sum& r, const Sum& k, const Sum& log, Sum& dr, Sum& dk,
     Sum& passing) {
   Decays x(log);
@@ -696,7 +701,7 @@ __device__ __forceinline__ void add_levels(
     if (h > 1) s.sides.add(passing, g, Sides<F>::number(h, at.token & h));
   };
   const Block<F> pairs = s.dA.block(at.token, at.token);
-#pragma unroll 1
+#pragma unroll 1  // registers are scarce
   for (int h = 1; h < 16; h *= 2) {
     Sum g;
     const Sum scale = x.scale(at, h);
@@ -718,6 +723,7 @@ __device__ __forceinline__ void add_levels(
     add_level(g, x.scale(at, h), h);
     x.join(at, h, s.triangle.decays);
   }
+  return first_row(x.all);
 }
 
 template <typename F, Decay D, int N, int L, typename Arguments>
@@ -766,6 +772,7 @@ __device__ __forceinline__ void gradients(const Arguments& p, GradientsShared<F,
     dk[n] = state_gradient(s.v, s.dS, x[n].after, k[n], at, s.written, s.sides, false, passing[n]);
   }
   __syncthreads();
+  Columns whole[patches];
 #pragma unroll
   for (int n = 0; n < patches; ++n) {
     const Patch at = patch<N, L>(n);
@@ -773,7 +780,7 @@ __device__ __forceinline__ void gradients(const Arguments& p, GradientsShared<F,
     // Anew, and put by: registers are scarce.
     const Sum log = log_decays<D>(p.w, chunk, at);
     s.triangle.put(at, log);
-    add_levels(s, at, r[n], k[n], log, dr[n], dk[n], passing[n]);
+    whole[n] = add_levels(s, at, r[n], k[n], log, dr[n], dk[n], passing[n]);
     Sum du;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -794,9 +801,8 @@ __device__ __forceinline__ void gradients(const Arguments& p, GradientsShared<F,
     const int number = at.token / 16;
     Columns others;
     s.state.add_to(others, at, [](int) { return true; });
-    const Columns whole = first_row(x[n].all);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) others.value[c] *= whole.value[c];
+    for (int c = 0; c < 4; ++c) others.value[c] *= whole[n].value[c];
     s.read.add_to(others, at, [=](int other) { return other > number; });
     s.written.add_to(others, at, [=](int other) { return other < number; });
     if (L > 32)
@@ -865,7 +871,7 @@ template <typename T, typename F, Decay D, int N, int L>
 struct Prepare {
   using Arguments = ChunkedForward<T, F>;
   using Shared = PrepareShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) {
     prepare<F, D, N, L, true>(p.sequences, p.v, p.k, p.w, p.states, p.growth, s);
   }
@@ -874,7 +880,7 @@ template <typename T, typename F, Decay D, int N, int L>
 struct Scan {
   using Arguments = ChunkedForward<T, F>;
   using Shared = typename Piece<F, N>::Shared;
-  static constexpr int kThreads = Piece<F, N>::kThreads;
+  static constexpr int kThreads = Piece<F, N>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) {
     scan<F, N, L, false>(p.sequences, p.states, p.growth, p.s0, p.sT, s);
   }
@@ -883,14 +889,14 @@ template <typename T, typename F, Decay D, int N, int L>
 struct Outputs {
   using Arguments = ChunkedForward<T, F>;
   using Shared = OutputsShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { outputs<F, D, N, L>(p, s); }
 };
 template <typename T, typename F, Decay D, int N, int L>
 struct PrepareBackward {
   using Arguments = ChunkedBackward<T, F>;
   using Shared = PrepareShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) {
     prepare<F, D, N, L, false>(p.sequences, p.dy, p.r, p.w, p.dstates, p.growth, s);
   }
@@ -899,7 +905,7 @@ template <typename T, typename F, Decay D, int N, int L>
 struct ScanBackward {
   using Arguments = ChunkedBackward<T, F>;
   using Shared = typename Piece<F, N>::Shared;
-  static constexpr int kThreads = Piece<F, N>::kThreads;
+  static constexpr int kThreads = Piece<F, N>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) {
     scan<F, N, L, true>(p.sequences, p.dstates, p.growth, p.dsT, p.ds0, s);
   }
@@ -908,14 +914,14 @@ template <typename T, typename F, Decay D, int N, int L>
 struct Gradients {
   using Arguments = ChunkedBackward<T, F>;
   using Shared = GradientsShared<F, N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { gradients<F, D, N, L>(p, s); }
 };
 template <typename T, typename F, Decay D, int N, int L>
 struct Sums {
   using Arguments = ChunkedBackward<T, F>;
   using Shared = SumsShared<N, L>;
-  static constexpr int kThreads = Share<N, L>::kThreads;
+  static constexpr int kThreads = Share<N, L>::kThreads, kBlocks = blocks<F, L>(512, kThreads);
   __device__ static __forceinline__ void run(const Arguments& p, Shared& s) { sums<D, N, L>(p, s); }
 };
 

@@ -818,15 +818,7 @@ __device__ __forceinline__ void gradients(const Arguments& p, GradientsShared<F,
 }
 
 // ------------------------------------------------------------------------------------------------ kernels
-// T: element of r, k, v, a, b, dy, y and their gradients. W: of w and dw. F: the operands' format. A multiprocessor has
-// registers for 512 threads with 128 each, or, for the scans, 384 with 168; long chunks and operands
-// in two parts, of which shared memory holds half as many, need more.
-template <typename F, int L>
-__device__ __forceinline__ constexpr int blocks(int threads, int of) {
-  const int all = L > 32 || F::kPlanes > 1 ? threads / 2 : threads;
-  return all < of ? 1 : all / of;
-}
-
+// T: element of r, k, v, a, b, dy, y and their gradients. W: of w and dw. F: the operands' format.
 template <typename T, typename W, typename F, int N, int L>
 struct Prepare {
   using Arguments = ChunkedForward<T, W, F>;

@@ -247,9 +247,22 @@ def test_an_explicit_form_that_cannot_be_had_is_refused_with_the_way_out(card):
     card(*H200)
     with pytest.raises(UserError, match="found float32: use --op cuda-accurate or --op cuda-exact"):
         select_op("cuda-chunked", CUDA, "wkv7", 64, FP32)
-    with pytest.raises(UserError, match="head size of 32, 64, 128, found 8"):
-        select_op("cuda-accurate", CUDA, "wkv7", 8)
+    for op, N, words in (
+        ("cuda-chunked", 8, "head size of 32, 64, 128, found 8"),
+        ("cuda-accurate", 128, "head size of 32, 64, found 128"),
+    ):
+        with pytest.raises(UserError, match=words):
+            select_op(op, CUDA, "wkv7", N)
     assert tried == []
+
+
+def test_the_length_of_chunks_follows_the_head_size(card):
+    """Longer chunks of heads of 128 would need more registers than there are."""
+    for N, tokens in ((32, 32), (64, 32), (128, 16)):
+        card(*H200)
+        assert f"in chunks of {tokens} tokens, one" in select_op("cuda-chunked", CUDA, "wkv7", N)[1]
+        assert choice.labels("cuda-chunked", "wkv7", BF16, N) == (f"chunked{tokens}",)
+        assert choice.label("cuda-chunked", "wkv7", BF16, (1, 9, 1, N, 0), CUDA) == f"chunked{tokens}"
 
 
 def test_without_a_rule_the_header_says_that_nothing_faster_is_known(card, monkeypatch, tmp_path):

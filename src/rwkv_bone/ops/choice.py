@@ -1,7 +1,7 @@
 """Which kernels a call of a form of CUDA's takes.
 
     cuda-exact      the sequential kernels, label "exact"
-    cuda-chunked    tensor cores, one bfloat16 product each, in chunks of 32 tokens
+    cuda-chunked    tensor cores, one bfloat16 product each, in chunks of 32 tokens (16 for heads of 128)
     cuda-accurate   tensor cores, three bfloat16 products each, in chunks of 16 tokens
     cuda-LABEL      the chunked kernels of that label (ops/sizes.py), e.g. cuda-chunked64: for tests and benchmarks
     cuda            whichever is the fastest for the call's sizes: the first of choice.json's rules that fits says so,
@@ -11,7 +11,7 @@ choice.json is a list of rules, which scripts/gpu_check/choose.py writes from me
 
     operator    "wkv7", "wkv6" or "wkv5"
     N           the head size
-    kernels     a label: "exact", "chunked32" or "chunked64"
+    kernels     a label: "exact", or e.g. "chunked32", of those that there are (LENGTHS in ops/chunked_launches.py)
     tokens      [from, below]: tokens of a sequence, of packed documents their mean; below may be null: any number
     heads       [from, below]: heads of all sequences, H times B or times the number of documents
     capability  optional: the compute capability of the cards that it is for, e.g. "9.0". Without it, all from 8.0 on
@@ -34,11 +34,11 @@ from typing import NamedTuple
 
 import torch
 
-from rwkv_bone.ops import chunked_launches
+from rwkv_bone.ops.chunked_launches import LENGTHS
 from rwkv_bone.ops.sizes import CPU, EXACT, chunking
 
 TABLE = Path(__file__).with_name("choice.json")
-LABELS = {"cpu": CPU, "cuda-exact": EXACT, "cuda-chunked": "chunked32", "cuda-accurate": "accurate16"}
+LABELS = {"cpu": CPU, "cuda-exact": EXACT}
 # Of what a form computes with; float32 takes more than one bfloat16 product.
 DTYPES = {"chunked": (torch.bfloat16,), "accurate": (torch.bfloat16, torch.float32)}
 FEW = 3  # rules that fit into a line
@@ -82,7 +82,7 @@ class Rule(NamedTuple):
 def label(form: str, operator: str, dtype: torch.dtype, sizes: Sequence[int], device: torch.device) -> str:
     """The kernels of a call: of sizes (B, T, H, N, D), on r's device in r's dtype."""
     if form != "cuda":
-        return _fixed(form)
+        return _fixed(form, sizes[3])
     B, T, H, N, D = sizes
     tokens, heads = (T // D if D else T), (D or B) * H
     if dtype in DTYPES["chunked"]:
@@ -95,13 +95,19 @@ def label(form: str, operator: str, dtype: torch.dtype, sizes: Sequence[int], de
 def labels(form: str, operator: str, dtype: torch.dtype, N: int) -> tuple[str, ...]:
     """All kernels that calls of a form may take, on whatever card and for whatever sizes."""
     if form != "cuda":
-        return (_fixed(form),)
+        return (_fixed(form, N),)
     chosen = (rule.kernels for rule in table() if (rule.operator, rule.N) == (operator, N))
     return tuple(dict.fromkeys((EXACT, *(chosen if dtype in DTYPES["chunked"] else ()))))
 
 
-def _fixed(form: str) -> str:
-    return LABELS.get(form) or form.removeprefix("cuda-")
+def _fixed(form: str, N: int) -> str:
+    if form in LABELS:
+        return LABELS[form]
+    mode = form.removeprefix("cuda-")
+    if mode not in LENGTHS:
+        return mode
+    # A head size without kernels gets the label of another: `obstacle` says what is wrong with it.
+    return f"{mode}{LENGTHS[mode].get(N, LENGTHS[mode][64])[0]}"
 
 
 @functools.cache
@@ -124,8 +130,7 @@ def parse(row: dict) -> Rule:
     """A rule of choice.json. Raises ValueError, KeyError or TypeError for one that is none."""
     row = {"capability": None, **row}
     rule = Rule(**{**row, "tokens": Range(*row["tokens"]), "heads": Range(*row["heads"])})
-    chunked = chunking(rule.kernels)
-    if rule.kernels == CPU or chunked and (chunked.mode != "chunked" or rule.N not in chunked_launches.HEAD_SIZES):
+    if rule.kernels not in (EXACT, *(f"chunked{length}" for length in LENGTHS["chunked"].get(rule.N, ()))):
         raise ValueError(f"no kernels of a rule: {rule.kernels} for head size {rule.N}")
     if rule.origin != "predicted" and not rule.origin.startswith("measured on "):
         raise ValueError(f"origin must be 'predicted' or 'measured on ' and a card, found {rule.origin!r}")
@@ -137,8 +142,8 @@ def obstacle(mode: str, N: int, capability: tuple[int, int]) -> str:
     if capability < CAPABILITY:
         needed, found = ("{}.{}".format(*x) for x in (CAPABILITY, capability))
         return f"the {mode} kernels need a card of compute capability {needed} or higher, this one has {found}"
-    if N not in chunked_launches.HEAD_SIZES:
-        sizes = ", ".join(map(str, chunked_launches.HEAD_SIZES))
+    if N not in LENGTHS[mode]:
+        sizes = ", ".join(map(str, LENGTHS[mode]))
         return f"the {mode} kernels need a head size of {sizes}, found {N}"
     return ""
 

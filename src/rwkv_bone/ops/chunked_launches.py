@@ -20,6 +20,12 @@ from rwkv_bone.ops.launches import Launch
 from rwkv_bone.ops.sizes import Chunking, all_segments, backward_regions, chunking, forward_regions
 
 HEAD_SIZES = (32, 64, 128)
+# The lengths of chunks that kernels of a mode are made for, the usual one first, by head size. With heads of 128 longer
+# chunks need more registers than there are, and operands in two parts more shared memory than any card has.
+LENGTHS = {
+    "chunked": {32: (32, 64), 64: (32, 64), 128: (16,)},
+    "accurate": {32: (16,), 64: (16,)},
+}
 HEADERS = {"wkv7": "wkv7_chunked.cuh", "wkv6": "wkv6_chunked.cuh", "wkv5": "wkv6_chunked.cuh"}
 OPERANDS = {"chunked": "wkv::Bf16", "accurate": "wkv::Bf16x3", "debug": "wkv::Exact32"}
 # dtype of the tensors -> C++ types of r and of w. With "bfloat16w" the decay comes as bfloat16 too, without w0.
