@@ -64,6 +64,17 @@ struct Share {
   }
 };
 
+// A chunk of a tensor on its way to shared memory, as it is.
+template <typename T, typename F, int N, int L>
+__device__ __forceinline__ void fetch(Operand<F, L, N>& to, const T* tensor, const Chunk<N, L>& chunk) {
+  const Share<N, L> part;
+#pragma unroll
+  for (int i = 0; i < Share<N, L>::kRows; ++i) {
+    const int t = part.row + i;
+    to.fetch_octet(t, part.column, tensor + chunk.base + t * chunk.stride + part.column, t < chunk.tokens);
+  }
+}
+
 __device__ __forceinline__ void read_shared(float (&out)[8], const float* from) {
   WKV_READS(from, sizeof out);
   const Octet<float> got = *reinterpret_cast<const Octet<float>*>(from);
@@ -132,6 +143,11 @@ struct TokenSums {
     return sum;
   }
 };
+
+// Zeros above the diagonal, and on it if `strictly`, in a block on the diagonal.
+__device__ __forceinline__ void lower(Sum& sum, bool strictly = false) {
+  sum.each([&](float& x, int row, int column) { x = column < row || (column == row && !strictly) ? x : 0.0f; });
+}
 
 // Sums of a Sum's columns: each lane's for its own four, `part` being what its rows give. Every lane gets the result.
 __device__ __forceinline__ void sum_over_rows(float (&part)[4]) {

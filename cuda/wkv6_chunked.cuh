@@ -18,11 +18,12 @@
 // The decay has no lower bound, so A is no product of two matrices r e^G and k e^-G: the second may overflow. But take
 // the pairs of tokens t > s whose highest different bit is h. A boundary b lies between the two, a multiple of h, and
 // r_t times the decay of b .. t - 1 and k_s times that of s + 1 .. b - 1 are both at most what they were. So there is a
-// *level* for h = 1, 2, 4 .. L / 2. Groups of 2h tokens have an even half (bit h is 0) and an odd one; one matrix z holds
+// *level* for h = 1, 2, 4 .. L / 2. Groups of 2h tokens have an even half (bit h is 0) and an odd one. A matrix z holds
 //     of a token in the odd half   r times the decay of the tokens of its half before it
 //     of a token in the even half  k times the decay of the tokens of its half after it
 // and A is z z^T at that level's pairs. The gradients of r and k come from z, and that of the decay from sums of
-// r o dr and k o dk within halves. Nothing cancels and nothing is divided by a decay. Every sum has a fixed order, so results repeat bit for bit.
+// r o dr and k o dk within halves. Nothing cancels and nothing is divided by a decay. Every sum has a fixed order, so
+// results repeat bit for bit.
 //
 // A warp works on a *patch*, 16 tokens by 16 channels, whose numbers it holds as a Sum does. Levels up to h = 8 stay in
 // the registers of a warp; beyond, patches of the same channels meet in shared memory.
@@ -258,18 +259,6 @@ __device__ __forceinline__ void store(T* tensor, const Chunk<N, L>& chunk, const
   store_rows(tensor + chunk.base + at.token * chunk.stride + at.channel, chunk.stride, chunk.tokens - at.token, x);
 }
 
-// All of a chunk on its way to shared memory.
-template <typename T, typename F, int N, int L>
-__device__ __forceinline__ void fetch(Operand<F, L, N>& to, const T* tensor, const Chunk<N, L>& chunk) {
-  const Share<N, L> part;
-#pragma unroll
-  for (int i = 0; i < Share<N, L>::kRows; ++i) {
-    const int t = part.row + i;
-    to.fetch_octet(
-        t, part.column, tensor + chunk.base + t * chunk.stride + part.column, t < chunk.tokens);
-  }
-}
-
 // ------------------------------------------------------------------------------------------------ prepare
 template <typename F, int N, int L>
 struct PrepareShared {
@@ -408,10 +397,6 @@ __device__ __forceinline__ bool at_level(int i, int h) {
   const int different = lane_row() ^ (lane_column() + i % 2);
   return h == 8 ? halves_differ : !halves_differ && different >= h && different < 2 * h;
 }
-// Zeros above the diagonal, and on it if `strictly`.
-__device__ __forceinline__ void lower(Sum& sum, bool strictly = false) {
-  sum.each([&](float& x, int row, int column) { x = column < row || (column == row && !strictly) ? x : 0.0f; });
-}
 // Zeros but for the pairs of a level. The diagonal counts as one of h = 1, since registers hold it with those.
 template <typename F>
 __device__ __forceinline__ Block<F> of_level(const Block<F>& block, int h) {
@@ -431,11 +416,12 @@ struct Triangle {
   ByTokens<N, L> decays;
   // What each patch adds to the block of A on the diagonal, as its lanes hold it.
   Quad<float> near[N / 16][L / 16][2][32];
-  Operand<F, L, N> far[kFar ? kFar : 1];  // z
+  using Far = Operand<F, L, kFar ? N : 16>;  // z; if there is none, a small one in its place
+  Far far[kFar ? kFar : 1];
   Operand<F, L, L> A;
 
   // z of the level of h tokens.
-  __device__ __forceinline__ const Operand<F, L, N>& z(int h) const { return far[h / 32]; }
+  __device__ __forceinline__ const Far& z(int h) const { return far[h / 32]; }
 
   // First half: z and what patches add to A. `x` becomes the decays within the chunk. One barrier if L > 16; the caller
   // puts another one behind it.
@@ -479,7 +465,7 @@ struct Triangle {
       for (int slice = 0; slice < N / 16; ++slice) add(sum, get({16 * m, 16 * slice}));
       lower(sum);
     } else {
-      const Operand<F, L, N>& level = z((m ^ n) / 2 ? 32 : 16);
+      const Far& level = z((m ^ n) / 2 ? 32 : 16);
 #pragma unroll
       for (int j = 0; j < N; j += 16) multiply(sum, level.block(16 * m, j), level.block(16 * n, j));
     }
@@ -664,8 +650,8 @@ __device__ __forceinline__ void make_dv(
   store(out, chunk, at, dv);
 }
 
-// A patch's dr as far as S gives it, (dy S) o before, or dk from dS, (v dS) o after; in_or_out is r or k. Its product with
-// that goes, summed over tokens, to `sums` for other patches and to `passing` for this one's tokens.
+// A patch's dr as far as S gives it, (dy S) o before, or dk from dS, (v dS) o after; in_or_out is r or k. The product
+// with that goes, summed over tokens, to `sums` for other patches and to `passing` for this one's tokens.
 template <typename F, int N, int L>
 __device__ __forceinline__ Sum state_gradient(
     const Operand<F, L, N>& values, const Operand<F, N, N>& state, const Sum& decay, const Sum& in_or_out,
@@ -711,7 +697,7 @@ __device__ __forceinline__ Columns add_levels(
   }
 #pragma unroll
   for (int h = 16; h < L; h *= 2) {
-    const Operand<F, L, N>& z = s.triangle.z(h);
+    const auto& z = s.triangle.z(h);
     const bool odd = at.token & h;
     const int other = (at.token / h ^ 1) * h;
     Sum g;

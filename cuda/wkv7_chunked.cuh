@@ -137,31 +137,11 @@ struct Decayed {
   }
 };
 
-// An input as it is.
-template <typename F, int N, int L, typename T>
-__device__ __forceinline__ void fill(
-    Operand<F, L, N>& operand, const T* tensor, const Chunk<N, L>& chunk, const Share<N, L>& part) {
-  Octet<T> in[Share<N, L>::kRows];
-  part.load(in, tensor, chunk);
-#pragma unroll
-  for (int i = 0; i < Share<N, L>::kRows; ++i) {
-    float x[8];
-#pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = to_float(in[i].value[e]);
-    operand.put(part.row + i, part.column, x);
-  }
-}
-
 // ------------------------------------------------------------------------------------------------ the four triangles
 enum Triangle { kAB, kAK, kRK, kRB };
 
 // Which triangle exclude their diagonal: a reads the state before its token's edit, r after it.
 __device__ __forceinline__ constexpr bool strict(int triangle) { return triangle == kAB || triangle == kAK; }
-
-// Zeros above the diagonal, and on it if `strictly`, in a block on the diagonal.
-__device__ __forceinline__ void lower(Sum& sum, bool strictly) {
-  sum.each([&](float& x, int row, int column) { x = column < row || (column == row && !strictly) ? x : 0.0f; });
-}
 
 // T = (1 - A)^-1 for a strictly lower A = ab of L x L, by blocks of 16: only the inverses of the blocks on the diagonal
 // are made, by substitution in fp32. Powers of A (a Neumann series) would reach 1e6 where keys repeat, though T itself
@@ -323,7 +303,8 @@ __device__ __forceinline__ void prepare(const Arguments& p, PrepareShared<F, N, 
   if (chunk.tokens == 0) return;
   const Share<N, L> part;
   float grown[Share<N, L>::kRows][8];
-  if constexpr (!backward) fill(s.v, p.v, chunk, part);
+  if constexpr (!backward) fetch(s.v, p.v, chunk);
+  commit_async();
   s.in.template fill<!backward>(p, chunk, part, grown);
   s.triangles.template fill<warps>(s.in, s.solver, backward ? 1 << kAB | 1 << kRB : 15);
   s.in.b.hand_over(p.b_ + chunk.number * (L * N * F::kPlanes), Share<N, L>::kThreads);
@@ -332,6 +313,7 @@ __device__ __forceinline__ void prepare(const Arguments& p, PrepareShared<F, N, 
     WKV_READS(&s.in.whole[threadIdx.x], sizeof(float));
     p.whole[chunk.number * N + threadIdx.x] = s.in.whole[threadIdx.x];
   }
+  wait_async<0>();
   __syncthreads();
   s.solver.invert();
   __syncthreads();
@@ -760,9 +742,9 @@ __device__ __forceinline__ void gradients(const Arguments& p, GradientsShared<F,
   if (chunk.tokens == 0) return;
   const Part part;
   s.S.fetch(p.states + chunk.number * (N * N * F::kPlanes), 0, N, Part::kThreads);
+  fetch(s.v, p.v, chunk);
+  fetch(s.dy, p.dy, chunk);
   commit_async();
-  fill(s.v, p.v, chunk, part);
-  fill(s.dy, p.dy, chunk, part);
   float grown[Part::kRows][8];
   s.in.fill(p, chunk, part, grown);
 #pragma unroll

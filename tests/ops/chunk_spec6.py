@@ -28,13 +28,13 @@ What each kernel reads and writes beside the inputs, in a dict by these names:
 
 states are those at the start of each chunk, dstates the gradients of those at its end. KV, DR, states, dstates are
 [slots, H, N, N], whole [slots, H, N], slots as chunk_model.Chunks numbers them; sums [slots, H, 2, N] are a chunk's
-part of du and, for RWKV-5, of dw. Every product rounds its operands; KV, DR, states and dstates are rounded likewise.
-Nothing else is.
+part of du and, for RWKV-5, of dw. Every product rounds its operands; KV, DR, states and dstates are rounded likewise,
+and so is what `gradients` adds up within 16 tokens for the decay, which it does as a product. Nothing else is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ from tests.ops.chunk_model import Chunks, Rounding
 
 # Above this raw decay nothing of a state is left, and exp(raw) may be infinite.
 HIGHEST_RAW = 80.0
+PATCH = 16  # tokens
 RESULTS = ("y", "state", "dr", "dw", "dk", "dv", "du", "dstate0")
 
 
@@ -57,6 +58,15 @@ def before(x: Tensor, h: int) -> Tensor:
 def after(x: Tensor, h: int) -> Tensor:
     """[.., L, N] -> sums over the tokens after each one in its piece of h tokens."""
     return before(x.flip(-2), h).flip(-2)
+
+
+def passing(m: Rounding, side: Callable[[Tensor, int], Tensor], x: Tensor, h: int) -> Tensor:
+    """`before` or `after` of x, as a kernel makes them: within 16 tokens as a product of operands with 0 and 1."""
+    near = side(m.round(x), min(h, PATCH))
+    if h <= PATCH:
+        return near
+    others = side(x.unflatten(-2, (-1, PATCH)).sum(-2), h // PATCH)
+    return near + others.repeat_interleave(PATCH, -2)
 
 
 class Level(NamedTuple):
@@ -87,7 +97,7 @@ class Problem:
     ) -> None:
         given = {name: x for name, x in case.items() if x is not None}
         B, T, H, N = given["r"].shape
-        self.rounding = m = Rounding(operand, dtype)
+        self.rounding = Rounding(operand, dtype)
         self.chunks = chunks = Chunks(B, T, L, given.get("cu_seqlens"))
         self.out = out or given["r"].dtype
         zeros = torch.zeros(len(chunks.first), H, N, N)
@@ -101,11 +111,10 @@ class Problem:
         self.log = chunks.gather(-raw.exp())
         self.up, self.down = before(self.log, L).exp(), after(self.log, L).exp()
         self.whole = self.log.sum(-2).exp()
-        # Rounded here for good: as operands, and as factors of the decay's gradient.
-        self.r0, self.kd = m.round(self.r * self.up), m.round(self.k * self.down)
+        self.r0, self.kd = self.r * self.up, self.k * self.down
 
     def levels(self) -> Iterator[Level]:
-        m, L = self.rounding, self.chunks.L
+        L = self.chunks.L
         token = torch.arange(L)
         h = L // 2
         while h:
@@ -113,7 +122,7 @@ class Problem:
             odd = (piece % 2 == 1)[:, None]
             mask = odd & (piece == piece[:, None] - 1)
             scale = torch.where(odd, before(self.log, h), after(self.log, h)).exp()
-            yield Level(h, odd, mask, scale, m.round(torch.where(odd, self.r, self.k) * scale))
+            yield Level(h, odd, mask, scale, torch.where(odd, self.r, self.k) * scale)
             h //= 2
 
     def triangle(self) -> Tensor:
@@ -170,13 +179,13 @@ def gradients(p: Problem, handed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     dv = product(p.triangle().mT, p.dy) + product(p.kd, dS.mT)
     dr0, dkd = product(p.dy, S), product(p.v, dS)
     dr, dk = own * p.u * p.k + dr0 * p.up, own * p.u * p.r + dkd * p.down
-    dlog = after(p.r0 * dr0, L) + before(p.kd * dkd, L)
+    dlog = passing(m, after, p.r0 * dr0, L) + passing(m, before, p.kd * dkd, L)
     dlog = dlog + p.whole[:, :, None] * (m.round(S) * m.round(dS)).sum(2, keepdim=True)
     for h, odd, mask, scale, z in p.levels():
         D = dA * mask
         dz = product(D + D.mT, z)
         dr, dk = dr + torch.where(odd, dz * scale, 0.0), dk + torch.where(odd, 0.0, dz * scale)
-        dlog = dlog + torch.where(odd, after(z * dz, h), before(z * dz, h))
+        dlog = dlog + torch.where(odd, passing(m, after, z * dz, h), passing(m, before, z * dz, h))
     dw = dlog * p.log
     tiles = {"dr": dr, "dk": dk, "dv": dv}
     found = {name: p.chunks.scatter(x).to(p.out) for name, x in tiles.items()}

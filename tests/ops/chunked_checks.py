@@ -27,9 +27,6 @@ SPECS = {"wkv7": chunk_spec7, "wkv6": chunk_spec6, "wkv5": chunk_spec6}
 OPERANDS = {"debug": "fp32", "chunked": "bf16", "accurate": "bf16x3"}  # as the specifications call them
 # Of three products: what sums of another order leave, where an operand's 16 bits round to a neighbour.
 LIMITS = {**AGAINST_SPEC, "bf16x3": 1e-5}
-# WKV-6's and -5's decay gradients add up r o dr and k o dk as products with matrices of 0 and 1, so these are rounded
-# once more than in the specification.
-LIMITS_OF_SUMS = {"bf16": 3.2e-3, "bf16x3": 1e-5, "fp32": 1e-6}
 # What a specification's name lies in, where a kernel puts another thing in the same place later.
 PLACES = {"KV": "states", "DR": "dstates", "Y0": "y"}
 RESULTS = ("y", "state", "dstate0", "dr", "dw", "dk", "dv", "da", "db", "du")  # all else is numbered by slots
@@ -149,8 +146,7 @@ def _limit(library: ChunkedShim, name: str) -> float:
     operand = OPERANDS[library.mode]
     if operand == "fp32" and library.L > 32:
         return 2e-6  # sums of the log decay reach 38.8, of which half of float32's last digit is that much
-    decay = library.operator != "wkv7" and name in ("dw", "sums")
-    return (LIMITS_OF_SUMS if decay else LIMITS)[operand]
+    return LIMITS[operand]
 
 
 def _specified(library: ChunkedShim, case: dict):
