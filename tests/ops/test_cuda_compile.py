@@ -234,8 +234,8 @@ def test_no_kernel_moves_registers_to_memory_and_every_one_loads_16_bytes_at_a_t
     unit, _ = compiled
     assert not {f"{at} {name}": count for at, name, kernel in each(compiled) if (count := kernel.count(SPILLS))}
     by_less = {f"{at} {name}" for at, name, kernel in each(compiled) if not kernel.count(LOADS)}
-    # The sequential ones load four numbers at a time.
-    assert not {name for name in by_less if unit.label != EXACT or "float32" in name}
+    # The sequential ones load four numbers at a time, and a thread of `sums` those of one channel.
+    assert not {name for name in by_less if "_sums_" not in name and (unit.label != EXACT or "float32" in name)}
 
 
 @needs_nvdisasm
@@ -255,8 +255,8 @@ def is_elementwise(name: str) -> bool:
 def test_a_block_of_every_kernel_finds_room_on_the_cards_it_is_for(compiled):
     too_large = {}
     for architecture, name, kernel in each(compiled):
-        # Chunks of 64 tokens are for cards with more of it.
-        large = compiled[0].label == "chunked64"
+        # Chunks of 64 tokens and heads of 128 are for cards with more of it.
+        large = compiled[0].label == "chunked64" or name.endswith("_128")
         if kernel.shared > (max(SHARED.values()) if large else SHARED[architecture]):
             too_large[f"{architecture} {name}"] = kernel.shared
     assert not too_large
