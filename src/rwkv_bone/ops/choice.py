@@ -106,8 +106,8 @@ def _fixed(form: str, N: int) -> str:
     mode = form.removeprefix("cuda-")
     if mode not in LENGTHS:
         return mode
-    # int: a trace may have made it a symbol. A head size without kernels gets the label of another: `obstacle` says what
-    # is wrong with it.
+    # int: a trace may have made it a symbol. A head size without kernels gets the label of another: `obstacle` says
+    # what is wrong with it.
     return f"{mode}{LENGTHS[mode].get(int(N), LENGTHS[mode][64])[0]}"
 
 

@@ -22,7 +22,7 @@ from rwkv_bone.ops.sizes import Chunking, all_segments, backward_regions, chunki
 HEAD_SIZES = (32, 64, 128)
 # The lengths of chunks that kernels of a mode are made for, the usual one first, by head size. With heads of 128 longer
 # chunks need more registers than there are, and operands in two parts more shared memory than any card has.
-LENGTHS = {
+LENGTHS: dict[str, dict[int, tuple[int, ...]]] = {
     "chunked": {32: (32, 64), 64: (32, 64), 128: (16,)},
     "accurate": {32: (16,), 64: (16,)},
 }
