@@ -100,8 +100,8 @@ __device__ __forceinline__ void wait_async() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
 }
 
-// 2^x, and a / b, to two units in the last place: an instruction or two. |b| is 0 or from 2^-126 to 2^126, or the
-// result 0.
+// 2^x and a / b, an instruction or two each: off by at most 2^-22 of the result. Numbers below 2^-126 count as 0, and
+// a / b is 0 where |b| is above 2^126.
 __device__ __forceinline__ float power_of_two(float x) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
@@ -113,8 +113,7 @@ __device__ __forceinline__ float divide(float a, float b) {
   return a * inverse;
 }
 
-// Not for the data: it keeps the compiler from loading what is needed behind it ahead of it, and so from holding more in
-// registers than there are.
+// The data do not need it: it keeps the compiler from moving later loads ahead of it, for which there are no registers.
 __device__ __forceinline__ void keep_apart() { __syncwarp(); }
 
 template <typename X>
@@ -260,7 +259,6 @@ struct Arrangement {
   static constexpr int kElements = R * C, kShared = R * C / 64 * 72;
 
   __device__ static __forceinline__ int in_shared(unsigned row, unsigned column) { return of<72>(row, column); }
-  __device__ static __forceinline__ int in_global(unsigned row, unsigned column) { return of<64>(row, column); }
   // Of the block at (row, column) the element (y, x). What belongs to the block and what belongs to the lane are added,
   // so that the first is a constant of the instruction wherever it is known.
   __device__ static __forceinline__ int in_shared(int row, int column, unsigned y, unsigned x) {
@@ -339,6 +337,7 @@ struct alignas(128) Operand {
     }
   }
 
+  // One element. Two threads write the halves of a word, so the simulation does not watch it.
   __device__ __forceinline__ void put_one(int row, int column, float x) {
     Pair<Element> pairs[F::kPlanes];
     split<F>(pairs, x, 0.0f);

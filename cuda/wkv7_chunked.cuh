@@ -1,4 +1,4 @@
-// WKV-7 in chunks, on tensor cores: the recurrence of wkv7.cuh as products of matrices. cuda/README.md derives it.
+// WKV-7 in chunks, on tensor cores: the recurrence of wkv7.cuh as products of matrices. cuda/chunked.md derives it.
 //
 // Per chunk of L tokens, G_t = sum of log decay up to token t, with tokens as rows (r, k, v, a, b, dy: L x N):
 //     r~ = r e^G,  a~ = a e^(G of the token before),  k~ = k e^-G,  b~ = b e^-G,  whole = e^(G of the last token)
@@ -37,7 +37,7 @@ struct ChunkedForward {
   const float* s0;  // may be null: zeros
   T* y;             // Y0 at first
   float* sT;        // may be null: not wanted
-  Element* states;  // KV at first; S^ of backward
+  Element* states;  // KV at first; then S at the start of each chunk, which backward needs
   const float* w0;  // [H, N], may be null
   Element *W_, *b_, *Q;
   float* whole;
@@ -140,7 +140,7 @@ struct Decayed {
 // ------------------------------------------------------------------------------------------------ the four triangles
 enum Triangle { kAB, kAK, kRK, kRB };
 
-// Which triangle exclude their diagonal: a reads the state before its token's edit, r after it.
+// Which triangles exclude their diagonal: a reads the state before its token's edit, r after it.
 __device__ __forceinline__ constexpr bool strict(int triangle) { return triangle == kAB || triangle == kAK; }
 
 // T = (1 - A)^-1 for a strictly lower A = ab of L x L, by blocks of 16: only the inverses of the blocks on the diagonal

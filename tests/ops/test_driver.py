@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone import ops
 from rwkv_bone.errors import UserError
-from rwkv_bone.ops import build, chunked_launches, cuda, driver, launches, native, select_op, trial
+from rwkv_bone.ops import build, chunked_launches, cuda, driver, launches, native, nvrtc, select_op, trial
 from rwkv_bone.ops.wkv7 import wkv7
 from tests.ops.shim import ShimLibrary, build_shim, compile_on_shim
 
@@ -288,6 +288,26 @@ def test_a_driver_that_cannot_load_the_kernels_says_what_to_do(shim_driver):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a driver")
+def test_a_chunked_kernel_whose_shared_memory_is_not_known_is_refused(monkeypatch, tmp_path):
+    class Loads:
+        def load(self, image, names, device):
+            return {name: driver.Kernel(ctypes.c_void_p(1), 0) for name in names}
+
+    class Compiler:
+        def target(self, capability):
+            return "sm_90"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(nvrtc, "find", Compiler)
+    monkeypatch.setattr(driver, "find", Loads)
+    monkeypatch.setattr(cuda, "compiled", lambda unit, target, compiler: tmp_path / "image")
+    (tmp_path / "image").write_bytes(b"")
+    kernels = cuda.kernels.__wrapped__  # without its cache
+    assert len(kernels(cuda.Unit("wkv7", "exact", "bfloat16", 64), 0)) == 4
+    with pytest.raises(driver.DriverError, match="does not find wkv7_chunked32_prepare_bfloat16_64_shared"):
+        kernels(cuda.Unit("wkv7", "chunked32", "bfloat16", 64), 0)
+
+
 def test_a_machine_without_a_driver_gets_a_sentence():
     with pytest.raises(driver.DriverError, match="driver's libcuda.so.1 cannot be loaded.*install the driver"):
         driver.Driver()

@@ -93,7 +93,12 @@ def kernels(unit: Unit, device: int) -> dict[str, driver.Kernel]:
     compiler = nvrtc.find()
     target = compiler.target(torch.cuda.get_device_capability(device))
     image = compiled(unit, target, compiler).read_bytes()
-    return driver.find().load(image, unit.kernels(), device)
+    loaded = driver.find().load(image, unit.kernels(), device)
+    for name, kernel in loaded.items():
+        # Launched with too little, it would put an end to everything that this process does on the device.
+        if unit.label != EXACT and not kernel.shared:
+            raise driver.DriverError(f"the driver does not find {name}_shared in the compiled kernels")
+    return loaded
 
 
 def call(unit: Unit, step: str, device: int, sizes: tuple[int, ...], pointers: list[int | None]) -> None:

@@ -88,7 +88,7 @@ def backward_regions(operator: str, label: str, B: int, T: int, H: int, N: int, 
 
 
 def _factors(operator: str, label: str, B: int, T: int, H: int, N: int, D: int) -> dict[str, int]:
-    """What makes a chunk's last state of its first: see cuda/README.md."""
+    """What makes a chunk's last state of its first: see cuda/chunked.md."""
     chunked = chunking(label)
     assert chunked
     slots = all_segments(label, B, T, D) * H
