@@ -76,6 +76,24 @@ def test_the_trial_passes_right_kernels_and_finds_wrong_ones(shim, monkeypatch, 
         trial.trial(operator, CPU, 64, dtype, form)
 
 
+def test_the_trial_has_work_for_a_whole_card_and_finds_kernels_that_do_not_repeat(shim, monkeypatch):
+    """As a race between the threads of a card would show."""
+    monkeypatch.setattr(trial, "_heads", lambda device: 3)
+    plain, heads, calls = native.call, set(), []
+
+    def count(operator, step, like, *arguments, label):
+        plain(operator, step, like, *arguments, label=label)
+        heads.add(like.shape[2])
+        calls.append(step)
+        if len(calls) == 4:  # backward of the second run
+            arguments[-2].view(-1)[:1].mul_(1.1)  # of the gradient of the last input
+
+    monkeypatch.setattr(native, "call", count)
+    with pytest.raises(build.BuildError, match="trial call of the cuda-chunked kernels gave other numbers when it was"):
+        trial.trial("wkv7", CPU, 64, BF16, "cuda-chunked")
+    assert heads == {3} and calls == ["forward", "backward"] * 2
+
+
 def test_a_call_chooses_by_its_sizes_and_backward_chooses_the_same(shim, monkeypatch):
     rule = choice.Rule("wkv7", 64, "chunked32", choice.Range(40, None), choice.Range(1, None), None, "predicted", "")
     monkeypatch.setattr(choice, "table", lambda: (rule,))

@@ -97,9 +97,7 @@ class Driver:
             raise DriverError(
                 f"{name} needs {kernel.shared} bytes of shared memory per block, and this card has {most.value}"
             )
-        self._call(
-            "cuFuncSetAttribute", kernel.function, ctypes.c_int(MAX_DYNAMIC_SHARED), ctypes.c_int(kernel.shared)
-        )
+        self._call("cuFuncSetAttribute", kernel.function, ctypes.c_int(MAX_DYNAMIC_SHARED), ctypes.c_int(kernel.shared))
 
     def launch(self, kernels: Mapping[str, Kernel], launches: Sequence[Launch], device: int, stream: int) -> None:
         """Puts the launches on a stream, one after another, and waits for nothing."""

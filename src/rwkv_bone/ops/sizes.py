@@ -60,9 +60,7 @@ def forward_workspace_floats(operator: str, label: str, B: int, T: int, H: int, 
     return sum(forward_regions(operator, label, B, T, H, N, D, save=save).values()) // FLOAT
 
 
-def forward_regions(
-    operator: str, label: str, B: int, T: int, H: int, N: int, D: int, *, save: bool
-) -> dict[str, int]:
+def forward_regions(operator: str, label: str, B: int, T: int, H: int, N: int, D: int, *, save: bool) -> dict[str, int]:
     """The parts of the forward pass's workspace in the order of their addresses, in bytes."""
     if not chunking(label):
         return {}

@@ -35,8 +35,9 @@ def trial(operator: str, device: torch.device, N: int, dtype: torch.dtype, form:
     """Compare the kernels of a form with the `torch` form in float64; the device's sequential ones unless it is given.
 
     Sequential kernels get one token of one head. Chunked ones get enough tokens to end inside a chunk, once in a single
-    sequence and once as documents, with a constant part of WKV-7's decay apart. Raises BuildError, DriverError, or what
-    torch raises.
+    sequence and once as documents, with a constant part of WKV-7's decay apart; on a card as many heads as it has
+    multiprocessors, so that these work side by side, and twice, since threads that do not wait for each other as they
+    should give other numbers every time. Raises BuildError, DriverError, or what torch raises.
     """
     form = form or ("cpu" if device.type == "cpu" else "cuda-exact")
     (label,) = choice.labels(form, operator, dtype, N)
@@ -60,6 +61,7 @@ def _compare(
     limit: float,
 ) -> None:
     chunked, per_head = OPERATORS[operator].chunked, OPERATORS[operator].per_head
+    H = 1 if sum(lengths) == 1 else _heads(device)
     draw = torch.Generator().manual_seed(0)  # its own, so that a run's random numbers stay what they are
     T, D = sum(lengths), len(lengths)
 
@@ -72,26 +74,36 @@ def _compare(
         return x.to(device, kind).requires_grad_()
 
     with _alone():
-        inputs = {name: random(name, *((1, N) if name in per_head else (1, T, 1, N))) for name in INPUTS[operator]}
-        start = random("state", D, 1, N, N)
+        inputs = {name: random(name, *((H, N) if name in per_head else (1, T, H, N))) for name in INPUTS[operator]}
+        start = random("state", D, H, N, N)
         offsets = torch.tensor([0, *lengths], device=device).cumsum(0) if D > 1 else None
-        w0 = torch.randn(1, N, generator=draw).to(device) if decay_apart else None
+        w0 = torch.randn(H, N, generator=draw).to(device) if decay_apart else None
         leaves = (*inputs.values(), start)
         # In float64, of which no setting of PyTorch makes less: with TF32 float32's products are off by 1e-3.
         exact = {name: x.double() for name, x in inputs.items()}
         if w0 is not None:
             exact["w"] = exact["w"] + w0
-        results = []
-        for y, state in (
-            compiled.run(operator, inputs, start, offsets, form, w0),
-            chunked(**exact, state=start.double(), cu_seqlens=offsets),
-        ):
-            gradients = torch.autograd.grad((y, state), leaves, (torch.ones_like(y), torch.ones_like(state)))
-            results.append([x.float() for x in (y, state, *gradients)])
-        errors = torch.stack([(a - b).norm() / (b.norm() + 1e-6) for a, b in zip(*results, strict=True)])
+        # Of y and of the last state.
+        given = (random("y", 1, T, H, N).detach(), random("state", D, H, N, N).detach())
+
+        def gradients(y: Tensor, state: Tensor) -> list[Tensor]:
+            found = torch.autograd.grad((y, state), leaves, (given[0].to(y.dtype), given[1].to(state.dtype)))
+            return [x.float() for x in (y, state, *found)]
+
+        found = gradients(*compiled.run(operator, inputs, start, offsets, form, w0))
+        again = found if H == 1 else gradients(*compiled.run(operator, inputs, start, offsets, form, w0))
+        expected = gradients(*chunked(**exact, state=start.double(), cu_seqlens=offsets))
+        errors = torch.stack([(a - b).norm() / (b.norm() + 1e-6) for a, b in zip(found, expected, strict=True)])
         worst = errors.nan_to_num(nan=torch.inf).max().item()
     if not worst < limit:
         raise BuildError(f"a trial call of the {form} kernels gave wrong numbers (relative error {worst:.1e})")
+    if not all(map(torch.equal, found, again)):
+        raise BuildError(f"a trial call of the {form} kernels gave other numbers when it was repeated")
+
+
+def _heads(device: torch.device) -> int:
+    """How many heads keep the whole device busy."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @contextmanager
