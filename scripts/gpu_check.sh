@@ -156,11 +156,15 @@ workers() {
 # The files of tests/ that hold tests for a GPU: others may need packages that are not there.
 gpu_files() { cd -- "$repo" && grep -rl --include='test_*.py' 'mark\.gpu' tests; }
 
-# WKV-7 against its reference: where this fails nothing else means anything.
+# WKV-7 against its reference, and the chunked kernels: where this fails nothing else means anything.
 part_quick() {
     has pytest || return 0
-    pytest_check quick 90 -x tests/ops/test_wkv7.py \
-        -k "$(pick "public_function and length_17 and $device" 'not 31_bits')"
+    # shellcheck disable=SC2046 # lists of words
+    {
+        pytest_check quick 90 -x tests/ops/test_wkv7.py \
+            -k "$(pick "public_function and length_17 and $device" 'not 31_bits')"
+        [ "$quick" = 1 ] || pytest_check quick_chunked 120 $(workers load) -k 'not 31_bits' tests/ops/test_cuda_operators.py
+    }
 }
 
 # Every other test for a GPU. A file's tests share what they train, but those of models are many and share little.
@@ -175,7 +179,7 @@ part_tests() {
     {
         pytest_check tests_models 90 $(workers load) "$models"
         pytest_check tests_others 180 $(workers loadfile) -k 'not 31_bits' \
-            $(gpu_files | grep -v -e ops/test_wkv7 -e "$models")
+            $(gpu_files | grep -v -e ops/test_wkv7 -e ops/test_cuda_operators -e "$models")
     }
     [ "$device" = cpu ] || pytest_check tests_31_bits 60 tests/ops -k 31_bits
 }

@@ -5,6 +5,7 @@ The kernels run on the host shim, on CPU tensors: everything from the Python cal
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import pytest
@@ -12,7 +13,10 @@ import torch
 
 from rwkv_bone.errors import UserError
 from rwkv_bone.ops import build, choice, compiled, cuda, native, select_op, trial
+from rwkv_bone.ops.chunked_launches import LENGTHS
 from rwkv_bone.ops.reference import wkv7_reference
+from rwkv_bone.ops.sizes import chunking
+from rwkv_bone.ops.wkv7 import wkv7
 from tests.ops import packed_inputs, wkv6_inputs, wkv_inputs
 from tests.ops.shim import ShimCalls
 from tests.ops.wkv_inputs import relative_error
@@ -20,11 +24,11 @@ from tests.ops.wkv_inputs import relative_error
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the CUDA source as C++")
-
 
 @pytest.fixture
 def shim(monkeypatch, request):
+    if not shutil.which("g++"):
+        pytest.skip("no g++ to compile the CUDA source as C++")
     calls = ShimCalls(request.config.cache.mkdir("cuda_shim"))
     monkeypatch.setattr(cuda, "call", calls)
     return calls
@@ -155,7 +159,6 @@ def test_the_registered_operators_keep_pytorchs_rules_in_every_form(shim, operat
 def test_the_public_function_hands_a_constant_part_of_the_decay_on_where_that_saves_something(shim, monkeypatch):
     """As on a card: the form is CUDA's, w is of r's dtype, and w0 is not trained."""
     from rwkv_bone.ops import wkv
-    from rwkv_bone.ops.wkv7 import wkv7
 
     monkeypatch.setattr(wkv, "choose_form", lambda *arguments: "cuda-chunked")
     case, w0 = apart(wkv_inputs.make_case(BF16, B=1, T=33, H=2))
@@ -201,20 +204,28 @@ def made(operator: str, dtype: torch.dtype, **sizes: int) -> tuple[dict, dict]:
 
 
 def usable(form: str, operator: str, N: int, dtype: torch.dtype) -> None:
-    """Skips where the card has too little shared memory for chunks this long, and fails for any other reason."""
+    """Skips where a card has too little shared memory for what no usual run takes; else fails with the reason."""
     try:
         select_op(form, torch.device("cuda"), operator, N, dtype)
     except UserError as problem:
-        if form == "cuda-chunked64" and "bytes of shared memory" in str(problem):
+        if (form == "cuda-chunked64" or N == 128) and "bytes of shared memory" in str(problem):
             pytest.skip(str(problem))
         raise
 
 
+def has_kernels(form: str, N: int) -> bool:
+    chunked = chunking(choice.labels(form, "wkv7", BF16, N)[0])
+    return chunked.tokens in LENGTHS[chunked.mode].get(N, ())
+
+
 @on_a_card
-@every_form
 @every_operator
-@pytest.mark.parametrize("N", [32, 64, 128])
-def test_chunked_kernels_on_a_card_agree_with_the_reference(operator, N, form, dtype):
+@pytest.mark.parametrize(
+    ("form", "dtype", "N"),
+    [(form, dtype, N) for form, dtype in CHUNKED for N in (32, 64, 128) if has_kernels(form, N)],
+    ids=str,
+)
+def test_chunked_kernels_on_a_card_agree_with_the_reference(operator, form, dtype, N):
     usable(form, operator, N, dtype)
     bound = BOUNDS[form]
     if form == "cuda-accurate" and dtype == BF16:
@@ -255,6 +266,37 @@ def test_chunked_kernels_on_a_card_repeat_and_wait_for_nothing(operator, form, d
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@on_a_card
+@every_operator
+def test_a_card_full_of_chunks_gives_what_the_sequential_kernels_give_and_repeats(operator):
+    """At the heads of a 2.9B model: 2,560 blocks for each kernel that has one for a chunk and head."""
+    usable("cuda-chunked", operator, 64, BF16)
+    make = wkv_inputs.make_case if operator == "wkv7" else functools.partial(wkv6_inputs.make_case, operator)
+    case = on_card(make(BF16, B=2, T=1024, H=40))
+    expected, found, again = (run(operator, case, form) for form in ("cuda-exact", "cuda-chunked", "cuda-chunked"))
+    for name, x in found.items():
+        assert torch.equal(x, again[name]), f"{name} is not what it was: threads did not wait for each other"
+        pairs = [(x, expected[name])]
+        if x.shape == case["r"].shape:  # head by head, since one wrong head of many is little in all
+            pairs = zip(x.transpose(1, 2).flatten(0, 1), expected[name].transpose(1, 2).flatten(0, 1), strict=True)
+        worst = max(relative_error(head.cpu(), right.cpu()) for head, right in pairs)
+        assert worst < 2 * BOUNDS["cuda-chunked"], name
+
+
+@on_a_card
+def test_chunked_state_indices_beyond_31_bits_are_right():
+    usable("cuda-chunked", "wkv7", 64, BF16)
+    B, T, H, N = 4096, 3, 128, 64  # B * H * N * N = 2^31 numbers of the states
+    torch.manual_seed(0)
+    inputs = {name: 0.1 * torch.randn(1, T, H, N, device="cuda", dtype=BF16) for name in "rkvab"}
+    inputs["w"] = torch.randn(1, T, H, N, device="cuda")
+    with torch.no_grad():
+        one = wkv7(**inputs, output_state=True, op="cuda-chunked")
+        many = {name: x.expand(B, T, H, N) for name, x in inputs.items()}
+        y, last = wkv7(**many, output_state=True, op="cuda-chunked")
+    assert torch.equal(y[-1], one[0][0]) and torch.equal(last[-1], one[1][0])
 
 
 @on_a_card
