@@ -337,13 +337,14 @@ struct alignas(128) Operand {
     }
   }
 
-  // One element. Two threads write the halves of a word, so the simulation does not watch it.
+  // One element.
   __device__ __forceinline__ void put_one(int row, int column, float x) {
     Pair<Element> pairs[F::kPlanes];
     split<F>(pairs, x, 0.0f);
 #pragma unroll
     for (int plane = 0; plane < F::kPlanes; ++plane) {
       Element* to = value[plane] + Place::in_shared(row, column);
+      WKV_WRITES(to, sizeof *to);
       assign(*to, first(pairs[plane]));
     }
   }

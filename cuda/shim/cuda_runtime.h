@@ -76,7 +76,7 @@ struct Together {
   alignas(16) unsigned char brought[kWarp][kPostBytes], taken[kWarp][kPostBytes];
 };
 
-// Who last wrote and read four bytes of shared memory, and after how many barriers of the block and of the warp.
+// Who last wrote and read two bytes of shared memory, and after how many barriers of the block and of the warp.
 struct Access {
   int writer, reader;  // threads; kNobody, kSeveral
   unsigned written_block, written_warp, read_block, read_warp;
@@ -98,7 +98,7 @@ struct Machine {
   unsigned blocks_begun = 0, block_barriers = 0, warp_barriers[kMaxThreads / kWarp];
   int64_t bytes_in = 0, bytes_out = 0;  // of global memory, as far as kernels count them
   alignas(128) unsigned char shared[kSharedBytes];
-  Access access[kSharedBytes / 4];
+  Access access[kSharedBytes / 2];
 };
 inline Machine machine;
 alignas(64) inline char stacks[kMaxThreads][kStackBytes];
@@ -166,12 +166,12 @@ inline bool in_order(int thread, unsigned block, unsigned warp) {
 inline Access* accesses(const void* pointer, size_t bytes, size_t* count) {
   const size_t at = size_t(static_cast<const unsigned char*>(pointer) - machine.shared);
   require(at < kSharedBytes && at + bytes <= kSharedBytes, "not in shared memory");
-  *count = (at % 4 + bytes + 3) / 4;
-  return machine.access + at / 4;
+  *count = (at % 2 + bytes + 1) / 2;
+  return machine.access + at / 2;
 }
 
 // Called where kernels read and write shared memory: fails if another thread's write, or a read before a write, is not
-// set apart by a barrier. A word of four bytes has one owner, so two threads may not write its halves.
+// set apart by a barrier.
 inline void reads(const void* pointer, size_t bytes) {
   size_t count;
   Access* access = accesses(pointer, bytes, &count);
@@ -256,7 +256,7 @@ inline bool run_block() {
   for (int i = 0; i < threads; ++i) machine.fibers[i].turns = 0;
   const size_t bytes = std::max(machine.dynamic_bytes, kStaticBytes);
   std::memset(machine.shared, 0xff, bytes);  // NaN as float
-  std::fill_n(machine.access, bytes / 4, Access{kNobody, kNobody, 0, 0, 0, 0});
+  std::fill_n(machine.access, bytes / 2, Access{kNobody, kNobody, 0, 0, 0, 0});
   machine.block_barriers = 0;
   ++machine.blocks_begun;
   std::fill_n(machine.warp_barriers, kMaxThreads / kWarp, 0u);

@@ -139,6 +139,7 @@ BUGS = [
         "s.solver.invert();\n  __syncthreads();\n  for (int task",
         "s.solver.invert();\n  for (int task",
         "order",
+        RACE,
     ),
     Bug(
         "no barrier between the solves and the triangles' gradients",

@@ -66,8 +66,8 @@ BROKEN = {
         "a race: written without a barrier after a read",
     ),
     "written_twice": ("set(s.row[t / 2], float(t));", "a race: written twice without a barrier"),
-    "halves_of_a_word_by_two_threads": (
-        "BFloat16* to = reinterpret_cast<BFloat16*>(s.row) + t; WKV_WRITES(to, 2); assign(*to, 1.0f);",
+    "a_half_of_a_word_written_twice": (
+        "BFloat16* to = reinterpret_cast<BFloat16*>(s.row) + t / 2; WKV_WRITES(to, 2); assign(*to, 1.0f);",
         "a race: written twice without a barrier",
     ),
     "a_matrix_read_without_a_barrier": (
@@ -105,6 +105,10 @@ BROKEN = {
 }
 
 RIGHT = {
+    "halves_of_a_word_by_two_threads": (
+        "BFloat16* to = reinterpret_cast<BFloat16*>(s.row) + t; WKV_WRITES(to, 2); assign(*to, p.in[t]);"
+        "__syncthreads(); p.out[t] = to_float(reinterpret_cast<BFloat16*>(s.row)[63 - t]);"
+    ),
     "through_shared_memory": "set(s.row[t], p.in[t]); __syncthreads(); p.out[t] = get(s.row[63 - t]);",
     "within_a_warp": "set(s.row[t], p.in[t]); __syncwarp(); p.out[t] = get(s.row[t ^ 31]);",
     "twice_with_barriers": "set(s.row[t], 1.0f); __syncthreads(); float x = get(s.row[63 - t]); __syncthreads();"
@@ -175,6 +179,7 @@ def test_a_broken_kernel_is_found(run, name, reverse):
 def test_barriers_and_copies_that_are_there_find_nothing(run, reverse):
     given, t = torch.randn(1024), torch.arange(64)
     expected = {
+        "halves_of_a_word_by_two_threads": given[63 - t].bfloat16().float(),
         "through_shared_memory": given[63 - t],
         "within_a_warp": given[t ^ 31],
         "twice_with_barriers": 1 + given[63 - t],
