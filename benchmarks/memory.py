@@ -183,7 +183,7 @@ def kept_per_token(arch: Architecture, count: Counted, run: Run) -> float:
     numbers += {7: rank.get("w", 0) + rank.get("g", 0), 6: 5 * rank.get("mix", 0) + rank.get("decay", 0), 5: 0}[
         arch.version
     ]
-    # In bf16 on a GPU RWKV-7's operator now keeps 2 C, but the steps measured so far kept 4 C, and so does the processor.
+    # In bf16 on a GPU RWKV-7's operator now keeps 2 C; the steps measured so far kept 4 C, and so does the processor.
     decay = 0 if arch.version == 5 else 4 * C
     kernels = "cpu" if run.device == "cpu" else "exact"
     scratch = saved_floats(f"wkv{arch.version}", kernels, run.micro_bsz, run.length, arch.n_head, arch.head_size, 0)
