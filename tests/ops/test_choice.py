@@ -250,6 +250,7 @@ def test_an_explicit_form_that_cannot_be_had_is_refused_with_the_way_out(card):
     for op, N, words in (
         ("cuda-chunked", 8, "head size of 32, 64, 128, found 8"),
         ("cuda-accurate", 128, "head size of 32, 64, found 128"),
+        ("cuda-chunked64", 128, "for a head size of 128 take chunks of 16 tokens, not 64"),
     ):
         with pytest.raises(UserError, match=words):
             select_op(op, CUDA, "wkv7", N)

@@ -89,7 +89,7 @@ def _chunked(op: str, device: torch.device, operator: str, N: int, dtype: torch.
     if dtype not in choice.DTYPES[chunked.mode]:
         found = str(dtype).removeprefix("torch.")
         raise UserError(f"--op {op} takes bfloat16, found {found}: use --op cuda-accurate or --op cuda-exact")
-    problem = choice.obstacle(chunked.mode, N, torch.cuda.get_device_capability(device))
+    problem = choice.obstacle(chunked.mode, N, torch.cuda.get_device_capability(device), chunked.tokens)
     if problem := problem or _trial_problem(device, operator, N, dtype, op):
         raise UserError(f"--op {op} is not possible: {problem}: use --op cuda-exact")
     products = "one product" if chunked.mode == "chunked" else "three products"

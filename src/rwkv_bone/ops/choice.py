@@ -138,14 +138,20 @@ def parse(row: dict) -> Rule:
     return rule
 
 
-def obstacle(mode: str, N: int, capability: tuple[int, int]) -> str:
-    """Why the kernels of a mode ("chunked" or "accurate") cannot be had, in words; nothing if they can."""
+def obstacle(mode: str, N: int, capability: tuple[int, int], tokens: int | None = None) -> str:
+    """Why the kernels of a mode ("chunked" or "accurate") cannot be had, in words; nothing if they can.
+
+    `tokens`: of a chunk, where a length is asked for.
+    """
     if capability < CAPABILITY:
         needed, found = ("{}.{}".format(*x) for x in (CAPABILITY, capability))
         return f"the {mode} kernels need a card of compute capability {needed} or higher, this one has {found}"
     if N not in LENGTHS[mode]:
         sizes = ", ".join(map(str, LENGTHS[mode]))
         return f"the {mode} kernels need a head size of {sizes}, found {N}"
+    if tokens is not None and tokens not in LENGTHS[mode][N]:
+        lengths = ", ".join(map(str, LENGTHS[mode][N]))
+        return f"the {mode} kernels for a head size of {N} take chunks of {lengths} tokens, not {tokens}"
     return ""
 
 
