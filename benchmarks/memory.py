@@ -15,7 +15,7 @@ The formula, for a run that trains an adapter on one device (ZeRO stage 1 or 2):
                 of each layer; with chunk_ctx of one chunk, and the state of each layer at each boundary
     working     what exists for a moment: the logits of 1,024 tokens (8 bytes each), or the widest layer's gradients;
                 with grad_cp also one layer's kept tensors; with --quant one weight
-    reserve     5 % of all that for gaps between tensors, and 1 GiB for CUDA itself, cuBLAS and a display
+    reserve     10 % of all that for gaps between tensors, and 1 GiB for CUDA itself, cuBLAS and a display
 
 tests/test_memory_page.py holds `kept_per_token` to what autograd keeps on a processor, and the page to this file.
 """
@@ -67,7 +67,7 @@ HEAD_BYTES = 14  # norms of each head
 
 TRAINED_BYTES, STEP_BYTES = 20, 24
 BUCKET = (1_000_000, 20_000_000)  # elements, as training/strategy.py has them
-GAPS, CUDA_BYTES = 0.05, GB
+GAPS, CUDA_BYTES = 0.10, GB
 
 
 @dataclass(frozen=True)

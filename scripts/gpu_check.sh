@@ -195,7 +195,7 @@ part_slow() {
 train() {
     run=$1 folder=$work/runs/$2
     shift 2
-    check "$run" 90 "$python" "$tools/training.py" "$rows" "$run" "$folder" \
+    check "$run" 150 "$python" "$tools/training.py" "$rows" "$run" "$folder" \
         sh "$repo/scripts/run_bone.sh" --accelerator "$accelerator" --proj_dir "$folder" "$@"
 }
 

@@ -59,13 +59,16 @@ def test_with_grad_cp_a_layer_keeps_its_input_alone(version):
 
 def test_the_formula_agrees_with_every_step_that_was_measured_on_a_gpu():
     rows = list(memory.measured())
-    assert len(rows) >= 6
-    for run, what, _, _, off in rows:
+    assert len(rows) >= 15
+    for run, what, measured, computed, off in rows:
         share = float(off.rstrip("%")) / 100
         # A card must never be promised to be enough when it is not. More than 0 also by what DeepSpeed needs, which
         # took no part in these steps.
-        low, high = {"kept for backward": (-0.01, 0.01), "what the card must have": (0, 0.10)}.get(what, (0, 0.08))
-        assert low <= share <= high, (run, what)
+        low, high = {"kept for backward": (-0.01, 0.01)}.get(what, (0, 0.08))
+        if what == "what the card must have":
+            # What PyTorch reserved is without the part for CUDA itself, which is all that a small model is off by.
+            high = 0.10 + memory.CUDA_BYTES / memory.GB / float(measured)
+        assert low <= share <= high, (run, what, measured, computed)
 
 
 def test_what_is_chosen_fits_its_card_and_the_next_larger_batch_does_not():
