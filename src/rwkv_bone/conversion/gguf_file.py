@@ -97,7 +97,7 @@ def write_gguf(
         raise UserError(f"no GGUF of this model: {reason}")
     if len(tokens) > arch.vocab_size or tokens[0] or not all(tokens[1:]):
         raise UserError(
-            f"no GGUF: {len(tokens)} tokens for a vocabulary of {arch.vocab_size}: expected no more, and none empty but 0"
+            f"no GGUF: {len(tokens)} tokens for {arch.vocab_size} ids; expected no more, and none empty but id 0's"
         )
     # All layers must have the same sizes and ranks, which the file has once.
     expected = {key: torch.empty(shape, device="meta") for key, shape in expected_shapes(arch)}
