@@ -92,16 +92,7 @@ def write_gguf(
 
     UserError if the model has no such form, a key or shape is not the model's, or a number is too large for its type.
     """
-    reason = obstacle(arch, shapes)
-    if reason:
-        raise UserError(f"no GGUF of this model: {reason}")
-    if len(tokens) > arch.vocab_size or tokens[0] or not all(tokens[1:]):
-        raise UserError(
-            f"no GGUF: {len(tokens)} tokens for {arch.vocab_size} ids; expected no more, and none empty but id 0's"
-        )
-    # All layers must have the same sizes and ranks, which the file has once.
-    expected = {key: torch.empty(shape, device="meta") for key, shape in expected_shapes(arch)}
-    match_keys(expected, shapes, "what is to be written as GGUF")
+    _check_model(arch, shapes, tokens)
     gguf, outtype = _gguf(), _chosen_outtype(outtype, shapes)
 
     writer = gguf.GGUFWriter(path, f"rwkv{arch.version}")
@@ -133,6 +124,20 @@ def write_gguf(
             writer.write_tensor_data(_encoded(tensor, kind))
     finally:
         writer.close()
+
+
+def _check_model(arch: Architecture, shapes: Mapping[str, Tensor], tokens: Sequence[bytes]) -> None:
+    """UserError if this is no model that GGUF has a place for."""
+    reason = obstacle(arch, shapes)
+    if reason:
+        raise UserError(f"no GGUF of this model: {reason}")
+    if len(tokens) > arch.vocab_size or tokens[0] or not all(tokens[1:]):
+        raise UserError(
+            f"no GGUF: {len(tokens)} tokens for {arch.vocab_size} ids; expected no more, and none empty but id 0's"
+        )
+    # All layers must have the same sizes and ranks, which the file has once.
+    expected = {key: torch.empty(shape, device="meta") for key, shape in expected_shapes(arch)}
+    match_keys(expected, shapes, "what is to be written as GGUF")
 
 
 def _due_rows(arch: Architecture, shapes: Mapping[str, Tensor]) -> Mapping[str, list[Row]]:
