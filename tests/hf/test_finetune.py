@@ -375,6 +375,17 @@ def test_a_model_that_cannot_read_the_rows_is_refused_before_it_is_loaded(folder
         assert not (folder / "out").exists()
 
 
+def test_tokens_that_were_added_to_the_tokenizer_alone_are_refused_by_name(folder):
+    from rwkv_bone.hf.finetune import finetune
+
+    added = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    added.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    added.chat_template = CHAT.replace("<{{ m.role }}>", "<|im_start|>{{ m.role }} ")
+    added.save_pretrained(folder / "base")
+    with pytest.raises(UserError, match=r"train.jsonl:1: token 259 \('<\|im_start\|>'\), but .* ids 0 to 258: use"):
+        finetune(parse(flags(folder, "out", deepspeed="none")))
+
+
 def test_padding_with_a_token_that_the_model_has_no_row_for_is_done_with_another(folder, make_model, tokenizer, capsys):
     from rwkv_bone.hf.finetune import finetune
 
