@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_bone.checkpoints.files import read_state
+from rwkv_bone.checkpoints.layouts import Layout, to_upstream
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
 
@@ -131,7 +132,23 @@ def _generation(state: Mapping[str, Tensor], source: str | Path) -> int:
     raise UserError(f"{source}: {kind}; expected an RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070) checkpoint")
 
 
-def load_base(path: str | Path) -> tuple[Architecture, dict[str, Tensor]]:
-    """(architecture, mapped tensors) of a base checkpoint."""
-    state = read_state(path)
-    return architecture_of(state, path), state
+@dataclass(frozen=True)
+class Base:
+    """A base model as it was read."""
+
+    arch: Architecture
+    state: dict[str, Tensor]  # under upstream's names, with upstream's shapes: mapped views, in the file's dtypes
+    layout: Layout
+    path: Path  # what was read: a file, an index or a folder
+    folder: Path | None = None  # where config.json and the tokenizer of the model are
+
+    def describe(self) -> str:
+        """A few words on what was read, for headers; "" for a plain file with upstream's names."""
+        return "" if self.layout.name == "upstream" else self.layout.title
+
+
+def load_base(path: str | Path) -> Base:
+    """The model at `path`, in any layout of `layouts.py`. UserError says what is wrong with it."""
+    path = Path(path)
+    state, layout = to_upstream(read_state(path), path)
+    return Base(architecture_of(state, path), state, layout, path)

@@ -40,7 +40,8 @@ MERGE = "merge it (python merge.py --help) and convert the merged model"
 
 def convert(config: ConvertConfig) -> list[str]:
     """Write `config.output` and return what to tell the user, line by line. UserError, and no output, if it cannot."""
-    arch, base = checkpoints.load_base(config.base_model)
+    model = checkpoints.load_base(config.base_model)
+    arch, base = model.arch, model.state
     adapter, why = read_any(config, base)
     target = _target(config, adapter)
     lines = [

@@ -74,7 +74,8 @@ def merge_files(config: MergeConfig) -> list[str]:
     UserError, and no output, when the files do not fit or a check fails. Needs neither a GPU nor the training stack.
     """
     output = _output_path(config)
-    arch, base = checkpoints.load_base(config.base_model)
+    model = checkpoints.load_base(config.base_model)
+    arch, base = model.arch, model.state
     adapter = read_adapter(
         config.peft_checkpoint,
         base,

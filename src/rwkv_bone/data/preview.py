@@ -78,9 +78,9 @@ def parse(argv: list[str], prog: str = "preview") -> tuple[PreviewConfig, DataCo
 
 def _vocab_size(load_model: str, vocab_size: int, tokenizer: str) -> int:
     if load_model:
-        from rwkv_bone.checkpoints import architecture_of, read_state
+        from rwkv_bone.checkpoints import load_base
 
-        return architecture_of(read_state(load_model), load_model).vocab_size
+        return load_base(load_model).arch.vocab_size
     if vocab_size:
         return vocab_size
     # A tokenizer.json is asked: any number will do to load it.

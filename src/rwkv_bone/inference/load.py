@@ -39,7 +39,8 @@ def load_model(
         require_cuda(f"device={str(device)!r}: ", "use device='cpu'")
     if quant not in (None, *QUANTS):
         raise UserError(f"quant={quant!r}: expected one of {', '.join(QUANTS)}, or None")
-    arch, state = checkpoints.load_base(path)
+    base = checkpoints.load_base(path)
+    arch, state = base.arch, base.state
     dtype = dtype or state["emb.weight"].dtype
     trained = read_adapter(adapter, state) if adapter is not None else None
     metadata = trained.metadata if trained else None

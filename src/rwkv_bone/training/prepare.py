@@ -83,9 +83,9 @@ def _load_base(config: TrainConfig) -> tuple[Architecture, dict[str, Tensor]]:
     """The base model's architecture and its tensors, mapped; no tensors for a model that is trained from scratch."""
     path = config.model.load_model
     if path:
-        arch, base = checkpoints.load_base(path)
-        arch.check(config.model, path)
-        return arch, base
+        base = checkpoints.load_base(path)
+        base.arch.check(config.model, path)
+        return base.arch, base.state
     if config.adapter.kind != "none":
         raise UserError("--load_model is empty: an adapter needs a base model; --peft none trains one from scratch")
     return architecture_from_scratch(config.model), {}
