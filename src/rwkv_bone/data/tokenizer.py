@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Hashable, Iterable
-from functools import cache, cached_property
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -94,6 +94,23 @@ def _world_vocabulary() -> Traversable:
     return resources.files("pyrwkv_tokenizer") / "rwkv_vocab_v20230424.txt"
 
 
+@cache
+def world_tokens() -> list[bytes]:
+    """The 65,530 tokens of RWKV World by id; id 0, which ends a document, is b"".
+
+    From the package's lines `id literal length`, in order; a literal is a Python str or bytes.
+    """
+    _rust_world()
+    tokens = [b""]
+    for line in _world_vocabulary().read_text(encoding="utf-8").strip().split("\n"):
+        number, rest = line.split(" ", 1)
+        literal, length = rest.rsplit(" ", 1)
+        token = ast.literal_eval(literal)
+        tokens.append(token if isinstance(token, bytes) else token.encode("utf-8"))
+        assert (int(number), int(length)) == (len(tokens) - 1, len(tokens[-1])), f"World vocabulary, token {number}"
+    return tokens
+
+
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
@@ -116,19 +133,8 @@ class WorldTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         # The package's own decode panics on incomplete UTF-8, which a model writes now and then.
-        return _decode(self._pieces.get(i, UNKNOWN) for i in ids)
-
-    @cached_property
-    def _pieces(self) -> dict[int, bytes]:
-        """{id: bytes}, from the package's lines `id literal length`; a literal is a Python str or bytes."""
-        pieces = {self.eod: b""}
-        for line in _world_vocabulary().read_text(encoding="utf-8").strip().split("\n"):
-            number, rest = line.split(" ", 1)
-            literal, length = rest.rsplit(" ", 1)
-            piece = ast.literal_eval(literal)
-            pieces[int(number)] = piece if isinstance(piece, bytes) else piece.encode("utf-8")
-            assert len(pieces[int(number)]) == int(length), f"World vocabulary, token {number}"
-        return pieces
+        tokens = world_tokens()
+        return _decode(tokens[i] if 0 <= i < len(tokens) else UNKNOWN for i in ids)
 
 
 class JsonTokenizer:
