@@ -42,10 +42,10 @@ READERS = {
 SHARD_SIZE = "5GB"
 UNITS = {"": 1, "B": 1} | {f"{unit}{b}": base**power for b, base in (("B", 1000), ("IB", 1024))
                            for power, unit in enumerate("KMG", 1)}  # fmt: skip
-# How far rounding to fp32, bf16 or fp16 moves a weight, relative to it: the root mean square over all values.
-ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 0.41 * 2**-8, torch.float16: 0.41 * 2**-11}
-# The fp16 scale of a block of q8_0 is off by up to 2^-11, which moves the largest of its 127 steps by 127 / 2^11.
-Q8_STEP, Q8_BLOCK = 0.5 + 127 / 2**11, 32
+# How far a form's rounding moves a weight, relative to it: the root mean square over many weights. For a float with m
+# bits of mantissa 0.41 x 2^-m-1; for q8_0, whose steps are 1/127 of the largest of 32 normal numbers, a 200th.
+ROUNDING = {"f32": 0.0, "bf16": 0.41 * 2**-8, "f16": 0.41 * 2**-11, "q8_0": 0.005}
+DTYPES = {torch.float64: "f32", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Output:
         output = self
         if self.form == "folder":
             output = replace(self, form=base.layout.name if base.layout.name in FOLDERS else "fla")
+        if self.form == "gguf":
+            output = replace(self, outtype=gguf_file.chosen_outtype(self.outtype, base.state))
         reason = output._obstacle(base.arch, list(keys))
         if reason:
             raise UserError(f"--output {self.path}: {reason}")
@@ -103,23 +105,20 @@ class Output:
         """Whether upstream's key has a place in this form. Layer 0's v0 v1 v2, which nothing computes with, may not."""
         return key not in left_out(arch.version) if self.form == "gguf" else self.layout.holds(key, arch.version)
 
-    def stored(self, tensor: Tensor) -> Tensor:
-        """A tensor of the model in the dtype that this form has for it; a GGUF file rounds by itself."""
+    def stored(self, key: str, tensor: Tensor) -> Tensor:
+        """What this form keeps of a tensor of the model, under upstream's key."""
+        if self.form == "gguf":
+            return gguf_file.as_stored(key, tensor, self.outtype)
         return tensor.half() if self.form == "st" else tensor
 
-    def holds(self, expected: Tensor, found: Tensor) -> bool:
-        """Whether what was read back is what should have been written, bit for bit, or as q8_0 rounds."""
-        if self.form != "gguf":
-            return found.dtype == expected.dtype and torch.equal(found, expected)
-        found, exact = found.float(), expected.float()
-        dtype = gguf_file.DTYPES.get(self.outtype, expected.dtype)
-        if torch.equal(found, exact) or torch.equal(found, exact.to(dtype).float()):
-            return True
-        if self.outtype != "q8_0" or exact.shape[-1] % Q8_BLOCK:
-            return False
-        blocks = exact.reshape(-1, Q8_BLOCK)
-        step = blocks.abs().amax(1, keepdim=True) / 127
-        return bool(((found.reshape(-1, Q8_BLOCK) - blocks).abs() <= Q8_STEP * step + 127 * 2**-25).all())
+    def rounding(self, dtype: torch.dtype) -> float:
+        """How far, relative to them, the weights of a model that is computed in fp32 are moved. dtype: the base's."""
+        return sum(ROUNDING[kind] for kind in self.number_formats(dtype))
+
+    def number_formats(self, dtype: torch.dtype) -> list[str]:
+        """What a model that is computed in fp32 is rounded to, in the terms of --outtype. dtype: the base's."""
+        kinds = [DTYPES[dtype], {"gguf": self.outtype, "st": "f16"}.get(self.form, DTYPES[dtype])]
+        return sorted(set(kinds) - {"f32"} or {"f32"})
 
     @contextlib.contextmanager
     def writing(self, overwrite: bool) -> Iterator[Path]:
@@ -137,7 +136,8 @@ class Output:
         if self.form == "gguf":
             gguf_file.write_gguf(path, arch, shapes, tensors, self.outtype, *folder.gguf_text(base))
             return
-        shapes = dict(self._theirs(((key, torch.empty_like(value, device="meta")) for key, value in shapes.items()), arch))
+        on_meta = ((key, torch.empty_like(tensor, device="meta")) for key, tensor in shapes.items())
+        shapes = dict(self._theirs(on_meta, arch))
         tensors = self._theirs(tensors, arch)
         if self.is_folder:
             folder.write_folder(path, base, self.layout, self.shard_size, shapes, tensors)
@@ -147,11 +147,20 @@ class Output:
     def _theirs(self, tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in tensors:
             if self.keeps(key, arch):
-                yield self.layout.theirs(key, self.stored(tensor), arch)
+                yield self.layout.theirs(key, self.stored(key, tensor), arch)
 
     def read(self, path: Path) -> Mapping[str, Tensor]:
         """What was written, under upstream's names and in upstream's shapes."""
         return gguf_file.read_gguf(path) if self.form == "gguf" else checkpoints.load_base(path).state
+
+    def describe(self) -> str:
+        """A few words for the user: what it is, and for whom."""
+        kind = f"GGUF, matrices in {self.outtype}, " if self.form == "gguf" else ""
+        return f"{kind}{self.layout.title + ' folder, ' if self.is_folder else ''}{READERS[self.form]}"
+
+    def tokenizer(self, base: Base) -> str:
+        """Where a folder's tokenizer comes from, in words."""
+        return folder.describe_texts(base)
 
     def size(self) -> int:
         """Bytes of the file, or of all files in the folder."""
