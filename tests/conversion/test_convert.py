@@ -300,7 +300,7 @@ def test_adapters_of_other_bases_and_flags_that_contradict_are_refused(field):
     field.base, field.weights = field.folder / "small.pth", checkpoints.read_state(field.folder / "small.pth")
     with pytest.raises(UserError, match="another base"):
         field.convert(path, "no.pth")
-    with pytest.raises(UserError, match="adapts blocks.1.att.key, which .*small.pth does not have"):
+    with pytest.raises(UserError, match="adapts blocks.1.att.receptance, which .*small.pth does not have"):
         field.convert(field.folder / "directory", "no.pth")
 
 

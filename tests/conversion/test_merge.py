@@ -14,7 +14,8 @@ from rwkv_bone.adapters import ADAPTERS, AdapterSettings, BoneLinear, inject
 from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.conversion import merge as merging
-from rwkv_bone.conversion.merge import merge_files, merged_tensors
+from rwkv_bone.conversion.fold import merged_tensors
+from rwkv_bone.conversion.merge import merge_files
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import load_base_into
 from rwkv_bone.quantization import as_trained

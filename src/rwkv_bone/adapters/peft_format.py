@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from rwkv_bone.checkpoints import atomic_path, read_state
+from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.errors import UserError
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -201,12 +202,9 @@ def write_peft(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file as PyTorch's libraries mark theirs, atomically, over whatever is there."""
-    from safetensors.torch import save_file
-
+    """A safetensors file, atomically, over whatever is there."""
     with atomic_path(path, overwrite=True) as temporary:
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(plain, temporary, metadata={"format": "pt"})
+        write_tensors(temporary, tensors, tensors.items(), format="safetensors")
 
 
 def lora_of_bone(bone: Tensor, in_features: int) -> tuple[Tensor, Tensor]:

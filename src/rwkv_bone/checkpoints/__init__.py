@@ -2,7 +2,6 @@
 
 from rwkv_bone.checkpoints.architecture import Architecture, Base, architecture_of, load_base
 from rwkv_bone.checkpoints.files import (
-    METADATA_RECORD,
     atomic_path,
     read_metadata,
     read_state,
@@ -11,6 +10,7 @@ from rwkv_bone.checkpoints.files import (
 )
 from rwkv_bone.checkpoints.keys import fingerprint, match_keys, param_part
 from rwkv_bone.checkpoints.layouts import LAYOUTS, Layout, layout_of, to_upstream
+from rwkv_bone.checkpoints.stream import METADATA_RECORD
 
 __all__ = [
     "METADATA_RECORD",

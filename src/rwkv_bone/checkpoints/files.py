@@ -21,11 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_bone.checkpoints.stream import METADATA_RECORD, write_tensors
 from rwkv_bone.errors import UserError
 
 log = logging.getLogger("rwkv_bone")
-
-METADATA_RECORD = "rwkv_bone.json"
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -101,23 +100,9 @@ def write_state(
             temporary.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
-def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict | None = None) -> None:
+def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping | None = None) -> None:
     """The bare write behind `write_state`: no temporary name, no JSON beside."""
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file(tensors, path, metadata={METADATA_RECORD: json.dumps(metadata)} if metadata is not None else None)
-        return
-    try:
-        torch.save(tensors, path)
-    except RuntimeError as error:
-        # torch reports a full or read-only disk as a RuntimeError of its zip writer.
-        raise OSError(str(error).splitlines()[0]) from error
-    if metadata is not None:
-        with zipfile.ZipFile(path, "a") as archive:
-            root = archive.namelist()[0].split("/")[0]
-            archive.writestr(f"{root}/{METADATA_RECORD}", json.dumps(metadata))
+    write_tensors(path, state, state.items(), metadata)
 
 
 def read_metadata(path: str | Path) -> dict | None:
