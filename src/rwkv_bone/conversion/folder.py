@@ -84,7 +84,7 @@ def write_shards(
     ]
     source = iter(tensors)
     for name, shard in zip(names, shards, strict=True):
-        write_tensors(folder / name, shard, islice(source, len(shard)), metadata={"format": "pt"})
+        write_tensors(folder / name, shard, islice(source, len(shard)))
     assert next(source, None) is None
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}

@@ -142,7 +142,7 @@ class Output:
         if self.is_folder:
             folder.write_folder(path, base, self.layout, self.shard_size, shapes, tensors)
         else:
-            write_tensors(path, shapes, tensors, format=".pth" if self.form == "pth" else ".safetensors")
+            write_tensors(path, shapes, tensors, format="pth" if self.form == "pth" else "safetensors")
 
     def _theirs(self, tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in tensors:
