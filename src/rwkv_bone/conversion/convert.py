@@ -1,4 +1,6 @@
-"""Converts adapters between the formats that RWKV projects use: `python -m rwkv_bone.conversion.convert --help`.
+"""Converts adapters between the formats that RWKV projects use, and models: `rwkv_bone.conversion.convert --help`.
+
+Without an adapter the base model itself is written in the form that the output's name asks for (`output.py`). With one:
 
 It reads this project's files and RWKV-PEFT's (`adapters/files.py` says which), directories of Hugging Face PEFT, with
 RWKV's own names or those of Hugging Face models, and Alic-Li's `<module>.weight.D` [out, r], whose scale is alpha / r.
@@ -12,6 +14,8 @@ shapes fit two kinds, the base's shapes often decide; where they do not, the use
     lora               yes      no               yes
     pissa              yes      no               yes, of rank 2r: B A - B0 A0
     initial state      yes      no               no
+
+An initial state is also written as .st, as web-rwkv and Ai00 keep it.
 """
 
 from __future__ import annotations
@@ -29,23 +33,28 @@ from rwkv_bone.adapters import peft_format
 from rwkv_bone.adapters.files import AdapterFile, infer_adapter, read_adapter
 from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.adapters.settings import AdapterSettings
+from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.conversion.flags import ConvertConfig, parse_convert
-from rwkv_bone.conversion.merge import trained_quant
+from rwkv_bone.conversion.merge import refuse_inputs, report_base, report_output, trained_quant, write_model
+from rwkv_bone.conversion.output import output_named, suffix_of
 from rwkv_bone.errors import UserError, exit_status
 
 ALIC_LI = ".weight.D"
-FILE_SUFFIXES = (".pth", ".safetensors")
+STATE_SUFFIX = ".st"
+FILE_SUFFIXES = (".pth", ".safetensors", STATE_SUFFIX)
 MERGE = "merge it (python merge.py --help) and convert the merged model"
 
 
 def convert(config: ConvertConfig) -> list[str]:
     """Write `config.output` and return what to tell the user, line by line. UserError, and no output, if it cannot."""
+    if not config.adapter:
+        return convert_model(config)
     model = checkpoints.load_base(config.base_model)
     arch, base = model.arch, model.state
     adapter, why = read_any(config, base)
     target = _target(config, adapter)
     lines = [
-        f"base      {config.base_model}: {arch.describe()}",
+        f"base      {model.label(config.base_model)}: {arch.describe()}",
         f"adapter   {adapter.path}: {adapter.settings.describe()}; {', '.join(adapter.targets) or 'initial state'}",
         f"          {why}",
     ]
@@ -59,12 +68,34 @@ def convert(config: ConvertConfig) -> list[str]:
     if target == "lora":
         adapter = to_lora(adapter, base)
         lines.append(f"lora      rank {adapter.settings.r}, scale {adapter.settings.scale:g}")
-    if Path(config.output).suffix in FILE_SUFFIXES:
+    if Path(config.output).suffix == STATE_SUFFIX:
+        write_web_rwkv_state(config, adapter, arch)
+    elif Path(config.output).suffix in FILE_SUFFIXES:
         metadata = native_metadata(adapter, arch, base, quant)
         checkpoints.write_state(config.output, adapter.state, metadata, overwrite=config.overwrite)
     else:
         write_directory(config, adapter)
     return [*lines, f"output    {config.output}"]
+
+
+def convert_model(config: ConvertConfig) -> list[str]:
+    """`convert` for the base model itself."""
+    output = output_named(config.output, config.layout, config.outtype, config.shard_size)
+    refuse_inputs(output, base_model=config.base_model)
+    base = checkpoints.load_base(config.base_model)
+    written = write_model(output, base, overwrite=config.overwrite, verify=config.verify)
+    return [report_base(config.base_model, base), *report_output(config.output, base, written)]
+
+
+def write_web_rwkv_state(config: ConvertConfig, adapter: AdapterFile, arch: checkpoints.Architecture) -> None:
+    """A state file in web-rwkv's layout, in fp16."""
+    layout = checkpoints.LAYOUTS["web-rwkv"]
+    state = dict(layout.theirs(key, tensor.half(), arch) for key, tensor in adapter.state.items())
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{key} would hold infinity in fp16, which .st files have: write .pth")
+    with checkpoints.atomic_path(config.output, config.overwrite) as temporary:
+        write_tensors(temporary, state, state.items(), format="safetensors")
 
 
 def read_any(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[AdapterFile, str]:
@@ -182,7 +213,15 @@ def _checked(
 
 def _target(config: ConvertConfig, adapter: AdapterFile) -> str:
     """native, miss or lora; UserError if the adapter has no such form."""
-    kind, is_file = adapter.settings.kind, Path(config.output).suffix in FILE_SUFFIXES
+    kind, suffix = adapter.settings.kind, suffix_of(config.output)
+    is_file = bool(suffix)
+    if suffix == STATE_SUFFIX and kind != "state":
+        raise UserError(f"--output {config.output}: of adapters only an initial state is written as .st. Otherwise {MERGE}")
+    if is_file and suffix not in FILE_SUFFIXES:
+        raise UserError(
+            f"--output {config.output}: an adapter is written as .pth or .safetensors, an initial state also as .st, or "
+            f"as a directory for Hugging Face PEFT; to get {suffix}, merge it: python merge.py --output {config.output}"
+        )
     target = config.to
     if target == "auto":
         target = "native" if is_file else "lora" if kind in ("lora", "pissa") else "miss"

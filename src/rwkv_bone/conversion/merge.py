@@ -121,8 +121,7 @@ def refuse_inputs(output: Output, **inputs: str) -> None:
 
 def report_base(name: str, base: Base) -> str:
     """The line about the base."""
-    layout = f" ({base.describe()})" if base.describe() else ""
-    return f"base      {name}: {base.arch.describe()}{layout}"
+    return f"base      {base.label(name)}: {base.arch.describe()}"
 
 
 def report_output(name: str, base: Base, written: Written) -> list[str]:
@@ -132,6 +131,8 @@ def report_output(name: str, base: Base, written: Written) -> list[str]:
         lines.append(
             f"left out  {', '.join(written.left_out)}: nothing computes with them, and the output has no place for them"
         )
+    if written.output.warning(base.arch):
+        lines.append(f"warning   {written.output.warning(base.arch)}")
     lines.append(f"output    {name}, {written.output.size():,} bytes: {written.output.describe()}")
     if written.output.is_folder:
         lines.append(f"tokenizer {written.output.tokenizer(base)}")

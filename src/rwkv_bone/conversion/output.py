@@ -94,10 +94,14 @@ class Output:
                 f"the {self.form} layout has no place for an initial state: write .pth or .st, or merge without it and "
                 "give the runtime the state file"
             )
+        return ""
+
+    def warning(self, arch: Architecture) -> str:
+        """What a user of this model in this form must know; "" if there is nothing."""
         if self.form == "fla" and arch.head_size != 64:
             return (
-                f"programs for the fla layout norm heads with an epsilon of head size x 1e-5, RWKV-7 with 64e-5, so heads "
-                f"of {arch.head_size} would give other logits there: --layout official has a setting for it"
+                f"most programs for the fla layout norm heads with an epsilon of head size x 1e-5, and RWKV-7 with 64e-5: "
+                f"with heads of {arch.head_size} their logits differ a little. --layout official has a setting for it"
             )
         return ""
 
@@ -172,10 +176,8 @@ def output_named(name: str, layout: str = "auto", outtype: str = "auto", shard_s
 
     UserError for a name of no known form, and for a flag that this form does not read.
     """
-    path = Path(name)
-    # In a name such as RWKV7-1.5B a dot is no suffix.
-    suffix = "" if path.suffix[1:2].isdigit() else path.suffix
-    is_folder = name.endswith("/") or not suffix
+    path, suffix = Path(name), suffix_of(name)
+    is_folder = not suffix
     if not is_folder and suffix not in FORMS:
         raise UserError(f"--output {name}: expected {NAMES}")
     form = ("folder" if layout == "auto" else layout) if is_folder else FORMS[suffix]
@@ -191,6 +193,12 @@ def output_named(name: str, layout: str = "auto", outtype: str = "auto", shard_s
         found = "a folder" if path.is_dir() else "a file"
         raise UserError(f"--output {name} asks for {kind}, and {found} of this name exists: give another name")
     return Output(path, form, outtype, bytes_of(shard_size or SHARD_SIZE))
+
+
+def suffix_of(name: str) -> str:
+    """The suffix that says what a file is; "" for a folder's name, such as x/ or RWKV7-1.5B."""
+    suffix = Path(name).suffix
+    return "" if name.endswith("/") or suffix[1:2].isdigit() else suffix
 
 
 def bytes_of(size: str) -> int:
