@@ -314,7 +314,7 @@ def test_an_adapter_trained_on_a_quantised_base_says_so(field):
 @pytest.mark.parametrize(
     "words,message",
     [
-        ("", "--adapter is missing"),
+        ("", "--base_model is missing"),
         ("--adapter a --base_model b --output c --to gguf", "--to gguf: expected one of auto, native, miss, lora"),
         ("--adapter a --base_model b --output c --bone_mode x", "--bone_mode is not a flag of python -m"),
     ],

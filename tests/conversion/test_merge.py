@@ -327,7 +327,7 @@ def test_a_merge_whose_logits_differ_is_not_kept(files, monkeypatch):
     paths = files()
     monkeypatch.setattr(BoneLinear, "merged", staticmethod(lambda weight, *_: weight.clone()))
     monkeypatch.setattr(verify, "verify_formula", lambda *_: None)
-    with pytest.raises(UserError, match="more than the .* that rounding to f32 explains"):
+    with pytest.raises(UserError, match="more than the .* that arithmetic in fp32 explains"):
         merge_files(config(paths))
     assert left_behind(paths) == set()
 

@@ -177,7 +177,9 @@ def describe_texts(base: Base) -> str:
         return f"of {base.folder}: {', '.join(names)}"
     if kind:
         return f"{TOKENIZER} made for the vocabulary of {'RWKV World' if kind == 'world' else 'bytes'}"
-    return f"none: it is not known which one a vocabulary of {base.arch.vocab_size} has; put its {TOKENIZER} in the folder"
+    return (
+        f"none: it is not known which one a vocabulary of {base.arch.vocab_size} has; put its {TOKENIZER} in the folder"
+    )
 
 
 def vocabulary_of(base: Base) -> str:

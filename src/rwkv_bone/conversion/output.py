@@ -86,9 +86,7 @@ class Output:
         if self.form == "gguf":
             return gguf_file.obstacle(arch, keys)
         if arch.version not in self.layout.versions:
-            return (
-                f"the {self.form} layout is one of RWKV-7, and this is RWKV-{arch.version}: write .pth, .safetensors or .st"
-            )
+            return f"the {self.form} layout is one of RWKV-7, and this is RWKV-{arch.version}: write .pth, .safetensors or .st"
         if self.is_folder and any(param_part(key) == "state" for key in keys):
             return (
                 f"the {self.form} layout has no place for an initial state: write .pth or .st, or merge without it and "
@@ -115,14 +113,16 @@ class Output:
             return gguf_file.as_stored(key, tensor, self.outtype)
         return tensor.half() if self.form == "st" else tensor
 
-    def rounding(self, dtype: torch.dtype) -> float:
-        """How far, relative to them, the weights of a model that is computed in fp32 are moved. dtype: the base's."""
-        return sum(ROUNDING[kind] for kind in self.number_formats(dtype))
+    def number_formats(self, dtype: torch.dtype, computed: bool) -> list[str]:
+        """What the weights are rounded to, in the terms of --outtype: [] if they are written as they are.
 
-    def number_formats(self, dtype: torch.dtype) -> list[str]:
-        """What a model that is computed in fp32 is rounded to, in the terms of --outtype. dtype: the base's."""
-        kinds = [DTYPES[dtype], {"gguf": self.outtype, "st": "f16"}.get(self.form, DTYPES[dtype])]
-        return sorted(set(kinds) - {"f32"} or {"f32"})
+        dtype: the base's, to which what is `computed` in fp32 is rounded first.
+        """
+        stored = DTYPES[dtype]
+        kinds = {stored} if computed else set()
+        if self.form in ("st", "gguf"):
+            kinds |= {"f16" if self.form == "st" else self.outtype} - {stored}
+        return sorted(kinds - {"f32"})
 
     @contextlib.contextmanager
     def writing(self, overwrite: bool) -> Iterator[Path]:
@@ -131,7 +131,9 @@ class Output:
         with replacing(self.path, overwrite) as temporary:
             yield temporary
 
-    def write(self, path: Path, base: Base, shapes: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def write(
+        self, path: Path, base: Base, shapes: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]
+    ) -> None:
         """Write a model under a name: shapes and (key, tensor) pairs in the same order, under upstream's keys.
 
         base: whose sizes the model has, and whose folder's tokenizer and template go along.
