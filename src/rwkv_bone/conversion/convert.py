@@ -216,13 +216,11 @@ def _target(config: ConvertConfig, adapter: AdapterFile) -> str:
     kind, suffix = adapter.settings.kind, suffix_of(config.output)
     is_file = bool(suffix)
     if suffix == STATE_SUFFIX and kind != "state":
-        raise UserError(
-            f"--output {config.output}: of adapters only an initial state is written as .st. Otherwise {MERGE}"
-        )
+        raise UserError(f"--output {config.output}: only initial states and whole models are written as .st: {MERGE}")
     if is_file and suffix not in FILE_SUFFIXES:
         raise UserError(
-            f"--output {config.output}: an adapter is written as .pth or .safetensors, an initial state also as .st, or "
-            f"as a directory for Hugging Face PEFT; to get {suffix}, merge it: python merge.py --output {config.output}"
+            f"--output {config.output}: an adapter is written as .pth or .safetensors, an initial state also as .st, "
+            f"or as a directory for Hugging Face PEFT; for {suffix}, merge it: python merge.py --output {config.output}"
         )
     target = config.to
     if target == "auto":

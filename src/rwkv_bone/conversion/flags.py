@@ -47,8 +47,9 @@ class ConvertConfig:
     base_model: str = setting("", "RWKV model to convert, or that the adapter was trained on")
     output: str = setting(
         "",
-        "what to write. Of an adapter a .pth or .safetensors file, or a directory for Hugging Face PEFT; of a state also "
-        ".st (Ai00). Of the model what its name says: .pth, .safetensors, .st, .gguf (llama.cpp), or a folder, NAME/",
+        "what to write. Of an adapter a .pth or .safetensors file, or a directory for Hugging Face PEFT; of a state "
+        "also .st (Ai00). Of the model what its name says: .pth, .safetensors, .st, .gguf (llama.cpp), or a folder, "
+        "NAME/",
     )
     to: str = setting(
         "auto",

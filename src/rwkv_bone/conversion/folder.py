@@ -146,7 +146,7 @@ def _ends() -> dict[str, int]:
 
 
 def write_texts(folder: Path, base: Base) -> None:
-    """The tokenizer and template of the base's folder, or the tokenizer of its vocabulary's size, if that says which."""
+    """The tokenizer and template of the base's folder, or else the tokenizer that the vocabulary's size says."""
     names = texts_of(base)
     for name in names:
         _copy(base, folder, name)

@@ -86,7 +86,9 @@ class Output:
         if self.form == "gguf":
             return gguf_file.obstacle(arch, keys)
         if arch.version not in self.layout.versions:
-            return f"the {self.form} layout is one of RWKV-7, and this is RWKV-{arch.version}: write .pth, .safetensors or .st"
+            return (
+                f"the {self.form} layout is RWKV-7's, and this is RWKV-{arch.version}: write .pth, .safetensors or .st"
+            )
         if self.is_folder and any(param_part(key) == "state" for key in keys):
             return (
                 f"the {self.form} layout has no place for an initial state: write .pth or .st, or merge without it and "
@@ -98,8 +100,8 @@ class Output:
         """What a user of this model in this form must know; "" if there is nothing."""
         if self.form == "fla" and arch.head_size != 64:
             return (
-                f"most programs for the fla layout norm heads with an epsilon of head size x 1e-5, and RWKV-7 with 64e-5: "
-                f"with heads of {arch.head_size} their logits differ a little. --layout official has a setting for it"
+                "most programs for the fla layout norm heads with an epsilon of head size x 1e-5, and RWKV-7 with "
+                f"64e-5: with heads of {arch.head_size} their logits differ a little. --layout official has a setting"
             )
         return ""
 
