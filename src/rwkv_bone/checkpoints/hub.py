@@ -184,41 +184,42 @@ class _Unreachable(Exception):
 @contextmanager
 def _explained(repository: Repository, site: str) -> Iterator[None]:
     """Errors of huggingface_hub as UserErrors, and as _Unreachable where the cache may help."""
-    from huggingface_hub import errors
-
     try:
         yield
-    except UserError:
+    except (UserError, _Unreachable):
         raise
-    except errors.GatedRepoError as error:
-        raise UserError(
+    except Exception as error:
+        raise _explanation(error, repository, site) from error
+
+
+def _explanation(error: BaseException, repository: Repository, site: str) -> UserError | _Unreachable:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        return _explanation(error.__cause__, repository, site)
+    if isinstance(error, errors.GatedRepoError):
+        return UserError(
             f"{repository} is gated: accept its terms at {site}/{repository.name}, and log in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return UserError(
             f"{repository} is neither a path on this machine nor a {repository.kind} of {site}: check the spelling "
             "(a private one needs `hf auth login`)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{repository}: {repository.name} has no revision {repository.revision}") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise _Unreachable("HF_HUB_OFFLINE is set: unset it to download") from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "?")
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UserError(f"{repository}: {repository.name} has no revision {repository.revision}")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return _Unreachable("HF_HUB_OFFLINE is set: unset it to download")
+    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
         if status in (401, 403):
-            raise UserError(f"{repository}: {site} refuses it ({status}): log in with `hf auth login`") from error
-        raise _Unreachable(f"{site} answers with status {status}") from error
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{repository}: its download cannot be written: {error}") from error
-        raise _Unreachable(_unreachable(site, error)) from error
-    except Exception as error:  # whatever the library's network client raises, which was another one before
-        raise _Unreachable(_unreachable(site, error)) from error
-
-
-def _unreachable(site: str, error: Exception) -> str:
+            return UserError(f"{repository}: {site} refuses it ({status}): log in with `hf auth login`")
+        return _Unreachable(f"{site} answers with status {status}")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{repository}: its download cannot be written: {error}")
+    # Whatever the library's network client raises, which was another one before.
     reason = str(error).strip().split("\n")[0]
-    return f"{site} cannot be reached ({type(error).__name__}: {reason})"
+    return _Unreachable(f"{site} cannot be reached ({type(error).__name__}: {reason})")
 
 
 class _Cached:
