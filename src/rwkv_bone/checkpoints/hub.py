@@ -153,7 +153,7 @@ def _download(repository: Repository, wanted: Wanted) -> Path:
             info = huggingface_hub.HfApi().repo_info(
                 repository.name, repo_type=repository.kind, revision=repository.revision, files_metadata=True
             )
-            sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            sizes = {file.rfilename: file.size or 0 for file in getattr(info, "siblings", None) or ()}
             files = wanted(list(sizes), repository)
             missing = [file for file in files if not cached.has(info.sha or "", file)]
             if missing:
