@@ -6,6 +6,7 @@ in it has the same name in both. Tensors are never copied: they are transposed a
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from rwkv_bone.errors import UserError
 if TYPE_CHECKING:
     from rwkv_bone.checkpoints.architecture import Architecture
 
+log = logging.getLogger("rwkv_bone")
+
+WRAPPERS = ("state_dict", "model", "module")  # where trainers keep the model in what they save
 COMPILED = "_orig_mod."  # torch.compile puts it into the names of what it wraps
 PACKED = "attn.x_x"  # fla, early 2025: x_r x_w x_k x_v x_a x_g in one tensor, [6, C] or [6, 1, 1, C]
 
@@ -156,6 +160,22 @@ LAYOUTS: dict[str, Layout] = {
         ),
     )
 }
+
+
+def unwrapped(loaded: object, source: str | Path) -> object:
+    """The dictionary of tensors inside of what trainers put around it; other things are returned as they are.
+
+    Says what else was in there.
+    """
+    if not isinstance(loaded, dict):
+        return loaded
+    for name in WRAPPERS:
+        inside = loaded.get(name)
+        if isinstance(inside, Mapping) and inside and all(isinstance(value, Tensor) for value in inside.values()):
+            others = [str(key) for key in loaded if key != name]
+            log.warning("%s: the model is %r in it; not read: %s", source, name, ", ".join(others) or "nothing")
+            return dict(inside)
+    return loaded
 
 
 def layout_of(state: Mapping[str, Tensor] | Iterable[str], source: str | Path = "checkpoint") -> Layout:

@@ -109,6 +109,14 @@ def expected_shapes(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]
         yield key, _numbers(shape, sizes)
 
 
+def state_shapes(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(key, shape) of a trained initial state."""
+    sizes = model_sizes(arch)
+    for layer in range(arch.n_layer):
+        for name, shape in STATE.items():
+            yield f"blocks.{layer}.{name}", _numbers(shape, sizes)
+
+
 def model_sizes(arch: Architecture) -> Mapping[str, int]:
     """The number behind each word of a shape."""
     return {

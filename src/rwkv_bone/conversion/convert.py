@@ -45,7 +45,7 @@ def convert(config: ConvertConfig) -> list[str]:
     adapter, why = read_any(config, base)
     target = _target(config, adapter)
     lines = [
-        f"base      {config.base_model}: {arch.describe()}",
+        f"base      {model.label(config.base_model)}: {arch.describe()}",
         f"adapter   {adapter.path}: {adapter.settings.describe()}; {', '.join(adapter.targets) or 'initial state'}",
         f"          {why}",
     ]

@@ -33,7 +33,7 @@ def header(
     """
     run, plan = config.run, module.plan
     offload = ", optimiser on the CPU" if offloads(run.strategy) else ""
-    yield f"model     {config.model.load_model or 'from scratch'}: {prepared.arch.describe()}"
+    yield f"model     {prepared.label}: {prepared.arch.describe()}"
     stage = f"DeepSpeed ZeRO stage {zero_stage(run.strategy)}{offload}"
     yield f"device    {describe_devices(device, plan.world_size)}; {stage}, {run.precision}"
     yield f"kernel    {prepared.kernel}"
