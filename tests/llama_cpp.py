@@ -1,7 +1,7 @@
 """llama.cpp, an independent implementation: what it computes from a GGUF file and how it cuts text into tokens.
 
-The wheel `xllamacpp` carries llama.cpp compiled, with its C interface. It runs in a process of its own, so that whatever
-it does to a file that it dislikes (it may abort, or spin) ends there, with one thread and a time limit.
+The wheel `xllamacpp` carries llama.cpp compiled, with its C interface. It runs in a process of its own, with one thread
+and a time limit, since it may abort, or spin, over a file that it dislikes.
 """
 
 import ctypes
@@ -31,9 +31,7 @@ def ask(model: Path, ids: Sequence[int], texts: Sequence[str] = (), piece: int =
     AssertionError, with llama.cpp's own words, if it does not load or compute the file.
     """
     request = json.dumps({"model": str(model), "ids": list(ids), "texts": list(texts), "piece": piece})
-    done = subprocess.run(
-        [sys.executable, __file__], input=request, capture_output=True, text=True, timeout=TIME_LIMIT
-    )
+    done = subprocess.run([sys.executable, __file__], input=request, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, f"llama.cpp ended with {done.returncode}: {done.stderr[-3000:]}"
     found = json.loads(done.stdout.splitlines()[-1])
     return Answer(np.array(found["logits"], np.float32), found["ids"], found["metadata"], done.stderr)

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from rwkv_bone.checkpoints import Architecture, match_keys, param_part
+from rwkv_bone.checkpoints.shapes import expected_shapes
 from rwkv_bone.conversion.gguf_names import VERSIONS, Row, from_gguf, left_out, rows, to_gguf
 from rwkv_bone.errors import UserError
-from rwkv_bone.models import build
 
 log = logging.getLogger("rwkv_bone")
 
-OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 # gguf's names of a tensor of that type, and of a file whose matrices are of it.
 TYPE_NAMES = {
     "f32": ("F32", "ALL_F32"),
@@ -40,6 +39,9 @@ LARGEST = {name: torch.finfo(dtype).max for name, dtype in DTYPES.items()}
 LARGEST["q8_0"] = 127 * LARGEST["f16"]
 CONTEXT_LENGTH = 1 << 20  # RWKV has no limit, but llama.cpp wants a number; this is its own converter's
 LAYER_NORM_EPS = 1e-5  # of ln0, ln1, ln2 and ln_out; llama.cpp knows that of ln_x by itself
+# Its WKV-7 takes as many channels of a head at once as fit in 64 to 256 bytes of vector registers, and does not check.
+HEAD_SIZE_7 = 64
+VOCABULARIES = (256, *range(65530, 65537))  # bytes, World with up to 6 ids that no token has
 END_OF_TURN = b"\n\n"  # after which RWKV's chat models expect the user to speak
 
 
@@ -47,14 +49,24 @@ def obstacle(arch: Architecture, keys: Iterable[str]) -> str:
     """Why a model with these keys cannot be written as GGUF; "" if it can."""
     if arch.version not in VERSIONS:
         return f"llama.cpp knows RWKV-6 and RWKV-7, and this is RWKV-{arch.version}"
+    if arch.version == 7 and arch.head_size % HEAD_SIZE_7:
+        return (
+            f"llama.cpp computes RWKV-7 with heads of {HEAD_SIZE_7} or a multiple of that; with heads of "
+            f"{arch.head_size}, which this model has, its numbers are wrong on many processors, in silence"
+        )
+    if arch.vocab_size not in VOCABULARIES:
+        return (
+            f"llama.cpp cuts text for RWKV by the World vocabulary or by bytes, and this model's vocabulary of "
+            f"{arch.vocab_size} is neither"
+        )
     states = [key for key in keys if param_part(key) == "state"]
     if states:
         return f"GGUF has no place for an initial state, and this model has one, such as {states[0]}"
     return ""
 
 
-def chosen_outtype(outtype: str, shapes: Mapping[str, Tensor]) -> str:
-    """The type of matrices that `outtype` means: for auto the one that all matrices of the model have, else f32."""
+def _chosen_outtype(outtype: str, shapes: Mapping[str, Tensor]) -> str:
+    """f32, f16, bf16 or q8_0: what `outtype` means for this model."""
     if outtype != "auto":
         return outtype
     dtypes = {tensor.dtype for key, tensor in shapes.items() if _is_matrix(key)}
@@ -72,23 +84,16 @@ def write_gguf(
 ) -> None:
     """Write a model to a GGUF file; equal input gives equal bytes.
 
-    shapes: upstream's keys with shapes and dtypes, all of the model's and no other; the values are not read. tensors:
-    (key, tensor) pairs in that order; each is written and dropped. outtype: f32, f16, bf16 or q8_0; auto as
-    `chosen_outtype`. tokens: the bytes of each id, none for id 0, which ends a document; further ids of the model's
-    vocabulary are fillers, which no text becomes. chat_template: in Jinja; None = none is in the file.
+    shapes: upstream's keys with shapes and dtypes, all of the model's and no other; the values are not read.
+    tensors: (key, tensor) pairs in that order; each is written and dropped.
+    outtype: f32, f16, bf16 or q8_0; auto is the one that all matrices have already, else f32.
+    tokens: the bytes of each id, none for id 0, which ends a document. The other ids of the model's vocabulary get
+    fillers. chat_template: in Jinja; None leaves it out.
 
     UserError if the model has no such form, a key or shape is not the model's, or a number is too large for its type.
     """
-    reason = obstacle(arch, shapes)
-    if reason:
-        raise UserError(f"{path}: {reason}")
-    if len(tokens) > arch.vocab_size or tokens[0] or not all(tokens[1:]):
-        raise UserError(
-            f"{path}: {len(tokens)} tokens for a model of {arch.vocab_size}: expected no more, and none empty but id 0"
-        )
-    with torch.device("meta"):
-        match_keys(build(arch, op="torch").state_dict(), shapes, "the model to be written as GGUF")
-    gguf, outtype = _gguf(), chosen_outtype(outtype, shapes)
+    _check_model(arch, shapes, tokens)
+    gguf, outtype = _gguf(), _chosen_outtype(outtype, shapes)
 
     writer = gguf.GGUFWriter(path, f"rwkv{arch.version}")
     due = _due_rows(arch, shapes)
@@ -119,6 +124,20 @@ def write_gguf(
             writer.write_tensor_data(_encoded(tensor, kind))
     finally:
         writer.close()
+
+
+def _check_model(arch: Architecture, shapes: Mapping[str, Tensor], tokens: Sequence[bytes]) -> None:
+    """UserError if this is no model that GGUF has a place for."""
+    reason = obstacle(arch, shapes)
+    if reason:
+        raise UserError(f"no GGUF of this model: {reason}")
+    if len(tokens) > arch.vocab_size or tokens[0] or not all(tokens[1:]):
+        raise UserError(
+            f"no GGUF: {len(tokens)} tokens for {arch.vocab_size} ids; expected no more, and none empty but id 0's"
+        )
+    # All layers must have the same sizes and ranks, which the file has once.
+    expected = {key: torch.empty(shape, device="meta") for key, shape in expected_shapes(arch)}
+    match_keys(expected, shapes, "what is to be written as GGUF")
 
 
 def _due_rows(arch: Architecture, shapes: Mapping[str, Tensor]) -> Mapping[str, list[Row]]:
@@ -248,8 +267,9 @@ class _Stored(Mapping[str, Tensor]):
 def read_gguf(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a GGUF file of ours under upstream's keys and with upstream's shapes, mapped.
 
-    f32, f16 and bf16 are as they are in the file; q8_0 is dequantised to f32 when a tensor is asked for. They equal
-    `as_stored` of what was written. RWKV-7's v0 v1 v2 of layer 0, which GGUF does not have, are left out.
+    f32, f16 and bf16 are as they are in the file; q8_0 is dequantised to f32 when a tensor is asked for, and is off by
+    no more than half a block's scale and what rounding the scale to fp16 does to 127 of it; the scale is the block's
+    largest number / 127. Layer 0's v0 v1 v2 of RWKV-7 are left out: GGUF does not have them.
 
     UserError if the file is damaged, or has a tensor too many or too few.
     """
@@ -285,19 +305,6 @@ def _decoded(stored: Any) -> Tensor:
     if stored.tensor_type in (kinds.F32, kinds.F16):
         return torch.from_numpy(stored.data)
     return torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
-
-
-def as_stored(key: str, tensor: Tensor, outtype: str) -> Tensor:
-    """What `read_gguf` gives back for a tensor that `write_gguf` wrote. outtype: as `chosen_outtype` gives it.
-
-    q8_0 is off by no more than half of a block's scale and 127 times the scale's own rounding to fp16. The scale is the
-    largest number of the block / 127.
-    """
-    kind = _stored_type(key, tensor.shape, outtype)
-    if kind != "q8_0":
-        return tensor.to(DTYPES[kind])
-    gguf = _gguf()
-    return torch.from_numpy(gguf.quants.dequantize(_encoded(tensor, kind), gguf.GGMLQuantizationType.Q8_0))
 
 
 def _gguf() -> ModuleType:

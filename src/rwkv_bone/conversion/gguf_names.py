@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rwkv_bone.checkpoints.shapes import UNUSED_IN_LAYER_0
+
 VERSIONS = (6, 7)
 
 
@@ -94,24 +96,39 @@ LAYER = {
     ),
     7: (
         Row("time_mix_lerp_fused.weight", tuple(f"att.x_{name}" for name in "rwkvag"), "stacked"),
-        *_rows("heads", "att.r_k time_mix_r_k.weight"),
-        *_rows("row", "ffn.x_k channel_mix_lerp_k.weight"),
-        *_rows("row", "\n".join(f"att.{name} time_mix_{name}.weight" for name in ("w0", "a0", "k_k", "k_a"))),
+        Row("time_mix_r_k.weight", ("att.r_k",), "heads"),
         *_rows(
-            "transposed", "\n".join(f"att.{name} time_mix_{name}.weight" for name in ("w1", "w2", "a1", "a2", "g1", "g2"))
+            "row",
+            """
+            ffn.x_k  channel_mix_lerp_k.weight
+            att.k_k  time_mix_k_k.weight
+            att.k_a  time_mix_k_a.weight
+            att.w0   time_mix_w0.weight
+            att.a0   time_mix_a0.weight
+            """,
+        ),
+        *_rows(
+            "transposed",
+            """
+            att.w1  time_mix_w1.weight
+            att.w2  time_mix_w2.weight
+            att.a1  time_mix_a1.weight
+            att.a2  time_mix_a2.weight
+            att.g1  time_mix_g1.weight
+            att.g2  time_mix_g2.weight
+            """,
         ),
     ),
 }
 # RWKV-7 mixes its values with those of layer 0, which therefore computes with no v0 v1 v2. llama.cpp loads some there
 # all the same, and expects the rank of a: it gets a's.
-UNUSED_V = ("att.v0", "att.v1", "att.v2")
 V_IN_LAYER_0 = (
     Row("time_mix_v0.weight", ("att.a0",), "row", unused=True),
     *(Row(f"time_mix_v{i}.weight", (f"att.a{i}",), "transposed", unused=True) for i in (1, 2)),
 )
 V = (
-    *_rows("row", "att.v0 time_mix_v0.weight"),
-    *_rows("transposed", "att.v1 time_mix_v1.weight\natt.v2 time_mix_v2.weight"),
+    Row("time_mix_v0.weight", ("att.v0",), "row"),
+    *(Row(f"time_mix_v{i}.weight", (f"att.v{i}",), "transposed") for i in (1, 2)),
 )
 
 
@@ -129,7 +146,7 @@ def rows(version: int, n_layer: int) -> list[Row]:
 
 def left_out(version: int) -> set[str]:
     """Keys of upstream that a model may have and GGUF never has: no forward computes with them."""
-    return {f"blocks.0.{key}" for key in UNUSED_V} if version == 7 else set()
+    return {f"blocks.0.{key}" for key in UNUSED_IN_LAYER_0} if version == 7 else set()
 
 
 def to_gguf(form: str, tensors: Sequence[Tensor]) -> Tensor:
