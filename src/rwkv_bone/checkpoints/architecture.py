@@ -22,8 +22,6 @@ from rwkv_bone.checkpoints.shapes import expected_shapes, state_shapes
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
 
-GENERATIONS = "expected an RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070) checkpoint"
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -121,7 +119,7 @@ def refuse_unsupported(keys: Iterable[str], source: str | Path) -> None:
     for key in keys:
         for pattern, verdict in UNSUPPORTED:
             if re.search(pattern, key):
-                raise UserError(f"{source}: {verdict}; {GENERATIONS}")
+                raise _unsupported(source, verdict)
 
 
 def _generation(state: Mapping[str, Tensor], source: str | Path) -> int:
@@ -151,7 +149,11 @@ def _generation(state: Mapping[str, Tensor], source: str | Path) -> int:
         kind = "RWKV-5.1 (x051)" if has(r"\.att\.(gate\.|time_mix_g$)") else "RWKV-5.0 (older than x051)"
     elif has(r"\.att\.time_(first|decay)$"):
         kind = "RWKV-4"
-    raise UserError(f"{source}: {kind} is not supported; {GENERATIONS}")
+    raise _unsupported(source, f"{kind} is not supported")
+
+
+def _unsupported(source: str | Path, verdict: str) -> UserError:
+    return UserError(f"{source}: {verdict}; expected an RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070) checkpoint")
 
 
 def _is_matrix(tensor: Tensor) -> bool:
