@@ -46,7 +46,7 @@ def test_generations_5_and_6_are_recognised_from_third_party_files(shared):
         (["emb.weight", "blocks.0.att.time_first"], "RWKV-4 is not supported"),
         (
             ["emb.weight", "blocks.0.att.time_faaaa", "blocks.0.att.time_mix_k"],
-            "RWKV-5.0 .older than x051. is not supported",
+            "RWKV-5.0 .older than x051",
         ),
         (["emb.weight", "blocks.0.att.r_k", "blocks.0.ffn.s_emb.weight"], "RWKV-7a"),
         (["emb.weight", "blocks.0.att.r_k", "blocks.0.qkv.qq.weight"], "RWKV-7b"),

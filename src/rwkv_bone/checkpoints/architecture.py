@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_bone.checkpoints.hub import local_model, origin
 from rwkv_bone.checkpoints.keys import match_keys
 from rwkv_bone.checkpoints.layouts import Layout, to_upstream
 from rwkv_bone.checkpoints.model_config import check_mathematics, check_sizes, head_size_of, read_model_config
@@ -20,8 +21,6 @@ from rwkv_bone.checkpoints.model_files import find_files
 from rwkv_bone.checkpoints.shapes import expected_shapes, state_shapes
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
-
-GENERATIONS = "expected an RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070) checkpoint"
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def refuse_unsupported(keys: Iterable[str], source: str | Path) -> None:
     for key in keys:
         for pattern, verdict in UNSUPPORTED:
             if re.search(pattern, key):
-                raise UserError(f"{source}: {verdict}; {GENERATIONS}")
+                raise _unsupported(source, verdict)
 
 
 def _generation(state: Mapping[str, Tensor], source: str | Path) -> int:
@@ -150,7 +149,11 @@ def _generation(state: Mapping[str, Tensor], source: str | Path) -> int:
         kind = "RWKV-5.1 (x051)" if has(r"\.att\.(gate\.|time_mix_g$)") else "RWKV-5.0 (older than x051)"
     elif has(r"\.att\.time_(first|decay)$"):
         kind = "RWKV-4"
-    raise UserError(f"{source}: {kind} is not supported; {GENERATIONS}")
+    raise _unsupported(source, f"{kind} is not supported")
+
+
+def _unsupported(source: str | Path, verdict: str) -> UserError:
+    return UserError(f"{source}: {verdict}; expected an RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070) checkpoint")
 
 
 def _is_matrix(tensor: Tensor) -> bool:
@@ -176,18 +179,19 @@ class Base:
 
     def label(self, name: str | Path) -> str:
         """What the user calls the model, and what was read, if that needs saying."""
-        words = self.describe()
-        return f"{name} ({words})" if words else str(name)
+        words = [part for part in (self.describe(), origin(self.path)) if part]
+        return f"{name} ({'; '.join(words)})" if words else str(name)
 
 
 def load_base(path: str | Path) -> Base:
-    """The model at `path`: a .pth, .safetensors or .st file, an index of shards, or a folder, in any known layout.
+    """The model at `path`: a .pth, .safetensors or .st file, an index of shards, or a folder, in any known layout; or of
+    the Hugging Face Hub, under its name there.
 
     Nothing is copied that is not needed: tensors are mapped. UserError says what is wrong: files that are missing or
     too many, keys and shapes that do not make a whole model, a config.json that contradicts them, a model that we
     compute differently.
     """
-    path = Path(path)
+    path = local_model(path)
     found = find_files(path)
     config = read_model_config(found.folder)
     config_path = found.folder / "config.json" if found.folder else path

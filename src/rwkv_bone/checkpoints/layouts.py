@@ -88,26 +88,28 @@ def _web_rwkv(name: str) -> str:
     return name.replace("time_faaaa", "time_first").replace("time_maa", "time_mix")
 
 
+# Of fla: what it calls a module, and the parts of a low-rank network.
+FLA_MODULES = {
+    "ln0": "pre_norm",
+    "ln1": "attn_norm",
+    "ln2": "ffn_norm",
+    "att.ln_x": "attn.g_norm",
+    "att.receptance": "attn.r_proj",
+    "att.key": "attn.k_proj",
+    "att.value": "attn.v_proj",
+    "att.output": "attn.o_proj",
+}
+FLA_LOW_RANK = {"0": "lora.2.bias", "1": "lora.0.weight", "2": "lora.2.weight"}
+
+
 def _fla(name: str) -> str:
     """fla's name in a block for upstream's."""
-    low_rank = re.fullmatch(r"att\.([wavg])([012])", name)
-    if low_rank:
-        part = {"0": "2.bias", "1": "0.weight", "2": "2.weight"}[low_rank[2]]
-        return f"attn.{low_rank[1]}_lora.lora.{part}"
-    for ours, theirs in (
-        (r"ln0\.", "pre_norm."),
-        (r"ln1\.", "attn_norm."),
-        (r"ln2\.", "ffn_norm."),
-        (r"att\.ln_x\.", "attn.g_norm."),
-        (r"att\.receptance\.", "attn.r_proj."),
-        (r"att\.key\.", "attn.k_proj."),
-        (r"att\.value\.", "attn.v_proj."),
-        (r"att\.output\.", "attn.o_proj."),
-        (r"att\.", "attn."),
-    ):
-        if re.match(ours, name):
-            return re.sub(f"^{ours}", theirs, name)
-    return name
+    module, _, part = name.rpartition(".")
+    if module in FLA_MODULES:
+        return f"{FLA_MODULES[module]}.{part}"
+    if re.fullmatch(r"att\.[wavg][012]", name):
+        return f"attn.{part[0]}_lora.{FLA_LOW_RANK[part[1]]}"
+    return f"attn.{part}" if module == "att" else name
 
 
 LOW_RANK = frozenset(f"att.{name}{part}" for name in "wavg" for part in "12")
@@ -227,7 +229,7 @@ def to_upstream(
     version = 7 if layout.versions == (7,) else _web_rwkv_version(plain)
     if version not in layout.versions:
         return plain, LAYOUTS["upstream"]
-    views: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     unknown = []
     for key, tensor in _unpacked(plain, layout):
         try:
@@ -235,16 +237,20 @@ def to_upstream(
         except UserError:
             unknown.append(key)
             continue
-        if name in views:
+        if name in named:
             raise UserError(f"{source} holds {name} twice, the second time as {key}: it is not one model")
-        views[name] = _view(name, tensor, layout, version, head_size, source)
+        named[name] = tensor
     if unknown:
         more = f", and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         raise UserError(
             f"{source} was read as RWKV-{version} in the {layout.name} layout, which has no "
             f"{', '.join(unknown[:8])}{more}"
         )
-    return dict(sorted(views.items(), key=lambda item: _position(item[0], version))), layout
+    width = named["emb.weight"].shape[-1] if "emb.weight" in named else 0
+    return {
+        key: _view(key, named[key], layout, version, width, head_size, source)
+        for key in sorted(named, key=lambda key: _position(key, version))
+    }, layout
 
 
 def _web_rwkv_version(state: Mapping[str, Tensor]) -> int:
@@ -263,24 +269,30 @@ def _unpacked(state: Mapping[str, Tensor], layout: Layout) -> Iterable[tuple[str
             yield key, tensor
 
 
-def _view(key: str, tensor: Tensor, layout: Layout, version: int, head_size: int | None, source: str | Path) -> Tensor:
-    """A tensor in upstream's orientation and shape."""
+def _view(
+    key: str, tensor: Tensor, layout: Layout, version: int, width: int, head_size: int | None, source: str | Path
+) -> Tensor:
+    """A tensor in upstream's orientation and shape. One of another size is left as it is, to be refused by its shape.
+
+    width: of the model, C. Vectors are kept as [C], [1, 1, C] or [H, N], whatever a program likes.
+    """
     _, name = split_key(key)
     if name in layout.transposed and tensor.dim() > 1:
         tensor = tensor.transpose(-1, -2)
     shape = symbols(key, version)
-    if shape == "1 1 C" and tensor.numel() == max(tensor.shape, default=0):
+    if tensor.numel() != width:
+        return tensor
+    if shape == "1 1 C":
         return tensor.reshape(1, 1, -1)
-    if shape == "C" and tensor.dim() > 1:
+    if shape == "C":
         return tensor.reshape(-1)
-    if shape == "H N" and tensor.numel() == max(tensor.shape, default=0):
+    if shape == "H N" and max(tensor.shape) == width and head_size != width:
         if not head_size:
             raise UserError(
                 f"{source}: {key} is stored flat, so the size of a head is not in the file: put the model's "
                 "config.json beside it"
             )
-        if tensor.numel() % head_size == 0:
-            return tensor.reshape(-1, head_size)
+        return tensor.reshape(-1, head_size) if width % head_size == 0 else tensor
     return tensor
 
 

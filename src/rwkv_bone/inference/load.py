@@ -34,9 +34,9 @@ def load_model(
 
     path: base or merged checkpoint, in any form that --load_model takes. adapter: a file to apply to it, which stays an
     adapter. dtype: of weights and arithmetic (None = the file's own; for a float16 file, in which nothing is computed,
-    bfloat16 on a GPU and float32 on the CPU). op: the WKV operator, as --op. quant: none, int8, nf4 or fp4, as --quant (None =
-    what the adapter was trained on); quantised projections are not in the state dict. UserError for anything wrong with
-    the files, and for a CUDA device that PyTorch cannot use.
+    bfloat16 on a GPU and float32 on the CPU). op: the WKV operator, as --op. quant: none, int8, nf4 or fp4, as --quant
+    (None = what the adapter was trained on); quantised projections are not in the state dict. UserError for anything
+    wrong with the files, and for a CUDA device that PyTorch cannot use.
     """
     if torch.device(device).type == "cuda":
         require_cuda(f"device={str(device)!r}: ", "use device='cpu'")
