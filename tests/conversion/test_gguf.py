@@ -9,13 +9,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
 from rwkv_bone import checkpoints
 from rwkv_bone.checkpoints import Architecture, architecture_of
 from rwkv_bone.conversion import gguf_names
-from rwkv_bone.conversion.gguf_file import obstacle, read_gguf, write_gguf
+from rwkv_bone.conversion.gguf_file import WORLD_TEMPLATE, obstacle, read_gguf, write_gguf
 from rwkv_bone.conversion.gguf_names import rows
+from rwkv_bone.data.conversation import Conversation, Turn
+from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenizer import WorldTokenizer, world_tokens
 from rwkv_bone.errors import UserError
 from rwkv_bone.inference.load import assemble
@@ -278,12 +281,25 @@ def test_llama_cpp_cuts_text_as_the_world_tokenizer_does(tmp_path):
     assert found.ids == [tokenizer.encode(text) for text in texts]
     assert found.metadata["tokenizer.ggml.eot_token_id"] == str(tokenizer.encode("\n\n")[0]) == "261"
     assert found.logits.shape == (2, 65536)
+    assert found.metadata["tokenizer.chat_template"] == WORLD_TEMPLATE
     # What the file says of each id, once more by the table of tokens.
     reader = gguf.GGUFReader(path)
     words, kinds = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
     assert (words[0], kinds[0]) == ("<s>", 3)
     assert words[65530:] == [f"[PAD{number}]" for number in range(65530, 65536)] and set(kinds[65530:]) == {5}
     assert set(kinds[1:65530]) == {1}
+
+
+def test_the_template_of_a_world_model_writes_what_training_wrote():
+    texts = [("system", "Be brief.\r\n\r\nAlways."), ("user", " Hi\n \n\n  there\nyou "), ("assistant", "Yes\n\nno")]
+    texts += [("user", ""), ("assistant", "last")]
+    conversation = Conversation("row 1", tuple(Turn(role, text) for role, text in texts))
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(WORLD_TEMPLATE)
+    messages = [{"role": role, "content": text} for role, text in texts]
+    written = load_template("world", "world")
+    assert template.render(messages=messages[:-1], add_generation_prompt=True) == written.prompt(conversation)
+    whole = "".join(segment.text for segment in written.render(conversation))
+    assert template.render(messages=messages) == whole + "\n\n"
 
 
 def test_llama_cpp_cuts_text_into_bytes(tmp_path, models):

@@ -42,7 +42,19 @@ LAYER_NORM_EPS = 1e-5  # of ln0, ln1, ln2 and ln_out; llama.cpp knows that of ln
 # Its WKV-7 takes as many channels of a head at once as fit in 64 to 256 bytes of vector registers, and does not check.
 HEAD_SIZE_7 = 64
 VOCABULARIES = (256, *range(65530, 65537))  # bytes, World with up to 6 ids that no token has
-END_OF_TURN = b"\n\n"  # after which RWKV's chat models expect the user to speak
+# A blank line ends a turn in chats of World models. llama.cpp has to know, or it goes on as the user; and without a
+# template it would write ChatML, which these models do not know. This one is `--template world` in Jinja.
+END_OF_TURN = b"\n\n"
+WORLD_TEMPLATE = """\
+{%- for message in messages -%}
+{{- {'system': 'System', 'assistant': 'Assistant'}.get(message['role'], 'User') + ':' -}}
+{%- for line in message['content'].replace('\\r\\n', '\\n').strip().split('\\n') if line.strip() -%}
+{{- (' ' if loop.first else '\\n') + line -}}
+{%- endfor -%}
+{{- '\\n\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}
+"""
 
 
 def obstacle(arch: Architecture, keys: Iterable[str]) -> str:
@@ -88,7 +100,7 @@ def write_gguf(
     tensors: (key, tensor) pairs in that order; each is written and dropped.
     outtype: f32, f16, bf16 or q8_0; auto is the one that all matrices have already, else f32.
     tokens: the bytes of each id, none for id 0, which ends a document. The other ids of the model's vocabulary get
-    fillers. chat_template: in Jinja; None leaves it out.
+    fillers. chat_template: in Jinja; None is World's for its tokens, and none for bytes.
 
     UserError if the model has no such form, a key or shape is not the model's, or a number is too large for its type.
     """
@@ -243,7 +255,8 @@ def _add_metadata(
     writer.add_pad_token_id(0)
     if END_OF_TURN in tokens:
         writer.add_eot_token_id(tokens.index(END_OF_TURN))
-    if chat_template is not None:
+        chat_template = chat_template or WORLD_TEMPLATE
+    if chat_template:
         writer.add_chat_template(chat_template)
 
 
