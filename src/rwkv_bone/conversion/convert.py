@@ -290,7 +290,7 @@ def native_metadata(
         "extra": adapter.extra,
         "base": checkpoints.fingerprint(base),
         "architecture": arch.to_dict(),
-        "converted_from": adapter.path,
+        "converted_from": Path(adapter.path).name,
         "rwkv_bone": __version__,
     }
 

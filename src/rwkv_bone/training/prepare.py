@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.adapters import AdapterLinear, Injection, adapter_keys, inject, load_adapter_file, settings_of
 from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.config import TrainConfig
+from rwkv_bone.config.saved import shaping
 from rwkv_bone.data import BatchPlan, Dataset, load_dataset, load_pairs, load_tokenizer
 from rwkv_bone.data.split import split_heldout
 from rwkv_bone.errors import UserError
@@ -66,7 +67,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
         "quant": quant,
         "base": checkpoints.fingerprint(base) if base else None,
         "architecture": arch.to_dict(),
-        "config": asdict(config),
+        "config": shaping(config),
         "rwkv_bone": rwkv_bone.__version__,
     }
     if kind == "none":
