@@ -21,6 +21,7 @@ from torch import Tensor
 from rwkv_bone.checkpoints import Architecture, Base
 from rwkv_bone.checkpoints.layouts import Layout
 from rwkv_bone.checkpoints.stream import write_tensors
+from rwkv_bone.conversion.gguf_file import WORLD_TEMPLATE
 from rwkv_bone.errors import UserError
 
 WEIGHTS = "model.safetensors"
@@ -146,17 +147,18 @@ def _ends() -> dict[str, int]:
 
 
 def write_texts(folder: Path, base: Base) -> None:
-    """The tokenizer and template of the base's folder, or else the tokenizer that the vocabulary's size says."""
-    names = texts_of(base)
+    """The tokenizer and template of the base's folder, or else those that the vocabulary's size says."""
+    names, kind = texts_of(base), vocabulary_of(base)
     for name in names:
         _copy(base, folder, name)
-    kind = vocabulary_of(base)
-    if TOKENIZER not in names and kind:
-        from rwkv_bone.data import world_json  # here, as merging a file needs nothing of data
+    if not names and kind:
+        from rwkv_bone.data import world_json  # here, as other outputs need nothing of data
 
-        (world_json.write_world_json if kind == "world" else world_json.write_bytes_json)(folder / TOKENIZER)
-        if TOKENIZER_CONFIG not in names:
-            world_json.write_tokenizer_config(folder / TOKENIZER_CONFIG)
+        write = world_json.write_world_json if kind == "world" else world_json.write_bytes_json
+        write(folder / TOKENIZER)
+        world_json.write_tokenizer_config(folder / TOKENIZER_CONFIG)
+        if kind == "world":
+            (folder / TEMPLATE).write_text(WORLD_TEMPLATE, encoding="utf-8")
 
 
 def texts_of(base: Base) -> list[str]:
@@ -171,15 +173,15 @@ def texts_of(base: Base) -> list[str]:
 
 
 def describe_texts(base: Base) -> str:
-    """Where a folder's tokenizer comes from, in words; what to do if there is none."""
-    names, kind = texts_of(base), vocabulary_of(base)
+    """Where a folder's tokenizer and template come from, in words; what to do if there is none."""
+    names = texts_of(base)
     if names:
         return f"of {base.folder}: {', '.join(names)}"
-    if kind:
-        return f"{TOKENIZER} made for the vocabulary of {'RWKV World' if kind == 'world' else 'bytes'}"
-    return (
-        f"none: it is not known which one a vocabulary of {base.arch.vocab_size} has; put its {TOKENIZER} in the folder"
+    made = {"world": "that of RWKV World, with its chat template", "bytes": "bytes, without a chat template"}
+    missing = (
+        f"none: a vocabulary of {base.arch.vocab_size} does not say which; put the model's {TOKENIZER} in the folder"
     )
+    return made.get(vocabulary_of(base), missing)
 
 
 def vocabulary_of(base: Base) -> str:
@@ -188,25 +190,36 @@ def vocabulary_of(base: Base) -> str:
 
     stored = base.folder / TOKENIZER if base.folder else None
     try:
-        name = str(stored) if stored and stored.is_file() else "auto"
-        return {"world": "world", "bytes": "bytes"}.get(load_tokenizer(name, base.arch.vocab_size).name, "")
+        name = load_tokenizer(str(stored) if stored and stored.is_file() else "auto", base.arch.vocab_size).name
     except UserError:
         return ""
+    return name if name in ("world", "bytes") else ""
 
 
 def gguf_text(base: Base) -> tuple[list[bytes], str | None]:
-    """(bytes of each token, chat template) for a GGUF file; UserError for a vocabulary that llama.cpp cannot split."""
+    """(bytes of each token, chat template if there is one) for a GGUF file.
+
+    UserError if the base's folder has a tokenizer that llama.cpp does not know.
+    """
     from rwkv_bone.data.tokenizer import world_tokens
 
     kind = vocabulary_of(base)
     if not kind:
         raise UserError(
-            f"{base.path}: a GGUF file holds its tokenizer, and llama.cpp splits text for RWKV by the World vocabulary "
-            f"or by bytes; that of {base.arch.vocab_size} is neither"
+            f"a GGUF file holds its tokenizer, and llama.cpp cuts text for RWKV by the World vocabulary or by bytes: "
+            f"{base.folder or base.path} has another one"
         )
     tokens = world_tokens() if kind == "world" else [b"", *(bytes([value]) for value in range(1, 256))]
-    template = base.folder / TEMPLATE if base.folder else None
-    return tokens, template.read_text(encoding="utf-8") if template and template.is_file() else None
+    return tokens, _chat_template(base.folder) if base.folder else None
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The template of a folder: a file, or a text in the tokenizer's configuration."""
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    config = folder / TOKENIZER_CONFIG
+    found = _read_json(config).get("chat_template") if config.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def _code(config: Mapping[str, Any]) -> list[str]:

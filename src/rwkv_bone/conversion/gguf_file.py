@@ -77,7 +77,7 @@ def obstacle(arch: Architecture, keys: Iterable[str]) -> str:
     return ""
 
 
-def _chosen_outtype(outtype: str, shapes: Mapping[str, Tensor]) -> str:
+def chosen_outtype(outtype: str, shapes: Mapping[str, Tensor]) -> str:
     """f32, f16, bf16 or q8_0: what `outtype` means for this model."""
     if outtype != "auto":
         return outtype
@@ -105,7 +105,7 @@ def write_gguf(
     UserError if the model has no such form, a key or shape is not the model's, or a number is too large for its type.
     """
     _check_model(arch, shapes, tokens)
-    gguf, outtype = _gguf(), _chosen_outtype(outtype, shapes)
+    gguf, outtype = _gguf(), chosen_outtype(outtype, shapes)
 
     writer = gguf.GGUFWriter(path, f"rwkv{arch.version}")
     due = _due_rows(arch, shapes)

@@ -45,7 +45,8 @@ UNITS = {"": 1, "B": 1} | {f"{unit}{b}": base**power for b, base in (("B", 1000)
 # How far a form's rounding moves a weight, relative to it: the root mean square over many weights. For a float with m
 # bits of mantissa 0.41 x 2^-m-1; for q8_0, whose steps are 1/127 of the largest of 32 normal numbers, a 200th.
 ROUNDING = {"f32": 0.0, "bf16": 0.41 * 2**-8, "f16": 0.41 * 2**-11, "q8_0": 0.005}
-DTYPES = {torch.float64: "f32", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+Q8_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,32 @@ class Output:
         """Whether upstream's key has a place in this form. Layer 0's v0 v1 v2, which nothing computes with, may not."""
         return key not in left_out(arch.version) if self.form == "gguf" else self.layout.holds(key, arch.version)
 
-    def stored(self, key: str, tensor: Tensor) -> Tensor:
-        """What this form keeps of a tensor of the model, under upstream's key."""
-        if self.form == "gguf":
-            return gguf_file.as_stored(key, tensor, self.outtype)
+    def stored(self, tensor: Tensor) -> Tensor:
+        """A tensor of the model in the dtype that the file is given it in; a GGUF file rounds by itself."""
         return tensor.half() if self.form == "st" else tensor
+
+    def agrees(self, expected: Tensor, found: Tensor) -> bool:
+        """Whether what was read back is what should be there: bit for bit, or as near as q8_0 must come."""
+        if self.form != "gguf":
+            return found.dtype == expected.dtype and torch.equal(found, expected)
+        if found.shape != expected.shape:
+            return False
+        if torch.equal(found.float(), expected.to(found.dtype).float()):
+            return found.dtype in (torch.float32, torch.float16 if self.outtype == "q8_0" else DTYPES[self.outtype])
+        if self.outtype != "q8_0" or found.dtype != torch.float32 or found.shape[-1] % Q8_BLOCK:
+            return False
+        blocks = expected.float().reshape(-1, Q8_BLOCK)
+        step = blocks.abs().amax(1, keepdim=True) / 127
+        # Half of a step; and the scale, a step, is rounded to fp16, whose smallest number is 2^-24.
+        limit = step / 2 + 127 * (step * 2**-11 + 2**-25)
+        return bool(((found.reshape(-1, Q8_BLOCK) - blocks).abs() <= limit * (1 + 1e-5)).all())
 
     def number_formats(self, dtype: torch.dtype, computed: bool) -> list[str]:
         """What the weights are rounded to, in the terms of --outtype: [] if they are written as they are.
 
         dtype: the base's, to which what is `computed` in fp32 is rounded first.
         """
-        stored = DTYPES[dtype]
+        stored = next((name for name, known in DTYPES.items() if known == dtype), "f32")
         kinds = {stored} if computed else set()
         if self.form in ("st", "gguf"):
             kinds |= {"f16" if self.form == "st" else self.outtype} - {stored}
@@ -155,7 +170,7 @@ class Output:
     def _theirs(self, tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in tensors:
             if self.keeps(key, arch):
-                yield self.layout.theirs(key, self.stored(key, tensor), arch)
+                yield self.layout.theirs(key, self.stored(tensor), arch)
 
     def read(self, path: Path) -> Mapping[str, Tensor]:
         """What was written, under upstream's names and in upstream's shapes."""

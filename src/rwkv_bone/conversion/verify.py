@@ -40,14 +40,13 @@ def verify_tensors(
     for key, tensor in merged_tensors(base.state, adapter.state, settings, quant):
         if not output.keeps(key, base.arch):
             continue
-        expected = output.stored(key, tensor)
-        # Not isfinite().all(), which takes three times the tensor's memory. A NaN is its own minimum and maximum.
-        if not torch.stack(expected.aminmax()).isfinite().all():
-            raise UserError(
-                f"{key} would hold NaN or infinity as {str(expected.dtype).removeprefix('torch.')}: nothing was written"
-            )
-        found = written[key]
-        if found.dtype != expected.dtype or not torch.equal(found, expected):
+        expected, found = output.stored(tensor), written[key]
+        for values in (expected, found):
+            # Not isfinite().all(), which takes three times the tensor's memory. A NaN is its own minimum and maximum.
+            if not torch.stack(values.aminmax()).isfinite().all():
+                name = str(values.dtype).removeprefix("torch.")
+                raise UserError(f"{key} would hold NaN or infinity as {name}: nothing was written")
+        if not output.agrees(expected, found):
             raise UserError(f"{key} did not read back as it was written: nothing is kept; is the disk in order?")
         module = key.removesuffix(".weight")
         if module in adapted:
