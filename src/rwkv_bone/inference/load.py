@@ -41,7 +41,7 @@ def load_model(
         raise UserError(f"quant={quant!r}: expected one of {', '.join(QUANTS)}, or None")
     arch, state = checkpoints.load_base(path)
     dtype = dtype or state["emb.weight"].dtype
-    trained = read_adapter(adapter, state) if adapter is not None else None
+    trained = read_adapter(adapter, state, base_file=path) if adapter is not None else None
     metadata = trained.metadata if trained else None
     trained_on = metadata.get("quant", "none") if metadata else quant or "none"
     if quant not in (None, trained_on):
