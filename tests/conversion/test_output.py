@@ -247,7 +247,6 @@ def test_a_converted_model_is_the_base_bit_for_bit(tmp_path):
     back = convert_model(tmp_path / "official", tmp_path / "back.pth")
     assert "official Hugging Face folder" in back
     found = checkpoints.read_state(tmp_path / "back.pth")
-    assert list(found) == list(expected)
     assert checkpoints.fingerprint(found) == checkpoints.fingerprint(expected)
 
 

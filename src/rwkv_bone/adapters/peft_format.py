@@ -30,6 +30,7 @@ from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.errors import UserError
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHT_FILES = (WEIGHTS, PICKLED_WEIGHTS)
 PREFIX = "base_model.model."
 # PEFT's parameter name -> ours
 PARAMETERS = {
@@ -101,7 +102,10 @@ def read_config(folder: str | Path) -> dict:
     """`adapter_config.json` of a directory."""
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise UserError(f"{folder} holds no {CONFIG}: expected a folder that save_pretrained of PEFT has written")
+        raise UserError(
+            f"{folder} holds no {CONFIG}: expected a folder that save_pretrained of PEFT has written. If an adapter "
+            "is a file in it, name the file"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -4,6 +4,7 @@ from rwkv_bone.checkpoints.architecture import Architecture, Base, architecture_
 from rwkv_bone.checkpoints.files import (
     atomic_path,
     read_metadata,
+    read_record,
     read_state,
     save_tensors,
     write_state,
@@ -26,6 +27,7 @@ __all__ = [
     "match_keys",
     "param_part",
     "read_metadata",
+    "read_record",
     "read_state",
     "save_tensors",
     "to_upstream",

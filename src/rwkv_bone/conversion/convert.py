@@ -2,8 +2,9 @@
 
 Without an adapter the base model itself is written in the form that the output's name asks for (`output.py`). With one:
 
-It reads this project's files and RWKV-PEFT's (`adapters/files.py` says which), directories of Hugging Face PEFT, with
-RWKV's own names or those of Hugging Face models, and Alic-Li's `<module>.weight.D` [out, r], whose scale is alpha / r.
+It reads this project's files and RWKV-PEFT's (`adapters/files.py` says which), and those of other projects
+(`adapters/foreign.py`): directories of Hugging Face PEFT, with RWKV's own names or those of Hugging Face models, and
+Alic-Li's MiSS.
 It writes this project's files, PEFT directories and LoRAs. Everything is checked against the base. Where the adapter's
 shapes fit two kinds, the base's shapes often decide; where they do not, the user must say. Nothing is guessed.
 
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from rwkv_bone import __version__, checkpoints
 from rwkv_bone.adapters import peft_format
-from rwkv_bone.adapters.files import AdapterFile, infer_adapter, read_adapter
+from rwkv_bone.adapters.files import AdapterFile, read_adapter
 from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.checkpoints.stream import write_tensors
@@ -39,7 +40,6 @@ from rwkv_bone.conversion.merge import refuse_inputs, report_base, report_output
 from rwkv_bone.conversion.output import output_named, suffix_of
 from rwkv_bone.errors import UserError, exit_status
 
-ALIC_LI = ".weight.D"
 STATE_SUFFIX = ".st"
 FILE_SUFFIXES = (".pth", ".safetensors", STATE_SUFFIX)
 MERGE = "merge it (python merge.py --help) and convert the merged model"
@@ -58,7 +58,7 @@ def convert(config: ConvertConfig) -> list[str]:
         f"adapter   {adapter.path}: {adapter.settings.describe()}; {', '.join(adapter.targets) or 'initial state'}",
         f"          {why}",
     ]
-    if adapter.metadata is None:
+    if not adapter.base_checked:
         lines.append(
             "          nothing in it says which base it was trained on: that this is the one could not be checked"
         )
@@ -100,11 +100,6 @@ def write_web_rwkv_state(config: ConvertConfig, adapter: AdapterFile, arch: chec
 
 def read_any(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[AdapterFile, str]:
     """(the adapter, why it was read as this kind)."""
-    if Path(config.adapter).is_dir():
-        return _read_directory(config, base)
-    state = checkpoints.read_state(config.adapter)
-    if any(key.endswith(ALIC_LI) for key in state):
-        return _read_alic_li(config, base, state)
     adapter = read_adapter(
         config.adapter,
         base,
@@ -112,7 +107,10 @@ def read_any(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[Adapter
         r=config.bone_r,
         alpha=config.lora_alpha,
         pissa_init=config.pissa_init,
+        base_file=config.base_model,
     )
+    if adapter.note:
+        return adapter, adapter.note
     if adapter.metadata is not None:
         return adapter, "its metadata says so, and its shapes agree"
     if config.peft != "auto":
@@ -125,7 +123,7 @@ def _by_shapes(adapter: AdapterFile, base: Mapping[str, Tensor]) -> str:
     keys = [key for key in adapter.state if split_key(key)]
     if not keys:
         return "it holds nothing but time_state"
-    weights = {key: base[f"{_module(key)}.weight"] for key in keys}
+    weights = {key: base[f"{key.rpartition('.')[0]}.weight"] for key in keys}
     # The layer furthest from square is the clearest evidence.
     key = max(keys, key=lambda key: abs(weights[key].shape[0] - weights[key].shape[1]))
     shown = f"{key} is {list(adapter.state[key].shape)} for a weight of {list(weights[key].shape)}"
@@ -135,80 +133,6 @@ def _by_shapes(adapter: AdapterFile, base: Mapping[str, Tensor]) -> str:
             "projects they follow the inputs, as read here; if not in this one, give --peft bat-col"
         )
     return f"by its names and shapes: {shown}"
-
-
-def _read_directory(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[AdapterFile, str]:
-    """`read_any` for a directory of Hugging Face PEFT."""
-    found = peft_format.read_peft(config.adapter)
-    if config.peft not in ("auto", found.kind):
-        raise UserError(f"{config.adapter} is {found.kind} by its adapter_config.json, --peft says {config.peft}")
-    found = replace(found, state=_renamed(found.state), extra=_renamed(found.extra))
-    sizes = {key.removesuffix(".weight"): len(tensor) for key, tensor in base.items() if key.endswith(".weight")}
-    missing = [key for key in found.state if _module(key) not in sizes]
-    if missing:
-        raise UserError(f"{config.adapter} adapts {_module(missing[0])}, which {config.base_model} does not have")
-    found = found.expanded(sizes)
-    settings = AdapterSettings(found.kind, found.r, found.alpha, rslora=found.rslora)
-    init = found.config.get("init_weights")
-    why = f"adapter_config.json says so: peft_type {found.config['peft_type']}, init_weights {init!r}"
-    if init == "mini":
-        why += ", here repeated along the outputs to the Bone that it equals"
-    return _checked(config, base, {**found.state, **found.extra}, settings), why
-
-
-def _module(key: str) -> str:
-    """The module of a tensor's key, `<module>.<name>`."""
-    return key.rpartition(".")[0]
-
-
-def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under RWKV's module names."""
-    renamed = {}
-    for key, tensor in tensors.items():
-        module, _, name = key.rpartition(".")
-        renamed[f"{peft_format.rwkv_name(module)}.{name}"] = tensor
-    return renamed
-
-
-def _read_alic_li(
-    config: ConvertConfig, base: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> tuple[AdapterFile, str]:
-    """`read_any` for tensors named `<module>.weight.D`."""
-    if not config.lora_alpha:
-        raise UserError(
-            f"{config.adapter} holds <module>{ALIC_LI}, which is scaled by alpha / r, and alpha is not in it: give "
-            "--lora_alpha as it was in training"
-        )
-    other = [key for key in state if not key.endswith(ALIC_LI)]
-    if other:
-        raise UserError(f"{config.adapter} holds {other[0]} beside <module>{ALIC_LI}, which is not known")
-    sizes = {tensor.shape[-1] for tensor in state.values()}
-    if len(sizes) > 1 or any(tensor.dim() != 2 for tensor in state.values()):
-        raise UserError(f"{config.adapter}: expected tensors [out, r] with one r, found {sorted(sizes)}")
-    r = sizes.pop()
-    scaled = {
-        key.removesuffix(ALIC_LI) + ".bone": (tensor.float().t() * (config.lora_alpha / r)).contiguous()
-        for key, tensor in state.items()
-    }
-    why = (
-        f"its tensors are named <module>{ALIC_LI}: Bone transposed, multiplied by alpha / r = {config.lora_alpha / r:g}"
-    )
-    return _checked(config, base, scaled, AdapterSettings("bone", r)), why
-
-
-def _checked(
-    config: ConvertConfig, base: Mapping[str, Tensor], state: dict[str, Tensor], settings: AdapterSettings
-) -> AdapterFile:
-    """These tensors as an adapter of the base; UserError unless all fit and all are finite."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in base.items()}
-    try:
-        _, _, targets, extra = infer_adapter(state, shapes, settings.kind, config.bone_r or settings.r)
-    except UserError as error:
-        raise UserError(f"adapter {config.adapter}: {error}") from error
-    for key, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"adapter {config.adapter}: {key} holds NaN or infinity: the run that made it diverged")
-    return AdapterFile(config.adapter, state, settings, targets, extra, None)
 
 
 def _target(config: ConvertConfig, adapter: AdapterFile) -> str:

@@ -51,6 +51,7 @@ def merge_files(config: MergeConfig) -> list[str]:
         r=config.bone_r,
         alpha=config.lora_alpha,
         pissa_init=config.pissa_init,
+        base_file=config.base_model,
     )
     trained_on = trained_quant(adapter, config.quant)
     quant = trained_on if config.merge_base == "trained" else "none"
@@ -150,9 +151,8 @@ def _report(config: MergeConfig, base: Base, adapter: AdapterFile, trained_on: s
         about = f"{adapter.settings.describe()}{step}; {', '.join(adapter.targets)}"
     lines = [report_base(config.base_model, base), f"adapter   {adapter.path}: {about}"]
     if adapter.metadata is None:
-        lines.append(
-            "          it has no metadata: kind and r were read from the shapes, the base could not be checked"
-        )
+        known = adapter.note or "it has no metadata: kind and r were read from the shapes"
+        lines.append(f"          {known}" + ("" if adapter.base_checked else ", the base could not be checked"))
     if trained_on != "none" and config.merge_base == "original":
         lines.append(
             f"warning   merged into the original weights (--merge_base original), not into the {trained_on} ones that "

@@ -109,7 +109,8 @@ def _inject_adapter(config: TrainConfig, model: RWKV, base: str) -> Injection:
     )
     path, quant = config.adapter.peft_load, config.model.quant
     if path:
-        metadata = load_adapter_file(model, path, injection, base=base).metadata
+        adapter = load_adapter_file(model, path, injection, base=base, base_file=config.model.load_model)
+        metadata = adapter.metadata
         trained_on = metadata.get("quant", "none") if metadata else quant
         if trained_on != quant:
             # The adapter has learnt to make up for the errors of those weights.
