@@ -18,20 +18,19 @@ TIME_LIMIT = 180  # seconds
 class Answer(NamedTuple):
     logits: np.ndarray  # [T, V]
     ids: list[list[int]]  # of each text
+    chat: str  # what a model is given after the message "Hi", if there are texts and a template
 
 
 def ask(program: str, folder: Path, ids: Sequence[int], texts: Sequence[str] = ()) -> Answer:
-    """Logits of `ids` by a program (a key of PROGRAMS), and the ids of texts by transformers' AutoTokenizer.
+    """Logits of `ids` by a program (a key of PROGRAMS); what transformers' AutoTokenizer makes of texts (`tokenizer`).
 
     AssertionError, with its own words, if the program does not load the folder, or not every tensor of it.
     """
     request = json.dumps({"program": program, "folder": str(folder), "ids": list(ids), "texts": list(texts)})
-    done = subprocess.run(
-        [sys.executable, __file__], input=request, capture_output=True, text=True, timeout=TIME_LIMIT
-    )
+    done = subprocess.run([sys.executable, __file__], input=request, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, f"{program} ended with {done.returncode}: {done.stderr[-3000:]}"
     found = json.loads(done.stdout.splitlines()[-1])
-    return Answer(np.array(found["logits"], np.float32), found["ids"])
+    return Answer(np.array(found["logits"], np.float32), found["ids"], found["chat"])
 
 
 # From here on: the other process.
@@ -58,19 +57,30 @@ def mlx_lm(folder: str, ids: list[int]) -> list:
     return model(mx.array([ids]))[0].astype(mx.float32).tolist()
 
 
+def tokenizer(folder: str, texts: list[str]) -> tuple[list[list[int]], str]:
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(folder)
+    ids = [found.encode(text, add_special_tokens=False) for text in texts]
+    messages = [{"role": "user", "content": "Hi"}]
+    chat = (
+        found.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if found.chat_template else ""
+    )
+    return ids, chat
+
+
 PROGRAMS = {"rwkv7-hf": rwkv7_hf, "mlx-lm": mlx_lm}
 
 
 def main() -> None:
     request = json.load(sys.stdin)
-    logits = PROGRAMS[request["program"]](request["folder"], request["ids"])
-    ids = []
-    if request["texts"]:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(request["folder"])
-        ids = [tokenizer.encode(text, add_special_tokens=False) for text in request["texts"]]
-    print(json.dumps({"logits": logits, "ids": ids}))
+    program, folder = request["program"], request["folder"]
+    logits, ids, chat = [], [], ""
+    if program == "tokenizer":
+        ids, chat = tokenizer(folder, request["texts"])
+    else:
+        logits = PROGRAMS[program](folder, request["ids"])
+    print(json.dumps({"logits": logits, "ids": ids, "chat": chat}))
 
 
 if __name__ == "__main__":
