@@ -315,6 +315,10 @@ def test_a_state_alone_is_written_for_ai00_and_for_nobody_else_but_files(with_st
     found, expected = load_file(tmp_path / "x.st"), checkpoints.read_state(state)
     assert found.keys() == expected.keys() and len(found) == 3
     assert all(torch.equal(found[key], expected[key].half().mT) for key in found)
+    again = ConvertConfig(adapter=f"{tmp_path}/x.st", base_model=base, output=f"{tmp_path}/back.pth")
+    assert any("it holds nothing but time_state" in line for line in convert(again))
+    back = checkpoints.read_state(tmp_path / "back.pth")
+    assert all(torch.equal(back[key].float(), expected[key].half().float()) for key in expected)
     write("again.safetensors")
     assert torch.equal(checkpoints.read_state(tmp_path / "again.safetensors")[key := next(iter(found))], expected[key])
     with pytest.raises(UserError, match="for .gguf, merge it: python merge.py --output"):

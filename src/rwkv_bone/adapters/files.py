@@ -76,6 +76,9 @@ def read_adapter(
     state = rename_legacy(checkpoints.read_state(path))
     if is_alic_li(state):
         return _fitting(path, read_alic_li(path, state, base, alpha, base_file), base, AdapterSettings(kind, r))
+    if path.suffix == ".st":
+        # web-rwkv keeps an initial state the other way round.
+        state = {key: tensor.mT if checkpoints.param_part(key) == STATE else tensor for key, tensor in state.items()}
     metadata = checkpoints.read_metadata(path)
     beside = path.with_suffix(".json")
     if metadata is None and beside.is_file():

@@ -151,7 +151,8 @@ def _report(config: MergeConfig, base: Base, adapter: AdapterFile, trained_on: s
         about = f"{adapter.settings.describe()}{step}; {', '.join(adapter.targets)}"
     lines = [report_base(config.base_model, base), f"adapter   {adapter.path}: {about}"]
     if adapter.metadata is None:
-        known = adapter.note or "it has no metadata: kind and r were read from the shapes"
+        read = "that it is a state was" if adapter.settings.kind == STATE else "kind and r were"
+        known = adapter.note or f"it has no metadata: {read} read from the shapes"
         lines.append(f"          {known}" + ("" if adapter.base_checked else ", the base could not be checked"))
     if trained_on != "none" and config.merge_base == "original":
         lines.append(
@@ -176,4 +177,8 @@ def _report(config: MergeConfig, base: Base, adapter: AdapterFile, trained_on: s
             f"state     put into {len(states)} layers as blocks.N.att.time_state; root mean square {min(sizes):.3g} to "
             f"{max(sizes):.3g}"
         )
+        if base.arch.version == 7:
+            lines.append(
+                "          few programs for RWKV-7 start from a state in a model: they take the state file itself"
+            )
     return lines
