@@ -94,7 +94,8 @@ run_on_newest() {
             [ "$_kind" != state ] || _what=state
             die "no $_what rwkv-N.pth in $proj_dir; sh scripts/run_$_kind.sh makes one"
         fi
-        set -- "--$_flag=$_adapter" "$@"
+        # Where there is none, the program says so, unless it is asked for something else, such as --help.
+        set -- "--$_flag=${_adapter:-$(in_repo "$proj_dir")/rwkv-N.pth}" "$@"
     fi
     run "$_program" "$@"
 }

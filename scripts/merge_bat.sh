@@ -1,7 +1,8 @@
 #!/bin/sh
 # Folds a Bat adapter into its base: sh scripts/merge_bat.sh [--flag value ...]
 #
-# Writes an ordinary checkpoint of the base's size and dtype, after comparing its logits with those of base + adapter.
+# Writes an ordinary model, after comparing its logits with those of base + adapter. The name of the output says what:
+# .pth or .safetensors, .st for Ai00, .gguf for llama.cpp, a folder for Hugging Face programs.
 # It runs on the CPU. Each variable but proj_dir is the flag of its name; `python merge.py --help` lists the others.
 # Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
 # shellcheck disable=SC2034 # the variables are read by lib.sh
@@ -10,7 +11,7 @@ grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: s
 
 base_model=assets/rwkv7-tiny.pth # the checkpoint that was fine-tuned
 proj_dir=out/bat                 # its newest adapter, rwkv-N.pth with the largest N, is merged
-output=out/rwkv7-tiny-bat.pth    # the checkpoint to write
+output=out/rwkv7-tiny-bat.pth    # the model to write: .pth, .safetensors, .st, .gguf, or a folder, name/
 
 repo= # the repository's folder; set it only in a copy that lies, and is run, outside the repository
 
@@ -21,5 +22,4 @@ repo=${repo:-$(root "$_file" || root "$PWD" || true)}
 [ -d "$repo/src/rwkv_bone" ] || { echo "error: no repository at '${repo:-$PWD}': set repo= in $0" >&2; exit 2; }
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$repo/scripts/lib.sh"
-(run_on_newest peft_checkpoint bat merge.py "$@")
-echo 'next: load it with the rwkv package, rwkv_bone.load_model, or any other program that runs RWKV-7'
+run_on_newest peft_checkpoint bat merge.py "$@"

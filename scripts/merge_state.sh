@@ -1,8 +1,9 @@
 #!/bin/sh
 # Puts a trained initial state into its base: sh scripts/merge_state.sh [--flag value ...]
 #
-# Writes the base with blocks.N.att.time_state [H, N, N] added, rows = value index. Runtimes of RWKV-5 and 6 read it
-# from there; for RWKV-7, and to switch between states, give the runtime the state file out/state/rwkv-N.pth itself.
+# Writes the base with blocks.N.att.time_state [H, N, N] added, rows = value index, to .pth, .safetensors or .st (Ai00).
+# Runtimes of RWKV-5 and 6 read it from there; for RWKV-7, and to switch between states, give the runtime the state file
+# out/state/rwkv-N.pth itself. .gguf files and Hugging Face folders have no place for a state.
 # It runs on the CPU. Each variable but proj_dir is the flag of its name; `python merge.py --help` lists the others.
 # Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
 # shellcheck disable=SC2034 # the variables are read by lib.sh
@@ -11,7 +12,7 @@ grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: s
 
 base_model=assets/rwkv7-tiny.pth # the checkpoint that was fine-tuned
 proj_dir=out/state               # its newest state, rwkv-N.pth with the largest N, is merged
-output=out/rwkv7-tiny-state.pth  # the checkpoint to write
+output=out/rwkv7-tiny-state.pth  # the model to write: .pth, .safetensors or .st
 
 repo= # the repository's folder; set it only in a copy that lies, and is run, outside the repository
 
@@ -22,5 +23,4 @@ repo=${repo:-$(root "$_file" || root "$PWD" || true)}
 [ -d "$repo/src/rwkv_bone" ] || { echo "error: no repository at '${repo:-$PWD}': set repo= in $0" >&2; exit 2; }
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$repo/scripts/lib.sh"
-(run_on_newest peft_checkpoint state merge.py "$@")
-echo 'next: load it with rwkv_bone.load_model, or with a program that starts from a checkpoint'"'"'s time_state'
+run_on_newest peft_checkpoint state merge.py "$@"

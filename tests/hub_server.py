@@ -70,7 +70,7 @@ def serve(repositories):
             data = hub.repositories.get(name, {}).get(file)
             if data is None or file in hub.down:
                 return self._send(
-                    404 if data is None else 503, {"X-Error-Code": "EntryNotFound"} if data is None else {}
+                    404 if data is None else 410, {"X-Error-Code": "EntryNotFound"} if data is None else {}
                 )
             headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
             if head:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+TIME_LIMIT = 180  # seconds
+
 
 def logits(checkpoint: Path, ids: list[int], version: int = 7, dtype: str = "fp32") -> np.ndarray:
     """Logits [T, V] of one sequence, computed on the CPU in `dtype` (fp32 or bf16) by the `rwkv` package.
@@ -20,7 +22,7 @@ def logits(checkpoint: Path, ids: list[int], version: int = 7, dtype: str = "fp3
     """
     switches = {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "1" if version == 7 else "0"}
     command = [sys.executable, __file__, str(checkpoint), json.dumps(ids), dtype]
-    done = subprocess.run(command, env={**os.environ, **switches}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **switches}, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stderr
     return np.array(json.loads(done.stdout.splitlines()[-1]), dtype=np.float32)
 

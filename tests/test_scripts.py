@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_bone.config import MergeConfig
-from rwkv_bone.config.flags import ALIASES, SECTIONS, parse_merge, parse_train
+from rwkv_bone.config.flags import ALIASES, SECTIONS, parse_merge, parse_section, parse_train
 from rwkv_bone.conversion.flags import ConvertConfig
 from rwkv_bone.data.prepare import PrepareConfig
 from rwkv_bone.data.preview import PreviewConfig
@@ -361,7 +361,6 @@ def test_merge_scripts_take_the_newest_adapter_by_number(script, ready):
     config = parse_merge(arguments(ready.sh(script)))
     assert config.peft_checkpoint == str(folder / "rwkv-10.pth")
     assert config.output == f"{ready.root}/out/rwkv7-tiny-{kind}.pth"
-    assert ready.sh(script).stdout.splitlines()[1].startswith("next: ")
     config = parse_merge(arguments(ready.sh(script, "--lora_checkpoint", "mine.pth", "--overwrite")))
     assert config.peft_checkpoint == "mine.pth" and config.overwrite
 
@@ -383,10 +382,36 @@ def test_a_merge_script_may_name_the_adapter_itself(name, ready):
     assert config.peft_checkpoint == f"{ready.root}/out/rwkv-2.pth"
 
 
-def test_a_merge_that_fails_says_nothing_of_what_comes_next(ready):
-    (ready.root / "merge.py").write_text("import sys; sys.exit(2)")
-    result = ready.sh("merge_bone.sh", "--peft_checkpoint", "x")
-    assert (result.returncode, result.stdout) == (2, "")
+@pytest.mark.parametrize(
+    "words, variables, is_model",
+    [
+        ([], {}, False),
+        (["--to", "lora"], {}, False),
+        (["--base_model", "m.pth", "--output", "m.gguf"], {}, True),
+        (["--base_model=m.pth", "--adapter", "a.pth"], {}, False),
+        ([], {"proj_dir": ""}, True),
+    ],
+)
+def test_the_model_itself_is_converted_where_no_adapter_is_meant(words, variables, is_model, ready):
+    (ready.root / "out" / "bone").mkdir(parents=True)
+    (ready.root / "out" / "bone" / "rwkv-9.pth").touch()
+    ready.echo_modules()
+    ready.edit("convert.sh", **variables)
+    config = parse_section("convert", "", ConvertConfig, arguments(ready.sh("convert.sh", *words)))
+    assert (not config.adapter) == is_model
+
+
+def test_a_missing_adapter_is_never_taken_for_a_conversion_of_the_model(ready):
+    ready.echo_modules()
+    given = arguments(ready.sh("convert.sh", "--output", "m.gguf"))
+    assert given[given.index("--output") - 1] == f"--adapter={ready.root}/out/bone/rwkv-N.pth"
+
+
+def test_a_conversion_may_name_the_adapter_in_the_script(ready):
+    ready.echo_modules()
+    ready.edit("convert.sh", "adapter=out/mine.pth")
+    config = parse_section("convert", "", ConvertConfig, arguments(ready.sh("convert.sh", "--base_model", "m.pth")))
+    assert config.adapter == f"{ready.root}/out/mine.pth"
 
 
 @pytest.mark.parametrize("shell", SHELLS)

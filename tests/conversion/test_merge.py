@@ -14,7 +14,9 @@ from rwkv_bone.adapters import ADAPTERS, AdapterSettings, BoneLinear, inject
 from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.conversion import merge as merging
-from rwkv_bone.conversion.merge import merge_files, merged_tensors
+from rwkv_bone.conversion import output, verify
+from rwkv_bone.conversion.fold import merged_tensors
+from rwkv_bone.conversion.merge import merge_files
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import load_base_into
 from rwkv_bone.quantization import as_trained
@@ -289,7 +291,7 @@ def test_neither_input_is_ever_overwritten(files, which):
 
 
 def test_an_output_of_an_unknown_kind_is_refused(files):
-    with pytest.raises(UserError, match="expected a name that ends in .pth or .safetensors"):
+    with pytest.raises(UserError, match="expected a name that ends in .pth, .safetensors, .st or .gguf, or a folder"):
         merge_files(config(files(), output="merged.bin"))
 
 
@@ -304,10 +306,10 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_is_written(files, tin
 def test_a_file_that_reads_back_differently_is_not_kept(files, monkeypatch):
     paths = files()
 
-    def damaged(path, layout, tensors):
-        write_tensors(path, layout, ((key, tensor + (key == "head.weight")) for key, tensor in tensors))
+    def damaged(path, layout, tensors, **options):
+        write_tensors(path, layout, ((key, tensor + (key == "head.weight")) for key, tensor in tensors), **options)
 
-    monkeypatch.setattr(merging, "write_tensors", damaged)
+    monkeypatch.setattr(output, "write_tensors", damaged)
     with pytest.raises(UserError, match="head.weight did not read back"):
         merge_files(config(paths))
     assert left_behind(paths) == set()
@@ -324,8 +326,8 @@ def test_a_merge_whose_weights_compute_something_else_is_not_kept(files, monkeyp
 def test_a_merge_whose_logits_differ_is_not_kept(files, monkeypatch):
     paths = files()
     monkeypatch.setattr(BoneLinear, "merged", staticmethod(lambda weight, *_: weight.clone()))
-    monkeypatch.setattr(merging, "verify_formula", lambda *_: None)
-    with pytest.raises(UserError, match="more than the .* that rounding to float32 explains"):
+    monkeypatch.setattr(verify, "verify_formula", lambda *_: None)
+    with pytest.raises(UserError, match="more than the .* that arithmetic in fp32 explains"):
         merge_files(config(paths))
     assert left_behind(paths) == set()
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from rwkv_bone.data.tokenizer import ByteTokenizer, WorldTokenizer, world_tokens
-from rwkv_bone.data.world_json import END, longest_of, write_bytes_json, write_tokenizer_config, write_world_json
+from rwkv_bone.data.world_json import WORLD_END, longest_of, write_bytes_json, write_tokenizer_config, write_world_json
 
 SCRIPTS = {
     "Latin": "The quick brown fox — naïve café, Ærø, Straße, Łódź, đường phố, ﬁn. “Quotes” 1,234.50 € x² ½",
@@ -22,7 +22,7 @@ SCRIPTS = {
     "code": "def f(x):\n    return {'a': [1, 2]}  # why?\n\t#include <a.h>\r\n\"\\n\\t\" != \x60${x}\x60;}}}]])//////",
     "white space": " " * 77 + "\n" * 13 + "\t" * 9 + "\r\n\r\n \n \t\n" + "\u3000\u00a0\u2028\u2029\u0085\u200b x  y",
     "odd bytes": "".join(map(chr, range(0x180))) + "\ufeff\ufffd\ue000\U0010ffff\x00\x00",
-    "names of special tokens": f"<|endoftext|></s><s>[EOS]<|im_end|> {END[:-1]}",
+    "names of special tokens": f"<|endoftext|></s><s>[EOS]<|im_end|> {WORLD_END[:-1]}",
     "longest tokens": "-" * 300 + "=" * 130 + "*" * 129 + " " * 300 + "a" * 100,
 }
 
@@ -92,7 +92,7 @@ def test_transformers_reads_the_folder_with_the_same_ids_and_gets_the_text_back(
                 ids = tokenizer(text)["input_ids"]
                 assert ids == reference.encode(text)
                 # In bytes, id 0 is the byte 0 and the end of a document, and is shown as the end.
-                ended = text.replace("\0", END) if reference.name == "bytes" else text
+                ended = text.replace("\0", WORLD_END) if reference.name == "bytes" else text
                 assert tokenizer.decode(ids) == ended
         named = transformers.AutoTokenizer.from_pretrained(folder)
         assert {named.bos_token_id, named.eos_token_id, named.pad_token_id, named.unk_token_id} == {0}

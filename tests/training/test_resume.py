@@ -47,6 +47,12 @@ def assert_same_to_the_bit(folder, reference, last="rwkv-1.pth"):
     assert largest_difference(ours, theirs) == 0
 
 
+def assert_same_files(folder, reference):
+    """The very bytes: neither the folder nor the time nor the process is in a file."""
+    for name in ("resume.pth", *(path.name for path in reference.glob("rwkv-*"))):
+        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
+
+
 # fmt: off
 VARIANTS = {
     "stage 1": {},
@@ -77,6 +83,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(job, 
     assert len(log_of(folder)) == 5 and checkpoints.read_metadata(folder / "resume.pth")["step"] == 4
     job.run(folder.name, resume=1, **flags)
     assert_same_to_the_bit(folder, reference)
+    assert_same_files(folder, reference)
 
 
 @pytest.fixture(scope="module")
@@ -245,13 +252,13 @@ def failing_at(monkeypatch, step, error):
     """Let the write of the resume file after `step` fail in the middle, in a run that saves each step."""
     original, written = resume_file.write_tensors, []
 
-    def write(path, layout, tensors):
+    def write(path, layout, tensors, metadata):
         written.append(path)
         if len(written) == step:
             path.write_bytes(b"half a file")
             next(iter(tensors))
             raise error
-        original(path, layout, tensors)
+        original(path, layout, tensors, metadata)
 
     monkeypatch.setattr(resume_file, "write_tensors", write)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_bone import checkpoints
+from rwkv_bone.adapters.foreign import Foreign, is_alic_li, peft_folder, read_alic_li, read_directory
 from rwkv_bone.adapters.inject import STATE, Injection, RwkvModel, inject, load_adapter, target_name, unfreeze
 from rwkv_bone.adapters.layer import AdapterLinear, is_projection
 from rwkv_bone.adapters.registry import ADAPTERS, split_key
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.errors import UserError
+
+log = logging.getLogger("rwkv_bone")
 
 LEGACY_SUFFIX = ".disha"  # RWKV-PEFT, 2025-02 to 2025-10
 FLAT = "bat-flat"  # RWKV-PEFT, 2024-08 and 2024-09: the blocks of bat-col one below the other, [out, r]
@@ -42,6 +46,8 @@ class AdapterFile:
     targets: list[str]
     extra: list[str]
     metadata: dict | None
+    note: str = ""  # of an adapter in another project's form: how it says what it is
+    base_checked: bool = True  # whether anything in it says which base it belongs to, and this is that base
 
 
 def read_adapter(
@@ -53,15 +59,30 @@ def read_adapter(
     r: int = 0,
     alpha: float = 0.0,
     pissa_init: str | Path = "",
+    base_file: str | Path = "",
 ) -> AdapterFile:
     """Read an adapter and check it against its base, tensor by tensor and by the fingerprint in its metadata.
 
+    path: a file, or a directory of Hugging Face PEFT.
     base: the base's tensors, for their names and shapes; fingerprint: of the base's file, needed when `base` holds
     converted tensors and not those of the file. kind (`auto` = from the file), r and alpha (0 = from the file) must
     agree with the file; without metadata they decide what its shapes leave open. pissa_init: RWKV-PEFT's
-    init_pissa.pth, which its PiSSA adapters need. UserError for everything that does not fit.
+    init_pissa.pth, which its PiSSA adapters need. base_file: where the base was read from, which some adapters of other
+    projects know by its SHA-256. UserError for everything that does not fit.
     """
-    state, metadata = rename_legacy(checkpoints.read_state(path)), checkpoints.read_metadata(path)
+    path = Path(path)
+    if folder := peft_folder(path):
+        return _fitting(path, read_directory(folder, base, base_file), base, AdapterSettings(kind, r, alpha))
+    state = rename_legacy(checkpoints.read_state(path))
+    if is_alic_li(state):
+        return _fitting(path, read_alic_li(path, state, base, alpha, base_file), base, AdapterSettings(kind, r))
+    if path.suffix == ".st":
+        # web-rwkv keeps an initial state the other way round.
+        state = {key: tensor.mT if checkpoints.param_part(key) == STATE else tensor for key, tensor in state.items()}
+    metadata = checkpoints.read_metadata(path)
+    beside = path.with_suffix(".json")
+    if metadata is None and beside.is_file():
+        log.warning("%s is not the metadata of an adapter of this project: it is not read for %s", beside, path.name)
     if pissa_init:
         state |= read_pissa_init(pissa_init, state)
     settings = AdapterSettings(kind, r, alpha)
@@ -79,12 +100,34 @@ def read_adapter(
         raise UserError(f"adapter {path}: {error}") from error
     if kind == FLAT:
         kind, state = "bat-col", {key: _unflatten(key, tensor, r) for key, tensor in state.items()}
+    _check_finite(path, state)
+    settings = replace(settings, kind=kind, r=r)
+    return AdapterFile(str(path), state, settings, targets, extra, metadata, base_checked=metadata is not None)
+
+
+def _fitting(path: Path, foreign: Foreign, base: Mapping[str, Tensor], asked: AdapterSettings) -> AdapterFile:
+    """The adapter of another project as one of the base; UserError unless all fits and agrees with the flags."""
+    settings = foreign.settings
+    if asked.kind not in ("auto", settings.kind):
+        raise UserError(f"{path} is {settings.kind} ({foreign.note}), --peft says {asked.kind}")
+    if asked.alpha not in (0, settings.alpha or settings.r):
+        raise UserError(f"{path} has alpha {settings.alpha:g} ({foreign.note}), --lora_alpha says {asked.alpha:g}")
+    shapes = {key: tuple(tensor.shape) for key, tensor in base.items()}
+    try:
+        _, _, targets, extra = infer_adapter(foreign.state, shapes, settings.kind, asked.r or settings.r)
+    except UserError as error:
+        raise UserError(f"adapter {path}: {error}") from error
+    _check_finite(path, foreign.state)
+    checked = foreign.base_checked
+    return AdapterFile(str(path), foreign.state, settings, targets, extra, None, foreign.note, checked)
+
+
+def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
     for key, tensor in state.items():
         if not tensor.isfinite().all():
             raise UserError(
                 f"adapter {path}: {key} holds NaN or infinity: the run that made it diverged, use an earlier one"
             )
-    return AdapterFile(str(path), state, replace(settings, kind=kind, r=r), targets, extra, metadata)
 
 
 def _settings_in(metadata: Mapping, asked: AdapterSettings, path: str | Path) -> AdapterSettings:
@@ -305,9 +348,12 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile) -> None:
     load_adapter(model, adapter.state, f"adapter {adapter.path}")
 
 
-def load_adapter_file(model: nn.Module, path: str | Path, injection: Injection, base: str) -> AdapterFile:
+def load_adapter_file(
+    model: nn.Module, path: str | Path, injection: Injection, base: str, base_file: str | Path = ""
+) -> AdapterFile:
     """Continue from an adapter file: fill the adapters that `inject` has put into the model. base: its fingerprint.
 
+    base_file: as for `read_adapter`.
     UserError unless the file has the same kind, r, scale, targets and extra parts.
     """
     settings = injection.settings
@@ -317,7 +363,9 @@ def load_adapter_file(model: nn.Module, path: str | Path, injection: Injection, 
             shape = (module.out_features, module.in_features)
             parameters[f"{name}.weight"] = torch.empty(shape, device="meta")  # a quantised weight
     alpha = settings.alpha or settings.r if settings.kind in ("lora", "pissa") else 0.0
-    adapter = read_adapter(path, parameters, fingerprint=base, kind=settings.kind, r=settings.r, alpha=alpha)
+    adapter = read_adapter(
+        path, parameters, fingerprint=base, kind=settings.kind, r=settings.r, alpha=alpha, base_file=base_file
+    )
     if adapter.settings.scale != settings.scale:
         raise UserError(
             f"--peft_load {path} is {adapter.settings.describe()}, the flags say {settings.describe()}: give the "

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from rwkv_bone.checkpoints import atomic_path, read_state
+from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.errors import UserError
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHT_FILES = (WEIGHTS, PICKLED_WEIGHTS)
 PREFIX = "base_model.model."
 # PEFT's parameter name -> ours
 PARAMETERS = {
@@ -100,7 +102,10 @@ def read_config(folder: str | Path) -> dict:
     """`adapter_config.json` of a directory."""
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise UserError(f"{folder} holds no {CONFIG}: expected a folder that save_pretrained of PEFT has written")
+        raise UserError(
+            f"{folder} holds no {CONFIG}: expected a folder that save_pretrained of PEFT has written. If an adapter "
+            "is a file in it, name the file"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -201,12 +206,9 @@ def write_peft(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file as PyTorch's libraries mark theirs, atomically, over whatever is there."""
-    from safetensors.torch import save_file
-
+    """A safetensors file, atomically, over whatever is there."""
     with atomic_path(path, overwrite=True) as temporary:
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(plain, temporary, metadata={"format": "pt"})
+        write_tensors(temporary, tensors, tensors.items(), format="safetensors")
 
 
 def lora_of_bone(bone: Tensor, in_features: int) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,16 @@
 
 from rwkv_bone.checkpoints.architecture import Architecture, Base, architecture_of, load_base
 from rwkv_bone.checkpoints.files import (
-    METADATA_RECORD,
     atomic_path,
     read_metadata,
+    read_record,
     read_state,
     save_tensors,
     write_state,
 )
 from rwkv_bone.checkpoints.keys import fingerprint, match_keys, param_part
 from rwkv_bone.checkpoints.layouts import LAYOUTS, Layout, layout_of, to_upstream
+from rwkv_bone.checkpoints.stream import METADATA_RECORD
 
 __all__ = [
     "METADATA_RECORD",
@@ -26,6 +27,7 @@ __all__ = [
     "match_keys",
     "param_part",
     "read_metadata",
+    "read_record",
     "read_state",
     "save_tensors",
     "to_upstream",

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_bone.checkpoints.hub import local_model, origin
 from rwkv_bone.checkpoints.keys import match_keys
 from rwkv_bone.checkpoints.layouts import Layout, to_upstream
 from rwkv_bone.checkpoints.model_config import check_mathematics, check_sizes, head_size_of, read_model_config
@@ -178,18 +179,19 @@ class Base:
 
     def label(self, name: str | Path) -> str:
         """What the user calls the model, and what was read, if that needs saying."""
-        words = self.describe()
-        return f"{name} ({words})" if words else str(name)
+        words = [part for part in (self.describe(), origin(self.path)) if part]
+        return f"{name} ({'; '.join(words)})" if words else str(name)
 
 
 def load_base(path: str | Path) -> Base:
-    """The model at `path`: a .pth, .safetensors or .st file, an index of shards, or a folder, in any known layout.
+    """The model at `path`: a .pth, .safetensors or .st file, an index of shards, or a folder, in any known layout; or the
+    name of one on the Hugging Face Hub.
 
     Nothing is copied that is not needed: tensors are mapped. UserError says what is wrong: files that are missing or
     too many, keys and shapes that do not make a whole model, a config.json that contradicts them, a model that we
     compute differently.
     """
-    path = Path(path)
+    path = local_model(path)
     found = find_files(path)
     config = read_model_config(found.folder)
     config_path = found.folder / "config.json" if found.folder else path

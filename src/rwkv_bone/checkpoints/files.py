@@ -21,26 +21,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_bone.checkpoints import integrity
 from rwkv_bone.checkpoints.layouts import unwrapped
+from rwkv_bone.checkpoints.stream import METADATA_RECORD, write_tensors
 from rwkv_bone.errors import UserError
 
 log = logging.getLogger("rwkv_bone")
 
-SAFETENSORS = (".safetensors", ".st")  # what such files are called; .st is web-rwkv's name
-METADATA_RECORD = "rwkv_bone.json"
+OURS = {"format", "kind", "base"}  # keys by which metadata of ours is recognised in a JSON beside a file
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state(path: str | Path, verify: bool = True) -> dict[str, Tensor]:
     """The tensors of a .pth or .safetensors file under their keys, memory-mapped, in the file's order.
 
-    UserError when the file is missing, cut short, not a checkpoint, or holds anything but tensors.
+    verify: compare the checksums that the file has, unless this process has done so before; not needed where the bytes
+    were compared by other means. UserError when the file is missing, cut short, damaged, not a checkpoint, or holds
+    anything but tensors.
     """
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"checkpoint {path} {what}: expected a .pth or .safetensors file")
     try:
-        if path.suffix in SAFETENSORS:
+        if verify:
+            integrity.verify_file(path)
+        if integrity.is_safetensors(path):
             from safetensors.torch import load_file
 
             state = load_file(path)
@@ -49,6 +54,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             log.warning("%s is in torch's old file format: it is read into memory whole instead of being mapped", path)
+    except UserError:
+        raise
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
@@ -104,45 +111,57 @@ def write_state(
             temporary.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
-def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict | None = None) -> None:
+def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping | None = None) -> None:
     """The bare write behind `write_state`: no temporary name, no JSON beside."""
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
+    write_tensors(path, state, state.items(), metadata)
 
-        save_file(tensors, path, metadata={METADATA_RECORD: json.dumps(metadata)} if metadata is not None else None)
-        return
-    try:
-        torch.save(tensors, path)
-    except RuntimeError as error:
-        # torch reports a full or read-only disk as a RuntimeError of its zip writer.
-        raise OSError(str(error).splitlines()[0]) from error
-    if metadata is not None:
-        with zipfile.ZipFile(path, "a") as archive:
-            root = archive.namelist()[0].split("/")[0]
-            archive.writestr(f"{root}/{METADATA_RECORD}", json.dumps(metadata))
+
+def read_record(path: str | Path, name: str) -> str | None:
+    """The text that a file holds beside its tensors under this name; None if it holds none.
+
+    A .pth file has it as a record, a .safetensors file in its header. UserError when it is damaged.
+    """
+    path = Path(path)
+    if integrity.is_safetensors(path):
+        integrity.tensor_pieces(path)  # compares the header's checksum
+        return integrity.safetensors_header(path)[0].get("__metadata__", {}).get(name)
+    if not zipfile.is_zipfile(path):
+        return None
+    records = integrity.zip_records(path)
+    found = [record for record in records.values() if record.name.partition("/")[2] == name]
+    if not found:
+        return None
+    if any(record.checksum for record in records.values()):
+        integrity.verify_pieces(path, found)
+    return integrity.read_piece(path, found[0]).decode(errors="replace")
 
 
 def read_metadata(path: str | Path) -> dict | None:
-    """The metadata of a file of ours, from inside it or from the JSON beside it; None when there is none."""
-    path = Path(path)
-    if path.suffix in SAFETENSORS:
-        from safetensors import safe_open
+    """The metadata of a file of ours, from inside it or else from the JSON beside it; None when there is none.
 
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(METADATA_RECORD)
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(f"/{METADATA_RECORD}")]
-            text = archive.read(names[0]).decode() if names else None
-    else:
-        text = None
-    beside = path.with_suffix(".json")
-    if text is None and beside.is_file():
-        text = beside.read_text(encoding="utf-8")
+    A JSON beside is metadata only if it has the keys of ours, since other programs write files of such names, too.
+    """
+    path = Path(path)
+    text, beside = read_record(path, METADATA_RECORD), _metadata_beside(path)
     if text is None:
-        return None
+        return beside
     try:
-        return json.loads(text)
+        inside = json.loads(text)
     except ValueError as error:
         raise UserError(f"the metadata of {path} is not readable JSON: {error}") from error
+    if beside is not None and beside != inside:
+        different = [key for key in {**inside, **beside} if inside.get(key) != beside.get(key)]
+        log.warning(
+            "%s belongs to another file than %s (its %s differ); what the file itself says counts",
+            path.with_suffix(".json"), path.name, ", ".join(different),
+        )  # fmt: skip
+    return inside
+
+
+def _metadata_beside(path: Path) -> dict | None:
+    """What stands in the JSON beside a file, if that is metadata of ours."""
+    try:
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and OURS <= found.keys() else None

@@ -32,10 +32,10 @@ FILES = tuple(
 )
 # Read from the folder of a model, besides its weights.
 BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-WEIGHTS = (".safetensors", ".pth", ".st")  # in this order: one kind is downloaded
+# Weights under these names, or those of their shards, are read first; else the only file with such an ending is.
+USUAL = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"
+ENDINGS = (".safetensors", ".pth", ".st", ".bin")
 DATA = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt)(\.gz|\.zst|\.xz|\.bz2|\.zip)?|(^|/)README\.md")
 
 
@@ -54,14 +54,15 @@ class Repository:
 def local_model(name: str | Path) -> Path:
     """The path of a model: `name` itself, or what was downloaded of the repository of the Hub that it names.
 
-    That is a folder as programs of Hugging Face write it, or the only checkpoint. UserError says why there is nothing.
+    That is a checkpoint or the index of its shards, beside config.json and the other files of the model. UserError says
+    why there is none.
     """
     repository = _repository(str(name), "model")
     if repository is None:
         return Path(name)
     folder = _download(repository, _model_files)
-    files = _model_files(_names(folder), repository)
-    return folder if INDEX in files or SINGLE in files else folder / files[-1]
+    # Other programs may have put more forms of the weights into the folder.
+    return folder / _model_files(_names(folder), repository)[0]
 
 
 def local_data(name: str) -> str:
@@ -71,12 +72,11 @@ def local_data(name: str) -> str:
 
 
 def origin(path: str | Path) -> str:
-    """Repository and commit of a path in the cache of huggingface_hub, such as "RWKV/x, commit 1a2b3c4"; else ""."""
+    """Where a path in the cache of huggingface_hub is from: "commit 1a2b3c4d5e of the Hugging Face Hub"; else ""."""
     parts = Path(path).parts
     for folder, middle, commit in zip(parts, parts[1:], parts[2:], strict=False):
-        kind, *names = folder.split("--")
-        if middle == "snapshots" and kind in ("models", "datasets") and len(names) == 2:
-            return f"{'/'.join(names)} of the Hugging Face Hub, commit {commit[:10]}"
+        if middle == "snapshots" and folder.startswith(("models--", "datasets--")):
+            return f"commit {commit[:10]} of the Hugging Face Hub"
     return ""
 
 
@@ -103,24 +103,28 @@ Wanted = Callable[[Iterable[str], Repository], list[str]]
 
 
 def _model_files(names: Iterable[str], repository: Repository) -> list[str]:
-    """Those of a repository's files that are read: what belongs to the weights, and then weights of one kind."""
+    """Those of a repository's files that are read: a checkpoint or an index, shards, and what belongs to them."""
     top = [name for name in names if "/" not in name]
     beside = [name for name in top if name in BESIDE]
-    if INDEX in top:
-        return [*beside, INDEX, *filter(SHARD.fullmatch, top)]
-    for ending in WEIGHTS:
+    for usual in USUAL:
+        if usual + INDEX in top:
+            stem, ending = usual.split(".")
+            shard = re.compile(rf"{stem}-\d+-of-\d+\.{ending}")
+            return [usual + INDEX, *filter(shard.fullmatch, top), *beside]
+        if usual in top:
+            return [usual, *beside]
+    for ending in ENDINGS:
         weights = [name for name in top if name.endswith(ending)]
-        weights = [SINGLE] if SINGLE in weights else weights
         if len(weights) > 1:
             raise UserError(
                 f"{repository} has {len(weights)} checkpoints: {_some(weights)}. Download the one you mean and name "
                 f"the file: hf download {repository.name} {weights[0]} --local-dir ."
             )
         if weights:
-            return [*beside, *weights]
+            return [*weights, *beside]
     raise UserError(
-        f"{repository} has no weights that are read here: expected {INDEX}, a .safetensors, .pth or .st file at its "
-        f"top; found {_some(top) or 'nothing'}"
+        f"{repository} has no weights that are read here: expected one {', '.join(ENDINGS)} file, or shards with an "
+        f"index, at its top; found {_some(top) or 'nothing'}"
     )
 
 
@@ -153,7 +157,7 @@ def _download(repository: Repository, wanted: Wanted) -> Path:
             info = huggingface_hub.HfApi().repo_info(
                 repository.name, repo_type=repository.kind, revision=repository.revision, files_metadata=True
             )
-            sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            sizes = {file.rfilename: file.size or 0 for file in getattr(info, "siblings", None) or ()}
             files = wanted(list(sizes), repository)
             missing = [file for file in files if not cached.has(info.sha or "", file)]
             if missing:
@@ -184,41 +188,42 @@ class _Unreachable(Exception):
 @contextmanager
 def _explained(repository: Repository, site: str) -> Iterator[None]:
     """Errors of huggingface_hub as UserErrors, and as _Unreachable where the cache may help."""
-    from huggingface_hub import errors
-
     try:
         yield
-    except UserError:
+    except (UserError, _Unreachable):
         raise
-    except errors.GatedRepoError as error:
-        raise UserError(
+    except Exception as error:
+        raise _explanation(error, repository, site) from error
+
+
+def _explanation(error: BaseException, repository: Repository, site: str) -> UserError | _Unreachable:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        return _explanation(error.__cause__, repository, site)
+    if isinstance(error, errors.GatedRepoError):
+        return UserError(
             f"{repository} is gated: accept its terms at {site}/{repository.name}, and log in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return UserError(
             f"{repository} is neither a path on this machine nor a {repository.kind} of {site}: check the spelling "
             "(a private one needs `hf auth login`)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{repository}: {repository.name} has no revision {repository.revision}") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise _Unreachable("HF_HUB_OFFLINE is set: unset it to download") from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "?")
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UserError(f"{repository}: {repository.name} has no revision {repository.revision}")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return _Unreachable("HF_HUB_OFFLINE is set: unset it to download")
+    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
         if status in (401, 403):
-            raise UserError(f"{repository}: {site} refuses it ({status}): log in with `hf auth login`") from error
-        raise _Unreachable(f"{site} answers with status {status}") from error
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{repository}: its download cannot be written: {error}") from error
-        raise _Unreachable(_unreachable(site, error)) from error
-    except Exception as error:  # whatever the library's network client raises, which was another one before
-        raise _Unreachable(_unreachable(site, error)) from error
-
-
-def _unreachable(site: str, error: Exception) -> str:
+            return UserError(f"{repository}: {site} refuses it ({status}): log in with `hf auth login`")
+        return _Unreachable(f"{site} answers with status {status}")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{repository}: its download cannot be written: {error}")
+    # Whatever the library's network client raises, which was another one before.
     reason = str(error).strip().split("\n")[0]
-    return f"{site} cannot be reached ({type(error).__name__}: {reason})"
+    return _Unreachable(f"{site} cannot be reached ({type(error).__name__}: {reason})")
 
 
 class _Cached:
@@ -241,12 +246,11 @@ class _Cached:
             raise UserError(self._advice("not on this machine, as a path or as a repository", reason))
         try:
             files = wanted(_names(folder), self._repository)
-            whole = [file for file in files if file != INDEX]
-            if INDEX in files:
-                whole += set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-            missing = [file for file in whole if not (folder / file).is_file()]
+            if files[0].endswith(INDEX):
+                files += json.loads((folder / files[0]).read_text(encoding="utf-8"))["weight_map"].values()
+            missing = {file for file in files if not (folder / file).is_file()}
         except (UserError, ValueError, KeyError):
-            missing = ["weights"]
+            missing = {"weights" if self._repository.kind == "model" else "data"}
         if missing:
             missing_files = f"{_some(sorted(missing))} missing; whole files are kept when you run this again"
             raise UserError(self._advice(f"on this machine only in part ({missing_files})", reason))

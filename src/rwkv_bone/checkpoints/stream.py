@@ -1,7 +1,13 @@
 """Writing a checkpoint one tensor at a time, so that a merge needs memory for one tensor and not for the model.
 
-`torch.save` and safetensors' `save_file` need all tensors at once. Both formats are simple, so they are written here;
-`torch.load(weights_only=True, mmap=True)` and safetensors read the files like any others.
+`torch.save` and safetensors' `save_file` need all tensors at once, and put the time or the file's name into the file.
+Both formats are simple, so they are written here; `torch.load(weights_only=True, mmap=True)` and safetensors read the
+files like any others. Equal input gives equal bytes, wherever and whenever it is written.
+
+Every tensor's CRC-32 is in the file, so that damage is found (`integrity.py`). A .pth file is a zip, which has a place
+for it. The format of .safetensors has none: there they stand in the header's free entries, `__metadata__`, under
+CHECKSUMS, as hexadecimal numbers. The first is the header's, counted with zeros in place of these numbers; the others
+are the tensors', in the header's order.
 """
 
 from __future__ import annotations
@@ -11,14 +17,19 @@ import json
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rwkv_bone.errors import UserError
+
+METADATA_RECORD = "rwkv_bone.json"  # where a file of ours has its metadata: a record of the zip, or in `__metadata__`
+CHECKSUMS = "rwkv_bone.crc32"
 # How each format names a dtype: torch's storage class, and safetensors' word.
 DTYPE_NAMES = {
     torch.float64: (torch.DoubleStorage, "F64"),
@@ -29,23 +40,38 @@ DTYPE_NAMES = {
 ALIGNMENT = 64  # bytes, as torch aligns records: vector instructions are fastest on mapped tensors that start there
 
 
-def write_tensors(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write (key, tensor) pairs, with the keys, order, shapes and dtypes of `layout`, to a .pth or .safetensors file.
+def write_tensors(
+    path: Path,
+    layout: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping | None = None,
+    format: str = "",
+) -> None:
+    """Write (key, tensor) pairs, with the keys, order, shapes and dtypes of `layout`, and metadata, which becomes JSON.
 
-    Each pair is taken from the iterable, written and dropped. `layout` may be mapped: its values are not read.
+    Each pair is taken from the iterable, written and dropped. `layout` may be mapped: its values are not read. Tensors
+    may be views of any strides, on any device. format: pth or safetensors; empty = by the suffix of `path`, pth unless
+    it is .safetensors. UserError for a dtype that checkpoints do not have, such as an integer.
     """
-    writer = _write_safetensors if path.suffix == ".safetensors" else _write_pth
-    writer(path, layout, _checked(layout, tensors))
+    for key, tensor in layout.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
+            raise UserError(f"{key} is {str(tensor.dtype).removeprefix('torch.')}: expected floating point ({known})")
+    writers = {"pth": _write_pth, "safetensors": _write_safetensors}
+    writer = writers[format or ("safetensors" if path.suffix == ".safetensors" else "pth")]
+    about = None if metadata is None else json.dumps(metadata)
+    writer(path, layout, _contents(layout, tensors), about)
 
 
-def _checked(layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> Iterable[memoryview]:
+def _contents(layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[memoryview]:
     """The bytes of each tensor, which must be what the layout says."""
     for (key, model), (name, tensor) in zip(layout.items(), tensors, strict=True):
-        assert (key, model.shape, model.dtype) == (name, tensor.shape, tensor.dtype)
-        yield tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+        expected, found = (key, model.shape, model.dtype), (name, tensor.shape, tensor.dtype)
+        assert expected == found, f"the layout has {expected}, but {found} came to be written"
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write_pth(path: Path, layout: Mapping[str, Tensor], contents: Iterable[memoryview]) -> None:
+def _write_pth(path: Path, layout: Mapping[str, Tensor], contents: Iterable[memoryview], about: str | None) -> None:
     """A zip of uncompressed records: the pickled dictionary, and one record of bytes for each tensor's storage."""
     index = io.BytesIO()
     entries = {key: _Entry(_Storage(str(number), tensor)) for number, (key, tensor) in enumerate(layout.items())}
@@ -56,11 +82,13 @@ def _write_pth(path: Path, layout: Mapping[str, Tensor], contents: Iterable[memo
         for number, content in enumerate(contents):
             _write_record(archive, f"data/{number}", content)
         _write_record(archive, "version", b"3\n")
+        if about is not None:
+            _write_record(archive, METADATA_RECORD, about.encode())
 
 
 def _write_record(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
     assert archive.fp is not None  # it is open
-    record = zipfile.ZipInfo(f"archive/{name}")
+    record = zipfile.ZipInfo(f"archive/{name}")  # its time is 1980-01-01
     # A local header is 30 bytes, the name and the extra fields; zipfile adds one of 20 bytes for sizes beyond 4 GB.
     header = 30 + len(record.filename) + 20 + 4
     padding = -(archive.fp.tell() + header) % ALIGNMENT
@@ -95,24 +123,35 @@ class _IndexPickler(pickle.Pickler):
         return None
 
 
-def _write_safetensors(path: Path, layout: Mapping[str, Tensor], contents: Iterable[memoryview]) -> None:
-    """The header's length, the header as JSON, and the tensors' bytes without gaps, wide dtypes first for alignment."""
-    header: dict[str, dict[str, object]] = {}
+def _write_safetensors(
+    path: Path, layout: Mapping[str, Tensor], contents: Iterable[memoryview], about: str | None
+) -> None:
+    """The header's length, the header as JSON, and the tensors' bytes without gaps, wide dtypes first for alignment.
+
+    The header is written first, to know where the tensors begin, and once more when their checksums are known.
+    """
+    order = sorted(layout, key=lambda key: -layout[key].element_size())
+    free = {"format": "pt"} | ({} if about is None else {METADATA_RECORD: about})
+    header: dict[str, dict[str, object]] = {"__metadata__": {**free, CHECKSUMS: ""}}
     starts: dict[str, int] = {}
-    offset = 0
-    for key, tensor in sorted(layout.items(), key=lambda item: -item[1].element_size()):
-        end = offset + tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": DTYPE_NAMES[tensor.dtype][1],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        starts[key], offset = offset, end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    end = 0
+    for key in order:
+        starts[key], end = end, end + layout[key].numel() * layout[key].element_size()
+        name, shape = DTYPE_NAMES[layout[key].dtype][1], list(layout[key].shape)
+        header[key] = {"dtype": name, "shape": shape, "data_offsets": [starts[key], end]}
+
+    def text(sums: list[int]) -> bytes:
+        header["__metadata__"][CHECKSUMS] = " ".join(f"{value:08x}" for value in sums)
+        encoded = json.dumps(header).encode()
+        return encoded + b" " * (-len(encoded) % 8)
+
+    blank = text([0] * (1 + len(order)))
+    sums: dict[str, int] = {}
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
+        file.write(struct.pack("<Q", len(blank)) + blank)
         for key, content in zip(layout, contents, strict=True):
-            file.seek(8 + len(text) + starts[key])
+            file.seek(8 + len(blank) + starts[key])
             file.write(content)
+            sums[key] = zlib.crc32(content)
+        file.seek(8)
+        file.write(text([zlib.crc32(blank), *(sums[key] for key in order)]))

@@ -8,6 +8,8 @@ from rwkv_bone.config.fields import setting
 from rwkv_bone.config.sections import (
     BAD_ROWS,
     BONE_MODES,
+    LAYOUTS,
+    OUTTYPES,
     QUANTS,
     SCHEDULES,
     STRATEGIES,
@@ -24,6 +26,8 @@ from rwkv_bone.config.sections import (
 __all__ = [
     "BAD_ROWS",
     "BONE_MODES",
+    "LAYOUTS",
+    "OUTTYPES",
     "QUANTS",
     "SCHEDULES",
     "STRATEGIES",

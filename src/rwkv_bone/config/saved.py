@@ -25,6 +25,26 @@ def to_json(config: TrainConfig) -> str:
     return json.dumps(asdict(config), indent=2) + "\n"
 
 
+# Settings that say where a run works and how it starts there, not what comes out of it.
+PLACES = {"proj_dir", "cache_dir", "overwrite", "resume", "wandb"}
+# Settings that name files. Which files they are, fingerprints say; their folders are of one machine.
+FILES = {"load_model", "peft_load", "data_file", "eval_data", "tokenizer", "template"}
+
+
+def shaping(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """The settings that shape a run's result, as its files store them: files by their last names, and no folders.
+
+    So runs of equal settings write equal files wherever they work.
+    """
+    kept: dict[str, dict[str, Any]] = {}
+    for section, values in asdict(config).items():
+        kept[section] = {name: value for name, value in values.items() if name not in PLACES}
+        for name in FILES & kept[section].keys():
+            value = kept[section][name]
+            kept[section][name] = Path(value).name if isinstance(value, str) else [Path(path).name for path in value]
+    return kept
+
+
 def from_json(text: str, source: str = "config.json") -> TrainConfig:
     """The inverse of `to_json`. Missing settings take their defaults; unknown or mistyped ones raise UserError."""
     return build(_check_settings(text, source))

@@ -7,7 +7,7 @@ layers?) live where the file is read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from rwkv_bone.config.fields import check_at_least, check_choices, check_given, setting
 from rwkv_bone.errors import UserError
@@ -33,6 +33,8 @@ DATALOADS = ("pack", "pad", "only", "get")
 LOSS_MASKS = ("response", "last", "none", "pad", "qa", "se")
 LONG_SAMPLES = ("cut", "drop", "split")
 BAD_ROWS = ("stop", "skip")
+LAYOUTS = ("auto", "official", "fla")
+OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,21 @@ class TrainConfig:
 class MergeConfig:
     base_model: str = setting("", "checkpoint that the adapter was trained on")
     peft_checkpoint: str = setting("", "adapter to merge, such as out/rwkv-0.pth")
-    output: str = setting("", "standalone checkpoint to write, .pth or .safetensors")
+    output: str = setting(
+        "",
+        "model to write, in the form of its name: .pth, .safetensors, .st (Ai00), .gguf (llama.cpp), or a Hugging Face "
+        "folder, NAME/",
+    )
+    layout: str = setting(
+        "auto",
+        "names in a folder: RWKV's own (official) or flash-linear-attention's (fla, which most programs read); auto = "
+        "the base's if that is a folder, else fla",
+        LAYOUTS,
+    )
+    outtype: str = setting(
+        "auto", "number format of the matrices in a .gguf file; auto = the base's f32, f16 or bf16", OUTTYPES
+    )
+    shard_size: str = setting("", "largest file in a folder, such as 500MB; empty = 5GB")
     overwrite: bool = setting(False, "1 = replace the output if it exists; 0 = refuse to")
     verify: bool = setting(True, "1 = keep the output only if its logits are those of base + adapter; 0 = do not check")
     peft: str = setting(
@@ -306,4 +322,4 @@ class MergeConfig:
     def __post_init__(self):
         check_choices(self)
         check_at_least(self, 0, "bone_r", "lora_alpha")
-        check_given(self, *(spec.name for spec in fields(self) if spec.default == "" and spec.name != "pissa_init"))
+        check_given(self, "base_model", "peft_checkpoint", "output")

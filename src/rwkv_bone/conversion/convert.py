@@ -1,7 +1,10 @@
-"""Converts adapters between the formats that RWKV projects use: `python -m rwkv_bone.conversion.convert --help`.
+"""Converts adapters between the formats that RWKV projects use, and models: `rwkv_bone.conversion.convert --help`.
 
-It reads this project's files and RWKV-PEFT's (`adapters/files.py` says which), directories of Hugging Face PEFT, with
-RWKV's own names or those of Hugging Face models, and Alic-Li's `<module>.weight.D` [out, r], whose scale is alpha / r.
+Without an adapter the base model itself is written in the form that the output's name asks for (`output.py`). With one:
+
+It reads this project's files and RWKV-PEFT's (`adapters/files.py` says which), and those of other projects
+(`adapters/foreign.py`): directories of Hugging Face PEFT, with RWKV's own names or those of Hugging Face models, and
+Alic-Li's MiSS.
 It writes this project's files, PEFT directories and LoRAs. Everything is checked against the base. Where the adapter's
 shapes fit two kinds, the base's shapes often decide; where they do not, the user must say. Nothing is guessed.
 
@@ -12,6 +15,8 @@ shapes fit two kinds, the base's shapes often decide; where they do not, the use
     lora               yes      no               yes
     pissa              yes      no               yes, of rank 2r: B A - B0 A0
     initial state      yes      no               no
+
+An initial state is also written as .st, as web-rwkv and Ai00 keep it.
 """
 
 from __future__ import annotations
@@ -26,20 +31,24 @@ from torch import Tensor
 
 from rwkv_bone import __version__, checkpoints
 from rwkv_bone.adapters import peft_format
-from rwkv_bone.adapters.files import AdapterFile, infer_adapter, read_adapter
+from rwkv_bone.adapters.files import AdapterFile, read_adapter
 from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.adapters.settings import AdapterSettings
+from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.conversion.flags import ConvertConfig, parse_convert
-from rwkv_bone.conversion.merge import trained_quant
+from rwkv_bone.conversion.merge import refuse_inputs, report_base, report_output, trained_quant, write_model
+from rwkv_bone.conversion.output import output_named, suffix_of
 from rwkv_bone.errors import UserError, exit_status
 
-ALIC_LI = ".weight.D"
-FILE_SUFFIXES = (".pth", ".safetensors")
+STATE_SUFFIX = ".st"
+FILE_SUFFIXES = (".pth", ".safetensors", STATE_SUFFIX)
 MERGE = "merge it (python merge.py --help) and convert the merged model"
 
 
 def convert(config: ConvertConfig) -> list[str]:
     """Write `config.output` and return what to tell the user, line by line. UserError, and no output, if it cannot."""
+    if not config.adapter:
+        return convert_model(config)
     model = checkpoints.load_base(config.base_model)
     arch, base = model.arch, model.state
     adapter, why = read_any(config, base)
@@ -49,7 +58,7 @@ def convert(config: ConvertConfig) -> list[str]:
         f"adapter   {adapter.path}: {adapter.settings.describe()}; {', '.join(adapter.targets) or 'initial state'}",
         f"          {why}",
     ]
-    if adapter.metadata is None:
+    if not adapter.base_checked:
         lines.append(
             "          nothing in it says which base it was trained on: that this is the one could not be checked"
         )
@@ -59,7 +68,9 @@ def convert(config: ConvertConfig) -> list[str]:
     if target == "lora":
         adapter = to_lora(adapter, base)
         lines.append(f"lora      rank {adapter.settings.r}, scale {adapter.settings.scale:g}")
-    if Path(config.output).suffix in FILE_SUFFIXES:
+    if Path(config.output).suffix == STATE_SUFFIX:
+        write_web_rwkv_state(config, adapter, arch)
+    elif Path(config.output).suffix in FILE_SUFFIXES:
         metadata = native_metadata(adapter, arch, base, quant)
         checkpoints.write_state(config.output, adapter.state, metadata, overwrite=config.overwrite)
     else:
@@ -67,13 +78,28 @@ def convert(config: ConvertConfig) -> list[str]:
     return [*lines, f"output    {config.output}"]
 
 
+def convert_model(config: ConvertConfig) -> list[str]:
+    """`convert` for the base model itself."""
+    output = output_named(config.output, config.layout, config.outtype, config.shard_size)
+    refuse_inputs(output, base_model=config.base_model)
+    base = checkpoints.load_base(config.base_model)
+    written = write_model(output, base, overwrite=config.overwrite, verify=config.verify)
+    return [report_base(config.base_model, base), *report_output(config.output, base, written)]
+
+
+def write_web_rwkv_state(config: ConvertConfig, adapter: AdapterFile, arch: checkpoints.Architecture) -> None:
+    """A state file in web-rwkv's layout, in fp16."""
+    layout = checkpoints.LAYOUTS["web-rwkv"]
+    state = dict(layout.theirs(key, tensor.half(), arch) for key, tensor in adapter.state.items())
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{key} would hold infinity in fp16, which .st files have: write .pth")
+    with checkpoints.atomic_path(config.output, config.overwrite) as temporary:
+        write_tensors(temporary, state, state.items(), format="safetensors")
+
+
 def read_any(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[AdapterFile, str]:
     """(the adapter, why it was read as this kind)."""
-    if Path(config.adapter).is_dir():
-        return _read_directory(config, base)
-    state = checkpoints.read_state(config.adapter)
-    if any(key.endswith(ALIC_LI) for key in state):
-        return _read_alic_li(config, base, state)
     adapter = read_adapter(
         config.adapter,
         base,
@@ -81,7 +107,10 @@ def read_any(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[Adapter
         r=config.bone_r,
         alpha=config.lora_alpha,
         pissa_init=config.pissa_init,
+        base_file=config.base_model,
     )
+    if adapter.note:
+        return adapter, adapter.note
     if adapter.metadata is not None:
         return adapter, "its metadata says so, and its shapes agree"
     if config.peft != "auto":
@@ -94,7 +123,7 @@ def _by_shapes(adapter: AdapterFile, base: Mapping[str, Tensor]) -> str:
     keys = [key for key in adapter.state if split_key(key)]
     if not keys:
         return "it holds nothing but time_state"
-    weights = {key: base[f"{_module(key)}.weight"] for key in keys}
+    weights = {key: base[f"{key.rpartition('.')[0]}.weight"] for key in keys}
     # The layer furthest from square is the clearest evidence.
     key = max(keys, key=lambda key: abs(weights[key].shape[0] - weights[key].shape[1]))
     shown = f"{key} is {list(adapter.state[key].shape)} for a weight of {list(weights[key].shape)}"
@@ -106,83 +135,17 @@ def _by_shapes(adapter: AdapterFile, base: Mapping[str, Tensor]) -> str:
     return f"by its names and shapes: {shown}"
 
 
-def _read_directory(config: ConvertConfig, base: Mapping[str, Tensor]) -> tuple[AdapterFile, str]:
-    """`read_any` for a directory of Hugging Face PEFT."""
-    found = peft_format.read_peft(config.adapter)
-    if config.peft not in ("auto", found.kind):
-        raise UserError(f"{config.adapter} is {found.kind} by its adapter_config.json, --peft says {config.peft}")
-    found = replace(found, state=_renamed(found.state), extra=_renamed(found.extra))
-    sizes = {key.removesuffix(".weight"): len(tensor) for key, tensor in base.items() if key.endswith(".weight")}
-    missing = [key for key in found.state if _module(key) not in sizes]
-    if missing:
-        raise UserError(f"{config.adapter} adapts {_module(missing[0])}, which {config.base_model} does not have")
-    found = found.expanded(sizes)
-    settings = AdapterSettings(found.kind, found.r, found.alpha, rslora=found.rslora)
-    init = found.config.get("init_weights")
-    why = f"adapter_config.json says so: peft_type {found.config['peft_type']}, init_weights {init!r}"
-    if init == "mini":
-        why += ", here repeated along the outputs to the Bone that it equals"
-    return _checked(config, base, {**found.state, **found.extra}, settings), why
-
-
-def _module(key: str) -> str:
-    """The module of a tensor's key, `<module>.<name>`."""
-    return key.rpartition(".")[0]
-
-
-def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under RWKV's module names."""
-    renamed = {}
-    for key, tensor in tensors.items():
-        module, _, name = key.rpartition(".")
-        renamed[f"{peft_format.rwkv_name(module)}.{name}"] = tensor
-    return renamed
-
-
-def _read_alic_li(
-    config: ConvertConfig, base: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> tuple[AdapterFile, str]:
-    """`read_any` for tensors named `<module>.weight.D`."""
-    if not config.lora_alpha:
-        raise UserError(
-            f"{config.adapter} holds <module>{ALIC_LI}, which is scaled by alpha / r, and alpha is not in it: give "
-            "--lora_alpha as it was in training"
-        )
-    other = [key for key in state if not key.endswith(ALIC_LI)]
-    if other:
-        raise UserError(f"{config.adapter} holds {other[0]} beside <module>{ALIC_LI}, which is not known")
-    sizes = {tensor.shape[-1] for tensor in state.values()}
-    if len(sizes) > 1 or any(tensor.dim() != 2 for tensor in state.values()):
-        raise UserError(f"{config.adapter}: expected tensors [out, r] with one r, found {sorted(sizes)}")
-    r = sizes.pop()
-    scaled = {
-        key.removesuffix(ALIC_LI) + ".bone": (tensor.float().t() * (config.lora_alpha / r)).contiguous()
-        for key, tensor in state.items()
-    }
-    why = (
-        f"its tensors are named <module>{ALIC_LI}: Bone transposed, multiplied by alpha / r = {config.lora_alpha / r:g}"
-    )
-    return _checked(config, base, scaled, AdapterSettings("bone", r)), why
-
-
-def _checked(
-    config: ConvertConfig, base: Mapping[str, Tensor], state: dict[str, Tensor], settings: AdapterSettings
-) -> AdapterFile:
-    """These tensors as an adapter of the base; UserError unless all fit and all are finite."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in base.items()}
-    try:
-        _, _, targets, extra = infer_adapter(state, shapes, settings.kind, config.bone_r or settings.r)
-    except UserError as error:
-        raise UserError(f"adapter {config.adapter}: {error}") from error
-    for key, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"adapter {config.adapter}: {key} holds NaN or infinity: the run that made it diverged")
-    return AdapterFile(config.adapter, state, settings, targets, extra, None)
-
-
 def _target(config: ConvertConfig, adapter: AdapterFile) -> str:
     """native, miss or lora; UserError if the adapter has no such form."""
-    kind, is_file = adapter.settings.kind, Path(config.output).suffix in FILE_SUFFIXES
+    kind, suffix = adapter.settings.kind, suffix_of(config.output)
+    is_file = bool(suffix)
+    if suffix == STATE_SUFFIX and kind != "state":
+        raise UserError(f"--output {config.output}: only initial states and whole models are written as .st: {MERGE}")
+    if is_file and suffix not in FILE_SUFFIXES:
+        raise UserError(
+            f"--output {config.output}: an adapter is written as .pth or .safetensors, an initial state also as .st, "
+            f"or as a directory for Hugging Face PEFT; for {suffix}, merge it: python merge.py --output {config.output}"
+        )
     target = config.to
     if target == "auto":
         target = "native" if is_file else "lora" if kind in ("lora", "pissa") else "miss"
@@ -251,7 +214,7 @@ def native_metadata(
         "extra": adapter.extra,
         "base": checkpoints.fingerprint(base),
         "architecture": arch.to_dict(),
-        "converted_from": adapter.path,
+        "converted_from": Path(adapter.path).name,
         "rwkv_bone": __version__,
     }
 

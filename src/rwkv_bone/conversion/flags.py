@@ -1,12 +1,13 @@
-"""The flags of the conversion of adapters. The standard library only."""
+"""The flags of the conversion of adapters and models. The standard library only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from rwkv_bone.config import BONE_MODES, QUANTS, setting
+from rwkv_bone.config import BONE_MODES, LAYOUTS, OUTTYPES, QUANTS, setting
 from rwkv_bone.config.fields import check_choices, check_given
 from rwkv_bone.config.flags import parse_section
+from rwkv_bone.errors import UserError
 
 FORMATS = ("auto", "native", "miss", "lora")
 NAMES = ("hf", "rwkv")
@@ -24,14 +25,32 @@ EXAMPLES = (
         "a PEFT directory as a file for merge.py and train.py --peft_load",
         "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/peft --output out/back.pth",
     ),
+    (
+        "the model itself, for llama.cpp",
+        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --output out/tiny.gguf --outtype f16",
+    ),
+    (
+        "the model itself, as a Hugging Face folder",
+        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --output out/tiny/ --layout official",
+    ),
 )
+# What is read with an adapter alone, and without one alone.
+OF_ADAPTERS = ("to", "peft", "bone_r", "lora_alpha", "quant", "pissa_init", "names", "hf_base")
+OF_MODELS = ("layout", "outtype", "shard_size", "verify")
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    adapter: str = setting("", "adapter to read: a file, or a directory of Hugging Face PEFT")
-    base_model: str = setting("", "RWKV checkpoint that the adapter was trained on")
-    output: str = setting("", "what to write: a .pth or .safetensors file, or a directory for Hugging Face PEFT")
+    adapter: str = setting(
+        "", "adapter to read: a file, or a directory of Hugging Face PEFT; empty = convert the base model itself"
+    )
+    base_model: str = setting("", "RWKV model to convert, or that the adapter was trained on")
+    output: str = setting(
+        "",
+        "what to write. Of an adapter a .pth or .safetensors file, or a directory for Hugging Face PEFT; of a state "
+        "also .st (Ai00). Of the model what its name says: .pth, .safetensors, .st, .gguf (llama.cpp), or a folder, "
+        "NAME/",
+    )
     to: str = setting(
         "auto",
         "format to write: native (this project's), miss or lora; auto = native for a file; in a directory lora for "
@@ -61,12 +80,33 @@ class ConvertConfig:
         "", "name or folder of the base as a Hugging Face model, written into a directory's configuration; empty = none"
     )
 
+    layout: str = setting(
+        "auto",
+        "names in a folder of a model: RWKV's own (official) or flash-linear-attention's (fla, which most programs "
+        "read); auto = the base's if that is a folder, else fla",
+        LAYOUTS,
+    )
+    outtype: str = setting(
+        "auto", "number format of the matrices in a .gguf file; auto = the base's f32, f16 or bf16", OUTTYPES
+    )
+    shard_size: str = setting("", "largest file in a folder of a model, such as 500MB; empty = 5GB")
+    verify: bool = setting(
+        True, "1 = keep a converted model only if its logits are those of the base; 0 = do not check"
+    )
+
     def __post_init__(self):
-        check_given(self, "adapter", "base_model", "output")
+        check_given(self, "base_model", "output")
         check_choices(self)
+        unread = OF_MODELS if self.adapter else OF_ADAPTERS
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if spec.name in unread and value != spec.default:
+                shown = int(value) if isinstance(value, bool) else value
+                what = "a model is converted, without --adapter" if self.adapter else "an --adapter is converted"
+                raise UserError(f"--{spec.name} {shown} is read only where {what}: remove one")
 
 
 def parse_convert(argv: list[str], prog: str) -> ConvertConfig:
     """The conversion that `argv` asks for; UserError for anything unknown or missing."""
-    description = "Convert an adapter of an RWKV model from one format to another."
+    description = "Convert an adapter of an RWKV model, or the model itself, from one format to another."
     return parse_section(prog, description, ConvertConfig, argv, examples=EXAMPLES)

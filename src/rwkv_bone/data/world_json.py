@@ -5,31 +5,28 @@ World takes the longest token that the text begins with, then the longest of wha
 branch as deep as it goes, match just the longest token. So the text is cut into tokens before the model, which only
 looks up their ids. Bytes are written as characters of the library's byte-level alphabet, as GPT-2's tokenizer does.
 
-id 0 ends a document, and is the token for whatever else a program asks for (beginning, end, padding, unknown). Its
-name is the one that RWKV's tokenizers for transformers have: text with "<|endoftext|>" in it stays text, as in World.
+id 0 ends a document, and is the token for whatever else a program asks for (beginning, end, padding, unknown).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv_bone.data.tokenizer import world_tokens
+from rwkv_bone.data.tokenizer import WORLD_END, byte_letters, world_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-END = "<|rwkv_tokenizer_end_of_text|>"
 # Beside tokenizer.json, for transformers' AutoTokenizer.
 TOKENIZER_CONFIG: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": END,
-    "eos_token": END,
-    "pad_token": END,
-    "unk_token": END,
+    "bos_token": WORLD_END,
+    "eos_token": WORLD_END,
+    "pad_token": WORLD_END,
+    "unk_token": WORLD_END,
     "add_bos_token": False,
     "add_eos_token": False,
     "clean_up_tokenization_spaces": False,
@@ -62,8 +59,8 @@ def _tokenizer(tokens: Sequence[bytes]) -> Tokenizer:
 
     letters = byte_letters()
     written = ["".join(letters[byte] for byte in token) for token in tokens]
-    vocabulary = {END: 0} | {token: number for number, token in enumerate(written, 1)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    vocabulary = {WORLD_END: 0} | {token: number for number, token in enumerate(written, 1)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=WORLD_END))
     # A byte that begins no token stands alone, and is unknown.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -72,15 +69,8 @@ def _tokenizer(tokens: Sequence[bytes]) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    tokenizer.add_special_tokens([AddedToken(WORLD_END, special=True, normalized=False)])
     return tokenizer
-
-
-def byte_letters() -> list[str]:
-    """The 256 characters of the byte-level alphabet: visible characters of Latin-1 are themselves."""
-    visible = set(chain(range(0x21, 0x7F), range(0xA1, 0xAD), range(0xAE, 0x100)))
-    rest = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(rest)) for byte in range(256)]
 
 
 def longest_of(words: Sequence[str]) -> str:

@@ -47,7 +47,7 @@ def load_model(
     base = checkpoints.load_base(path)
     arch, state = base.arch, base.state
     dtype = dtype or _dtype(state["emb.weight"].dtype, torch.device(device), path)
-    trained = read_adapter(adapter, state) if adapter is not None else None
+    trained = read_adapter(adapter, state, base_file=path) if adapter is not None else None
     metadata = trained.metadata if trained else None
     trained_on = metadata.get("quant", "none") if metadata else quant or "none"
     if quant not in (None, trained_on):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.adapters import AdapterLinear, Injection, adapter_keys, inject, load_adapter_file, settings_of
 from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.config import TrainConfig
+from rwkv_bone.config.saved import shaping
 from rwkv_bone.data import BatchPlan, Dataset, load_dataset, load_pairs, load_tokenizer
 from rwkv_bone.data.split import split_heldout
 from rwkv_bone.errors import UserError
@@ -34,6 +35,7 @@ class Prepared:
     model: RWKV
     arch: Architecture
     label: str  # what the user calls the base model, and what was read
+    folder: Path | None  # where the model's tokenizer and template may be
     kernel: str  # one sentence
     injection: Injection | None  # None: every weight is trained
     output: Output
@@ -49,7 +51,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
     if kind == "none" and quant != "none":
         raise UserError(f"--quant {quant} with --peft none: only frozen weights are quantised, and none is; remove one")
     path = config.model.load_model
-    arch, base, label = _load_base(config)
+    arch, base, label, folder = _load_base(config)
     op, kernel = select_op(config.model.op, device, f"wkv{arch.version}", arch.head_size, dtype)
     if base:
         with torch.device("meta"):
@@ -66,7 +68,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
         "quant": quant,
         "base": checkpoints.fingerprint(base) if base else None,
         "architecture": arch.to_dict(),
-        "config": asdict(config),
+        "config": shaping(config),
         "rwkv_bone": rwkv_bone.__version__,
     }
     if kind == "none":
@@ -74,14 +76,16 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in unused)
         # fp32: unused tensors are written back with the others, and must not be rounded.
-        return Prepared(model, arch, label, kernel, None, Output(tuple(dtypes), metadata, dtypes), torch.float32)
+        return Prepared(
+            model, arch, label, folder, kernel, None, Output(tuple(dtypes), metadata, dtypes), torch.float32
+        )
     injection = _inject_adapter(config, model, metadata["base"])
     output = Output(tuple(adapter_keys(model)), metadata | injection.metadata())
-    return Prepared(model, arch, label, kernel, injection, output, dtype)
+    return Prepared(model, arch, label, folder, kernel, injection, output, dtype)
 
 
-def _load_base(config: TrainConfig) -> tuple[Architecture, dict[str, Tensor], str]:
-    """The base model's architecture, its tensors, mapped, and its name for the header.
+def _load_base(config: TrainConfig) -> tuple[Architecture, dict[str, Tensor], str, Path | None]:
+    """The base model's architecture, its tensors, mapped, its name for the header, and its folder.
 
     There are no tensors for a model that is trained from scratch.
     """
@@ -89,10 +93,10 @@ def _load_base(config: TrainConfig) -> tuple[Architecture, dict[str, Tensor], st
     if path:
         base = checkpoints.load_base(path)
         base.arch.check(config.model, path)
-        return base.arch, base.state, base.label(path)
+        return base.arch, base.state, base.label(path), base.folder
     if config.adapter.kind != "none":
         raise UserError("--load_model is empty: an adapter needs a base model; --peft none trains one from scratch")
-    return architecture_from_scratch(config.model), {}, "from scratch"
+    return architecture_from_scratch(config.model), {}, "from scratch", None
 
 
 def _inject_adapter(config: TrainConfig, model: RWKV, base: str) -> Injection:
@@ -105,7 +109,8 @@ def _inject_adapter(config: TrainConfig, model: RWKV, base: str) -> Injection:
     )
     path, quant = config.adapter.peft_load, config.model.quant
     if path:
-        metadata = load_adapter_file(model, path, injection, base=base).metadata
+        adapter = load_adapter_file(model, path, injection, base=base, base_file=config.model.load_model)
+        metadata = adapter.metadata
         trained_on = metadata.get("quant", "none") if metadata else quant
         if trained_on != quant:
             # The adapter has learnt to make up for the errors of those weights.

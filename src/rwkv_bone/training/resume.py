@@ -15,7 +15,7 @@ from torch import nn
 
 from rwkv_bone import checkpoints
 from rwkv_bone.config import TrainConfig
-from rwkv_bone.config.saved import from_json
+from rwkv_bone.config.saved import from_json, shaping
 from rwkv_bone.data import BatchPlan
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import project
@@ -40,7 +40,7 @@ class Saved:
     path: Path  # the resume file
     step: int  # optimiser steps taken
     trained: Path  # the file of trained parameters that was saved with it
-    config: TrainConfig
+    config: TrainConfig  # of files it has the names, without folders
     metadata: dict
 
     @classmethod
@@ -57,7 +57,7 @@ class Saved:
         metadata = checkpoints.read_metadata(path)
         if not metadata or "trained" not in metadata:
             raise UserError(f"--resume: {path} is not the state of a run of this program")
-        then = from_json(json.dumps(metadata["config"]), str(path))
+        then = _shaping(from_json(json.dumps(metadata["config"]), str(path)))
         saved = cls(path, metadata["step"], folder / metadata["trained"], then, metadata)
         saved._check_settings(config)
         return saved
@@ -99,7 +99,7 @@ class Saved:
 
     def _check_settings(self, now: TrainConfig) -> None:
         """UserError if `now` differs from the saved settings in what the steps depend on."""
-        changed = []
+        changed, now = [], _shaping(now)
         for section in fields(now):
             earlier, current = getattr(self.config, section.name), getattr(now, section.name)
             for spec in fields(current):
@@ -149,6 +149,11 @@ class Cut:
 
     def __str__(self) -> str:
         return f"{self.devices} devices x {self.accumulate} forward passes x micro_bsz {self.micro_bsz}"
+
+
+def _shaping(config: TrainConfig) -> TrainConfig:
+    """The settings as a file of ours stores them: what only says where a run works is at its default."""
+    return from_json(json.dumps(shaping(config)))
 
 
 def _shown(value: object) -> str:

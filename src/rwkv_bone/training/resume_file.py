@@ -7,8 +7,6 @@ fingerprints of base and data.
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from rwkv_bone import checkpoints
-from rwkv_bone.checkpoints import METADATA_RECORD, atomic_path
+from rwkv_bone.checkpoints import atomic_path
 from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.errors import UserError
 from rwkv_bone.training.gather import full_shape, gathered, part_size
@@ -45,9 +43,7 @@ def write(
     if keep:
         try:
             with atomic_path(path, overwrite=True) as temporary:
-                write_tensors(temporary, layout(parameters), tensors)
-                with zipfile.ZipFile(temporary, "a") as archive:
-                    archive.writestr(f"archive/{METADATA_RECORD}", json.dumps(metadata))
+                write_tensors(temporary, layout(parameters), tensors, metadata)
         except (OSError, UserError) as error:
             problem = str(error)
     for _ in tensors:

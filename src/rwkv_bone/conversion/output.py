@@ -1,0 +1,230 @@
+"""Where a model is written to: the name that the user gives decides the form.
+
+    X.pth, X.safetensors   upstream's names, the base's dtypes
+    X.st                   web-rwkv's layout in fp16, for Ai00
+    X.gguf                 llama.cpp's, see `gguf_file.py`
+    X/                     a folder in the official or in fla's layout, see `folder.py`
+
+Every form is written one tensor at a time under a temporary name, and read back under upstream's names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_bone import checkpoints
+from rwkv_bone.checkpoints import Architecture, Base, param_part
+from rwkv_bone.checkpoints.layouts import LAYOUTS, Layout
+from rwkv_bone.checkpoints.stream import DTYPE_NAMES, write_tensors
+from rwkv_bone.conversion import folder, gguf_file
+from rwkv_bone.conversion.gguf_names import left_out
+from rwkv_bone.errors import UserError
+
+FORMS = {".pth": "pth", ".safetensors": "safetensors", ".st": "st", ".gguf": "gguf"}
+FOLDERS = ("official", "fla")
+NAMES = "a name that ends in .pth, .safetensors, .st or .gguf, or a folder, whose name ends in /"
+READERS = {
+    "pth": "for the rwkv package, load_model and what else reads upstream's files",
+    "safetensors": "for load_model and programs that take safetensors with upstream's names",
+    "st": "for Ai00 and web-rwkv, in fp16",
+    "gguf": "for llama.cpp and the programs around it",
+    "official": "for programs that know RWKV's own Hugging Face folders",
+    "fla": "for flash-linear-attention, rwkv7-hf and mlx-lm",
+}
+SHARD_SIZE = "5GB"
+UNITS = {"": 1, "B": 1} | {f"{unit}{b}": base**power for b, base in (("B", 1000), ("IB", 1024))
+                           for power, unit in enumerate("KMG", 1)}  # fmt: skip
+# How far a form's rounding moves a weight, relative to it: the root mean square over many weights. For a float with m
+# bits of mantissa 0.41 x 2^-m-1; for q8_0, whose steps are 1/127 of the largest of 32 normal numbers, a 200th.
+ROUNDING = {"f32": 0.0, "bf16": 0.41 * 2**-8, "f16": 0.41 * 2**-11, "q8_0": 0.005}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+Q8_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file or folder to write. form: one of READERS, or `folder` until the base says which layout."""
+
+    path: Path
+    form: str
+    outtype: str = "auto"  # of a GGUF file's matrices
+    shard_size: int = 0  # bytes of a folder's largest file
+
+    @property
+    def is_folder(self) -> bool:
+        return self.form in (*FOLDERS, "folder")
+
+    @property
+    def layout(self) -> Layout:
+        """The names and orientations of all forms but GGUF."""
+        return LAYOUTS[{"st": "web-rwkv"}.get(self.form, self.form if self.is_folder else "upstream")]
+
+    def for_base(self, base: Base, keys: Iterable[str]) -> Output:
+        """The output with what `auto` means for this base; UserError if a model with these keys has no such form."""
+        output = self
+        if self.form == "folder":
+            output = replace(self, form=base.layout.name if base.layout.name in FOLDERS else "fla")
+        if self.form == "gguf":
+            output = replace(self, outtype=gguf_file.chosen_outtype(self.outtype, base.state))
+        reason = output._obstacle(base.arch, list(keys))
+        if reason:
+            raise UserError(f"--output {self.path}: {reason}")
+        unknown = {tensor.dtype for tensor in base.state.values()} - DTYPE_NAMES.keys()
+        if unknown:
+            raise UserError(f"{base.path} holds {unknown.pop()}: expected floating point, take the original checkpoint")
+        return output
+
+    def _obstacle(self, arch: Architecture, keys: list[str]) -> str:
+        """Why a model with these keys has no such form; "" if it has."""
+        if self.form == "gguf":
+            return gguf_file.obstacle(arch, keys)
+        if arch.version not in self.layout.versions:
+            return (
+                f"the {self.form} layout is RWKV-7's, and this is RWKV-{arch.version}: write .pth, .safetensors or .st"
+            )
+        if self.is_folder and any(param_part(key) == "state" for key in keys):
+            return (
+                f"the {self.form} layout has no place for an initial state: write .pth or .st, or merge without it and "
+                "give the runtime the state file"
+            )
+        return ""
+
+    def warning(self, arch: Architecture) -> str:
+        """What a user of this model in this form must know; "" if there is nothing."""
+        if self.form == "fla" and arch.head_size != 64:
+            return (
+                "most programs for the fla layout norm heads with an epsilon of head size x 1e-5, and RWKV-7 with "
+                f"64e-5: with heads of {arch.head_size} their logits differ a little. --layout official has a setting"
+            )
+        return ""
+
+    def keeps(self, key: str, arch: Architecture) -> bool:
+        """Whether upstream's key has a place in this form. Layer 0's v0 v1 v2, which nothing computes with, may not."""
+        return key not in left_out(arch.version) if self.form == "gguf" else self.layout.holds(key, arch.version)
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """A tensor of the model in the dtype that the file is given it in; a GGUF file rounds by itself."""
+        return tensor.half() if self.form == "st" else tensor
+
+    def agrees(self, expected: Tensor, found: Tensor) -> bool:
+        """Whether what was read back is what should be there: bit for bit, or as near as q8_0 must come."""
+        if self.form != "gguf":
+            return found.dtype == expected.dtype and torch.equal(found, expected)
+        if found.shape != expected.shape:
+            return False
+        if torch.equal(found.float(), expected.to(found.dtype).float()):
+            return found.dtype in (torch.float32, torch.float16 if self.outtype == "q8_0" else DTYPES[self.outtype])
+        if self.outtype != "q8_0" or found.dtype != torch.float32 or found.shape[-1] % Q8_BLOCK:
+            return False
+        blocks = expected.float().reshape(-1, Q8_BLOCK)
+        step = blocks.abs().amax(1, keepdim=True) / 127
+        # Half of a step; and the scale, a step, is rounded to fp16, whose smallest number is 2^-24.
+        limit = step / 2 + 127 * (step * 2**-11 + 2**-25)
+        return bool(((found.reshape(-1, Q8_BLOCK) - blocks).abs() <= limit * (1 + 1e-5)).all())
+
+    def number_formats(self, dtype: torch.dtype, computed: bool) -> list[str]:
+        """What the weights are rounded to, in the terms of --outtype: [] if they are written as they are.
+
+        dtype: the base's, to which what is `computed` in fp32 is rounded first.
+        """
+        stored = next((name for name, known in DTYPES.items() if known == dtype), "f32")
+        kinds = {stored} if computed else set()
+        if self.form in ("st", "gguf"):
+            kinds |= {"f16" if self.form == "st" else self.outtype} - {stored}
+        return sorted(kinds - {"f32"})
+
+    @contextlib.contextmanager
+    def writing(self, overwrite: bool) -> Iterator[Path]:
+        """A temporary name beside `path` that becomes `path` when the block ends well, and else vanishes."""
+        replacing = folder.atomic_folder if self.is_folder else checkpoints.atomic_path
+        with replacing(self.path, overwrite) as temporary:
+            yield temporary
+
+    def write(
+        self, path: Path, base: Base, shapes: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]
+    ) -> None:
+        """Write a model under a name: shapes and (key, tensor) pairs in the same order, under upstream's keys.
+
+        base: whose sizes the model has, and whose folder's tokenizer and template go along.
+        """
+        arch = base.arch
+        if self.form == "gguf":
+            gguf_file.write_gguf(path, arch, shapes, tensors, self.outtype, *folder.gguf_text(base))
+            return
+        on_meta = ((key, torch.empty_like(tensor, device="meta")) for key, tensor in shapes.items())
+        shapes = dict(self._theirs(on_meta, arch))
+        tensors = self._theirs(tensors, arch)
+        if self.is_folder:
+            folder.write_folder(path, base, self.layout, self.shard_size, shapes, tensors)
+        else:
+            write_tensors(path, shapes, tensors, format="pth" if self.form == "pth" else "safetensors")
+
+    def _theirs(self, tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in tensors:
+            if self.keeps(key, arch):
+                yield self.layout.theirs(key, self.stored(tensor), arch)
+
+    def read(self, path: Path) -> Mapping[str, Tensor]:
+        """What was written, under upstream's names and in upstream's shapes."""
+        return gguf_file.read_gguf(path) if self.form == "gguf" else checkpoints.load_base(path).state
+
+    def describe(self) -> str:
+        """A few words for the user: what it is, and for whom."""
+        kind = f"GGUF, matrices in {self.outtype}, " if self.form == "gguf" else ""
+        return f"{kind}{self.layout.title + ' folder, ' if self.is_folder else ''}{READERS[self.form]}"
+
+    def tokenizer(self, base: Base) -> str:
+        """Where a folder's tokenizer comes from, in words."""
+        return folder.describe_texts(base)
+
+    def size(self) -> int:
+        """Bytes of the file, or of all files in the folder."""
+        return sum(file.stat().st_size for file in (self.path.iterdir() if self.is_folder else [self.path]))
+
+
+def output_named(name: str, layout: str = "auto", outtype: str = "auto", shard_size: str = "") -> Output:
+    """The output that a name and the flags --layout, --outtype and --shard_size ask for.
+
+    UserError for a name of no known form, and for a flag that this form does not read.
+    """
+    path, suffix = Path(name), suffix_of(name)
+    is_folder = not suffix
+    if not is_folder and suffix not in FORMS:
+        raise UserError(f"--output {name}: expected {NAMES}")
+    form = ("folder" if layout == "auto" else layout) if is_folder else FORMS[suffix]
+    kind = "a folder" if is_folder else f"a {suffix} file"
+    for flag, value, unset, read, where in (
+        ("layout", layout, "auto", is_folder, "a folder"),
+        ("shard_size", shard_size, "", is_folder, "a folder"),
+        ("outtype", outtype, "auto", form == "gguf", "a .gguf file"),
+    ):
+        if value != unset and not read:
+            raise UserError(f"--{flag} {value} is for {where}, and --output {name} is {kind}: remove it")
+    if path.exists() and path.is_dir() != is_folder:
+        found = "a folder" if path.is_dir() else "a file"
+        raise UserError(f"--output {name} asks for {kind}, and {found} of this name exists: give another name")
+    return Output(path, form, outtype, bytes_of(shard_size or SHARD_SIZE))
+
+
+def suffix_of(name: str) -> str:
+    """The suffix that says what a file is; "" for a folder's name, such as x/ or RWKV7-1.5B."""
+    suffix = Path(name).suffix
+    return "" if name.endswith("/") or suffix[1:2].isdigit() else suffix
+
+
+def bytes_of(size: str) -> int:
+    """The bytes that --shard_size says: 5GB, 500MB, 2GiB, a plain number."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", size.strip())
+    unit = UNITS.get(found[2].upper()) if found else None
+    number = math.floor(float(found[1]) * unit) if found and unit else 0
+    if not number:
+        raise UserError(f"--shard_size {size}: expected a size such as 5GB or 500MB")
+    return number
