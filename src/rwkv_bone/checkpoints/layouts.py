@@ -186,7 +186,7 @@ def layout_of(state: Mapping[str, Tensor] | Iterable[str], source: str | Path = 
     UserError if it is none of them.
     """
     keys = {key.replace(COMPILED, "") for key in state}
-    if any(key.startswith("model.layers.") for key in keys):
+    if any(re.match(r"model\.layers\.\d+\.attn(\.|_norm\.)", key) for key in keys):
         return LAYOUTS["fla"]
     if any(key.startswith("model.blocks.") for key in keys):
         return LAYOUTS["official"]
