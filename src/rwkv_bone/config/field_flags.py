@@ -1,16 +1,22 @@
-"""What the flags of RWKV-PEFT (its 2024 and mid-2025 scripts) mean here.
+"""What the flags of RWKV-PEFT (its scripts of 2023 to 2026) and of RWKV-LM mean here.
 
-Every flag of RWKV-PEFT that does not exist here is in a table below: it is translated, ignored with a note where that
-changes nothing, or refused with the reason. Nothing is skipped in silence. `flags.py` translates by these tables, and
-`migration.py` writes the tables of docs/migrating.md from them.
+Every flag of theirs that does not exist here is in a table below, in `field_adapters.py` or in `pretraining.py`: it is
+translated, ignored with a note where that changes nothing, or refused with the reason. Nothing is skipped in silence.
+What such a command line leaves unsaid has another meaning there than here: that is set, or named in a note.
+`flags.py` translates by these tables, and `migration.py` writes the tables of docs/migrating.md from them.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from rwkv_bone.config import BONE_MODES
+from rwkv_bone.config import pretraining
+from rwkv_bone.config.field_adapters import ADAPTER_FLAGS, EARLY_FLAGS, read_adapter_flags, set_once
+from rwkv_bone.config.pretraining import read_pretraining
+from rwkv_bone.config.sections import AdapterConfig
 from rwkv_bone.errors import UserError
 
 
@@ -29,7 +35,8 @@ class Means(NamedTuple):
 
 
 ZERO, ONE = ("0",), ("1",)
-PILE = "the Pile pre-training schedule of RWKV-LM is not part of this repository"
+PILE = "the schedule follows from --lr_schedule and --warmup_steps"
+BATCHES = "a thread of each process makes the batches"
 STOP = "a run ends after --epoch_count epochs of --epoch_steps"
 SHUFFLED = "the order of the data follows from --random_seed alone"
 NOT_YET = "not supported yet"
@@ -46,21 +53,23 @@ IGNORED_FLAGS = {
     "dropout": Ignored("there is no dropout here", ZERO),
     "layerwise_lr": Ignored("each parameter has upstream's multiple of the rate (w0 of RWKV-7: 2)", ONE),
     "weight_decay_final": Ignored("the weight decay is constant, --weight_decay", ("-1",)),
-    "my_pile_version": Ignored(PILE),
-    "my_pile_stage": Ignored(PILE, ZERO),
-    "my_pile_shift": Ignored(PILE),
+    "my_pile_version": Ignored("the data is --data_file"),
+    "my_pile_shift": Ignored("the data is --data_file"),
     "my_pile_edecay": Ignored(PILE, ZERO),
     "magic_prime": Ignored(SHUFFLED),
     "my_random_steps": Ignored(SHUFFLED, ZERO),
     "my_sample_len": Ignored("the length of a sample is --ctx_len", ZERO),
     "my_qa_mask": Ignored("--loss_mask says what is trained", ZERO),
     "my_exit": Ignored(STOP, ("99999999",)),
-    "my_exit_tokens": Ignored(STOP, ZERO),
     "load_partial": Ignored("checkpoints load completely or not at all", ZERO),
     "data_shuffle": Ignored("samples are always shuffled, by --random_seed", ONE),
-    "optim": Ignored("the optimiser is AdamW", ("none", "adam", "adamw")),
-    "fla": Ignored("--op chooses the WKV operator"),
-    "fused_kernel": Ignored("--op chooses the WKV operator"),
+    **dict.fromkeys(("optim", "optimizer"), Ignored("the optimiser is AdamW", ("none", "adam", "adamw"))),
+    **dict.fromkeys(("fla", "fused_kernel", "kernel"), Ignored("--op chooses the WKV operator")),
+    "head_chunk": Ignored("the head's loss is always computed in pieces"),
+    "merge": Ignored("the adapter alone is saved, and merge.py merges it"),
+    **dict.fromkeys(("num_workers", "persistent_workers", "prefetch_factor"), Ignored(BATCHES)),
+    "svd_niter": Ignored("how exact PiSSA's components are changes nothing else"),
+    **dict.fromkeys(("lisa_r", "lisa_k", "lisa_config"), Ignored("only LISA reads it, which is not here")),
     "compile": Ignored("nothing here is compiled by torch.compile"),
     "l2warp_sparse": Ignored("--l2wrap is the penalty's weight"),
     "avg_loss": Ignored("the loss of a step is the mean over all its trained tokens"),
@@ -69,43 +78,29 @@ IGNORED_FLAGS = {
 }
 
 
-class Key(NamedTuple):
-    """The setting that a key of RWKV-PEFT's JSON stands for here, and the type of its values."""
-
-    ours: str
-    type: type
-    what: str  # the type in words, for messages
-
-
-# RWKV-PEFT's JSON of each adapter, its keys without the prefix that some versions put before them (bone_, lora_).
-R, LOAD = "a whole number", Key("peft_load", str, "a path")
-ADAPTER_KEYS = {
-    "bone": {"mode": Key("bone_mode", str, "a mode"), "load": LOAD, "r": Key("bone_r", int, R)},
-    "lora": {
-        "load": LOAD,
-        "r": Key("lora_r", int, R),
-        "alpha": Key("lora_alpha", float, "a number"),
-        "dropout": Key("lora_dropout", float, "a number"),
-        "use_rslora": Key("lora_rs", bool, "true or false"),
-    },
-    "pissa": {"load": LOAD, "r": Key("lora_r", int, R)},
-}
-# flag -> the adapter that it configures, unless --peft names another
-ADAPTER_FLAGS = {
-    "bone_config": "bone",
-    "disha_config": "bone",
-    "peft_config": "bone",
-    "lora_config": "lora",
-    "pissa_config": "pissa",
-}
 # The other flags that are translated, and into what.
 TRANSLATED_FLAGS = {
     "dim_att": "`--n_embd`: the time mix is as wide as the model",
     "train_type": "`state` is `--peft state`, or beside an adapter `--train_parts state`; `infctx` is "
     "`--chunk_ctx`, with 512 unless it is given, and the gradient is exact; `none` is nothing",
     "state_tune": "as `--train_type state`",
+    **pretraining.FLAGS,
+    **EARLY_FLAGS,
 }
 TRAIN_FLAGS = (*IGNORED_FLAGS, *ADAPTER_FLAGS, *TRANSLATED_FLAGS)
+# RWKV-PEFT's scripts of December 2024, those of June 2025, and what came before and after them; and RWKV-LM's.
+Y2023, Y2024, Y2025, LATER, LM = "2023", "2024", "2025", "2026", "RWKV-LM"
+# Flags that only one of these has.
+ERAS = {
+    **dict.fromkeys((*EARLY_FLAGS, "svd_niter", "lisa_r", "lisa_k", "lisa_config"), Y2023),
+    **dict.fromkeys(("bone_config", "state_tune", "compile", "l2warp_sparse", "enable_progress_bar"), Y2024),
+    **dict.fromkeys(("disha_config", "op", "fused_kernel", "lr_schedule", "peft_checkpoint"), Y2025),
+    **dict.fromkeys(("peft_config", "miss_config", "merge", "optimizer", "target_modules"), LATER),
+    **dict.fromkeys(("num_workers", "persistent_workers", "prefetch_factor"), LATER),
+    **dict.fromkeys(("train_stage", "kernel", "head_chunk"), LM),
+}
+# What a checkpoint knows. Nobody types it here, and every script of theirs does.
+SIZES = ("my_testing", "n_layer", "n_embd", "vocab_size", "dim_ffn", "head_size")
 
 NO_FP16 = "fp16 overflows in RWKV and is not supported: use bf16, or fp32"
 # flag, the same in both programs -> value of RWKV-PEFT -> what it means here, or why it is refused
@@ -143,68 +138,114 @@ MERGE_IGNORED_FLAGS = {
     "device": Ignored("merging runs on the CPU"),
 }
 MERGE_TRANSLATED_FLAGS = {
-    "type": "`lora` and `pissa` are `--peft`; `bone` and `disha` are nothing, since their shapes tell them apart",
-    "lora_init": "`--pissa_init`",
+    "type": "`lora`, `pissa` and `state` are `--peft`; `bone`, `disha` and `miss` are nothing, since their shapes tell "
+    "them apart",
+    "lora_init": "`--pissa_init`, and `--type pissa`; left out where there is no such file, since an adapter of this "
+    "repository holds its initial factors",
+    "state_checkpoint": "`--peft_checkpoint`, and `--type state`",
 }
 MERGE_FLAGS = (*MERGE_IGNORED_FLAGS, *MERGE_TRANSLATED_FLAGS)
 
 
-def translate_train(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def translate_train(given: dict[str, Any], trains: bool = True) -> tuple[dict[str, Any], list[str]]:
     """(settings under their names here, notes for the user) of the flags given.
 
-    Values of RWKV-PEFT's flags are the text as typed. UserError for what is refused, malformed or contradictory.
+    Values of RWKV-PEFT's flags are the text as typed. trains: False for a program that only reads the data, and needs
+    no note about training. UserError for what is refused, malformed or contradictory.
     """
-    theirs = [name for name in TRAIN_FLAGS if name in given]
+    sign, era = _sign(given), _era(given)
     given, notes = _read_values(given)
-    said = [name for name in ADAPTER_FLAGS if name in given]
-    adapter = bool(said)
-    for name in said:
-        text, kind = given.pop(name), given.get("peft", ADAPTER_FLAGS[name])
-        if kind != ADAPTER_FLAGS[name] and name != "peft_config":
-            notes.append(f"--{name} is ignored: only --peft {ADAPTER_FLAGS[name]} reads it")
-            continue
-        if kind not in ADAPTER_KEYS:
-            raise UserError(f"--{name} has no meaning with --peft {kind}: remove one")
-        settings, unread = _adapter_config(name, text, kind)
-        notes += unread
-        given["peft"] = kind
-        if kind == "bone" and "bone_mode" not in settings | given:
-            notes.append(f"--{name} names no mode: bone; RWKV-PEFT before bone_mode trained what is now called bat")
-        for key, value in settings.items():
-            _set(given, key, value, f"--{name}")
-    given, said = _train_type(given)
-    notes += said
+    ours = not sign or "config" in given
+    notes += [] if ours else _epoch_steps(given, era)
+    given, read = read_pretraining(given)
+    notes += read
+    given, read = read_adapter_flags(given)
+    notes += read
+    given, read = _train_type(given)
+    notes += read
     if "dim_att" in given:
         width = given.pop("dim_att")
         if not width.isdecimal():
             raise UserError(f"--dim_att {width}: expected a whole number")
         if int(width):
-            _set(given, "n_embd", int(width), "--dim_att")  # the time mix is as wide as the model
-    given, ignored = _ignore(given, IGNORED_FLAGS)
-    notes += ignored
-    if theirs and "config" not in given:
-        notes += _unsaid(given, f"an RWKV-PEFT command line (it has --{theirs[0]})", adapter=adapter)
+            set_once(given, "n_embd", int(width), "--dim_att")  # the time mix is as wide as the model
+    given, read = _ignore(given, IGNORED_FLAGS)
+    notes += read
+    notes += [] if ours else _unsaid_of_data(given, era)
+    notes += [] if ours or not trains else _unsaid_of_training(given, era, sign)
     return given, notes
 
 
 def translate_merge(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """As `translate_train`, for merge.py."""
     given, notes = _read_values(given)
-    kind, init = given.pop("type", ""), given.pop("lora_init", "")
-    if kind in ("lora", "pissa"):
-        _set(given, "peft", kind, "--type")
-        notes.append(f"--type {kind} is read as --peft {kind}")
-    elif kind in ("bone", "disha"):
+    kind, init, state = (given.pop(name, "") for name in ("type", "lora_init", "state_checkpoint"))
+    if state:
+        set_once(given, "peft_checkpoint", state, "--state_checkpoint")
+        kind = kind or "state"
+    if init == "none":  # RWKV-PEFT's default
+        init = ""
+    if init:
+        kind = kind or "pissa"
+        if Path(init).exists():
+            set_once(given, "pissa_init", init, "--lora_init")
+            notes.append("--lora_init is read as --pissa_init")
+        else:
+            notes.append(f"--lora_init {init} is ignored: no such file; adapters trained here hold what is in it there")
+    if kind in ("lora", "pissa", "state"):
+        set_once(given, "peft", kind, "--state_checkpoint" if state else "--type")
+        notes.append(f"{f'--state_checkpoint {state}' if state else f'--type {kind}'} is read as --peft {kind}")
+    elif kind in ("bone", "disha", "miss"):
         notes.append(f"--type {kind} is ignored: bone and bat are told apart by their shapes")
     elif kind:
-        raise UserError(f"--type {kind}: expected lora, pissa, bone or disha")
-    if init:
-        _set(given, "pissa_init", init, "--lora_init")
-        notes.append("--lora_init is read as --pissa_init")
+        raise UserError(f"--type {kind}: expected lora, pissa, state, bone, disha or miss")
     if kind == "pissa" and given.pop("lora_alpha", None) is not None:
         notes.append("--lora_alpha is ignored: PiSSA of RWKV-PEFT has no alpha")
     given, ignored = _ignore(given, MERGE_IGNORED_FLAGS)
     return given, notes + ignored
+
+
+def merge_words(argv: Sequence[str], kind: str) -> list[str]:
+    """The arguments of RWKV-PEFT's merge/merge_KIND.py as flags of merge.py; `kind` as --type has it, or nothing.
+
+    merge_lora.py and merge_pissa.py took no flags: `[--use-gpu] [ALPHA] BASE [INIT] ADAPTER OUTPUT`.
+    """
+    words = [word for word in argv if word != "--use-gpu"]
+    names = {
+        "lora": ("lora_alpha", "base_model", "lora_checkpoint", "output"),
+        "pissa": ("base_model", "lora_init", "lora_checkpoint", "output"),
+    }.get(kind, ())
+    if words and names and not any(word.startswith("--") for word in words):
+        if len(words) != len(names):
+            raise UserError(f"expected {len(names)} arguments, {', '.join(names)}, or flags; got {len(words)}")
+        words = [f"--{name}={word}" for name, word in zip(names, words, strict=True)]
+    if kind and not any(word.split("=")[0] in ("--type", "--peft", "--state_checkpoint", "--help") for word in words):
+        words = [f"--type={kind}", *words]
+    return words + (["--device", "gpu"] if "--use-gpu" in argv else [])
+
+
+def _sign(given: dict[str, Any]) -> str:
+    """A flag by which a command line is one of RWKV-PEFT or RWKV-LM, such as --n_layer; nothing if it is one of ours.
+
+    It is theirs if it has a flag that only they have, or a size, which nobody types here but for a new model. Flags
+    that our pages and scripts use, such as --data_type and --dataload, are no sign, but a name of a format that is
+    theirs alone is.
+    """
+    signs = [name for name in TRAIN_FLAGS if name in given]
+    signs += [name for name in SIZES if given.get(name)]
+    signs += ["data_type"] if given.get("data_type") in VALUES["data_type"] else []
+    signs += ["load_model"] if given.get("load_model") == "0" else []
+    return f"--{signs[0]}" if signs else ""
+
+
+def _era(given: dict[str, Any]) -> str:
+    """The newest version of RWKV-PEFT whose flags are given; nothing where they are those of all of them."""
+    eras = {ERAS[name] for name in given if name in ERAS}
+    # What --peft named in these versions alone: --train_type state was state tuning before.
+    eras |= {
+        {"disha": Y2025, "miss": LATER, "adalora": LATER, "prefix": LATER, "state": LATER}.get(given.get("peft", ""))
+    }
+    return next((era for era in (LATER, Y2025, Y2024, Y2023) if era in eras), "")
 
 
 def _read_values(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -240,65 +281,14 @@ def _same(a: str, b: str) -> bool:
         return a.lower() == b.lower()
 
 
-def _adapter_config(flag: str, text: str, kind: str) -> tuple[dict[str, Any], list[str]]:
-    """(settings, notes) of JSON such as `{"bone_mode": "bat", "bone_load": "", "bone_r": 64}`."""
-    try:
-        config = json.loads(text)
-    except ValueError:
-        raise UserError(
-            f"--{flag} {text}: not JSON; expected, quoted for the shell, such as --{flag} "
-            f'\'{{"{kind}_load":"","{kind}_r":64}}\''
-        ) from None
-    if not isinstance(config, dict):
-        raise UserError(f"--{flag} {text}: expected a JSON object")
-    config, notes = {key.removeprefix(f"{kind}_"): value for key, value in config.items()}, []
-    if kind == "bone":
-        _read_init_weights(flag, config)
-    if kind == "pissa":
-        if "svd_niter" in config:
-            found = config.pop("svd_niter")
-            notes.append(f"--{flag} svd_niter {found} is ignored: how exact the components are changes nothing else")
-        if config.pop("init", ""):
-            raise UserError(
-                f"--{flag}: pissa_init is needed for adapters of RWKV-PEFT alone, those of this repository hold their "
-                "initial factors; to go on from one of RWKV-PEFT, merge it (merge.py --pissa_init) and train the result"
-            )
-    keys = ADAPTER_KEYS[kind]
-    unknown = config.keys() - keys.keys()
-    if unknown:
-        expected = ", ".join(f"{kind}_{key}" for key in keys)
-        raise UserError(f"--{flag}: unknown key {', '.join(sorted(unknown))}; expected {expected}")
-    if config.get("mode", "bone") not in BONE_MODES:
-        # RWKV-PEFT's own default, "mode", trained no adapter at all and said nothing.
-        raise UserError(f"--{flag}: mode {config['mode']!r} is none of {', '.join(BONE_MODES)}")
-    for key, value in config.items():
-        if keys[key].type is float and type(value) is int:
-            config[key] = float(value)
-        elif type(value) is not keys[key].type:
-            raise UserError(f"--{flag}: {key} {json.dumps(value)}: expected {keys[key].what}")
-    return {keys[key].ours: value for key, value in config.items()}, notes
-
-
-def _read_init_weights(flag: str, config: dict[str, Any]) -> None:
-    """Hugging Face's name for the mode, `init_weights`, as our `mode`, in place."""
-    form = config.pop("init_weights", True)
-    if form == "bat":
-        _set(config, "mode", "bat-col", "init_weights bat, Hugging Face's bat, whose blocks follow the outputs")
-    elif form is not True:
-        raise UserError(
-            f"--{flag} init_weights {json.dumps(form)}: expected true (bone) or bat (here bat-col); mini, which shares "
-            "its columns, is not trained here"
-        )
-
-
 def _train_type(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """`--train_type state` (or `--state_tune 1`) and `--train_type infctx` as settings; and notes."""
     given, notes = dict(given), []
     kind = given.pop("train_type", "none")
     tuned = given.pop("state_tune", "0").lower()
-    if kind not in ("none", "", "state", "infctx"):
+    if kind not in ("none", "", "state", "states", "infctx"):
         raise UserError(f"--train_type {kind}: expected none, state or infctx")
-    if kind == "state" or tuned in ("1", "true"):
+    if kind.startswith("state") or tuned in ("", "1", "true"):
         if given.get("peft", "none") in ("none", "state"):
             given["peft"] = "state"
             notes.append("state tuning is --peft state here: the initial state is trained and nothing else")
@@ -311,28 +301,55 @@ def _train_type(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return given, notes
 
 
-def _set(given: dict[str, Any], name: str, value: Any, source: str) -> None:
-    """Set a setting, in place; UserError if it was given another value."""
-    if given.setdefault(name, value) != value:
-        raise UserError(f"--{name} {given[name]} contradicts {source}, which says {value}: keep one")
-
-
-def _unsaid(given: dict[str, Any], who: str, adapter: bool) -> list[str]:
-    """Set, in place, what RWKV-PEFT means by flags that were left out. Returns the notes.
-
-    who: how the notes call the command line. adapter: whether another flag than --peft names an adapter.
-    """
-    notes = []
-    if "peft" not in given and not adapter:
-        given["peft"] = "none"
-        notes.append(f"{who} without --peft trains every weight: read as --peft none")
-    if given.get("peft", "bone") != "none" and "train_parts" not in given:
-        notes.append("without --train_parts only the adapter is trained; RWKV-PEFT then trains time and ln too")
+def _epoch_steps(given: dict[str, Any], era: str) -> list[str]:
+    """Replace, in place, what --epoch_steps counts in a command line of theirs by what it counts here; notes."""
     steps, window = given.get("epoch_steps", 0), given.get("accumulate_grad_batches", 1)
+    if steps and era == LATER:
+        del given["epoch_steps"]
+        if given.get("data_type") == "sft":
+            return [f"--epoch_steps {steps} is ignored: with sft RWKV-PEFT of 2026 trains on all rows"]
+        set_once(given, "sft_split", f"[:{steps}]", "--epoch_steps, since 2026 the samples to keep,")
+        return [f"--epoch_steps {steps} is read as --sft_split [:{steps}]: since 2026 it is the samples to keep"]
     if steps and window > 1:
         given["epoch_steps"] = -(-steps // window)
-        notes.append(
-            f"{who} counts --epoch_steps in forward passes: {steps} of them, {window} to a step, "
+        return [
+            f"RWKV-PEFT counts --epoch_steps in forward passes: {steps} of them, {window} to a step, "
             f"are {given['epoch_steps']} optimiser steps here"
+        ]
+    return []
+
+
+def _unsaid_of_data(given: dict[str, Any], era: str) -> list[str]:
+    """What a command line of theirs means by flags about the data that it leaves out, where that is another thing."""
+    notes, kind = [], given.get("data_type", "auto")
+    if kind == "sft" and "template" not in given:
+        notes.append("--data_type sft: RWKV-PEFT writes rows in Alpaca's words; --template alpaca is near to that")
+    if "dataload" not in given and kind not in ("sft", "auto"):
+        other = "pads each document: --dataload pad" if era in (Y2025, LATER) else "cuts random windows: --dataload get"
+        notes.append(f"without --dataload whole documents are packed; RWKV-PEFT {other}")
+    if given.get("dataload") == "pad" and kind == "binidx" and given.get("loss_mask", "none") == "none":
+        notes.append("--dataload pad ends at the end of a document; in RWKV-PEFT without --loss_mask pad it reads on")
+    return notes
+
+
+def _unsaid_of_training(given: dict[str, Any], era: str, sign: str) -> list[str]:
+    """As `_unsaid_of_data`, about what is trained and how; sets --peft, in place, where nothing names an adapter."""
+    notes = []
+    named = [spec.name for spec in fields(AdapterConfig) if spec.name in given and spec.name != "train_parts"]
+    if not named and not given.get("resume"):  # which goes on with what the run has
+        given["peft"] = "none"
+        notes.append(
+            f"a command line of RWKV-PEFT or RWKV-LM (it has {sign}) without --peft trains every weight: read as --peft "
+            "none; --peft bone trains an adapter"
+        )
+    adapted = given.get("peft", "bone") not in ("none", "state")
+    if adapted and era != LATER and "train_parts" not in given:
+        notes.append("without --train_parts only the adapter is trained; RWKV-PEFT then trains time and ln too")
+    first, last = given.get("lr_init"), given.get("lr_final")
+    if era not in (Y2025, LATER) and "lr_schedule" not in given and None not in (first, last) and first != last:
+        curve = "exp" if first and last else "linear"
+        notes.append(
+            "without --lr_schedule the learning rate falls along a cosine, as in RWKV-PEFT since 2025; before, it was "
+            f"--lr_schedule {curve}"
         )
     return notes

@@ -67,7 +67,7 @@ def parse(argv: list[str], prog: str = "preview") -> tuple[PreviewConfig, DataCo
     parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help=flags.CONFIG_HELP)
     for name, section in SECTIONS.items():
         flags.add_fields(parser.add_argument_group(name), section)
-    given, notes = field_flags.translate_train(parser.read(argv))
+    given, notes = field_flags.translate_train(parser.read(argv), trains=False)
     saved = read_config(Path(given["config"])) if "config" in given else {}
     preview = PreviewConfig(**flags.of_section(given, PreviewConfig))
     data = DataConfig(**{**saved.get("data", {}), **flags.of_section(given, DataConfig)})
