@@ -101,6 +101,11 @@ ERAS = {
 }
 # What a checkpoint knows. Nobody types it here, and every script of theirs does.
 SIZES = ("my_testing", "n_layer", "n_embd", "vocab_size", "dim_ffn", "head_size")
+# Names of theirs that other trainers have, too: by habit somebody may type them here.
+COMMON = frozenset(
+    ("compile", "dropout", "enable_progress_bar", "kernel", "merge", "num_workers", "optim", "optimizer")
+)
+COMMON |= {"persistent_workers", "prefetch_factor", "target_modules"}
 
 NO_FP16 = "fp16 overflows in RWKV and is not supported: use bf16, or fp32"
 # flag, the same in both programs -> value of RWKV-PEFT -> what it means here, or why it is refused
@@ -231,7 +236,7 @@ def _sign(given: dict[str, Any]) -> str:
     that our pages and scripts use, such as --data_type and --dataload, are no sign, but a name of a format that is
     theirs alone is.
     """
-    signs = [name for name in TRAIN_FLAGS if name in given]
+    signs = [name for name in TRAIN_FLAGS if name in given and name not in COMMON]
     signs += [name for name in SIZES if given.get(name)]
     signs += ["data_type"] if given.get("data_type") in VALUES["data_type"] else []
     signs += ["load_model"] if given.get("load_model") == "0" else []
@@ -241,10 +246,9 @@ def _sign(given: dict[str, Any]) -> str:
 def _era(given: dict[str, Any]) -> str:
     """The newest version of RWKV-PEFT whose flags are given; nothing where they are those of all of them."""
     eras = {ERAS[name] for name in given if name in ERAS}
-    # What --peft named in these versions alone: --train_type state was state tuning before.
-    eras |= {
-        {"disha": Y2025, "miss": LATER, "adalora": LATER, "prefix": LATER, "state": LATER}.get(given.get("peft", ""))
-    }
+    # What --peft names in these versions alone: before, --train_type state was state tuning.
+    kinds = {"disha": Y2025, **dict.fromkeys(("miss", "adalora", "prefix", "state"), LATER)}
+    eras.add(kinds.get(given.get("peft", ""), ""))
     return next((era for era in (LATER, Y2025, Y2024, Y2023) if era in eras), "")
 
 
@@ -320,7 +324,7 @@ def _epoch_steps(given: dict[str, Any], era: str) -> list[str]:
 
 
 def _unsaid_of_data(given: dict[str, Any], era: str) -> list[str]:
-    """What a command line of theirs means by flags about the data that it leaves out, where that is another thing."""
+    """What a command line of theirs means by flags about the data that it leaves out, where it differs; notes."""
     notes, kind = [], given.get("data_type", "auto")
     if kind == "sft" and "template" not in given:
         notes.append("--data_type sft: RWKV-PEFT writes rows in Alpaca's words; --template alpaca is near to that")
@@ -328,7 +332,7 @@ def _unsaid_of_data(given: dict[str, Any], era: str) -> list[str]:
         other = "pads each document: --dataload pad" if era in (Y2025, LATER) else "cuts random windows: --dataload get"
         notes.append(f"without --dataload whole documents are packed; RWKV-PEFT {other}")
     if given.get("dataload") == "pad" and kind == "binidx" and given.get("loss_mask", "none") == "none":
-        notes.append("--dataload pad ends at the end of a document; in RWKV-PEFT without --loss_mask pad it reads on")
+        notes.append("--dataload pad pads each document; RWKV-PEFT without --loss_mask pad reads on into the next one")
     return notes
 
 
@@ -339,8 +343,8 @@ def _unsaid_of_training(given: dict[str, Any], era: str, sign: str) -> list[str]
     if not named and not given.get("resume"):  # which goes on with what the run has
         given["peft"] = "none"
         notes.append(
-            f"a command line of RWKV-PEFT or RWKV-LM (it has {sign}) without --peft trains every weight: read as --peft "
-            "none; --peft bone trains an adapter"
+            f"a command line of RWKV-PEFT or RWKV-LM (it has {sign}) without --peft trains every weight: read as "
+            "--peft none; --peft bone trains an adapter"
         )
     adapted = given.get("peft", "bone") not in ("none", "state")
     if adapted and era != LATER and "train_parts" not in given:

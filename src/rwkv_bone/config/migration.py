@@ -153,8 +153,8 @@ def _adapters() -> dict[str, str]:
         keys = ", ".join(f"`{kind}_{key}` is `--{ours.ours}`" for key, ours in ADAPTER_KEYS[kind].items())
         told[flag] = f"`--peft {kind}`; {keys}; keys also without `{kind}_`"
     told[HF_FLAG] = (
-        "as the JSON of the adapter that `--peft` names; `init_weights` `bat` is `--bone_mode bat-col`; of a LoRA, `r` and "
-        "`lora_alpha` that are left out are 8"
+        "as the JSON of the adapter that `--peft` names; `init_weights` `bat` is `--bone_mode bat-col`; of a LoRA, `r` "
+        "and `lora_alpha` that are left out are 8"
     )
     for flag in told:
         told[flag] += "; `target_modules` is as the flag"
