@@ -302,7 +302,7 @@ SCRIPTS = {
         version="x070",
         rate="1e-1",
     ),
-    "every weight, 2025": Script("--op cuda", version="x070", reading=SFT, says=("trains every weight",)),
+    "every weight, 2025": Script("--lr_schedule cos", version="x070", reading=SFT, says=("trains every weight",)),
     "miss of 2026": Script(
         "--peft miss --peft_config $peft_config",
         """peft_config='{"r":8}'""",

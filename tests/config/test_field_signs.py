@@ -15,7 +15,7 @@ from rwkv_bone.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-PLAIN = "--load_model m.pth --data_file d"
+PLAIN = "--load_model m.pth --data_file d --ctx_len 512 --micro_bsz 8 --epoch_count 1"
 ADAPTER = {spec.name for spec in fields(AdapterConfig)} - {"train_parts"}
 
 
@@ -138,7 +138,7 @@ def test_the_data_alone_is_read_without_notes_about_training(capsys):
 
 # --- what the field means by flags that it leaves out ---
 
-THEIRS = f"{PLAIN} --my_testing x070 --train_parts ln"
+THEIRS = f"{PLAIN} --my_testing x070 --train_parts ln --lr_init 1e-4 --lr_final 1e-4"
 BONE = """--peft bone --bone_config '{"bone_mode":"bone","bone_r":8}'"""
 DISHA = """--peft disha --disha_config '{"mode":"bone","load":"","r":8}'"""
 MISS = """--peft miss --peft_config '{"r":8}'"""
@@ -183,6 +183,29 @@ def test_epoch_steps_of_2026_are_the_samples_to_keep(capsys):
     assert any("--epoch_steps 200 is ignored: with sft" in note for note in notes_of(capsys))
     assert parse(f"{THEIRS} --peft state --op fla --data_type binidx --epoch_steps 200".replace("--train_parts ln", "")
                  ).data.sft_split == "[:200]"  # fmt: skip
+
+
+def test_defaults_that_differ_are_named_in_one_note(capsys):
+    line = "--load_model m.pth --data_file d --my_testing x070 --ctx_len 512 --epoch_count 3"
+    parse(line)
+    (data, training) = [note for note in notes_of(capsys) if "another default" in note]
+    assert data.endswith(": --micro_bsz 8 (there 12)")
+    assert training.endswith(": --lr_init 0.0002 (there 6e-4), --lr_final 2e-05 (there 1e-5)")
+    for words, there in (
+        ("--peft lora --op fla", "r 8, alpha 32, dropout 0.01"),
+        ("--peft lora --persistent_workers", "r 8, alpha 8"),
+        ("--peft pissa", "r 8"),
+    ):
+        parse(f"{THEIRS} {words}")
+        assert [f"without --lora_r has r 32; in RWKV-PEFT {there}" in note for note in notes_of(capsys)].count(
+            True
+        ) == 1
+
+
+def test_parts_of_the_base_beside_every_weight_are_ignored_aloud(capsys):
+    adapter = parse(THEIRS).adapter
+    assert (adapter.kind, adapter.train_parts) == ("none", ())
+    assert any("--train_parts ln is ignored: every weight is trained" in note for note in notes_of(capsys))
 
 
 def test_the_parts_that_the_field_trains_unasked_are_named_where_it_does(capsys):

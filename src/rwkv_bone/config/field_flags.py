@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rwkv_bone.config import pretraining
 from rwkv_bone.config.field_adapters import ADAPTER_FLAGS, EARLY_FLAGS, read_adapter_flags, set_once
 from rwkv_bone.config.pretraining import read_pretraining
-from rwkv_bone.config.sections import AdapterConfig
+from rwkv_bone.config.sections import AdapterConfig, DataConfig, OptimConfig, RunConfig
 from rwkv_bone.errors import UserError
 
 
@@ -158,7 +158,7 @@ def translate_train(given: dict[str, Any], trains: bool = True) -> tuple[dict[st
     Values of RWKV-PEFT's flags are the text as typed. trains: False for a program that only reads the data, and needs
     no note about training. UserError for what is refused, malformed or contradictory.
     """
-    sign, era = _sign(given), _era(given)
+    sign, era = _sign(given, trains), _era(given)
     given, notes = _read_values(given)
     ours = not sign or "config" in given
     notes += [] if ours else _epoch_steps(given, era)
@@ -229,15 +229,21 @@ def merge_words(argv: Sequence[str], kind: str) -> list[str]:
     return words + (["--device", "gpu"] if "--use-gpu" in argv else [])
 
 
-def _sign(given: dict[str, Any]) -> str:
+def kind_named(name: str) -> str:
+    """What --peft NAME means here: bone for disha and miss."""
+    meaning = VALUES["peft"].get(name)
+    return meaning.value if isinstance(meaning, Means) else name
+
+
+def _sign(given: dict[str, Any], trains: bool) -> str:
     """A flag by which a command line is one of RWKV-PEFT or RWKV-LM, such as --n_layer; nothing if it is one of ours.
 
     It is theirs if it has a flag that only they have, or a size, which nobody types here but for a new model. Flags
     that our pages and scripts use, such as --data_type and --dataload, are no sign, but a name of a format that is
-    theirs alone is.
+    theirs alone is. A program that only reads the data may need a --vocab_size.
     """
     signs = [name for name in TRAIN_FLAGS if name in given and name not in COMMON]
-    signs += [name for name in SIZES if given.get(name)]
+    signs += [name for name in SIZES if given.get(name) and (trains or name != "vocab_size")]
     signs += ["data_type"] if given.get("data_type") in VALUES["data_type"] else []
     signs += ["load_model"] if given.get("load_model") == "0" else []
     return f"--{signs[0]}" if signs else ""
@@ -323,9 +329,16 @@ def _epoch_steps(given: dict[str, Any], era: str) -> list[str]:
     return []
 
 
+def _other_defaults(given: dict[str, Any], theirs: dict[str, str]) -> list[str]:
+    """A note on the flags of `theirs`, {name: default there}, that are left out; none where all are given."""
+    defaults = {spec.name: spec.default for section in (DataConfig, OptimConfig, RunConfig) for spec in fields(section)}
+    left = [f"--{name} {defaults[name]} (there {value})" for name, value in theirs.items() if name not in given]
+    return [f"left out, with another default than in RWKV-PEFT: {', '.join(left)}"] if left else []
+
+
 def _unsaid_of_data(given: dict[str, Any], era: str) -> list[str]:
     """What a command line of theirs means by flags about the data that it leaves out, where it differs; notes."""
-    notes, kind = [], given.get("data_type", "auto")
+    notes, kind = _other_defaults(given, {"ctx_len": "1024", "micro_bsz": "12"}), given.get("data_type", "auto")
     if kind == "sft" and "template" not in given:
         notes.append("--data_type sft: RWKV-PEFT writes rows in Alpaca's words; --template alpaca is near to that")
     if "dataload" not in given and kind not in ("sft", "auto"):
@@ -338,7 +351,7 @@ def _unsaid_of_data(given: dict[str, Any], era: str) -> list[str]:
 
 def _unsaid_of_training(given: dict[str, Any], era: str, sign: str) -> list[str]:
     """As `_unsaid_of_data`, about what is trained and how; sets --peft, in place, where nothing names an adapter."""
-    notes = []
+    notes = _other_defaults(given, {"lr_init": "6e-4", "lr_final": "1e-5", "epoch_count": "500"})
     named = [spec.name for spec in fields(AdapterConfig) if spec.name in given and spec.name != "train_parts"]
     if not named and not given.get("resume"):  # which goes on with what the run has
         given["peft"] = "none"
@@ -346,6 +359,11 @@ def _unsaid_of_training(given: dict[str, Any], era: str, sign: str) -> list[str]
             f"a command line of RWKV-PEFT or RWKV-LM (it has {sign}) without --peft trains every weight: read as "
             "--peft none; --peft bone trains an adapter"
         )
+        if given.get("train_parts"):
+            notes.append(f"--train_parts {' '.join(given.pop('train_parts'))} is ignored: every weight is trained")
+    if given.get("peft") in ("lora", "pissa") and "lora_r" not in given:
+        there = "r 8" if given["peft"] == "pissa" else "r 8, alpha 8" if era == LATER else "r 8, alpha 32, dropout 0.01"
+        notes.append(f"--peft {given['peft']} without --lora_r has r {AdapterConfig.lora_r}; in RWKV-PEFT {there}")
     adapted = given.get("peft", "bone") not in ("none", "state")
     if adapted and era != LATER and "train_parts" not in given:
         notes.append("without --train_parts only the adapter is trained; RWKV-PEFT then trains time and ln too")

@@ -218,10 +218,10 @@ class _Kind(argparse.Action):
     """--peft. Given again, after a script's own, it takes the settings of the former kind with it."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        if getattr(namespace, self.dest, values) != values:
-            for name in READ_BY:
-                if hasattr(namespace, name):
-                    delattr(namespace, name)
+        former, kind = (field_flags.kind_named(name) for name in (getattr(namespace, self.dest, values), values))
+        for name, readers in READ_BY.items():
+            if former in readers and kind not in readers and hasattr(namespace, name):
+                delattr(namespace, name)
         setattr(namespace, self.dest, values)
 
 
