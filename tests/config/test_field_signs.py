@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_bone.config import field_flags, flags
-from rwkv_bone.config.field_flags import COMMON, SIZES, TRAIN_FLAGS
+from rwkv_bone.config import flags
+from rwkv_bone.config.field_flags import TRAIN_FLAGS
 from rwkv_bone.config.saved import to_json
 from rwkv_bone.config.sections import AdapterConfig
+from rwkv_bone.config.translate import translate_train
+from rwkv_bone.config.unsaid import COMMON, SIZES
 from rwkv_bone.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -132,7 +134,7 @@ def test_a_run_that_goes_on_keeps_what_it_trains(tmp_path, capsys):
 
 def test_the_data_alone_is_read_without_notes_about_training(capsys):
     given = {"data_file": ("d",), "vocab_size": 70, "lr_init": 1e-3, "lr_final": 1e-4}
-    settings, notes = field_flags.translate_train(given, trains=False)
+    settings, notes = translate_train(given, trains=False)
     assert settings == given and notes == []
 
 

@@ -2,22 +2,15 @@
 
 Every flag of theirs that does not exist here is in a table below, in `field_adapters.py` or in `pretraining.py`: it is
 translated, ignored with a note where that changes nothing, or refused with the reason. Nothing is skipped in silence.
-What such a command line leaves unsaid has another meaning there than here: that is set, or named in a note.
-`flags.py` translates by these tables, and `migration.py` writes the tables of docs/migrating.md from them.
+`translate.py` translates by these tables, and `migration.py` writes the tables of docs/migrating.md from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_bone.config import pretraining
-from rwkv_bone.config.field_adapters import ADAPTER_FLAGS, EARLY_FLAGS, read_adapter_flags, set_once
-from rwkv_bone.config.pretraining import read_pretraining
-from rwkv_bone.config.sections import AdapterConfig, DataConfig, OptimConfig, RunConfig
-from rwkv_bone.errors import UserError
+from rwkv_bone.config.field_adapters import ADAPTER_FLAGS, EARLY_FLAGS
 
 
 class Ignored(NamedTuple):
@@ -99,14 +92,6 @@ ERAS = {
     **dict.fromkeys(("num_workers", "persistent_workers", "prefetch_factor"), LATER),
     **dict.fromkeys(("train_stage", "kernel", "head_chunk"), LM),
 }
-# What a checkpoint knows. Nobody types it here, and every script of theirs does.
-SIZES = ("my_testing", "n_layer", "n_embd", "vocab_size", "dim_ffn", "head_size")
-# Names of theirs that other trainers have, too: by habit somebody may type them here.
-COMMON = frozenset(
-    ("compile", "dropout", "enable_progress_bar", "kernel", "merge", "num_workers", "optim", "optimizer")
-)
-COMMON |= {"persistent_workers", "prefetch_factor", "target_modules"}
-
 NO_FP16 = "fp16 overflows in RWKV and is not supported: use bf16, or fp32"
 # flag, the same in both programs -> value of RWKV-PEFT -> what it means here, or why it is refused
 VALUES: dict[str, dict[str, Means | str]] = {
@@ -152,226 +137,7 @@ MERGE_TRANSLATED_FLAGS = {
 MERGE_FLAGS = (*MERGE_IGNORED_FLAGS, *MERGE_TRANSLATED_FLAGS)
 
 
-def translate_train(given: dict[str, Any], trains: bool = True) -> tuple[dict[str, Any], list[str]]:
-    """(settings under their names here, notes for the user) of the flags given.
-
-    Values of RWKV-PEFT's flags are the text as typed. trains: False for a program that only reads the data, and needs
-    no note about training. UserError for what is refused, malformed or contradictory.
-    """
-    sign, era = _sign(given, trains), _era(given)
-    given, notes = _read_values(given)
-    ours = not sign or "config" in given
-    notes += [] if ours else _epoch_steps(given, era)
-    given, read = read_pretraining(given)
-    notes += read
-    given, read = read_adapter_flags(given)
-    notes += read
-    given, read = _train_type(given)
-    notes += read
-    if "dim_att" in given:
-        width = given.pop("dim_att")
-        if not width.isdecimal():
-            raise UserError(f"--dim_att {width}: expected a whole number")
-        if int(width):
-            set_once(given, "n_embd", int(width), "--dim_att")  # the time mix is as wide as the model
-    given, read = _ignore(given, IGNORED_FLAGS)
-    notes += read
-    notes += [] if ours else _unsaid_of_data(given, era)
-    notes += [] if ours or not trains else _unsaid_of_training(given, era, sign)
-    return given, notes
-
-
-def translate_merge(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """As `translate_train`, for merge.py."""
-    given, notes = _read_values(given)
-    kind, init, state = (given.pop(name, "") for name in ("type", "lora_init", "state_checkpoint"))
-    if state:
-        set_once(given, "peft_checkpoint", state, "--state_checkpoint")
-        kind = kind or "state"
-    if init == "none":  # RWKV-PEFT's default
-        init = ""
-    if init:
-        kind = kind or "pissa"
-        if Path(init).exists():
-            set_once(given, "pissa_init", init, "--lora_init")
-            notes.append("--lora_init is read as --pissa_init")
-        else:
-            notes.append(f"--lora_init {init} is ignored: no such file; adapters trained here hold what is in it there")
-    if kind in ("lora", "pissa", "state"):
-        set_once(given, "peft", kind, "--state_checkpoint" if state else "--type")
-        notes.append(f"{f'--state_checkpoint {state}' if state else f'--type {kind}'} is read as --peft {kind}")
-    elif kind in ("bone", "disha", "miss"):
-        notes.append(f"--type {kind} is ignored: bone and bat are told apart by their shapes")
-    elif kind:
-        raise UserError(f"--type {kind}: expected lora, pissa, state, bone, disha or miss")
-    if kind == "pissa" and given.pop("lora_alpha", None) is not None:
-        notes.append("--lora_alpha is ignored: PiSSA of RWKV-PEFT has no alpha")
-    given, ignored = _ignore(given, MERGE_IGNORED_FLAGS)
-    return given, notes + ignored
-
-
-def merge_words(argv: Sequence[str], kind: str) -> list[str]:
-    """The arguments of RWKV-PEFT's merge/merge_KIND.py as flags of merge.py; `kind` as --type has it, or nothing.
-
-    merge_lora.py and merge_pissa.py took no flags: `[--use-gpu] [ALPHA] BASE [INIT] ADAPTER OUTPUT`.
-    """
-    words = [word for word in argv if word != "--use-gpu"]
-    names = {
-        "lora": ("lora_alpha", "base_model", "lora_checkpoint", "output"),
-        "pissa": ("base_model", "lora_init", "lora_checkpoint", "output"),
-    }.get(kind, ())
-    if words and names and not any(word.startswith("--") for word in words):
-        if len(words) != len(names):
-            raise UserError(f"expected {len(names)} arguments, {', '.join(names)}, or flags; got {len(words)}")
-        words = [f"--{name}={word}" for name, word in zip(names, words, strict=True)]
-    if kind and not any(word.split("=")[0] in ("--type", "--peft", "--state_checkpoint", "--help") for word in words):
-        words = [f"--type={kind}", *words]
-    return words + (["--device", "gpu"] if "--use-gpu" in argv else [])
-
-
 def kind_named(name: str) -> str:
     """What --peft NAME means here: bone for disha and miss."""
     meaning = VALUES["peft"].get(name)
     return meaning.value if isinstance(meaning, Means) else name
-
-
-def _sign(given: dict[str, Any], trains: bool) -> str:
-    """A flag by which a command line is one of RWKV-PEFT or RWKV-LM, such as --n_layer; nothing if it is one of ours.
-
-    It is theirs if it has a flag that only they have, or a size, which nobody types here but for a new model. Flags
-    that our pages and scripts use, such as --data_type and --dataload, are no sign, but a name of a format that is
-    theirs alone is. A program that only reads the data may need a --vocab_size.
-    """
-    signs = [name for name in TRAIN_FLAGS if name in given and name not in COMMON]
-    signs += [name for name in SIZES if given.get(name) and (trains or name != "vocab_size")]
-    signs += ["data_type"] if given.get("data_type") in VALUES["data_type"] else []
-    signs += ["load_model"] if given.get("load_model") == "0" else []
-    return f"--{signs[0]}" if signs else ""
-
-
-def _era(given: dict[str, Any]) -> str:
-    """The newest version of RWKV-PEFT whose flags are given; nothing where they are those of all of them."""
-    eras = {ERAS[name] for name in given if name in ERAS}
-    # What --peft names in these versions alone: before, --train_type state was state tuning.
-    kinds = {"disha": Y2025, **dict.fromkeys(("miss", "adalora", "prefix", "state"), LATER)}
-    eras.add(kinds.get(given.get("peft", ""), ""))
-    return next((era for era in (LATER, Y2025, Y2024, Y2023) if era in eras), "")
-
-
-def _read_values(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the flags, with each value listed in VALUES replaced by its meaning here, and notes)."""
-    notes = []
-    given = dict(given)
-    for name, table in VALUES.items():
-        meaning = table.get(str(given.get(name)))
-        if isinstance(meaning, str):
-            raise UserError(f"--{name} {given[name]}: {meaning}")
-        if meaning:
-            notes.append(f"--{name} {given[name]} is read as --{name} {meaning.value}: {meaning.why}")
-            given[name] = meaning.value
-    return given, notes
-
-
-def _ignore(given: dict[str, Any], table: dict[str, Ignored]) -> tuple[dict[str, Any], list[str]]:
-    """The flags that are not in `table`, and a note on each that is; UserError where ignoring it changes something."""
-    notes = []
-    for name in [name for name in given if name in table]:
-        flag = f"--{name} {given[name]}".strip()
-        why, harmless = table[name]
-        if harmless is not None and not any(_same(given[name], value) for value in harmless):
-            raise UserError(f"{flag}: {why}; remove the flag" + (f" or give {harmless[0]}" if harmless[0] else ""))
-        notes.append(f"{flag} is ignored: {why}")
-    return {name: value for name, value in given.items() if name not in table}, notes
-
-
-def _same(a: str, b: str) -> bool:
-    try:
-        return float(a) == float(b)
-    except ValueError:
-        return a.lower() == b.lower()
-
-
-def _train_type(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`--train_type state` (or `--state_tune 1`) and `--train_type infctx` as settings; and notes."""
-    given, notes = dict(given), []
-    kind = given.pop("train_type", "none")
-    tuned = given.pop("state_tune", "0").lower()
-    if kind not in ("none", "", "state", "states", "infctx"):
-        raise UserError(f"--train_type {kind}: expected none, state or infctx")
-    if kind.startswith("state") or tuned in ("", "1", "true"):
-        if given.get("peft", "none") in ("none", "state"):
-            given["peft"] = "state"
-            notes.append("state tuning is --peft state here: the initial state is trained and nothing else")
-        else:
-            given["train_parts"] = tuple(dict.fromkeys((*given.get("train_parts", ()), "state")))
-            notes.append("state tuning beside an adapter is --train_parts state here")
-    if kind == "infctx" and not given.get("chunk_ctx"):
-        given["chunk_ctx"] = 512
-        notes.append("--train_type infctx is --chunk_ctx here: chunks of 512 tokens, with the exact gradient")
-    return given, notes
-
-
-def _epoch_steps(given: dict[str, Any], era: str) -> list[str]:
-    """Replace, in place, what --epoch_steps counts in a command line of theirs by what it counts here; notes."""
-    steps, window = given.get("epoch_steps", 0), given.get("accumulate_grad_batches", 1)
-    if steps and era == LATER:
-        del given["epoch_steps"]
-        if given.get("data_type") == "sft":
-            return [f"--epoch_steps {steps} is ignored: with sft RWKV-PEFT of 2026 trains on all rows"]
-        set_once(given, "sft_split", f"[:{steps}]", "--epoch_steps, since 2026 the samples to keep,")
-        return [f"--epoch_steps {steps} is read as --sft_split [:{steps}]: since 2026 it is the samples to keep"]
-    if steps and window > 1:
-        given["epoch_steps"] = -(-steps // window)
-        return [
-            f"RWKV-PEFT counts --epoch_steps in forward passes: {steps} of them, {window} to a step, "
-            f"are {given['epoch_steps']} optimiser steps here"
-        ]
-    return []
-
-
-def _other_defaults(given: dict[str, Any], theirs: dict[str, str]) -> list[str]:
-    """A note on the flags of `theirs`, {name: default there}, that are left out; none where all are given."""
-    defaults = {spec.name: spec.default for section in (DataConfig, OptimConfig, RunConfig) for spec in fields(section)}
-    left = [f"--{name} {defaults[name]} (there {value})" for name, value in theirs.items() if name not in given]
-    return [f"left out, with another default than in RWKV-PEFT: {', '.join(left)}"] if left else []
-
-
-def _unsaid_of_data(given: dict[str, Any], era: str) -> list[str]:
-    """What a command line of theirs means by flags about the data that it leaves out, where it differs; notes."""
-    notes, kind = _other_defaults(given, {"ctx_len": "1024", "micro_bsz": "12"}), given.get("data_type", "auto")
-    if kind == "sft" and "template" not in given:
-        notes.append("--data_type sft: RWKV-PEFT writes rows in Alpaca's words; --template alpaca is near to that")
-    if "dataload" not in given and kind not in ("sft", "auto"):
-        other = "pads each document: --dataload pad" if era in (Y2025, LATER) else "cuts random windows: --dataload get"
-        notes.append(f"without --dataload whole documents are packed; RWKV-PEFT {other}")
-    if given.get("dataload") == "pad" and kind == "binidx" and given.get("loss_mask", "none") == "none":
-        notes.append("--dataload pad pads each document; RWKV-PEFT without --loss_mask pad reads on into the next one")
-    return notes
-
-
-def _unsaid_of_training(given: dict[str, Any], era: str, sign: str) -> list[str]:
-    """As `_unsaid_of_data`, about what is trained and how; sets --peft, in place, where nothing names an adapter."""
-    notes = _other_defaults(given, {"lr_init": "6e-4", "lr_final": "1e-5", "epoch_count": "500"})
-    named = [spec.name for spec in fields(AdapterConfig) if spec.name in given and spec.name != "train_parts"]
-    if not named and not given.get("resume"):  # which goes on with what the run has
-        given["peft"] = "none"
-        notes.append(
-            f"a command line of RWKV-PEFT or RWKV-LM (it has {sign}) without --peft trains every weight: read as "
-            "--peft none; --peft bone trains an adapter"
-        )
-        if given.get("train_parts"):
-            notes.append(f"--train_parts {' '.join(given.pop('train_parts'))} is ignored: every weight is trained")
-    if given.get("peft") in ("lora", "pissa") and "lora_r" not in given:
-        there = "r 8" if given["peft"] == "pissa" else "r 8, alpha 8" if era == LATER else "r 8, alpha 32, dropout 0.01"
-        notes.append(f"--peft {given['peft']} without --lora_r has r {AdapterConfig.lora_r}; in RWKV-PEFT {there}")
-    adapted = given.get("peft", "bone") not in ("none", "state")
-    if adapted and era != LATER and "train_parts" not in given:
-        notes.append("without --train_parts only the adapter is trained; RWKV-PEFT then trains time and ln too")
-    first, last = given.get("lr_init"), given.get("lr_final")
-    if era not in (Y2025, LATER) and "lr_schedule" not in given and None not in (first, last) and first != last:
-        curve = "exp" if first and last else "linear"
-        notes.append(
-            "without --lr_schedule the learning rate falls along a cosine, as in RWKV-PEFT since 2025; before, it was "
-            f"--lr_schedule {curve}"
-        )
-    return notes

@@ -2,7 +2,7 @@
 
 Nothing is declared twice: a field's name is the flag, its default gives the type, its metadata the help. A flag
 overrides `--config`, which overrides the defaults; of a flag given twice, the last one counts. RWKV-PEFT's own flags
-are accepted but not shown in --help; `field_flags.py` translates them before the dataclasses are made.
+are accepted but not shown in --help; `translate.py` translates them before the dataclasses are made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from rwkv_bone.config import MergeConfig, TrainConfig, field_flags
+from rwkv_bone.config import MergeConfig, TrainConfig, field_flags, translate
 from rwkv_bone.config.other_names import intended_flag
 from rwkv_bone.config.saved import SECTIONS, build, config_file, read_config
 from rwkv_bone.config.sections import READ_BY
@@ -76,7 +76,7 @@ def parse_train(argv: list[str], prog: str = "train.py") -> TrainConfig:
     group.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     for name, section in SECTIONS.items():
         add_fields(parser.add_argument_group(name), section)
-    given, notes = field_flags.translate_train(parser.read(argv))
+    given, notes = translate.translate_train(parser.read(argv))
     saved = read_config(source) if (source := config_file(given)) else {}
     config = build({name: {**saved.get(name, {}), **of_section(given, cls)} for name, cls in SECTIONS.items()})
     _check_read(given, config.adapter.peft)
@@ -89,11 +89,11 @@ def parse_merge(argv: list[str], prog: str = "merge.py", kind: str = "") -> Merg
 
     kind: that of RWKV-PEFT's program which was called, `merge/merge_KIND.py`, as --type names it.
     """
-    argv = field_flags.merge_words(argv, kind)
+    argv = translate.merge_words(argv, kind)
     description = "Fold an adapter into its base checkpoint."
     parser = Parser(prog, description, MERGE_EXAMPLES, field_flags.MERGE_FLAGS)
     add_fields(parser.add_argument_group("merge"), MergeConfig)
-    given, notes = field_flags.translate_merge(parser.read(argv))
+    given, notes = translate.translate_merge(parser.read(argv))
     config = MergeConfig(**given)
     print_notes(notes)
     return config
