@@ -73,7 +73,8 @@ run() {
                 set -- "$@" "--$_name=$(in_repo_or_hub "$_value")"
                 ;;
             adapter | bone_load | cache_dir | config | data_path | eval_path | lora_checkpoint | lora_init | \
-                model_name_or_path | output | output_dir | peft_checkpoint | peft_load | pissa_init | proj_dir) # a path
+                model_name_or_path | output | output_dir | peft_checkpoint | peft_load | pissa_init | proj_dir | \
+                state_checkpoint) # a path
                 set -- "$@" "--$_name=$(in_repo "$_value")"
                 ;;
             deepspeed | template | tokenizer) # a path or a name
@@ -103,7 +104,7 @@ run_on_newest() {
     _flag=$1 _kind=$2 _program=$3
     shift 3
     not_flags="$not_flags proj_dir"
-    if assigns proj_dir && ! assigns 'adapter|lora_checkpoint|peft_checkpoint'; then
+    if assigns proj_dir && ! assigns 'adapter|lora_checkpoint|peft_checkpoint|state_checkpoint'; then
         _adapter=$(newest_adapter "$(in_repo "$proj_dir")")
         if [ -z "$_adapter" ] && [ $# -eq 0 ]; then
             _what=adapter

@@ -52,7 +52,7 @@ esac
 exec "{python}" "$@"
 """
 COPIED = ("train.py", "merge.py", "train_hf.py", "pyproject.toml", "requirements.txt", "requirements-dev.txt")
-COPIED_FOLDERS = ("assets", "benchmarks", "cuda", "docs", "scripts", "src", "tests")
+COPIED_FOLDERS = ("assets", "benchmarks", "cuda", "docs", "merge", "scripts", "src", "tests")
 
 
 @dataclass(frozen=True)

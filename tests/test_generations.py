@@ -39,8 +39,9 @@ def generation_job(version, tmp_path_factory):
     checkpoints.write_state(base, random_model(vocab_size=256, version=version, dtype=torch.bfloat16).state_dict())
     data.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in ROWS))
     # Every step sees all rows, so that losses compare.
-    options = {"accelerator": "cpu", "precision": "fp32", "bone_r": 8, "micro_bsz": 8, "ctx_len": 64, "epoch_count": 2}
-    return Job(folder, {"load_model": base, "data_file": data, "lr_init": 1e-2, "lr_final": 1e-3, **options})
+    options = {"accelerator": "cpu", "precision": "fp32", "micro_bsz": 8, "ctx_len": 64, "epoch_count": 2}
+    options |= {"peft": "bone", "bone_r": 8, "lr_init": 1e-2, "lr_final": 1e-3}
+    return Job(folder, {"load_model": base, "data_file": data, **options})
 
 
 @pytest.fixture(scope="module", params=list(KINDS))

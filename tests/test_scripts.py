@@ -193,10 +193,18 @@ def test_run_scripts_need_no_edits_and_pass_a_valid_command_line(script, clone):
 
 @pytest.mark.parametrize("script", RUN_SCRIPTS)
 def test_any_variable_can_be_overridden_and_paths_stay_the_callers(script, ready):
-    words = ["--bone_r", "32", "--data_file", "my rows.jsonl", "--train_parts", "ln", "time"]
+    words = ["--micro_bsz", "3", "--data_file", "my rows.jsonl", "--train_parts", "ln", "time"]
     config = parse_train(arguments(ready.sh(script, *words)))
-    assert (config.adapter.bone_r, config.adapter.train_parts) == (32, ("ln", "time"))
+    assert (config.data.micro_bsz, config.adapter.train_parts) == (3, ("ln", "time"))
     assert config.data.data_file == ("my rows.jsonl",)
+
+
+@pytest.mark.parametrize("script", RUN_SCRIPTS)
+@pytest.mark.parametrize("words", ["--peft none", "--peft lora --lora_r 3", "--peft bone --bone_r 3", "--peft state"])
+def test_another_kind_takes_the_settings_of_the_scripts_own_kind_with_it(script, words, ready):
+    config = parse_train(arguments(ready.sh(script, *words.split())))
+    assert config.adapter.peft == words.split()[1]
+    assert {"lora": config.adapter.lora_r, "bone": config.adapter.bone_r}.get(config.adapter.peft, 3) == 3
 
 
 @pytest.mark.parametrize("script", SETTINGS)

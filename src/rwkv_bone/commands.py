@@ -25,13 +25,13 @@ def train(prog: str = "rwkv-bone-train") -> int:
     return exit_status(body)
 
 
-def merge(prog: str = "rwkv-bone-merge") -> int:
-    """Fold an adapter into its base checkpoint."""
+def merge(prog: str = "rwkv-bone-merge", kind: str = "") -> int:
+    """Fold an adapter into its base checkpoint. kind: of the adapter, for the programs in merge/."""
 
     def body() -> None:
         from rwkv_bone.config.flags import parse_merge
 
-        config = parse_merge(sys.argv[1:], prog)
+        config = parse_merge(sys.argv[1:], prog, kind)
         from rwkv_bone.conversion.merge import merge_files
 
         print("\n".join(merge_files(config)))

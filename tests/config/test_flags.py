@@ -11,6 +11,7 @@ import pytest
 
 from rwkv_bone.config import MergeConfig, flags
 from rwkv_bone.config.saved import from_json, to_json
+from rwkv_bone.config.sections import READ_BY
 from rwkv_bone.errors import UserError, exit_status
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,7 +38,8 @@ def other_value(spec):
 
 def changed_everywhere():
     """(command line, expected settings) with every setting away from its default, as far as they go together."""
-    expected = {spec.name: other_value(spec) for spec in SPECS}
+    unread = {name for name, kinds in READ_BY.items() if "bone" not in kinds}
+    expected = {spec.name: other_value(spec) for spec in SPECS if spec.name not in unread}
     expected |= {"peft": "bone", "dataload": "get", "resume": False}  # there is no run to continue
     expected |= {"data_weights": ("0.5", "2"), "eval_data": "", "loss_mask": "se"}
     words = []
@@ -63,7 +65,12 @@ def test_flags_left_out_take_the_defaults_of_the_config():
 
 def test_every_setting_is_a_flag():
     words, expected = changed_everywhere()
-    assert settings(flags.parse_train(words)) == expected
+    unread = {spec.name: spec.default for spec in SPECS if spec.name not in expected}
+    assert settings(flags.parse_train(words)) == expected | unread
+    lora = {spec.name: other_value(spec) for spec in SPECS if spec.name in unread}
+    words = [word for name, value in lora.items() for word in (f"--{name}", str(value))]
+    assert settings(train("--peft", "lora", *words)).items() >= lora.items()
+    assert unread and unread.keys() | expected.keys() == {spec.name for spec in SPECS}
 
 
 def test_help_explains_every_flag_with_choices_and_default(capsys):
@@ -192,6 +199,43 @@ def test_mistakes_name_the_flag_and_what_was_expected(words, message):
     assert message in str(error.value)
 
 
+KINDS = ("none", "bone", "lora", "pissa", "state")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", READ_BY)
+def test_a_setting_of_another_kind_of_adapter_is_refused(name, kind):
+    """Before, `--peft bone --lora_r 8` trained with r 64 in silence."""
+    value = str(other_value(next(spec for spec in SPECS if spec.name == name)))
+    if kind in READ_BY[name]:
+        assert str(getattr(train("--peft", kind, f"--{name}", value).adapter, name)) == value
+        return
+    with pytest.raises(UserError, match=rf"^--{name} .* has no meaning with --peft {kind}, only with --peft"):
+        train("--peft", kind, f"--{name}", value)
+
+
+def test_a_setting_of_lora_alone_does_not_train_bone():
+    with pytest.raises(UserError, match="--lora_r 8 has no meaning with --peft bone, .*or give --peft lora"):
+        train("--lora_r", "8")
+
+
+def test_a_config_file_may_hold_settings_of_another_kind(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(to_json(train("--peft", "bone", "--bone_r", "8")))
+    config = flags.parse_train(["--config", str(path), "--peft", "lora", "--lora_r", "4"])
+    assert (config.adapter.kind, config.adapter.lora_r) == ("lora", 4)
+    with pytest.raises(UserError, match="--lora_r 4 has no meaning with --peft bone"):
+        flags.parse_train(["--config", str(path), "--lora_r", "4"])
+
+
+def test_a_second_peft_takes_the_settings_of_the_first_with_it():
+    own = ["--peft", "bone", "--bone_mode", "bat", "--bone_r", "8"]  # a script's, before what its user adds
+    assert train(*own, "--peft", "none").adapter.kind == "none"
+    assert train(*own, "--peft", "bone").adapter.bone_r == 8
+    with pytest.raises(UserError, match="--bone_r 4 has no meaning with --peft lora"):
+        train(*own, "--peft", "lora", "--bone_r", "4")
+
+
 def test_merge_takes_the_fields_name_of_the_adapter():
     expected = MergeConfig(base_model="base.pth", peft_checkpoint="out/rwkv-0.pth", output="merged.pth")
     assert flags.parse_merge(MERGE) == expected
@@ -206,8 +250,8 @@ def test_merge_says_what_is_missing_or_unknown():
 
 
 def test_notes_are_printed_by_the_first_process_only(capsys, monkeypatch):
-    train("--head_qk", "0", "--peft", "bone", "--train_parts", "[]")
-    assert capsys.readouterr().out == "note: --head_qk 0 is ignored: there is no headQK layer\n"
+    train("--compile", "0", "--peft", "bone")
+    assert capsys.readouterr().out == "note: --compile 0 is ignored: nothing here is compiled by torch.compile\n"
     monkeypatch.setenv("LOCAL_RANK", "1")
     train("--head_qk", "0")
     assert capsys.readouterr().out == ""

@@ -37,7 +37,8 @@ class Job:
     flags: dict
 
     def argv(self, flags: dict) -> list[str]:
-        return [word for name, value in (self.flags | flags).items() for word in (f"--{name}", str(value))]
+        given = [*self.flags.items(), *flags.items()]
+        return [word for name, value in given for word in (f"--{name}", str(value))]
 
     def run(self, name: str, **flags) -> Path:
         """Train in this process, on one device; returns proj_dir."""
@@ -122,6 +123,7 @@ def job(tmp_path_factory) -> Job:
         "accelerator": "cpu",
         "precision": "fp32",
         "op": "torch",
+        "peft": "bone",
         "bone_r": 8,
         "dataload": "pad",
         "micro_bsz": 4,

@@ -1,7 +1,8 @@
 """Every setting of a run (`sections.py`), as flags (`flags.py`) and as a saved file (`saved.py`).
 
-`field_flags.py` says what the flags of RWKV-PEFT mean here, `other_names.py` what other programs call the same thing.
-This package needs the standard library alone, so that --help is instant.
+`field_flags.py` says what the flags of RWKV-PEFT and RWKV-LM mean here, with `field_adapters.py` and `pretraining.py`;
+`translate.py` makes settings of them, and `unsaid.py` of what they leave out. `other_names.py` says what other programs
+call the same thing. This package needs the standard library alone, so that --help is instant.
 """
 
 from rwkv_bone.config.fields import setting

@@ -2,7 +2,7 @@
 
 Nothing is declared twice: a field's name is the flag, its default gives the type, its metadata the help. A flag
 overrides `--config`, which overrides the defaults; of a flag given twice, the last one counts. RWKV-PEFT's own flags
-are accepted but not shown in --help; `field_flags.py` translates them before the dataclasses are made.
+are accepted but not shown in --help; `translate.py` translates them before the dataclasses are made.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from rwkv_bone.config import MergeConfig, TrainConfig, field_flags
+from rwkv_bone.config import MergeConfig, TrainConfig, field_flags, translate
 from rwkv_bone.config.other_names import intended_flag
 from rwkv_bone.config.saved import SECTIONS, build, config_file, read_config
+from rwkv_bone.config.sections import READ_BY
 from rwkv_bone.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,19 +76,24 @@ def parse_train(argv: list[str], prog: str = "train.py") -> TrainConfig:
     group.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     for name, section in SECTIONS.items():
         add_fields(parser.add_argument_group(name), section)
-    given, notes = field_flags.translate_train(parser.read(argv))
+    given, notes = translate.translate_train(parser.read(argv))
     saved = read_config(source) if (source := config_file(given)) else {}
     config = build({name: {**saved.get(name, {}), **of_section(given, cls)} for name, cls in SECTIONS.items()})
+    _check_read(given, config.adapter.peft)
     print_notes(notes)
     return config
 
 
-def parse_merge(argv: list[str], prog: str = "merge.py") -> MergeConfig:
-    """The merge that `argv` asks for; UserError as in `parse_train`."""
+def parse_merge(argv: list[str], prog: str = "merge.py", kind: str = "") -> MergeConfig:
+    """The merge that `argv` asks for; UserError as in `parse_train`.
+
+    kind: that of RWKV-PEFT's program which was called, `merge/merge_KIND.py`, as --type names it.
+    """
+    argv = translate.merge_words(argv, kind)
     description = "Fold an adapter into its base checkpoint."
     parser = Parser(prog, description, MERGE_EXAMPLES, field_flags.MERGE_FLAGS)
     add_fields(parser.add_argument_group("merge"), MergeConfig)
-    given, notes = field_flags.translate_merge(parser.read(argv))
+    given, notes = translate.translate_merge(parser.read(argv))
     config = MergeConfig(**given)
     print_notes(notes)
     return config
@@ -175,6 +181,8 @@ def add_fields(group: argparse._ArgumentGroup, section: type[DataclassInstance])
             options |= {"nargs": "*", "action": _Words}
         elif kind in (int, float):
             options |= {"type": _number(kind)}
+        elif spec.name == "peft":
+            options |= {"action": _Kind}
         names = [name for name in (spec.name, ALIASES.get(spec.name)) if name]
         group.add_argument(*(f"--{name}" for name in names), **options)
 
@@ -204,6 +212,27 @@ class _Words(argparse.Action):
         if text.startswith("[") and text.endswith("]"):
             values = [item.strip().strip("\"'") for item in text[1:-1].split(",")]
         setattr(namespace, self.dest, tuple(value for value in values if value))
+
+
+class _Kind(argparse.Action):
+    """--peft. Given again, after a script's own, it takes the settings of the former kind with it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        former, kind = (field_flags.kind_named(name) for name in (getattr(namespace, self.dest, values), values))
+        for name, readers in READ_BY.items():
+            if former in readers and kind not in readers and hasattr(namespace, name):
+                delattr(namespace, name)
+        setattr(namespace, self.dest, values)
+
+
+def _check_read(given: dict[str, Any], kind: str) -> None:
+    """UserError for a flag that only other kinds of adapter than this one read."""
+    for name in [name for name in given if kind not in READ_BY.get(name, (kind,))]:
+        readers = " and ".join(f"--peft {reader}" for reader in READ_BY[name])
+        raise UserError(
+            f"--{name} {given[name]} has no meaning with --peft {kind}, only with {readers}: remove it, or give --peft "
+            f"{READ_BY[name][0]}"
+        )
 
 
 def of_section(given: dict[str, Any], section: type[DataclassInstance]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from rwkv_bone.config.field_adapters import ADAPTER_FLAGS, ADAPTER_KEYS, HF_FLAG
 from rwkv_bone.config.field_flags import (
-    ADAPTER_FLAGS,
-    ADAPTER_KEYS,
+    ERAS,
     IGNORED_FLAGS,
     MERGE_IGNORED_FLAGS,
     MERGE_TRANSLATED_FLAGS,
@@ -30,14 +30,6 @@ from rwkv_bone.errors import UserError, exit_status
 
 BEGIN = "<!-- Made by python -m rwkv_bone.config.migration docs/migrating.md: change the tables there. -->"
 END = "<!-- End of what is made. -->"
-# RWKV-PEFT's scripts of December 2024, those of June 2025, and what came after them.
-Y2024, Y2025, LATER = "2024", "2025", "2026"
-# Flags that only one of these versions has.
-ERAS = {
-    **dict.fromkeys(("bone_config", "state_tune", "compile", "l2warp_sparse", "enable_progress_bar"), Y2024),
-    **dict.fromkeys(("disha_config", "op", "fused_kernel", "lr_schedule", "peft_checkpoint"), Y2025),
-    "peft_config": LATER,
-}
 
 
 class Same(NamedTuple):
@@ -49,7 +41,7 @@ class Same(NamedTuple):
 
 READ = Same("", "may be left out")
 SAME_FLAGS = {
-    "load_model": Same("empty"),
+    "load_model": Same("empty", "`0` is RWKV-LM's `rwkv-init.pth` in `--proj_dir`, or a new model"),
     "proj_dir": Same("out", "results of an earlier run are not replaced without `--overwrite 1`"),
     "wandb": Same("empty"),
     "random_seed": Same("-1"),
@@ -59,7 +51,8 @@ SAME_FLAGS = {
     "ctx_len": Same("1024", "any length from one token up"),
     "epoch_steps": Same(
         "1000",
-        "there it counts forward passes; a command line of RWKV-PEFT has it divided by `--accumulate_grad_batches`",
+        "there it counts forward passes: a command line of RWKV-PEFT has it divided by `--accumulate_grad_batches`; "
+        "since 2026 it is the number of samples to keep: `--sft_split`",
     ),
     "epoch_count": Same("500"),
     "epoch_begin": Same("0", "there it moves the learning rate too"),
@@ -79,7 +72,7 @@ SAME_FLAGS = {
     "adam_eps": Same("1e-8"),
     "weight_decay": Same("0", "there on every matrix, however small"),
     "grad_cp": Same("0"),
-    "peft": Same("none", "left out on a command line with a flag that only RWKV-PEFT has, it is `none`, as there"),
+    "peft": Same("none", "left out on a command line of RWKV-PEFT or RWKV-LM, it is `none`, as there"),
     "train_parts": Same("time ln"),
     "quant": Same("none", "the adapter is merged into the quantised weights, on which it was trained"),
     "dataload": Same("get (2025: pad)", "`pad` pads; there it goes on into the next documents"),
@@ -159,9 +152,13 @@ def _adapters() -> dict[str, str]:
     for flag, kind in ADAPTER_FLAGS.items():
         keys = ", ".join(f"`{kind}_{key}` is `--{ours.ours}`" for key, ours in ADAPTER_KEYS[kind].items())
         told[flag] = f"`--peft {kind}`; {keys}; keys also without `{kind}_`"
-    told["peft_config"] = (
-        "as the JSON of the adapter that `--peft` names; `init_weights` `bat` is `--bone_mode bat-col`"
+    told[HF_FLAG] = (
+        "as the JSON of the adapter that `--peft` names; `init_weights` `bat` is `--bone_mode bat-col`; of a LoRA, `r` "
+        "and `lora_alpha` that are left out are 8"
     )
+    for flag in told:
+        told[flag] += "; `target_modules` is as the flag"
+    told["lora_config"] += "; `lora_parts` is as the flag"
     return told
 
 

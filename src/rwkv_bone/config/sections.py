@@ -14,6 +14,11 @@ from rwkv_bone.errors import UserError
 
 PEFT_KINDS = ("none", "bone", "lora", "pissa", "state")
 BONE_MODES = ("bone", "bat", "bat-col")
+# setting -> the kinds of PEFT_KINDS that read it
+READ_BY = {
+    **dict.fromkeys(("bone_mode", "bone_r"), ("bone",)),
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_rs", "lora_plus"), ("lora", "pissa")),
+}
 QUANTS = ("none", "int8", "nf4", "fp4")
 TRAIN_PARTS = ("emb", "head", "ln", "time", "state")
 OPERATORS = ("auto", "cuda", "cuda-exact", "cuda-chunked", "cuda-accurate", "cpu", "torch")

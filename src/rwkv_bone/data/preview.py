@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_bone.config import DataConfig, field_flags, flags, setting
+from rwkv_bone.config import DataConfig, field_flags, flags, setting, translate
 from rwkv_bone.config.fields import check_at_least, check_choices
 from rwkv_bone.config.saved import SECTIONS, read_config
 from rwkv_bone.data import Dataset, Sample, load_dataset, load_tokenizer
@@ -67,7 +67,7 @@ def parse(argv: list[str], prog: str = "preview") -> tuple[PreviewConfig, DataCo
     parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help=flags.CONFIG_HELP)
     for name, section in SECTIONS.items():
         flags.add_fields(parser.add_argument_group(name), section)
-    given, notes = field_flags.translate_train(parser.read(argv))
+    given, notes = translate.translate_train(parser.read(argv), trains=False)
     saved = read_config(Path(given["config"])) if "config" in given else {}
     preview = PreviewConfig(**flags.of_section(given, PreviewConfig))
     data = DataConfig(**{**saved.get("data", {}), **flags.of_section(given, DataConfig)})

@@ -13,8 +13,10 @@ from rwkv_bone.errors import UserError
 
 CONFIG, LOG, PLOT, EVALUATION = "config.json", "train_log.jsonl", "loss.png", "evaluation.json"
 RESUME_FILE = "resume.pth"
-MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, RESUME_FILE, "rwkv-*.pth", "rwkv-*.json")
-RESULTS = (LOG, RESUME_FILE, "rwkv-*.pth")
+# With a number: rwkv-init.pth is what a run begins with, in RWKV-LM's way.
+SAVED = "rwkv-[0-9]*.pth"
+MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, RESUME_FILE, SAVED, "rwkv-[0-9]*.json")
+RESULTS = (LOG, RESUME_FILE, SAVED)
 UNFINISHED = tuple(f".{name}.*.partial*" for name in MADE_HERE)  # what a killed run was writing
 
 
