@@ -25,13 +25,16 @@ MAY_IMPORT = {
     "hf": {"config", "checkpoints", "adapters", "data"},
     "training": ROOMS - {"hf", "conversion"},
 }
+# Imported where peft is in use, by the first BoneConfig: it is the one module that is made of one of peft's.
+OPTIONAL = {"rwkv_bone.hf.peft_config"}
 # The modules beside the rooms.
 MODULES = {"errors": set(), "commands": set(), "devices": {"config"}, "quantization": {"config", "checkpoints"}}
 
 
 def modules(room: str) -> list[str]:
     names = sorted(path.stem for path in (PACKAGE / room).glob("*.py"))
-    return [f"rwkv_bone.{room}.{name}" for name in names if name != "__init__"]
+    found = [f"rwkv_bone.{room}.{name}" for name in names if name != "__init__"]
+    return [module for module in found if module not in OPTIONAL]
 
 
 def loaded_after_importing(*modules: str) -> set[str]:

@@ -12,6 +12,9 @@ from rwkv_bone.errors import UserError
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 
 
+PAIRS = ["prompt response", "prompt completion", "question answer", "query response", "input output"]
+
+
 def turns(row, sft_field=(), data_type="auto"):
     return conversation(row, layout_of(row, sft_field, data_type, "f:1"), "f:1").turns
 
@@ -23,7 +26,7 @@ def error(row, *sft_field):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("names", ["prompt response", "prompt completion", "question answer", "input output"])
+@pytest.mark.parametrize("names", PAIRS)
 def test_usual_pairs_are_found(names):
     prompt, response = names.split()
     row = {"id": 7, prompt: "one", response: "two"}

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data.conversation import Conversation, Turn
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf import BoneModel
-from rwkv_bone.hf.data import IGNORED_LABEL, collate, load_samples, render, rows_of
+from rwkv_bone.hf.data import IGNORED_LABEL, Limits, collate, load_samples, render, rows_of
 from rwkv_bone.hf.flags import IGNORED_FLAGS, HfConfig
 from tests.conftest import clean_environment
 from tests.hf.conftest import CHAT
@@ -24,6 +25,13 @@ pytest.importorskip("accelerate")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUMBERS = [("1 in words: ", "one"), ("2 in words: ", "two"), ("3 in words: ", "three"), ("4 in words: ", "four")] * 4
+
+
+FLAGS = {f"--{field.name}" for field in fields(HfConfig)}
+
+
+def flags_named(error: UserError) -> set[str]:
+    return set(re.findall(r"(?<!\S)--[a-z_]+", str(error)))
 
 
 def trained_text(tokenizer, segments) -> list[str]:
@@ -100,6 +108,105 @@ def test_rows_come_from_lines_lists_and_parts_of_them(tmp_path):
     (tmp_path / "a.txt").write_text("just text")
     with pytest.raises(UserError, match="expected rows of prompt and response"):
         list(rows_of(str(tmp_path / "a.txt")))
+
+
+@pytest.mark.parametrize(
+    "row,named",
+    [
+        ({"q": "a", "r": "b"}, ()),
+        ({"prompt": "a", "response": "b", "text": "c"}, ()),
+        ({"prompt": "a", "response": "b"}, ("question", "answer")),
+        ({"messages": "none"}, ()),
+        ({"messages": [{"role": "robot", "content": "x"}]}, ()),
+        ({"prompt": "a", "response": " "}, ()),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_said_with_flags_that_the_program_has(tokenizer, row, named):
+    with pytest.raises(UserError, match="^rows:1: ") as caught:
+        load_samples([("rows:1", row)], named, tokenizer, max_length=99)
+    assert flags_named(caught.value) <= FLAGS, str(caught.value)
+
+
+@pytest.mark.parametrize("name,split", [("nowhere", ""), ("a.bin", ""), ("a.jsonl", "[x"), ("a.jsonl", "[:200%]")])
+def test_what_is_wrong_with_a_file_is_said_with_flags_that_the_program_has(tokenizer, tmp_path, name, split):
+    (tmp_path / "a.bin").write_bytes(b"\x00\x01\x02")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}))
+    with pytest.raises(UserError) as caught:
+        load_samples(rows_of(str(tmp_path / name), split), (), tokenizer, max_length=99)
+    assert flags_named(caught.value) <= FLAGS, str(caught.value)
+
+
+def test_query_and_response_are_a_usual_pair(tokenizer):
+    rows = [("rows:1", {"query": "Half of 90?", "response": "45", "type": "rephrased"})]
+    assert load_samples(rows, (), tokenizer, max_length=99).facts() == ["1 samples with 3 trained tokens"]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}},
+        {
+            "padding": {
+                "strategy": {"Fixed": 64},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "<pad>",
+            }
+        },
+    ],
+)
+def test_truncation_and_padding_stored_in_a_tokenizer_do_nothing(tokenizer, tmp_path, stored):
+    rows = [("rows:1", {"prompt": "What is it called?", "response": "A tokenizer."})]
+    expected = load_samples(rows, (), tokenizer, max_length=99).rows
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | stored))
+    assert load_samples(rows, (), transformers.AutoTokenizer.from_pretrained(tmp_path), max_length=99).rows == expected
+
+
+def test_tokens_beyond_the_embedding_and_rows_beyond_the_positions_are_refused(tokenizer):
+    rows = [("rows:1", {"prompt": "ab", "response": "c"}), ("rows:2", {"prompt": "abcdef", "response": "zz"})]
+    last = max(tokenizer("abcdefz")["input_ids"])
+    fits = Limits(vocab_size=last + 1, positions=9)  # eight characters and the end
+    assert len(load_samples(rows, (), tokenizer, 99, fits)) == len(load_samples(rows, (), tokenizer, 99)) == 2
+    with pytest.raises(
+        UserError, match=f"^rows:2: token {last} is outside the model's vocabulary of {last} .'z' has no row"
+    ):
+        load_samples(rows, (), tokenizer, 99, Limits(vocab_size=last))
+    message = "^rows:2: 9 tokens, but the model has 8 positions: give --model_max_length 8, .* instead of 99$"
+    with pytest.raises(UserError, match=message):
+        load_samples(rows, (), tokenizer, 99, Limits(positions=8))
+    assert load_samples(rows, (), tokenizer, 8, Limits(positions=8)).cut == 1
+
+
+def test_the_limits_of_a_model_are_read_from_its_configuration():
+    sizes = {"vocab_size": 100, "hidden_size": 32, "num_attention_heads": 4}
+    llama = transformers.LlamaConfig
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    extended = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 1e4,
+    }
+    gemma = transformers.Gemma3Config(text_config={**sizes, "max_position_embeddings": 48})
+    for config, positions in (
+        (llama(**sizes, max_position_embeddings=32), 32),
+        (llama(**sizes, max_position_embeddings=32, rope_parameters=yarn), 128),
+        (llama(**sizes, max_position_embeddings=128, rope_parameters=yarn), 128),
+        (llama(**sizes, max_position_embeddings=32, rope_parameters=linear), 64),
+        (llama(**sizes, max_position_embeddings=256, rope_parameters=extended), 256),
+        (transformers.GPT2Config(vocab_size=100, n_positions=24), 24),
+        (transformers.BloomConfig(vocab_size=100), 0),  # positions are distances there
+        (transformers.RwkvConfig(vocab_size=100, max_position_embeddings=24), 0),
+        (gemma, 48),
+    ):
+        assert Limits.of(config) == Limits(100, positions), config
 
 
 @pytest.fixture
@@ -245,3 +352,49 @@ def test_what_is_found_wrong_before_training_leaves_nothing_behind(folder, chang
     with pytest.raises(UserError, match="is the base's own folder"):
         finetune(parse(flags(folder, "base", deepspeed="none", overwrite=1)))
     assert (folder / "base" / "model.safetensors").is_file()
+
+
+def test_a_model_that_cannot_read_the_rows_is_refused_before_it_is_loaded(folder, make_model, tokenizer, monkeypatch):
+    from rwkv_bone.hf.finetune import finetune
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    config = json.loads((folder / "base" / "config.json").read_text())
+    for change, message in (
+        (
+            {"vocab_size": 200},
+            r"train.jsonl:1: token \d+ is outside the model's vocabulary of 200 .*: use the token",
+        ),
+        (
+            {"max_position_embeddings": 20},
+            r"train.jsonl:1: 35 tokens.* 20 positions: give --model_max_length 20, which",
+        ),
+        ({"model_type": "rwkv7", "auto_map": {"AutoConfig": "a.B"}}, "its code .* is not run.: train it with sh scri"),
+        ({"model_type": "unheard-of"}, "transformers has no model of type unheard-of"),
+    ):
+        (folder / "base" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            finetune(parse(flags(folder, "out", deepspeed="none")))
+        assert not (folder / "out").exists()
+
+
+def test_tokens_that_were_added_to_the_tokenizer_alone_are_refused_by_name(folder):
+    from rwkv_bone.hf.finetune import finetune
+
+    added = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    added.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    written = CHAT.replace("<{{ m.role }}>", "<|im_start|>{{ m.role }} ")
+    added.chat_template = written.replace("<assistant>", "<|im_start|>assistant ")
+    added.save_pretrained(folder / "base")
+    with pytest.raises(UserError, match=r"train.jsonl:1: token 259 is .* of 259 \('<\|im_start\|>' has no row"):
+        finetune(parse(flags(folder, "out", deepspeed="none")))
+
+
+def test_padding_with_a_token_that_the_model_has_no_row_for_is_done_with_another(folder, make_model, tokenizer, capsys):
+    from rwkv_bone.hf.finetune import finetune
+
+    added = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    added.add_special_tokens({"pad_token": "<extra>"})
+    assert added.pad_token_id == 259
+    added.save_pretrained(folder / "base")
+    finetune(parse(flags(folder, "out", deepspeed="none", eval_path="", num_train_epochs=0.5)))
+    assert len(measured(capsys.readouterr().out)) == 1

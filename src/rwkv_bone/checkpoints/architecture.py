@@ -184,8 +184,8 @@ class Base:
 
 
 def load_base(path: str | Path) -> Base:
-    """The model at `path`: a .pth, .safetensors or .st file, an index of shards, or a folder, in any known layout; or the
-    name of one on the Hugging Face Hub.
+    """The model at `path`: a .pth, .safetensors or .st file, an index of shards, or a folder, in any known layout;
+    or the name of one on the Hugging Face Hub.
 
     Nothing is copied that is not needed: tensors are mapped. UserError says what is wrong: files that are missing or
     too many, keys and shapes that do not make a whole model, a config.json that contradicts them, a model that we

@@ -27,6 +27,7 @@ USUAL_PAIRS = (
     ("prompt", "response"),
     ("prompt", "completion"),
     ("question", "answer"),
+    ("query", "response"),
     ("input", "output"),
 )
 ALPACA = ("instruction", "output")

@@ -180,9 +180,11 @@ class FormatTemplate(Template):
 
 
 class JinjaTemplate(Template):
-    """A Jinja file in Hugging Face's convention for chat templates, with what transformers gives it: it loops over
-    `messages`, each with `role` (system, user, assistant, tool), `content` and, where there is one, `reasoning_content`;
-    with `add_generation_prompt` it ends where a response begins. `strftime_now` gives the day on which it is rendered.
+    """A Jinja file in Hugging Face's convention for chat templates, in the environment of transformers.
+
+    It loops over `messages`, each with `role` (system, user, assistant, tool), `content` and, if it has any,
+    `reasoning_content`; with `add_generation_prompt` it ends where a response begins. `strftime_now` tells the day of
+    tokenising.
 
     `specials` are the texts of `bos_token`, `eos_token` and the like. Where there are none they are empty: the
     end-of-document id is appended after tokenising.
@@ -270,7 +272,7 @@ def load_template(name: str, tokenizer_name: str) -> Template:
     specials = special_tokens(path.parent)
     if tokenizer_name in ("bytes", "world"):
         # Their only token of that kind, whatever its name is where the template comes from.
-        specials = dict.fromkeys(specials, END_MARK)
+        specials = {name: END_MARK if text else "" for name, text in specials.items()}
     return JinjaTemplate(name, text, specials)
 
 

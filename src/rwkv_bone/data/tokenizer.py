@@ -98,7 +98,7 @@ def folder_text(folder: Path | None, data: DataConfig) -> tuple[DataConfig, list
         own = [file for file in (TEMPLATE_FILE, TOKENIZER_CONFIG) if (folder / file).is_file()]
         if own and (own[0] == TEMPLATE_FILE or "chat_template" in read_tokenizer_config(folder)):
             data = replace(data, template=str(folder / own[0]))
-            lines.append(f"template  {data.template} of the model (--template auto)")
+            lines.append(f"template  {data.template} (--template auto: the model's own)")
     return data, lines
 
 

@@ -15,13 +15,49 @@ import torch
 from torch import Tensor
 
 from rwkv_bone.data.conversation import Conversation, conversation, layout_of
+from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.sources import Rows, Split, open_source
 from rwkv_bone.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100  # the label of tokens that are not trained, in transformers and PyTorch
+# What messages about rows call the flags of train.py, and what those of train_hf.py are called; some it does not have.
+OWN_FLAGS = {
+    "--sft_field": "--dataset_field",
+    "--sft_split": "--dataset_split",
+    "--data_file and --eval_data take": "--data_path and --eval_path take",
+    "; a dataset of the hub with --data_type hf": "",
+    ", or give --data_type": "",
+    ", or --data_type jsonl for 'text'": "",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can read; 0 where nothing limits it."""
+
+    vocab_size: int = 0  # rows of the embedding
+    positions: int = 0  # tokens of a sample
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Limits:
+        """Of a model's configuration.
+
+        Rotary positions have no table, but a limit that the model was made for; it grows with the factor of the
+        scalings that are applied on top of it.
+        """
+        text = config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None) or 0
+        if positions < 0 or text.model_type.startswith("rwkv"):  # recurrent: some state a number all the same
+            positions = 0
+        rotary = getattr(text, "rope_parameters", None) or {}
+        for scaling in (rotary, *rotary.values()):  # gemma has one for each kind of layer
+            if isinstance(scaling, dict) and scaling.get("rope_type") in ("linear", "dynamic", "yarn"):
+                original = scaling.get("original_max_position_embeddings") or text.max_position_embeddings
+                positions = max(positions, int(original * (scaling.get("factor") or 1)))
+        return cls(getattr(text, "vocab_size", None) or 0, positions)
 
 
 @dataclass
@@ -53,9 +89,32 @@ class Samples:
 
 
 def load_samples(
-    rows: Iterable[tuple[str, dict]], fields: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: Iterable[tuple[str, dict]],
+    fields: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    limits: Limits = Limits(),  # noqa: B008, it is frozen
 ) -> Samples:
-    """The samples of (place, row) pairs. UserError, beginning with the place, for a row that cannot be used."""
+    """The samples of (place, row) pairs. UserError, beginning with the place, for a row that cannot be used.
+
+    So is one that, cut to max_length, has more tokens or other ids than the model can read.
+    """
+    try:
+        return _load(rows, fields, tokenizer, max_length, limits)
+    except UserError as error:
+        words = str(error)
+        for theirs, ours in OWN_FLAGS.items():
+            words = words.replace(theirs, ours)
+        raise UserError(words) from None
+
+
+def _load(
+    rows: Iterable[tuple[str, dict]],
+    fields: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    limits: Limits,
+) -> Samples:
     samples, layout, where = Samples(), None, "no row"
     for where, row in rows:
         layout = layout or layout_of(row, fields, "auto", where)
@@ -67,6 +126,13 @@ def load_samples(
             labels += tokens if trained else [IGNORED_LABEL] * len(tokens)
         samples.cut += len(ids) > max_length
         ids, labels = ids[:max_length], labels[:max_length]
+        if limits.vocab_size:
+            check_ids(ids, limits.vocab_size, where, tokenizer.convert_ids_to_tokens)
+        if limits.positions and len(ids) > limits.positions:
+            raise UserError(
+                f"{where}: {len(ids)} tokens, but the model has {limits.positions} positions: give --model_max_length "
+                f"{limits.positions}, which cuts longer samples, instead of {max_length}"
+            )
         # The first token has nothing before it to be predicted from.
         if any(label != IGNORED_LABEL for label in labels[1:]):
             samples.rows.append({"input_ids": ids, "labels": labels})

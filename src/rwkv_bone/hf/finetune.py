@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from rwkv_bone.devices import select_device
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf.config import BoneConfig
-from rwkv_bone.hf.data import IGNORED_LABEL, Samples, collate, load_samples, rows_of
+from rwkv_bone.hf.data import IGNORED_LABEL, Limits, Samples, collate, load_samples, rows_of
 from rwkv_bone.hf.flags import ZERO_STAGES, HfConfig
 from rwkv_bone.hf.model import TRAINER_WEIGHTS, BoneModel, get_bone_model
 
@@ -50,13 +50,16 @@ def finetune(config: HfConfig) -> None:
     transformers = _transformers()
     source, output, checkpoint = _check_folders(config)
     deepspeed = _deepspeed(config, device)
+    limits = _limits(transformers, source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     files = [path for path in (config.data_path, config.eval_path) if path]
     sources = [rows_of(config.data_path, config.dataset_split), rows_of(config.eval_path, held_out=True)][: len(files)]
     train, *held_out = (
-        load_samples(rows, config.dataset_field, tokenizer, config.model_max_length) for rows in sources
+        load_samples(rows, config.dataset_field, tokenizer, config.model_max_length, limits) for rows in sources
     )
-    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    # Padding is masked, so that any id will do; but one beyond the embedding, of a token that was added, would not.
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(token for token in candidates if token is not None and token < (limits.vocab_size or token + 1))
     # Loaded before TrainingArguments exist: under ZeRO stage 3 these make transformers load parts of layers only.
     base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[config.precision])
     base.config.use_cache = False
@@ -166,6 +169,20 @@ def _transformers() -> ModuleType:
     # DeepSpeed's calls to torch, which its users cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     return transformers
+
+
+def _limits(transformers: ModuleType, source: str) -> Limits:
+    """What the model in this folder can read."""
+    try:
+        return Limits.of(transformers.AutoConfig.from_pretrained(source, trust_remote_code=False))
+    except ValueError as error:
+        found = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        kind = found.get("model_type")
+        reason = "its code comes with the model, and is not run" if "auto_map" in found else error
+        remedy = f": train it with sh scripts/run_bone.sh --load_model {source}" if kind == "rwkv7" else ""
+        raise UserError(
+            f"--model_name_or_path {source}: transformers has no model of type {kind} ({reason}){remedy}"
+        ) from None
 
 
 def _check_folders(config: HfConfig) -> tuple[str, Path, str | None]:

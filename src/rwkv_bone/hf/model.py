@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -25,17 +27,33 @@ from rwkv_bone.adapters.registry import ADAPTERS
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.checkpoints import match_keys
 from rwkv_bone.errors import UserError
-from rwkv_bone.hf.config import ALL_LINEAR, BoneConfig, choose, name_matches
+from rwkv_bone.hf.config import ALL_LINEAR, BoneConfig, check_names, choose, name_matches
 
 TRAINER_WEIGHTS = "model.safetensors"
+# Arguments of PEFT's `get_peft_model` and `PeftModel.from_pretrained`, and the values that mean what is done here.
+PEFT_ARGUMENTS = {
+    "autocast_adapter_dtype": (True,),  # adapters are fp32
+    "low_cpu_mem_usage": (True, False),  # nothing is made twice
+    "mixed": (False,),
+    "revision": (None,),
+    "config": (None,),
+    "key_mapping": (None,),
+    "ephemeral_gpu_offload": (False,),
+}
+# Linear layers that are not called, by class and end of name: the layer above reads their weight.
+READ_PAST = {"NonDynamicallyQuantizableLinear": "", "RWKV7Linear": ".w_lora.lora.2"}
 
 
-def get_bone_model(model: nn.Module, peft_config: BoneConfig, adapter_name: str = "default") -> BoneModel:
+def get_bone_model(
+    model: nn.Module, peft_config: BoneConfig, adapter_name: str = "default", **peft_arguments: Any
+) -> BoneModel:
     """Put adapters into `model`, freeze everything else, and return it: the same object, now a BoneModel too.
 
     Adapters are fp32 and start so that the model computes what it did. UserError, with the model as it was, for targets
-    that do not exist or cannot be adapted, and for an r that does not fit.
+    that do not exist or cannot be adapted, and for an r that does not fit. peft_arguments: those of PEFT's
+    `get_peft_model`, where they ask for what is done here; others are a UserError.
     """
+    _check_arguments("get_bone_model", peft_arguments, "model", "peft_config", "adapter_name")
     adapted = _inject(model, peft_config, adapter_name)
     if peft_config.init_weights is False:
         for layer in adapted.bone.layers.values():
@@ -76,7 +94,7 @@ class BoneModel(nn.Module):
 
     @property
     def peft_type(self) -> str:
-        return self.bone.config.peft_type
+        return self.bone.config.method
 
     def get_base_model(self) -> nn.Module:
         """This very model: it is not wrapped. `disable_adapter` gives its behaviour without the adapter."""
@@ -126,7 +144,7 @@ class BoneModel(nn.Module):
             config = replace(config, base_model_name_or_path=name or None)
         peft_format.write_peft(save_directory, self._peft_config(config), saved, extra, overwrite=True)
         if is_main_process:
-            tensors = peft_format.join_keys(saved, extra, config.peft_type)
+            tensors = peft_format.join_keys(saved, extra, config.method)
             peft_format.save_tensors(Path(save_directory) / TRAINER_WEIGHTS, tensors)
 
     def _peft_config(self, config: BoneConfig) -> dict:
@@ -142,17 +160,21 @@ class BoneModel(nn.Module):
         model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        **peft_arguments: Any,
     ) -> BoneModel:
         """Put the adapter of a local PEFT directory (MISS or BONE, of peft 0.14 to 0.21, or ours) into its base model.
 
-        The adapter is frozen unless is_trainable. UserError unless every tensor fits and none is missing.
+        The adapter is frozen unless is_trainable. UserError unless every tensor fits and none is missing, and for
+        arguments of PEFT's that ask for something else.
         """
+        known = ("model", "model_id", "adapter_name", "is_trainable")
+        _check_arguments("BoneModel.from_pretrained", peft_arguments, *known)
         if not isinstance(model, nn.Module):
             raise UserError(f"BoneModel.from_pretrained takes the base model and the adapter's folder, got {model!r}")
         adapter = peft_format.read_peft(model_id)
         if adapter.kind == "lora":
             raise UserError(f"{model_id} is a LoRA: load it with peft")
-        config = BoneConfig.from_peft(adapter.config, adapter.kind, is_trainable)
+        config = BoneConfig.from_peft(adapter.config, adapter.kind, is_trainable, str(model_id))
         # PEFT takes names that a model does not have, such as the heads of all architectures.
         whole = [
             name for name in config.modules_to_save or [] if any(f".{name}." in f".{key}" for key in adapter.extra)
@@ -194,7 +216,7 @@ class BoneModel(nn.Module):
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
         """As in any module, but a checkpoint may leave out the frozen parameters of the base. Keys may be PEFT's."""
-        state, extra = peft_format.split_keys(state_dict, self.bone.config.peft_type)
+        state, extra = peft_format.split_keys(state_dict, self.bone.config.method)
         tensors, own, adapter = {**state, **extra}, self.state_dict(), self.adapter_keys()
         if tensors.keys() >= own.keys() or not tensors.keys() <= own.keys():
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -290,6 +312,15 @@ class BoneModel(nn.Module):
         return self
 
 
+def _check_arguments(what: str, given: Mapping[str, Any], *own: str) -> None:
+    """UserError for arguments that are not `what`'s own, unless they are PEFT's and ask for what is done here."""
+    check_names(what, given, [*own, *PEFT_ARGUMENTS])
+    for name, value in given.items():
+        if value not in PEFT_ARGUMENTS[name]:
+            only = PEFT_ARGUMENTS[name][0]
+            raise UserError(f"{what}: {name} {value!r} exists in PEFT only, expected {only!r}: leave it out")
+
+
 def _inject(model: nn.Module, config: BoneConfig, adapter_name: str) -> BoneModel:
     """Make a BoneModel of the model, with new adapters. UserError, and the model as it was, if that cannot be."""
     if isinstance(model, BoneModel):
@@ -334,33 +365,62 @@ def _choose(
     model: nn.Module, modules: Mapping[str, nn.Module], config: BoneConfig, whole: list[str]
 ) -> dict[str, nn.Linear]:
     """The layers to adapt, by name. A quantised one need not be an nn.Linear, but has the attributes of one."""
-    if config.target_modules == ALL_LINEAR:
+    all_linear = config.target_modules == ALL_LINEAR
+    if all_linear:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = {name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head}
+        names = {name for name, module in modules.items() if _is_linear(module) and module is not head}
     else:
         names = modules.keys() - {""}
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     found = choose(config, [name for name in modules if name in names], model_type)
     # What is trained whole needs no adapter, as in PEFT.
     found = {name for name in found if not any(f"{name}.".startswith(f"{other}.") for other in whole)}
-    chosen = {name: modules[name] for name in modules if name in found}
-    for name, module in chosen.items():
-        _check_layer(name, module)
+    obstacles = {name: _obstacle(name, modules[name]) for name in modules if name in found}
+    chosen = {name: modules[name] for name, obstacle in obstacles.items() if not obstacle}
+    refused = [obstacle for obstacle in obstacles.values() if obstacle]
+    if refused and not (all_linear and chosen):
+        raise UserError(refused[0])
+    if refused:
+        warnings.warn(f"all-linear leaves {len(refused)} of {len(found)} linear layers out: {refused[0]}", stacklevel=4)
     return cast("dict[str, nn.Linear]", chosen)
 
 
-def _check_layer(name: str, module: nn.Module) -> None:
-    packed = hasattr(module, "in_features") and not has_plain_weight(module)
-    ordinary = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    if isinstance(module, AdapterLinear) or not (packed or ordinary):
-        raise UserError(f"{name} is a {type(module).__name__}: expected a linear layer, or one that is quantised")
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise UserError(f"{name} belongs to a layer that reads its weight past it, so an adapter would do nothing")
+def _is_linear(module: nn.Module) -> bool:
+    """Whether PEFT counts it as a linear layer: `nn.Linear` and GPT-2's `Conv1D`, which is one transposed."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _obstacle(name: str, module: nn.Module) -> str:
+    """Why this module cannot have an adapter; empty if it can. UserError where nothing can be said yet."""
+    kind = type(module).__name__
+    if kind in READ_PAST and name.endswith(READ_PAST[kind]):
+        return f"{name} belongs to a layer that reads its weight past it, so an adapter would do nothing"
     if any(parameter.is_meta or not parameter.numel() for parameter in module.parameters()):
         raise UserError(
             f"{name} has no data here (it is offloaded, or cut up by ZeRO stage 3): load the whole model first, with "
             "ZeRO stage 3 before making TrainingArguments"
         )
+    packed = hasattr(module, "in_features") and not has_plain_weight(module)
+    if isinstance(module, AdapterLinear) or not (packed or _computes_as_linear(module)):
+        return f"{name} is a {kind}: expected a linear layer, or one that is quantised"
+    return ""
+
+
+@torch.no_grad()
+def _computes_as_linear(module: nn.Module) -> bool:
+    """Whether it is an nn.Linear, or another in form only: Falcon's and RWKV-7's have a `forward` of their own."""
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    weight = module.weight
+    numbers = torch.randn(1, 2, module.in_features, generator=torch.Generator().manual_seed(0))
+    x = numbers.to(weight.device, weight.dtype)
+    try:
+        found, expected = module.forward(x), F.linear(x, weight, module.bias)
+    except Exception:
+        return False  # a forward of its own may want anything
+    return found.shape == expected.shape and bool((found - expected).norm() <= 0.02 * expected.norm())
 
 
 def _modules_to_save(model: nn.Module, modules: Mapping[str, nn.Module], config: BoneConfig) -> list[str]:
