@@ -80,7 +80,7 @@ def _vocab_size(load_model: str, vocab_size: int, tokenizer: str) -> int:
     if load_model:
         from rwkv_bone.checkpoints import architecture_of, read_state
 
-        return architecture_of(read_state(load_model, verify=False), load_model).vocab_size
+        return architecture_of(read_state(load_model), load_model).vocab_size
     if vocab_size:
         return vocab_size
     # A tokenizer.json is asked: any number will do to load it.
