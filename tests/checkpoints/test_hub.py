@@ -28,12 +28,6 @@ MODEL = {
 READ = sorted(name for name in MODEL if name not in ("README.md", "pytorch_model.bin", "onnx/model.onnx"))
 DATA = {f"data/train-0000{number}.jsonl": b'{"text": "a"}\n' * 3 for number in range(2)}
 DATA |= {"README.md": b"cards", "logo.png": b"p", "load.py": b"x"}
-    "data/train-00000.jsonl": b'{"text": "a"}\n' * 3,
-    "data/train-00001.jsonl": b"{}",
-    "README.md": b"cards",
-    "logo.png": b"p",
-    "load.py": b"x",
-}
 
 
 @pytest.fixture
