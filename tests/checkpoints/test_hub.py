@@ -26,7 +26,7 @@ MODEL = {
     "onnx/model.onnx": b"and another",
 }
 READ = sorted(name for name in MODEL if name not in ("README.md", "pytorch_model.bin", "onnx/model.onnx"))
-DATA = {f"data/train-0000{number}.jsonl": b'{"text": "a"}\n' * 3 for number in range(2)}
+DATA = {f"data/train-0000{number}.jsonl": b'{"text": "a"}\n' * (1 + number) for number in range(2)}
 DATA |= {"README.md": b"cards", "logo.png": b"p", "load.py": b"x"}
 
 
