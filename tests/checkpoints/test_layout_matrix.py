@@ -68,7 +68,7 @@ def test_load_train_merge_and_load_again_give_the_bits_of_the_pth(case, tmp_path
         output = tmp_path / f"{name}.pth"
         lines = merge_files(MergeConfig(base_model=str(base), peft_checkpoint=str(adapter), output=str(output)))
         words = {"official": "official Hugging Face folder, 2 shards", "fla": "fla Hugging Face folder"}
-        described = words.get(layout, "web-rwkv (Ai00) file")
+        described = words.get(layout, "web-rwkv / Ai00 file")
         assert (f"({described}): RWKV-" in lines[0]) == (name == "theirs")
         merged[name] = checkpoints.read_state(output)
     assert merged["theirs"].keys() == merged["pth"].keys() == checkpoints.load_base(pth).state.keys()

@@ -1,5 +1,6 @@
 """Models as other programs keep them: read as upstream's, key by key, or refused with the reason."""
 
+import importlib.util
 import json
 import os
 import re
@@ -133,15 +134,27 @@ def test_a_folder_is_read_as_the_pth_it_was_made_of(tmp_path, form, shards):
     assert again.folder == (folder if config else None)
 
 
+@pytest.mark.parametrize("change, config", [(dict, None), (dict, {"head_size": 32}), (flat, {"head_size": 32})])
+def test_a_model_of_one_head_is_read(tmp_path, change, config):
+    state = random_model(head_size=32).state_dict()
+    config = config and {"model_type": "rwkv7"} | config
+    tensors = change(official_tensors(state))
+    if change is flat:
+        tensors["model.blocks.0.att.r_k"] = tensors["model.blocks.0.att.r_k"].flatten()
+        tensors["model.blocks.1.att.r_k"] = tensors["model.blocks.1.att.r_k"].flatten()
+    base = load_base(write_folder(tmp_path / "model", tensors, config))
+    assert (base.arch.n_head, base.arch.head_size) == (1, 32)
+    assert_same({key: base.state[key] for key in state}, state)
+
+
 @pytest.mark.parametrize("version", [5, 6, 7])
 def test_a_web_rwkv_file_of_each_generation_is_read_as_the_pth_it_was_made_of(tmp_path, version):
     state = state_of(version, torch.float16)
-    shapes = {key: tensor.shape for key, tensor in state.items() if tensor.dim() == 2}
     state["blocks.0.att.time_state"] = torch.randn(2, 16, 16).half()
     base = load_base(write_st(tmp_path / "model.st", web_rwkv_tensors(state)))
     assert base.layout is LAYOUTS["web-rwkv"] and base.arch.version == version and base.folder is None
-    assert base.describe() == "web-rwkv (Ai00) file"
-    assert base.state.keys() == state.keys() and shapes
+    assert base.describe() == "web-rwkv / Ai00 file"
+    assert base.state.keys() == state.keys()
     assert_same({key: base.state[key] for key in state}, state)
 
 
@@ -445,7 +458,11 @@ def without(tensors, *endings):
         (OFFICIAL | {"model.blocks.0.ffn.s_emb.weight": torch.zeros(256, 4)}, "RWKV-7a .DeepEmbed. is not supported"),
         (OFFICIAL | {"model.blocks.0.qkv.qq.weight": torch.zeros(4, 4)}, "RWKV-7b is not supported"),
         (OFFICIAL | {"model.blocks.0.rosa.q": torch.zeros(4, 4)}, "RWKV-8 is not supported"),
-        (OFFICIAL | {"head.weight": torch.zeros(256, 32, dtype=torch.int8)}, "head.weight holds torch.int8"),
+        (
+            OFFICIAL | {"head.weight": torch.zeros(256, 32, dtype=torch.int8)},
+            "holds int8, expected float32",
+        ),
+        (OFFICIAL | {"head.weight": torch.zeros(256, 32).to(torch.float8_e4m3fn)}, "head.weight holds float8_e4m3fn"),
         ({"model.layers.0.attn.bonus": torch.zeros(4)}, "RWKV-6 in fla's layout"),
         ({"rwkv.blocks.0.attention.time_decay": torch.zeros(4)}, "transformers' RWKV-4 to 6"),
         (flat(OFFICIAL), "r_k is stored flat, so the size of a head is not in the file"),
@@ -501,7 +518,8 @@ def test_float16_is_computed_in_float32_on_the_cpu_and_said(tmp_path, caplog):
 
 
 def test_a_folder_that_rwkv7_hf_made_is_read_as_the_pth_it_was_made_of(shared, tmp_path):
-    pytest.importorskip("rwkv7_hf", reason="rwkv7-hf is not installed: requirements-dev.txt")
+    if importlib.util.find_spec("rwkv7_hf") is None:
+        pytest.skip("rwkv7-hf is not installed: requirements-dev.txt")
     source = shared / "models/rwkv.cpp-tiny/tiny-rwkv-7v0-834K-FP32.pth"
     code = "import sys; from rwkv7_hf.converter import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "--input", source, "--output", tmp_path / "fla", "--precision", "fp32"]

@@ -22,6 +22,8 @@ from rwkv_bone.checkpoints.shapes import expected_shapes, state_shapes
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
 
+STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -225,5 +227,8 @@ def _check_complete(state: Mapping[str, Tensor], layout: Layout, arch: Architect
     expected = dict(as_stored(key, torch.empty(shape, device="meta")) for key, shape in shapes.items())
     match_keys(expected, dict(as_stored(key, tensor) for key, tensor in state.items()), source)
     for key, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{source}: {key} holds {tensor.dtype}, expected floating point: is the model quantised?")
+        if tensor.dtype not in STORED:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{source}: {key} holds {dtype}, expected float32, bfloat16 or float16: is the model quantised?"
+            )

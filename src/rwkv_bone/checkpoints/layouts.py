@@ -154,7 +154,7 @@ LAYOUTS: dict[str, Layout] = {
         ),
         Layout(
             "web-rwkv",
-            "web-rwkv (Ai00)",
+            "web-rwkv / Ai00",
             (5, 6, 7),
             outside={key: key for key in OUTSIDE},
             inside={version: {name: _web_rwkv(name) for name in BLOCK[version] | STATE} for version in BLOCK},
@@ -181,16 +181,17 @@ def unwrapped(loaded: object, source: str | Path) -> object:
 
 
 def layout_of(state: Mapping[str, Tensor] | Iterable[str], source: str | Path = "checkpoint") -> Layout:
-    """The layout that keys are in; for upstream's and web-rwkv's RWKV-7, which have the same names, the shapes tell.
+    """The layout that keys are in; upstream's, if it is none of the others, so that messages speak of upstream's names.
 
-    UserError if it is none of them.
+    For RWKV-7 upstream and web-rwkv have the same names: there the shapes tell, and for a model in which they do not,
+    since all its ranks are its width, the suffix of `source`.
     """
     keys = {key.replace(COMPILED, "") for key in state}
     if any(re.match(r"model\.layers\.\d+\.attn(\.|_norm\.)", key) for key in keys):
         return LAYOUTS["fla"]
     if any(key.startswith("model.blocks.") for key in keys):
         return LAYOUTS["official"]
-    if any(re.search(r"\.(time_mix_w1|ffn\.time_mix_x)$", key) for key in keys):
+    if any(re.search(r"\.time_mix_w1$", key) for key in keys):
         return LAYOUTS["web-rwkv"]
     if isinstance(state, Mapping):
         shapes = {key.replace(COMPILED, ""): tuple(tensor.shape) for key, tensor in state.items()}
@@ -227,8 +228,6 @@ def to_upstream(
     if layout.name == "upstream":
         return plain, layout
     version = 7 if layout.versions == (7,) else _web_rwkv_version(plain)
-    if version not in layout.versions:
-        return plain, LAYOUTS["upstream"]
     named: dict[str, Tensor] = {}
     unknown = []
     for key, tensor in _unpacked(plain, layout):
@@ -286,7 +285,7 @@ def _view(
         return tensor.reshape(1, 1, -1)
     if shape == "C":
         return tensor.reshape(-1)
-    if shape == "H N" and max(tensor.shape) == width and head_size != width:
+    if shape == "H N" and tensor.dim() != 2:
         if not head_size:
             raise UserError(
                 f"{source}: {key} is stored flat, so the size of a head is not in the file: put the model's "
