@@ -348,7 +348,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     options = parser.parse_args()
     if options.load_model or options.size:
-        arch = load_base(options.load_model)[0] if options.load_model else shape(7, *RWKV7[options.size])
+        arch = load_base(options.load_model).arch if options.load_model else shape(7, *RWKV7[options.size])
         names = ("ctx_len", "micro_bsz", "kind", "r", "quant", "grad_cp", "chunk_ctx", "precision")
         print("\n".join(one_run(arch, Run(**{name: getattr(options, name) for name in names}))))
     elif options.write:

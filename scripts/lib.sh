@@ -25,6 +25,20 @@ in_repo() {
     esac
 }
 
+# in_repo_or_hub NAME: as in_repo, but owner/name stays as it is if the repository has no folder owner. Then it is a
+# name of the Hugging Face Hub.
+in_repo_or_hub() {
+    case $1 in
+        hf://*) printf '%s\n' "$1" ;;
+        */*/* | /* | *[!0-9A-Za-z_./@-]*) in_repo "$1" ;;
+        *.pth | *.safetensors | *.st | *.bin | *.json | *.jsonl | *.gz | *.csv | *.tsv | *.parquet | *.txt)
+            in_repo "$1"
+            ;;
+        */?*) if [ -d "$repo/${1%/*}" ]; then in_repo "$1"; else printf '%s\n' "$1"; fi ;;
+        *) in_repo "$1" ;;
+    esac
+}
+
 # run PROGRAM ARGUMENT...: becomes train.py or the like, or a module, with the script's variables as flags, then the
 # arguments, which override them. Variables named in $not_flags are left out.
 not_flags=repo
@@ -41,13 +55,13 @@ run() {
         eval "_value=\${$_name-} _is_set=\${$_name+yes}" # the name is letters, digits and underscores
         [ -n "$_is_set" ] || continue                    # a piece of some value, such as a second line of it
         case $_name in
-            data_file | input) # paths, one a line
+            data_file | input) # paths or names of the Hub, one a line
                 set -- "$@" "--$_name"
                 _spaces=$IFS IFS='
 '
                 for _word in $_value; do
                     _word=${_word#"${_word%%[![:blank:]]*}"}
-                    set -- "$@" "$(in_repo "$_word")"
+                    set -- "$@" "$(in_repo_or_hub "$_word")"
                 done
                 IFS=$_spaces
                 ;;
@@ -55,9 +69,11 @@ run() {
                 # shellcheck disable=SC2086
                 set -- "$@" "--$_name" $_value
                 ;;
-            adapter | base_model | bone_load | cache_dir | config | data_path | eval_data | eval_path | load_model | \
-                lora_checkpoint | lora_init | model_name_or_path | output | output_dir | peft_checkpoint | peft_load | \
-                pissa_init | proj_dir) # a path
+            base_model | eval_data | load_model) # a path or a name of the Hub
+                set -- "$@" "--$_name=$(in_repo_or_hub "$_value")"
+                ;;
+            adapter | bone_load | cache_dir | config | data_path | eval_path | lora_checkpoint | lora_init | \
+                model_name_or_path | output | output_dir | peft_checkpoint | peft_load | pissa_init | proj_dir) # a path
                 set -- "$@" "--$_name=$(in_repo "$_value")"
                 ;;
             deepspeed | template | tokenizer) # a path or a name

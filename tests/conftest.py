@@ -33,13 +33,18 @@ def shared() -> Path:
     return REPOSITORY / "tests" / "assets"
 
 
-def random_model(seed: int = 0, dtype=torch.float32, version: int = 7, **sizes):
-    """A tiny model of any generation in which no weight is zero, so that every path carries signal."""
+def random_model(seed: int = 0, dtype=torch.float32, version: int = 7, low_rank: dict | None = None, **sizes):
+    """A tiny model of any generation in which no weight is zero, so that every path carries signal.
+
+    low_rank: ranks other than those of released models of this width.
+    """
     sizes = {"n_layer": 2, "n_embd": 32, "vocab_size": 61, "head_size": 16, **sizes}
     arch = architecture_from_scratch(ModelConfig(**sizes))
     if version != 7:
-        low_rank = {"mix": 8, "decay": 8} if version == 6 else {}
-        arch = replace(arch, version=version, dim_ffn=sizes.get("dim_ffn", 96), low_rank=low_rank)
+        ranks = {"mix": 8, "decay": 8} if version == 6 else {}
+        arch = replace(arch, version=version, dim_ffn=sizes.get("dim_ffn", 96), low_rank=ranks)
+    if low_rank:
+        arch = replace(arch, low_rank=low_rank)
     model = build(arch, op="torch")
     generator = torch.Generator().manual_seed(seed)
 

@@ -103,7 +103,8 @@ def test_codes_and_scales_made_on_the_device_are_those_made_on_the_cpu(kind, mon
 @pytest.mark.gpu
 def test_a_base_is_quantised_on_the_device_one_tensor_at_a_time(tmp_path):
     path, total, largest = large_checkpoint(tmp_path)
-    arch, state = checkpoints.load_base(path)
+    base = checkpoints.load_base(path)
+    arch, state = base.arch, base.state
     with torch.device("meta"):
         model = build(arch, op="torch", dtype=torch.bfloat16)
     torch.cuda.empty_cache()
@@ -328,7 +329,8 @@ def watch():
         time.sleep(0.003)
 
 torch.set_num_threads(1)
-arch, state = checkpoints.load_base(sys.argv[1])
+base = checkpoints.load_base(sys.argv[1])
+arch, state = base.arch, base.state
 with torch.device("meta"):
     model = build(arch, op="torch", dtype=torch.bfloat16)
 as_trained(torch.zeros(64, 64), sys.argv[2])  # what libraries allocate once is allocated

@@ -337,6 +337,26 @@ def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
     assert all(f"--{name}={root}/a b/c" in given for name in names)
 
 
+def test_names_of_the_hub_stay_as_they_are_unless_such_a_folder_is_in_the_repository(ready):
+    names = [
+        "RWKV/RWKV7-1.5B-20260805",
+        "RWKV/x@v1.0",
+        "hf://scripts/x",
+        "nowhere/model.pth",
+        "scripts/x",
+        "a/b/c",
+        "m",
+    ]
+    given = []
+    for name in names:
+        ready.edit("run_bone.sh", load_model=name, data_file=name, eval_data=name)
+        config = parse_train(arguments(ready.sh("run_bone.sh")))
+        assert config.data.data_file == (config.model.load_model,)
+        assert config.data.eval_data == config.model.load_model
+        given.append(config.model.load_model)
+    assert given == names[:3] + [f"{ready.root}/{name}" for name in names[3:]]
+
+
 def test_a_python_that_the_caller_names_is_taken_as_it_is(clone, monkeypatch):
     monkeypatch.setenv("RWKV_PYTHON", f"{clone.bin}/my python")
     (clone.bin / "python3").rename(clone.bin / "my python")

@@ -127,7 +127,8 @@ def trained(tiny_checkpoint, tmp_path):
 
     def make(kind="bone", r=8, dtype=torch.float32, train_parts=(), metadata=(), **settings):
         path = tiny_checkpoint(dtype=dtype)
-        arch, base = checkpoints.load_base(path)
+        model = checkpoints.load_base(path)
+        arch, base = model.arch, model.state
         model = random_model(dtype=dtype)
         injection = inject(model, settings=AdapterSettings(kind, r, **settings), train_parts=train_parts)
         torch.manual_seed(0)

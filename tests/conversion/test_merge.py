@@ -41,7 +41,8 @@ def files(tiny_checkpoint, tmp_path):
         **settings,
     ):
         path = tiny_checkpoint(dtype=dtype)
-        arch, base = checkpoints.load_base(path)
+        model = checkpoints.load_base(path)
+        arch, base = model.arch, model.state
         model = random_model(dtype=dtype)
         load_base_into(model, base, dtype, quant=quant)
         settings = AdapterSettings(kind, r, **settings)

@@ -85,13 +85,13 @@ def test_a_stream_of_random_windows_has_no_packing(write_jsonl, capsys):
 def test_the_command_line_of_train_is_taken_as_it_is(tiny_checkpoint, tmp_path):
     model = str(tiny_checkpoint(vocab_size=61))
     train = ["--load_model", model, "--data_file", "a.jsonl", "b.jsonl", "--template", "g1", "--lr_init", "1e-3"]
-    settings, data, vocab_size = parse([*train, "--samples", "7"])
+    settings, data, vocab_size, _ = parse([*train, "--samples", "7"])
     assert data == parse_train(train).data
     assert (settings.samples, vocab_size) == (7, 61)
 
     saved = tmp_path / "config.json"
     saved.write_text(to_json(parse_train(train)))
-    _, data, vocab_size = parse(["--config", str(saved), "--ctx_len", "9"])
+    _, data, vocab_size, _ = parse(["--config", str(saved), "--ctx_len", "9"])
     assert (data.data_file, data.template, data.ctx_len, vocab_size) == (("a.jsonl", "b.jsonl"), "g1", 9, 61)
 
 

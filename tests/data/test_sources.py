@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from rwkv_bone.checkpoints import hub
 from rwkv_bone.data import load_dataset, load_pairs, load_tokenizer, sources
 from rwkv_bone.data.sources import Split, open_source
 from rwkv_bone.errors import UserError
@@ -188,17 +189,29 @@ def test_folders_of_the_datasets_library_are_read_offline(write_jsonl, config, t
 
 
 def test_a_hub_id_that_cannot_be_reached_is_refused(config, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    def offline(repository, wanted):
+        raise UserError(f"{repository}: a {repository.kind} that cannot be reached")
 
-    def offline(*arguments, **options):
-        raise ConnectionError("Couldn't reach the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    for kind in ("hf", "sft"):
-        with pytest.raises(UserError, match="owner/name: the datasets library cannot read it .*Couldn't reach"):
+    monkeypatch.setattr(hub, "_download", offline)
+    for kind in ("auto", "hf", "sft"):
+        with pytest.raises(UserError, match="owner/name: a dataset that cannot be reached"):
             load_dataset(config("owner/name", data_type=kind), 256)
-    with pytest.raises(UserError, match="owner/name does not exist: .*--data_type hf"):
-        load_dataset(config("owner/name"), 256)
+    for name, kind in (("owner/name", "jsonl"), ("owner/name.jsonl", "auto"), ("name", "auto")):
+        with pytest.raises(UserError, match=f"{name} does not exist: .*or owner/name of a dataset on the Hugging Face"):
+            load_dataset(config(name, data_type=kind), 256)
+
+
+def test_a_dataset_of_the_hub_is_read_under_its_name(write_jsonl, config, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    write_jsonl(*ROWS, name="snapshot/train.jsonl")
+    write_jsonl(*ROWS[:3], name="snapshot/test.jsonl")
+    monkeypatch.setattr(hub, "_download", lambda repository, wanted: folder)
+    dataset = load_dataset(config("owner/name@main"), 256)
+    assert texts(dataset) == texts(load_dataset(config(write_jsonl(*ROWS)), 256))
+    assert dataset[1].origin == "owner/name@main row 2"
+    assert len(load_dataset(config("owner/name"), 256, "owner/name")) == 3
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 10, 99, 100, 1001])

@@ -1,5 +1,7 @@
 """Templates write what the models know, and the ids of a prompt are those that were trained."""
 
+import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -239,6 +241,77 @@ def test_a_jinja_file_is_read_as_hugging_face_reads_it(tmp_path):
     messages = [{"role": turn.role, "content": text} for turn, text in zip(CHAT.turns, contents, strict=True)]
     whole, _ = utils.render_jinja_template([messages], chat_template=CHATML)
     assert "".join(written) == whole[0]
+
+
+DATED = """\
+{{- '<|system|>\\nToday: ' + strftime_now('%d %B %Y') + '\\n' -}}
+{%- for m in messages -%}
+    {%- if m.role == 'tool' -%}{%- continue -%}{%- endif -%}
+    {%- generation -%}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '\\n' }}{%- endgeneration -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
+{#- #}{{ {'é': ['<', 1]} | tojson(indent=1) if false }}{{ documents or '' }}"""
+
+
+def test_a_jinja_file_has_what_transformers_gives_it(tmp_path):
+    written = texts(write(tmp_path, DATED, "date.jinja"), talk("a", "b", "c", "d"))
+    today = datetime.now().strftime("%d %B %Y")
+    first = f"<|system|>\nToday: {today}\n<|user|>\na\n<|assistant|>\n"
+    assert written == [first, "b\n", "<|user|>\nc\n<|assistant|>\n", "d\n"]
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = [{"role": turn.role, "content": turn.text} for turn in talk("a", "b", "c", "d").turns]
+    whole, _ = utils.render_jinja_template([messages], chat_template=DATED)
+    assert "".join(written) == whole[0]
+
+
+JSON = "{% for m in messages %}{{ m.content }}|{% endfor %}{{ {'é<': [1, {'b': 2, 'a': 1}]} | tojson(OPTIONS) }}"
+
+
+@pytest.mark.parametrize("options", ["", "indent=2", "ensure_ascii=true", "separators=(',', ':'), sort_keys=true"])
+def test_tojson_writes_what_it_writes_in_transformers(tmp_path, options):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    text = JSON.replace("OPTIONS", options)
+    ours = load_template(write(tmp_path, text), "")._template.render(messages=[])
+    assert ours == utils.render_jinja_template([[]], chat_template=text)[0][0]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_template_inside_a_tokenizer_config_is_a_template(tmp_path, named):
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    several = [{"name": "rag", "template": "no"}, {"name": "default", "template": template}]
+    content = {"chat_template": several if named else template, "eos_token": "<|end|>"}
+    name = write(tmp_path, json.dumps(content), "tokenizer_config.json")
+    assert texts(name, talk("a", "b")) == ["<|user|>a<|assistant|>", "b"]
+
+
+def test_a_tokenizer_config_without_a_template_of_that_kind_is_refused(tmp_path):
+    for content, words in (
+        ({}, "no chat_template in it; choose --template world"),
+        ({"chat_template": [{"name": "a", "template": "x"}, {"name": "b", "template": "y"}]}, "the templates a, b and"),
+        ([], "expected a JSON object"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_template(write(tmp_path, json.dumps(content), "tokenizer_config.json"), "")
+
+
+def test_a_template_that_cannot_be_trained_says_how_to_go_on(tmp_path):
+    # As many published ones: what an earlier turn thought is dropped when a turn is added.
+    drops = (
+        "{% for m in messages %}{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>"
+        "{% endif %}{{ m.content }}\n{% endfor %}"
+    )
+    thought = Turn("assistant", "b", thinking="hm")
+    name = write(tmp_path, drops, "chat_template.jinja")
+    assert texts(name, Conversation("f:1", (Turn("user", "a"), thought))) == ["a\n", "<think>hm</think>b\n"]
+    several = Conversation("f:1", (Turn("user", "a"), thought, Turn("user", "c"), thought))
+    with pytest.raises(UserError, match="rewrites earlier turns.*To go on, give another --template: world, g1"):
+        texts(name, several)
+    refuses = write(tmp_path, "{{ raise_exception('roles must alternate') }}", "chat_template.jinja")
+    with pytest.raises(UserError, match="roles must alternate. To go on, give another --template: world"):
+        texts(refuses, several)
 
 
 def test_a_jinja_file_gets_the_reasoning(tmp_path):

@@ -171,7 +171,9 @@ def test_tokens_beyond_the_embedding_and_rows_beyond_the_positions_are_refused(t
     last = max(tokenizer("abcdefz")["input_ids"])
     fits = Limits(vocab_size=last + 1, positions=9)  # eight characters and the end
     assert len(load_samples(rows, (), tokenizer, 99, fits)) == len(load_samples(rows, (), tokenizer, 99)) == 2
-    with pytest.raises(UserError, match=f"^rows:2: token {last} .'z'., but the model's embedding has {last} rows"):
+    with pytest.raises(
+        UserError, match=f"^rows:2: token {last} is outside the model's vocabulary of {last} .'z' has no row"
+    ):
         load_samples(rows, (), tokenizer, 99, Limits(vocab_size=last))
     message = "^rows:2: 9 tokens, but the model has 8 positions: give --model_max_length 8, .* instead of 99$"
     with pytest.raises(UserError, match=message):
@@ -360,7 +362,7 @@ def test_a_model_that_cannot_read_the_rows_is_refused_before_it_is_loaded(folder
     for change, message in (
         (
             {"vocab_size": 200},
-            r"train.jsonl:1: token \d+ .*embedding has 200 rows, for the ids 0 to 199: use the token",
+            r"train.jsonl:1: token \d+ is outside the model's vocabulary of 200 .*: use the token",
         ),
         (
             {"max_position_embeddings": 20},
@@ -379,10 +381,11 @@ def test_tokens_that_were_added_to_the_tokenizer_alone_are_refused_by_name(folde
     from rwkv_bone.hf.finetune import finetune
 
     added = transformers.AutoTokenizer.from_pretrained(folder / "base")
-    added.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-    added.chat_template = CHAT.replace("{{ eos_token }}", "<|im_end|>")
+    added.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    written = CHAT.replace("<{{ m.role }}>", "<|im_start|>{{ m.role }} ")
+    added.chat_template = written.replace("<assistant>", "<|im_start|>assistant ")
     added.save_pretrained(folder / "base")
-    with pytest.raises(UserError, match=r"train.jsonl:1: token 259 \('<\|im_end\|>'\), but .* ids 0 to 258: use"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: token 259 is .* of 259 \('<\|im_start\|>' has no row"):
         finetune(parse(flags(folder, "out", deepspeed="none")))
 
 

@@ -184,7 +184,8 @@ def test_v0_v1_v2_in_layer_0_are_loaded_and_change_nothing(tiny_checkpoint, tmp_
 
 
 def test_a_key_too_many_or_too_few_or_misshapen_is_named(tiny_checkpoint):
-    arch, state = checkpoints.load_base(tiny_checkpoint())
+    base = checkpoints.load_base(tiny_checkpoint())
+    arch, state = base.arch, base.state
     del state["blocks.1.ln2.bias"]
     state["blocks.1.att.extra"] = torch.zeros(1)
     state["blocks.0.ffn.value.weight"] = torch.zeros(3, 3)

@@ -160,7 +160,8 @@ def mapped(tiny_checkpoint):
     """mapped(kind, dtype): a model with an adapter, not placed yet; its base is mapped from a file in that dtype."""
 
     def make(kind="bone", dtype=torch.bfloat16):
-        arch, state = checkpoints.load_base(tiny_checkpoint(dtype=dtype))
+        base = checkpoints.load_base(tiny_checkpoint(dtype=dtype))
+        arch, state = base.arch, base.state
         with torch.device("meta"):
             model = build(arch, op="torch")
         load_base_into(model, state)

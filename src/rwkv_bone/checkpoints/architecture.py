@@ -6,13 +6,19 @@ Generation, depth, width and every low-rank size come from its keys and shapes, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from rwkv_bone.checkpoints.files import read_state
+from rwkv_bone.checkpoints.hub import local_model, origin
+from rwkv_bone.checkpoints.keys import match_keys
+from rwkv_bone.checkpoints.layouts import Layout, to_upstream
+from rwkv_bone.checkpoints.model_config import check_mathematics, check_sizes, head_size_of, read_model_config
+from rwkv_bone.checkpoints.model_files import find_files
+from rwkv_bone.checkpoints.shapes import expected_shapes, state_shapes
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
 
@@ -98,6 +104,24 @@ def _low_rank(state: Mapping[str, Tensor], version: int, v_layer: int) -> dict[s
     return {**ranks, "v": 0 if v1 is None else v1.shape[1]}
 
 
+# What we do not train: how its keys look, in any layout -> what it is.
+UNSUPPORTED = (
+    (r"\.ffn\.s_emb", "RWKV-7a (DeepEmbed) is not supported"),
+    (r"\.qkv\.", "RWKV-7b is not supported"),
+    (r"rosa", "RWKV-8 is not supported"),
+    (r"^rwkv\.blocks\.", "the layout of transformers' RWKV-4 to 6 is not supported"),
+    (r"^model\.layers\.\d+\.attn\.(x_proj|bonus)", "RWKV-6 in fla's layout is not supported; give its .pth file"),
+)
+
+
+def refuse_unsupported(keys: Iterable[str], source: str | Path) -> None:
+    """UserError naming the model of these keys, in any layout, if it is one that we do not train."""
+    for key in keys:
+        for pattern, verdict in UNSUPPORTED:
+            if re.search(pattern, key):
+                raise _unsupported(source, verdict)
+
+
 def _generation(state: Mapping[str, Tensor], source: str | Path) -> int:
     """5, 6 or 7; UserError naming what the file is instead."""
     keys = list(state)
@@ -107,31 +131,99 @@ def _generation(state: Mapping[str, Tensor], source: str | Path) -> int:
 
     if has(r"\.(bone|disha|(init_)?lora_[AB])$") and not has(r"^emb\.weight$"):
         raise UserError(f"{source} is an adapter, not a base checkpoint: give it as --peft_load or --peft_checkpoint")
-    if has(r"^(model|module|base_model)\."):
-        raise UserError(f"{source} has keys such as {keys[0]}; expected upstream's names such as emb.weight")
+    refuse_unsupported(keys, source)
     if not has(r"^emb\.weight$") or not has(r"^blocks\.0\."):
         raise UserError(
             f"{source} is not an RWKV checkpoint: no emb.weight and blocks.0.*, but has keys such as {keys[0]}"
         )
-    refused = (
-        (r"\.ffn\.s_emb", "RWKV-7a (DeepEmbed) is not supported"),
-        (r"\.qkv\.", "RWKV-7b is not supported"),
-        (r"rosa", "RWKV-8 is not supported"),
-        (r"\.att\.time_first$", "RWKV-4 is not supported"),
-    )
-    for pattern, verdict in refused:
-        if has(pattern):
-            raise UserError(
-                f"{source}: {verdict}; expected an RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070) checkpoint"
-            )
-    for pattern, version in ((r"\.att\.r_k$", 7), (r"\.att\.time_maa_w1$", 6), (r"\.att\.time_mix_g$", 5)):
-        if has(pattern):
-            return version
-    kind = "RWKV-5 of version x051 or older" if has(r"\.att\.time_(faaaa|decay)$") else "an unknown RWKV generation"
-    raise UserError(f"{source}: {kind}; expected an RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070) checkpoint")
+    decay = next((tensor for key, tensor in state.items() if key.endswith(".att.time_decay")), None)
+    if has(r"\.att\.r_k$"):
+        return 7
+    if has(r"\.att\.time_maa_w1$"):
+        return 6
+    # x051 has one decay for each head, x052 one for each channel.
+    if has(r"\.att\.time_mix_g$") and not has(r"\.att\.time_first$") and (decay is None or _is_matrix(decay)):
+        return 5
+    kind = "an unknown RWKV generation"
+    if has(r"\.att\.(ln_x\.|time_faaaa$)"):
+        kind = "RWKV-5.1 (x051)" if has(r"\.att\.(gate\.|time_mix_g$)") else "RWKV-5.0 (older than x051)"
+    elif has(r"\.att\.time_(first|decay)$"):
+        kind = "RWKV-4"
+    raise _unsupported(source, f"{kind} is not supported")
 
 
-def load_base(path: str | Path) -> tuple[Architecture, dict[str, Tensor]]:
-    """(architecture, mapped tensors) of a base checkpoint."""
-    state = read_state(path)
-    return architecture_of(state, path), state
+def _unsupported(source: str | Path, verdict: str) -> UserError:
+    return UserError(f"{source}: {verdict}; expected an RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070) checkpoint")
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return tensor.dim() > 1 and tensor.shape[1] > 1
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model as it was read."""
+
+    arch: Architecture
+    state: dict[str, Tensor]  # under upstream's names, with upstream's shapes: mapped views, in the files' dtypes
+    layout: Layout
+    path: Path  # what was read: a file, an index or a folder
+    folder: Path | None = None  # where config.json and the tokenizer of the model are
+    files: str = "file"  # in words
+
+    def describe(self) -> str:
+        """A few words on what was read, for headers; "" for a file with upstream's names."""
+        if self.layout.name == "upstream":
+            return "" if self.files == "file" else self.files
+        return f"{self.layout.title} {self.files}"
+
+    def label(self, name: str | Path) -> str:
+        """What the user calls the model, and what was read, if that needs saying."""
+        words = [part for part in (self.describe(), origin(self.path)) if part]
+        return f"{name} ({'; '.join(words)})" if words else str(name)
+
+
+def load_base(path: str | Path) -> Base:
+    """The model at `path`: a .pth, .safetensors or .st file, an index of shards, or a folder, in any known layout;
+    or the name of one on the Hugging Face Hub.
+
+    Nothing is copied that is not needed: tensors are mapped. UserError says what is wrong: files that are missing or
+    too many, keys and shapes that do not make a whole model, a config.json that contradicts them, a model that we
+    compute differently.
+    """
+    path = local_model(path)
+    found = find_files(path)
+    config = read_model_config(found.folder)
+    config_path = found.folder / "config.json" if found.folder else path
+    if config is not None:
+        check_mathematics(config, config_path)
+    tensors = found.read()
+    refuse_unsupported(tensors, path)
+    state, layout = to_upstream(tensors, found.files[0], head_size_of(config))
+    arch = architecture_of(state, path)
+    _check_complete(state, layout, arch, path)
+    if config is not None:
+        check_sizes(config, arch, config_path)
+    folder = found.folder if path.is_dir() or config is not None else None
+    return Base(arch, state, layout, path, folder, found.describe())
+
+
+def _check_complete(state: Mapping[str, Tensor], layout: Layout, arch: Architecture, source: Path) -> None:
+    """UserError naming, under the file's own keys, every tensor that is missing, too many, or of another shape."""
+
+    def as_stored(key: str, tensor: Tensor) -> tuple[str, Tensor]:
+        return layout.theirs(key, tensor, arch) if layout.holds(key, arch.version) else (key, tensor)
+
+    if layout.versions == (7,) and "blocks.0.ln0.weight" not in state:
+        key, _ = as_stored("blocks.0.ln0.weight", torch.empty(arch.n_embd, device="meta"))
+        raise UserError(
+            f"{source}: {key} is missing: the norm of the embedding was left out or folded into it, which cannot be "
+            "undone; give the original .pth file of this model"
+        )
+    optional = dict(state_shapes(arch))
+    shapes = dict(expected_shapes(arch)) | {key: optional[key] for key in state if key in optional}
+    expected = dict(as_stored(key, torch.empty(shape, device="meta")) for key, shape in shapes.items())
+    match_keys(expected, dict(as_stored(key, tensor) for key, tensor in state.items()), source)
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{source}: {key} holds {tensor.dtype}, expected floating point: is the model quantised?")

@@ -21,10 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_bone.checkpoints.layouts import unwrapped
 from rwkv_bone.errors import UserError
 
 log = logging.getLogger("rwkv_bone")
 
+SAFETENSORS = (".safetensors", ".st")  # what such files are called; .st is web-rwkv's name
 METADATA_RECORD = "rwkv_bone.json"
 
 
@@ -38,7 +40,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"checkpoint {path} {what}: expected a .pth or .safetensors file")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix in SAFETENSORS:
             from safetensors.torch import load_file
 
             state = load_file(path)
@@ -59,6 +61,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         # safetensors raises an exception class of its own, whose only base is Exception.
         raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
+    state = unwrapped(state, path)
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} holds {type(state).__name__}, not a dictionary of tensors: it is not a checkpoint")
     for key, value in state.items():
@@ -123,7 +126,7 @@ def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict | None 
 def read_metadata(path: str | Path) -> dict | None:
     """The metadata of a file of ours, from inside it or from the JSON beside it; None when there is none."""
     path = Path(path)
-    if path.suffix == ".safetensors":
+    if path.suffix in SAFETENSORS:
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:

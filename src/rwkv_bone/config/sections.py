@@ -37,7 +37,11 @@ BAD_ROWS = ("stop", "skip")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    load_model: str = setting("", "base checkpoint, .pth or .safetensors; empty = from scratch, with the sizes below")
+    load_model: str = setting(
+        "",
+        "base model: a .pth, .safetensors or .st file, an index of shards, or a folder; empty = from scratch, with the "
+        "sizes below",
+    )
     n_layer: int = setting(0, "number of layers; 0 = the checkpoint's, any other number must agree with it")
     n_embd: int = setting(0, "width of the model in channels; 0 = the checkpoint's, else it must agree")
     dim_ffn: int = setting(

@@ -40,11 +40,12 @@ MERGE = "merge it (python merge.py --help) and convert the merged model"
 
 def convert(config: ConvertConfig) -> list[str]:
     """Write `config.output` and return what to tell the user, line by line. UserError, and no output, if it cannot."""
-    arch, base = checkpoints.load_base(config.base_model)
+    model = checkpoints.load_base(config.base_model)
+    arch, base = model.arch, model.state
     adapter, why = read_any(config, base)
     target = _target(config, adapter)
     lines = [
-        f"base      {config.base_model}: {arch.describe()}",
+        f"base      {model.label(config.base_model)}: {arch.describe()}",
         f"adapter   {adapter.path}: {adapter.settings.describe()}; {', '.join(adapter.targets) or 'initial state'}",
         f"          {why}",
     ]

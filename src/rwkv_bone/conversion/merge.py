@@ -24,7 +24,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.adapters import ADAPTERS, AdapterFile, AdapterSettings, read_adapter
 from rwkv_bone.adapters.files import tensors_by_module
 from rwkv_bone.adapters.inject import target_name
-from rwkv_bone.checkpoints import Architecture, param_part
+from rwkv_bone.checkpoints import Architecture, Base, param_part
 from rwkv_bone.checkpoints.stream import DTYPE_NAMES, write_tensors
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.errors import UserError
@@ -74,7 +74,8 @@ def merge_files(config: MergeConfig) -> list[str]:
     UserError, and no output, when the files do not fit or a check fails. Needs neither a GPU nor the training stack.
     """
     output = _output_path(config)
-    arch, base = checkpoints.load_base(config.base_model)
+    model = checkpoints.load_base(config.base_model)
+    arch, base = model.arch, model.state
     adapter = read_adapter(
         config.peft_checkpoint,
         base,
@@ -96,7 +97,7 @@ def merge_files(config: MergeConfig) -> list[str]:
         if config.verify:
             logits = verify_logits(temporary, arch, base, adapter, quant, trained_on)
         size = temporary.stat().st_size
-    return _report(config, arch, adapter, trained_on, changes, logits, size)
+    return _report(config, model, adapter, trained_on, changes, logits, size)
 
 
 def trained_quant(adapter: AdapterFile, asked: str) -> str:
@@ -204,7 +205,7 @@ def _logits(
 
 def _report(
     config: MergeConfig,
-    arch: Architecture,
+    base: Base,
     adapter: AdapterFile,
     trained_on: str,
     changes: Mapping[str, list[float]],
@@ -214,7 +215,7 @@ def _report(
     """What is told about a merge, line by line."""
     step = f", step {adapter.metadata['step']}" if adapter.metadata and "step" in adapter.metadata else ""
     lines = [
-        f"base      {config.base_model}: {arch.describe()}",
+        f"base      {base.label(config.base_model)}: {base.arch.describe()}",
         f"adapter   {adapter.path}: {adapter.settings.describe()}{step}; {', '.join(adapter.targets)}",
     ]
     if adapter.metadata is None:

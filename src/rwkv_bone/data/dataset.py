@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
-from rwkv_bone.data.tokenizer import Tokenizer
+from rwkv_bone.data.tokenizer import END_MARK, Tokenizer, decode_marked
 from rwkv_bone.errors import UserError
 
 SCAN = 1 << 24  # tokens looked at in one go, so that a memory-mapped file is never in memory as a whole
@@ -250,9 +250,8 @@ class Dataset:
             whole = self._start[index] == documents.starts[document] and len(sample.ids) == documents.lengths[document]
             if documents.trained is not None and whole and begins[-1] > 1:
                 response = sample.ids[begins[-1] :][sample.trained[begins[-1] :]]
-                response = response[: len(response) - (response[-1] == tokenizer.eod)]
-                texts = [tokenizer.decode(ids.tolist()) for ids in (sample.ids[: begins[-1]], response)]
-                pairs.append((texts[0], texts[1]))
+                prompt = decode_marked(tokenizer, sample.ids[: begins[-1]].tolist())
+                pairs.append((prompt, decode_marked(tokenizer, response.tolist()).partition(END_MARK)[0]))
         return pairs
 
     def summary_lines(self) -> list[str]:

@@ -20,7 +20,7 @@ def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, where: str, name
     if len(beyond):
         token = int(beyond[0])
         raise UserError(
-            f"{where}: token {token} ({name(token)!r}), but the model's embedding has {vocab_size} rows, for the ids 0 "
-            f"to {vocab_size - 1}: use the tokenizer that the model was trained with, or first give the model rows for "
-            "the added tokens"
+            f"{where}: token {token} is outside the model's vocabulary of {vocab_size} ({name(token)!r} has no row in "
+            "its embedding): use the tokenizer that the model was trained with, or first give the model rows for the "
+            "added tokens"
         )

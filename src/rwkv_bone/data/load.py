@@ -31,7 +31,7 @@ from rwkv_bone.data.tokenise import (
     run,
     token_dtype,
 )
-from rwkv_bone.data.tokenizer import Tokenizer, load_tokenizer
+from rwkv_bone.data.tokenizer import END_MARK, Tokenizer, decode_marked, encode_marked, load_tokenizer
 from rwkv_bone.errors import UserError
 
 ROWS_TRIED = 100  # rows looked at for the layout, with --bad_rows skip
@@ -77,7 +77,9 @@ def load_pairs(cfg: DataConfig, path: str, tokenizer: Tokenizer, limit: int | No
 
     def pair_of(row: dict, where: str) -> tuple[str, str]:
         talk = conversation(row, layout, where)
-        return template.prompt(talk), template.response(talk)
+        # What is trained ends a document; what a model writes ends before that.
+        response = decode_marked(tokenizer, encode_marked(tokenizer, template.response(talk))).partition(END_MARK)[0]
+        return template.prompt(talk), response
 
     reader = RowReader(part.source.parse, part.source.prefix, part.skip)
     items = ((number, raw) for number, raw, _ in part.source.items())

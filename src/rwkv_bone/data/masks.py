@@ -24,7 +24,7 @@ from itertools import chain
 import numpy as np
 
 from rwkv_bone.data.templates import DOCUMENT, RESPONSE, Segment
-from rwkv_bone.data.tokenizer import Tokenizer
+from rwkv_bone.data.tokenizer import Tokenizer, encode_marked
 from rwkv_bone.errors import UserError
 
 # (ids, hits, length of a hit, its text, tokenizer) -> bool [hits]: which of them count.
@@ -41,18 +41,20 @@ def encode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """ids int32 [L], the segments' and the end-of-document id; and trained bool [L], which of them are targets.
 
-    The first id is no target: nothing predicts it.
+    The first id is no target: nothing predicts it. A template may have written the end of the document itself; there is
+    one end all the same.
     """
-    pieces = [tokenizer.encode(segment.text) for segment in segments]
-    ids = np.fromiter(chain(*pieces, [tokenizer.eod]), dtype=np.int32)
+    pieces = [encode_marked(tokenizer, segment.text) for segment in segments]
+    if pieces[-1][-1:] != [tokenizer.eod]:
+        # The end-of-document id goes with the last segment.
+        pieces[-1] = [*pieces[-1], tokenizer.eod]
+    ids = np.fromiter(chain(*pieces), dtype=np.int32)
     if loss_mask == "se" or (loss_mask == "qa" and segments[-1].role == DOCUMENT):
         trained = stream_mask(ids, tokenizer, loss_mask, mask_id)
     else:
         last = len(segments) - 1
         chosen = [_is_trained(segment.role, loss_mask, i == last) for i, segment in enumerate(segments)]
-        # The end-of-document id goes with the last segment.
-        lengths = [len(piece) + (i == last) for i, piece in enumerate(pieces)]
-        trained = np.repeat(np.array(chosen, dtype=bool), lengths)
+        trained = np.repeat(np.array(chosen, dtype=bool), [len(piece) for piece in pieces])
     trained[0] = False
     return ids, trained
 

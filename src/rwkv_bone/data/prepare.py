@@ -26,7 +26,6 @@ from rwkv_bone.data.tokenise import (
     Skipped,
     TokenisingProgress,
     blocks,
-    check_vocabulary,
     run,
     token_dtype,
 )
@@ -92,7 +91,8 @@ class DocumentSettings:
             document = conversation(row, layout, where).document
             assert document is not None  # the layout is one text
             ids = np.array(tokenizer.encode(document) + end, dtype=np.int64)
-            check_vocabulary(ids, np.iinfo(dtype).max + 1, where, tokenizer.name)
+            if ids.max(initial=0) > np.iinfo(dtype).max:
+                raise UserError(f"{where}: token {ids.max()} does not fit into --dtype {dtype}: leave the flag out")
             return ids.astype(dtype)
 
         def encode_block(block: Block) -> Encoded:

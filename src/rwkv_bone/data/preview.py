@@ -21,7 +21,7 @@ from rwkv_bone.config.fields import check_at_least, check_choices
 from rwkv_bone.config.saved import SECTIONS, read_config
 from rwkv_bone.data import Dataset, Sample, load_dataset, load_tokenizer
 from rwkv_bone.data.packing import best_fit
-from rwkv_bone.data.tokenizer import Tokenizer
+from rwkv_bone.data.tokenizer import Tokenizer, folder_text
 from rwkv_bone.errors import exit_status
 
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
@@ -60,8 +60,8 @@ class PreviewConfig:
         check_at_least(self, 0, "samples", "show_tokens")
 
 
-def parse(argv: list[str], prog: str = "preview") -> tuple[PreviewConfig, DataConfig, int]:
-    """(settings of the preview, settings of the data, vocabulary size) that `argv` asks for."""
+def parse(argv: list[str], prog: str = "preview") -> tuple[PreviewConfig, DataConfig, int, list[str]]:
+    """(settings of the preview, settings of the data, vocabulary size, what was found in the model's folder)."""
     parser = flags.Parser(prog, DESCRIPTION, EXAMPLES, field_flags.TRAIN_FLAGS)
     flags.add_fields(parser.add_argument_group("preview"), PreviewConfig)
     parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help=flags.CONFIG_HELP)
@@ -73,29 +73,27 @@ def parse(argv: list[str], prog: str = "preview") -> tuple[PreviewConfig, DataCo
     data = DataConfig(**{**saved.get("data", {}), **flags.of_section(given, DataConfig)})
     flags.print_notes(notes)
     model = {**saved.get("model", {}), **given}
-    return preview, data, _vocab_size(model.get("load_model", ""), model.get("vocab_size", 0), data.tokenizer)
-
-
-def _vocab_size(load_model: str, vocab_size: int, tokenizer: str) -> int:
+    load_model, vocab_size = model.get("load_model", ""), model.get("vocab_size", 0)
     if load_model:
-        from rwkv_bone.checkpoints import architecture_of, read_state
+        from rwkv_bone.checkpoints import load_base
 
-        return architecture_of(read_state(load_model), load_model).vocab_size
-    if vocab_size:
-        return vocab_size
+        base = load_base(load_model)
+        data, text = folder_text(base.folder, data)
+        return preview, data, base.arch.vocab_size, text
     # A tokenizer.json is asked: any number will do to load it.
-    return VOCABULARIES.get(tokenizer) or load_tokenizer(tokenizer, 1 << 30).vocab_size
+    vocab_size = vocab_size or VOCABULARIES.get(data.tokenizer) or load_tokenizer(data.tokenizer, 1 << 30).vocab_size
+    return preview, data, vocab_size, []
 
 
 def preview(argv: list[str], prog: str = "preview") -> None:
-    settings, cfg, vocab_size = parse(argv, prog)
+    settings, cfg, vocab_size, text = parse(argv, prog)
     colored = settings.color == "always" or (settings.color == "auto" and sys.stdout.isatty())
     tokenizer = load_tokenizer(cfg.tokenizer, vocab_size)
     dataset = load_dataset(cfg, vocab_size)
     chosen = np.unique(np.linspace(0, len(dataset) - 1, settings.samples).round().astype(int))
     for index in chosen:
         print(f"{describe(dataset[index])}\n{show(dataset[index], tokenizer, colored, settings.show_tokens)}\n")
-    for line in [*dataset.summary_lines(), *statistics(dataset), *packing(dataset, cfg.micro_bsz)]:
+    for line in [*text, *dataset.summary_lines(), *statistics(dataset), *packing(dataset, cfg.micro_bsz)]:
         print(line)
 
 

@@ -1,6 +1,6 @@
 """Where data comes from: one class per format. A file's content, and sometimes its name, tells the format.
 
-    rows      JSON lines, a JSON list, CSV, Parquet, Arrow, a folder or hub id of the `datasets` library
+    rows      JSON lines, a JSON list, CSV, Parquet, Arrow, a folder of the `datasets` library, here or on the Hub
     a text    UTF-8 or UTF-16: the whole file is one document
     tokens    ids made beforehand: a .bin/.idx pair, a NumPy array, a bare array of uint16
 
@@ -284,17 +284,18 @@ class Table(Rows):
 
 
 class HfRows(Rows):
-    """A split of a dataset of the `datasets` library, from a folder or from the hub."""
+    """A split of a dataset of the `datasets` library, in a folder; `name` is what the user calls it."""
 
-    def __init__(self, name: str, split: str, cache_dir: str, held_out: bool):
+    def __init__(self, name: str, split: str, cache_dir: str, held_out: bool, folder: str = ""):
         super().__init__(Path(name))
-        self._dataset, self.split = _load_hf(name, split, cache_dir, held_out)
+        self._folder = Path(folder or name)
+        self._dataset, self.split = _load_hf(name, str(self._folder), split, cache_dir, held_out)
         self.kind = f"datasets, split {self.split}"
 
     @property
     def files(self) -> list[Path]:
-        if self.path.is_dir():
-            return sorted(path for path in self.path.rglob("*") if path.is_file())
+        if self._folder.is_dir():
+            return sorted(path for path in self._folder.rglob("*") if path.is_file())
         return [Path(file["filename"]) for file in self._dataset.cache_files]
 
     def items(self) -> Iterator[tuple[int, Any, int]]:
@@ -309,20 +310,20 @@ class HfRows(Rows):
         return len(self._dataset)
 
 
-def _load_hf(name: str, split: str, cache_dir: str, held_out: bool) -> tuple[Any, str]:
+def _load_hf(name: str, source: str, split: str, cache_dir: str, held_out: bool) -> tuple[Any, str]:
     """(Dataset, name of its split). Held-out data prefers the splits made for it."""
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"{name}: datasets folders and hub ids need a package: pip install datasets") from error
-    folder = Path(name)
+    folder = Path(source)
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            found = datasets.load_from_disk(name)
+            found = datasets.load_from_disk(source)
             if isinstance(found, datasets.Dataset):
                 return found, split or "all"
         else:
-            found = datasets.load_dataset(name, cache_dir=f"{cache_dir}/datasets" if cache_dir else None)
+            found = datasets.load_dataset(source, cache_dir=f"{cache_dir}/datasets" if cache_dir else None)
     except Exception as error:  # the library raises whatever its readers and its network client do
         reason = str(error).split("\n")[0]
         raise UserError(f"{name}: the datasets library cannot read it ({type(error).__name__}: {reason})") from error
@@ -470,18 +471,24 @@ def open_source(
     """The source that a path (or hub id) and --data_type name. `split` is the name before the [ of --sft_split."""
     path = Path(name)
     pair = find_pair(path)
+    if not (path.exists() or pair) and data_type in ("auto", "sft", "hf"):
+        # Late, since nothing else here needs what the package of checkpoints brings along.
+        from rwkv_bone.checkpoints.hub import local_data
+
+        folder = local_data(name)
+        if folder != name:
+            return HfRows(name, split, cache_dir, held_out, folder)
     if data_type == "hf" or (data_type in ("auto", "sft") and path.is_dir() and pair is None):
         if path.is_file():
-            raise UserError(f"{name} is a file: --data_type hf reads a folder of the datasets library, or a hub id")
+            raise UserError(f"{name} is a file: --data_type hf reads a folder of the datasets library, or owner/name")
         return HfRows(name, split, cache_dir, held_out)
     if data_type == "binidx" or (data_type == "auto" and pair):
         return _pair(pair or path)
-    if data_type == "sft" and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return HfRows(name, split, cache_dir, held_out)
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(
-            f"{name} {found}: --data_file and --eval_data take {FORMATS}; a dataset of the hub with --data_type hf"
+            f"{name} {found}: --data_file and --eval_data take {FORMATS}; or owner/name of a dataset on the "
+            "Hugging Face Hub"
         )
     with opened(path) as file:
         head = file.read(HEAD)

@@ -29,16 +29,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rwkv_bone.data.conversation import Conversation, Turn
+from rwkv_bone.data.tokenizer import END_MARK, TOKENIZER_CONFIG, read_tokenizer_config, special_tokens
 from rwkv_bone.errors import UserError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from jinja2.parser import Parser
 
 PROMPT, RESPONSE, DOCUMENT = "prompt", "response", "document"
 END_OF_TURN = "\n\n"
-VERSION = 1  # part of `identity`: raise it when the same row is written as another text than before
+GO_ON = "To go on, give another --template: world, g1, g1-think, alpaca, or a copy of this file that you change"
+VERSION = 2  # part of `identity`: raise it when the same row is written as another text than before
 
 
 class Segment(NamedTuple):
@@ -173,27 +180,27 @@ class FormatTemplate(Template):
 
 
 class JinjaTemplate(Template):
-    """A Jinja file in Hugging Face's convention for chat templates: it loops over `messages`, each with `role` (system,
-    user, assistant, tool), `content` and, where there is one, `reasoning_content`; with `add_generation_prompt` it ends
-    where a response begins. `bos_token` and `eos_token` are empty: the end-of-document id is appended after tokenising.
+    """A Jinja file in Hugging Face's convention for chat templates, in the environment of transformers.
+
+    It loops over `messages`, each with `role` (system, user, assistant, tool), `content` and, if it has any,
+    `reasoning_content`; with `add_generation_prompt` it ends where a response begins. `strftime_now` tells the day of
+    tokenising.
+
+    `specials` are the texts of `bos_token`, `eos_token` and the like. Where there are none they are empty: the
+    end-of-document id is appended after tokenising.
 
     A response is what is added by rendering one message more: the text up to it is rendered with
     `add_generation_prompt`, the text with it without, and each text must begin with the one before. A template that
     rewrites what it wrote earlier (some leave out the thinking of earlier turns) is refused.
     """
 
-    def __init__(self, name: str, text: str):
+    def __init__(self, name: str, text: str, specials: Mapping[str, str]):
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        self.name, self._digest = name, _digest(text)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = _raise
+        self.name, self._specials = name, dict.fromkeys(("bos_token", "eos_token"), "") | dict(specials)
+        self._digest = _digest(json.dumps([text, self._specials]))
         try:
-            self._template = environment.from_string(text)
+            self._template = _jinja().from_string(text)
         except TemplateError as error:
             number = getattr(error, "lineno", None)  # of its subclass for errors of syntax
             line = f"line {number}: " if number else ""
@@ -211,24 +218,31 @@ class JinjaTemplate(Template):
                 yield Segment(prompt[len(written) :], PROMPT)
                 written = self._write(messages[: i + 1], False, prompt, conversation.where)
                 if written == prompt:
-                    raise UserError(f"{conversation.where}: --template {self.name} writes nothing for a response")
+                    raise UserError(
+                        f"{conversation.where}: --template {self.name} writes nothing for a response. {GO_ON}"
+                    )
                 yield Segment(written[len(prompt) :], RESPONSE)
 
     def _write(self, messages: list[dict], add_generation_prompt: bool, before: str, where: str) -> str:
         """The template's text, which must begin with `before`."""
         try:
             text = self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, bos_token="", eos_token=""
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._specials,
             )
         except Exception as error:  # whatever the template's own expressions raise
-            raise UserError(f"{where}: --template {self.name}: {error}") from error
+            raise UserError(f"{where}: --template {self.name}: {error}. {GO_ON}") from error
         if not text.startswith(before):
             common = next(i for i, (a, b) in enumerate(zip(text + "\0", before, strict=False)) if a != b)
             with_prompt = "with" if add_generation_prompt else "without"
             raise UserError(
                 f"{where}: --template {self.name}: the text of {len(messages)} messages {with_prompt} "
                 f"add_generation_prompt does not begin with the text up to there: expected {before[common:][:40]!r} "
-                f"at character {common}, found {text[common:][:40]!r}"
+                f"at character {common}, found {text[common:][:40]!r}. So it rewrites earlier turns, and what of its "
+                f"text is the response cannot be told. {GO_ON}"
             )
         return text
 
@@ -246,11 +260,68 @@ def load_template(name: str, tokenizer_name: str) -> Template:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"--template {name}: expected auto, {', '.join(built_in)}, or the path of a template file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--template {name}: cannot be read ({error})") from error
-    return JinjaTemplate(name, text) if re.search(r"\{\{|\{%", text) else FormatTemplate(name, text)
+    if path.name == TOKENIZER_CONFIG:
+        text = _of_tokenizer_config(path)
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--template {name}: cannot be read ({error})") from error
+        if not re.search(r"\{\{|\{%", text):
+            return FormatTemplate(name, text)
+    specials = special_tokens(path.parent)
+    if tokenizer_name in ("bytes", "world"):
+        # Their only token of that kind, whatever its name is where the template comes from.
+        specials = {name: END_MARK if text else "" for name, text in specials.items()}
+    return JinjaTemplate(name, text, specials)
+
+
+def _of_tokenizer_config(path: Path) -> str:
+    """The chat template inside a tokenizer_config.json; of several, the one named default."""
+    found = read_tokenizer_config(path.parent).get("chat_template")
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default") or (named.popitem()[1] if len(named) == 1 else None)
+        if not found and named:
+            raise UserError(
+                f"--template {path}: it has the templates {', '.join(map(str, named))} and none named default: "
+                "write the one you mean to a file and name that"
+            )
+    if not isinstance(found, str):
+        raise UserError(f"--template {path}: no chat_template in it; choose --template world, g1, alpaca or a file")
+    return found
+
+
+def _jinja() -> Environment:
+    """The environment that transformers gives chat templates."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks what is trained. Its text is that of its body: we know the responses anyway."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
+
+        def _written(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _joined(segments: Iterable[Segment]) -> list[Segment]:
@@ -291,7 +362,8 @@ def _split_thinking(turn: Turn, where: str) -> tuple[str, str]:
 
 def _message(turn: Turn) -> dict[str, str]:
     message = {"role": turn.role, "content": f"{turn.text}\n{turn.material}" if turn.material else turn.text}
-    return message | {"reasoning_content": turn.thinking} if turn.thinking else message
+    # Under both names that templates for transformers read.
+    return message | dict.fromkeys(("reasoning_content", "thinking"), turn.thinking) if turn.thinking else message
 
 
 def _digest(text: str) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 
 from rwkv_bone.data.conversation import Layout, conversation
 from rwkv_bone.data.dataset import prompt_hash
+from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.masks import encode
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenizer import load_tokenizer
@@ -53,16 +54,6 @@ class Encoded:
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest of uint16 and int32 that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
-
-
-def check_vocabulary(ids: np.ndarray, vocab_size: int, where: str, tokenizer: str) -> None:
-    """UserError for an id that the model does not have."""
-    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-        bad = ids[(ids < 0) | (ids >= vocab_size)][0]
-        raise UserError(
-            f"{where}: token {bad} is outside the model's vocabulary of {vocab_size} (tokenizer {tokenizer}): "
-            "use the tokenizer the model was trained with"
-        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +125,7 @@ class RowSettings:
             talk = conversation(row, self.layout, where)
             ids, trained = encode(template.render(talk), tokenizer, self.loss_mask, self.mask_id)
             if may_exceed:
-                check_vocabulary(ids, self.vocab_size, where, tokenizer.name)
+                check_ids(ids, self.vocab_size, where, lambda token: tokenizer.decode([token]))
             return ids.astype(dtype), trained, talk.unanswered
 
         def encode_block(block: Block) -> Encoded:
@@ -170,7 +161,7 @@ class TextSettings:
         def encode_block(block: Block) -> Encoded:
             texts, size = block
             ids = np.array([i for text in texts for i in tokenizer.encode(text)], dtype=np.int64)
-            check_vocabulary(ids, self.vocab_size, self.name, tokenizer.name)
+            check_ids(ids, self.vocab_size, self.name, lambda token: tokenizer.decode([token]))
             return Encoded(ids.astype(dtype), np.array([len(ids)]), bytes=size)
 
         return encode_block

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from rwkv_bone.data import BatchPlan, Dataset
-from rwkv_bone.data.tokenizer import Tokenizer
+from rwkv_bone.data.tokenizer import Tokenizer, encode_marked
 from rwkv_bone.inference.generate import BATCH, StatefulModel, generate
 
 
@@ -58,7 +58,7 @@ def exact_match(
     """
     longest = max((len(tokenizer.encode(response)) for _, response in pairs), default=0)
     # A model needs one token to start from. What comes before a document is the end of another.
-    prompts = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt, _ in pairs]
+    prompts = [encode_marked(tokenizer, prompt) or [tokenizer.eod] for prompt, _ in pairs]
     written = generate(model, prompts, max_new=longest + 1, stop_id=tokenizer.eod, batch=batch, device=device)
     answers = [Answer(*pair, tokenizer.decode(ids)) for pair, ids in zip(pairs, written, strict=True)]
     return sum(answer.correct for answer in answers) / max(len(answers), 1), answers

@@ -17,6 +17,8 @@ from rwkv_bone.devices import require_cuda
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import RWKV, build, load_base_into
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
 log = logging.getLogger("rwkv_bone")
 
 
@@ -30,17 +32,21 @@ def load_model(
 ) -> RWKV:
     """A model in eval mode: `model(ids [B, T])` gives logits [B, T, V]; parameter names are the checkpoint's keys.
 
-    path: base or merged checkpoint. adapter: a file to apply to it, which stays an adapter. dtype: of weights and
-    arithmetic (None = the file's own). op: the WKV operator, as --op. quant: none, int8, nf4 or fp4, as --quant (None =
-    what the adapter was trained on); quantised projections are not in the state dict. UserError for anything wrong with
-    the files, and for a CUDA device that PyTorch cannot use.
+    path: base or merged checkpoint, in any form that --load_model takes. adapter: a file to apply to it, which stays an
+    adapter. dtype: of weights and arithmetic (None = the file's own; for a float16 file, in which nothing is computed,
+    bfloat16 on a GPU and float32 on the CPU). op: the WKV operator, as --op. quant: none, int8, nf4 or fp4, as --quant
+    (None = what the adapter was trained on); quantised projections are not in the state dict. UserError for anything
+    wrong with the files, and for a CUDA device that PyTorch cannot use.
     """
     if torch.device(device).type == "cuda":
         require_cuda(f"device={str(device)!r}: ", "use device='cpu'")
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype={dtype}: expected {', '.join(map(str, DTYPES))}, or None")
     if quant not in (None, *QUANTS):
         raise UserError(f"quant={quant!r}: expected one of {', '.join(QUANTS)}, or None")
-    arch, state = checkpoints.load_base(path)
-    dtype = dtype or state["emb.weight"].dtype
+    base = checkpoints.load_base(path)
+    arch, state = base.arch, base.state
+    dtype = dtype or _dtype(state["emb.weight"].dtype, torch.device(device), path)
     trained = read_adapter(adapter, state) if adapter is not None else None
     metadata = trained.metadata if trained else None
     trained_on = metadata.get("quant", "none") if metadata else quant or "none"
@@ -50,6 +56,16 @@ def load_model(
         arch, state, op=op, dtype=dtype, source=str(path), quant=quant or trained_on, device=device, adapter=trained
     )
     return model.to(device).eval()
+
+
+def _dtype(stored: torch.dtype, device: torch.device, path: str | Path) -> torch.dtype:
+    """What a file of this dtype is computed in; a float16 file says so."""
+    if stored != torch.float16:
+        return stored
+    # float32 holds every float16 number; bfloat16 needs no more memory, and its range has no overflow.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    log.warning("%s holds float16: it is computed in %s (dtype= chooses)", path, str(dtype).removeprefix("torch."))
+    return dtype
 
 
 def assemble(

@@ -27,11 +27,11 @@ def load_base_into(
 ) -> None:
     """Give the model the checkpoint's tensors, strictly: every key and shape must match (else UserError).
 
-    dtype: what the tensors are converted to; None leaves them as they are, mapped and not copied. A trained initial
-    state in the checkpoint is loaded too, always in fp32. quant: the projections are quantised one at a time, from the
-    file's own values, and their layers become QuantLinear, so no more than one of them is in memory in full. device:
-    where they are quantised and where their codes stay (None = the tensors' own); all other tensors stay where they
-    are. source: what messages call the checkpoint.
+    dtype: what the tensors are converted to; None leaves them as they are, mapped and not copied, but for transposed
+    views, which are copied. A trained initial state in the checkpoint is loaded too, always in fp32. quant: the
+    projections are quantised one at a time, from the file's own values, and their layers become QuantLinear, so no more
+    than one of them is in memory in full. device: where they are quantised and where their codes stay (None = the
+    tensors' own); all other tensors stay where they are. source: what messages call the checkpoint.
     """
     if any(checkpoints.param_part(key) == "state" for key in state):
         model.add_time_state()
@@ -42,7 +42,8 @@ def load_base_into(
             model.set_submodule(key.removesuffix(".weight"), QuantLinear(quantize(tensor.to(device), quant)))
             continue
         wanted = torch.float32 if checkpoints.param_part(key) == "state" else dtype
-        tensors[key] = tensor.to(wanted) if wanted else tensor
+        # A view of another layout may be transposed: then it is copied, so that all sums have one order in all layouts.
+        tensors[key] = (tensor.to(wanted) if wanted else tensor).contiguous()
     model.load_state_dict(tensors, strict=True, assign=True)
 
 

@@ -7,6 +7,7 @@ only the main process prints and touches the results folder.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 
 from rwkv_bone.config import TrainConfig
+from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.training import project
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.module import TrainingModule
@@ -42,7 +44,10 @@ def fit(config: TrainConfig) -> Path:
     seed_everything(run.random_seed, verbose=False)
     prepared = prepare_model(config, torch.device(device))
     model, adapter = prepared.model, config.adapter
-    dataset, split = load_data(config, prepared.arch.vocab_size)
+    # Of what is written, config.json included, nothing changes: a user's `auto` stays `auto`.
+    data, text = folder_text(prepared.folder, config.data)
+    reading = replace(config, data=data)
+    dataset, split = load_data(reading, prepared.arch.vocab_size)
     plan = plan_batches(config, dataset)
     output = prepared.output.with_data(dataset)
     if earlier:
@@ -51,9 +56,9 @@ def fit(config: TrainConfig) -> Path:
     first = earlier.step if earlier else 0
     module = TrainingModule(model, plan, run.epoch_count, config.optim, config.model, first, adapter.lora_plus)
 
-    for line in header(config, prepared, module, device, earlier):
+    for line in header(config, prepared, module, device, earlier, text):
         report(line)
-    heldout = prepare_heldout(config, prepared.arch.vocab_size, split, folder, report)
+    heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report)
     if earlier and first >= module.total_steps and not (heldout and heldout.interrupted(module.total_steps)):
         report(f"nothing is left to do: the run in {folder} is complete; a larger --epoch_count trains longer")
         return earlier.trained

@@ -33,6 +33,8 @@ class Prepared:
 
     model: RWKV
     arch: Architecture
+    label: str  # what the user calls the base model, and what was read
+    folder: Path | None  # where the model's tokenizer and template may be
     kernel: str  # one sentence
     injection: Injection | None  # None: every weight is trained
     output: Output
@@ -48,7 +50,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
     if kind == "none" and quant != "none":
         raise UserError(f"--quant {quant} with --peft none: only frozen weights are quantised, and none is; remove one")
     path = config.model.load_model
-    arch, base = _load_base(config)
+    arch, base, label, folder = _load_base(config)
     op, kernel = select_op(config.model.op, device, f"wkv{arch.version}", arch.head_size, dtype)
     if base:
         with torch.device("meta"):
@@ -73,22 +75,27 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in unused)
         # fp32: unused tensors are written back with the others, and must not be rounded.
-        return Prepared(model, arch, kernel, None, Output(tuple(dtypes), metadata, dtypes), torch.float32)
+        return Prepared(
+            model, arch, label, folder, kernel, None, Output(tuple(dtypes), metadata, dtypes), torch.float32
+        )
     injection = _inject_adapter(config, model, metadata["base"])
     output = Output(tuple(adapter_keys(model)), metadata | injection.metadata())
-    return Prepared(model, arch, kernel, injection, output, dtype)
+    return Prepared(model, arch, label, folder, kernel, injection, output, dtype)
 
 
-def _load_base(config: TrainConfig) -> tuple[Architecture, dict[str, Tensor]]:
-    """The base model's architecture and its tensors, mapped; no tensors for a model that is trained from scratch."""
+def _load_base(config: TrainConfig) -> tuple[Architecture, dict[str, Tensor], str, Path | None]:
+    """The base model's architecture, its tensors, mapped, its name for the header, and its folder.
+
+    There are no tensors for a model that is trained from scratch.
+    """
     path = config.model.load_model
     if path:
-        arch, base = checkpoints.load_base(path)
-        arch.check(config.model, path)
-        return arch, base
+        base = checkpoints.load_base(path)
+        base.arch.check(config.model, path)
+        return base.arch, base.state, base.label(path), base.folder
     if config.adapter.kind != "none":
         raise UserError("--load_model is empty: an adapter needs a base model; --peft none trains one from scratch")
-    return architecture_from_scratch(config.model), {}
+    return architecture_from_scratch(config.model), {}, "from scratch", None
 
 
 def _inject_adapter(config: TrainConfig, model: RWKV, base: str) -> Injection:

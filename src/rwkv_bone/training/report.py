@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rwkv_bone.checkpoints import atomic_path
@@ -25,15 +25,20 @@ COMMANDS = "rwkv-bone-"  # how the names of the installed commands begin; train.
 
 
 def header(
-    config: TrainConfig, prepared: Prepared, module: TrainingModule, device: str, earlier: Saved | None
+    config: TrainConfig,
+    prepared: Prepared,
+    module: TrainingModule,
+    device: str,
+    earlier: Saved | None,
+    text: Iterable[str] = (),
 ) -> Iterator[str]:
     """What was found and what will be done, one fact a line.
 
-    device: `cuda` or `cpu`; earlier: what this run continues.
+    device: `cuda` or `cpu`; earlier: what this run continues; text: lines of `folder_text`.
     """
     run, plan = config.run, module.plan
     offload = ", optimiser on the CPU" if offloads(run.strategy) else ""
-    yield f"model     {config.model.load_model or 'from scratch'}: {prepared.arch.describe()}"
+    yield f"model     {prepared.label}: {prepared.arch.describe()}"
     stage = f"DeepSpeed ZeRO stage {zero_stage(run.strategy)}{offload}"
     yield f"device    {describe_devices(device, plan.world_size)}; {stage}, {run.precision}"
     yield f"kernel    {prepared.kernel}"
@@ -47,6 +52,7 @@ def header(
         yield f"trained   every weight: {trained:,} of {total:,} parameters"
         size = trained * resume_file.BYTES_PER_PARAMETER / 2**30
         yield f"          each save also replaces {project.RESUME_FILE}, for --resume: {size:,.1f} GB"
+    yield from text
     for line in [*plan.dataset.summary_lines(), *plan.summary_lines()]:
         yield f"data      {line}"
     batch = f"{plan.budget:,} tokens" if plan.pack else f"{plan.micro_bsz} samples"
