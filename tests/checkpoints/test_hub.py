@@ -26,7 +26,8 @@ MODEL = {
     "onnx/model.onnx": b"and another",
 }
 READ = sorted(name for name in MODEL if name not in ("README.md", "pytorch_model.bin", "onnx/model.onnx"))
-DATA = {"data/train-00000.jsonl": b'{"text": "a"}\n' * 3, "README.md": b"cards", "logo.png": b"p", "load.py": b"x"}
+DATA = {f"data/train-0000{number}.jsonl": b'{"text": "a"}\n' * (1 + number) for number in range(2)}
+DATA |= {"README.md": b"cards", "logo.png": b"p", "load.py": b"x"}
 
 
 @pytest.fixture
@@ -116,12 +117,20 @@ def test_a_download_that_failed_keeps_whole_files_and_says_what_is_missing(site,
     assert message.startswith("error: RWKV/RWKV7-1.5B is on this machine only in part (")
     assert shard in message and "status 410" in message and "run this again" in message
     message, _ = ask(NOWHERE, "RWKV/RWKV7-1.5B")
-    assert "only in part" in message and "cannot be reached" in message
+    assert "only in part (" in message and shard in message and "cannot be reached" in message
     site.down.clear()
     site.served.clear()
-    path, said = ask(site, "RWKV/RWKV7-1.5B")
+    path, _ = ask(site, "RWKV/RWKV7-1.5B")
     assert Path(path).with_name(shard).read_bytes() == MODEL[shard]
     assert shard in site.files and "config.json" not in site.files
+
+
+def test_a_tokenizer_that_is_not_there_is_missed(site, ask):
+    # The model would be trained with another tokenizer, chosen by the size of the vocabulary.
+    path, _ = ask(site, "RWKV/RWKV7-1.5B")
+    Path(path).with_name("tokenizer.json").unlink()
+    message, _ = ask(NOWHERE, "RWKV/RWKV7-1.5B")
+    assert "only in part (tokenizer.json missing" in message
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(site, ask):
@@ -163,7 +172,7 @@ def test_a_repository_that_cannot_be_used_is_refused_with_the_reason(site, ask, 
 
 def test_without_a_network_the_message_says_what_to_do(ask, tmp_path):
     message, _ = ask(NOWHERE, "RWKV/RWKV7-1.5B")
-    assert message.startswith("error: RWKV/RWKV7-1.5B is not on this machine, as a path or as a repository")
+    assert message.startswith("error: RWKV/RWKV7-1.5B is not on this machine, as a path or in ")
     for words in ("cannot be reached", "HTTPS_PROXY", "hf download RWKV/RWKV7-1.5B --local-dir RWKV7-1.5B", "spelling"):
         assert words in message
     message, _ = ask(NOWHERE, "RWKV/RWKV7-1.5B", HF_HUB_OFFLINE="1")
@@ -172,10 +181,13 @@ def test_without_a_network_the_message_says_what_to_do(ask, tmp_path):
 
 def test_a_data_set_is_downloaded_without_its_pictures_and_programs(site, ask):
     path, _ = ask(site, "some/rows", "local_data")
-    assert site.files == ["README.md", "data/train-00000.jsonl"]
+    assert site.files == ["README.md", "data/train-00000.jsonl", "data/train-00001.jsonl"]
     assert (Path(path) / "data" / "train-00000.jsonl").read_bytes() == DATA["data/train-00000.jsonl"]
     assert ask(NOWHERE, "some/rows", "local_data")[0] == path
     assert ask(site, "hf://datasets/some/rows", "local_data")[0] == path
+    Path(path, "data", "train-00001.jsonl").unlink()
+    message, _ = ask(NOWHERE, "some/rows", "local_data")
+    assert "only in part (data/train-00001.jsonl missing" in message
     message, _ = ask(site, "some/images", "local_data")
     assert message == "error: some/images has no data that is read here: found logo.png"
 

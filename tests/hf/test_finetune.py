@@ -127,9 +127,9 @@ def test_what_is_wrong_with_a_row_is_said_with_flags_that_the_program_has(tokeni
     assert flags_named(caught.value) <= FLAGS, str(caught.value)
 
 
-@pytest.mark.parametrize("name,split", [("nowhere", ""), ("a.bin", ""), ("a.jsonl", "[x"), ("a.jsonl", "[:200%]")])
+@pytest.mark.parametrize("name,split", [("nowhere", ""), ("a.other", ""), ("a.jsonl", "[x"), ("a.jsonl", "[:200%]")])
 def test_what_is_wrong_with_a_file_is_said_with_flags_that_the_program_has(tokenizer, tmp_path, name, split):
-    (tmp_path / "a.bin").write_bytes(b"\x00\x01\x02")
+    (tmp_path / "a.other").write_bytes(b"\x00\x01\x02")
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}))
     with pytest.raises(UserError) as caught:
         load_samples(rows_of(str(tmp_path / name), split), (), tokenizer, max_length=99)
@@ -200,7 +200,7 @@ def test_the_limits_of_a_model_are_read_from_its_configuration():
         (llama(**sizes, max_position_embeddings=32, rope_parameters=yarn), 128),
         (llama(**sizes, max_position_embeddings=128, rope_parameters=yarn), 128),
         (llama(**sizes, max_position_embeddings=32, rope_parameters=linear), 64),
-        (llama(**sizes, max_position_embeddings=256, rope_parameters=extended), 256),
+        (llama(**sizes, max_position_embeddings=128, rope_parameters=extended), 128),
         (transformers.GPT2Config(vocab_size=100, n_positions=24), 24),
         (transformers.BloomConfig(vocab_size=100), 0),  # positions are distances there
         (transformers.RwkvConfig(vocab_size=100, max_position_embeddings=24), 0),

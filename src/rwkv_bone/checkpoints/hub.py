@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import errno
 import glob
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -178,7 +177,7 @@ def _download(repository: Repository, wanted: Wanted) -> Path:
                 )
             )
     except _Unreachable as error:
-        return cached.folder(wanted, site, error)
+        return cached.folder(wanted, error)
 
 
 class _Unreachable(Exception):
@@ -236,32 +235,41 @@ class _Cached:
     def has(self, commit: str, file: str) -> bool:
         return (self._path / "snapshots" / commit / file).is_file()
 
-    def folder(self, wanted: Wanted, site: str, reason: _Unreachable) -> Path:
+    def folder(self, wanted: Wanted, reason: _Unreachable) -> Path:
         """The folder, if everything is there."""
         revision = self._repository.revision or "main"
         reference = self._path / "refs" / revision
         commit = reference.read_text().strip() if reference.is_file() else revision
         folder = self._path / "snapshots" / commit
+        name = self._repository.name
+        kind = " --repo-type dataset" if self._repository.kind == "dataset" else ""
+        advice = (
+            "If it is a path, check the spelling. If it is of the Hub, check the network (HTTPS_PROXY names a proxy, "
+            f"HF_ENDPOINT a mirror), or run `hf download {name}{kind} --local-dir {name.split('/')[1]}` where there is "
+            "one, and name the folder here"
+        )
         if not folder.is_dir():
-            raise UserError(self._advice("not on this machine, as a path or as a repository", reason))
-        try:
-            files = wanted(_names(folder), self._repository)
-            if files[0].endswith(INDEX):
-                files += json.loads((folder / files[0]).read_text(encoding="utf-8"))["weight_map"].values()
-            missing = {file for file in files if not (folder / file).is_file()}
-        except (UserError, ValueError, KeyError):
-            missing = {"weights" if self._repository.kind == "model" else "data"}
+            raise UserError(
+                f"{self._repository} is not on this machine, as a path or in {self._cache}, and {reason}. {advice}"
+            )
+        names = self._listed(commit) or _names(folder)
+        missing = [file for file in wanted(names, self._repository) if not (folder / file).is_file()]
         if missing:
-            missing_files = f"{_some(sorted(missing))} missing; whole files are kept when you run this again"
-            raise UserError(self._advice(f"on this machine only in part ({missing_files})", reason))
+            raise UserError(
+                f"{self._repository} is on this machine only in part ({_some(missing)} missing in {folder}), and "
+                f"{reason}. When you run this again, whole files are kept. {advice}"
+            )
         print(f"{self._repository}: taken from {folder}, since {reason}", file=sys.stderr)
         return folder
 
-    def _advice(self, state: str, reason: _Unreachable) -> str:
-        name = self._repository.name
-        kind = " --repo-type dataset" if self._repository.kind == "dataset" else ""
-        return (
-            f"{self._repository} is {state} in {self._cache}, and {reason}. If it is a path, check the spelling. "
-            "If it is of the Hub, check the network (HTTPS_PROXY names a proxy, HF_ENDPOINT a mirror), or run "
-            f"`hf download {name}{kind} --local-dir {name.split('/')[1]}` where there is one, and name the folder here"
-        )
+    def _listed(self, commit: str) -> list[str]:
+        """The files of the repository, as far as the library remembers them; its older versions do not."""
+        import huggingface_hub
+
+        try:
+            tree = huggingface_hub.get_cached_repo_tree(
+                self._repository.name, repo_type=self._repository.kind, revision=commit
+            )
+        except Exception:
+            return []
+        return [file.path for file in tree]

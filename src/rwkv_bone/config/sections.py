@@ -147,14 +147,17 @@ class DataConfig:
     )
     eval_data: str = setting("", "held-out data, in the same formats; empty = none, or what --eval_split takes")
     eval_split: float = setting(0.0, "share of the samples to hold out of training, such as 0.02; 0 = none")
-    tokenizer: str = setting("auto", "bytes, world, or the path of a tokenizer.json; auto = by the vocabulary's size")
+    tokenizer: str = setting(
+        "auto",
+        "bytes, world, or the path of a tokenizer.json; auto = the model folder's, else by the vocabulary's size",
+    )
     sft_field: tuple[str, ...] = setting(
         (), "names of the prompt and response fields, or of the list of messages; empty = the usual names"
     )
     template: str = setting(
         "auto",
-        "how turns become text: raw, world, g1, g1-think, alpaca, or the path of a template; auto = world for the "
-        "World tokenizer, else raw",
+        "how turns become text: raw, world, g1, g1-think, alpaca, or the path of a template; auto = that of the "
+        "model's folder, else world for the World tokenizer, else raw",
     )
     loss_mask: str = setting(
         "response",

@@ -75,8 +75,7 @@ def load_tokenizer(name: str, vocab_size: int) -> Tokenizer:
         return ByteTokenizer()
     if name == "world":
         return WorldTokenizer()
-    tokenizer = JsonTokenizer(Path(name))
-    return tokenizer.built_in() or tokenizer
+    return built_in(Path(name)) or JsonTokenizer(Path(name))
 
 
 def folder_text(folder: Path | None, data: DataConfig) -> tuple[DataConfig, list[str]]:
@@ -90,7 +89,7 @@ def folder_text(folder: Path | None, data: DataConfig) -> tuple[DataConfig, list
         return data, lines
     if data.tokenizer == "auto" and (file := folder / TOKENIZER_FILE).is_file():
         data = replace(data, tokenizer=str(file))
-        same = JsonTokenizer(file).built_in()
+        same = built_in(file)
         lines.append(
             f"tokenizer {file}{f', which is {same.title}' if same else ''} (--tokenizer auto: the model's own)"
         )
@@ -246,51 +245,53 @@ class JsonTokenizer:
         except ImportError as error:
             raise UserError("--tokenizer with a tokenizer.json needs a package: pip install tokenizers") from error
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self.library = Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing more specific
             raise UserError(f"--tokenizer {path}: not a tokenizer.json ({error})") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self.library.no_truncation()
+        self.library.no_padding()
         self.name = str(path)
-        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
         self._digest = _digest(path.read_bytes())
         self.eod = self._find_eod(special_tokens(path.parent).get("eos_token"))
 
     def identity(self) -> str:
         return f"tokenizers {metadata.version('tokenizers')} {self._digest} {self.eod}"
 
-    def built_in(self) -> ByteTokenizer | WorldTokenizer | None:
-        """The tokenizer that this one is a copy of, if it is: with the same ids for every text, and the same end."""
-        return _built_in(self.name, self._digest) if self.eod == 0 else None
-
     def _find_eod(self, named: str | None) -> int:
         for token in (named, *END_OF_DOCUMENT):
-            number = None if token is None else self._tokenizer.token_to_id(token)
+            number = None if token is None else self.library.token_to_id(token)
             if number is not None:
                 return number
-        special = [number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+        special = [number for number, token in self.library.get_added_tokens_decoder().items() if token.special]
         if len(special) == 1:
             return special[0]
         raise UserError(
             f"--tokenizer {self.name}: no token that ends a document: expected one named {', '.join(END_OF_DOCUMENT)}, "
-            f"or exactly one special token (found {len(special)})"
+            f"or exactly one special token (found {len(special)}). For a World model give --tokenizer world"
         )
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self.library.decode(ids, skip_special_tokens=False)
+
+
+def built_in(path: Path) -> ByteTokenizer | WorldTokenizer | None:
+    """The tokenizer that a tokenizer.json is a copy of, if it is: with the same ids for a text, and the same end."""
+    if not path.is_file():
+        return None
+    return _built_in(str(path), _digest(path.read_bytes()), special_tokens(path.parent).get("eos_token"))
 
 
 @lru_cache(maxsize=8)
-def _built_in(path: str, digest: str) -> ByteTokenizer | WorldTokenizer | None:
-    """See JsonTokenizer.built_in. digest: of the file, whose answer is remembered."""
-    from tokenizers import Tokenizer
-
-    theirs = Tokenizer.from_file(path)
-    theirs.no_truncation()
-    theirs.no_padding()
+def _built_in(path: str, digest: str, end: str | None) -> ByteTokenizer | WorldTokenizer | None:
+    """See `built_in`, whose answer is remembered. digest, end: what else it follows from."""
+    tokenizer = JsonTokenizer(Path(path))
+    theirs = tokenizer.library
+    if tokenizer.eod != 0:
+        return None
     # An added token is looked for in the text first, so any but the end changes how text is cut.
     if set(theirs.get_added_tokens_decoder()) - {0}:
         return None
@@ -306,4 +307,4 @@ def _built_in(path: str, digest: str) -> ByteTokenizer | WorldTokenizer | None:
         same = WorldTokenizer()
     else:
         return None
-    return same if theirs.encode(PROBE, add_special_tokens=False).ids == same.encode(PROBE) else None
+    return same if tokenizer.encode(PROBE) == same.encode(PROBE) else None
