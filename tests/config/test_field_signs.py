@@ -81,6 +81,13 @@ def test_flags_that_our_pages_or_other_trainers_have_say_nothing(words, capsys):
     assert not any("RWKV-PEFT or RWKV-LM" in note for note in notes_of(capsys))
 
 
+def test_names_of_projections_from_habit_make_no_line_one_of_the_field(capsys):
+    line = f"{PLAIN} --target_modules att --epoch_steps 10 --accumulate_grad_batches 2 --lr_init 1e-3 --lr_final 1e-4"
+    assert parse(line).run.epoch_steps == 10 and notes_of(capsys) == []
+    # And they say nothing about the year of one that is.
+    assert parse(f"{line} --n_layer 24").run.epoch_steps == 5
+
+
 def test_only_what_nobody_types_here_is_a_sign():
     ours = {spec.name for section in flags.SECTIONS.values() for spec in fields(section)}
     assert set(SIZES) <= ours and not set(TRAIN_FLAGS) & ours and COMMON < set(TRAIN_FLAGS)

@@ -85,10 +85,12 @@ TRAIN_FLAGS = (*IGNORED_FLAGS, *ADAPTER_FLAGS, *TRANSLATED_FLAGS)
 Y2023, Y2024, Y2025, LATER, LM = "2023", "2024", "2025", "2026", "RWKV-LM"
 # Flags that only one of these has.
 ERAS = {
-    **dict.fromkeys((*EARLY_FLAGS, "svd_niter", "lisa_r", "lisa_k", "lisa_config"), Y2023),
+    **dict.fromkeys(
+        (*(EARLY_FLAGS.keys() - {"target_modules"}), "svd_niter", "lisa_r", "lisa_k", "lisa_config"), Y2023
+    ),
     **dict.fromkeys(("bone_config", "state_tune", "compile", "l2warp_sparse", "enable_progress_bar"), Y2024),
     **dict.fromkeys(("disha_config", "op", "fused_kernel", "lr_schedule", "peft_checkpoint"), Y2025),
-    **dict.fromkeys(("peft_config", "miss_config", "merge", "optimizer", "target_modules"), LATER),
+    **dict.fromkeys(("peft_config", "miss_config", "merge", "optimizer"), LATER),
     **dict.fromkeys(("num_workers", "persistent_workers", "prefetch_factor"), LATER),
     **dict.fromkeys(("train_stage", "kernel", "head_chunk"), LM),
 }
