@@ -24,8 +24,4 @@ repo=${repo:-$(root "$_file" || root "$PWD" || true)}
 [ -d "$repo/src/rwkv_bone" ] || { echo "error: no repository at '${repo:-$PWD}': set repo= in $0" >&2; exit 2; }
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$repo/scripts/lib.sh"
-_adapter_is_named=0
-case " $*" in *' --adapter'*) _adapter_is_named=1 ;; *' --base_model'*) proj_dir= ;; esac
-assigns adapter && _adapter_is_named=1
-[ "$_adapter_is_named${proj_dir-x}" != 0 ] || set -- "$@" --adapter= # the model itself
 run_on_newest adapter bone rwkv_bone.conversion.convert "$@"

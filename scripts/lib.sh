@@ -99,12 +99,21 @@ run() {
 }
 
 # run_on_newest FLAG KIND PROGRAM ARGUMENT...: as run, but the newest adapter in $proj_dir is passed as FLAG, unless the
-# script itself names an adapter. KIND is what scripts/run_KIND.sh trains.
+# script itself names an adapter. KIND is what scripts/run_KIND.sh trains. With FLAG adapter the model itself is meant
+# where --base_model is given without --adapter, and where proj_dir is empty: then no adapter is passed.
 run_on_newest() {
     _flag=$1 _kind=$2 _program=$3
     shift 3
     not_flags="$not_flags proj_dir"
     if assigns proj_dir && ! assigns 'adapter|lora_checkpoint|peft_checkpoint|state_checkpoint'; then
+    if assigns proj_dir && ! assigns 'adapter|lora_checkpoint|peft_checkpoint'; then
+        case "$_flag $*" in
+            *' --adapter'*) ;;
+            'adapter '*--base_model*) proj_dir= ;;
+        esac
+        if [ "$_flag$proj_dir" = adapter ]; then
+            run "$_program" --adapter= "$@"
+        fi
         _adapter=$(newest_adapter "$(in_repo "$proj_dir")")
         if [ -z "$_adapter" ] && [ $# -eq 0 ]; then
             _what=adapter

@@ -22,16 +22,8 @@ EXAMPLES = (
         "--output out/peft-lora",
     ),
     (
-        "a PEFT directory as a file for merge.py and train.py --peft_load",
-        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --adapter out/peft --output out/back.pth",
-    ),
-    (
         "the model itself, for llama.cpp",
         "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --output out/tiny.gguf --outtype f16",
-    ),
-    (
-        "the model itself, as a Hugging Face folder",
-        "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --output out/tiny/ --layout official",
     ),
 )
 # What is read with an adapter alone, and without one alone.
