@@ -106,7 +106,6 @@ run_on_newest() {
     shift 3
     not_flags="$not_flags proj_dir"
     if assigns proj_dir && ! assigns 'adapter|lora_checkpoint|peft_checkpoint|state_checkpoint'; then
-    if assigns proj_dir && ! assigns 'adapter|lora_checkpoint|peft_checkpoint'; then
         case "$_flag $*" in
             *' --adapter'*) ;;
             'adapter '*--base_model*) proj_dir= ;;
