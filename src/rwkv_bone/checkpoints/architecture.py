@@ -185,11 +185,12 @@ class Base:
         return f"{name} ({'; '.join(words)})" if words else str(name)
 
 
-def load_base(path: str | Path) -> Base:
+def load_base(path: str | Path, verify: bool = True) -> Base:
     """The model at `path`: a .pth, .safetensors or .st file, an index of shards, or a folder, in any known layout;
     or the name of one on the Hugging Face Hub.
 
-    Nothing is copied that is not needed: tensors are mapped. UserError says what is wrong: files that are missing or
+    Nothing is copied that is not needed: tensors are mapped. verify: as `read_state` takes it; without it no tensor is
+    read, which spares those who ask for sizes alone a pass over a large file. UserError says what is wrong: files that are missing or
     too many, keys and shapes that do not make a whole model, a config.json that contradicts them, a model that we
     compute differently.
     """
@@ -199,7 +200,7 @@ def load_base(path: str | Path) -> Base:
     config_path = found.folder / "config.json" if found.folder else path
     if config is not None:
         check_mathematics(config, config_path)
-    tensors = found.read()
+    tensors = found.read(verify)
     refuse_unsupported(tensors, path)
     state, layout = to_upstream(tensors, found.files[0], head_size_of(config))
     arch = architecture_of(state, path)

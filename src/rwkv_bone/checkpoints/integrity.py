@@ -146,7 +146,11 @@ def tensor_pieces(path: Path) -> list[Piece]:
     first, *others = (int(word, 16) for word in sums.split())
     blank = text.replace(sums.encode(), re.sub("[0-9a-f]", "0", sums).encode())
     if zlib.crc32(blank) != first or len(others) != len(header):
-        raise damaged(path, "its header, which describes the tensors, does not have the checksum it was written with")
+        raise damaged(
+            path,
+            "its header, which describes the tensors, does not have the checksum it was written with (a program that "
+            f"changes the file must leave out {CHECKSUMS} of its metadata)",
+        )
     data, pieces = 8 + len(text), []
     for (key, entry), checksum in zip(header.items(), others, strict=True):
         start, end = entry["data_offsets"]

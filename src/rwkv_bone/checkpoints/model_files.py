@@ -30,13 +30,16 @@ class ModelFiles:
     index: Path | None = None
     weight_map: Mapping[str, str] | None = None  # of the index: key -> name of its file
 
-    def read(self) -> dict[str, Tensor]:
-        """All tensors under the files' own keys, mapped. UserError if the index and its shards differ."""
+    def read(self, verify: bool = True) -> dict[str, Tensor]:
+        """All tensors under the files' own keys, mapped; verify as `read_state` takes it.
+
+        UserError if the index and its shards differ.
+        """
         if self.weight_map is None:
-            return read_state(self.files[0])
+            return read_state(self.files[0], verify)
         state: dict[str, Tensor] = {}
         for file in self.files:
-            shard = read_state(file)
+            shard = read_state(file, verify)
             listed = {key for key, name in self.weight_map.items() if name == file.name}
             _same_keys(f"{self.index} lists", listed - shard.keys(), f"in {file.name}, which does not hold it")
             _same_keys(f"{file} holds", shard.keys() - listed, f"which {self.index} does not list there")

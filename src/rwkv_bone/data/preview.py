@@ -77,7 +77,7 @@ def parse(argv: list[str], prog: str = "preview") -> tuple[PreviewConfig, DataCo
     if load_model:
         from rwkv_bone.checkpoints import load_base
 
-        base = load_base(load_model)
+        base = load_base(load_model, verify=False)
         data, text = folder_text(base.folder, data)
         return preview, data, base.arch.vocab_size, text
     # A tokenizer.json is asked: any number will do to load it.
