@@ -190,9 +190,9 @@ def load_base(path: str | Path, verify: bool = True) -> Base:
     or the name of one on the Hugging Face Hub.
 
     Nothing is copied that is not needed: tensors are mapped. verify: as `read_state` takes it; without it no tensor is
-    read, which spares those who ask for sizes alone a pass over a large file. UserError says what is wrong: files that are missing or
-    too many, keys and shapes that do not make a whole model, a config.json that contradicts them, a model that we
-    compute differently.
+    read, which spares those who ask for sizes alone a pass over a large file. UserError says what is wrong: files that
+    are missing or too many, keys and shapes that do not make a whole model, a config.json that contradicts them, a
+    model that we compute differently.
     """
     path = local_model(path)
     found = find_files(path)
