@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.config.flags import parse_merge, parse_section
 from rwkv_bone.conversion import folder as folders
-from rwkv_bone.conversion import gguf_file, output
+from rwkv_bone.conversion import gguf_file, output, verify
 from rwkv_bone.conversion.convert import convert
 from rwkv_bone.conversion.flags import ConvertConfig
 from rwkv_bone.conversion.gguf_file import read_gguf
@@ -24,6 +25,7 @@ from rwkv_bone.conversion.merge import merge_files
 from rwkv_bone.conversion.output import bytes_of, output_named
 from rwkv_bone.errors import UserError
 from rwkv_bone.inference.load import assemble
+from rwkv_bone.quantization import is_quantized
 from tests.conversion.cases import IDS, logits, random_state, write_adapter, write_base
 
 FILES = ["x.pth", "x.safetensors", "x.st", "x.gguf"]
@@ -605,3 +607,26 @@ def test_only_one_tensor_is_held_at_a_time(models, tmp_path, name):
     with wanted.writing(overwrite=False) as temporary:
         wanted.write(temporary, base, base.state, tensors())
     assert len(alive) == len(base.state)
+
+
+def test_logits_of_what_is_dequantised_when_asked_for_need_one_projection_in_memory(models):
+    base, alive = checkpoints.load_base(models[7][0]), []
+
+    class Dequantised(Mapping):
+        def __getitem__(self, key):
+            if is_quantized(key):
+                assert sum(reference() is not None for reference in alive) <= 1  # the one used before
+            tensor = base.state[key].clone()
+            if is_quantized(key):
+                alive.append(weakref.ref(tensor))
+            return tensor
+
+        def __iter__(self):
+            return iter(base.state)
+
+        def __len__(self):
+            return len(base.state)
+
+    found = verify._logits(Dequantised(), base=base)
+    assert torch.equal(found, verify._logits(base.state))
+    assert len(alive) == sum(map(is_quantized, base.state))
