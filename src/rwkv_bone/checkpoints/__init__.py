@@ -1,10 +1,11 @@
 """Checkpoints: read and written (`files.py`, `stream.py`), their keys (`keys.py`), their model (`architecture.py`).
 
-A model may be several files (`model_files.py`) with a config.json (`model_config.py`), in one of several layouts
-(`layouts.py`); all of them become upstream's names and shapes (`shapes.py`).
+A base model (`base.py`) may be several files (`model_files.py`) with a config.json (`model_config.py`), in one of
+several layouts (`layouts.py`); all of them become upstream's names and shapes (`shapes.py`).
 """
 
-from rwkv_bone.checkpoints.architecture import Architecture, Base, architecture_of, load_base
+from rwkv_bone.checkpoints.architecture import Architecture, architecture_of
+from rwkv_bone.checkpoints.base import Base, load_base
 from rwkv_bone.checkpoints.files import (
     atomic_path,
     read_metadata,

@@ -11,15 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from rwkv_bone.checkpoints.architecture import Architecture
 from rwkv_bone.checkpoints.shapes import BLOCK, OUTSIDE, STATE, UNUSED_IN_LAYER_0, split_key, symbols
 from rwkv_bone.errors import UserError
-
-if TYPE_CHECKING:
-    from rwkv_bone.checkpoints.architecture import Architecture
 
 log = logging.getLogger("rwkv_bone")
 

@@ -7,12 +7,10 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rwkv_bone.checkpoints.architecture import Architecture
 from rwkv_bone.errors import UserError
-
-if TYPE_CHECKING:
-    from rwkv_bone.checkpoints.architecture import Architecture
 
 log = logging.getLogger("rwkv_bone")
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rwkv_bone.checkpoints.architecture import Architecture
+from rwkv_bone.checkpoints.architecture import Architecture
 
 OUTSIDE = {"emb.weight": "V C", "ln_out.weight": "C", "ln_out.bias": "C", "head.weight": "V C"}
 NORMS = {f"ln{number}.{part}": "C" for number in (1, 2, 0) for part in ("weight", "bias")}
