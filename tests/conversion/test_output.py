@@ -609,6 +609,7 @@ def test_only_one_tensor_is_held_at_a_time(models, tmp_path, name):
     assert len(alive) == len(base.state)
 
 
+@torch.no_grad()
 def test_logits_of_what_is_dequantised_when_asked_for_need_one_projection_in_memory(models):
     base, alive = checkpoints.load_base(models[7][0]), []
 

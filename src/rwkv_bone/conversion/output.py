@@ -47,6 +47,7 @@ UNITS = {"": 1, "B": 1} | {f"{unit}{b}": base**power for b, base in (("B", 1000)
 ROUNDING = {"f32": 0.0, "bf16": 0.41 * 2**-8, "f16": 0.41 * 2**-11, "q8_0": 0.005}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 Q8_BLOCK = 32
+ROWS_AT_ONCE = 1024  # compared, since the numbers in between take several times their memory
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,8 @@ class Output:
             return found.dtype in (torch.float32, torch.float16 if self.outtype == "q8_0" else DTYPES[self.outtype])
         if self.outtype != "q8_0" or found.dtype != torch.float32 or found.shape[-1] % Q8_BLOCK:
             return False
-        blocks = expected.float().reshape(-1, Q8_BLOCK)
-        step = blocks.abs().amax(1, keepdim=True) / 127
-        # Half of a step; and the scale, a step, is rounded to fp16, whose smallest number is 2^-24.
-        limit = step / 2 + 127 * (step * 2**-11 + 2**-25)
-        return bool(((found.reshape(-1, Q8_BLOCK) - blocks).abs() <= limit * (1 + 1e-5)).all())
+        rows = zip(expected.split(ROWS_AT_ONCE), found.split(ROWS_AT_ONCE), strict=True)
+        return all(_within_q8_0(exact.float(), near) for exact, near in rows)
 
     def number_formats(self, dtype: torch.dtype, computed: bool) -> list[str]:
         """What the weights are rounded to, in the terms of --outtype: [] if they are written as they are.
@@ -188,6 +186,15 @@ class Output:
     def size(self) -> int:
         """Bytes of the file, or of all files in the folder."""
         return sum(file.stat().st_size for file in (self.path.iterdir() if self.is_folder else [self.path]))
+
+
+def _within_q8_0(exact: Tensor, near: Tensor) -> bool:
+    """Whether every number [..., n x 32] is as near to the exact one as q8_0 must come."""
+    blocks = exact.reshape(-1, Q8_BLOCK)
+    step = blocks.abs().amax(1, keepdim=True) / 127
+    # Half of a step; and the scale, a step, is rounded to fp16, whose smallest number is 2^-24.
+    limit = step / 2 + 127 * (step * 2**-11 + 2**-25)
+    return bool(((near.reshape(-1, Q8_BLOCK) - blocks).abs() <= limit * (1 + 1e-5)).all())
 
 
 def output_named(name: str, layout: str = "auto", outtype: str = "auto", shard_size: str = "") -> Output:
