@@ -42,8 +42,8 @@ def case(request, tmp_path_factory):
     torch.save(state, folder / "base.pth")
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": prompt, "response": answer}) + "\n" for prompt, answer in ROWS))
-    flags = {"accelerator": "cpu", "precision": "fp32", "bone_r": 8, "micro_bsz": 4, "ctx_len": 32, "epoch_steps": 20}
-    flags |= {"data_file": data, "lr_init": 1e-2, "lr_final": 1e-3, "tokenizer": "bytes"}
+    flags = {"accelerator": "cpu", "precision": "fp32", "micro_bsz": 4, "ctx_len": 32, "epoch_steps": 20}
+    flags |= {"peft": "bone", "bone_r": 8, "data_file": data, "lr_init": 1e-2, "lr_final": 1e-3, "tokenizer": "bytes"}
     return layout, WRITERS[layout](folder, state), folder / "base.pth", Job(folder, flags)
 
 
@@ -100,5 +100,5 @@ def test_every_weight_is_trained_from_any_layout_and_saved_as_a_pth(case):
 
 def test_preview_reads_the_vocabulary_of_any_layout(case):
     _, model, _, job = case
-    _, _, vocabulary = parse_preview(["--load_model", str(model), "--data_file", str(job.flags["data_file"])])
+    _, _, vocabulary, _ = parse_preview(["--load_model", str(model), "--data_file", str(job.flags["data_file"])])
     assert vocabulary == 256

@@ -65,7 +65,7 @@ def test_a_run_on_a_folder_goes_on_with_the_same_text(job, model, capsys):
 
 
 def test_half_of_the_rows_held_out_are_read_with_the_same_text(job, model, capsys):
-    folder = job.run("split", load_model=model, eval_split=0.3, eval_samples=9)
+    folder = job.run("folder-split", load_model=model, eval_split=0.3, eval_samples=9)
     answers = json.loads((folder / "evaluation.json").read_text())["after"]["answers"]
     assert answers and all(re.fullmatch(r"Q \d+ -> \|A", one["prompt"]) for one in answers)
     assert all(re.fullmatch(r" \d+", one["expected"]) for one in answers)
