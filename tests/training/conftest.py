@@ -110,9 +110,9 @@ def one_thread():
     os.environ.update(environment)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def job(tmp_path_factory) -> Job:
-    """Bone on a random 2-layer model in fp32: 11 rows, 4 a step, one epoch of 3 steps."""
+    """Bone on a random 2-layer model in fp32: 11 rows, 4 a step, one epoch of 3 steps. Each file has its own folder."""
     folder = tmp_path_factory.mktemp("training")
     base, data = folder / "base.pth", folder / "rows.jsonl"
     checkpoints.write_state(base, random_model(vocab_size=256, dtype=torch.bfloat16).state_dict())
