@@ -121,6 +121,13 @@ def test_without_a_gpu_it_says_so_and_runs_nothing(check):
     assert done.returncode == 2 and "sees no GPU" in done.stderr and "--device cpu --quick" in done.stderr
 
 
+def test_a_row_has_the_names_of_files_and_not_the_folders_of_the_machine(check):
+    check.stand_in("python3", "*build.py*) echo 'wrote /some/where/choice.json at 9,000 tokens/s, a/b'; exit 5 ;;")
+    done = check.run("--parts", "build")
+    assert check.rows("check")[0]["last"] == "wrote choice.json at 9,000 tokens/s, a/b"
+    assert "    | wrote /some/where/choice.json" in done.stdout
+
+
 def test_a_failing_check_is_shown_and_does_not_stop_the_next(check):
     check.stand_in("python3", "*build.py*) echo 'the compiler is gone'; exit 5 ;; *memcheck.py*) echo done; exit 0 ;;")
     done = check.run("--parts", "build,memcheck")

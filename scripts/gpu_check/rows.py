@@ -1,14 +1,16 @@
 """Append one row to a file of rows: rows.py FILE WHAT KEY=VALUE ..., and say it on standard output.
 
-For a check, `start` and `end` become `seconds`, and the log's last line becomes `last`; the end of a failing check's
-log is shown too.
+For a check, `start` and `end` become `seconds`, and the log's last line becomes `last`, with paths by their last names,
+since rows are kept and folders are of one machine; the end of a failing check's log is shown too.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
 SHOWN_LINES = 25
+FOLDERS = re.compile(r"(?<![\w./])/(?:[\w.+-]+/)+")  # of an absolute path
 
 
 def append(path: Path, row: dict) -> None:
@@ -24,7 +26,8 @@ def check_row(fields: dict[str, str]) -> tuple[dict, list[str]]:
         row["seconds"] = round(float(fields["end"]) - float(fields["start"]), 1)
         row |= {key: int(fields[key]) for key in ("limit", "code")}
         log = Path(fields["log"]).read_text(encoding="utf-8", errors="replace").splitlines()
-        row["last"] = next((line.strip() for line in reversed(log) if line.strip()), "")[-300:]
+        last = next((line.strip() for line in reversed(log) if line.strip()), "")
+        row["last"] = FOLDERS.sub("", last)[-300:]
     if "why" in fields:
         row["why"] = fields["why"]
     return row, log

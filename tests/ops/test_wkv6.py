@@ -87,7 +87,7 @@ def level(request, operator):
     """The operator's C++ library, made to use one instruction set."""
     library = native.library(operator)
     if library.wkv_set_level(request.param) != request.param:
-        pytest.skip("this processor lacks the instruction set")
+        pytest.skip("this processor lacks the instruction set, AVX2 or AVX-512")
     yield wkv_abi.Library(library._name, operator)
     library.wkv_set_level(-1)
 

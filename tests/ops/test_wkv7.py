@@ -76,7 +76,7 @@ def level(request):
     """Makes the C++ kernel use one instruction set."""
     library = native.library("wkv7")
     if library.wkv_set_level(request.param) != request.param:
-        pytest.skip("this processor lacks the instruction set")
+        pytest.skip("this processor lacks the instruction set, AVX2 or AVX-512")
     yield wkv_abi.Library(library._name, "wkv7")
     library.wkv_set_level(-1)
 
@@ -269,7 +269,7 @@ def test_the_registered_operators_keep_pytorchs_rules(op):
 @pytest.mark.parametrize("op", ["cpu", "torch", "reference"])
 def test_a_constant_part_of_the_decay_is_added_in_float32(op, dtype, trained):
     if op == "cpu" and dtype == torch.float64:
-        pytest.skip("no kernel")
+        pytest.skip("the C++ kernels have no float64")
     case = make_case(dtype, B=2, T=20, N=16)
     w0 = torch.linspace(-3, 2, 32).view(2, 16).to(torch.promote_types(dtype, torch.float32))
     whole, parts = ({name: case[name].clone().requires_grad_() for name in INPUTS} for _ in range(2))
