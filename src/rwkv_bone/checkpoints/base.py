@@ -15,9 +15,8 @@ from rwkv_bone.checkpoints.layouts import Layout, to_upstream
 from rwkv_bone.checkpoints.model_config import check_mathematics, check_sizes, head_size_of, read_model_config
 from rwkv_bone.checkpoints.model_files import find_files
 from rwkv_bone.checkpoints.shapes import expected_shapes, state_shapes
+from rwkv_bone.checkpoints.stream import DTYPE_NAMES
 from rwkv_bone.errors import UserError
-
-STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def _check_complete(state: dict[str, Tensor], layout: Layout, arch: Architecture
     expected = dict(as_stored(key, torch.empty(shape, device="meta")) for key, shape in shapes.items())
     match_keys(expected, dict(as_stored(key, tensor) for key, tensor in state.items()), source)
     for key, tensor in state.items():
-        if tensor.dtype not in STORED:
+        if tensor.dtype not in DTYPE_NAMES:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise UserError(
                 f"{source}: {key} holds {dtype}, expected float32, bfloat16 or float16: is the model quantised?"

@@ -23,7 +23,7 @@ from torch import Tensor
 from rwkv_bone import checkpoints
 from rwkv_bone.checkpoints import Architecture, Base, param_part
 from rwkv_bone.checkpoints.layouts import LAYOUTS, Layout
-from rwkv_bone.checkpoints.stream import DTYPE_NAMES, write_tensors
+from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.conversion import folder, gguf_file
 from rwkv_bone.conversion.gguf_names import left_out
 from rwkv_bone.errors import UserError
@@ -78,9 +78,6 @@ class Output:
         reason = output._obstacle(base.arch, list(keys))
         if reason:
             raise UserError(f"--output {self.path}: {reason}")
-        unknown = {tensor.dtype for tensor in base.state.values()} - DTYPE_NAMES.keys()
-        if unknown:
-            raise UserError(f"{base.path} holds {unknown.pop()}: expected floating point, take the original checkpoint")
         return output
 
     def _obstacle(self, arch: Architecture, keys: list[str]) -> str:
