@@ -16,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
+from rwkv_bone.data.sources import Places
 from rwkv_bone.data.tokenizer import END_MARK, Tokenizer, decode_marked
 from rwkv_bone.errors import UserError
 
@@ -42,12 +43,12 @@ class Documents:
     lengths: np.ndarray  # int64 [D]
     trained: np.ndarray | None  # bool [N]; None: every token but the first of a document
     prompts: np.ndarray | None  # uint64 [D]: equal for equal prompts, see `prompt_hash`; None: not known yet
-    origin_prefix: str
-    origin_numbers: np.ndarray  # int64 [D]: line, row or document number
+    places: Places
+    origin_numbers: np.ndarray  # int64 [D]: line, row or document number, as `places` takes it
     notes: tuple[str, ...] = ()  # further lines for the user: what was skipped, where the cache is
 
     def origin(self, index: int) -> str:
-        return f"{self.origin_prefix}{self.origin_numbers[index]}"
+        return self.places(int(self.origin_numbers[index]))
 
 
 def prompt_hash(ids: np.ndarray, first_trained: int) -> int:
