@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
-from rwkv_bone.data.sources import Places
+from rwkv_bone.data.rows import Places
 from rwkv_bone.data.tokenizer import END_MARK, Tokenizer, decode_marked
 from rwkv_bone.errors import UserError
 

@@ -17,7 +17,8 @@ from rwkv_bone.data.cache import SMALL, Arrays, Build, Cache, Entry, in_memory
 from rwkv_bone.data.conversation import Layout, conversation, layout_of
 from rwkv_bone.data.dataset import SCAN, Dataset, Documents
 from rwkv_bone.data.masks import parse_mask_id, stream_mask
-from rwkv_bone.data.sources import Places, Rows, Split, Text, Tokens, open_source
+from rwkv_bone.data.rows import Places, Rows
+from rwkv_bone.data.sources import Split, Text, Tokens, open_source
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenise import (
     Block,
@@ -381,7 +382,8 @@ def _runs(starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
 @cache
 def code_hash() -> str:
     """A hash of the code that turns data into ids: a change of it makes new entries in the cache."""
-    names = ("sources", "conversation", "templates", "masks", "tokenise", "tokenizer", "load", "binidx")
+    names = "sources rows files text_files json_rows delimited columnar formats folders hub_cards token_files".split()
+    names += ["conversation", "templates", "masks", "tokenise", "tokenizer", "load", "binidx"]
     digest = hashlib.blake2b(digest_size=8)
     for name in names:
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())

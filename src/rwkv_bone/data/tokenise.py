@@ -24,7 +24,7 @@ from rwkv_bone.data.conversation import Layout, conversation
 from rwkv_bone.data.dataset import prompt_hash
 from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.masks import encode
-from rwkv_bone.data.sources import Places
+from rwkv_bone.data.rows import Places
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.errors import UserError
