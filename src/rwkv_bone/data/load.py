@@ -58,7 +58,10 @@ def load_dataset(cfg: DataConfig, vocab_size: int, path: str | None = None) -> D
             raise UserError("--data_weights has no meaning with --dataload get, which draws anywhere: remove one")
         weights = [float(weight) for weight in cfg.data_weights]
     files = cfg.data_file if path is None else (path,)
-    parts = [_Part(cfg, vocab_size, name, held_out=path is not None).documents() for name in files]
+    opened = [_Part(cfg, vocab_size, name, held_out=path is not None) for name in files]
+    if cfg.columns and path is None and not any(isinstance(p.source, Rows) and p.source.uses_columns for p in opened):
+        raise UserError("--columns names the columns of a table without a header, and no --data_file is one: remove it")
+    parts = [part.documents() for part in opened]
     if weights:
         parts = [replace(p, kind=f"{p.kind}; weight {weight:g}") for p, weight in zip(parts, weights, strict=True)]
     return Dataset(parts, cfg.ctx_len, windows=cfg.dataload == "get", long_samples=cfg.long_samples, weights=weights)
@@ -152,6 +155,7 @@ class _Part:
             "rows": source.kind,
             "split": asdict(self.split),
             "layout": [layout.kind, *layout.fields],
+            "columns": cfg.columns,
             "template": template.identity(),
             "bad_rows": cfg.bad_rows,
         }
