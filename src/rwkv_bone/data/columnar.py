@@ -173,11 +173,11 @@ class Columnar(Table, FileRows):
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says in its first line; of an error that was raised because of another, what the first one says."""
+    """What an error says, in one line; of an error that was raised because of another, what the first one says."""
     while error.__cause__ or (error.__context__ and not error.__suppress_context__):
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    text = str(error).strip().split("\n")[0]
-    return text or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:180]} ... {text[-100:]}"
 
 
 def _conversion(type_: Any) -> Convert | None:
