@@ -20,11 +20,14 @@ class Lost:
     what: str  # with its file, such as "mine.jsonl: cut at --ctx_len 128: 3 samples"
     share: float  # 0 to 1
     unit: str = "trained tokens"  # what it is a share of
+    remedy: str = ""  # what to do about it, such as "raise --ctx_len"
+
+    def sentence(self) -> str:
+        return f"{self.what}, {percent(self.share)} of the {self.unit}"
 
     def line(self) -> str:
-        """The sentence for the user."""
-        text = f"{self.what}, {percent(self.share)} of the {self.unit}"
-        return f"warning: {text}" if self.share > WARNED else text
+        """The sentence for the user, a warning if the share is large."""
+        return f"warning: {self.sentence()}" if self.share > WARNED else self.sentence()
 
 
 def percent(share: float) -> str:
@@ -34,18 +37,15 @@ def percent(share: float) -> str:
     return "more than 99.9%" if 0.999 < share < 1 else f"{share:.1%}"
 
 
-def check_lost(name: str, lost: Iterable[Lost], limit: float, remedy: str, flag: str = "--max_lost") -> None:
-    """UserError if all of `lost` together is more than the share `limit` of a file.
-
-    name: of the file; remedy: what to do, in words; flag: that of the limit.
-    """
+def check_lost(name: str, lost: Iterable[Lost], limit: float, flag: str = "--max_lost") -> None:
+    """UserError if all of `lost` together is more than the share `limit` of a file. flag: that of the limit."""
     found = [one for one in lost if one.share]
     kept = 1.0
-    for one in found:
-        kept *= 1 - one.share
+    for unit in {one.unit for one in found}:
+        kept *= 1 - min(sum(one.share for one in found if one.unit == unit), 1)
     if 1 - kept > limit:
-        sentences = "; ".join(f"{one.what}, {percent(one.share)} of the {one.unit}" for one in found)
+        remedies = ", ".join(dict.fromkeys(one.remedy for one in found if one.remedy))
         raise UserError(
             f"{name}: {percent(1 - kept)} of the data would not be trained, more than {flag} {limit:g} allows "
-            f"({sentences}): {remedy}, or give {flag} 1 to go on all the same"
+            f"({'; '.join(one.sentence() for one in found)}): {remedies}, or give {flag} 1 to go on all the same"
         )
