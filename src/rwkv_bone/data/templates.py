@@ -30,6 +30,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,7 +63,7 @@ class Template:
         """Prompt, response, prompt, ..., response; or a single document. UserError if it cannot be written so."""
         if conversation.document is not None:
             return [Segment(conversation.document, DOCUMENT)]
-        return _joined(self._segments(conversation))
+        return _joined(self._segments(with_tools_as_text(conversation)))
 
     def prompt(self, conversation: Conversation) -> str:
         """The text before the last response: what a model is given to write it."""
@@ -322,6 +323,29 @@ def _jinja() -> Environment:
 
 def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def with_tools_as_text(conversation: Conversation) -> Conversation:
+    """The same with calls and tools in its turns' texts, in the form of Hermes models, which runtimes read back.
+
+    Each call of a response is <tool_call>, its JSON on a line of its own, </tool_call>; the tools on offer stand in the
+    system turn inside <tools>.
+    """
+    turns = [_called(turn) for turn in conversation.turns]
+    if conversation.tools:
+        offered = "\n".join(["<tools>", *map(_to_json, conversation.tools), "</tools>"])
+        if turns and turns[0].role == "system":
+            turns[0] = replace(turns[0], text=f"{turns[0].text.strip()}\n{offered}")
+        else:
+            turns = [Turn("system", offered), *turns]
+    return replace(conversation, turns=tuple(turns), tools=())
+
+
+def _called(turn: Turn) -> Turn:
+    if not turn.calls:
+        return turn
+    calls = [f"<tool_call>\n{_to_json(call)}\n</tool_call>" for call in turn.calls]
+    return replace(turn, text="\n".join([*filter(None, [turn.text.strip()]), *calls]), calls=())
 
 
 def _joined(segments: Iterable[Segment]) -> list[Segment]:
