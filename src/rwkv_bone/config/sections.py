@@ -154,6 +154,9 @@ class DataConfig:
     sft_field: tuple[str, ...] = setting(
         (), "names of the prompt and response fields, or of the list of messages; empty = the usual names"
     )
+    columns: tuple[str, ...] = setting(
+        (), "names of the columns of tables without a header, such as prompt response; empty = the first line may tell"
+    )
     template: str = setting(
         "auto",
         "how turns become text: raw, world, g1, g1-think, alpaca, or the path of a template; auto = that of the "

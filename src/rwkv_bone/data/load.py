@@ -17,7 +17,7 @@ from rwkv_bone.data.cache import SMALL, Arrays, Build, Cache, Entry, in_memory
 from rwkv_bone.data.conversation import Layout, conversation, layout_of
 from rwkv_bone.data.dataset import SCAN, Dataset, Documents
 from rwkv_bone.data.masks import parse_mask_id, stream_mask
-from rwkv_bone.data.sources import Rows, Split, Text, Tokens, open_source
+from rwkv_bone.data.sources import Places, Rows, Split, Text, Tokens, open_source
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenise import (
     Block,
@@ -29,11 +29,12 @@ from rwkv_bone.data.tokenise import (
     TokenisingProgress,
     blocks,
     run,
-    token_dtype,
 )
 from rwkv_bone.data.tokenizer import END_MARK, Tokenizer, decode_marked, encode_marked, load_tokenizer
 from rwkv_bone.errors import UserError
 
+# Fields that some layouts read beside their own; until `Layout.names` says which.
+ALSO_READ = ("input", "system", "history", "tools", "reasoning_content")
 ROWS_TRIED = 100  # rows looked at for the layout, with --bad_rows skip
 TRAINED = {
     "response": "the response",
@@ -81,7 +82,7 @@ def load_pairs(cfg: DataConfig, path: str, tokenizer: Tokenizer, limit: int | No
         response = decode_marked(tokenizer, encode_marked(tokenizer, template.response(talk))).partition(END_MARK)[0]
         return template.prompt(talk), response
 
-    reader = RowReader(part.source.parse, part.source.prefix, part.skip)
+    reader = RowReader(part.source.parse, part.source.places, part.skip)
     items = ((number, raw) for number, raw, _ in part.source.items())
     return list(islice((pair for _, pair in reader.each(items, pair_of) if not isinstance(pair, str)), limit))
 
@@ -94,13 +95,19 @@ class _Part:
         # --sft_split concerns the training data alone: held-out data is read whole, from the split made for evaluation.
         self.split = Split.parse("" if held_out else cfg.sft_split)
         self.source = open_source(
-            name, cfg.data_type, split=self.split.name, cache_dir=cfg.cache_dir, held_out=held_out
+            name,
+            cfg.data_type,
+            split=self.split.name,
+            cache_dir=cfg.cache_dir,
+            held_out=held_out,
+            columns=cfg.columns,
+            fields=cfg.sft_field,
         )
         self.skip = cfg.bad_rows == "skip"
         if cfg.loss_mask == "se":
             # Checked before any row is read: --bad_rows skip would take a mistake in --mask_id for a bad row.
             parse_mask_id(cfg.mask_id)
-        self.notes: list[str] = []
+        self.notes: list[str] = [*getattr(self.source, "notes", ())]
         read_as = "" if isinstance(self.source, Rows) else self.source.kind
         read_as = "rows of text" if cfg.data_type == "jsonl" else read_as
         if cfg.sft_field and read_as:
@@ -119,11 +126,13 @@ class _Part:
         """The layout of the first row; with --bad_rows skip, of the first row whose layout is recognised."""
         first_error = None
         for number, raw, _ in islice(self.split.items(source), ROWS_TRIED if self.skip else 1):
-            where = f"{source.prefix}{number}"
+            where = source.places(number)
             try:
                 if isinstance(raw, UserError):
                     raise raw
-                return layout_of(source.parse(raw, where), self.cfg.sft_field, self.cfg.data_type, where)
+                found = layout_of(source.parse(raw, where), self.cfg.sft_field, self.cfg.data_type, where)
+                source.keep({*found.fields, *ALSO_READ})
+                return found
             except UserError as error:
                 first_error = first_error or error
         if first_error:
@@ -136,7 +145,7 @@ class _Part:
         tokenizer = load_tokenizer(cfg.tokenizer, self.vocab_size)
         template = load_template(cfg.template, tokenizer.name)
         self._check_windows(has_prompts=layout.kind != "text")
-        reader = RowReader(source.parse, source.prefix, self.skip)
+        reader = RowReader(source.parse, source.places, self.skip)
         settings = RowSettings(reader, layout, cfg.template, cfg.tokenizer, self.vocab_size, cfg.loss_mask, cfg.mask_id)
         made_from = {
             "rows": source.kind,
@@ -152,36 +161,32 @@ class _Part:
             kind += f", template {template.name}"
         if layout.kind != "text" or cfg.loss_mask in ("qa", "se"):
             kind += f", trained on {TRAINED[cfg.loss_mask]}"
-        skipped = Skipped(record["skipped"]).summary_lines(source.prefix)
+        skipped = Skipped(record["skipped"]).summary_lines(source.places)
         if not len(arrays["lengths"]):
             raise UserError(f"{self.name}: no row can be used: {'; '.join(skipped)}")
         if record["unanswered"]:
             skipped.append(f"{self.name}: {record['unanswered']:,} turns after the last response of a row left out")
         self.notes = [*skipped, *self.notes]
         tokens, lengths, prompts, numbers = (arrays[name] for name in ("tokens", "lengths", "prompts", "numbers"))
-        return self._as_documents(kind, tokens, lengths, arrays.get("trained"), prompts, source.prefix, numbers)
+        return self._as_documents(kind, tokens, lengths, arrays.get("trained"), prompts, source.places, numbers)
 
     def _of_text(self, source: Text) -> Documents:
         cfg, tokenizer = self.cfg, load_tokenizer(self.cfg.tokenizer, self.vocab_size)
         self._check_windows()
-        settings = TextSettings(self.name, cfg.tokenizer, self.vocab_size)
+        settings = TextSettings(source.places, cfg.tokenizer, self.vocab_size)
 
         def build(out: Arrays) -> dict:
-            pieces = (([text], len(text.encode())) for text in source.pieces())
-            record = self._tokenise(settings, pieces, out)
-            if not record["tokens"]:
-                raise UserError(f"{self.name}: the file is empty")
-            out.append(tokens=np.array([tokenizer.eod], dtype=token_dtype(self.vocab_size)))
-            return record
+            return self._tokenise(settings, _documents(source), out)
 
-        arrays, _ = self._entry({"text": source.encoding}, tokenizer, build)
-        tokens = arrays["tokens"]
-        lengths = np.array([len(tokens)])
-        trained = self._stream_masks(tokens, np.array([0]), lengths)
+        arrays, _ = self._entry({"text": "a document each file"}, tokenizer, build)
+        tokens, numbers = arrays["tokens"], np.arange(len(source.paths)) << Places.FILE_BITS | 1
+        lengths = np.zeros(len(numbers), dtype=np.int64)
+        np.add.at(lengths, arrays["numbers"] >> Places.FILE_BITS, arrays["lengths"])
+        trained = self._stream_masks(tokens, np.cumsum(lengths) - lengths, lengths)
         kind = f"{self.name}: {source.kind}; tokenizer {tokenizer.name}"
         if trained is not None:
             kind += f", trained on {TRAINED[cfg.loss_mask]}"
-        return self._as_documents(kind, tokens, lengths, trained, None, f"{self.name}, document ", np.array([1]))
+        return self._as_documents(kind, tokens, lengths, trained, None, source.places, numbers)
 
     def _of_tokens(self, source: Tokens) -> Documents:
         self._check_windows()
@@ -214,7 +219,7 @@ class _Part:
         trained = self._stream_masks(tokens, starts, lengths)
         what = "every token" if trained is None else TRAINED[self.cfg.loss_mask]
         kind = f"{self.name}: {source.kind}, trained on {what}"
-        return Documents(kind, tokens, starts, lengths, trained, None, source.prefix, numbers, tuple(self.notes))
+        return Documents(kind, tokens, starts, lengths, trained, None, source.places, numbers, tuple(self.notes))
 
     def _as_documents(
         self,
@@ -223,12 +228,12 @@ class _Part:
         lengths: np.ndarray,
         trained: np.ndarray | None,
         prompts: np.ndarray | None,
-        prefix: str,
+        places: Places,
         numbers: np.ndarray,
     ) -> Documents:
         """Documents that lie one after another in `tokens`."""
         starts = np.cumsum(lengths) - lengths
-        return Documents(kind, tokens, starts, lengths, trained, prompts, prefix, numbers, tuple(self.notes))
+        return Documents(kind, tokens, starts, lengths, trained, prompts, places, numbers, tuple(self.notes))
 
     def _check_windows(self, has_prompts: bool = False) -> None:
         mask = self.cfg.loss_mask
@@ -321,14 +326,14 @@ class _Part:
             if inside.any() and not self.skip:
                 place, document = places[inside][0], hit[inside][0]
                 raise UserError(
-                    f"{source.prefix}{numbers[document]}: token {tokens[place]} is outside the model's vocabulary "
+                    f"{source.places(int(numbers[document]))}: token {tokens[place]} is outside the model's vocabulary "
                     f"of {self.vocab_size} ({source.kind}): use the tokenizer the model was trained with"
                 )
         if bad.all():
             raise UserError(f"{self.name}: every document has tokens outside the vocabulary of {self.vocab_size}")
         skipped = Skipped()
         skipped.add([("token outside the model's vocabulary", int(n)) for n in numbers[bad]])
-        self.notes += skipped.summary_lines(source.prefix)
+        self.notes += skipped.summary_lines(source.places)
         return np.flatnonzero(~bad)
 
     def _stream_masks(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
@@ -350,6 +355,18 @@ class _Part:
 
         arrays, _ = self._entry({"mask": self.source.kind, "split": asdict(self.split)}, tokenizer, build)
         return arrays["trained"]
+
+
+def _documents(source: Text) -> Iterator[Block]:
+    """A block each piece of a text, and an empty one at the end of each document."""
+    for file, path in enumerate(source.paths):
+        number, size = Places.number(file, 1), 0
+        for text in source.pieces(path):
+            size += len(text)
+            yield [(text, number, False)], len(text.encode())
+        if not size:
+            raise UserError(f"{path}: the file is empty")
+        yield [("", number, True)], 0
 
 
 def _runs(starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -126,14 +126,14 @@ def prepare(cfg: PrepareConfig) -> None:
         try:
             for source in sources:
                 skipped = Skipped()
-                reader = RowReader(source.parse, source.prefix, cfg.bad_rows == "skip")
+                reader = RowReader(source.parse, source.places, cfg.bad_rows == "skip")
                 settings = DocumentSettings(reader, cfg.field, cfg.tokenizer, cfg.append_eod, dtype.str)
                 for block in run(settings, blocks(source.items()), total, cfg.workers):
                     pair.write(block.tokens, block.lengths)
                     progress.add(block.bytes, len(block.tokens))
                     documents += len(block.lengths)
                     skipped.add(block.skipped)
-                left_out += skipped.summary_lines(source.prefix)
+                left_out += skipped.summary_lines(source.places)
         finally:
             progress.close()
         if not documents:

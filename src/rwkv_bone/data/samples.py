@@ -15,6 +15,7 @@ import numpy as np
 
 from rwkv_bone.data.cache import Cache
 from rwkv_bone.data.lost import Lost, percent
+from rwkv_bone.data.sources import Places
 
 SCAN = 1 << 24  # tokens looked at in one go, so that a memory-mapped file is never in memory as a whole
 ORIGINS_SHOWN = 3
@@ -39,17 +40,15 @@ class Documents:
     lengths: np.ndarray  # int64 [D]
     trained: np.ndarray | None  # bool [N]; None: every token but the first of a document
     prompts: np.ndarray | None  # uint64 [D]: equal for equal prompts, see `prompt_hash`; None: not known yet
-    origin_prefix: str
-    origin_numbers: np.ndarray  # int64 [D]: line, row or document number
-    origin_names: tuple[str, ...] = ()  # by these numbers, instead of prefix and number; empty: there are none
+    places: Places
+    origin_numbers: np.ndarray  # int64 [D]: line, row or document number, as `places` takes it
     turns: bool = False  # conversations, which lose their sense where they are split
     notes: tuple[str, ...] = ()  # further lines for the user: what was changed or not used, where the cache is
     lost: tuple[Lost, ...] = ()  # what did not become documents
     kept: Kept | None = None
 
     def origin(self, index: int) -> str:
-        number = self.origin_numbers[index]
-        return self.origin_names[number] if self.origin_names else f"{self.origin_prefix}{number}"
+        return self.places(int(self.origin_numbers[index]))
 
     def named(self, index: Sequence[int] | np.ndarray) -> str:
         """Where the first of these documents come from."""

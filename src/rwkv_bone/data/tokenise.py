@@ -24,6 +24,7 @@ from rwkv_bone.data.conversation import UNANSWERED, Layout, conversation
 from rwkv_bone.data.dataset import prompt_hash
 from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.masks import encode
+from rwkv_bone.data.sources import Places
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.errors import UserError
@@ -61,13 +62,13 @@ class RowReader:
     """Parses the rows of a source. A bad row stops the run or, with `skip`, is replaced by the reason."""
 
     parse: Callable[[Any, str], dict]
-    prefix: str
+    places: Places
     skip: bool
 
     def each(self, items: Iterable[tuple[int, Any]], function: Callable[[dict, str], Any]) -> Iterator[tuple[int, Any]]:
         """(number, function(row, where)) for each row; (number, the reason) for a row that is skipped."""
         for number, raw in items:
-            where = f"{self.prefix}{number}"
+            where = self.places(number)
             try:
                 if isinstance(raw, UserError):
                     raise raw
@@ -89,10 +90,10 @@ class Skipped:
             count, first = self.counts.get(reason, (0, []))
             self.counts[reason] = (count + 1, [*first, number][:ORIGINS_SHOWN])
 
-    def summary_lines(self, prefix: str) -> list[str]:
+    def summary_lines(self, places: Places) -> list[str]:
         lines = []
         for reason, (count, first) in self.counts.items():
-            named = ", ".join(f"{prefix}{number}" for number in first) + ", ..." * (count > len(first))
+            named = ", ".join(places(number) for number in first) + ", ..." * (count > len(first))
             lines.append(f"skipped (--bad_rows skip), {reason}: {count:,} rows ({named})")
         return lines
 
@@ -148,9 +149,9 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """As RowSettings, for the pieces of one text, whose ids together are one document."""
+    """As RowSettings, for pieces of text: (text, number of its document, whether that ends here)."""
 
-    name: str
+    places: Places
     tokenizer: str
     vocab_size: int
 
@@ -159,10 +160,15 @@ class TextSettings:
         dtype = token_dtype(self.vocab_size)
 
         def encode_block(block: Block) -> Encoded:
-            texts, size = block
-            ids = np.array([i for text in texts for i in tokenizer.encode(text)], dtype=np.int64)
-            check_ids(ids, self.vocab_size, self.name, lambda token: tokenizer.decode([token]))
-            return Encoded(ids.astype(dtype), np.array([len(ids)]), bytes=size)
+            pieces = []
+            for text, number, ends in block[0]:
+                ids = np.array([*tokenizer.encode(text), *([tokenizer.eod] if ends else [])], dtype=np.int64)
+                check_ids(ids, self.vocab_size, self.places(number), lambda token: tokenizer.decode([token]))
+                pieces.append(ids.astype(dtype))
+            lengths, numbers = [len(ids) for ids in pieces], [number for _, number, _ in block[0]]
+            return Encoded(
+                np.concatenate(pieces), np.array(lengths), numbers=np.array(numbers, dtype=np.int64), bytes=block[1]
+            )
 
         return encode_block
 

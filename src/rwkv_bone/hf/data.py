@@ -151,7 +151,7 @@ def rows_of(path: str, split: str = "", held_out: bool = False) -> Iterator[tupl
     if not isinstance(source, Rows):
         raise UserError(f"{path} is {source.kind}: expected rows of prompt and response, or of messages")
     for number, raw, _ in part.items(source):
-        where = f"{source.prefix}{number}"
+        where = source.places(number)
         if isinstance(raw, UserError):
             raise raw
         yield where, source.parse(raw, where)
