@@ -1,11 +1,11 @@
 """How tools on offer, calls of them and their results become text.
 
-g1      Upstream's form, for RWKV-7 G1 (RWKV7-G1x-templates.txt of July 2026). JSON is compact. The list of tools stands in
-        the system turn, after what the system turn says: "Tools:", one tool a line between "[" and "]", "Return only a
-        JSON function call.". A call is a fenced block, a result a user's turn that begins with "Function output:".
+g1      Upstream's form, for RWKV-7 G1 (RWKV7-G1x-templates.txt of July 2026). JSON is compact. The list of tools stands
+        in the system turn, after what that says: "Tools:", one tool a line between "[" and "]", "Return only a JSON
+        function call.". A call is a fenced block, a result a user's turn that begins with "Function output:".
         Several calls of one response are a list in one block, one call a line, as the tools are.
-hermes  Hermes models' form, which many runtimes read back: <tools>, one tool a line, </tools> after what the system turn
-        says; each call in <tool_call>, each result in <tool_response>.
+hermes  Hermes models' form, which many runtimes read back: <tools>, one tool a line, </tools> after what the system
+        turn says; each call in <tool_call>, each result in <tool_response>.
 
 In both, text that a response has besides its calls stands before them, and each result is a turn of its own.
 
@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from rwkv_bone.data.conversation import Conversation, Turn
 
 SCHEMAS = ("parameters", "input_schema", "inputSchema")  # where a tool has the JSON schema of its arguments
 
@@ -34,9 +36,33 @@ class ToolFormat:
     result: Callable[[str], str]
 
 
-def tool_format(name: str) -> ToolFormat:
-    """g1 or hermes."""
-    return {"g1": G1, "hermes": HERMES}[name]
+def has_tools(conversation: Conversation) -> bool:
+    """Whether a row has tools, calls of them or results: otherwise --tool_format has nothing to write."""
+    return bool(conversation.tools) or any(turn.calls or turn.role == "tool" for turn in conversation.turns)
+
+
+def with_tools_as_text(conversation: Conversation, form: ToolFormat) -> Conversation:
+    """The same without tools and calls: they stand in the texts of the turns, results in their marks.
+
+    The tools on offer follow the text of the first turn, if that is a system turn; else they are one.
+    """
+    turns = [_as_text(turn, form) for turn in conversation.turns]
+    if conversation.tools:
+        offer = form.offer(conversation.tools)
+        if turns and turns[0].role == "system":
+            turns[0] = replace(turns[0], text=f"{turns[0].text.strip()}\n{offer}")
+        else:
+            turns = [Turn("system", offer), *turns]
+    return replace(conversation, turns=tuple(turns), tools=())
+
+
+def _as_text(turn: Turn, form: ToolFormat) -> Turn:
+    if turn.role == "tool":
+        return replace(turn, text=form.result(turn.text))
+    if turn.calls:
+        text = "\n".join([*filter(None, [turn.text.strip()]), form.calls(turn.calls)])
+        return replace(turn, text=text, calls=())
+    return turn
 
 
 def _compact(value: Any) -> str:
