@@ -36,6 +36,7 @@ SCHEDULES = ("cos", "exp", "linear", "constant")
 DATA_TYPES = ("auto", "jsonl", "sft", "binidx", "table", "hf", "text", "tokens")
 DATALOADS = ("pack", "pad", "only", "get")
 LOSS_MASKS = ("response", "last", "none", "pad", "qa", "se")
+TOOL_FORMATS = ("auto", "g1", "hermes")
 LONG_SAMPLES = ("auto", "cut", "drop", "split")
 BAD_ROWS = ("stop", "skip")
 LAYOUTS = ("auto", "official", "fla")
@@ -161,6 +162,12 @@ class DataConfig:
         "auto",
         "how turns become text: raw, world, g1, g1-think, alpaca, or the path of a template; auto = that of the "
         "model's folder, else world for the World tokenizer, else raw",
+    )
+    tool_format: str = setting(
+        "auto",
+        "how tools and their calls become text: upstream's form for G1 models (g1), or Hermes tags; auto = g1 with "
+        "--template g1 and g1-think, else hermes. A Jinja template writes them itself",
+        TOOL_FORMATS,
     )
     loss_mask: str = setting(
         "response",
