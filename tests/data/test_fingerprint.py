@@ -88,7 +88,10 @@ def test_it_does_not_matter_which_files_the_samples_came_from():
     mask[[7, 15, 23]] = True
     whole = of(documents(ids, [8, 8, 8], mask))
     for cut in (8, 16):
-        parts = documents(ids[:cut], [8] * (cut // 8), mask[:cut]), documents(ids[cut:], [8] * (3 - cut // 8), mask[cut:])
+        parts = (
+            documents(ids[:cut], [8] * (cut // 8), mask[:cut]),
+            documents(ids[cut:], [8] * (3 - cut // 8), mask[cut:]),
+        )
         assert of(*parts) == whole
     assert of(*(documents(ids[cut:], [8] * (3 - cut // 8), mask[cut:]) for cut in (0, 8))) != whole
     moved = documents(np.concatenate([[9, 9], ids]), [8, 8, 8], np.concatenate([[True, True], mask]), first=2)

@@ -39,10 +39,11 @@ class Documents:
     starts: np.ndarray  # int64 [D]: position of each document's first id, ascending
     lengths: np.ndarray  # int64 [D]
     trained: np.ndarray | None  # bool [N]; None: every token but the first of a document
-    prompts: np.ndarray | None  # uint64 [D]: equal for equal prompts, see `prompt_hash`; None: not known yet
     places: Places
     origin_numbers: np.ndarray  # int64 [D]: line, row or document number, as `places` takes it
+    prompts: np.ndarray | None = None  # uint64 [D]: equal for equal prompts, see `prompt_hash`; None: not known yet
     turns: bool = False  # conversations, which lose their sense where they are split
+    tools: int = 0  # rows that have tools
     notes: tuple[str, ...] = ()  # further lines for the user: what was changed or not used, where the cache is
     lost: tuple[Lost, ...] = ()  # what did not become documents
     kept: Kept | None = None
