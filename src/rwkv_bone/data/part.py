@@ -1,4 +1,4 @@
-"""One file of the data on its way to `Documents`: its source, layout, template, tokenizer and the cache put together."""
+"""One file of the data on its way to `Documents`: its source, layout, template, tokenizer and cache together."""
 
 from __future__ import annotations
 
@@ -158,7 +158,8 @@ class Part:
             kind += f", trained on {TRAINED[cfg.loss_mask]}"
         self.lost += Skipped(record["skipped"]).lost(self.name, source.places, len(arrays["lengths"]))
         if not len(arrays["lengths"]):
-            raise UserError(f"{self.name}: no row can be used: {'; '.join(one.what for one in self.lost)}")
+            reasons = "; ".join(one.what.removeprefix(f"{self.name}: ") for one in self.lost)
+            raise UserError(f"{self.name}: no row can be used: {reasons}")
         self._remark(record)
         tokens, lengths, prompts, numbers = (arrays[name] for name in ("tokens", "lengths", "prompts", "numbers"))
         return self._documents(

@@ -18,7 +18,7 @@ class Rule(NamedTuple):
     flag: str  # as the user types it, with its value in braces
     given: Callable[[DataConfig], bool]
     acts: Callable[[Part], bool]
-    why: str  # what the files are that it cannot act on
+    why: str  # what no file has or is
 
 
 def _has_turns(part: Part) -> bool:
@@ -32,15 +32,15 @@ def _needs_tokenizer(part: Part) -> bool:
 
 
 RULES = (
-    Rule("--template {template}", lambda cfg: cfg.template != "auto", _has_turns, "have no turns to write"),
-    Rule("--tool_format {tool_format}", lambda cfg: cfg.tool_format != "auto", _has_turns, "have no turns"),
-    Rule("--sft_field {sft_field}", lambda cfg: bool(cfg.sft_field), _has_turns, "have no fields to choose from"),
-    Rule("--loss_mask {loss_mask}", lambda cfg: cfg.loss_mask == "last", _has_turns, "have no responses"),
+    Rule("--template {template}", lambda cfg: cfg.template != "auto", _has_turns, "has turns"),
+    Rule("--tool_format {tool_format}", lambda cfg: cfg.tool_format != "auto", _has_turns, "has turns"),
+    Rule("--sft_field {sft_field}", lambda cfg: bool(cfg.sft_field), _has_turns, "has fields to choose from"),
+    Rule("--loss_mask {loss_mask}", lambda cfg: cfg.loss_mask == "last", _has_turns, "has responses"),
     Rule(
         "--tokenizer {tokenizer}",
         lambda cfg: cfg.tokenizer != "auto",
         _needs_tokenizer,
-        "are token ids already, with the lengths of their documents",
+        "is left to tokenise",
     ),
 )
 
@@ -63,11 +63,11 @@ def check_tools(typed: DataConfig, found: Sequence[Documents], held_out: Callabl
     if typed.tool_format == "auto" or any(documents.tools for documents in found):
         return
     if not (typed.eval_data and held_out().documents().tools):
-        refuse(f"--tool_format {typed.tool_format}", [documents.name for documents in found], "have no tools")
+        refuse(f"--tool_format {typed.tool_format}", [documents.name for documents in found], "has tools")
 
 
 def refuse(flag: str, names: Sequence[str], why: str) -> None:
-    raise UserError(f"{flag} has no meaning here, since all of {', '.join(names)} {why}: remove it")
+    raise UserError(f"{flag} has no meaning here, as nothing in {', '.join(names)} {why}: remove it")
 
 
 def _shown(cfg: DataConfig) -> dict[str, object]:
