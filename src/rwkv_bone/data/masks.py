@@ -23,7 +23,7 @@ from itertools import chain
 
 import numpy as np
 
-from rwkv_bone.data.templates import DOCUMENT, RESPONSE, Segment
+from rwkv_bone.data.segments import DOCUMENT, MASKED, RESPONSE, Segment
 from rwkv_bone.data.tokenizer import Tokenizer, encode_marked
 from rwkv_bone.errors import UserError
 
