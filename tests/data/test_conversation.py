@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_bone.data.conversation import Layout, Turn, conversation, layout_of
+from rwkv_bone.data.conversation import UNANSWERED, Layout, Turn, conversation, layout_of
 from rwkv_bone.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
@@ -15,8 +15,12 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
 PAIRS = ["prompt response", "prompt completion", "question answer", "query response", "input output"]
 
 
+def talk(row, sft_field=(), data_type="auto"):
+    return conversation(row, layout_of(row, sft_field, data_type, "f:1"), "f:1")
+
+
 def turns(row, sft_field=(), data_type="auto"):
-    return conversation(row, layout_of(row, sft_field, data_type, "f:1"), "f:1").turns
+    return talk(row, sft_field, data_type).turns
 
 
 def error(row, *sft_field):
@@ -35,8 +39,8 @@ def test_usual_pairs_are_found(names):
 
 
 def test_a_text_is_a_document():
-    talk = conversation({"text": "all of it", "id": 1}, layout_of({"text": ""}, (), "auto", "f:1"), "f:1")
-    assert (talk.document, talk.turns, talk.where) == ("all of it", (), "f:1")
+    found = conversation({"text": "all of it", "id": 1}, layout_of({"text": ""}, (), "auto", "f:1"), "f:1")
+    assert (found.document, found.turns, found.where) == ("all of it", (), "f:1")
 
 
 def test_alpaca_rows_keep_instruction_and_input_apart_and_may_have_system_and_history():
@@ -60,8 +64,8 @@ def test_alpaca_rows_keep_instruction_and_input_apart_and_may_have_system_and_hi
 
 def test_a_later_row_of_alpaca_may_have_an_input_that_the_first_lacks():
     layout = layout_of({"instruction": "a", "output": "b"}, (), "auto", "f:1")
-    talk = conversation({"instruction": "a", "input": "m", "output": "b"}, layout, "f:2")
-    assert talk.turns[0] == Turn("user", "a", material="m")
+    found = conversation({"instruction": "a", "input": "m", "output": "b"}, layout, "f:2")
+    assert found.turns[0] == Turn("user", "a", material="m")
 
 
 def test_messages_of_openai():
@@ -76,7 +80,7 @@ def test_content_in_parts_is_joined_and_pictures_are_refused():
     assert "not text (messages[0]: image_url)" in error({"messages": [{"role": "user", "content": picture}, ANSWER]})
 
 
-def test_tool_calls_become_text_and_results_become_tool_turns():
+def test_tool_calls_and_tools_are_read_and_results_become_tool_turns():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": "ü"}'}}
     row = {
         "tools": [{"name": "add"}, {"name": "sub"}],
@@ -90,13 +94,14 @@ def test_tool_calls_become_text_and_results_become_tool_turns():
             {"role": "assistant", "content": "done", "tool_calls": None},
         ],
     }
-    add = '<tool_call>\n{"name": "add", "arguments": {"a": "ü"}}\n</tool_call>'
+    add = {"name": "add", "arguments": {"a": "ü"}}
+    assert talk(row).tools == ({"name": "add"}, {"name": "sub"})
     assert turns(row) == (
-        Turn("system", 'calculate\n<tools>\n{"name": "add"}\n{"name": "sub"}\n</tools>'),
+        Turn("system", "calculate"),
         Turn("user", "hi"),
-        Turn("assistant", f"{add}\n{add}"),
-        Turn("tool", "2"),
-        Turn("assistant", 'again\n<tool_call>\n{"name": "sub", "arguments": {}}\n</tool_call>'),
+        Turn("assistant", "", calls=(add, add), call_ids=("1", "1")),
+        Turn("tool", "2", call_ids=("1",)),
+        Turn("assistant", "again", calls=({"name": "sub", "arguments": {}},)),
         Turn("tool", "0"),
         Turn("assistant", "done"),
     )
@@ -112,10 +117,10 @@ def test_conversations_of_sharegpt():
             {"from": "gpt", "value": "three"},
         ],
     }
+    assert talk(row).tools == ({"name": "f"},)
     assert turns(row) == (
-        Turn("system", '<tools>\n{"name": "f"}\n</tools>'),
         Turn("user", "hi"),
-        Turn("assistant", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'),
+        Turn("assistant", "", calls=({"name": "f", "arguments": {}},)),
         Turn("tool", "3"),
         Turn("assistant", "three"),
     )
@@ -144,8 +149,10 @@ def test_reasoning_in_a_field_of_its_own_is_kept():
 
 def test_turns_after_the_last_response_are_left_out_and_counted():
     row = {"messages": [USER, ANSWER, USER, USER]}
-    talk = conversation(row, Layout("messages", ("messages",)), "f:1")
-    assert talk.turns == (Turn("user", "hi"), Turn("assistant", "yes")) and talk.unanswered == 2
+    found = conversation(row, Layout("messages", ("messages",)), "f:1")
+    assert found.turns == (Turn("user", "hi"), Turn("assistant", "yes")) and found.remarks == {
+        "turns after the last response, left out": 2
+    }
 
 
 def test_sft_field_names_prompt_and_response_or_the_messages():
@@ -228,12 +235,12 @@ VALUES = st.recursive(
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
 def test_any_row_is_either_read_or_refused(row):
     try:
-        talk = conversation(row, layout_of(row, (), "auto", "f:1"), "f:1")
+        read = conversation(row, layout_of(row, (), "auto", "f:1"), "f:1")
     except UserError as found:
         assert str(found).startswith("f:1: ")
     else:
-        assert talk.document or talk.turns[-1].role == "assistant"
-        assert all(isinstance(turn.text, str) for turn in talk.turns)
+        assert read.document or read.turns[-1].role == "assistant"
+        assert all(isinstance(turn.text, str) for turn in read.turns)
 
 
 @pytest.mark.parametrize(
@@ -252,9 +259,9 @@ def test_data_of_others_is_read_whole(shared, name, kind, rows, responses):
     assert (layout.kind, len(talks)) == (kind, rows)
     said = [turn for talk in talks for turn in talk.turns if turn.role == "assistant"]
     if responses:
-        assert len(said) == responses and not any(talk.unanswered for talk in talks)
+        assert len(said) == responses and not any(talk.remarks for talk in talks)
     else:
         texts = [m.get("value", m.get("message")) for row in data for m in row[layout.fields[0]]]
         kept = [turn.text for talk in talks for turn in talk.turns]
-        assert len(kept) + sum(talk.unanswered for talk in talks) == len(texts)
+        assert len(kept) + sum(talk.remarks.get(UNANSWERED, 0) for talk in talks) == len(texts)
         assert kept[:50] == texts[:50]

@@ -115,6 +115,20 @@ def test_alpaca_writes_instruction_and_input_under_headings():
     ]
 
 
+def test_calls_and_tools_are_written_in_the_form_of_hermes_models():
+    called = Turn(
+        "assistant", " again ", calls=({"name": "add", "arguments": {"a": "ü"}}, {"name": "f", "arguments": 1})
+    )
+    turns = (Turn("system", "calculate"), Turn("user", "a"), called)
+    system = 'calculate\n<tools>\n{"name": "add"}\n{"name": "f"}\n</tools>'
+    response = 'again\n<tool_call>\n{"name": "add", "arguments": {"a": "ü"}}\n</tool_call>\n<tool_call>\n'
+    response += '{"name": "f", "arguments": 1}\n</tool_call>'
+    for begin in (0, 1):
+        conversation = Conversation("f:1", turns[begin:], tools=({"name": "add"}, {"name": "f"}))
+        offered = system[10 * begin :]
+        assert texts("world", conversation) == [f"System: {offered}\n\nUser: a\n\nAssistant:", f" {response}"]
+
+
 def test_what_a_tool_returned_is_a_turn_of_the_user():
     conversation = Conversation(
         "f:1", (Turn("user", "a"), Turn("assistant", "call"), Turn("tool", "3\n"), Turn("assistant", "three"))

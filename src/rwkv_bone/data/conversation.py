@@ -10,15 +10,14 @@ messages    a list of turns, {"messages": ...} or {"conversations": ...}, or one
             {"role", "content"} (OpenAI), {"from", "value"} (ShareGPT), or {"message"} alone, where user and assistant
             take turns. "system" and "tools" beside the list are read too.
 
-Tool calls become text in the form of Hermes models, which runtimes know how to read back: each call of a response is
-<tool_call>, its JSON on a line of its own, </tool_call>; the tools on offer stand in the system turn inside <tools>.
+What a turn says, what it thinks and which tools it calls are kept apart: `templates` decide how each is written.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rwkv_bone.errors import UserError
@@ -40,6 +39,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
 }
+UNANSWERED = "turns after the last response, left out"
 REMEDY = "Name prompt and response with --sft_field"
 
 
@@ -48,9 +48,13 @@ class Turn:
     """One turn of a conversation."""
 
     role: str  # system, user, assistant or tool
-    text: str
-    thinking: str = ""  # the reasoning of an assistant's turn, if the row has it in a field of its own
+    text: str  # what is visible: without its think block and its calls
+    thinking: str = ""  # the reasoning of an assistant's turn
     material: str = ""  # the text that a user's instruction is about (alpaca's `input`)
+    calls: tuple[Mapping[str, Any], ...] = ()  # of an assistant's turn: {"name", "arguments"} each
+    trained: bool = True  # False: an assistant's turn that is read and not trained (`weight: 0`, `train: false`)
+    call_ids: tuple[str, ...] = ()  # of `calls`, "" for a call without one; of a tool's turn: that of the call answered
+    name: str = ""  # of a tool's turn: the tool
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ class Conversation:
     where: str  # such as "data.jsonl:17", for messages
     turns: tuple[Turn, ...] = ()
     document: str | None = None
-    unanswered: int = 0  # turns after the last response: they train nothing and are left out
+    tools: tuple[Any, ...] = ()  # the tools on offer, as the row describes them
+    # What was left out, changed or not used: sentences about rows or turns, with counts, to be summed over all rows.
+    remarks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,11 @@ class Layout:
 
     def __str__(self) -> str:
         return " and ".join(self.fields)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The top-level names that are read, where a row has them."""
+        return frozenset(self.fields) | {"input", "system", "history", "tools", "reasoning_content"}
 
 
 def layout_of(row: Mapping[str, Any], sft_field: tuple[str, ...], data_type: str, where: str) -> Layout:
@@ -117,12 +128,13 @@ def conversation(row: Mapping[str, Any], layout: Layout, where: str) -> Conversa
     prompt, response = layout.fields
     before: tuple[Turn, ...] = ()
     material = ""
+    tools: tuple[Any, ...] = ()
     if layout.kind == "alpaca":
-        material = _optional(row, "input", where)
+        material, tools = _optional(row, "input", where), _tools(row, where)
         before = (*_system(row, where), *_history(row, where))
     user = Turn("user", _field(row, prompt, where), material=material)
     answer = Turn("assistant", _filled(row, response, where), thinking=_optional(row, "reasoning_content", where))
-    return Conversation(where, (*before, user, answer))
+    return Conversation(where, (*before, user, answer), tools=tools)
 
 
 def _of_messages(row: Mapping[str, Any], name: str, where: str) -> Conversation:
@@ -134,14 +146,14 @@ def _of_messages(row: Mapping[str, Any], name: str, where: str) -> Conversation:
         role = ("user", "assistant")[i % 2] if alternating else _role(message, where, place)
         turns.append(_turn(message, role, where, place))
     turns = [turn for turn in turns if turn.role != "system" or turn.text.strip()]
-    if turns and turns[0].role == "system":
-        turns = [*_system(row, where, turns[0].text), *turns[1:]]
-    else:
+    if not turns or turns[0].role != "system":
         turns = [*_system(row, where), *turns]
     answered = max((i + 1 for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
     if not answered:
         raise UserError(f"{where}: no turn of the assistant in {name!r}: there is nothing to train on")
-    return Conversation(where, tuple(turns[:answered]), unanswered=len(turns) - answered)
+    left_out = len(turns) - answered
+    remarks = {UNANSWERED: left_out} if left_out else {}
+    return Conversation(where, tuple(turns[:answered]), tools=_tools(row, where), remarks=remarks)
 
 
 def _messages(row: Mapping[str, Any], name: str, where: str) -> list[dict]:
@@ -171,23 +183,35 @@ def _turn(message: dict, role: str, where: str, place: str) -> Turn:
     value = message.get(key)
     if isinstance(value, list):
         value = "".join(_part(part, where, place) for part in value)
-    calls = message.get("tool_calls") or [call for call in [message.get("function_call")] if call]
-    if value is None and (calls or (key and role == "system")):
+    found = message.get("tool_calls") or [call for call in [message.get("function_call")] if call]
+    if not isinstance(found, list):
+        raise UserError(f"{where}: tool_calls is {json_type(found)}, expected a list ({place})")
+    if value is None and (found or (key and role == "system")):
         value = ""
     if key is None and value is None:
-        found = ", ".join(message) or "nothing"
+        names = ", ".join(message) or "nothing"
         keys = ", ".join(TEXT_KEYS)
-        raise UserError(f"{where}: a turn without text ({place}); expected one of {keys}, found {found}")
+        raise UserError(f"{where}: a turn without text ({place}); expected one of {keys}, found {names}")
     text = _checked(value, f"{where}: {key}", f" ({place})")
-    if role == "function_call" and text.strip():
-        text = _tool_call(text.strip())
-    elif calls:
-        if not isinstance(calls, list):
-            raise UserError(f"{where}: tool_calls is {json_type(calls)}, expected a list ({place})")
-        text = "\n".join([*filter(None, [text.strip()]), *(_tool_call(_call(call, where, place)) for call in calls)])
-    if ROLES[role] == "assistant" and not text.strip():
+    if role == "function_call" and text.strip():  # ShareGPT's: the call is the text
+        found, text = [*_loaded(text, where, place), *found], ""
+    calls = tuple(_call(call, where, place) for call in found)
+    if ROLES[role] == "assistant" and not text.strip() and not calls:
         raise UserError(f"{where}: empty response ({place}): fill it or remove the row")
-    return Turn(ROLES[role], text, thinking=_optional(message, "reasoning_content", where, f" ({place})"))
+    thinking = _optional(message, "reasoning_content", where, f" ({place})")
+    ids, name = tuple(str(call.get("id") or "") for call in found), ""
+    if ROLES[role] == "tool":
+        ids, name = (_optional(message, "tool_call_id", where, f" ({place})"),), _optional(message, "name", where)
+    return Turn(ROLES[role], text, thinking, calls=calls, call_ids=ids if any(ids) else (), name=name)
+
+
+def _loaded(text: str, where: str, place: str) -> list:
+    """The calls that a text of JSON holds: one, or a list of them."""
+    try:
+        calls = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: a tool call that is not JSON ({place}); expected {{name, arguments}}") from error
+    return calls if isinstance(calls, list) else [calls]
 
 
 def _part(part: Any, where: str, place: str) -> str:
@@ -197,7 +221,7 @@ def _part(part: Any, where: str, place: str) -> str:
     raise UserError(f'{where}: a part that is not text ({place}: {found}); expected {{"type": "text", "text": ...}}')
 
 
-def _call(call: Any, where: str, place: str) -> str:
+def _call(call: Any, where: str, place: str) -> dict[str, Any]:
     call = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise UserError(f"{where}: a tool call without a name ({place}); expected {{name, arguments}}")
@@ -207,32 +231,25 @@ def _call(call: Any, where: str, place: str) -> str:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             pass  # arguments that are not valid JSON stay as they are
-    return json.dumps({"name": call["name"], "arguments": arguments}, ensure_ascii=False)
+    return {"name": call["name"], "arguments": arguments}
 
 
-def _tool_call(text: str) -> str:
-    return f"<tool_call>\n{text}\n</tool_call>"
+def _system(row: Mapping[str, Any], where: str) -> list[Turn]:
+    """The system turn that the row's field "system" holds."""
+    text = _optional(row, "system", where)
+    return [Turn("system", text)] if text.strip() else []
 
 
-def _system(row: Mapping[str, Any], where: str, text: str = "") -> list[Turn]:
-    """The system turn: `text`, else the row's field "system", and the tools on offer."""
-    parts = [text or _optional(row, "system", where), _tools(row, where)]
-    text = "\n".join(part.strip() for part in parts if part.strip())
-    return [Turn("system", text)] if text else []
-
-
-def _tools(row: Mapping[str, Any], where: str) -> str:
+def _tools(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: field 'tools' is not valid JSON ({error})") from error
-    if not tools:
-        return ""
-    tools = tools if isinstance(tools, list) else [tools]
-    lines = [json.dumps(tool, ensure_ascii=False) for tool in tools]
-    return "\n".join(["<tools>", *lines, "</tools>"])
+    if not tools or isinstance(tools, str):
+        return ()
+    return tuple(tools) if isinstance(tools, list) else (tools,)
 
 
 def _history(row: Mapping[str, Any], where: str) -> list[Turn]:

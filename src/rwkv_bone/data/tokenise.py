@@ -20,7 +20,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
-from rwkv_bone.data.conversation import Layout, conversation
+from rwkv_bone.data.conversation import UNANSWERED, Layout, conversation
 from rwkv_bone.data.dataset import prompt_hash
 from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.masks import encode
@@ -126,7 +126,7 @@ class RowSettings:
             ids, trained = encode(template.render(talk), tokenizer, self.loss_mask, self.mask_id)
             if may_exceed:
                 check_ids(ids, self.vocab_size, where, lambda token: tokenizer.decode([token]))
-            return ids.astype(dtype), trained, talk.unanswered
+            return ids.astype(dtype), trained, talk.remarks.get(UNANSWERED, 0)
 
         def encode_block(block: Block) -> Encoded:
             rows = list(self.reader.each(block[0], encode_row))
