@@ -171,6 +171,6 @@ def _refuse_preferences(fields: Fields, pairs: list[tuple[str, str]]) -> None:
     if labels and pairs:
         raise UserError(
             f"{where}: with a field {labels[0]!r} that is true or false this is preference data for KTO: some of the "
-            "responses are bad. This program trains on every response it reads: keep the good rows, in a file of their own, "
-            f"and give {flag} {' '.join(pairs[0])}"
+            "responses are bad. This program trains on every response it reads: keep the good rows, in a file of their "
+            f"own, and give {flag} {' '.join(pairs[0])}"
         )
