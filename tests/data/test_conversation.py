@@ -1,6 +1,8 @@
 """Rows of every layout mean the turns their author meant, and what cannot be read is refused with its place."""
 
 import json
+import math
+from datetime import datetime
 
 import pytest
 from hypothesis import given, settings
@@ -175,7 +177,10 @@ def test_data_type_chooses_between_text_and_the_rest():
         ({"text": "a", "messages": []}, "text or messages"),
         ({"messages": [], "conversations": []}, "messages or conversations"),
         ({"prompt": "a", "response": "b", "completion": "c"}, "prompt+response or prompt+completion"),
-        ({"instruction": "a", "output": "b", "question": "c", "answer": "d"}, "instruction+output or question+answer"),
+        (
+            {"instruction": "a", "output": "b", "question": "c", "answer": "d"},
+            "instruction+output or instruction+answer or question+output or question+answer",
+        ),
     ],
 )
 def test_fields_with_two_meanings_need_a_choice(row, choices):
@@ -190,9 +195,11 @@ def test_unknown_fields_are_listed():
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "a", "response": 4}, "field 'response' is a number, expected a string"),
-        ({"prompt": None, "response": "b"}, "field 'prompt' is null, expected a string"),
-        ({"prompt": ["a"], "response": "b"}, "field 'prompt' is a list, expected a string"),
+        ({"prompt": None, "response": "b"}, "field 'prompt' is null, expected a text"),
+        ({"prompt": "b", "response": math.nan}, "field 'response' is not a number (NaN), expected a text"),
+        ({"prompt": datetime(2026, 1, 2), "response": "b"}, "field 'prompt' is a datetime, expected a text"),
+        ({"prompt": ["a"], "response": "b"}, "field 'prompt' is a list, expected a text: name one inside it with"),
+        ({"question": "a", "answer": {"x.y": 1}}, "name one inside it with --sft_field, such as answer.x.y"),
         ({"prompt": "a", "response": " \n"}, "field 'response' is empty"),
         ({"text": ""}, "field 'text' is empty"),
         ({"prompt": "a", "response": "\ud800"}, "half of a surrogate pair at character 0"),
@@ -205,14 +212,13 @@ def test_unknown_fields_are_listed():
         ({"messages": [USER, {"content": "x"}]}, "no role (messages[1]); expected one of system"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "empty response (messages[1])"),
         ({"messages": [USER, {"role": "assistant"}]}, "a turn without text (messages[1])"),
-        ({"messages": [{"role": "user", "content": None}, ANSWER]}, "content is null, expected a string (messages[0])"),
+        ({"messages": [{"role": "user", "content": None}, ANSWER]}, "content is null, expected a text (messages[0])"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "a tool call without a name (messages[1])"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": "f"}]}, "tool_calls is a string, expected a list"),
-        ({"conversations": [{"from": "gpt", "value": 3}]}, "value is a number, expected a string (conversations[0])"),
+        ({"conversations": [{"from": "gpt", "value": {}}]}, "value is an object, expected a text (conversations[0])"),
         ({"conversations": [{"from": "function_call", "value": ""}]}, "empty response (conversations[0])"),
         ({"messages": [USER, ANSWER], "tools": "[{"}, "field 'tools' is not valid JSON"),
-        ({"instruction": "a", "output": "b", "input": 3}, "field 'input' is a number"),
-        ({"instruction": "a", "output": "b", "history": "x"}, "field 'history' is a string"),
+        ({"instruction": "a", "output": "b", "input": [3]}, "field 'input' is a list, expected a text: name"),
         ({"instruction": "a", "output": "b", "history": [["x"]]}, "not a pair (history[0])"),
         ({"instruction": "a", "output": "b", "history": [["x", ""]]}, "empty response (history[0])"),
     ],
@@ -246,7 +252,7 @@ def test_any_row_is_either_read_or_refused(row):
 @pytest.mark.parametrize(
     ("name", "kind", "rows", "responses"),
     [
-        ("self-instruct/seed_tasks.json", "alpaca", 175, 175),
+        ("self-instruct/seed_tasks.json", "pair", 175, 175),
         ("llamafactory/glaive_toolcall_en_demo.json", "messages", 61, 157 + 44),
         ("fastchat/dummy_conversation.json", "messages", 150, None),
         ("kdconv/travel_dev.json", "messages", 26, None),
@@ -259,7 +265,7 @@ def test_data_of_others_is_read_whole(shared, name, kind, rows, responses):
     assert (layout.kind, len(talks)) == (kind, rows)
     said = [turn for talk in talks for turn in talk.turns if turn.role == "assistant"]
     if responses:
-        assert len(said) == responses and not any(talk.remarks for talk in talks)
+        assert len(said) == responses and not any(UNANSWERED in talk.remarks for talk in talks)
     else:
         texts = [m.get("value", m.get("message")) for row in data for m in row[layout.fields[0]]]
         kept = [turn.text for talk in talks for turn in talk.turns]

@@ -23,7 +23,7 @@ from rwkv_bone.errors import UserError
 
 tokenizers = pytest.importorskip("tokenizers")
 TEMPLATE = """\
-{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}A: {{ m.content }}{{ eos_token }}
+{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %} {{ m.content }}{{ eos_token }}
 {% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}
 {% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}
 """

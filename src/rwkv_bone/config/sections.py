@@ -153,7 +153,13 @@ class DataConfig:
         "bytes, world, or the path of a tokenizer.json; auto = the model folder's, else by the vocabulary's size",
     )
     sft_field: tuple[str, ...] = setting(
-        (), "names of the prompt and response fields, or of the list of messages; empty = the usual names"
+        (),
+        "names of the prompt and response fields, such as instruction+input output (a+b: two fields, joined by a line "
+        "break; a.b: inside an object), or one name, of the list of messages or a document's text; empty = the usual "
+        "names",
+    )
+    eval_field: tuple[str, ...] = setting(
+        (), "as sft_field, for eval_data; empty = those of sft_field where eval_data has them, else the usual names"
     )
     columns: tuple[str, ...] = setting(
         (), "names of the columns of tables without a header, such as prompt response; empty = the first line may tell"
@@ -206,11 +212,16 @@ class DataConfig:
         check_choices(self)
         check_at_least(self, 1, "ctx_len", "micro_bsz")
         check_given(self, "data_file")
-        if len(self.sft_field) > 2:
-            raise UserError(
-                f"--sft_field takes the names of prompt and response, or one name, of the messages; "
-                f"got {len(self.sft_field)}: {' '.join(self.sft_field)}"
-            )
+        for name in ("sft_field", "eval_field"):
+            names = getattr(self, name)
+            if len(names) > 2:
+                raise UserError(
+                    f"--{name} takes the names of prompt and response, or one name, of the messages; got {len(names)}: "
+                    f"{' '.join(names)}. Several fields of the prompt are joined by +: --{name} "
+                    f"{'+'.join(names[:-1])} {names[-1]}"
+                )
+        if self.eval_field and not self.eval_data:
+            raise UserError("--eval_field names fields of --eval_data: give that too, or remove it")
         if self.data_weights:
             if len(self.data_weights) != len(self.data_file):
                 raise UserError(

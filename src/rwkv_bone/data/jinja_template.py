@@ -6,14 +6,17 @@ them, `documents` (none) and the special tokens. With `add_generation_prompt` it
 
 What is trained is the text inside {% generation %} and nothing else, if the template has such blocks: transformers'
 assistant mask. In any other template a response is what is added by rendering one message more: the text up to it is
-rendered with `add_generation_prompt`, the text with it without, and each text must begin with the one before. A template
-that rewrites what it wrote earlier (some leave out the thinking of earlier turns) is refused then.
+rendered with `add_generation_prompt`, the text with it without, and each text must begin with the one before. Then a
+template that rewrites what it wrote earlier (some leave out the thinking of earlier turns) is refused.
+
+A template that reads neither `reasoning_content` nor `thinking` gets the thinking in `content`, as a think block.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
@@ -24,12 +27,18 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rwkv_bone.data.conversation import Conversation, Turn
-from rwkv_bone.data.segments import PROMPT, RESPONSE, Segment, Template, response_role
+from rwkv_bone.data.segments import PROMPT, RESPONSE, Segment, Template, response_role, think_block
 from rwkv_bone.errors import UserError
 
 GO_ON = "To go on, give another --template: world, g1, g1-think, alpaca, or a copy of this file that you change"
 # Around the text of a {% generation %} block: no text in data looks like this.
 BEGIN, END = "\ufdd2<generation>\ufdd3", "\ufdd2</generation>\ufdd3"
+UNWRITTEN = "responses whose thinking the template leaves out"
+# Where the mark that ends a turn is outside, nothing teaches the model to stop.
+UNMARKED = (
+    "rows in which the template writes more after its last {% generation %} block: what ends the response is not "
+    "trained, so the model does not learn to stop"
+)
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 
 
@@ -40,8 +49,6 @@ class JinjaTemplate(Template):
     end-of-document id is appended after tokenising.
     """
 
-    writes_thinking = True  # or not, as its author has decided
-
     def __init__(self, name: str, texts: Mapping[str, str], specials: Mapping[str, str]):
         self.name, self._specials = name, dict.fromkeys(("bos_token", "eos_token"), "") | dict(specials)
         self._digest = hashlib.sha256(json.dumps([texts, self._specials], sort_keys=True).encode()).hexdigest()[:16]
@@ -51,13 +58,15 @@ class JinjaTemplate(Template):
         return f"jinja 3 {self._digest}"
 
     def remarks(self, conversation: Conversation) -> Mapping[str, int]:
-        if conversation.document is not None or not self._of(conversation).has_marks:
-            return {}
-        *_, last = self._marked(conversation)
-        # If the mark that ends a turn is outside, nothing teaches the model to stop.
-        unmarked = last.role == PROMPT and last.text.strip()
-        sentence = "rows in which what ends the last response stands outside the template's {% generation %} block"
-        return {f"{sentence}, so it is not trained and the model does not learn to stop": 1} if unmarked else {}
+        found = {}
+        thoughts = [turn.thinking.replace("\r\n", "\n").strip() for turn in conversation.turns if turn.thinking]
+        if thoughts:
+            text = self._write(conversation).replace("\r\n", "\n")
+            found[UNWRITTEN] = sum(thought not in text for thought in thoughts)
+        if conversation.turns and self._of(conversation).has_marks:
+            *_, last = self._marked(conversation)
+            found[UNMARKED] = int(last.role == PROMPT)
+        return {remark: count for remark, count in found.items() if count}
 
     def _of(self, conversation: Conversation) -> Chat:
         """The template of a row."""
@@ -69,7 +78,7 @@ class JinjaTemplate(Template):
 
     def _marked(self, conversation: Conversation) -> Iterator[Segment]:
         """By the template's own {% generation %} blocks."""
-        before, *parts = self._write(conversation, len(conversation.turns), False).split(BEGIN)
+        before, *parts = self._write(conversation).split(BEGIN)
         answers = [turn for turn in conversation.turns if turn.role == "assistant"]
         roles = [RESPONSE] * len(parts)
         if not all(turn.trained for turn in answers):
@@ -83,11 +92,15 @@ class JinjaTemplate(Template):
             raise UserError(
                 f"{conversation.where}: --template {self.name}: nothing is in its {{% generation %}} blocks. {GO_ON}"
             )
-        yield Segment(before, PROMPT)
+        segments = [Segment(before, PROMPT)]
         for part, role in zip(parts, roles, strict=True):
             inside, _, after = part.partition(END)
-            # An empty piece would cut the text around it in two, and so its tokens.
-            yield from (piece for piece in (Segment(inside, role), Segment(after, PROMPT)) if piece.text)
+            segments += [Segment(inside, role), Segment(after, PROMPT)]
+        if not segments[-1].text.strip():
+            # So the end-of-document id follows the response, and is trained with it.
+            segments.pop()
+        # An empty piece would cut the text around it in two, and so its tokens.
+        yield from (segment for segment in segments if segment.text)
 
     def _continued(self, conversation: Conversation) -> Iterator[Segment]:
         """A response is what is added to the text before it."""
@@ -117,11 +130,12 @@ class JinjaTemplate(Template):
             )
         return text
 
-    def _write(self, conversation: Conversation, count: int, add_generation_prompt: bool) -> str:
-        """The template's text of the first `count` turns."""
+    def _write(self, conversation: Conversation, count: int | None = None, add_generation_prompt: bool = False) -> str:
+        """The template's text of the first `count` turns; of all, without it."""
+        template = self._of(conversation)
         try:
-            return self._of(conversation).render(
-                messages=[_message(turn) for turn in conversation.turns[:count]],
+            return template.render(
+                messages=[_message(turn, template.reads_thinking) for turn in conversation.turns[:count]],
                 add_generation_prompt=add_generation_prompt,
                 tools=list(conversation.tools) or None,
                 documents=None,
@@ -131,12 +145,11 @@ class JinjaTemplate(Template):
             raise UserError(f"{conversation.where}: --template {self.name}: {error}. {GO_ON}") from error
 
 
-def _message(turn: Turn) -> dict[str, Any]:
-    message: dict[str, Any] = {
-        "role": turn.role,
-        "content": f"{turn.text}\n{turn.material}" if turn.material else turn.text,
-    }
-    if turn.thinking:
+def _message(turn: Turn, apart: bool) -> dict[str, Any]:
+    """A turn as transformers has it. apart: its thinking is in a field of its own, not in its content."""
+    content = f"{turn.text}\n{turn.material}" if turn.material else turn.text
+    message: dict[str, Any] = {"role": turn.role, "content": content if apart else think_block(turn) + content}
+    if turn.thinking and apart:
         # Under both names that templates for transformers read.
         message |= dict.fromkeys(("reasoning_content", "thinking"), turn.thinking)
     ids = turn.call_ids or ("",) * max(len(turn.calls), 1)
@@ -168,6 +181,7 @@ class Chat:
             line = f"line {number}: " if number else ""
             raise UserError(f"--template {name}: not a Jinja template ({line}{error})") from error
         self.has_marks = environment.has_marks
+        self.reads_thinking = re.search(r"\b(?:reasoning_content|thinking)\b", text) is not None
 
 
 class Environment(ImmutableSandboxedEnvironment):

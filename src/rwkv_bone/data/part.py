@@ -52,6 +52,10 @@ class Part:
         self.cfg, self.vocab_size, self.name = cfg, vocab_size, name
         # --sft_split concerns the training data alone: held-out data is read whole, from the split made for evaluation.
         self.split = Split.parse("" if held_out else cfg.sft_split)
+        # Held-out data has fields of its own, or those of the training data if it has these.
+        self.fields = cfg.eval_field if held_out and cfg.eval_field else cfg.sft_field
+        self.flag = "--eval_field" if held_out else "--sft_field"
+        self.others_have_fields = not cfg.eval_field if held_out else len(cfg.data_file) > 1
         self.source = open_source(
             name,
             cfg.data_type,
@@ -59,7 +63,7 @@ class Part:
             cache_dir=cfg.cache_dir,
             held_out=held_out,
             columns=cfg.columns,
-            fields=cfg.sft_field,
+            fields=self.fields,
         )
         self.skip = cfg.bad_rows == "skip"
         if cfg.loss_mask == "se":
@@ -70,10 +74,11 @@ class Part:
         self.keys: list[str] = []  # of the entries in the cache
         self.store: Cache | None = None
         self._layout: Layout | None = None
-        if cfg.sft_field and cfg.data_type == "jsonl":
-            raise UserError(
-                "--sft_field has no meaning with --data_type jsonl, which reads the field 'text': remove one"
-            )
+        given = self.flag if self.fields is cfg.eval_field else "--sft_field"
+        if self.fields and cfg.data_type == "jsonl":
+            raise UserError(f"{given} has no meaning with --data_type jsonl, which reads the field 'text': remove one")
+        if held_out and cfg.eval_field and not isinstance(self.source, Rows):
+            raise UserError(f"--eval_field has no meaning with {name}, which has no fields: remove it")
         self._check_split()
 
     def _check_split(self) -> None:
@@ -96,6 +101,13 @@ class Part:
             return TEXT
         return ROWS_OF_TEXT if self.layout(self.source).kind == "text" else CONVERSATIONS
 
+    @property
+    def has_named_fields(self) -> bool:
+        """Whether its fields are those that the user named for the training data."""
+        if not isinstance(self.source, Rows) or not self.cfg.sft_field or self.fields is not self.cfg.sft_field:
+            return False
+        return not self.layout(self.source).instead
+
     def documents(self) -> Documents:
         if isinstance(self.source, Tokens):
             return self._of_tokens(self.source)
@@ -108,6 +120,11 @@ class Part:
         if self._layout is None:
             self._layout = self._find_layout(source)
             source.keep(self._layout.names)
+            if self._layout.instead:
+                named = " ".join(self.fields)
+                self.notes.append(
+                    f"{self.name}: not the fields of --sft_field {named}, so that usual names are read: {self._layout}"
+                )
         return self._layout
 
     def _find_layout(self, source: Rows) -> Layout:
@@ -117,7 +134,8 @@ class Part:
             try:
                 if isinstance(raw, UserError):
                     raise raw
-                return layout_of(source.parse(raw, where), self.cfg.sft_field, self.cfg.data_type, where)
+                row = source.parse(raw, where)
+                return layout_of(row, self.fields, self.cfg.data_type, where, self.flag, self.others_have_fields)
             except UserError as error:
                 first_error = first_error or error
         if first_error:

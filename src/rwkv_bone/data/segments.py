@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,7 +20,6 @@ class Template:
     """`render` writes a whole conversation; `response` is its last response, `prompt` all text before that."""
 
     name: str
-    writes_thinking = False
 
     def render(self, conversation: Conversation) -> list[Segment]:
         """Prompts and responses in turn; or a single document. UserError if it cannot be written so."""
@@ -41,12 +39,7 @@ class Template:
 
     def remarks(self, conversation: Conversation) -> Mapping[str, int]:
         """What this template leaves out or changes of the turns: sentences with counts, to be added up over rows."""
-        counts = Counter(sentence for turn in conversation.turns for sentence in self._changes(turn))
-        thinking = sum(bool(turn.thinking) for turn in conversation.turns)
-        if thinking and not self.writes_thinking:
-            sentence = f"responses whose thinking is left out, since --template {self.name} writes none"
-            counts[f"{sentence} (g1-think does)"] = thinking
-        return counts
+        return {}
 
     def identity(self) -> str:
         """A text that differs between two templates whenever they may write different texts."""
@@ -55,13 +48,15 @@ class Template:
     def _segments(self, conversation: Conversation) -> Iterable[Segment]:
         raise NotImplementedError
 
-    def _changes(self, turn: Turn) -> Iterable[str]:
-        """Sentences about what is changed of a turn as it is in the data."""
-        return ()
-
 
 def response_role(turn: Turn) -> str:
     return RESPONSE if turn.trained else MASKED
+
+
+def think_block(turn: Turn) -> str:
+    """What stands before the answer of a turn that thinks; "" for others."""
+    thinking = turn.thinking.replace("\r\n", "\n").strip()
+    return f"<think>\n{thinking}\n</think>\n" if thinking else ""
 
 
 def _to_last_trained(conversation: Conversation) -> Conversation:

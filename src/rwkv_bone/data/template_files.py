@@ -18,8 +18,8 @@ NAMED_FOLDER = "additional_chat_templates"
 def read_templates(path: Path) -> dict[str, str]:
     """{"default": text}, with the texts of others under their names, such as tool_use.
 
-    path: a file with a template, a JSON file that has it under `chat_template` (tokenizer_config.json), or a folder with
-    such files, as transformers writes them.
+    path: a file with a template, a JSON file that has it under `chat_template` (tokenizer_config.json), or a folder
+    with such files, as transformers writes them.
     """
     try:
         texts = _of_folder(path) if path.is_dir() else _of_file(path)
@@ -29,7 +29,7 @@ def read_templates(path: Path) -> dict[str, str]:
         expected = f"one of {', '.join(IN_FOLDER)} with a template" if path.is_dir() else "chat_template in it"
         raise UserError(f"--template {path}: no {expected}; choose --template world, g1, alpaca or a file")
     if len(texts) == 1:
-        return {DEFAULT: text for text in texts.values()}
+        return {DEFAULT: next(iter(texts.values()))}
     if DEFAULT not in texts:
         raise UserError(
             f"--template {path}: it has the templates {', '.join(texts)} and none named default: "
@@ -67,11 +67,9 @@ def _of_config(content: Any, path: Path) -> dict[str, str]:
     if isinstance(found, str):
         return {DEFAULT: found}
     named = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-    return {one["name"]: one["template"] for one in named if all(isinstance(one.get(k), str) for k in KEYS)}
+    pairs = [(one.get("name"), one.get("template")) for one in named]
+    return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
 
 
 def _named(folder: Path) -> dict[str, str]:
     return {file.stem: read_text(file) for file in sorted((folder / NAMED_FOLDER).glob("*.jinja"))}
-
-
-KEYS = ("name", "template")

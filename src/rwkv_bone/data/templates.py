@@ -10,14 +10,15 @@ world     "User: {prompt}\\n\\nAssistant:" and " {response}", what RWKV World mo
 g1        RWKV-7 G1's quick form, an empty think block: "User: {prompt}\\n\\nAssistant: <think>\\n</think" and
           ">\\n{response}". The prompt stops before ">", as upstream's published prompts do. (G1's other form without
           thinking is world's.)
-g1-think  "User: {prompt}\\n\\nAssistant: <think" and ">\\n{thinking}\\n</think>\\n{response}". A response without
-          thinking is written ">\\n</think>\\n{response}".
+g1-think  "User: {prompt}\\n\\nAssistant: <think" and ">\\n{thinking}\\n</think>\\n{response}": one think block,
+          also without thinking, which is written ">\\n</think>\\n{response}".
 alpaca    Stanford Alpaca's instruction (and input) under headings; texts as they are. A system turn takes the place of
           the preamble.
 A file    of the user's own: see `FormatTemplate` and `jinja_template`.
 
 System turns are "System: {text}\\n\\n". Tools, calls and results are written as `tool_text` says; a result is a user's
-turn. Only g1-think and Jinja files write thinking. All but raw write several turns: after a response that is not the
+turn. A response that thinks begins with "<think>\\n{thinking}\\n</think>\\n", except in g1, which leaves its thinking
+out. All but raw write several turns: after a response that is not the
 last, the blank line that ends its turn belongs to it and is trained; after the last one the end-of-document id is
 (`masks.encode` appends it). So a model learns both ways to stop.
 
@@ -32,11 +33,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rwkv_bone.data.conversation import Conversation, Turn
-from rwkv_bone.data.segments import PROMPT, Segment, Template, response_role
+from rwkv_bone.data.segments import PROMPT, Segment, Template, response_role, think_block
 from rwkv_bone.data.tokenizer import END_MARK, special_tokens
 from rwkv_bone.data.tool_text import G1, HERMES, ToolFormat, with_tools_as_text
 from rwkv_bone.errors import UserError
@@ -44,6 +46,16 @@ from rwkv_bone.errors import UserError
 END_OF_TURN = "\n\n"
 VERSION = 3  # part of `identity`: raise it when the same row is written as another text than before
 BLANK_LINES = re.compile(r"\n\s*\n")
+LIKE_A_TURN = re.compile(r"^\s*(?:User|Assistant|System):", re.MULTILINE)
+# What world, g1 and g1-think say they change; between the two parts stands --template and its name.
+REMARKS = (
+    ("turns whose blank lines became single line breaks, since a blank line ends a turn in", ""),
+    (
+        "turns with a line that begins with User:, Assistant: or System:, as a turn does in",
+        ": trained as part of the turn, but a program that stops there would cut it",
+    ),
+    ("responses whose thinking is left out in", ", which has an empty think block; g1-think writes it"),
+)
 
 
 class TextTemplate(Template):
@@ -67,15 +79,11 @@ class RawTemplate(TextTemplate):
                 f"{conversation.where}: --template raw writes one prompt and one response, with nothing to mark turns; "
                 f"found {', '.join(turn.role for turn in turns)}. Choose --template world, g1, alpaca or a file"
             )
-        return Segment(_with_material(turns[0]), PROMPT), Segment(turns[1].text, response_role(turns[1]))
+        return Segment(_with_material(turns[0]), PROMPT), Segment(_with_thinking(turns[1]), response_role(turns[1]))
 
 
 class WorldTemplate(TextTemplate):
     """world, g1 and g1-think: they differ in how a response begins."""
-
-    def __init__(self, name: str, tools: ToolFormat = HERMES):
-        super().__init__(name, tools)
-        self.writes_thinking = name == "g1-think"
 
     def _segments(self, conversation: Conversation) -> Iterable[Segment]:
         turns = self.turns(conversation)
@@ -91,25 +99,22 @@ class WorldTemplate(TextTemplate):
     def _answer(self, turn: Turn) -> tuple[str, str]:
         answer = _one_turn(turn.text)
         if self.name == "world":
-            return "", f" {answer}"
+            return "", f" {think_block(turn)}{answer}"
         if self.name == "g1":
             return " <think>\n</think", f">\n{answer}"
-        thinking = _unix_lines(turn.thinking).strip()
-        return " <think", f">\n{thinking}\n</think>\n{answer}" if thinking else f">\n</think>\n{answer}"
+        block = think_block(turn) or "<think>\n</think>\n"
+        return " <think", f"{block.removeprefix('<think')}{answer}"
 
-    def _changes(self, turn: Turn) -> Iterable[str]:
-        text = _with_material(turn)
-        if BLANK_LINES.search(_unix_lines(text).strip()):
-            yield (
-                "turns whose blank lines became single line breaks, since a blank line ends a turn in "
-                f"--template {self.name}"
-            )
-        seen = f"{text}\n{turn.thinking}" if self.writes_thinking else text
-        if re.search(r"^\s*(?:User|Assistant|System):", seen, re.MULTILINE):
-            yield (
-                "turns with a line that begins with User:, Assistant: or System:, as turns do in "
-                f"--template {self.name}: a part of the turn all the same, but a program that stops there cuts it"
-            )
+    def remarks(self, conversation: Conversation) -> Mapping[str, int]:
+        blank, marked, thinking = (f"{remark} --template {self.name}{rest}" for remark, rest in REMARKS)
+        found: Counter[str] = Counter()
+        for turn in self.turns(conversation):
+            text = _with_material(turn)
+            found[blank] += bool(BLANK_LINES.search(_unix_lines(text).strip()))
+            seen = text if self.name == "g1" else f"{turn.thinking}\n{text}"
+            found[marked] += bool(LIKE_A_TURN.search(seen))
+            found[thinking] += self.name == "g1" and bool(turn.thinking)
+        return +found
 
 
 class AlpacaTemplate(TextTemplate):
@@ -128,7 +133,8 @@ class AlpacaTemplate(TextTemplate):
         for i, turn in enumerate(turns):
             if turn.role == "assistant":
                 yield Segment("### Response:", PROMPT)
-                yield Segment(turn.text if i == len(turns) - 1 else turn.text + END_OF_TURN, response_role(turn))
+                response = _with_thinking(turn)
+                yield Segment(response if i == len(turns) - 1 else response + END_OF_TURN, response_role(turn))
             elif turn.role == "system":
                 yield Segment(turn.text + END_OF_TURN, PROMPT)
             else:
@@ -169,7 +175,7 @@ class FormatTemplate(TextTemplate):
             if turn.role == "user":
                 yield Segment(self._before + _with_material(turn) + self._between, PROMPT)
             else:
-                yield Segment(turn.text + self._after, response_role(turn))
+                yield Segment(_with_thinking(turn) + self._after, response_role(turn))
 
 
 def load_template(name: str, tokenizer_name: str, tool_format: str = "auto") -> Template:
@@ -213,6 +219,10 @@ BUILT_IN: dict[str, type[TextTemplate]] = {
 
 def _with_material(turn: Turn) -> str:
     return f"{turn.text}\n{turn.material}" if turn.material else turn.text
+
+
+def _with_thinking(turn: Turn) -> str:
+    return think_block(turn) + turn.text
 
 
 def _one_turn(text: str) -> str:

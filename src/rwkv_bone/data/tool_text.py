@@ -41,11 +41,13 @@ def has_tools(conversation: Conversation) -> bool:
     return bool(conversation.tools) or any(turn.calls or turn.role == "tool" for turn in conversation.turns)
 
 
-def with_tools_as_text(conversation: Conversation, form: ToolFormat) -> Conversation:
+def with_tools_as_text(conversation: Conversation, form: ToolFormat | None = None) -> Conversation:
     """The same without tools and calls: they stand in the texts of the turns, results in their marks.
 
-    The tools on offer follow the text of the first turn, if that is a system turn; else they are one.
+    The tools on offer follow the text of the first turn, if that is a system turn; else they are one. form: HERMES, if
+    none is given.
     """
+    form = form or HERMES
     turns = [_as_text(turn, form) for turn in conversation.turns]
     if conversation.tools:
         offer = form.offer(conversation.tools)
@@ -93,7 +95,9 @@ def _g1_tool(tool: Any) -> Any:
     rest = {key: value for key, value in tool.items() if key not in ("type", "function")} if inner is not None else {}
     if function.get("type") == "function":
         del function["type"]
-    schema = next((function.pop(key) for key in SCHEMAS if isinstance(function.get(key), Mapping)), {})
+    schema: Mapping[str, Any] = next(
+        (function.pop(key) for key in SCHEMAS if isinstance(function.get(key), Mapping)), {}
+    )
     written = {key: function.pop(key) for key in ("name", "description") if function.get(key) is not None}
     properties = schema.get("properties")
     written["arguments"] = properties if isinstance(properties, Mapping) else {}

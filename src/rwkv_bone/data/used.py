@@ -25,6 +25,10 @@ def _has_turns(part: Part) -> bool:
     return part.reads == CONVERSATIONS
 
 
+def _has_named_fields(part: Part) -> bool:
+    return part.has_named_fields
+
+
 def _needs_tokenizer(part: Part) -> bool:
     # In token ids without lengths it names the id that ends a document; qa and se look for texts.
     has_lengths = part.reads == TOKEN_IDS and getattr(part.source, "lengths", None) is not None
@@ -34,7 +38,7 @@ def _needs_tokenizer(part: Part) -> bool:
 RULES = (
     Rule("--template {template}", lambda cfg: cfg.template != "auto", _has_turns, "has turns"),
     Rule("--tool_format {tool_format}", lambda cfg: cfg.tool_format != "auto", _has_turns, "has turns"),
-    Rule("--sft_field {sft_field}", lambda cfg: bool(cfg.sft_field), _has_turns, "has fields to choose from"),
+    Rule("--sft_field {sft_field}", lambda cfg: bool(cfg.sft_field), _has_named_fields, "has these fields"),
     Rule("--loss_mask {loss_mask}", lambda cfg: cfg.loss_mask == "last", _has_turns, "has responses"),
     Rule(
         "--tokenizer {tokenizer}",
