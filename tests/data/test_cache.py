@@ -1,9 +1,14 @@
 """Data is tokenised once: what is cached is what would be made anew, for every process, until something changes."""
 
+import fcntl
+import io
 import json
 import multiprocessing
 import os
 import shutil
+import struct
+import termios
+import time
 from pathlib import Path
 
 import numpy as np
@@ -242,20 +247,28 @@ def test_speed_is_reported_with_its_units():
     assert progress.speed() == "50.0 MB, 1,000,000 tokens in 10.0 s (5.0 MB/s, 100,000 tokens/s)"
 
 
-def test_a_bar_is_drawn_on_a_terminal_only():
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    for stream, drawn in ((Terminal(), True), (io.StringIO(), False)):
-        progress = tokenise.TokenisingProgress("tokenising data.jsonl", 100, stream)
-        progress.begin = progress.shown = progress.begin - 10
-        progress.add(50, 7)
+@pytest.mark.parametrize("columns", [10, 40, 79, 200])
+def test_a_bar_is_drawn_on_a_terminal_only_and_fits_it(columns):
+    """On a terminal of `columns` columns no line of it is longer, so that none is left behind."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(theirs, "w") as terminal:
+        progress = tokenise.TokenisingProgress("tokenising data.jsonl", 100, terminal, delay=0)
+        progress._bar.mininterval = 0
+        for _ in range(4):
+            time.sleep(0.001)
+            progress.add(40, 7)
+        drawn = os.read(ours, 1 << 16).decode()
         progress.close()
-        assert (f"[{'#' * 15}{'.' * 15}] tokenising data.jsonl  0.0 MB" in stream.getvalue()) is drawn
-        assert drawn or stream.getvalue() == ""
+    os.close(ours)
+    lines = drawn.split("\r")
+    assert max(map(len, lines)) <= columns and drawn.startswith("\rtokenisin"[: columns + 1])
+    assert columns < 79 or any("80% [################....]" in line for line in lines)
+    elsewhere = io.StringIO()
+    progress = tokenise.TokenisingProgress("tokenising data.jsonl", 100, elsewhere, delay=0)
+    progress.add(50, 7)
+    progress.close()
+    assert elsewhere.getvalue() == "" and progress.tokens == 7
 
 
 def test_what_is_recorded_is_json(write_jsonl, config, tmp_path):

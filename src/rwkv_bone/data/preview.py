@@ -7,7 +7,6 @@ left out and why.
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -176,11 +175,8 @@ def packing(dataset: Dataset, micro_bsz: int) -> Iterator[str]:
 
 
 def main(prog: str = PROGRAM) -> None:
-    # A terminal that cannot show a character shows its number.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     preview(sys.argv[1:], prog)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(main, shows=True))
