@@ -27,7 +27,7 @@ from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.masks import encode
 from rwkv_bone.data.remarks import Remarks
-from rwkv_bone.data.sources import Places
+from rwkv_bone.data.rows import Places
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.data.tool_text import has_tools
