@@ -23,8 +23,8 @@ def error(row, *sft_field, later=None, **more):
 
 
 PAIRS = """prompt response|prompt completion|prompt output|prompt answer|question answer|question response
-query response|query answer|problem solution|problem answer|instruction output|instruction response|instruction completion
-input output|inputs targets|input target|human assistant|user assistant"""
+query response|query answer|problem solution|problem answer|instruction output|instruction response
+instruction completion|input output|inputs targets|input target|human assistant|user assistant"""
 
 
 @pytest.mark.parametrize("names", PAIRS.replace("\n", "|").split("|"))

@@ -20,8 +20,8 @@ def error(*messages):
     return str(caught.value)
 
 
-OFF = [("weight", 0), ("weight", 0.0), ("train", False), ("trainable", False), ("training", "false"), ("loss", 0), ("loss", "0"),
-       ("loss_weight", 0), ("loss_mask", 0), ("mask", True), ("masked", True), ("masked", 1)]  # fmt: skip
+OFF = [("weight", 0), ("weight", 0.0), ("train", False), ("trainable", False), ("training", "false"), ("loss", 0),
+       ("loss", "0"), ("loss_weight", 0), ("loss_mask", 0), ("mask", True), ("masked", 1)]  # fmt: skip
 ON = [("weight", 1), ("weight", 1.0), ("train", True), ("loss", "1"), ("loss_mask", 1), ("mask", False),
       ("masked", 0), ("weight", None)]  # fmt: skip
 

@@ -235,9 +235,9 @@ def render(
     remarks = Counter() if remarks is None else remarks
     if has_tools(talk) and not _writes_tools(talk, tokenizer):
         remarks[TOOLS_AS_TEXT] += 1
-        talk = with_tools_as_text(talk)
-        roles = {"tool": "user"}
-        talk = replace(talk, turns=tuple(replace(turn, role=roles.get(turn.role, turn.role)) for turn in talk.turns))
+        turns = [replace(turn, call_ids=(), name="") for turn in with_tools_as_text(talk).turns]
+        turns = [replace(turn, role="user") if turn.role == "tool" else turn for turn in turns]
+        talk = replace(talk, turns=tuple(turns), tools=())
     if any(turn.thinking for turn in talk.turns) and not _writes_thinking(talk, tokenizer):
         remarks[THINKING_AS_TEXT] += 1
         turns = [replace(turn, text=think_block(turn) + turn.text, thinking="") for turn in talk.turns]
@@ -261,7 +261,7 @@ def _message(turn: Turn) -> dict[str, Any]:
             ({"id": name} if name else {}) | {"type": "function", "function": dict(call)}
             for name, call in zip(ids, turn.calls, strict=True)
         ]
-    elif ids:
+    elif turn.role == "tool" and ids:
         message["tool_call_id"] = ids[0]
     return message | ({"name": turn.name} if turn.name else {})
 
