@@ -58,11 +58,12 @@ class JinjaTemplate(Template):
         return f"jinja 3 {self._digest}"
 
     def remarks(self, conversation: Conversation) -> Mapping[str, int]:
-        if conversation.document is not None:
-            return {}
-        text = self._write(conversation)
-        found = {UNWRITTEN: sum(turn.thinking.strip() not in text for turn in conversation.turns)}
-        if self._of(conversation).has_marks:
+        found = {}
+        thoughts = [turn.thinking.replace("\r\n", "\n").strip() for turn in conversation.turns if turn.thinking]
+        if thoughts:
+            text = self._write(conversation).replace("\r\n", "\n")
+            found[UNWRITTEN] = sum(thought not in text for thought in thoughts)
+        if conversation.turns and self._of(conversation).has_marks:
             *_, last = self._marked(conversation)
             found[UNMARKED] = int(last.role == PROMPT)
         return {remark: count for remark, count in found.items() if count}
