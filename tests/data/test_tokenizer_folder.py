@@ -222,7 +222,7 @@ def test_marked_text_and_ids_are_each_other():
 
 
 def test_the_cache_is_made_anew_when_tokenizer_or_template_change(tmp_path, write_jsonl, config, monkeypatch):
-    monkeypatch.setattr("rwkv_bone.data.load.SMALL", 0)
+    monkeypatch.setattr("rwkv_bone.data.part.SMALL", 0)
     folder = tmp_path / "model"
     folder.mkdir()
     write_bytes_json(folder / "tokenizer.json")

@@ -150,8 +150,11 @@ class Dataset:
                     pieces.append(documents.tokens[starts[first] : ends[last - 1]])
         return pieces[0] if len(pieces) == 1 else TokenStream(pieces)
 
-    def subset(self, indices: np.ndarray, *, windows: bool | None = None) -> Dataset:
-        """The samples `indices`, in that order; `windows` (default: as here) says how they are read."""
+    def subset(self, indices: np.ndarray, *, windows: bool | None = None, notes: bool = True) -> Dataset:
+        """The samples `indices`, in that order; `windows` (default: as here) says how they are read.
+
+        notes: whether it says what was lost and changed, too.
+        """
         part = copy.copy(self)
         part._whole = False
         part.__dict__.pop("groups", None)
@@ -161,6 +164,8 @@ class Dataset:
             setattr(part, name, None if column is None else column[indices])
         if windows is not None:
             part.windows = windows
+        if not notes:
+            part._notes = []
         return part
 
     def pairs(self, tokenizer: Tokenizer, limit: int | None = None) -> list[tuple[str, str]]:
@@ -195,7 +200,7 @@ class Dataset:
         return list(self._notes)
 
     def spans(self) -> list[tuple[Documents, np.ndarray, np.ndarray, np.ndarray]]:
-        """(source, indices of its samples here, their starts, their lengths) of each source; of windows all documents."""
+        """(source, indices of its samples here, their starts and lengths) of each source; of windows all documents."""
         found = []
         for number, documents in enumerate(self._parts):
             if self.windows:

@@ -60,9 +60,9 @@ def data_fingerprint(dataset: Dataset) -> str:
     return f"{FORMAT}:{digest.hexdigest()}"
 
 
-def comparable(one: str, other: str) -> bool:
-    """Whether two fingerprints are of one format, so that they are equal if the data is."""
-    return one.partition(":")[0] == other.partition(":")[0] and ":" in one
+def of_this_format(fingerprint: str) -> bool:
+    """Whether a fingerprint was made as here, so that it is equal if the data is."""
+    return fingerprint.startswith(f"{FORMAT}:")
 
 
 def _stream(documents: Documents, starts: np.ndarray, lengths: np.ndarray) -> tuple[_Stream, np.ndarray]:

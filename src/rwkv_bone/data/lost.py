@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from rwkv_bone.errors import UserError
 
-WARNED = 0.1  # a larger share is said in a line that begins with "warning:"
+WARNED = 0.1  # a larger share is said in a line of its own that begins with WARNING
+WARNING = "warning: "
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Lost:
 
     def line(self) -> str:
         """The sentence for the user, a warning if the share is large."""
-        return f"warning: {self.sentence()}" if self.share > WARNED else self.sentence()
+        return f"{WARNING}{self.sentence()}" if self.share > WARNED else self.sentence()
 
 
 def percent(share: float) -> str:
@@ -44,8 +45,9 @@ def check_lost(name: str, lost: Iterable[Lost], limit: float, flag: str = "--max
     for unit in {one.unit for one in found}:
         kept *= 1 - min(sum(one.share for one in found if one.unit == unit), 1)
     if 1 - kept > limit:
+        sentences = "; ".join(one.sentence().removeprefix(f"{name}: ") for one in found)
         remedies = ", ".join(dict.fromkeys(one.remedy for one in found if one.remedy))
         raise UserError(
             f"{name}: {percent(1 - kept)} of the data would not be trained, more than {flag} {limit:g} allows "
-            f"({'; '.join(one.sentence() for one in found)}): {remedies}, or give {flag} 1 to go on all the same"
+            f"({sentences}): {remedies}, or give {flag} 1 to go on all the same"
         )

@@ -146,7 +146,7 @@ def prepare(cfg: PrepareConfig) -> None:
 
 def main() -> None:
     description = "Turn rows of text into a .bin/.idx pair of token ids."
-    prepare(parse_section("prepare", description, PrepareConfig, sys.argv[1:], examples=EXAMPLES))
+    prepare(parse_section("sh scripts/prepare_data.sh", description, PrepareConfig, sys.argv[1:], examples=EXAMPLES))
 
 
 if __name__ == "__main__":

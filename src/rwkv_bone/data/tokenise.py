@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,13 +20,14 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from rwkv_bone.console import progress_bar
 from rwkv_bone.data.conversation import Layout, conversation
 from rwkv_bone.data.dataset import prompt_hash
 from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.masks import encode
 from rwkv_bone.data.remarks import Remarks
-from rwkv_bone.data.sources import Places
+from rwkv_bone.data.rows import Places
 from rwkv_bone.data.spelled import spelled_tokens
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenizer import load_tokenizer
@@ -257,35 +257,23 @@ def _work(block: Block) -> Encoded:
 
 
 class TokenisingProgress:
-    """A progress bar, on a terminal and after two seconds; elsewhere nothing is drawn."""
+    """How much is tokenised: counted, and drawn as a bar on a terminal after two seconds. total: bytes, 0 = unknown."""
 
-    WIDTH = 30
-
-    def __init__(self, label: str, total: int, stream: TextIO | None = None):
-        self.label, self.total, self.stream = label, total, stream or sys.stderr
+    def __init__(self, label: str, total: int, stream: TextIO | None = None, delay: float = 2):
         self.bytes = self.tokens = 0
-        self.begin = self.shown = time.perf_counter()
-        self._drawn = False
+        self.begin = time.perf_counter()
+        layout = "{desc}: {percentage:3.0f}% [{bar:20}]{postfix}" if total else "{desc}{postfix}"
+        self._bar = progress_bar(total or None, layout, stream=stream, delay=delay, desc=label, mininterval=0.2)
 
     def add(self, count: int, tokens: int) -> None:
         self.bytes += count
         self.tokens += tokens
-        now = time.perf_counter()
-        if self.stream.isatty() and now - self.begin > 2 and now - self.shown > 0.2:
-            self.shown, self._drawn = now, True
-            self.stream.write(f"\r{self._bar()}{self.label}  {self.speed()}\033[K")
-            self.stream.flush()
-
-    def _bar(self) -> str:
-        if not self.total:
-            return ""
-        filled = min(self.WIDTH * self.bytes // self.total, self.WIDTH)
-        return f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] "
+        self._bar.set_postfix_str(self.speed(), refresh=False)
+        # Rows may take more bytes than their file, which is packed or says less about them.
+        self._bar.update(min(count, self._bar.total - self._bar.n) if self._bar.total else count)
 
     def close(self) -> None:
-        if self._drawn:
-            self.stream.write("\r\033[K")
-            self.stream.flush()
+        self._bar.close()
 
     def speed(self) -> str:
         seconds = max(time.perf_counter() - self.begin, 1e-6)

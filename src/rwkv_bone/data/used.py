@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rwkv_bone.config import DataConfig
 from rwkv_bone.data.part import CONVERSATIONS, TOKEN_IDS, Part
+from rwkv_bone.data.rows import Rows
 from rwkv_bone.data.samples import Documents
 from rwkv_bone.errors import UserError
 
@@ -18,7 +19,7 @@ class Rule(NamedTuple):
     flag: str  # as the user types it, with its value in braces
     given: Callable[[DataConfig], bool]
     acts: Callable[[Part], bool]
-    why: str  # what the files are that it cannot act on
+    why: str  # what no file has or is
 
 
 def _has_turns(part: Part) -> bool:
@@ -35,16 +36,21 @@ def _needs_tokenizer(part: Part) -> bool:
     return not has_lengths or part.cfg.loss_mask in ("qa", "se")
 
 
+def _lacks_header(part: Part) -> bool:
+    return isinstance(part.source, Rows) and part.source.uses_columns
+
+
 RULES = (
-    Rule("--template {template}", lambda cfg: cfg.template != "auto", _has_turns, "have no turns to write"),
-    Rule("--tool_format {tool_format}", lambda cfg: cfg.tool_format != "auto", _has_turns, "have no turns"),
-    Rule("--sft_field {sft_field}", lambda cfg: bool(cfg.sft_field), _has_named_fields, "have other fields, or none"),
-    Rule("--loss_mask {loss_mask}", lambda cfg: cfg.loss_mask == "last", _has_turns, "have no responses"),
+    Rule("--columns {columns}", lambda cfg: bool(cfg.columns), _lacks_header, "is a table without a header"),
+    Rule("--template {template}", lambda cfg: cfg.template != "auto", _has_turns, "has turns"),
+    Rule("--tool_format {tool_format}", lambda cfg: cfg.tool_format != "auto", _has_turns, "has turns"),
+    Rule("--sft_field {sft_field}", lambda cfg: bool(cfg.sft_field), _has_named_fields, "has these fields"),
+    Rule("--loss_mask {loss_mask}", lambda cfg: cfg.loss_mask == "last", _has_turns, "has responses"),
     Rule(
         "--tokenizer {tokenizer}",
         lambda cfg: cfg.tokenizer != "auto",
         _needs_tokenizer,
-        "are token ids already, with the lengths of their documents",
+        "is left to tokenise",
     ),
 )
 
@@ -67,11 +73,11 @@ def check_tools(typed: DataConfig, found: Sequence[Documents], held_out: Callabl
     if typed.tool_format == "auto" or any(documents.tools for documents in found):
         return
     if not (typed.eval_data and held_out().documents().tools):
-        refuse(f"--tool_format {typed.tool_format}", [documents.name for documents in found], "have no tools")
+        refuse(f"--tool_format {typed.tool_format}", [documents.name for documents in found], "has tools")
 
 
 def refuse(flag: str, names: Sequence[str], why: str) -> None:
-    raise UserError(f"{flag} has no meaning here, since all of {', '.join(names)} {why}: remove it")
+    raise UserError(f"{flag} has no meaning here, as nothing in {', '.join(names)} {why}: remove it")
 
 
 def _shown(cfg: DataConfig) -> dict[str, object]:
