@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_bone.config import BAD_ROWS, setting
-from rwkv_bone.config.fields import check_at_least, check_choices, check_given
+from rwkv_bone.config.fields import check_given, check_values
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data.binidx import PairWriter
 from rwkv_bone.data.conversation import Layout, conversation
@@ -61,16 +61,17 @@ class PrepareConfig:
     columns: tuple[str, ...] = setting((), "names of the columns of tables without a header; empty = it has one")
     append_eod: bool = setting(True, "1 = end each document with the end-of-document id, as RWKV's own data has it")
     dtype: str = setting("auto", "number type of a token; auto = uint16 if the vocabulary fits, else int32", DTYPES)
-    workers: int = setting(0, "number of processes; 0 = chosen by the size of the input and the number of cores")
+    workers: int = setting(
+        0, "number of processes; 0 = chosen by the size of the input and the number of cores", at_least=0, at_most=1024
+    )
     bad_rows: str = setting("stop", "rows that cannot be used: stop, or skip and count them", BAD_ROWS)
     overwrite: bool = setting(False, "1 = replace an existing pair of this name; 0 = refuse to")
 
     def __post_init__(self):
-        check_choices(self)
+        check_values(self)
         check_given(self, "input", "output", "field")
         if self.tokenizer == "auto":
             raise UserError("--tokenizer auto: there is no model here to choose by; name world, bytes or a file")
-        check_at_least(self, 0, "workers")
 
 
 @dataclass(frozen=True)
