@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_bone.config import BAD_ROWS, setting
-from rwkv_bone.config.fields import check_at_least, check_choices, check_given
+from rwkv_bone.config.fields import check_given, check_values
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data.binidx import PairWriter
 from rwkv_bone.data.conversation import Layout, conversation
@@ -61,16 +61,17 @@ class PrepareConfig:
     columns: tuple[str, ...] = setting((), "names of the columns of tables without a header; empty = it has one")
     append_eod: bool = setting(True, "1 = end each document with the end-of-document id, as RWKV's own data has it")
     dtype: str = setting("auto", "number type of a token; auto = uint16 if the vocabulary fits, else int32", DTYPES)
-    workers: int = setting(0, "number of processes; 0 = chosen by the size of the input and the number of cores")
+    workers: int = setting(
+        0, "number of processes; 0 = chosen by the size of the input and the number of cores", at_least=0, at_most=1024
+    )
     bad_rows: str = setting("stop", "rows that cannot be used: stop, or skip and count them", BAD_ROWS)
     overwrite: bool = setting(False, "1 = replace an existing pair of this name; 0 = refuse to")
 
     def __post_init__(self):
-        check_choices(self)
+        check_values(self)
         check_given(self, "input", "output", "field")
         if self.tokenizer == "auto":
             raise UserError("--tokenizer auto: there is no model here to choose by; name world, bytes or a file")
-        check_at_least(self, 0, "workers")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def prepare(cfg: PrepareConfig) -> None:
     with PairWriter(Path(cfg.output), dtype, cfg.overwrite) as pair:
         try:
             for source in sources:
-                skipped = Skipped()
+                skipped, before = Skipped(), documents
                 reader = RowReader(source.parse, source.places, cfg.bad_rows == "skip")
                 settings = DocumentSettings(reader, cfg.field, cfg.tokenizer, cfg.append_eod, dtype.str)
                 for block in run(settings, blocks(source.items()), total, cfg.workers):
@@ -135,20 +136,20 @@ def prepare(cfg: PrepareConfig) -> None:
                     progress.add(block.bytes, len(block.tokens))
                     documents += len(block.lengths)
                     skipped.add(block.skipped)
-                left_out += skipped.summary_lines(source.places)
+                left_out += skipped.lost(str(source.path), source.places, documents - before)
         finally:
             progress.close()
         if not documents:
-            raise UserError(f"{', '.join(cfg.input)}: no usable rows; {'; '.join(left_out)}")
+            raise UserError(f"{', '.join(cfg.input)}: no usable rows; {'; '.join(one.what for one in left_out)}")
     print(f"{cfg.output}.bin, .idx: {documents:,} documents, {dtype.name}, tokenizer {tokenizer.name}")
     print(progress.speed())
-    for line in [*(note for source in sources for note in source.notes), *left_out]:
+    for line in [*(note for source in sources for note in source.notes), *(one.line() for one in left_out)]:
         print(line)
 
 
 def main() -> None:
     description = "Turn rows of text into a .bin/.idx pair of token ids."
-    prepare(parse_section("prepare", description, PrepareConfig, sys.argv[1:], examples=EXAMPLES))
+    prepare(parse_section("sh scripts/prepare_data.sh", description, PrepareConfig, sys.argv[1:], examples=EXAMPLES))
 
 
 if __name__ == "__main__":
