@@ -7,6 +7,7 @@ import pytest
 
 from rwkv_bone.data import files, load_dataset
 from rwkv_bone.data.sources import open_source
+from rwkv_bone.data.values import text_of
 from rwkv_bone.errors import UserError
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
@@ -166,8 +167,8 @@ def test_numbers_are_kept_as_they_are_written(tmp_path):
     ):
         (tmp_path / name).write_text(content)
         row = rows_of(tmp_path / name)[0]
-        found = [str(row[field]) for field in ("n", "e", "i", "big")]
-        assert found == ["1.10", "1e3", "15", "123456789012345678901"] and str(row["deep"][0]) == "52.0"
+        found = [text_of(row[field], field) for field in ("n", "e", "i", "big")]
+        assert found == ["1.10", "1e3", "15", "123456789012345678901"] and text_of(row["deep"][0], "") == "52.0"
         assert row["n"] == 1.1 and json.dumps(row["deep"]) == "[52.0]"
 
 

@@ -22,13 +22,22 @@ class Number(float):
         return number
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} stands twice in one object")
+    return found
+
+
 # What sources of JSON parse with. Whole numbers are written in one way only.
-DECODER = json.JSONDecoder(parse_float=Number)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=Number)
 
 
 def parse_json(text: str) -> Any:
-    """json.loads with `Number`."""
-    return json.loads(text, parse_float=Number)
+    """json.loads with `Number`; ValueError also for a key that stands twice in one object."""
+    return DECODER.decode(text)
 
 
 def json_type(value: Any) -> str:
