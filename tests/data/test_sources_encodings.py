@@ -147,6 +147,8 @@ def test_endings_are_known_in_any_case(tmp_path, config):
     ):
         (tmp_path / name).write_text(content, encoding="utf-8")
         assert rows_of(tmp_path / name) == ROWS
+    (tmp_path / "A.TSV.GZ").write_bytes(gzip.compress(content_of("tsv").encode()))
+    assert rows_of(tmp_path / "A.TSV.GZ") == ROWS
     (tmp_path / "B.TXT").write_text("a text, b\n", encoding="utf-8")
     assert texts(load_dataset(config(str(tmp_path / "B.TXT")), 256)) == ["a text, b\n"]
 

@@ -58,6 +58,11 @@ def test_a_tsv_with_a_quoted_header_is_quoted(tmp_path, config):
     assert texts(load_dataset(config(str(tmp_path / "r.tsv")), 256)) == ['a "b"c\td']
 
 
+def test_a_tsv_is_not_quoted_for_one_name_in_quotation_marks(tmp_path):
+    (tmp_path / "a.tsv").write_text('prompt\t"answer"\n5" nails\t"yes\n')
+    assert rows_of(open_source(str(tmp_path / "a.tsv"))) == [{"prompt": '5" nails', '"answer"': '"yes'}]
+
+
 def test_a_row_of_another_width_is_refused_or_skipped_alone(tmp_path, config):
     (tmp_path / "a.tsv").write_text("prompt\tresponse\na\tb\nc\n\nd\te\tf\ng\th\n")
     with pytest.raises(UserError, match="a.tsv:3: 1 cells, but the header names 2 columns"):

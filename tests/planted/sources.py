@@ -15,9 +15,7 @@ BUGS: tuple[Bug, ...] = (
     # A file that changes between opening and reading.
     Bug(f"{DATA}/files.py", "            check_unchanged(path, seen)\n", "", f"{ENCODINGS} -k changes_while"),
     Bug(f"{DATA}/files.py", "seen = seen or stamp(path)", "seen = stamp(path)", f"{ENCODINGS} -k changes_while"),
-    Bug(
-        f"{DATA}/files.py", 'if path.suffix.lower() == ".gz"', 'if path.suffix == ".gz"', f"{FOLDERS} -k read_in_order"
-    ),
+    Bug(f"{DATA}/files.py", 'if path.suffix.lower() == ".gz"', 'if path.suffix == ".gz"', f"{ENCODINGS} -k any_case"),
     Bug(f"{DATA}/files.py", "return plain.suffix.lower()", "return plain.suffix", f"{ENCODINGS} -k any_case"),
     # The last of two values of one key.
     Bug(f"{DATA}/values.py", "if len(found) < len(pairs):", "if False:", f"{ENCODINGS} -k stands_twice"),
@@ -38,7 +36,7 @@ BUGS: tuple[Bug, ...] = (
         f"{DATA}/delimited.py",
         "or all(len(cell) > 1",
         "or any(len(cell) > 1",
-        f"{TABLES} -k tabs",
+        f"{TABLES} -k one_name",
     ),
     # The first row of a table without a header becomes its names.
     Bug(f"{DATA}/delimited.py", "(reason := _no_header(rows, fields))", "(reason := '')", f"{TABLES} -k looks_like"),
