@@ -145,7 +145,9 @@ def test_a_setting_is_right_if_one_file_can_use_it(data):
     both = data("pairs"), data("text")
     for settings in ({"template": "alpaca"}, {"loss_mask": "last"}, {"sft_field": ("question", "answer")}):
         assert load_dataset(DataConfig(data_file=both, **settings), 65536)
-    with pytest.raises(UserError, match=r"--template alpaca .* as nothing in .*text.txt \(text\), .*pair \(token ids\)"):
+    with pytest.raises(
+        UserError, match=r"--template alpaca .* as nothing in .*text.txt \(text\), .*pair \(token ids\)"
+    ):
         load_dataset(DataConfig(data_file=(data("text"), data("binidx")), template="alpaca"), 65536)
 
 

@@ -23,7 +23,7 @@ from rwkv_bone.data.turns import WEIGHTS, Turn, checked_response, response, turn
 from rwkv_bone.data.values import json_type, parse_json, text_of
 from rwkv_bone.errors import UserError
 
-__all__ = ["Conversation", "Layout", "Turn", "conversation", "json_type", "layout_of"]
+__all__ = ["Conversation", "Layout", "Turn", "conversation", "layout_of"]
 
 # Remarks.
 UNANSWERED = "turns after the last response, left out"

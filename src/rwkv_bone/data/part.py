@@ -15,8 +15,8 @@ from rwkv_bone.data.conversation import Layout, layout_of
 from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.masks import parse_mask_id, stream_mask
 from rwkv_bone.data.remarks import Remarks
-from rwkv_bone.data.samples import SCAN, Documents, Kept
 from rwkv_bone.data.rows import Places, Rows
+from rwkv_bone.data.samples import SCAN, Documents, Kept
 from rwkv_bone.data.sources import Split, Text, Tokens, open_source
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenise import (
@@ -90,7 +90,9 @@ class Part:
         is_file = isinstance(self.source, Tokens) or self.source.path.is_file()
         if split.name not in ("", "train") and is_file:
             remedy = f"give --sft_split {part}" if part else "remove it"
-            raise UserError(f"{asked}: {self.name} is no folder with splits, so that it has none of that name: {remedy}")
+            raise UserError(
+                f"{asked}: {self.name} is no folder with splits, so that it has none of that name: {remedy}"
+            )
         if part and isinstance(self.source, Text) and len(self.source.paths) == 1:
             raise UserError(f"{asked}: {self.name} is one document, with no rows to choose from: remove it")
 
