@@ -29,6 +29,7 @@ __all__ = ["Conversation", "Layout", "Turn", "conversation", "layout_of"]
 UNANSWERED = "turns after the last response, left out"
 IN_PROMPT = "responses in a prompt that is a list of turns, read and not trained"
 NOTHING_TRAINED = "rows that train nothing, as all their responses are marked as not trained"
+MISSING, OF_SEVERAL = "rows without the field ", ", which is one of several in "
 BAD_EXAMPLES = "rows whose 'label' is false (preference data: bad responses), trained like the others"
 
 
@@ -58,7 +59,7 @@ def conversation(row: Mapping[str, Any], layout: Layout, where: str) -> Conversa
         if not any(turn.trained for turn in turns if turn.role == "assistant"):
             remarks[NOTHING_TRAINED] += 1
     for name in fields.missing:
-        remarks[f"rows without the field {name!r}, which is one of several in {layout.flag}"] += 1
+        remarks[f"{MISSING}{name!r}{OF_SEVERAL}{layout.flag}"] += 1
     for name in fields.unread():
         remarks[unused(name)] += 1
     for name in fields.usual(WEIGHTS):
@@ -67,6 +68,14 @@ def conversation(row: Mapping[str, Any], layout: Layout, where: str) -> Conversa
     return Conversation(
         where, tuple(turns), document, tools, {remark: count for remark, count in remarks.items() if count}
     )
+
+
+def check_named(remarks: Mapping[str, int], rows: int, where: str) -> None:
+    """UserError where one of several fields that the user named is in none of the rows. remarks: of all of them."""
+    for remark, count in remarks.items():
+        if remark.startswith(MISSING) and count >= rows:
+            name, flag = remark.removeprefix(MISSING).split(OF_SEVERAL)
+            raise UserError(f"{where}: {flag} names the field {name}, which no row has: correct it or leave it out")
 
 
 def _turns(fields: Fields, layout: Layout, remarks: Counter[str]) -> list[Turn]:

@@ -96,8 +96,8 @@ def _named_layout(fields: Fields, sft_field: tuple[str, ...], data_type: str, or
     row = fields.row
     try:
         for name in sft_field:
-            for part in parts(row, name):
-                fields.get(part)
+            there = [part for part in parts(row, name) if find(row, part)]
+            fields.get(there[0] if there else parts(row, name)[0])
     except UserError as error:
         if not or_usual:
             raise
@@ -115,9 +115,11 @@ def _named_layout(fields: Fields, sft_field: tuple[str, ...], data_type: str, or
 
 def _usual_layout(fields: Fields, data_type: str) -> Layout:
     row, where, flag = fields.row, fields.where, fields.flag
+    # What is null here is not read; tables have every field in every row.
+    fields = Fields({name: value for name, value in row.items() if value is not None}, where, flag)
     texts = fields.usual(("text",))
     if data_type == "jsonl":
-        return Layout("text", tuple(texts[:1]) or ("text",), flag)
+        return Layout("text", (*texts, "text")[:1], flag)
     pairs = list(_pairs(fields))
     _refuse_preferences(fields, pairs)
     candidates = [Layout("text", (name,), flag) for name in texts if data_type != "sft"]
