@@ -28,6 +28,8 @@ class Fields:
 
     def usual(self, names: tuple[str, ...]) -> list[str]:
         """The fields of the row with these usual names, which are lower case, in any case; in the order of `names`."""
+        if self._lower.keys().isdisjoint(names):
+            return []
         return [key for name in names for key in self._lower.get(name, ()) if (key,) not in self._read]
 
     def get(self, name: str) -> Any:
