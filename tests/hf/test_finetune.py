@@ -347,7 +347,7 @@ def test_the_flags_of_the_bone_repositorys_script_are_understood(folder, capsys)
         ({"mode": "bat"}, "--mode bat: expected one of bone, bat-col, bat-row"),
         ({"bone_r": 0}, "--bone_r 0: expected at least 1"),
         ({"num_train_epochs": 0}, "expected more than 0"),
-        ({"warmup_ratio": 2}, "expected a share"),
+        ({"warmup_ratio": 2}, "expected less than 1"),
         ({"data_path": ""}, "--data_path is missing"),
         ({"dataset_field": "a b c"}, "takes the names of prompt and response"),
         ({"resume": 1, "overwrite": 1}, "needs what --overwrite removes"),

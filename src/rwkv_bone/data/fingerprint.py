@@ -117,7 +117,9 @@ def _block(streams: list[_Stream], begin: int, end: int) -> bytes:
             ids.append(stream.documents.tokens[where].astype("<u4"))
             targets.append(mask)
         begin, end = begin - size, end - size
-    digest = hashlib.blake2b(np.concatenate(ids).data, digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in ids:
+        digest.update(part.data)
     digest.update(np.packbits(np.concatenate(targets)).data)
     return digest.digest()
 

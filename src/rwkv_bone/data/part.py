@@ -90,9 +90,7 @@ class Part:
         is_file = isinstance(self.source, Tokens) or self.source.path.is_file()
         if split.name not in ("", "train") and is_file:
             remedy = f"give --sft_split {part}" if part else "remove it"
-            raise UserError(
-                f"{asked}: {self.name} is no folder with splits, so that it has none of that name: {remedy}"
-            )
+            raise UserError(f"{asked}: {self.name} is no folder with splits and has none of that name: {remedy}")
         if part and isinstance(self.source, Text) and len(self.source.paths) == 1:
             raise UserError(f"{asked}: {self.name} is one document, with no rows to choose from: remove it")
 
