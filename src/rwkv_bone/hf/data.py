@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rwkv_bone.data.conversation import NOTHING_TRAINED, Conversation, Layout, Turn, conversation, layout_of
+from rwkv_bone.data.conversation import (
+    NOTHING_TRAINED,
+    Conversation,
+    Layout,
+    Turn,
+    check_named,
+    conversation,
+    layout_of,
+)
 from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.remarks import Remarks
 from rwkv_bone.data.segments import think_block
@@ -36,6 +44,7 @@ OWN_FLAGS = {
     "--data_file and --eval_data take": "--data_path and --eval_path take",
     "; a dataset of the hub with --data_type hf": "",
     ", or give --data_type": "",
+    ".bin or --data_type hf": " another name",
 }
 # Remarks.
 TOOLS_AS_TEXT = "rows whose tools, calls and results are text of their turns, as the chat template writes none of them"
@@ -134,8 +143,8 @@ def _load(
     flag: str,
     or_usual: bool,
 ) -> Samples:
-    samples, layout, where = Samples(), None, "no row"
-    for where, row in rows:
+    samples, layout, where, count = Samples(), None, "no row", 0
+    for count, (where, row) in enumerate(rows, 1):  # noqa: B007, of all of them
         if layout is None:
             layout = layout_of(row, fields, "auto", where, flag, or_usual)
             if isinstance(rows, RowsOf):
@@ -167,6 +176,7 @@ def _load(
             samples.rows.append({"input_ids": ids, "labels": labels})
         elif NOTHING_TRAINED not in talk.remarks:  # else it is counted there
             samples.dropped += 1
+    check_named(samples.remarks.counts, count, where)
     if isinstance(rows, RowsOf):
         samples.notes += rows.notes
     if not samples.rows:
