@@ -164,7 +164,7 @@ def test_several_files_are_one_set_with_weights(write_jsonl, config):
     assert load_dataset(config((first, second)), 256).repeats is None
     assert load_dataset(config((first, second), data_weights=("2", "1")), 256, first).repeats is None
     with pytest.raises(UserError, match="--data_weights has no meaning with --dataload get"):
-        load_dataset(config((first, first), data_weights=("2", "1"), dataload="get"), 256)
+        load_dataset(config((first, second), data_weights=("2", "1"), dataload="get"), 256)
 
 
 def test_a_subset_keeps_everything_that_belongs_to_a_sample(write_jsonl, config):

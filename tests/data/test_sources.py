@@ -24,7 +24,6 @@ GOOD = {"prompt": "2+2=", "response": "4"}
         ("[" * 100_000, "not valid JSON"),
         ({"prompt": "a", "answer": "b"}, "no field 'response'; found: prompt, answer"),
         ({}, "no field 'prompt'; found: none"),
-        ({"prompt": "a", "response": 4}, "field 'response' is a number, expected a string"),
         ({"prompt": None, "response": "b"}, "field 'prompt' is null, expected a string"),
         ({"prompt": "a", "response": ["b"]}, "field 'response' is a list, expected a string"),
         ({"prompt": "a", "response": ""}, "field 'response' is empty"),

@@ -19,6 +19,7 @@ from rwkv_bone.data.rows import FileRows, Rows
 from rwkv_bone.errors import UserError
 
 BATCH = 1000  # rows converted at a time
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 Convert = Callable[[Any], Any]  # a value as pyarrow gives it -> as JSON would
 
 
@@ -119,7 +120,12 @@ class Columnar(Table, FileRows):
                 if self.kind == "Parquet":
                     table = parquet.ParquetFile(file, page_checksum_verification=True)
                     columns = [field.name for field in self.fields(table.schema_arrow)]
-                    yield from (self._checked(batch) for batch in table.iter_batches(BATCH, columns=columns))
+                    count = 0
+                    for batch in table.iter_batches(BATCH, columns=columns):
+                        count += len(batch)
+                        yield self._checked(batch)
+                    if count != table.metadata.num_rows:
+                        raise ValueError(f"{count} rows, but its metadata says {table.metadata.num_rows}")
                 elif self.kind == "Arrow":
                     options = self._options(ipc.open_file(file).schema)
                     reader = ipc.open_file(file, options=options)
@@ -128,6 +134,12 @@ class Columnar(Table, FileRows):
                     options = self._options(ipc.open_stream(file).schema)
                     file.seek(0)
                     yield from map(self._checked, ipc.open_stream(file, options=options))
+                    end = file.tell()
+                    file.seek(end - len(END_OF_STREAM))
+                    if file.read(len(END_OF_STREAM)) != END_OF_STREAM:
+                        raise ValueError("the mark of a stream's end is not there")
+                    if end < file.size():
+                        raise ValueError(f"{file.size() - end} bytes follow its end, as if streams had been joined")
         except UserError:
             raise
         except Exception as error:  # pyarrow raises many kinds for damaged files, of its own and Python's

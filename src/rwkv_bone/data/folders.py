@@ -260,7 +260,7 @@ def _splits_by_name(
                 splits.setdefault(min(named[file]), []).append(file.path)
             else:
                 left_out.setdefault("of no split, as others name theirs", []).append(file.name)
-        return splits
+        return {split: splits[split] for split in sorted(splits, key=[*KEYWORDS, *sorted(splits)].index)}
     return {"train": [file.path for file in files]}
 
 

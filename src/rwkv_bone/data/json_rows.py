@@ -10,26 +10,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from rwkv_bone.data import files
-from rwkv_bone.data.conversation import json_type
 from rwkv_bone.data.files import lines, opened_text
 from rwkv_bone.data.rows import FileRows, Rows, named
+from rwkv_bone.data.values import Written, json_type
 from rwkv_bone.errors import UserError
 
 BY_FLAG = "--columns"
-
-
-class Written(float):
-    """A number with a point or an exponent; as text it is what the file says: 1.10 is not 1.1."""
-
-    def __new__(cls, text: str) -> Written:
-        number = super().__new__(cls, text)
-        number.text = str(text)
-        return number
-
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,12 +11,12 @@ import numpy as np
 
 from rwkv_bone.config import DataConfig
 from rwkv_bone.data.cache import SMALL, Arrays, Build, Cache, Entry, code_hash, in_memory, library_versions
-from rwkv_bone.data.conversation import Layout, layout_of
+from rwkv_bone.data.conversation import Layout, check_named, layout_of
 from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.masks import parse_mask_id, stream_mask
 from rwkv_bone.data.remarks import Remarks
-from rwkv_bone.data.samples import SCAN, Documents, Kept
 from rwkv_bone.data.rows import Places, Rows
+from rwkv_bone.data.samples import SCAN, Documents, Kept
 from rwkv_bone.data.sources import Split, Text, Tokens, open_source
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenise import (
@@ -90,7 +90,7 @@ class Part:
         is_file = isinstance(self.source, Tokens) or self.source.path.is_file()
         if split.name not in ("", "train") and is_file:
             remedy = f"give --sft_split {part}" if part else "remove it"
-            raise UserError(f"{asked}: {self.name} is no folder with splits, so that it has none of that name: {remedy}")
+            raise UserError(f"{asked}: {self.name} is no folder with splits and has none of that name: {remedy}")
         if part and isinstance(self.source, Text) and len(self.source.paths) == 1:
             raise UserError(f"{asked}: {self.name} is one document, with no rows to choose from: remove it")
 
@@ -180,6 +180,7 @@ class Part:
         if not len(arrays["lengths"]):
             reasons = "; ".join(one.what.removeprefix(f"{self.name}: ") for one in self.lost)
             raise UserError(f"{self.name}: no row can be used: {reasons}")
+        check_named(record["remarks"], len(arrays["lengths"]), self.name)
         self._remark(record)
         tokens, lengths, prompts, numbers = (arrays[name] for name in ("tokens", "lengths", "prompts", "numbers"))
         return self._documents(
