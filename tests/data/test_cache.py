@@ -264,7 +264,7 @@ def test_remarks_are_added_up_over_blocks_and_processes_and_kept(write_jsonl, co
         assert [line for line in lines if "after the last response" in line] == [
             f"{path}: 20 turns after the last response, left out"
         ]
-        assert f"{path}: fields not used: source (40x)" in lines
+        assert f"{path}: fields not used: source (40 rows)" in lines
 
 
 def test_remarks_name_their_file_and_come_from_the_template_too(write_jsonl, config):

@@ -3,6 +3,7 @@
 import pytest
 
 from rwkv_bone.data.conversation import BAD_EXAMPLES, IN_PROMPT, Layout, Turn, conversation, layout_of
+from rwkv_bone.data.load import load_dataset
 from rwkv_bone.data.remarks import unused
 from rwkv_bone.errors import UserError
 
@@ -108,8 +109,23 @@ def test_one_of_several_fields_may_be_missing_or_null_in_a_later_row_and_is_coun
         found = read(first, "a+b", "r", later=later)
         assert found.turns[0].text == "one"
         assert found.remarks == {"rows without the field 'b', which is one of several in --sft_field": 1}
-    assert "no field 'b'; found: a, r" in error({"a": "one", "r": "x"}, "a+b", "r")  # a name that nothing has
+    assert "no field 'b'; found: a, r" in error({"a": "one", "r": "x"}, "b+c", "r")
     assert "no field 'a'" in error(first, "a+b", "r", later={"r": "x"})
+
+
+def test_one_of_several_fields_that_no_row_has_is_refused(write_jsonl, config):
+    rows = [{"a": "one", "r": "x"}, {"a": "two", "b": None, "r": "y"}]
+    with pytest.raises(UserError, match=r"jsonl: --sft_field names the field 'b', which no row has: correct it"):
+        load_dataset(config(write_jsonl(*rows), sft_field=("a+b", "r")), 256)
+    data = load_dataset(config(write_jsonl(*rows, {"a": "three", "b": "4", "r": "z"}), sft_field=("a+b", "r")), 256)
+    assert any(
+        "2 rows without the field 'b', which is one of several in --sft_field" in line for line in data.note_lines()
+    )
+
+
+def test_what_is_null_in_the_first_row_is_not_a_second_reading():
+    row = {"text": None, "prompt": "a", "response": "b", "completion": None, "messages": None}
+    assert layout_of(row, (), "auto", "f:1") == Layout("pair", ("prompt", "response"))
 
 
 def test_a_dotted_path_goes_into_objects_and_lists():

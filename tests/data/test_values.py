@@ -1,4 +1,4 @@
-"""Numbers and truth values of a row are read as they are written."""
+"""Writtens and truth values of a row are read as they are written."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import pytest
 
-from rwkv_bone.data.values import Number, json_type, parse_json, text_of
+from rwkv_bone.data.values import Written, json_type, parse_json, text_of
 from rwkv_bone.errors import UserError
 
 
@@ -36,7 +36,7 @@ def test_a_number_is_a_number_everywhere_else_and_reaches_other_processes():
     number = parse_json("1.50")
     assert number == 1.5 and json.dumps({"a": number}) == '{"a": 1.5}' and isinstance(number, float)
     copy = pickle.loads(pickle.dumps(number))
-    assert (copy, copy.written) == (1.5, "1.50") and isinstance(copy, Number)
+    assert (copy, copy.text) == (1.5, "1.50") and isinstance(copy, Written)
 
 
 @pytest.mark.parametrize(

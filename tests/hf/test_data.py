@@ -63,7 +63,7 @@ def test_numbers_material_and_several_fields_are_read_as_in_train(samples_of):
     rows = [{"instruction": "sum", "context": "long", "response": 52.0}]
     assert samples_of(*rows)[1] == ["<bos><user>sum\nlong<eos><assistant>52.0<eos>"]
     found, texts, _ = samples_of({"a": 1, "b": "two", "r": True, "id": "x"}, fields=("a+b", "r"))
-    assert texts == ["<bos><user>1\ntwo<eos><assistant>true<eos>"] and found.lines() == ["fields not used: id (1x)"]
+    assert texts == ["<bos><user>1\ntwo<eos><assistant>true<eos>"] and found.lines() == ["fields not used: id (1 rows)"]
 
 
 def test_responses_of_weight_0_are_read_and_not_trained(samples_of):
@@ -153,8 +153,8 @@ def test_a_template_that_escapes_results_writes_them(samples_of):
 def test_fields_that_are_not_used_are_said_for_each_file(samples_of):
     rows = [{"instruction": "a", "input": str(i), "output": "b", "id": "x"} for i in range(3)]
     found, _, _ = samples_of(*rows, fields=("instruction", "output"))
-    assert found.lines() == ["fields not used: input (3x), id (3x)"]
-    assert samples_of(*rows)[0].lines() == ["fields not used: id (3x)"]
+    assert found.lines() == ["fields not used: input (3 rows), id (3 rows)"]
+    assert samples_of(*rows)[0].lines() == ["fields not used: id (3 rows)"]
 
 
 def test_held_out_rows_have_fields_of_their_own(samples_of):

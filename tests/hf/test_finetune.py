@@ -15,6 +15,7 @@ import torch
 
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data.conversation import Conversation, Turn
+from rwkv_bone.data.lost import check_lost
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf import BoneModel
 from rwkv_bone.hf.data import IGNORED_LABEL, OWN_FLAGS, Limits, RowsOf, collate, load_samples, render
@@ -99,11 +100,17 @@ def test_long_samples_are_cut_or_left_out_and_counted(tokenizer):
     assert samples.rows == [
         {"input_ids": tokenizer("abcd")["input_ids"], "labels": [IGNORED_LABEL] * 2 + samples[0]["labels"][2:]}
     ]
-    assert samples.facts() == [
-        "1 samples with 2 trained tokens",
-        "2 cut to model_max_length",
-        "1 left out because the prompt alone fills model_max_length",
-    ]
+    assert samples.facts() == ["1 samples with 2 trained tokens"]
+    whole = load_samples(rows, (), tokenizer, max_length=99)
+    trained = sum(label != IGNORED_LABEL for i in range(2) for label in whole[i]["labels"])
+    (lost,) = samples.lost("rows.jsonl")
+    assert lost.line() == (
+        "warning: rows.jsonl: 2 samples cut to model_max_length, 1 of them left out because the prompt alone fills it, "
+        f"{1 - 2 / trained:.1%} of the trained tokens"
+    )
+    with pytest.raises(UserError, match="rows.jsonl: .*more than --max_lost 0.5 .*raise --model_max_length"):
+        check_lost("rows.jsonl", [lost], 0.5)
+    assert whole.lost("rows.jsonl") == []
     with pytest.raises(UserError, match="rows:1: up to here no row has a response within --model_max_length 2"):
         load_samples(rows, (), tokenizer, max_length=2)
     batch = collate(
@@ -157,7 +164,8 @@ def test_no_message_about_data_advises_a_flag_that_the_program_lacks():
     for module, text in texts_of("rwkv_bone.hf.data", seen):
         for theirs, ours in OWN_FLAGS.items():
             text = text.replace(theirs, ours)
-        advice += [f"{module}: {text}" for flag in flags_named(text) if flag not in FLAGS]
+        if "is a file: --data_type hf" not in text:  # said to those who give it
+            advice += [f"{module}: {text}" for flag in flags_named(text) if flag not in FLAGS]
     assert not advice, "add these to OWN_FLAGS"
     assert {"rwkv_bone.data.layouts", "rwkv_bone.data.fields", "rwkv_bone.data.turns"} <= seen and len(seen) > 8
 

@@ -19,16 +19,17 @@ from typing import Any
 from rwkv_bone.data.fields import Fields, find
 from rwkv_bone.data.layouts import CONTEXT, HISTORY, SYSTEM, THINKING, TOOLS, Layout, layout_of
 from rwkv_bone.data.remarks import unused
-from rwkv_bone.data.turns import WEIGHTS, Turn, checked_response, response, turns_of
+from rwkv_bone.data.turns import WEIGHTS, Turn, response, turns_of
 from rwkv_bone.data.values import json_type, parse_json, text_of
 from rwkv_bone.errors import UserError
 
-__all__ = ["Conversation", "Layout", "Turn", "conversation", "json_type", "layout_of"]
+__all__ = ["Conversation", "Layout", "Turn", "conversation", "layout_of"]
 
 # Remarks.
 UNANSWERED = "turns after the last response, left out"
 IN_PROMPT = "responses in a prompt that is a list of turns, read and not trained"
 NOTHING_TRAINED = "rows that train nothing, as all their responses are marked as not trained"
+MISSING, OF_SEVERAL = "rows without the field ", ", which is one of several in "
 BAD_EXAMPLES = "rows whose 'label' is false (preference data: bad responses), trained like the others"
 
 
@@ -58,15 +59,21 @@ def conversation(row: Mapping[str, Any], layout: Layout, where: str) -> Conversa
         if not any(turn.trained for turn in turns if turn.role == "assistant"):
             remarks[NOTHING_TRAINED] += 1
     for name in fields.missing:
-        remarks[f"rows without the field {name!r}, which is one of several in {layout.flag}"] += 1
+        remarks[f"{MISSING}{name!r}{OF_SEVERAL}{layout.flag}"] += 1
     for name in fields.unread():
         remarks[unused(name)] += 1
     for name in fields.usual(WEIGHTS):
         if isinstance(row[name], int | float) and row[name] != 1:
             remarks[unused(name)] += 1
-    return Conversation(
-        where, tuple(turns), document, tools, {remark: count for remark, count in remarks.items() if count}
-    )
+    return Conversation(where, tuple(turns), document, tools, dict(+remarks) if remarks else {})
+
+
+def check_named(remarks: Mapping[str, int], rows: int, where: str) -> None:
+    """UserError where one of several fields that the user named is in none of the rows. remarks: of all of them."""
+    for remark, count in remarks.items():
+        if remark.startswith(MISSING) and count >= rows:
+            name, flag = remark.removeprefix(MISSING).split(OF_SEVERAL)
+            raise UserError(f"{where}: {flag} names the field {name}, which no row has: correct it or leave it out")
 
 
 def _turns(fields: Fields, layout: Layout, remarks: Counter[str]) -> list[Turn]:
@@ -75,12 +82,14 @@ def _turns(fields: Fields, layout: Layout, remarks: Counter[str]) -> list[Turn]:
     else:
         turns = [*_prompt(fields, layout, remarks), *_response(fields, layout.fields[1], remarks)]
         for name in fields.usual(("label",)):
-            remarks[BAD_EXAMPLES] += fields.row[name] is False
-    answered = max((i + 1 for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
+            if fields.row[name] is False:
+                remarks[BAD_EXAMPLES] += 1
+    answered = next((i for i in range(len(turns), 0, -1) if turns[i - 1].role == "assistant"), 0)
     if not answered:
         name = layout.fields[-1]
         raise UserError(f"{fields.where}: no turn of the assistant in {name!r}: there is nothing to train on")
-    remarks[UNANSWERED] += len(turns) - answered
+    if answered < len(turns):
+        remarks[UNANSWERED] += len(turns) - answered
     return turns[:answered]
 
 
@@ -102,7 +111,7 @@ def _response(fields: Fields, name: str, remarks: Counter[str]) -> list[Turn]:
         return turns_of(fields.get(name), name, fields.where, remarks)
     text = fields.filled(name)
     thinking = fields.optional_text(*THINKING)
-    return [checked_response(response(text, thinking, fields.where, "", remarks), fields.where, "")]
+    return [response(text, thinking, fields.where, "", remarks)]
 
 
 def _is_turns(row: Mapping[str, Any], name: str) -> bool:
@@ -163,6 +172,5 @@ def _history(fields: Fields, remarks: Counter[str]) -> list[Turn]:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise UserError(f"{where}: not a pair{place}; expected [prompt, response]")
             prompt, answer = (text_of(text, f"{where}: {name}", place) for text in pair)
-            answered = checked_response(response(answer, "", where, place, remarks), where, place)
-            turns += [Turn("user", prompt), answered]
+            turns += [Turn("user", prompt), response(answer, "", where, place, remarks)]
     return turns

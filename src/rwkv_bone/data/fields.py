@@ -21,12 +21,16 @@ class Fields:
     def __init__(self, row: Mapping[str, Any], where: str, flag: str):
         self.row, self.where, self.flag = row, where, flag
         self._read: set[tuple[str, ...]] = set()
+        self._lower = {key.lower(): [key] for key in row}
+        if len(self._lower) < len(row):
+            self._lower = {name: [key for key in row if key.lower() == name] for name in self._lower}
         self.missing: list[str] = []  # see `text`
 
     def usual(self, names: tuple[str, ...]) -> list[str]:
         """The fields of the row with these usual names, which are lower case, in any case; in the order of `names`."""
-        lower = [(key.lower(), key) for key in self.row if isinstance(key, str)]
-        return [key for name in names for found, key in lower if found == name and (key,) not in self._read]
+        if self._lower.keys().isdisjoint(names):
+            return []
+        return [key for name in names for key in self._lower.get(name, ()) if (key,) not in self._read]
 
     def get(self, name: str) -> Any:
         """The value of a field, which counts as read. UserError if there is none."""
@@ -43,12 +47,11 @@ class Fields:
         Of several all but one may be missing or null; `missing` names these. UserError if it is no text.
         """
         names = parts(self.row, name)
-        if len(names) > 1:
-            there = [part for part in names if (found := find(self.row, part)) and found[1] is not None]
-            self.missing += [part for part in names if part not in there]
-            names = there or names[:1]
-        texts = [text_of(self._no_structure(part), f"{self.where}: field {part!r}") for part in names]
-        return JOINED_BY.join(filter(str.strip, texts)) if len(texts) > 1 else texts[0]
+        if len(names) == 1:
+            return self._text_of(name)
+        there = [part for part in names if (found := find(self.row, part)) and found[1] is not None]
+        self.missing += [part for part in names if part not in there]
+        return JOINED_BY.join(filter(str.strip, map(self._text_of, there or names[:1])))
 
     def filled(self, name: str) -> str:
         text = self.text(name)
@@ -70,21 +73,23 @@ class Fields:
         """The names of the fields that say something and were not read, inside of objects too."""
         return _unread(self.row, self._read, "")
 
-    def _no_structure(self, name: str) -> Any:
+    def _text_of(self, name: str) -> str:
         value = self.get(name)
         if isinstance(value, dict | list) and value:
-            inner = [f"{name}.{key}" for key in (value if isinstance(value, dict) else ["0"])]
+            inside = next(iter(value)) if isinstance(value, dict) else 0
             raise UserError(
                 f"{self.where}: field {name!r} is {json_type(value)}, expected a string: name one inside it with "
-                f"{self.flag}, such as {inner[0]}"
+                f"{self.flag}, such as {name}.{inside}"
             )
-        return value
+        return value if isinstance(value, str) and value.isascii() else text_of(value, f"{self.where}: field {name!r}")
 
 
 def parts(row: Mapping[str, Any], name: str) -> list[str]:
     """The names in `a+b`; only itself where the row has a field of that name."""
+    if name in row or "+" not in name:
+        return [name]
     names = name.split("+")
-    return [name] if name in row or not all(names) else names
+    return names if all(names) else [name]
 
 
 def find(row: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], Any] | None:
@@ -110,7 +115,7 @@ def _unread(row: Mapping[str, Any], read: set[tuple[str, ...]], before: str) -> 
     for key, value in row.items():
         if (key,) in read or not says(value):
             continue
-        inside = {steps[1:] for steps in read if steps[0] == key}
+        inside = {steps[1:] for steps in read if steps[0] == key} if isinstance(value, dict | list) else set()
         if inside and isinstance(value, list):
             value = {str(i): item for i, item in enumerate(value)}
         if inside:

@@ -96,8 +96,8 @@ def _named_layout(fields: Fields, sft_field: tuple[str, ...], data_type: str, or
     row = fields.row
     try:
         for name in sft_field:
-            for part in parts(row, name):
-                fields.get(part)
+            there = [part for part in parts(row, name) if find(row, part)]
+            fields.get(there[0] if there else parts(row, name)[0])
     except UserError as error:
         if not or_usual:
             raise
@@ -115,14 +115,11 @@ def _named_layout(fields: Fields, sft_field: tuple[str, ...], data_type: str, or
 
 def _usual_layout(fields: Fields, data_type: str) -> Layout:
     row, where, flag = fields.row, fields.where, fields.flag
-    texts = fields.usual(("text",))
     if data_type == "jsonl":
-        return Layout("text", tuple(texts[:1]) or ("text",), flag)
-    pairs = list(_pairs(fields))
-    _refuse_preferences(fields, pairs)
-    candidates = [Layout("text", (name,), flag) for name in texts if data_type != "sft"]
-    candidates += [Layout("messages", (name,), flag) for name in fields.usual(MESSAGES) if _may_be_turns(row[name])]
-    candidates += [Layout("pair", names, flag) for names in pairs]
+        return Layout("text", (*fields.usual(("text",)), "text")[:1], flag)
+    # Tables have every field in every row: one that is null here is a reading only where there is no other.
+    full = Fields({name: value for name, value in row.items() if value is not None}, where, flag)
+    candidates = _candidates(full, data_type) or _candidates(fields, data_type)
     if len(candidates) == 1:
         return candidates[0]
     found = ", ".join(map(str, row)) or "none"
@@ -134,6 +131,15 @@ def _usual_layout(fields: Fields, data_type: str) -> Layout:
     choices = " or ".join("+".join(layout.fields) for layout in candidates)
     ways = " or ".join(f"{flag} {' '.join(layout.fields)}" for layout in candidates)
     raise UserError(f"{where}: the fields could be {choices} (found: {found}). Choose with {ways}")
+
+
+def _candidates(fields: Fields, data_type: str) -> list[Layout]:
+    row, flag = fields.row, fields.flag
+    pairs = list(_pairs(fields))
+    _refuse_preferences(fields, pairs)
+    found = [Layout("text", (name,), flag) for name in fields.usual(("text",)) if data_type != "sft"]
+    found += [Layout("messages", (name,), flag) for name in fields.usual(MESSAGES) if isinstance(row[name], list | str)]
+    return found + [Layout("pair", names, flag) for names in pairs]
 
 
 def _pairs(fields: Fields) -> Iterable[tuple[str, str]]:
@@ -148,10 +154,6 @@ def _pairs(fields: Fields) -> Iterable[tuple[str, str]]:
             for response in fields.usual(responses):
                 found["+".join([*bodies, prompt]), response] = None
     return found
-
-
-def _may_be_turns(value: Any) -> bool:
-    return isinstance(value, list | str)
 
 
 def _refuse_preferences(fields: Fields, pairs: list[tuple[str, str]]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from rwkv_bone.config import DataConfig
 from rwkv_bone.data.cache import SMALL, Arrays, Build, Cache, Entry, code_hash, in_memory, library_versions
-from rwkv_bone.data.conversation import Layout, layout_of
+from rwkv_bone.data.conversation import Layout, check_named, layout_of
 from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.masks import parse_mask_id, stream_mask
 from rwkv_bone.data.remarks import Remarks
@@ -180,6 +180,7 @@ class Part:
         if not len(arrays["lengths"]):
             reasons = "; ".join(one.what.removeprefix(f"{self.name}: ") for one in self.lost)
             raise UserError(f"{self.name}: no row can be used: {reasons}")
+        check_named(record["remarks"], len(arrays["lengths"]), self.name)
         self._remark(record)
         tokens, lengths, prompts, numbers = (arrays[name] for name in ("tokens", "lengths", "prompts", "numbers"))
         return self._documents(

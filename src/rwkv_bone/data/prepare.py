@@ -86,7 +86,7 @@ class DocumentSettings:
 
     def encoder(self) -> Callable[[Block], Encoded]:
         tokenizer = load_tokenizer(self.tokenizer, ANY_SIZE)
-        dtype, layout = np.dtype(self.dtype), Layout("text", (self.field,))
+        dtype, layout = np.dtype(self.dtype), Layout("text", (self.field,), "--field")
         end = [tokenizer.eod] if self.append_eod else []
 
         def encode_row(row: dict, where: str) -> np.ndarray:

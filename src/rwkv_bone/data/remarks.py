@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 UNUSED = "field not used: "
+TURNS = "[]."  # in the name of a turn's field
 NAMED = 12  # fields not used that the line names
 DIFFERENT = 1000  # remarks that are kept apart: rows may have any number of names
 
@@ -33,11 +34,8 @@ class Remarks:
     def lines(self) -> list[str]:
         """One line each, without the name of the file; of all fields that are not used one."""
         lines = [f"{count:,} {remark}" for remark, count in self.counts.items() if not remark.startswith(UNUSED)]
-        fields = [
-            f"{remark.removeprefix(UNUSED)} ({count:,}x)"
-            for remark, count in self.counts.items()
-            if remark.startswith(UNUSED)
-        ]
+        counts = {name[len(UNUSED) :]: count for name, count in self.counts.items() if name.startswith(UNUSED)}
+        fields = [f"{name} ({count:,} {'turns' if TURNS in name else 'rows'})" for name, count in counts.items()]
         if fields:
             more = f", and {len(fields) - NAMED:,} more" if len(fields) > NAMED else ""
             lines.append(f"fields not used: {', '.join(fields[:NAMED])}{more}")

@@ -21,6 +21,8 @@ class Thought(NamedTuple):
 
 def split_thinking(text: str, where: str, place: str) -> Thought:
     """The thinking and the visible text of a response. Blocks one after another are one; a later one stays text."""
+    if BEGIN not in text and END not in text:
+        return Thought("", text, False)
     inside, rest, lone = [], text, False
     while rest.lstrip().startswith(BEGIN):
         block, end, rest = rest.lstrip().removeprefix(BEGIN).partition(END)

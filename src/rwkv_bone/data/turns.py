@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rwkv_bone.data.layouts import THINKING
@@ -20,6 +20,7 @@ TEXT_KEYS = ("content", "value", "message")
 WEIGHTS = ("weight", "train", "trainable", "training", "loss", "loss_weight", "loss_mask")
 MASKS = ("mask", "masked")
 PARTLY = "train_detail"  # axolotl's: parts of a turn
+MARKS = {*WEIGHTS, *MASKS, PARTLY}
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -72,25 +73,28 @@ def turns_of(value: Any, name: str, where: str, remarks: Counter[str]) -> list[T
     return [turn for turn in turns if turn.role != "system" or turn.text.strip()]
 
 
-def response(text: str, thinking: str, where: str, place: str, remarks: Counter[str]) -> Turn:
-    """An assistant's turn with this text; thinking: that of a field of its own, which comes before the text's."""
+def response(text: str, thinking: str, where: str, place: str, remarks: Counter[str], **more: Any) -> Turn:
+    """An assistant's turn with this text. thinking: that of a field of its own, which comes before the text's.
+
+    more: the turn's other fields. UserError for a response that says nothing and calls no tool.
+    """
     thought = split_thinking(text, where, place)
-    if thought.found and not thought.thinking:
-        remarks[EMPTY_THOUGHT] += 1
-    if thinking.strip() and thought.thinking and thinking.split() != thought.thinking.split():
-        remarks[TWO_THOUGHTS] += 1
-    remarks[LONE_END] += thought.lone
-    remarks[LATER_THOUGHT] += BEGIN in thought.text or END in thought.text
-    remarks[CALLS_AS_TEXT] += CALL_TAGS[0] in thought.text
-    return Turn("assistant", thought.text, thinking.replace("\r\n", "\n").strip() or thought.thinking)
-
-
-def checked_response(turn: Turn, where: str, place: str) -> Turn:
-    """UserError for a response that says nothing and calls no tool."""
-    if not turn.text.strip() and not turn.calls:
-        found = f"a response with nothing after {END}" if turn.thinking else "empty response"
+    if thought.found:
+        if not thought.thinking:
+            remarks[EMPTY_THOUGHT] += 1
+        elif thinking.strip() and thinking.split() != thought.thinking.split():
+            remarks[TWO_THOUGHTS] += 1
+        if thought.lone:
+            remarks[LONE_END] += 1
+    if BEGIN in thought.text or END in thought.text:
+        remarks[LATER_THOUGHT] += 1
+    if CALL_TAGS[0] in thought.text:
+        remarks[CALLS_AS_TEXT] += 1
+    if not (thought.text.strip() or more.get("calls")):
+        found = f"a response with nothing after {END}" if thought.thinking else "empty response"
         raise UserError(f"{where}: {found}{place}: fill it or remove the row")
-    return turn
+    own = thinking.replace("\r\n", "\n").strip() if thinking else ""
+    return Turn("assistant", thought.text, own or thought.thinking, **more)
 
 
 def _role(message: dict, where: str, place: str) -> str:
@@ -124,17 +128,23 @@ class _Message:
         if named == "function_call" and text.strip():  # ShareGPT's: the calls are the text
             found, text = [*self._loaded(text), *found], ""
         if role == "assistant":
-            turn = response(text, self._thinking() or parts_thinking, self.where, self.place, self.remarks)
-            ids = tuple(self._id(call) for call in found)
-            turn = replace(turn, calls=tuple(map(self._call, found)), call_ids=ids if any(ids) else ())
-            turn = replace(checked_response(turn, self.where, self.place), trained=self._trained(role))
-            self.remarks[MASKED] += not turn.trained
-        elif role == "tool":
-            turn = Turn(role, text, call_ids=self._texts("tool_call_id"), name="".join(self._texts("name")))
-            self._trained(role)
+            more: dict[str, Any] = {}
+            if found:
+                ids = tuple(map(self._id, found))
+                more = {"calls": tuple(map(self._call, found)), "call_ids": ids if any(ids) else ()}
+            if not self._trained(role):
+                more["trained"] = False
+                self.remarks[MASKED] += 1
+            thinking = self._thinking() or parts_thinking
+            turn = response(text, thinking, self.where, self.place, self.remarks, **more)
         else:
-            turn = Turn(role, text)
             self._trained(role)
+            more = (
+                {"call_ids": self._texts("tool_call_id"), "name": "".join(self._texts("name"))}
+                if role == "tool"
+                else {}
+            )
+            turn = Turn(role, text, **more)
         for other, value in self.message.items():
             if other not in self._read and value is not None and value not in ("", [], {}):
                 self.remarks[unused(f"{self.prefix}{other}")] += 1
@@ -155,12 +165,17 @@ class _Message:
     def _thinking(self) -> str:
         """The first text under a usual name of thinking. Other things there (a switch) are not used."""
         found = [key for key in THINKING if isinstance(self.message.get(key), str) and self.message[key].strip()]
+        if not found:
+            return ""
         self._read.update(found)
         texts = [text_of(self.message[key], f"{self.where}: field {key!r}", self.place) for key in found]
-        self.remarks[TWO_FIELDS] += any(text.split() != texts[0].split() for text in texts)
-        return texts[0] if texts else ""
+        if any(text.split() != texts[0].split() for text in texts):
+            self.remarks[TWO_FIELDS] += 1
+        return texts[0]
 
     def _trained(self, role: str) -> bool:
+        if MARKS.isdisjoint(self.message):
+            return True
         said: dict[str, bool] = {}
         for key in (*WEIGHTS, *MASKS):
             value = self._get(key)
@@ -183,7 +198,8 @@ class _Message:
         if self._get(PARTLY):
             raise self._error(f"{PARTLY} trains parts of a turn, which is not possible{self.place}: give weight 0 or 1")
         if role != "assistant":
-            self.remarks[WEIGHT_OF_OTHERS] += any(said.values())
+            if any(said.values()):
+                self.remarks[WEIGHT_OF_OTHERS] += 1
             return True
         return all(said.values())
 

@@ -10,16 +10,18 @@ from typing import Any
 from rwkv_bone.errors import UserError
 
 
-class Number(float):
-    """A number of a JSON text that is no whole one, and the characters that it is written with: 52.0, 1.50, 1e3."""
+class Written(float):
+    """A number with a point or an exponent; as text it is what the file says: 1.10 is not 1.1."""
 
-    __slots__ = ("written",)
-    written: str
-
-    def __new__(cls, written: str | float) -> Number:
-        number = super().__new__(cls, written)
-        number.written = str(written)
+    def __new__(cls, text: str) -> Written:
+        number = super().__new__(cls, text)
+        number.text = str(text)
         return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -31,12 +33,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# What sources of JSON parse with. Whole numbers are written in one way only.
-DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=Number)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=Written)
 
 
 def parse_json(text: str) -> Any:
-    """json.loads with `Number`; ValueError also for a key that stands twice in one object."""
+    """json.loads, in which numbers stay as they are written. ValueError also for an object with a key twice."""
     return DECODER.decode(text)
 
 
@@ -56,8 +57,6 @@ def text_of(value: Any, what: str, place: str = "") -> str:
     """
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, Number):
-        return value.written
     if isinstance(value, int | float | Decimal) and not math.isnan(value):
         return str(value)
     if not isinstance(value, str):

@@ -17,8 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rwkv_bone.data.conversation import NOTHING_TRAINED, Conversation, Layout, Turn, conversation, layout_of
+from rwkv_bone.data.conversation import (
+    NOTHING_TRAINED,
+    Conversation,
+    Layout,
+    Turn,
+    check_named,
+    conversation,
+    layout_of,
+)
 from rwkv_bone.data.ids import check_ids
+from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.remarks import Remarks
 from rwkv_bone.data.segments import think_block
 from rwkv_bone.data.sources import Rows, Split, open_source
@@ -36,6 +45,7 @@ OWN_FLAGS = {
     "--data_file and --eval_data take": "--data_path and --eval_path take",
     "; a dataset of the hub with --data_type hf": "",
     ", or give --data_type": "",
+    ".bin or --data_type hf": " another name",
 }
 # Remarks.
 TOOLS_AS_TEXT = "rows whose tools, calls and results are text of their turns, as the chat template writes none of them"
@@ -73,6 +83,7 @@ class Samples:
     """Token ids and labels of equal length, for `transformers.Trainer`, and counts of what was changed."""
 
     rows: list[dict[str, list[int]]] = field(default_factory=list)
+    targets: int = 0  # trained tokens before anything was cut
     cut: int = 0
     dropped: int = 0  # samples whose prompt alone fills model_max_length
     last_only: int = 0  # conversations in which the template changes earlier turns, so that the last one is trained
@@ -89,16 +100,22 @@ class Samples:
         """What was read, cut and left out, in words."""
         trained = sum(label != IGNORED_LABEL for row in self.rows for label in row["labels"])
         facts = [f"{len(self.rows):,} samples with {trained:,} trained tokens"]
-        if self.cut:
-            facts.append(f"{self.cut:,} cut to model_max_length")
-        if self.dropped:
-            facts.append(f"{self.dropped:,} left out because the prompt alone fills model_max_length")
         if self.last_only:
             facts.append(f"{self.last_only:,} train their last response only, as the chat template changes the others")
         return facts
 
+    def lost(self, name: str) -> list[Lost]:
+        """What is cut off or left out, of a file that the user calls `name`."""
+        if not self.cut:
+            return []
+        what = f"{name}: {self.cut:,} samples cut to model_max_length"
+        if self.dropped:
+            what += f", {self.dropped:,} of them left out because the prompt alone fills it"
+        kept = sum(label != IGNORED_LABEL for row in self.rows for label in row["labels"][1:])
+        return [Lost(what, 1 - kept / max(self.targets, 1), remedy="raise --model_max_length")]
+
     def lines(self) -> list[str]:
-        """What was left out, changed or not used of the rows: lines for the user."""
+        """What was changed or not used of the rows: lines for the user."""
         return [*self.notes, *self.remarks.lines()]
 
 
@@ -134,8 +151,8 @@ def _load(
     flag: str,
     or_usual: bool,
 ) -> Samples:
-    samples, layout, where = Samples(), None, "no row"
-    for where, row in rows:
+    samples, layout, where, count = Samples(), None, "no row", 0
+    for count, (where, row) in enumerate(rows, 1):  # noqa: B007, of all of them
         if layout is None:
             layout = layout_of(row, fields, "auto", where, flag, or_usual)
             if isinstance(rows, RowsOf):
@@ -153,6 +170,7 @@ def _load(
         for tokens, trained in segments:
             ids += tokens
             labels += tokens if trained else [IGNORED_LABEL] * len(tokens)
+        samples.targets += sum(label != IGNORED_LABEL for label in labels[1:])
         samples.cut += len(ids) > max_length
         ids, labels = ids[:max_length], labels[:max_length]
         if limits.vocab_size:
@@ -167,6 +185,7 @@ def _load(
             samples.rows.append({"input_ids": ids, "labels": labels})
         elif NOTHING_TRAINED not in talk.remarks:  # else it is counted there
             samples.dropped += 1
+    check_named(samples.remarks.counts, count, where)
     if isinstance(rows, RowsOf):
         samples.notes += rows.notes
     if not samples.rows:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from rwkv_bone.data.lost import check_lost
 from rwkv_bone.devices import select_device
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf.config import BoneConfig
@@ -67,6 +68,8 @@ def finetune(config: HfConfig) -> None:
         rows = RowsOf(config.eval_path, "", True, fields, columns)
         flag, or_usual = "--eval_field", not config.eval_field
         held_out = [load_samples(rows, fields, tokenizer, config.model_max_length, limits, flag, or_usual)]
+    for samples, path in zip([train, *held_out], files, strict=True):
+        check_lost(path, samples.lost(path), config.max_lost)
     # Padding is masked, so that any id will do; but one beyond the embedding, of a token that was added, would not.
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad = next(token for token in candidates if token is not None and token < (limits.vocab_size or token + 1))
@@ -109,6 +112,8 @@ def finetune(config: HfConfig) -> None:
     for samples, path in zip([train, *held_out], files, strict=True):
         for line in (", ".join(samples.facts()), *samples.lines()):
             report(f"{path}: {line}")
+        for one in samples.lost(path):
+            report(one.line())
     trainable, total = model.get_nb_trainable_parameters()
     report(f"{config.mode} with r {config.bone_r}: {trainable:,} trainable of {total:,} parameters")
     if arguments.process_index == 0 and config.overwrite:

@@ -70,6 +70,13 @@ class HfConfig:
     model_max_length: int = setting(
         512, "largest number of tokens of a sample; longer ones are cut, and counted", at_least=1, at_most=10**7
     )
+    max_lost: float = setting(
+        0.5,
+        "largest share of a file's trained tokens that model_max_length may cut off or leave out; the run stops above "
+        "it, 1 = never",
+        at_least=0,
+        at_most=1,
+    )
     per_device_train_batch_size: int = setting(4, "samples per device and forward pass", at_least=1, at_most=2**16)
     gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step", at_least=1, at_most=10**5)
     num_train_epochs: float = setting(1.0, "passes over the data, such as 2 or 0.5", above=0, at_most=10**6)
