@@ -1,14 +1,16 @@
-"""When each setting of train.py acts: the one table of it, and the words for its rows.
+"""When each setting acts: the one table of it for train.py (`TRAIN`), and those of the other programs.
 
-A setting that is not in `TRAIN` acts in every run. The checks of what was given (`layers.py`), the words in --help and
-the table in docs/settings.md are made from this table, and tests/config/test_acts.py holds it to what runs do. What
-only a file can tell, such as whether rows have responses, is checked where the file is read.
+A setting that is not in the table of its program acts always. The checks of what was given (`layers.py`), the words in
+--help and the tables in docs/settings.md are made from these tables, and tests/config/test_acts.py holds them to what
+the programs do. What only a file can tell, such as whether rows have responses, is checked where the file is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from rwkv_bone.config.outputs import suffix_of
 
 
 class When(NamedTuple):
@@ -64,6 +66,7 @@ def listed(words: Any) -> str:
 ADAPTERS = ("bone", "lora", "pissa")
 CONVERSATIONS = ("auto", "sft", "table", "hf")  # values of --data_type with which rows may be conversations
 MARKED = ("qa", "se")  # masks that look for turns in the text of documents
+EXCLUSIVE = {"overwrite": without("resume"), "resume": without("overwrite")}
 
 TRAIN: dict[str, When] = {
     "chunk_ctx": When(
@@ -98,12 +101,36 @@ TRAIN: dict[str, When] = {
         lambda kind, parts: kind != "state" or bool({"emb", "head"} & {*parts}),
         "with every --peft but state, or with --train_parts emb or head",
     ),
-    "overwrite": without("resume"),
-    "resume": without("overwrite"),
+    **EXCLUSIVE,
     "epoch_save": When(("epoch_count",), lambda count: count > 1, "with --epoch_count above 1", "--epoch_count 2"),
     "eval_samples": given("eval_data", "eval_split") & only("data_type", *CONVERSATIONS),
 }
 
+FOLDER = When(("output",), lambda name: not suffix_of(name), "with a folder as --output")
+GGUF = When(("output",), lambda name: suffix_of(name) == ".gguf", "with a .gguf file as --output")
+MERGE: dict[str, When] = {
+    "layout": FOLDER,
+    "shard_size": FOLDER,
+    "outtype": GGUF,
+    "bone_r": but("peft", "state"),
+    "lora_alpha": only("peft", "auto", "lora", "pissa"),
+    "pissa_init": only("peft", "auto", "pissa"),
+    "merge_base": but("quant", "none"),
+}
+MODEL = without("adapter")
+CONVERT: dict[str, When] = {
+    "to": given("adapter"),
+    "peft": given("adapter"),
+    "quant": given("adapter"),
+    **{name: given("adapter") & MERGE[name] for name in ("bone_r", "lora_alpha", "pissa_init")},
+    **dict.fromkeys(("names", "hf_base"), given("adapter") & FOLDER),
+    **{name: MODEL & MERGE[name] for name in ("layout", "outtype", "shard_size")},
+    "verify": MODEL,
+}
+HF: dict[str, When] = {"warmup_ratio": but("lr_scheduler_type", "constant"), **EXCLUSIVE}
+PREVIEW: dict[str, When] = dict.fromkeys(
+    ("show_tokens", "color"), When(("samples",), lambda count: count > 0, "with --samples above 0", "--samples 1")
+)
 # Values that ask for nothing, besides empty ones, 0 and auto: they are true also where the setting does not act.
 NOTHING: dict[str, Any] = {"eval_samples": 0, "epoch_save": 1, "lora_plus": 1.0, "quant": "none"}
 # What describes the files of another setting: with other files given, it is left out unless it is given again.
