@@ -43,12 +43,15 @@ def generate(
     model: an `RWKV`, or what passes its arguments on to one. Prompts may have any length but 0; they are never cut.
     temperature 0 takes the most likely token; above it, tokens are drawn from the smallest set whose probability
     reaches `top_p`, the same ones for the same seed. The states of `batch` sequences and one forward pass of `piece`
-    tokens must fit into memory. ValueError for an empty prompt, and for a batch or piece below 1.
+    tokens must fit into memory. ValueError for an empty prompt, for a batch or piece
+    below 1, and for a temperature or top_p with which nothing could be drawn.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt is empty: it needs at least one token to continue from")
     if min(batch, piece) < 1:
         raise ValueError(f"batch {batch}, piece {piece}: expected at least 1")
+    if not 0 < top_p <= 1 or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature {temperature}, top_p {top_p}: expected 0 <= temperature and 0 < top_p <= 1")
     if max_new < 1:
         return [[] for _ in prompts]
     generator = torch.Generator(device).manual_seed(seed)
