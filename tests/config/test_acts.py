@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from rwkv_bone.config import MergeConfig, acts
+from rwkv_bone.config import MergeConfig, acts, when_page
 from rwkv_bone.config.acts import asks
 from rwkv_bone.config.flags import parse_merge, parse_section, parse_train
 from rwkv_bone.config.layers import shown
@@ -17,6 +17,7 @@ from rwkv_bone.conversion.flags import ConvertConfig, parse_convert
 from rwkv_bone.data import preview
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf.flags import HfConfig
+from tests.conftest import REPOSITORY
 
 TRAIN_SPECS = {spec.name: spec for section in SECTIONS.values() for spec in fields(section)}
 
@@ -148,6 +149,16 @@ def test_help_says_when_each_setting_acts(program, capsys):
     text = " ".join(capsys.readouterr().out.replace("-\n", "-").split()).replace("- ", "-")
     for when in one.table.values():
         assert f"acts {when.words}".replace("- ", "-") in text
+
+
+def test_the_page_has_the_tables_of_today():
+    page = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert when_page.renewed(page) == page, (
+        "renew it: PYTHONPATH=src python -m rwkv_bone.config.when_page docs/settings.md"
+    )
+    assert all(
+        f"| `--{name}` | {when.words} |" in page for one in PROGRAMS.values() for name, when in one.table.items()
+    )
 
 
 NEEDED = words(PROGRAMS["train"].needed)
