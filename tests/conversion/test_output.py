@@ -396,9 +396,11 @@ def test_a_flag_of_the_other_kind_of_conversion_is_refused(words, message):
 
 
 def test_merge_takes_the_flags_of_every_form():
-    words = "--base_model b --peft_checkpoint p --output o/ --layout official --shard_size 2GB --outtype q8_0"
+    words = "--base_model b --peft_checkpoint p --output o/ --layout official --shard_size 2GB"
     config = parse_merge(words.split())
-    assert (config.layout, config.shard_size, config.outtype) == ("official", "2GB", "q8_0")
+    assert (config.layout, config.shard_size) == ("official", "2GB")
+    words = "--base_model b --peft_checkpoint p --output o.gguf --outtype q8_0"
+    assert parse_merge(words.split()).outtype == "q8_0"
     with pytest.raises(UserError, match="--outtype q4_0: expected one of auto, f32, f16, bf16, q8_0"):
         parse_merge([*words.split(), "--outtype", "q4_0"])
 
