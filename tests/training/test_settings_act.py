@@ -40,7 +40,7 @@ CASES = {
     "eval_samples": (1, {"eval_data": ("", "rows"), "eval_split": (0.0, 0.3)}, {"data_type": "sft"}),
     "data_weights": (("2",), {"dataload": ("pack", "pad", "get")}, {"loss_mask": "none", "epoch_steps": 3}),
     "long_samples": ("drop", {"dataload": ("pack", "pad", "get")}, {"loss_mask": "none", "ctx_len": 12}),
-    "mask_id": ('{"mask0": "7", "mask1": "4"}', MASKED, {}),
+    "mask_id": ('{"mask0": "9", "mask1": "4"}', MASKED, {"mask_id": '{"mask0": "9", "mask1": ">"}'}),
 }
 
 

@@ -41,9 +41,7 @@ class Bounds(NamedTuple):
     def __str__(self) -> str:
         """The bounds that are no matter of course, for --help: `1 to 65536`; nothing if there is only `at least 0`."""
         if self.above is not None:
-            return f"more than {plain(self.above)}" + (
-                f", at most {plain(self.at_most)}" if self.at_most else ""
-            )
+            return f"more than {plain(self.above)}" + (f", at most {plain(self.at_most)}" if self.at_most else "")
         low = plain(self.at_least or 0)
         if self.at_most is not None:
             return f"{low} to {plain(self.at_most)}"

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import os
 
-from lightning.pytorch.plugins.environments import (
-    KubeflowEnvironment,
-    LSFEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning.pytorch.plugins.environments import LSFEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from rwkv_bone.config import RunConfig
 from rwkv_bone.errors import UserError
 
-OTHERS = (KubeflowEnvironment, LSFEnvironment, SLURMEnvironment)
+OTHERS = (LSFEnvironment, SLURMEnvironment)
 
 
 def check_launcher(run: RunConfig) -> None:
