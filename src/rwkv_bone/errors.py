@@ -1,6 +1,6 @@
-"""The two exceptions that are not defects: a mistake of the user, and a run stopped by a signal.
+"""The exceptions that are not defects: a mistake of the user, and a run stopped by a signal.
 
-`exit_status` turns both into the exit status of a program.
+`exit_status` turns them into the exit status of a program.
 """
 
 from __future__ import annotations
@@ -8,6 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from rwkv_bone import console
+
+SIGINT, SIGPIPE = 2, 13  # signal.SIGPIPE does not exist everywhere
 
 
 class UserError(ValueError):
@@ -30,17 +34,39 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-def exit_status(function: Callable[[], Any]) -> int:
-    """Call an entry point's body and return the exit status: 0, 2 for a user's mistake, 130 or 143 for a signal."""
+class StoppedAtOnce(KeyboardInterrupt):
+    """A second signal, or one between the steps, ended the run where it was."""
+
+    def __init__(self, signum: int):
+        super().__init__()
+        self.signum = signum
+
+
+def exit_status(function: Callable[[], Any], shows: bool = False) -> int:
+    """Call an entry point's body and return the exit status.
+
+    0; 2 for a user's mistake; 128 + N for signal N, which is also what a program ends with that `shows` (its output is
+    its result) and whose reader has gone, as `| head` does. Other programs go on without a reader.
+    """
+    console.guard(needed=shows)
     try:
-        function()
+        try:
+            function()
+        finally:
+            sys.stdout.flush()
+            console.tell_lost_output()
     except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except console.OutputLost as error:
+        if error.reader_left:
+            return 128 + SIGPIPE
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "signum", SIGINT)
     return 0

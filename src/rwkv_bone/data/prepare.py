@@ -58,6 +58,7 @@ class PrepareConfig:
     output: str = setting("", "path of the pair, without its endings .bin and .idx")
     tokenizer: str = setting("world", "tokenizer of the model: bytes, world, or the path of a tokenizer.json")
     field: str = setting("text", "name of the field that holds the text")
+    columns: tuple[str, ...] = setting((), "names of the columns of tables without a header; empty = it has one")
     append_eod: bool = setting(True, "1 = end each document with the end-of-document id, as RWKV's own data has it")
     dtype: str = setting("auto", "number type of a token; auto = uint16 if the vocabulary fits, else int32", DTYPES)
     workers: int = setting(
@@ -113,9 +114,10 @@ def prepare(cfg: PrepareConfig) -> None:
     """Write the pair and print what it holds. UserError, and no pair, if a row or file cannot be used."""
     sources = []
     for name in cfg.input:
-        source = open_source(name)
+        source = open_source(name, columns=cfg.columns, fields=(cfg.field,))
         if not isinstance(source, Rows):
             raise UserError(f"{name}: {source.kind}; expected rows with a field {cfg.field!r}")
+        source.keep((cfg.field,))
         sources.append(source)
     tokenizer = load_tokenizer(cfg.tokenizer, ANY_SIZE)
     dtype = token_dtype(tokenizer.vocab_size) if cfg.dtype == "auto" else np.dtype(cfg.dtype)
@@ -126,28 +128,28 @@ def prepare(cfg: PrepareConfig) -> None:
     with PairWriter(Path(cfg.output), dtype, cfg.overwrite) as pair:
         try:
             for source in sources:
-                skipped = Skipped()
-                reader = RowReader(source.parse, source.prefix, cfg.bad_rows == "skip")
+                skipped, before = Skipped(), documents
+                reader = RowReader(source.parse, source.places, cfg.bad_rows == "skip")
                 settings = DocumentSettings(reader, cfg.field, cfg.tokenizer, cfg.append_eod, dtype.str)
                 for block in run(settings, blocks(source.items()), total, cfg.workers):
                     pair.write(block.tokens, block.lengths)
                     progress.add(block.bytes, len(block.tokens))
                     documents += len(block.lengths)
                     skipped.add(block.skipped)
-                left_out += skipped.summary_lines(source.prefix)
+                left_out += skipped.lost(str(source.path), source.places, documents - before)
         finally:
             progress.close()
         if not documents:
-            raise UserError(f"{', '.join(cfg.input)}: no usable rows; {'; '.join(left_out)}")
+            raise UserError(f"{', '.join(cfg.input)}: no usable rows; {'; '.join(one.what for one in left_out)}")
     print(f"{cfg.output}.bin, .idx: {documents:,} documents, {dtype.name}, tokenizer {tokenizer.name}")
     print(progress.speed())
-    for line in left_out:
+    for line in [*(note for source in sources for note in source.notes), *(one.line() for one in left_out)]:
         print(line)
 
 
 def main() -> None:
     description = "Turn rows of text into a .bin/.idx pair of token ids."
-    prepare(parse_section("prepare", description, PrepareConfig, sys.argv[1:], examples=EXAMPLES))
+    prepare(parse_section("sh scripts/prepare_data.sh", description, PrepareConfig, sys.argv[1:], examples=EXAMPLES))
 
 
 if __name__ == "__main__":

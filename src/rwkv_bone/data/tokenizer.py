@@ -7,6 +7,7 @@ such files with RWKV models, and the Rust package encodes the same ids many time
 from __future__ import annotations
 
 import ast
+import codecs
 import hashlib
 import json
 from collections.abc import Hashable, Iterable
@@ -48,6 +49,7 @@ class Tokenizer(Hashable, Protocol):
     name: str
     vocab_size: int
     eod: int  # the id that ends a document
+    specials: tuple[str, ...]  # what becomes a token that is no text, wherever it stands
 
     def identity(self) -> str:
         """A text that differs between two tokenizers whenever their ids may differ."""
@@ -95,10 +97,19 @@ def folder_text(folder: Path | None, data: DataConfig) -> tuple[DataConfig, list
         )
     if data.template == "auto":
         own = [file for file in (TEMPLATE_FILE, TOKENIZER_CONFIG) if (folder / file).is_file()]
-        if own and (own[0] == TEMPLATE_FILE or "chat_template" in read_tokenizer_config(folder)):
+        if own and (own[0] == TEMPLATE_FILE or read_tokenizer_config(folder).get("chat_template")):
             data = replace(data, template=str(folder / own[0]))
             lines.append(f"template  {data.template} (--template auto: the model's own)")
     return data, lines
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file: UTF-8, or what its byte order mark says. OSError, UnicodeError."""
+    content = path.read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if wide else "utf-8-sig")
+    # As in text mode: a template has the same lines whatever wrote them.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_tokenizer_config(folder: Path) -> dict:
@@ -107,7 +118,7 @@ def read_tokenizer_config(folder: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
@@ -154,6 +165,7 @@ class ByteTokenizer:
     title = "bytes"
     vocab_size = 256
     eod = 0
+    specials = ("\0",)
 
     def identity(self) -> str:
         return "bytes"
@@ -207,6 +219,7 @@ class WorldTokenizer:
     title = "RWKV World"
     vocab_size = 65536
     eod = 0
+    specials = ()
 
     def __init__(self):
         self._rust = _rust_world()
@@ -253,6 +266,8 @@ class JsonTokenizer:
         self.name = str(path)
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
         self._digest = _digest(path.read_bytes())
+        added = self.library.get_added_tokens_decoder().values()
+        self.specials = tuple(token.content for token in added if token.special)
         self.eod = self._find_eod(special_tokens(path.parent).get("eos_token"))
 
     def identity(self) -> str:

@@ -38,7 +38,16 @@ class HfConfig:
     data_path: str = setting("", "rows to train on: JSON lines, a JSON list, CSV, Parquet, Arrow or a datasets folder")
     eval_path: str = setting("", "held-out rows, whose loss is measured before and after training; empty = none")
     dataset_field: tuple[str, ...] = setting(
-        (), "names of the prompt and response fields, or of the list of messages; empty = the usual names"
+        (),
+        "names of the prompt and response fields, such as instruction+input output (a+b: two fields, joined by a line "
+        "break; a.b: inside an object), or one name, of the list of messages or a document's text; empty = the usual "
+        "names",
+    )
+    eval_field: tuple[str, ...] = setting(
+        (), "as dataset_field, for eval_path; empty = those of dataset_field where eval_path has them, else usual names"
+    )
+    columns: tuple[str, ...] = setting(
+        (), "names of the columns of tables without a header, such as prompt response; empty = the first line may tell"
     )
     dataset_split: str = setting(
         "", "part of data_path's rows to use, such as [:1000], [5%:] or train[:1000]; empty = all"
@@ -99,8 +108,16 @@ class HfConfig:
     def __post_init__(self):
         check_given(self, "model_name_or_path", "data_path", "output_dir")
         check_values(self)
-        if len(self.dataset_field) > 2:
-            raise UserError(f"--dataset_field takes the names of prompt and response, got {len(self.dataset_field)}")
+        for name in ("dataset_field", "eval_field"):
+            names = getattr(self, name)
+            if len(names) > 2:
+                raise UserError(
+                    f"--{name} takes the names of prompt and response, or one name, got {len(names)}: "
+                    f"{' '.join(names)}. Several fields of the prompt are joined by +: --{name} "
+                    f"{'+'.join(names[:-1])} {names[-1]}"
+                )
+        if self.eval_field and not self.eval_path:
+            raise UserError("--eval_field names fields of --eval_path: give that too, or remove it")
 
     @property
     def targets(self) -> list[str] | str:

@@ -16,7 +16,9 @@ from torch import nn
 from rwkv_bone import checkpoints
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.config.saved import from_json, shaping
+from rwkv_bone.console import counted
 from rwkv_bone.data import BatchPlan
+from rwkv_bone.data.fingerprint import of_this_format
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import project
 from rwkv_bone.training.resume_file import layout
@@ -26,7 +28,7 @@ from rwkv_bone.training.schedule import learning_rate
 EQUIVALENT = {"op", "chunk_ctx", "grad_cp", "accelerator", "strategy"}
 # The second group changes only what is written, measured or shown, and how long the run is.
 OUTSIDE_THE_STEPS = {"proj_dir", "overwrite", "resume", "cache_dir", "wandb", "eval_data", "eval_samples"}
-OUTSIDE_THE_STEPS |= {"epoch_begin", "epoch_count", "epoch_save", "save_steps"}
+OUTSIDE_THE_STEPS |= {"max_lost", "epoch_begin", "epoch_count", "epoch_save", "save_steps"}
 # The third group is compared by its effects: fingerprints of base and data, architecture, samples of a step.
 COMPARED = {"load_model", "n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size", "my_testing", "data_file"}
 COMPARED |= {"devices", "num_nodes", "accumulate_grad_batches", "micro_bsz"}
@@ -70,19 +72,30 @@ class Saved:
             ("base", "--load_model holds other weights"),
             ("data", "--data_file holds other samples"),
         ):
+            if key == "data" and not of_this_format(mine[key]):
+                continue  # said in `notes`
             if mine[key] != theirs[key]:
                 raise UserError(
                     f"--resume: {what} than the run in {self.path.parent} had ({key} {mine[key]}, now {theirs[key]}); "
                     "give the same as then, or start a new run in another --proj_dir"
                 )
 
-    def notes(self, now: TrainConfig, plan: BatchPlan) -> Iterator[str]:
-        """Where the run goes on and what is different this time, one fact a line."""
+    def notes(self, now: TrainConfig, plan: BatchPlan, threads: int) -> Iterator[str]:
+        """Where the run goes on and what is different this time, one fact a line. threads: of a process."""
         then, run = self.config, now.run
         earlier_total, total_steps = (plan.total_steps(config.run.epoch_count) for config in (then, now))
         yield f"after step {self.step} of {total_steps}, from {self.path}"
+        if not of_this_format(self.metadata["data"]):
+            yield (
+                "the data cannot be compared with that of the first steps, since another version began this run: see "
+                "to it yourself that --data_file has not changed"
+            )
         if Cut.of(then) != Cut.of(now):
             yield f"{Cut.of(then)} became {Cut.of(now)}: the same samples a step, equal up to rounding"
+        before = self.metadata.get("threads", threads)
+        if before != threads:
+            same = f"OMP_NUM_THREADS={before} gives the same again"
+            yield f"{counted(before, 'thread')} became {threads}: equal up to rounding ({same})"
         if self.step < total_steps != earlier_total:
             rates = [learning_rate(self.step, steps, now.optim) for steps in (earlier_total, total_steps)]
             yield (
@@ -148,7 +161,8 @@ class Cut:
         return passes[0] * self.micro_bsz == passes[1] * other.micro_bsz
 
     def __str__(self) -> str:
-        return f"{self.devices} devices x {self.accumulate} forward passes x micro_bsz {self.micro_bsz}"
+        passes = counted(self.accumulate, "forward pass", "forward passes")
+        return f"{counted(self.devices, 'device')} x {passes} x micro_bsz {self.micro_bsz}"
 
 
 def _shaping(config: TrainConfig) -> TrainConfig:
