@@ -260,6 +260,8 @@ def test_every_kind_of_text_and_list_is_text_and_list(tmp_path, form):
         **{"large": "a", "coded": "b", "list": ["c"], "fixed": ["d", "e"], "map": {"k": "v"}},
         "deep": [{"a": [1, 2]}],
     }
+    source.keep(("deep",))
+    assert set(rows_of(source)[0]) == {"large", "view", "coded", "deep"}
     source.keep(())
     assert set(rows_of(source)[0]) == {"large", "view", "coded"}
 

@@ -27,6 +27,7 @@ class Table(Rows):
     """Rows that pyarrow holds in columns."""
 
     _kept: frozenset[str] | None = None  # names of columns; None: every one that can be converted
+    _asked: frozenset[str] = frozenset()  # those of them that the user named
 
     def batches(self) -> Iterator[Any]:
         """Record batches or tables of the columns that are read."""
@@ -51,11 +52,11 @@ class Table(Rows):
         twice = {name for name in schema.names if schema.names.count(name) > 1}
         if twice:
             raise UserError(f"{self.name}: {len(twice)} names of columns stand twice: {', '.join(sorted(twice))}")
+        for field in schema:
+            if field.name in (self._kept or self._asked) and _conversion(field.type) is REFUSED:
+                raise UserError(f"{self.name}: column {field.name!r} holds {field.type}: expected text")
         if self._kept is None:
             return [field for field in schema if _conversion(field.type) is not REFUSED]
-        for field in schema:
-            if field.name in self._kept and _conversion(field.type) is REFUSED:
-                raise UserError(f"{self.name}: column {field.name!r} holds {field.type}: expected text")
         return [field for field in schema if field.name in self._kept or _is_text(field.type)]
 
     def _rows(self, part: Any, before: int) -> Iterator[dict | UserError]:
@@ -97,11 +98,11 @@ class Table(Rows):
 
 
 class Columnar(Table, FileRows):
-    """A file. kind: Parquet, Arrow or Arrow stream."""
+    """A file. kind: Parquet, Arrow or Arrow stream. fields: names that the user gave, also as `a+b`."""
 
-    def __init__(self, path: Path, kind: str, name: str = ""):
+    def __init__(self, path: Path, kind: str, name: str = "", fields: Collection[str] = ()):
         super().__init__(path, name)
-        self.kind = kind
+        self.kind, self._asked = kind, frozenset(part for field in fields for part in (field, *field.split("+")))
 
     def __len__(self) -> int:
         return sum(len(batch) for batch in self.batches())
