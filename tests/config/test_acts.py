@@ -61,16 +61,25 @@ PROGRAMS = {
 SAMPLES = {
     "adapter": ("", "a.pth"),
     "chunk_ctx": (0, 16, 512, 4096),
+    "data_file": (("a",), ("a", "b")),
     "ctx_len": (16, 512),
     "micro_bsz": (1, 8),
     "epoch_count": (1, 2),
     "eval_data": ("", "h.jsonl"),
+    "eval_path": ("", "h.jsonl"),
     "eval_split": (0.0, 0.1),
     "output": ("o.pth", "o.st", "o.gguf", "o/", "RWKV7-1.5B"),
     "samples": (0, 3),
     "train_parts": ((), ("ln",), ("emb", "ln")),
 }
-OTHERS = {"data_weights": ("2",), "mask_id": "{}", "sft_field": ("q", "a"), "loss_mask": "last", "epoch_save": 2}
+OTHERS = {
+    "data_weights": ("2", "1"),
+    "mask_id": "{}",
+    "sft_field": ("q", "a"),
+    "eval_field": ("q", "a"),
+    "loss_mask": "last",
+    "epoch_save": 2,
+}
 
 
 def values_of(name, spec):
@@ -203,7 +212,7 @@ def test_an_edited_variable_without_effect_in_its_script_is_refused_by_name():
         ("--eval_data h.jsonl", "--data_file mine", ("", 0.0)),
         ("--eval_data h.jsonl", "--data_file mine --eval_data other", ("other", 0.0)),
         ("--eval_data h.jsonl", "--data_file d", ("h.jsonl", 0.0)),
-        ("--eval_data h.jsonl --data_weights 2", "--data_file a b", ("", 0.0)),
+        ("--eval_data h.jsonl --data_file a b --data_weights 2 1", "--data_file c d", ("", 0.0)),
     ],
 )
 def test_held_out_data_of_a_script_gives_way_to_what_is_typed(script, typed, left, capsys):

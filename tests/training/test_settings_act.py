@@ -38,7 +38,11 @@ CASES = {
     "lr_final": (5e-3, {"lr_schedule": ("cos", "exp", "linear", "constant")}, {}),
     "epoch_save": (2, {"epoch_count": (1, 2)}, {}),
     "eval_samples": (1, {"eval_data": ("", "rows"), "eval_split": (0.0, 0.3)}, {"data_type": "sft"}),
-    "data_weights": (("2",), {"dataload": ("pack", "pad", "get")}, {"loss_mask": "none", "epoch_steps": 3}),
+    "data_weights": (
+        ("2", "1"),
+        {"dataload": ("pack", "pad", "get"), "data_file": (("rows",), ("rows", "more"))},
+        {"loss_mask": "none", "epoch_steps": 3},
+    ),
     "long_samples": ("drop", {"dataload": ("pack", "pad", "get")}, {"loss_mask": "none", "ctx_len": 12}),
     "mask_id": ('{"mask0": "9", "mask1": "4"}', MASKED, {"mask_id": '{"mask0": "9", "mask1": ">"}'}),
 }
@@ -48,7 +52,9 @@ CASES = {
 def outcome(job):
     """A function: settings -> what their run writes, or None where it is refused. Each run is made once."""
     plain = asdict(parse_train([word for word in job.argv({}) if word != "--typed"]))
-    known = {}
+    known: dict = {}
+    files = {"rows": str(job.flags["data_file"]), "more": str(job.folder / "more.jsonl")}
+    (job.folder / "more.jsonl").write_text('{"prompt": "0 -> ", "response": "1"}\n' * 3)
 
     def run(changes):
         key = repr(sorted(changes.items()))
@@ -59,7 +65,8 @@ def outcome(job):
     def written(changes, folder):
         settings = {name: dict(values) for name, values in plain.items()}
         for name, value in {**changes, "proj_dir": str(folder)}.items():
-            value = job.flags["data_file"].as_posix() if value == "rows" else value
+            value = files.get(value, value) if isinstance(value, str) else value
+            value = tuple(files.get(word, word) for word in value) if name == "data_file" else value
             section = next(section for section, cls in SECTIONS.items() if name in {spec.name for spec in fields(cls)})
             settings[section][name] = value
         try:

@@ -82,19 +82,25 @@ TRAIN: dict[str, When] = {
     "peft_load": but("peft", "none"),
     "targets": only("peft", *ADAPTERS),
     "train_parts": but("peft", "none"),
-    "data_weights": but("dataload", "get"),
+    "data_weights": When(
+        ("data_file", "dataload"),
+        lambda files, how: len(files) > 1 and how != "get",
+        "with several --data_file, and with every --dataload but get",
+    ),
     "eval_data": without("eval_split"),
     "eval_split": without("eval_data"),
     "sft_split": but("data_type", "text"),
     "sft_field": only("data_type", *CONVERSATIONS),
-    "template": only("data_type", *CONVERSATIONS),
+    "eval_field": given("eval_data") & only("data_type", *CONVERSATIONS),
+    **dict.fromkeys(("template", "tool_format"), only("data_type", *CONVERSATIONS)),
+    "columns": but("data_type", "text", "tokens", "binidx"),
     "loss_mask": When(
         ("loss_mask", "data_type"),
         lambda mask, kind: mask not in ("response", "last") or kind in CONVERSATIONS,
         f"with --data_type {listed(CONVERSATIONS)}, or as none, pad, {listed(MARKED)}",
     ),
     "mask_id": only("loss_mask", "se"),
-    "long_samples": but("dataload", "get"),
+    **dict.fromkeys(("long_samples", "max_lost"), but("dataload", "get")),
     "lr_final": but("lr_schedule", "constant"),
     "weight_decay": When(
         ("peft", "train_parts"),
@@ -127,7 +133,11 @@ CONVERT: dict[str, When] = {
     **{name: MODEL & MERGE[name] for name in ("layout", "outtype", "shard_size")},
     "verify": MODEL,
 }
-HF: dict[str, When] = {"warmup_ratio": but("lr_scheduler_type", "constant"), **EXCLUSIVE}
+HF: dict[str, When] = {
+    "eval_field": given("eval_path"),
+    "warmup_ratio": but("lr_scheduler_type", "constant"),
+    **EXCLUSIVE,
+}
 PREVIEW: dict[str, When] = dict.fromkeys(
     ("show_tokens", "color"), When(("samples",), lambda count: count > 0, "with --samples above 0", "--samples 1")
 )
