@@ -47,7 +47,7 @@ def test_a_folder_is_a_template_by_the_first_file_that_has_one(tmp_path):
     def written() -> str:
         return texts(str(tmp_path), talk("a", "b"))[1]
 
-    with pytest.raises(UserError, match="no one of chat_template.jinja, chat_template.json, tok.* with a"):
+    with pytest.raises(UserError, match="no template in chat_template.jinja, chat_template.json, tok.* of this"):
         load_template(str(tmp_path), "")
     write(tmp_path, json.dumps({"chat_template": template("t")}), "tokenizer_config.json")
     assert written() == "tb\n"

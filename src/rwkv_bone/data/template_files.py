@@ -12,6 +12,7 @@ from rwkv_bone.errors import UserError
 
 # In a folder of transformers: the first of these that has a template, and the named ones beside it.
 IN_FOLDER = (TEMPLATE_FILE, "chat_template.json", TOKENIZER_CONFIG)
+CHOOSE = "choose --template world, g1, alpaca or a file"
 NAMED_FOLDER = "additional_chat_templates"
 
 
@@ -25,9 +26,10 @@ def read_templates(path: Path) -> dict[str, str]:
         texts = _of_folder(path) if path.is_dir() else _of_file(path)
     except (OSError, UnicodeError) as error:
         raise UserError(f"--template {path}: cannot be read ({error})") from error
+    if not texts and path.is_dir():
+        raise UserError(f"--template {path}: no template in {', '.join(IN_FOLDER)} of this folder; {CHOOSE}")
     if not texts:
-        expected = f"one of {', '.join(IN_FOLDER)} with a template" if path.is_dir() else "chat_template in it"
-        raise UserError(f"--template {path}: no {expected}; choose --template world, g1, alpaca or a file")
+        raise UserError(f"--template {path}: no chat_template in it; {CHOOSE}")
     if len(texts) == 1:
         return {DEFAULT: next(iter(texts.values()))}
     if DEFAULT not in texts:
