@@ -27,6 +27,7 @@ class Table(Rows):
     """Rows that pyarrow holds in columns."""
 
     _kept: frozenset[str] | None = None  # names of columns; None: every one that can be converted
+    _asked: frozenset[str] = frozenset()  # those of them that the user named
 
     def batches(self) -> Iterator[Any]:
         """Record batches or tables of the columns that are read."""
@@ -51,11 +52,11 @@ class Table(Rows):
         twice = {name for name in schema.names if schema.names.count(name) > 1}
         if twice:
             raise UserError(f"{self.name}: {len(twice)} names of columns stand twice: {', '.join(sorted(twice))}")
+        for field in schema:
+            if field.name in (self._kept or self._asked) and _conversion(field.type) is REFUSED:
+                raise UserError(f"{self.name}: column {field.name!r} holds {field.type}: expected text")
         if self._kept is None:
             return [field for field in schema if _conversion(field.type) is not REFUSED]
-        for field in schema:
-            if field.name in self._kept and _conversion(field.type) is REFUSED:
-                raise UserError(f"{self.name}: column {field.name!r} holds {field.type}: expected text")
         return [field for field in schema if field.name in self._kept or _is_text(field.type)]
 
     def _rows(self, part: Any, before: int) -> Iterator[dict | UserError]:
@@ -97,11 +98,11 @@ class Table(Rows):
 
 
 class Columnar(Table, FileRows):
-    """A file. kind: Parquet, Arrow or Arrow stream."""
+    """A file. kind: Parquet, Arrow or Arrow stream. fields: names that the user gave, also as `a+b`."""
 
-    def __init__(self, path: Path, kind: str, name: str = ""):
+    def __init__(self, path: Path, kind: str, name: str = "", fields: Collection[str] = ()):
         super().__init__(path, name)
-        self.kind = kind
+        self.kind, self._asked = kind, frozenset(part for field in fields for part in (field, *field.split("+")))
 
     def __len__(self) -> int:
         return sum(len(batch) for batch in self.batches())
@@ -159,22 +160,25 @@ class Columnar(Table, FileRows):
 
     def _checked(self, batch: Any) -> Any:
         """The batch, whose offsets lead nowhere outside it."""
+        from pyarrow import types
+
         for column in batch.columns:
             try:
                 column.validate(full=True)
             except ValueError as error:
-                # What is not UTF-8 is a fault of its row.
-                if "UTF8" not in str(error):
+                # Of a flat column this is found last. So its offsets are right, and the fault is one of its rows.
+                flat = types.is_string(column.type) or types.is_large_string(column.type)
+                if not (flat and "UTF8" in str(error)):
                     raise
         return batch
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says in its first line; of an error that was raised because of another, what the first one says."""
+    """What an error says, in one line; of an error that was raised because of another, what the first one says."""
     while error.__cause__ or (error.__context__ and not error.__suppress_context__):
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    text = str(error).strip().split("\n")[0]
-    return text or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:180]} ... {text[-100:]}"
 
 
 def _conversion(type_: Any) -> Convert | None:

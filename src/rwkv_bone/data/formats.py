@@ -58,7 +58,7 @@ def format_of(path: Path, options: Options) -> Make | str | None:
     if (kind or head.startswith(NUMPY)) and is_gzip(path):
         raise UserError(f"{path} is {kind or 'a NumPy array'} packed with gzip: unpack it with gunzip")
     if kind:
-        return lambda path, name: Columnar(path, kind, name)
+        return lambda path, name: Columnar(path, kind, name, options.fields)
     if head.startswith(NUMPY):
         return "numpy"
     ending, text = ending_of(path), _beginning(head)

@@ -12,22 +12,10 @@ from typing import IO, Any
 from rwkv_bone.data import files
 from rwkv_bone.data.files import lines, opened_text
 from rwkv_bone.data.rows import FileRows, Rows, named
-from rwkv_bone.data.values import Written, json_type
+from rwkv_bone.data.values import DECODER, json_type
 from rwkv_bone.errors import UserError
 
 BY_FLAG = "--columns"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} stands twice in one object")
-    return row
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=Written)
 
 
 class JsonRows(FileRows):

@@ -24,9 +24,22 @@ class Written(float):
         return self.text
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} stands twice in one object")
+    return found
+
+
+# What sources of JSON parse with. Whole numbers are written in one way only.
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=Written)
+
+
 def parse_json(text: str) -> Any:
-    """json.loads, in which numbers stay as they are written."""
-    return json.loads(text, parse_float=Written)
+    """json.loads with numbers as they are written; ValueError also for a key that stands twice in one object."""
+    return DECODER.decode(text)
 
 
 def json_type(value: Any) -> str:
