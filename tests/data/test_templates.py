@@ -83,36 +83,53 @@ def test_a_response_that_thinks_has_one_think_block_in_every_template(name):
     whole = "".join(texts(name, THOUGHT))
     inside = "" if name == "g1" else "three\n\nfour\n"
     assert whole.endswith(f"<think>\n{inside}</think>\n7.") and whole.count("think>") == 2
-    said = {f"responses whose thinking is left out in --template g1, which has {EMPTY}": 1} if name == "g1" else {}
-    assert load_template(name, "").remarks(THOUGHT) == said
+    left_out = "responses whose thinking is left out (g1-think writes it), since there is an empty think block in"
+    assert load_template(name, "").remarks(THOUGHT) == ({f"{left_out} --template g1": 1} if name == "g1" else {})
 
 
-EMPTY = "an empty think block; g1-think writes it"
+def remarks(name: str, *turns: Turn) -> dict[str, int]:
+    return dict(load_template(name, "").remarks(Conversation("f:1", turns)))
+
+
+def like_turns(name: str, marks: str) -> str:
+    return (
+        f"turns with a line that begins with {marks} (trained as part of the turn, but a program that stops there "
+        f"would cut it), as turns do in --template {name}"
+    )
 
 
 @pytest.mark.parametrize("name", ["world", "g1", "g1-think"])
-def test_blank_lines_that_go_and_lines_like_a_turn_are_counted(name):
+def test_blank_lines_that_go_are_counted(name):
     blank = f"turns whose blank lines became single line breaks, since a blank line ends a turn in --template {name}"
-    marked = (
-        f"turns with a line that begins with User:, Assistant: or System:, as a turn does in --template {name}: "
-        "trained as part of the turn, but a program that stops there would cut it"
-    )
-    template = load_template(name, "")
+    assert remarks(name, Turn("user", "\n\na\nb\r\nc\n\n"), Turn("assistant", "\n\na\r\n")) == {}
+    broken = Turn("user", "a\n \nb", material="c\r\n\r\nd")
+    assert remarks(name, broken, Turn("assistant", "a\n\nb"), Turn("tool", "a\n\nb"), ANSWER) == {blank: 3}
+    assert remarks(name, Turn("user", "a", material="b\n\nc"), ANSWER) == {blank: 1}
+    assert remarks(name, Turn("user", "a"), Turn("assistant", "b", thinking="c\n\nd")).get(blank) is None
 
-    def said(*turns: Turn) -> dict[str, int]:
-        return dict(template.remarks(Conversation("f:1", turns)))
 
-    assert said(Turn("user", "a\nb\r\nc\n\n"), Turn("assistant", "\n\na User: b\r\n")) == {}
-    assert said(Turn("user", "a\n \nb", material="c\r\n\r\nd"), Turn("assistant", "a\n\nb")) == {blank: 2}
-    assert said(Turn("user", "a", material="b\n\nc"), ANSWER) == {blank: 1}
-    assert said(Turn("user", "User: a"), Turn("assistant", "b\n System: c")) == {marked: 2}
-    assert said(Turn("user", "a\n\nAssistant: b"), ANSWER) == {blank: 1, marked: 1}
-    assert (marked in said(Turn("user", "a"), Turn("assistant", "b", thinking="c\n\nUser: d"))) == (name != "g1")
+@pytest.mark.parametrize("name", ["world", "g1", "g1-think"])
+def test_lines_that_look_like_a_turn_are_counted(name):
+    marked = like_turns(name, "User:, Assistant: or System:")
+    assert remarks(name, Turn("user", "a User: b"), Turn("assistant", "The User: b")) == {}
+    assert remarks(name, Turn("user", "User: a"), Turn("assistant", "b\n System: c")) == {marked: 2}
+    assert remarks(name, Turn("user", "a", material="Assistant:"), ANSWER) == {marked: 1}
+    assert remarks(name, Turn("user", "a\n\nAssistant: b"), ANSWER)[marked] == 1
+    assert (marked in remarks(name, ANSWER, Turn("assistant", "b", thinking="c\n\nUser: d"))) == (name != "g1")
+    assert remarks("alpaca", Turn("user", "a\n### Response: b"), ANSWER) == {
+        like_turns("alpaca", "### Instruction:, ### Input: or ### Response:"): 1
+    }
+
+
+def test_an_indentation_that_goes_is_counted():
+    lost = "responses whose first line lost its indentation, since white space around a turn goes in --template world"
+    for text, count in (("\n    return x\n  y", 1), ("\treturn", 1), (" Hello", 0), ("a\n    b", 0), ("\n\nb", 0)):
+        assert remarks("world", Turn("user", "    a"), Turn("assistant", text)).get(lost, 0) == count
 
 
 def test_texts_that_are_written_as_they_are_have_no_remarks():
     for name in ("raw", "alpaca"):
-        assert load_template(name, "").remarks(talk("User: a\n\nb", "c\n\nUser: d")) == {}
+        assert load_template(name, "").remarks(talk("User: a\n\nb", "  c\n\nUser: d")) == {}
     for name in ("raw", *BUILT_IN):
         assert load_template(name, "").remarks(Conversation("f:1", document="User: a\n\nb")) == {}
 

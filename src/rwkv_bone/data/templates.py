@@ -34,7 +34,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rwkv_bone.data.conversation import Conversation, Turn
@@ -46,20 +47,12 @@ from rwkv_bone.errors import UserError
 END_OF_TURN = "\n\n"
 VERSION = 3  # part of `identity`: raise it when the same row is written as another text than before
 BLANK_LINES = re.compile(r"\n\s*\n")
-LIKE_A_TURN = re.compile(r"^\s*(?:User|Assistant|System):", re.MULTILINE)
-# What world, g1 and g1-think say they change; between the two parts stands --template and its name.
-REMARKS = (
-    ("turns whose blank lines became single line breaks, since a blank line ends a turn in", ""),
-    (
-        "turns with a line that begins with User:, Assistant: or System:, as a turn does in",
-        ": trained as part of the turn, but a program that stops there would cut it",
-    ),
-    ("responses whose thinking is left out in", ", which has an empty think block; g1-think writes it"),
-)
 
 
 class TextTemplate(Template):
     """A template that writes tools, their calls and results as text of the turns."""
+
+    marks: tuple[str, ...] = ()  # what a turn begins with
 
     def __init__(self, name: str, tools: ToolFormat = HERMES):
         self.name, self.tools = name, tools
@@ -69,6 +62,19 @@ class TextTemplate(Template):
 
     def turns(self, conversation: Conversation) -> tuple[Turn, ...]:
         return with_tools_as_text(conversation, self.tools).turns
+
+    def remarks(self, conversation: Conversation) -> Mapping[str, int]:
+        changes = (change for turn in self.turns(conversation) for change in self._changes(turn))
+        return Counter(f"{change} --template {self.name}" for change in changes)
+
+    def _changes(self, turn: Turn) -> Iterator[str]:
+        """What is changed of a turn or may be misread: sentences that end before the template's name."""
+        marks = "|".join(map(re.escape, self.marks))
+        if marks and re.search(rf"^[^\S\n]*(?:{marks})", f"{turn.thinking}\n{_with_material(turn)}", re.MULTILINE):
+            yield (
+                f"turns with a line that begins with {', '.join(self.marks[:-1])} or {self.marks[-1]} (trained as part "
+                "of the turn, but a program that stops there would cut it), as turns do in"
+            )
 
 
 class RawTemplate(TextTemplate):
@@ -84,6 +90,8 @@ class RawTemplate(TextTemplate):
 
 class WorldTemplate(TextTemplate):
     """world, g1 and g1-think: they differ in how a response begins."""
+
+    marks = ("User:", "Assistant:", "System:")
 
     def _segments(self, conversation: Conversation) -> Iterable[Segment]:
         turns = self.turns(conversation)
@@ -105,19 +113,20 @@ class WorldTemplate(TextTemplate):
         block = think_block(turn) or "<think>\n</think>\n"
         return " <think", f"{block.removeprefix('<think')}{answer}"
 
-    def remarks(self, conversation: Conversation) -> Mapping[str, int]:
-        blank, marked, thinking = (f"{remark} --template {self.name}{rest}" for remark, rest in REMARKS)
-        found: Counter[str] = Counter()
-        for turn in self.turns(conversation):
-            text = _with_material(turn)
-            found[blank] += bool(BLANK_LINES.search(_unix_lines(text).strip()))
-            seen = text if self.name == "g1" else f"{turn.thinking}\n{text}"
-            found[marked] += bool(LIKE_A_TURN.search(seen))
-            found[thinking] += self.name == "g1" and bool(turn.thinking)
-        return +found
+    def _changes(self, turn: Turn) -> Iterator[str]:
+        text = _unix_lines(_with_material(turn))
+        if BLANK_LINES.search(text.strip()):
+            yield "turns whose blank lines became single line breaks, since a blank line ends a turn in"
+        if turn.role == "assistant" and re.match(r"\s*(?:\t| {2})\S", text):
+            yield "responses whose first line lost its indentation, since white space around a turn goes in"
+        if turn.thinking and self.name == "g1":
+            yield "responses whose thinking is left out (g1-think writes it), since there is an empty think block in"
+            turn = replace(turn, thinking="")
+        yield from super()._changes(turn)
 
 
 class AlpacaTemplate(TextTemplate):
+    marks = ("### Instruction:", "### Input:", "### Response:")
     preamble = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     )

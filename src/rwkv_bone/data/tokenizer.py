@@ -165,7 +165,7 @@ class ByteTokenizer:
     title = "bytes"
     vocab_size = 256
     eod = 0
-    specials = ("\0",)
+    specials: tuple[str, ...] = ("\0",)
 
     def identity(self) -> str:
         return "bytes"
@@ -219,7 +219,7 @@ class WorldTokenizer:
     title = "RWKV World"
     vocab_size = 65536
     eod = 0
-    specials = ()
+    specials: tuple[str, ...] = ()
 
     def __init__(self):
         self._rust = _rust_world()
