@@ -284,3 +284,5 @@ def test_columns_name_the_files_of_a_folder_too(folder, config):
     name = folder({"a.tsv": "x y?\tz\n", "b.tsv": "u v?\tw\n"})
     assert texts(load_dataset(config(name, columns=("response", "prompt")), 256)) == ["zx y?", "wu v?"]
     assert len([line for line in notes_of(name) if "is read as a row" in line]) == 2
+    name = folder({f"{i}.tsv": "x y?\tz\n" for i in range(9)})
+    assert len(notes_of(name)) == 5 and "7 more lines such as these" in notes_of(name)[-1]

@@ -137,11 +137,13 @@ def test_the_line_of_names_is_no_row_where_it_comes_again(tmp_path, config):
     assert texts(load_dataset(config(str(tmp_path / "joined.csv"), bad_rows="skip"), 256)) == ["ab", "cd"]
 
 
-def test_a_column_without_a_name_is_not_read_and_said(tmp_path):
+def test_a_column_without_a_name_is_not_read_and_said(tmp_path, config):
     (tmp_path / "pandas.csv").write_text(",prompt,response\n0,a,b\n1,c,d\n")
     source = open_source(str(tmp_path / "pandas.csv"))
     assert rows_of(source) == [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
-    assert source.notes == [f"{tmp_path / 'pandas.csv'}: column 1 has no name and is not read"]
+    note = f"{tmp_path / 'pandas.csv'}: column 1 has no name and is not read"
+    assert source.notes == [note]
+    assert note in load_dataset(config(str(tmp_path / "pandas.csv")), 256).summary_lines()
 
 
 def test_the_separator_is_the_one_that_makes_columns(tmp_path):

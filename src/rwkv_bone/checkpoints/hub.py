@@ -35,7 +35,7 @@ BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_
 USUAL = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
 ENDINGS = (".safetensors", ".pth", ".st", ".bin")
-DATA = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt)(\.gz|\.zst|\.xz|\.bz2|\.zip)?|(^|/)README\.md")
+DATA = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|txt)(\.gz|\.zst|\.xz|\.bz2|\.zip)?|(^|/)README\.md", re.I)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class Delimited(FileRows):
         elif rows and not columns and (reason := _no_header(rows, fields)):
             self._read_without_header(rows[0], reason, fields)
         self.uses_columns = not self._has_header and bool(columns)
+        if self._has_header and (unnamed := [str(place) for place, cell in enumerate(first, 1) if not cell]):
+            self.notes.append(f"{self.name}: column {', '.join(unnamed)} has no name and is not read")
         if not self._quoted and any(len(cell) > 1 and cell[0] == cell[-1] == '"' for row in rows for cell in row):
             self.notes.append(
                 f'{self.name}: cells in quotation marks keep them, as a TSV has no quoting: "a" is three characters'
@@ -123,10 +125,6 @@ class Delimited(FileRows):
         given = [name for name in names if name]
         if not given or len(set(given)) < len(given):
             raise UserError(f"{self.name}:1: the first line must name the columns, each once; found: {cells}"[:300])
-        if len(given) < len(names):
-            unnamed = ", ".join(str(i) for i, name in enumerate(names, 1) if not name)
-            note = f"{self.name}: column {unnamed} has no name and is not read"
-            self.notes += [note] * (note not in self.notes)
         return names
 
     @staticmethod

@@ -50,7 +50,10 @@ class FolderRows(Rows):
         kinds = " and ".join(sorted({part.kind for part in parts}))
         files = f", {len(parts):,} files" if len(parts) > 1 else ""
         self.kind = f"{kinds}{files}{f', split {split}' if split else ''}"
-        self.notes = [note for part in parts for note in part.notes]
+        notes = [note for part in parts for note in part.notes]
+        self.notes = notes[:NAMED]
+        if len(notes) > NAMED:
+            self.notes.append(f"{name}: {len(notes) - NAMED:,} more lines such as these, of other files")
         self.uses_columns = any(part.uses_columns for part in parts)
 
     @property

@@ -23,12 +23,12 @@ NUMPY = b"\x93NUMPY"
 COLUMNAR = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xff\xff\xff": "Arrow stream"}
 # What holds data in a form that is not read, and how to get the data out.
 PACKED = {
-    b"\x28\xb5\x2f\xfd": ("packed with zstd", "unpack it with zstd -d"),
-    b"BZh": ("packed with bzip2", "unpack it with bunzip2"),
-    b"\xfd7zXZ\0": ("packed with xz", "unpack it with xz -d"),
-    b"PK\x03\x04": ("a zip archive, as .xlsx and .docx are", "unpack it, or export it as CSV or text"),
-    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it"),
-    b"version https://git-lfs.github.com/spec/": ("a pointer of Git LFS to the data", "get it with git lfs pull"),
+    b"\x28\xb5\x2f\xfd": "is packed with zstd: unpack it with zstd -d",
+    b"BZh": "is packed with bzip2: unpack it with bunzip2",
+    b"\xfd7zXZ\0": "is packed with xz: unpack it with xz -d",
+    b"PK\x03\x04": "is a zip archive, as .xlsx and .docx are: unpack it, or export it as CSV or text",
+    b"7z\xbc\xaf\x27\x1c": "is a 7z archive: unpack it",
+    b"version https://git-lfs.github.com/spec/": "is a pointer of Git LFS to the data: get it with git lfs pull",
 }
 
 
@@ -49,9 +49,9 @@ def format_of(path: Path, options: Options) -> Make | str | None:
     UserError for a file that holds data in a form that is not read here.
     """
     head = head_of(path)
-    for mark, (what, remedy) in PACKED.items():
+    for mark, problem in PACKED.items():
         if head.startswith(mark):
-            raise UserError(f"{path} is {what}: {remedy}")
+            raise UserError(f"{path} {problem}")
     if head[257:262] == b"ustar":
         raise UserError(f"{path} is a tar archive: unpack it with tar -xf")
     kind = next((kind for mark, kind in COLUMNAR.items() if head.startswith(mark)), None)
