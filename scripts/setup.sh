@@ -36,7 +36,13 @@ or_activate="or activate an environment that has what $requirements names; then 
 report() { # report WHICH [check]: what is used; check: also whether its torch can use the card
     about=$(devices "${2:-about}")
     say "using $python ($about), $1"
-    if ! command -v "${CXX:-c++}" > /dev/null && ! command -v g++ > /dev/null && ! command -v clang++ > /dev/null; then
+    compiler=
+    for name in ${CXX:-g++ c++ clang++}; do
+        if command -v "$name" > /dev/null; then compiler=$name; fi
+    done
+    if [ -z "$compiler" ] && [ -n "${CXX:-}" ]; then
+        say "CXX=$CXX: there is no such compiler; correct the variable, or unset it. A GPU needs none"
+    elif [ -z "$compiler" ]; then
         say "no C++ compiler: on the CPU the WKV operator runs in its slower PyTorch form; install one (Debian: g++)." \
             "A GPU needs none"
     fi

@@ -122,6 +122,13 @@ def arguments(result) -> list[str]:
     return json.loads(result.stdout.splitlines()[0])
 
 
+def variables(result) -> list[str]:
+    """The flags that are a script's variables, where nothing was typed over them."""
+    given = arguments(result)
+    assert given.pop() == "--typed"
+    return given
+
+
 def sentence(result) -> str:
     """The last line of a script that could not go on: it is ours, and the status is 2."""
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
@@ -212,7 +219,8 @@ def test_another_kind_takes_the_settings_of_the_scripts_own_kind_with_it(script,
 def test_every_variable_of_a_script_is_passed(script, shell, ready):
     ready.echo_modules()
     given = arguments(ready.run(shell, ready.scripts / script, "--last"))
-    assert given.pop() == "--last"
+    assert given[-2:] == ["--typed", "--last"]
+    del given[-2:]
     flags = [word.split("=")[0].removeprefix("--") for word in given if word.startswith("--")]
     expected = list(settings(script))
     if script in USES_NEWEST_ADAPTER:
@@ -243,7 +251,8 @@ def test_lines_that_a_user_adds_are_passed_exactly(shell, ready):
         "import os\n" + ECHO.replace("argv[1:]", "argv[1:] + [os.environ['IN_CAPITALS']]")
     )
     given = arguments(ready.run(shell, ready.scripts / "run_bone.sh"))
-    assert given.pop() == "2"
+    assert given[-2:] == ["--typed", "2"]
+    del given[-2:]
     added = given[given.index("--grad_cp=0") + 1 :]
     assert added == [
         "--weight_decay=0.01",
@@ -285,7 +294,7 @@ def test_a_word_that_is_no_flag_is_refused(ready):
 )
 def test_assignments_are_found_as_the_shell_reads_them(line, expected, ready):
     ready.edit("run_bone.sh", line)
-    given = arguments(ready.sh("run_bone.sh"))
+    given = variables(ready.sh("run_bone.sh"))
     assert given[given.index("--grad_cp=0") + 1 :] == expected
 
 
@@ -297,11 +306,11 @@ def test_variables_of_the_environment_are_no_settings(ready):
         "wandb='run #3 weight_decay=3'; beta1=0.8",
         'my_testing="4 # weight_decay=4"; beta2=0.9',
     )
-    before = arguments(ready.sh("run_bone.sh"))
+    before = variables(ready.sh("run_bone.sh"))
     assert before[-5:] == ["--template=raw", "--wandb=run #3 weight_decay=3", "--beta1=0.8", *before[-2:]]
     assert before[-2:] == ["--my_testing=4 # weight_decay=4", "--beta2=0.9"]
     result = ready.run("sh", ready.scripts / "run_bone.sh", weight_decay="9", micro_bsz="9", repo="/", proj_dir="/")
-    assert arguments(result) == before
+    assert variables(result) == before
 
 
 def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
@@ -318,7 +327,7 @@ def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
     textual = {
         name for name, spec in known.items() if type(spec.default) in (str, tuple) and not spec.metadata["choices"]
     }
-    textual |= {"train_parts", "config"}
+    textual |= {"train_parts", "config", "my_testing"}
     assert textual == {*paths, *files, *words, *names, *texts}
     assert {name for name, spec in known.items() if type(spec.default) is tuple} == {*files, *words}
 
@@ -329,7 +338,7 @@ def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
     lines = "".join(f"{name}='a b/c'\n" for name in (*paths, *words, *names, *texts))
     lines += "".join(f"{name}='a b\n  /c d\n'\n" for name in files)
     script.write_text(re.sub(r"(?ms)^load_model=.*?(?=^repo=)", lambda _: lines, text))
-    given = arguments(ready.sh("run_bone.sh"))
+    given = variables(ready.sh("run_bone.sh"))
     root = ready.root
     expected = [f"--{name}={root}/a b/c" for name in paths]
     for name in words:
@@ -432,7 +441,7 @@ def test_the_model_itself_is_converted_where_no_adapter_is_meant(words, variable
 def test_a_missing_adapter_is_never_taken_for_a_conversion_of_the_model(ready):
     ready.echo_modules()
     given = arguments(ready.sh("convert.sh", "--output", "m.gguf"))
-    assert given[given.index("--output") - 1] == f"--adapter={ready.root}/out/bone/rwkv-N.pth"
+    assert given[given.index("--typed") - 1] == f"--adapter={ready.root}/out/bone/rwkv-N.pth"
 
 
 def test_a_conversion_may_name_the_adapter_in_the_script(ready):

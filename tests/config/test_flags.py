@@ -38,7 +38,13 @@ def other_value(spec):
 
 def changed_everywhere():
     """(command line, expected settings) with every setting away from its default, as far as they go together."""
-    unread = {name for name in TRAIN if name.startswith("lora_")} | {"long_samples", "data_weights", "eval_data"}
+    unread = {name for name in TRAIN if name.startswith("lora_")} | {
+        "long_samples",
+        "max_lost",
+        "data_weights",
+        "eval_data",
+        "eval_field",
+    }
     expected = {spec.name: other_value(spec) for spec in SPECS if spec.name not in unread}
     expected |= {"peft": "bone", "dataload": "get", "resume": False}  # there is no run to continue
     expected |= {"data_type": "sft", "lr_schedule": "linear", "loss_mask": "se", "my_testing": "x070"}
@@ -67,16 +73,11 @@ def test_every_setting_is_a_flag():
     words, expected = changed_everywhere()
     unread = {spec.name: spec.default for spec in SPECS if spec.name not in expected}
     assert settings(flags.parse_train(words)) == expected | unread
-    others = {spec.name: other_value(spec) for spec in SPECS if spec.name in unread} | {"data_weights": ("0.5",)}
-    words = [
-        word
-        for name, value in others.items()
-        for word in (
-            f"--{name}",
-            *([value] if isinstance(value, str) else value if isinstance(value, tuple) else [str(value)]),
-        )
-    ]
-    assert settings(train("--peft", "lora", *words)).items() >= others.items()
+    others = {spec.name: other_value(spec) for spec in SPECS if spec.name in unread} | {"data_weights": ("0.5", "2")}
+    words = []
+    for name, value in others.items():
+        words += [f"--{name}", *(value if isinstance(value, tuple) else [str(value)])]
+    assert settings(train("--peft", "lora", "--data_file", "a", "b", *words)).items() >= others.items()
     assert unread and unread.keys() | expected.keys() == {spec.name for spec in SPECS}
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_bone.config import field_flags, flags, migration
+from rwkv_bone.config import field_flags, flags, migration, pages
 from rwkv_bone.errors import UserError
 from tests.config.test_field_scripts import ARGUMENTS
 
@@ -25,10 +25,10 @@ def test_the_page_has_the_tables_that_the_settings_make_today():
 
 def test_renewing_changes_only_what_is_between_the_marks(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{migration.BEGIN}\nold\n{migration.END}\nafter\n")
+    page.write_text(f"before\n{migration.BEGIN}\nold\n{pages.END}\nafter\n")
     monkeypatch.setattr("sys.argv", ["migration", str(page)])
     migration.main()
-    assert page.read_text() == f"before\n{migration.BEGIN}\n\n{migration.tables()}\n\n{migration.END}\nafter\n"
+    assert page.read_text() == f"before\n{migration.BEGIN}\n\n{migration.tables()}\n\n{pages.END}\nafter\n"
     page.write_text("no marks")
     with pytest.raises(UserError, match="the page has no lines"):
         migration.main()
@@ -50,4 +50,4 @@ def test_the_same_name_is_a_flag_here_and_a_translated_one_is_not():
 
 
 def test_a_bar_in_a_cell_does_not_end_it():
-    assert migration._table("flag | here", [("`a|b`", "c")]).splitlines()[-1] == r"| `a\|b` | c |"
+    assert pages.table("flag | here", [("`a|b`", "c")]).splitlines()[-1] == r"| `a\|b` | c |"

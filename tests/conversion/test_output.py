@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from rwkv_bone import checkpoints
 from rwkv_bone.config import MergeConfig
-from rwkv_bone.config.flags import parse_merge, parse_section
+from rwkv_bone.config.flags import parse_merge
 from rwkv_bone.conversion import folder as folders
 from rwkv_bone.conversion import gguf_file, output, verify
 from rwkv_bone.conversion.convert import convert
-from rwkv_bone.conversion.flags import ConvertConfig
+from rwkv_bone.conversion.flags import ConvertConfig, parse_convert
 from rwkv_bone.conversion.gguf_file import read_gguf
 from rwkv_bone.conversion.merge import merge_files
 from rwkv_bone.conversion.output import bytes_of, output_named
@@ -384,21 +384,23 @@ def test_a_flag_that_the_output_does_not_read_is_refused(name, flag, message):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--adapter a --outtype f16", "--outtype f16 is read only where a model is converted, without --adapter"),
-        ("--adapter a --verify 0", "--verify 0 is read only where a model is converted"),
-        ("--to lora", "--to lora is read only where an --adapter is converted: remove one"),
-        ("--bone_r 3", "--bone_r 3 is read only where an --adapter is converted"),
+        ("--adapter a --outtype f16", "--outtype f16 has no effect with --adapter a .*; it acts without --adapter"),
+        ("--adapter a --verify 0", "--verify 0 has no effect with --adapter a"),
+        ("--to lora", "--to lora has no effect without --adapter; .*: remove it, or give --adapter"),
+        ("--bone_r 3", "--bone_r 3 has no effect without --adapter"),
     ],
 )
 def test_a_flag_of_the_other_kind_of_conversion_is_refused(words, message):
     with pytest.raises(UserError, match=message):
-        parse_section("convert", "", ConvertConfig, f"--base_model b --output c.pth {words}".split())
+        parse_convert(f"--base_model b --output c.pth {words}".split(), "convert")
 
 
 def test_merge_takes_the_flags_of_every_form():
-    words = "--base_model b --peft_checkpoint p --output o/ --layout official --shard_size 2GB --outtype q8_0"
+    words = "--base_model b --peft_checkpoint p --output o/ --layout official --shard_size 2GB"
     config = parse_merge(words.split())
-    assert (config.layout, config.shard_size, config.outtype) == ("official", "2GB", "q8_0")
+    assert (config.layout, config.shard_size) == ("official", "2GB")
+    words = "--base_model b --peft_checkpoint p --output o.gguf --outtype q8_0"
+    assert parse_merge(words.split()).outtype == "q8_0"
     with pytest.raises(UserError, match="--outtype q4_0: expected one of auto, f32, f16, bf16, q8_0"):
         parse_merge([*words.split(), "--outtype", "q4_0"])
 

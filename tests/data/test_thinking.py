@@ -70,6 +70,12 @@ def test_blocks_one_after_another_are_one_and_a_later_one_stays_text():
     assert first.turns[-1] == Turn("assistant", "Look: <think>c</think> d") and first.remarks == {LATER_THOUGHT: 1}
 
 
+def test_a_lone_end_before_a_later_block_ends_the_thinking():
+    found = of_messages("a</think>b <think>c</think> d")
+    assert found.turns[-1] == Turn("assistant", "b <think>c</think> d", thinking="a")
+    assert found.remarks == {LONE_END: 1, LATER_THOUGHT: 1}
+
+
 def test_an_empty_block_is_no_thinking_and_counted():
     found = of_messages("<think>\n\n</think>\n\nIt is 7.")
     assert found.turns[-1] == Turn("assistant", "It is 7.") and found.remarks == {EMPTY_THOUGHT: 1}

@@ -144,3 +144,14 @@ def test_importing_the_operators_compiles_nothing(tmp_path):
     command = "import rwkv_bone.ops.wkv7, os, sys; sys.exit(bool(os.listdir(os.environ['XDG_CACHE_HOME'])))"
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(tmp_path), "PATH": ""}
     assert subprocess.run([sys.executable, "-c", command], env=environment).returncode == 0
+
+
+def test_the_compiler_that_cxx_names_is_used_and_a_wrong_name_is_said(workshop, monkeypatch):
+    monkeypatch.setenv("CXX", "clang-that-is-not-there -O1")
+    with pytest.raises(build.BuildError, match="CXX=clang-that-is-not-there -O1: there is no such compiler"):
+        build.cpu_library("toy", workshop / "cache")
+    monkeypatch.setenv("CXX", f"{workshop / 'tools' / 'mine'} -DMINE")
+    (workshop / "tools" / "mine").write_text(f'#!/bin/sh\necho "$1" > "{workshop}/mine"\nexec g++ "$@"\n')
+    (workshop / "tools" / "mine").chmod(0o755)
+    assert answer(build.cpu_library("toy", workshop / "cache")) == 42
+    assert (workshop / "mine").read_text() == "-DMINE\n"

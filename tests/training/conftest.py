@@ -37,8 +37,8 @@ class Job:
     flags: dict
 
     def argv(self, flags: dict) -> list[str]:
-        given = [*self.flags.items(), *flags.items()]
-        return [word for name, value in given for word in (f"--{name}", str(value))]
+        own, more = ([w for name, value in d.items() for w in (f"--{name}", str(value))] for d in (self.flags, flags))
+        return [*own, "--typed", *more]  # as a script passes its variables, and what its user types over them
 
     def run(self, name: str, **flags) -> Path:
         """Train in this process, on one device; returns proj_dir."""

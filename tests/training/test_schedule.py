@@ -64,7 +64,7 @@ def test_zero_lr_init_is_a_number_not_a_division_by_zero():
 
 @pytest.mark.parametrize("warmup, total", [(10, 10), (11, 10), (1, 1)])
 def test_a_warmup_that_fills_the_run_is_refused(warmup, total):
-    with pytest.raises(UserError, match=f"--warmup_steps {warmup}.*{total} optimiser steps"):
+    with pytest.raises(UserError, match=f"--warmup_steps {warmup}.*{total} optimiser step"):
         check_schedule(total, config(warmup_steps=warmup))
 
 

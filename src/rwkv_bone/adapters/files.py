@@ -71,6 +71,8 @@ def read_adapter(
     projects know by its SHA-256. UserError for everything that does not fit.
     """
     path = Path(path)
+    if pissa_init and (peft_folder(path) or checkpoints.read_metadata(path) is not None):
+        raise UserError(f"--pissa_init has no effect with {path}, which holds all that it needs: remove it")
     if folder := peft_folder(path):
         return _fitting(path, read_directory(folder, base, base_file), base, AdapterSettings(kind, r, alpha))
     state = rename_legacy(checkpoints.read_state(path))
@@ -98,6 +100,8 @@ def read_adapter(
             )
     except UserError as error:
         raise UserError(f"adapter {path}: {error}") from error
+    if alpha and metadata is None and kind not in ("lora", "pissa"):
+        raise UserError(f"--lora_alpha {alpha:g} has no effect with {path}, which is {kind}: remove it")
     if kind == FLAT:
         kind, state = "bat-col", {key: _unflatten(key, tensor, r) for key, tensor in state.items()}
     _check_finite(path, state)

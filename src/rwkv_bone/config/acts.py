@@ -1,14 +1,16 @@
-"""When each setting of train.py acts: the one table of it, and the words for its rows.
+"""When each setting acts: the one table of it for train.py (`TRAIN`), and those of the other programs.
 
-A setting that is not in `TRAIN` acts in every run. The checks of what was given (`layers.py`), the words in --help and
-the table in docs/settings.md are made from this table, and tests/config/test_acts.py holds it to what runs do. What
-only a file can tell, such as whether rows have responses, is checked where the file is read.
+A setting that is not in the table of its program acts always. The checks of what was given (`layers.py`), the words in
+--help and the tables in docs/settings.md are made from these tables, and tests/config/test_acts.py holds them to what
+the programs do. What only a file can tell, such as whether rows have responses, is checked where the file is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from rwkv_bone.config.outputs import suffix_of
 
 
 class When(NamedTuple):
@@ -64,6 +66,7 @@ def listed(words: Any) -> str:
 ADAPTERS = ("bone", "lora", "pissa")
 CONVERSATIONS = ("auto", "sft", "table", "hf")  # values of --data_type with which rows may be conversations
 MARKED = ("qa", "se")  # masks that look for turns in the text of documents
+EXCLUSIVE = {"overwrite": without("resume"), "resume": without("overwrite")}
 
 TRAIN: dict[str, When] = {
     "chunk_ctx": When(
@@ -79,31 +82,65 @@ TRAIN: dict[str, When] = {
     "peft_load": but("peft", "none"),
     "targets": only("peft", *ADAPTERS),
     "train_parts": but("peft", "none"),
-    "data_weights": but("dataload", "get"),
+    "data_weights": When(
+        ("data_file", "dataload"),
+        lambda files, how: len(files) > 1 and how != "get",
+        "with several --data_file, and with every --dataload but get",
+    ),
     "eval_data": without("eval_split"),
     "eval_split": without("eval_data"),
     "sft_split": but("data_type", "text"),
     "sft_field": only("data_type", *CONVERSATIONS),
-    "template": only("data_type", *CONVERSATIONS),
+    "eval_field": given("eval_data") & only("data_type", *CONVERSATIONS),
+    **dict.fromkeys(("template", "tool_format"), only("data_type", *CONVERSATIONS)),
+    "columns": but("data_type", "text", "tokens", "binidx"),
     "loss_mask": When(
         ("loss_mask", "data_type"),
         lambda mask, kind: mask not in ("response", "last") or kind in CONVERSATIONS,
         f"with --data_type {listed(CONVERSATIONS)}, or as none, pad, {listed(MARKED)}",
     ),
     "mask_id": only("loss_mask", "se"),
-    "long_samples": but("dataload", "get"),
+    **dict.fromkeys(("long_samples", "max_lost"), but("dataload", "get")),
     "lr_final": but("lr_schedule", "constant"),
     "weight_decay": When(
         ("peft", "train_parts"),
         lambda kind, parts: kind != "state" or bool({"emb", "head"} & {*parts}),
         "with every --peft but state, or with --train_parts emb or head",
     ),
-    "overwrite": without("resume"),
-    "resume": without("overwrite"),
+    **EXCLUSIVE,
     "epoch_save": When(("epoch_count",), lambda count: count > 1, "with --epoch_count above 1", "--epoch_count 2"),
     "eval_samples": given("eval_data", "eval_split") & only("data_type", *CONVERSATIONS),
 }
 
+FOLDER = When(("output",), lambda name: not suffix_of(name), "with a folder as --output")
+GGUF = When(("output",), lambda name: suffix_of(name) == ".gguf", "with a .gguf file as --output")
+MERGE: dict[str, When] = {
+    "layout": FOLDER,
+    "shard_size": FOLDER,
+    "outtype": GGUF,
+    "bone_r": but("peft", "state"),
+    "lora_alpha": only("peft", "auto", "lora", "pissa"),
+    "pissa_init": only("peft", "auto", "pissa"),
+    "merge_base": but("quant", "none"),
+}
+MODEL = without("adapter")
+CONVERT: dict[str, When] = {
+    "to": given("adapter"),
+    "peft": given("adapter"),
+    "quant": given("adapter"),
+    **{name: given("adapter") & MERGE[name] for name in ("bone_r", "lora_alpha", "pissa_init")},
+    **dict.fromkeys(("names", "hf_base"), given("adapter") & FOLDER),
+    **{name: MODEL & MERGE[name] for name in ("layout", "outtype", "shard_size")},
+    "verify": MODEL,
+}
+HF: dict[str, When] = {
+    "eval_field": given("eval_path"),
+    "warmup_ratio": but("lr_scheduler_type", "constant"),
+    **EXCLUSIVE,
+}
+PREVIEW: dict[str, When] = dict.fromkeys(
+    ("show_tokens", "color"), When(("samples",), lambda count: count > 0, "with --samples above 0", "--samples 1")
+)
 # Values that ask for nothing, besides empty ones, 0 and auto: they are true also where the setting does not act.
 NOTHING: dict[str, Any] = {"eval_samples": 0, "epoch_save": 1, "lora_plus": 1.0, "quant": "none"}
 # What describes the files of another setting: with other files given, it is left out unless it is given again.

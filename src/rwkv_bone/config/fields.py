@@ -24,18 +24,18 @@ class Bounds(NamedTuple):
     below: float | None = None
     warn_above: float | None = None  # allowed, with a warning
 
-    def expected(self, value: float) -> str:
+    def fault(self, value: float) -> str:
         """What was expected instead of the value, in words; nothing if it is within the bounds."""
         if not math.isfinite(value):
-            return "a finite number"
+            return "expected a finite number"
         if self.at_least is not None and value < self.at_least:
-            return f"at least {plain(self.at_least)}"
+            return f"expected at least {plain(self.at_least)}"
         if self.above is not None and value <= self.above:
-            return f"more than {plain(self.above)}"
+            return f"expected more than {plain(self.above)}"
         if self.at_most is not None and value > self.at_most:
-            return f"at most {plain(self.at_most)}"
+            return f"expected at most {plain(self.at_most)}"
         if self.below is not None and value >= self.below:
-            return f"less than {plain(self.below)}"
+            return f"expected less than {plain(self.below)}"
         return ""
 
     def __str__(self) -> str:
@@ -85,8 +85,8 @@ def check_value(spec: Field[Any], value: Any) -> None:
             raise UserError(f"--{spec.name} {word}: expected one of {expected}")
         if isinstance(value, tuple) and not spec.metadata["repeats"] and value.count(word) > 1:
             raise UserError(f"--{spec.name} names {word} {value.count(word)} times: name it once")
-    if type(value) in (int, float) and (expected := spec.metadata["bounds"].expected(value)):
-        raise UserError(f"--{spec.name} {plain(value)}: expected {expected}")
+    if type(value) in (int, float) and (fault := spec.metadata["bounds"].fault(value)):
+        raise UserError(f"--{spec.name} {plain(value)}: {fault}")
 
 
 def check_given(section: DataclassInstance, *names: str) -> None:

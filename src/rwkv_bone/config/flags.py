@@ -91,28 +91,22 @@ def parse_train(argv: list[str], prog: str = "train.py") -> TrainConfig:
     return config
 
 
-def read_train(parser: Parser, argv: list[str], trains: bool = True) -> tuple[dict[str, Any], list[str]]:
+def read_train(
+    parser: Parser, argv: list[str], trains: bool = True, more: type[DataclassInstance] | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """({setting: value} of what a command line of train.py sets, by flags, --config or --resume, and notes).
 
     Values are checked one by one, and what cannot act is refused or left out, as `Layers` does. Flags that are no
-    settings of a run are in it too. trains: as `translate_train` takes it.
+    settings of a run are in it too. trains: as `translate_train` takes it. more: settings of the program's own.
     """
     script, typed = parser.read(argv)
     given, notes = translate.translate_train({**script, **typed}, trains)
     source = config_file(given) if trains or "config" in given else None
     saved = read_config(source) if source else {}
-    layers = Layers(
-        {spec.name: spec.default for section in SECTIONS.values() for spec in fields(section)},
-        # What a translation made counts as typed, unless a variable of a script was translated.
-        typed={name: value for name, value in given.items() if name in typed or name not in script},
-        script={name: value for name, value in given.items() if name in script and name not in typed},
-        saved={name: value for values in saved.values() for name, value in values.items()},
-        source=str(source),
-        config_in_script="config" in script,
-    )
-    for section in SECTIONS.values():
-        check_each(section, given)
-    return layers.settle(acts.TRAIN), [*parser.notes, *notes, *layers.notes]
+    layers = _layers((*SECTIONS.values(), *([more] if more else [])), given, script, typed)
+    layers.saved = {name: value for values in saved.values() for name, value in values.items()}
+    layers.source, layers.config_in_script = str(source), "config" in script
+    return layers.settle({**acts.TRAIN, **(acts.PREVIEW if more else {})}), [*parser.notes, *notes, *layers.notes]
 
 
 def parse_merge(argv: list[str], prog: str = "merge.py", kind: str = "") -> MergeConfig:
@@ -123,11 +117,12 @@ def parse_merge(argv: list[str], prog: str = "merge.py", kind: str = "") -> Merg
     argv = translate.merge_words(argv, kind)
     description = "Fold an adapter into its base checkpoint."
     parser = Parser(prog, description, MERGE_EXAMPLES, field_flags.MERGE_FLAGS)
-    add_fields(parser.add_argument_group("merge"), MergeConfig)
+    add_fields(parser.add_argument_group("merge"), MergeConfig, acts.MERGE)
     script, typed = parser.read(argv)
     given, notes = translate.translate_merge({**script, **typed})
-    config = MergeConfig(**given)
-    print_notes([*parser.notes, *notes])
+    layers = _layers((MergeConfig,), given, script, typed)
+    config = MergeConfig(**layers.settle(acts.MERGE))
+    print_notes([*parser.notes, *notes, *layers.notes])
     return config
 
 
@@ -152,8 +147,7 @@ def parse_section(
     notes = list(parser.notes)
     for given in (script, typed):
         notes += [f"--{name} {given.pop(name)} changes nothing here" for name in ignored if name in given]
-        check_each(section, given)
-    layers = Layers({spec.name: spec.default for spec in fields(section)}, typed, script)
+    layers = _layers((section,), {**script, **typed}, script, typed)
     config = section(**layers.settle(table or {}))
     print_notes([*notes, *layers.notes], doubtful(config))
     return config
@@ -278,6 +272,21 @@ def check_each(section: type[DataclassInstance], given: Mapping[str, Any]) -> No
     for spec in fields(section):
         if spec.name in given:
             check_value(spec, given[spec.name])
+
+
+def _layers(
+    sections: Sequence[type[DataclassInstance]], given: dict[str, Any], script: dict[str, Any], typed: dict[str, Any]
+) -> Layers:
+    """The layers of what was given, `given` after translation, each value checked on its own."""
+    for section in sections:
+        check_each(section, given)
+    values, _ = translate.read_values(script)
+    return Layers(
+        {spec.name: spec.default for section in sections for spec in fields(section)},
+        # What a translation made counts as typed, unless a variable of a script was translated.
+        typed={name: value for name, value in given.items() if name in typed or name not in script},
+        script={name: value if name in typed else given[name] for name, value in values.items() if name in given},
+    )
 
 
 def of_section(given: dict[str, Any], section: type[DataclassInstance]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import Field, fields
-from pathlib import Path
 from typing import NamedTuple
 
+from rwkv_bone.config import pages
 from rwkv_bone.config.field_adapters import ADAPTER_FLAGS, ADAPTER_KEYS, HF_FLAG
 from rwkv_bone.config.field_flags import (
     ERAS,
@@ -24,12 +24,12 @@ from rwkv_bone.config.field_flags import (
     Means,
 )
 from rwkv_bone.config.flags import ALIASES
+from rwkv_bone.config.pages import table
 from rwkv_bone.config.saved import SECTIONS
 from rwkv_bone.config.sections import MergeConfig
-from rwkv_bone.errors import UserError, exit_status
+from rwkv_bone.errors import exit_status
 
 BEGIN = "<!-- Made by python -m rwkv_bone.config.migration docs/migrating.md: change the tables there. -->"
-END = "<!-- End of what is made. -->"
 
 
 class Same(NamedTuple):
@@ -108,16 +108,16 @@ def tables() -> str:
             "### Flags of train.py with the same name",
             _same(SAME_FLAGS, train),
             "### Values with another name, and values that are refused",
-            _table("flag and value | here", _values()),
+            table("flag and value | here", _values()),
             "### Flags of train.py that are translated",
-            _table("flag | in | here", _translated({**_adapters(), **TRANSLATED_FLAGS})),
+            table("flag | in | here", _translated({**_adapters(), **TRANSLATED_FLAGS})),
             "### Flags of train.py that have no effect here",
             "Each is ignored with a note. Where the table names a value, any other value is refused.",
-            _table("flag | in | only with | why it has no effect", _ignored(IGNORED_FLAGS)),
+            table("flag | in | only with | why it has no effect", _ignored(IGNORED_FLAGS)),
             "### Flags of merge.py",
             _same(MERGE_SAME_FLAGS, merge),
-            _table("flag | in | here", _translated(MERGE_TRANSLATED_FLAGS)),
-            _table("flag | in | only with | why it has no effect", _ignored(MERGE_IGNORED_FLAGS)),
+            table("flag | in | here", _translated(MERGE_TRANSLATED_FLAGS)),
+            table("flag | in | only with | why it has no effect", _ignored(MERGE_IGNORED_FLAGS)),
         ]
     )
 
@@ -130,7 +130,7 @@ def _same(flags: dict[str, Same], settings: dict[str, Field[object]]) -> str:
         here = _written(spec.default)
         meaning = spec.metadata["help"] if spec.name == flag else f"`--{spec.name}`: {spec.metadata['help']}"
         rows.append((f"`--{flag}`", ERAS.get(flag, "all"), default, here, meaning, differs))
-    return _table("flag | in | default there | default here | meaning here | what differs", rows)
+    return table("flag | in | default there | default here | meaning here | what differs", rows)
 
 
 def _written(default: object) -> str:
@@ -172,33 +172,13 @@ def _ignored(flags: dict[str, Ignored]) -> Iterable[tuple[str, ...]]:
         yield f"`--{flag}`", ERAS.get(flag, "all"), only, why
 
 
-def _table(head: str, rows: Iterable[tuple[str, ...]]) -> str:
-    """`head`: the titles of the columns, between bars. A bar inside a cell is escaped."""
-    columns = head.split(" | ")
-    lines = [f"| {head} |", "|---" * len(columns) + "|"]
-    for row in rows:
-        assert len(row) == len(columns)
-        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |")
-    return "\n".join(lines)
-
-
 def renewed(page: str) -> str:
     """The text of the page with the tables of today between its marks; UserError if it has no such marks."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"the page has no lines {BEGIN!r} and {END!r}, between which the tables go")
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    return pages.renewed(page, BEGIN, tables())
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise UserError("expected one argument, the page: python -m rwkv_bone.config.migration docs/migrating.md")
-    page = Path(sys.argv[1])
-    try:
-        page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{page}: {error.strerror}") from error
+    pages.write(renewed)
 
 
 if __name__ == "__main__":

@@ -252,8 +252,6 @@ class DataConfig:
                     f"{' '.join(names)}. Several fields of the prompt are joined by +: --{name} "
                     f"{'+'.join(names[:-1])} {names[-1]}"
                 )
-        if self.eval_field and not self.eval_data:
-            raise UserError("--eval_field names fields of --eval_data: give that too, or remove it")
         if self.data_weights:
             if len(self.data_weights) != len(self.data_file):
                 raise UserError(

@@ -20,7 +20,7 @@ def translate_train(given: dict[str, Any], trains: bool = True) -> tuple[dict[st
     no note about training. UserError for what is refused, malformed or contradictory.
     """
     sign, era = unsaid.sign(given, trains), unsaid.era(given)
-    given, notes = _read_values(given)
+    given, notes = read_values(given)
     ours = not sign or "config" in given
     notes += [] if ours else unsaid.epoch_steps(given, era)
     given, read = read_pretraining(given)
@@ -44,7 +44,7 @@ def translate_train(given: dict[str, Any], trains: bool = True) -> tuple[dict[st
 
 def translate_merge(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """As `translate_train`, for merge.py."""
-    given, notes = _read_values(given)
+    given, notes = read_values(given)
     typed, init, state = (given.pop(name, "") for name in ("type", "lora_init", "state_checkpoint"))
     kind = typed
     if state:
@@ -94,7 +94,7 @@ def merge_words(argv: Sequence[str], kind: str) -> list[str]:
     return words + (["--device", "gpu"] if "--use-gpu" in argv else [])
 
 
-def _read_values(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def read_values(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(the flags, with each value listed in VALUES replaced by its meaning here, and notes)."""
     notes = []
     given = dict(given)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from rwkv_bone.config import BONE_MODES, LAYOUTS, OUTTYPES, QUANTS, setting
+from rwkv_bone.config.acts import CONVERT
 from rwkv_bone.config.fields import check_given, check_values
 from rwkv_bone.config.flags import parse_section
-from rwkv_bone.errors import UserError
 
 FORMATS = ("auto", "native", "miss", "lora")
 NAMES = ("hf", "rwkv")
@@ -26,9 +26,6 @@ EXAMPLES = (
         "sh scripts/convert.sh --base_model assets/rwkv7-tiny.pth --output out/tiny.gguf --outtype f16",
     ),
 )
-# What is read with an adapter alone, and without one alone.
-OF_ADAPTERS = ("to", "peft", "bone_r", "lora_alpha", "quant", "pissa_init", "names", "hf_base")
-OF_MODELS = ("layout", "outtype", "shard_size", "verify")
 
 
 @dataclass(frozen=True)
@@ -91,16 +88,9 @@ class ConvertConfig:
     def __post_init__(self):
         check_given(self, "base_model", "output")
         check_values(self)
-        unread = OF_MODELS if self.adapter else OF_ADAPTERS
-        for spec in fields(self):
-            value = getattr(self, spec.name)
-            if spec.name in unread and value != spec.default:
-                shown = int(value) if isinstance(value, bool) else value
-                what = "a model is converted, without --adapter" if self.adapter else "an --adapter is converted"
-                raise UserError(f"--{spec.name} {shown} is read only where {what}: remove one")
 
 
 def parse_convert(argv: list[str], prog: str) -> ConvertConfig:
     """The conversion that `argv` asks for; UserError for anything unknown or missing."""
     description = "Convert an adapter of an RWKV model, or the model itself, from one format to another."
-    return parse_section(prog, description, ConvertConfig, argv, examples=EXAMPLES)
+    return parse_section(prog, description, ConvertConfig, argv, examples=EXAMPLES, table=CONVERT)

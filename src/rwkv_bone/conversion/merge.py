@@ -55,6 +55,11 @@ def merge_files(config: MergeConfig) -> list[str]:
         base_file=config.base_model,
     )
     trained_on = trained_quant(adapter, config.quant)
+    if config.merge_base == "original" and trained_on == "none":
+        raise UserError(
+            f"--merge_base original has no effect: {config.peft_checkpoint} was not trained on a quantised base; "
+            "remove it"
+        )
     quant = trained_on if config.merge_base == "trained" else "none"
     written = write_model(output, base, adapter, quant, trained_on, overwrite=config.overwrite, verify=config.verify)
     return [*_report(config, base, adapter, trained_on, written), *report_output(config.output, base, written)]

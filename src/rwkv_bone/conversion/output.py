@@ -24,6 +24,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.checkpoints import Architecture, Base, param_part
 from rwkv_bone.checkpoints.layouts import LAYOUTS, Layout
 from rwkv_bone.checkpoints.stream import write_tensors
+from rwkv_bone.config.outputs import suffix_of
 from rwkv_bone.conversion import folder, gguf_file
 from rwkv_bone.conversion.gguf_names import left_out
 from rwkv_bone.errors import UserError
@@ -216,12 +217,6 @@ def output_named(name: str, layout: str = "auto", outtype: str = "auto", shard_s
         found = "a folder" if path.is_dir() else "a file"
         raise UserError(f"--output {name} asks for {kind}, and {found} of this name exists: give another name")
     return Output(path, form, outtype, bytes_of(shard_size or SHARD_SIZE))
-
-
-def suffix_of(name: str) -> str:
-    """The suffix that says what a file is; "" for a folder's name, such as x/ or RWKV7-1.5B."""
-    suffix = Path(name).suffix
-    return "" if name.endswith("/") or suffix[1:2].isdigit() else suffix
 
 
 def bytes_of(size: str) -> int:

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from rwkv_bone.config import DataConfig, field_flags, flags, setting
-from rwkv_bone.config.acts import TRAIN
+from rwkv_bone.config.acts import PREVIEW, TRAIN
 from rwkv_bone.config.fields import check_values
 from rwkv_bone.config.saved import SECTIONS
 from rwkv_bone.data import Dataset, Sample, load_dataset, load_tokenizer
@@ -65,12 +65,11 @@ def parse(argv: list[str], prog: str = PROGRAM) -> tuple[PreviewConfig, DataConf
     That is: the settings of the data with its tokenizer and template, and lines that say so.
     """
     parser = flags.Parser(prog, DESCRIPTION, EXAMPLES, field_flags.TRAIN_FLAGS)
-    flags.add_fields(parser.add_argument_group("preview"), PreviewConfig)
+    flags.add_fields(parser.add_argument_group("preview"), PreviewConfig, PREVIEW)
     parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help=flags.CONFIG_HELP)
     for name, section in SECTIONS.items():
         flags.add_fields(parser.add_argument_group(name), section, TRAIN)
-    given, notes = flags.read_train(parser, argv, trains=False)
-    flags.check_each(PreviewConfig, given)
+    given, notes = flags.read_train(parser, argv, trains=False, more=PreviewConfig)
     preview = PreviewConfig(**flags.of_section(given, PreviewConfig))
     data = DataConfig(**flags.of_section(given, DataConfig))
     flags.print_notes(notes)

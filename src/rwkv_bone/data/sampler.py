@@ -211,6 +211,7 @@ class BatchPlan:
         repeats = self.dataset.repeats
         if repeats is None:
             return np.ones(len(self.dataset), dtype=np.int64)
+        assert self._offsets is not None  # there are repeats
         before, after = (np.floor(repeats * passes + self._offsets) for passes in (number, number + 1))
         return (after - before).astype(np.int64)
 

@@ -33,11 +33,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+# What sources of JSON parse with. Whole numbers are written in one way only.
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=Written)
 
 
 def parse_json(text: str) -> Any:
-    """json.loads, in which numbers stay as they are written. ValueError also for an object with a key twice."""
+    """json.loads with numbers as they are written; ValueError also for a key that stands twice in one object."""
     return DECODER.decode(text)
 
 

@@ -136,6 +136,9 @@ def launch(config: HfConfig, argv: list[str]) -> bool:
 
     argv: the script and its arguments.
     """
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
+    if config.devices not in (1, started):
+        raise UserError(f"--devices {config.devices}, and torchrun has started {started} processes: leave the flag out")
     if config.devices == 1 or "LOCAL_RANK" in os.environ:
         return False
     select_device("auto", ON_CPU)

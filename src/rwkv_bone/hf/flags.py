@@ -123,8 +123,6 @@ class HfConfig:
                     f"{' '.join(names)}. Several fields of the prompt are joined by +: --{name} "
                     f"{'+'.join(names[:-1])} {names[-1]}"
                 )
-        if self.eval_field and not self.eval_path:
-            raise UserError("--eval_field names fields of --eval_path: give that too, or remove it")
 
     @property
     def targets(self) -> list[str] | str:

@@ -38,9 +38,12 @@ def default_cache() -> Path:
 
 def cpu_library(operator: str, cache: Path | None = None) -> Path:
     """The library of cuda/cpu/<operator>.cpp, compiled if need be. Raises BuildError."""
-    for name in CPU_COMPILERS:
-        if compiler := shutil.which(name):
-            return _library(SOURCES / "cpu" / f"{operator}.cpp", [compiler, *CPU_FLAGS], cache)
+    named = os.environ.get("CXX", "").split()
+    for words in [named] if named else [[name] for name in CPU_COMPILERS]:
+        if compiler := shutil.which(words[0]):
+            return _library(SOURCES / "cpu" / f"{operator}.cpp", [compiler, *words[1:], *CPU_FLAGS], cache)
+    if named:
+        raise BuildError(f"CXX={' '.join(named)}: there is no such compiler; correct the variable, or unset it")
     raise BuildError("no C++ compiler was found (looked for g++, c++, clang++): install one, e.g. `apt install g++`")
 
 

@@ -17,6 +17,7 @@ from rwkv_bone import console
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.training import project
+from rwkv_bone.training.launchers import check_launcher
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.place import PlaceModel
@@ -37,6 +38,7 @@ def fit(config: TrainConfig) -> Path:
     silence_libraries()
     main, run = is_main_process(), config.run
     report: Callable[[str], None] = console.say if main else lambda line: None
+    check_launcher(run)
     device = choose_device(run.accelerator)
     threads = settle_threads(run.devices)
     earlier = Saved.find(config) if run.resume else None

@@ -39,6 +39,10 @@ def check_schedule(total_steps: int, config: OptimConfig) -> None:
     """Raise UserError if the warm-up leaves no step for the rest of the schedule."""
     if config.warmup_steps and config.warmup_steps >= total_steps:
         raise UserError(
-            f"--warmup_steps {config.warmup_steps}: the whole run has {total_steps} optimiser steps; "
+            f"--warmup_steps {config.warmup_steps}: the whole run has {_steps(total_steps)}; "
             "choose fewer warm-up steps or more epochs"
         )
+
+
+def _steps(count: int) -> str:
+    return f"{count} optimiser step" + ("" if count == 1 else "s")

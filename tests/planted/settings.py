@@ -1,0 +1,96 @@
+"""Mistakes in what says which setting acts, and in what reads and checks settings."""
+
+from tests.planted.bug import Bug
+
+ACTS, LAYERS, FIELDS = (f"src/rwkv_bone/config/{name}.py" for name in ("acts", "layers", "fields"))
+TESTS = "tests/config/test_acts.py"
+
+BUGS = (
+    Bug(
+        ACTS,
+        '"lr_final": but("lr_schedule", "constant")',
+        '"lr_final": but("lr_schedule", "linear")',
+        "tests/training/test_settings_act.py -m slow -k lr_final",
+    ),
+    Bug(
+        ACTS,
+        '"targets": only("peft", *ADAPTERS)',
+        '"targets": but("peft", "none")',
+        "tests/training/test_settings_act.py -m slow -k targets",
+    ),
+    Bug(
+        ACTS,
+        'lambda count: count > 1, "with --epoch',
+        'lambda count: count > 0, "with --epoch',
+        f"{TESTS} -k leaves_without_effect",
+    ),
+    Bug(ACTS, '"eval_data": "data_file", ', "", f"{TESTS} -k held_out"),
+    Bug(
+        ACTS,
+        'return value != default or bool(default and default != "auto")',
+        "return value != default",
+        f"{TESTS} -k typed_is_accepted",
+    ),
+    Bug(LAYERS, "elif value != default:", "elif not default:", f"{TESTS} -k edited_variable"),
+    Bug(LAYERS, ' or self.typed.get("resume"):', ":", f"{TESTS} -k saved_run"),
+    Bug(LAYERS, "if name in self.saved and when.met(saved):", "if name in self.saved:", f"{TESTS} -k saved_run"),
+    Bug(
+        LAYERS,
+        "**(saved if self.config_in_script else self.defaults), **self.script",
+        "**saved, **self.script, **self.typed",
+        f"{TESTS} -k leaves_without_effect",
+    ),
+    Bug(LAYERS, " and layer[owner] != self.typed[owner]:", ":", f"{TESTS} -k held_out"),
+    Bug(
+        LAYERS,
+        "if name in self.typed and asks(name, now[name]",
+        "if asks(name, now[name]",
+        f"{TESTS} tests/config/test_flags.py",
+    ),
+    Bug(FIELDS, "value >= self.below", "value > self.below", f"{TESTS} -k cannot_be_meant"),
+    Bug(FIELDS, "if not math.isfinite(value):", "if math.isnan(value):", f"{TESTS} -k cannot_be_meant"),
+    Bug(FIELDS, "value.count(word) > 1", "value.count(word) > 2", f"{TESTS} -k list"),
+    Bug("src/rwkv_bone/config/flags.py", "re.fullmatch(NUMBERS", "re.match(NUMBERS", f"{TESTS} -k cannot_be_meant"),
+    Bug(
+        "src/rwkv_bone/config/flags.py", "if name in typed or name not in script}", "if name in typed}", "tests/config"
+    ),
+    Bug(
+        "src/rwkv_bone/config/flags.py",
+        "script={name: value if name in typed else given[name]",
+        "script={name: given[name]",
+        "tests/test_scripts.py -k another_kind",
+    ),
+    Bug(
+        "src/rwkv_bone/config/rates.py",
+        "optim.lr_final > optim.lr_init",
+        "optim.lr_final < optim.lr_init",
+        f"{TESTS} -k hardly_meant",
+    ),
+    Bug("src/rwkv_bone/config/rates.py", '"state": 10.0', '"state": 0.1', f"{TESTS} -k hardly_meant"),
+    Bug("src/rwkv_bone/config/sections.py", "at_most=2**32 - 1", "at_most=2**32", f"{TESTS} -k cannot_be_meant"),
+    Bug("scripts/lib.sh", 'set -- "$@" --typed', 'set -- "$@"', "tests/test_scripts.py -k every_variable_of"),
+    Bug(
+        "src/rwkv_bone/ops/build.py",
+        'os.environ.get("CXX", "").split()',
+        '[]  # "CXX"',
+        "tests/ops/test_build.py -k cxx",
+    ),
+    Bug(
+        "src/rwkv_bone/training/launchers.py",
+        "if started != asked:",
+        "if started < asked:",
+        "tests/training/test_launchers.py",
+    ),
+    Bug(
+        "src/rwkv_bone/conversion/merge.py",
+        'if config.merge_base == "original" and trained_on == "none":',
+        "if False:",
+        "tests/conversion/test_without_effect.py",
+    ),
+    Bug(
+        "src/rwkv_bone/adapters/files.py",
+        "if alpha and metadata is None and kind not in",
+        "if False and kind not in",
+        "tests/conversion/test_without_effect.py",
+    ),
+)
