@@ -24,8 +24,9 @@ def refuse_other_files(path: Path, keys: Collection[str], metadata: Mapping | No
             f"it is {trained}"
         )
     if WHOLE <= set(keys) and not any(split_key(key) for key in keys):
-        how = ", in which every weight was trained (--peft none)" if metadata and metadata.get("kind") == "none" else ""
+        full = metadata is not None and metadata.get("kind") == "none"
+        how = ", in which every weight was trained (--peft none)" if full else ""
         raise UserError(
-            f"{path} is a whole model{how}, not an adapter: nothing needs to be merged, it is used as it is (give it as "
-            "--load_model, or convert it with scripts/convert.sh --base_model). If an adapter was meant, name its own file"
+            f"{path} is a whole model{how}, not an adapter: nothing needs to be merged, it is used as it is (give "
+            "it as --load_model, or convert it with scripts/convert.sh --base_model)"
         )

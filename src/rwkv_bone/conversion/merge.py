@@ -181,9 +181,8 @@ def _report(config: MergeConfig, base: Base, adapter: AdapterFile, trained_on: s
             f"merged    {counted(sum(map(len, changes.values())), 'weight')}{extra}; relative change |W' - W| / |W|:"
         )
     for target, values in changes.items():
-        lines.append(
-            f"          {target:<16} {counted(len(values), 'layer'):>10}  largest {max(values):.3%}  mean {fmean(values):.3%}"
-        )
+        layers = counted(len(values), "layer")
+        lines.append(f"          {target:<16} {layers:>10}  largest {max(values):.3%}  mean {fmean(values):.3%}")
     if states:
         sizes = [tensor.float().square().mean().sqrt().item() for tensor in states]
         lines.append(
