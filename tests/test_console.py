@@ -92,6 +92,13 @@ def test_a_program_that_only_shows_ends_with_its_reader_as_other_programs_do(tmp
     assert not (tmp_path / "DONE").exists()
 
 
+def test_the_preview_ends_with_its_reader(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a row"}\n' * 20)
+    command = [sys.executable, "-c", "import sys; from rwkv_bone.commands import preview; sys.exit(preview())"]
+    assert into_closed_pipe(tmp_path, [*command, "--data_file", "rows.jsonl", "--tokenizer", "bytes"]) == (141, "")
+
+
 @needs_full
 def test_a_full_disk_under_the_output_is_said_and_work_goes_on(tmp_path):
     done = run(tmp_path, program(WORKS), ">/dev/full")

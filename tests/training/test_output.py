@@ -133,6 +133,10 @@ def test_a_curve_that_cannot_be_drawn_is_said_and_the_run_ends_well(job, monkeyp
     )
     assert f"results   {folder}/rwkv-0.pth, {folder}/train_log.jsonl\n" in output
     assert "\nnext      " in output
+    # A continued run does not leave the curve of its first part.
+    (folder / "loss.png").write_text("old")
+    job.run("no matplotlib", resume=1, epoch_count=2)
+    assert not (folder / "loss.png").exists()
 
 
 def test_a_full_disk_under_what_only_helps_to_read_a_run_costs_nothing_else(job, monkeypatch, capsys):
