@@ -101,7 +101,7 @@ class _Kept:
             return
         self.told = True
         where = f": what it would have said is in {self.path}" if self.path else ""
-        print(f"warning: {NAMES[1]} could not be written ({error.strerror}){where}", file=sys.stderr)
+        print(f"warning: standard output could not be written ({error.strerror}){where}", file=sys.stderr)
 
     def add(self, data: bytes) -> None:
         self.bytes += data[: HELD - len(self.bytes)]
