@@ -99,6 +99,12 @@ def test_the_preview_ends_with_its_reader(tmp_path):
     assert into_closed_pipe(tmp_path, [*command, "--data_file", "rows.jsonl", "--tokenizer", "bytes"]) == (141, "")
 
 
+def test_an_output_that_is_asked_not_to_wait_does_not(tmp_path):
+    says = "from rwkv_bone.errors import exit_status\ndef body():\n    print('now'); os._exit(0)"
+    assert run(tmp_path, program(says), "| cat").stdout == ""
+    assert run(tmp_path, program(says), "| cat", PYTHONUNBUFFERED="1").stdout == "now\n"
+
+
 @needs_full
 def test_a_full_disk_under_the_output_is_said_and_work_goes_on(tmp_path):
     done = run(tmp_path, program(WORKS), ">/dev/full")

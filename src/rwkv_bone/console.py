@@ -152,7 +152,8 @@ def _lasting(descriptor: int, stream: TextIO | None, needed: bool) -> TextIO:
         io.BufferedWriter(raw),
         encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace",
-        line_buffering=descriptor == 2 or raw.isatty(),
+        # write_through: python -u, or PYTHONUNBUFFERED.
+        line_buffering=descriptor == 2 or raw.isatty() or getattr(stream, "write_through", False),
     )
 
 
