@@ -101,7 +101,7 @@ def test_the_preview_ends_with_its_reader(tmp_path):
 
 def test_an_output_that_is_asked_not_to_wait_does_not(tmp_path):
     says = "from rwkv_bone.errors import exit_status\ndef body():\n    print('now'); os._exit(0)"
-    assert run(tmp_path, program(says), "| cat").stdout == ""
+    assert run(tmp_path, program(says), "| cat", PYTHONUNBUFFERED="").stdout == ""
     assert run(tmp_path, program(says), "| cat", PYTHONUNBUFFERED="1").stdout == "now\n"
 
 
