@@ -73,9 +73,6 @@ class _Lasting(io.FileIO):
             raise OutputLost(error)
         _kept.begin(self.fileno(), error)
 
-    def isatty(self) -> bool:
-        return not self.gone and super().isatty()
-
 
 class _Kept:
     """Output that could not be written, and the file for it, made when there is some."""

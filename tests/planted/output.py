@@ -81,12 +81,11 @@ BUGS = (
     Bug(
         CONSOLE,
         "while (written := super().write(data)) is None:",
-        "while not (written := super().write(data) or 0):",
+        "while (written := super().write(data)) is None and False:",
         f"{SAYS} -k non_blocking",
     ),
     Bug(CONSOLE, "known = not shown or _columns(stream) > 0", "known = True", f"{SAYS} -k any_width"),
     Bug(CONSOLE, "dynamic_ncols=known", "dynamic_ncols=False", f"{SAYS} -k narrower"),
-    Bug(CONSOLE, "not self.gone and super().isatty()", "super().isatty()", f"{RUNS} -k 129"),
     Bug(CONSOLE, "number == 1", "number <= 1", f"{SAYS} -k noun"),
     Bug(ERRORS, "return 128 + SIGPIPE", "return 0", f"{SAYS} -k only_shows"),
     Bug(
