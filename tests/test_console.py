@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from fcntl import ioctl
 from pathlib import Path
 from struct import pack
@@ -92,6 +93,19 @@ def test_a_program_that_only_shows_ends_with_its_reader_as_other_programs_do(tmp
     assert not (tmp_path / "DONE").exists()
 
 
+def test_the_preview_ends_with_its_reader(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a row"}\n' * 20)
+    command = [sys.executable, "-c", "import sys; from rwkv_bone.commands import preview; sys.exit(preview())"]
+    assert into_closed_pipe(tmp_path, [*command, "--data_file", "rows.jsonl", "--tokenizer", "bytes"]) == (141, "")
+
+
+def test_an_output_that_is_asked_not_to_wait_does_not(tmp_path):
+    says = "from rwkv_bone.errors import exit_status\ndef body():\n    print('now'); os._exit(0)"
+    assert run(tmp_path, program(says), "| cat", PYTHONUNBUFFERED="").stdout == ""
+    assert run(tmp_path, program(says), "| cat", PYTHONUNBUFFERED="1").stdout == "now\n"
+
+
 @needs_full
 def test_a_full_disk_under_the_output_is_said_and_work_goes_on(tmp_path):
     done = run(tmp_path, program(WORKS), ">/dev/full")
@@ -145,12 +159,13 @@ def test_lost_output_is_kept_in_the_file_for_it_from_the_first_lost_line_on(tmp_
 def test_a_pipe_that_somebody_made_non_blocking_is_waited_for(tmp_path):
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    process = subprocess.Popen(program(WORKS), cwd=tmp_path, env=environment(), stdout=writer, stderr=subprocess.PIPE)
+    many = program(WORKS.replace("3000", "30000"))  # more than a pipe holds
+    process = subprocess.Popen(many, cwd=tmp_path, env=environment(), stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     select.select([reader], [], [])
-    assert process.poll() is None  # 3,000 lines do not fit into a pipe... unless the reader takes them
+    time.sleep(0.5)  # it is full by now
     with os.fdopen(reader) as file:
-        assert file.read().splitlines() == [f"line {n}" for n in range(3000)]
+        assert file.read().splitlines() == [f"line {n}" for n in range(30000)]
     assert process.communicate()[1] == b"" and process.returncode == 0
 
 

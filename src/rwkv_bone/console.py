@@ -73,9 +73,6 @@ class _Lasting(io.FileIO):
             raise OutputLost(error)
         _kept.begin(self.fileno(), error)
 
-    def isatty(self) -> bool:
-        return not self.gone and super().isatty()
-
 
 class _Kept:
     """Output that could not be written, and the file for it, made when there is some."""
@@ -101,7 +98,7 @@ class _Kept:
             return
         self.told = True
         where = f": what it would have said is in {self.path}" if self.path else ""
-        print(f"warning: {NAMES[1]} could not be written ({error.strerror}){where}", file=sys.stderr)
+        print(f"warning: standard output could not be written ({error.strerror}){where}", file=sys.stderr)
 
     def add(self, data: bytes) -> None:
         self.bytes += data[: HELD - len(self.bytes)]
@@ -152,7 +149,8 @@ def _lasting(descriptor: int, stream: TextIO | None, needed: bool) -> TextIO:
         io.BufferedWriter(raw),
         encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace",
-        line_buffering=descriptor == 2 or raw.isatty(),
+        # write_through: python -u, or PYTHONUNBUFFERED.
+        line_buffering=descriptor == 2 or raw.isatty() or getattr(stream, "write_through", False),
     )
 
 

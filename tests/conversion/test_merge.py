@@ -332,6 +332,80 @@ def test_a_merge_whose_logits_differ_is_not_kept(files, monkeypatch):
     assert left_behind(paths) == set()
 
 
+def perturbed(monkeypatch, size):
+    """Let what is merged be wrong by this much, relative to each weight."""
+    original = BoneLinear.merged
+
+    def merged(weight, *arguments):
+        right = original(weight, *arguments)
+        noise = torch.randn(right.shape, generator=torch.Generator().manual_seed(5))
+        return right * (1 + size * noise)
+
+    monkeypatch.setattr(BoneLinear, "merged", staticmethod(merged))
+
+
+def test_a_weight_that_is_wrong_in_the_fifth_digit_is_not_kept(files, monkeypatch):
+    paths = files()
+    perturbed(monkeypatch, 1e-4)
+    with pytest.raises(AssertionError, match="merged weight and adapter layer differ"):
+        merge_files(config(paths))
+
+
+@pytest.mark.parametrize("dtype,size", [(torch.float32, 2e-3), (torch.bfloat16, 1.0)])
+def test_logits_that_differ_by_a_few_times_what_rounding_explains_are_not_kept(files, monkeypatch, dtype, size):
+    paths = files(dtype=dtype)
+    perturbed(monkeypatch, size)
+    monkeypatch.setattr(verify, "verify_formula", lambda *_: None)
+    with pytest.raises(UserError, match="logits: .* more than the ") as refused:
+        merge_files(config(paths))
+    words = str(refused.value).replace(",", "").split()
+    shares = [float(word.rstrip("%")) for word in words if word.endswith("%")]
+    difference, limit = shares
+    assert limit < difference < 15 * limit
+
+
+def test_a_state_is_merged_without_any_rounding_and_said_to_be(files):
+    paths = files("state", r=0, dtype=torch.bfloat16)
+    lines = merge_files(config(paths))
+    assert lines[1].startswith(f"adapter   {paths[1]}: initial state of 2 layers, 2 x 16 x 16 each, step 7")
+    assert "(arithmetic in fp32 explains up to 0.01%)" in "\n".join(lines)
+    assert not any(words in "\n".join(lines) for words in ("r 0", "merged    0", "0 weights"))
+
+
+def test_a_whole_model_given_as_an_adapter_is_named_as_one(files, tiny_checkpoint):
+    paths = files()
+    merge_files(config(paths))
+    for whole in (paths[0], paths[2]):
+        with pytest.raises(UserError, match=f"{whole} is a whole model, not an adapter: nothing needs to be merged"):
+            merge_files(config((tiny_checkpoint("other.pth"), whole, paths[2].with_name("new.pth"))))
+    about = {"kind": "none", "base": "x", "format": 1}
+    checkpoints.write_state(paths[1].with_name("full.pth"), checkpoints.read_state(paths[0]), about)
+    with pytest.raises(UserError, match=r"is a whole model, in which every weight was trained \(--peft none\), not"):
+        merge_files(config((paths[0], paths[1].with_name("full.pth"), paths[2]), overwrite=True))
+    with pytest.raises(UserError, match="is a whole model, not an adapter"):
+        load_model(paths[0], paths[2])
+
+
+def test_an_adapter_is_not_merged_twice_into_one_base(files):
+    paths = files()
+    merge_files(config(paths))
+    with pytest.raises(UserError, match="a base that it was merged into already needs it no more"):
+        merge_files(config((paths[2], paths[1], paths[2].with_name("twice.pth"))))
+
+
+@pytest.mark.parametrize("kind,what", [("bone", "adapter"), ("none", "model")])
+def test_the_file_that_a_run_continues_from_names_the_one_to_merge(files, kind, what):
+    paths = files()
+    state = checkpoints.read_state(paths[1])
+    resume = paths[1].with_name("resume.pth")
+    moments = {f"{key}.exp_avg": tensor for key, tensor in state.items()}
+    about = {"kind": kind, "base": "x", "format": 1, "r": 8, "trained": "rwkv-3.pth", "step": 1}
+    checkpoints.write_state(resume, state | moments, about)
+    said = f"is what --resume continues a run from.*the {what} that was saved with it is .*rwkv-3.pth"
+    with pytest.raises(UserError, match=said):
+        merge_files(config((paths[0], resume, paths[2])))
+
+
 def test_the_logits_are_not_compared_when_the_user_says_so(files, monkeypatch):
     paths = files()
     monkeypatch.setattr(merging, "verify_logits", None)

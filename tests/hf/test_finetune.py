@@ -319,8 +319,12 @@ def test_the_script_trains_under_deepspeed_with_the_same_losses(folder, capsys):
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
     environment = {**clean_environment(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     script = ["sh", REPOSITORY / "scripts" / "run_bone_hf.sh", *words]
+    # With the warnings that Python does not show by default, too.
+    environment["PYTHONWARNINGS"] = "default"
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    ours = re.compile(r"(.*: \d+ samples with|bone with r|step +\d+ of|before |after  |adapter |merged  |setup: )|$")
+    assert [line for line in (done.stdout + done.stderr).splitlines() if not ours.match(line)] == []
     assert measured(done.stdout) == pytest.approx(expected, rel=1e-4) and len(expected) == 4
     states = folder / "deep" / "checkpoint-4" / "global_step4" / "mp_rank_00_model_states.pt"
     saved = torch.load(states, weights_only=False)["module"]

@@ -106,6 +106,13 @@ def test_exact_match_counts_whole_answers_only():
     assert [answer.correct for answer in answers] == [True, False, False, False, True]
 
 
+def test_an_answer_that_goes_on_after_the_longest_response_is_wrong():
+    pairs = [("two -> ", "2")]
+    fraction, answers = exact_match(Oracle({"two -> ": "222"}), load_tokenizer("bytes", 256), pairs)
+    assert (fraction, answers[0].got) == (0, "22")
+    assert exact_match(Oracle({"two -> ": "2"}), load_tokenizer("bytes", 256), pairs)[0] == 1
+
+
 def test_prompts_of_a_data_file_can_be_answered_by_a_model(model, config):
     tokenizer = load_tokenizer("bytes", 256)
     pairs = load_pairs(config, config.data_file[0], tokenizer)

@@ -113,6 +113,25 @@ def test_an_empty_prompt_and_limits_below_one_are_refused(model):
             generate(model, [[1]], max_new=2, **{limit: -1})
 
 
+@pytest.mark.parametrize(
+    "setting,value",
+    [
+        *[("top_p", value) for value in (0.0, -0.1, 1.1, float("nan"))],
+        *[("temperature", value) for value in (-1.0, float("nan"), float("inf"))],
+        ("max_new", -1),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused_by_name(model, setting, value):
+    with pytest.raises(ValueError, match=f"{setting} {value}: expected"):
+        generate(model, [[1]], **{"max_new": 2, "temperature": 1.0, setting: value})
+
+
+def test_batches_that_are_done_are_told(model):
+    told = []
+    generate(model, [[1], [2], [3]], max_new=2, batch=2, done=told.append)
+    assert told == [2, 1]
+
+
 def test_sampling_repeats_with_its_seed_and_changes_with_it(model):
     def draw(seed):
         return generate(model, PROMPTS, max_new=16, stop_id=None, temperature=1.0, seed=seed)

@@ -1,17 +1,19 @@
 """A run that was stopped and continued is the run that was not: the same parameters to the bit, the same log."""
 
 import json
+import os
 import shutil
 import signal
 import time
 from dataclasses import fields
 
 import pytest
+import torch
 
 from rwkv_bone import checkpoints
 from rwkv_bone.config.flags import SECTIONS, parse_train
 from rwkv_bone.config.saved import from_json
-from rwkv_bone.errors import Interrupted, UserError
+from rwkv_bone.errors import Interrupted, StoppedAtOnce, UserError
 from rwkv_bone.training import resume, resume_file
 from rwkv_bone.training.log import StepLog
 from tests.training.conftest import ROWS, adapter_of, largest_difference, log_of
@@ -148,7 +150,7 @@ def test_another_stage_and_accumulation_continue_it_to_rounding(job, halfway, ha
         [line["loss"] for line in log_of(halfway["whole"])], rel=1e-5
     )
     assert (
-        "1 devices x 1 forward passes x micro_bsz 4 became 1 devices x 2 forward passes x micro_bsz 2: the same "
+        "1 device x 1 forward pass x micro_bsz 4 became 1 device x 2 forward passes x micro_bsz 2: the same "
         "samples a step, equal up to rounding"
     ) in capsys.readouterr().out
 
@@ -158,7 +160,7 @@ def test_another_stage_and_accumulation_continue_it_to_rounding(job, halfway, ha
     [
         ({"lr_init": 2e-2, "bone_r": 4}, "--bone_r was 8 and is now 4; --lr_init was 0.01 and is now 0.02. A"),
         ({"train_parts": "ln"}, "--train_parts was empty and is now ln"),
-        ({"micro_bsz": 2}, "a step was 1 devices x 1 forward passes x micro_bsz 4 and is now 1 .* x micro_bsz 2"),
+        ({"micro_bsz": 2}, "a step was 1 device x 1 forward pass x micro_bsz 4 and is now 1 .* x micro_bsz 2"),
         ({"overwrite": 1}, "--resume continues the run in proj_dir and --overwrite replaces it: give one of them"),
     ],
 )  # fmt: skip
@@ -241,11 +243,52 @@ def test_a_run_stopped_in_its_last_measurement_makes_it_up(job, halfway, half, s
     assert (half / "loss.png").is_file() and "\nresults " in capsys.readouterr().out
 
 
-def test_a_log_that_lost_lines_is_refused(job, halfway, half):
-    log = half / "train_log.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
-    with pytest.raises(UserError, match="train_log.jsonl does not hold the steps 1 to 3"):
-        go_on(job, half, **halfway["flags"])
+@pytest.mark.parametrize("damage", ["lines lost", "deleted", "not text"])
+def test_a_run_goes_on_without_its_log_and_its_measurement(job, halfway, half, damage, capsys):
+    log, measured = half / "train_log.jsonl", half / "evaluation.json"
+    if damage == "deleted":
+        log.unlink()
+        measured.unlink()
+    else:
+        log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:2]) if damage[0] == "l" else b"\xff\x00\n")
+        measured.write_text(measured.read_text()[:-20])
+    go_on(job, half, **halfway["flags"])
+    kept = 2 if damage == "lines lost" else 0
+    output = capsys.readouterr().out
+    assert f"resume    {log} lacks {3 - kept} step{'s' * (kept < 2)} of 3: so does the loss curve" in output
+    assert [line["step"] for line in log_of(half)] == [*range(1, kept + 1), *range(4, len(log_of(half)) + 4 - kept)]
+    assert len(log_of(half)) >= kept + 3 and (half / "loss.png").is_file()
+    assert f"{measured} is damaged" in output or damage == "deleted"
+    assert ", after step 3" in output and "after" in json.loads(measured.read_text())
+
+
+def test_a_run_that_began_from_an_adapter_goes_on_without_its_file(job):
+    start = job.run("start", save_steps=1)
+    adapter = shutil.copy(start / "rwkv-0.pth", job.folder / "start.pth")
+    whole = job.run("started whole", peft_load=adapter, epoch_count=2)
+    folder = job.run("started", peft_load=adapter, epoch_count=1)
+    os.unlink(adapter)
+    job.run("started", peft_load=adapter, epoch_count=2, resume=1)
+    assert [line["step"] for line in log_of(folder)] == [line["step"] for line in log_of(whole)]
+    # The first epoch of the one had another schedule: its parameters differ, and its start does not.
+    assert log_of(folder)[0]["loss"] == log_of(whole)[0]["loss"]
+
+
+def test_another_number_of_threads_is_recorded_and_said(job, capsys):
+    folder = job.run("threads")
+    assert checkpoints.read_metadata(folder / "rwkv-0.pth")["threads"] == 1
+    assert "1 thread; " in capsys.readouterr().out
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        job.run("threads", resume=1, epoch_count=2)
+    finally:
+        torch.set_num_threads(before)
+    output = capsys.readouterr().out
+    assert "2 threads; " in output
+    said = "resume    1 thread became 2: equal up to rounding (OMP_NUM_THREADS=1 gives the same again)"
+    assert said in output
+    assert checkpoints.read_metadata(folder / "rwkv-1.pth")["threads"] == 2
 
 
 def failing_at(monkeypatch, step, error):
@@ -290,19 +333,22 @@ def test_a_full_disk_stops_the_run_and_keeps_the_state_before(job, monkeypatch):
 @pytest.fixture
 def signalled(monkeypatch):
     """signalled(step, times) makes this process send itself Ctrl-C, `times` times, when `step` is logged."""
+    # A shell that starts tests in the background has them ignore Ctrl-C, and so would the run.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def at(step, times):
+    def at(step, times, number=signal.SIGINT):
         original = StepLog.on_train_batch_end
 
         def interrupt(self, trainer, module, *rest):
             original(self, trainer, module, *rest)
             if module.window_finished() and module.window.step == step:
                 for _ in range(times):
-                    signal.raise_signal(signal.SIGINT)
+                    signal.raise_signal(number)
 
         monkeypatch.setattr(StepLog, "on_train_batch_end", interrupt)
 
-    return at
+    yield at
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_saves_the_step_under_way_and_says_how_to_go_on(job, signalled, capfd):
@@ -321,6 +367,30 @@ def test_ctrl_c_saves_the_step_under_way_and_says_how_to_go_on(job, signalled, c
     assert checkpoints.read_metadata(folder / "resume.pth")["step"] == len(log_of(folder)) == 2
 
 
+def test_a_terminal_that_closes_sends_several_signals_and_the_step_is_saved(job, signalled):
+    signalled(step=2, times=3, number=signal.SIGHUP)
+    # Otherwise a run that does not hear the signal would end these tests.
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    try:
+        with pytest.raises(Interrupted) as stopped:
+            job.run("hangup")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert stopped.value.signum == signal.SIGHUP
+    assert (job.folder / "hangup" / "rwkv-0-s2.pth").is_file() and len(log_of(job.folder / "hangup")) == 2
+
+
+def test_a_signal_that_the_run_was_started_to_ignore_is_ignored(job, signalled):
+    signalled(step=2, times=3, number=signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        folder = job.run("nohup")
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(log_of(folder)) == 3 and (folder / "rwkv-0.pth").is_file()
+
+
 def test_ctrl_c_in_the_last_step_leaves_only_the_measurement_to_do(job, signalled, monkeypatch):
     flags = {"eval_data": job.flags["data_file"]}
     signalled(step=3, times=1)
@@ -334,9 +404,9 @@ def test_ctrl_c_in_the_last_step_leaves_only_the_measurement_to_do(job, signalle
 
 def test_a_second_ctrl_c_leaves_at_once(job, signalled, capsys):
     signalled(step=2, times=2)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(StoppedAtOnce) as stopped:
         job.run("ctrl-c twice", save_steps=1)
-    assert stopped.value.code == 1
+    assert stopped.value.signum == signal.SIGINT
     assert "stopped at once; the last step saved is 1, in " in capsys.readouterr().out
     assert checkpoints.read_metadata(job.folder / "ctrl-c twice" / "resume.pth")["step"] == 1
 

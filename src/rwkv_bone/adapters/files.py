@@ -14,6 +14,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.adapters.foreign import Foreign, is_alic_li, peft_folder, read_alic_li, read_directory
 from rwkv_bone.adapters.inject import STATE, Injection, RwkvModel, inject, load_adapter, target_name, unfreeze
 from rwkv_bone.adapters.layer import AdapterLinear, is_projection
+from rwkv_bone.adapters.other_files import refuse_other_files
 from rwkv_bone.adapters.registry import ADAPTERS, split_key
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.errors import UserError
@@ -82,6 +83,7 @@ def read_adapter(
         # web-rwkv keeps an initial state the other way round.
         state = {key: tensor.mT if checkpoints.param_part(key) == STATE else tensor for key, tensor in state.items()}
     metadata = checkpoints.read_metadata(path)
+    refuse_other_files(path, state, metadata)
     beside = path.with_suffix(".json")
     if metadata is None and beside.is_file():
         log.warning("%s is not the metadata of an adapter of this project: it is not read for %s", beside, path.name)
@@ -165,7 +167,7 @@ def _check_base(metadata: dict, base: Mapping[str, Tensor], fingerprint: str, pa
     ]
     raise UserError(
         f"adapter {path} was trained on another base, with {', '.join(other) or 'the same sizes and other weights'}: "
-        "name the very checkpoint that it was trained on"
+        "name the very checkpoint that it was trained on (a base that it was merged into already needs it no more)"
     )
 
 

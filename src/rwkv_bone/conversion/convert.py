@@ -37,7 +37,14 @@ from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.config.outputs import suffix_of
 from rwkv_bone.conversion.flags import ConvertConfig, parse_convert
-from rwkv_bone.conversion.merge import refuse_inputs, report_base, report_output, trained_quant, write_model
+from rwkv_bone.conversion.merge import (
+    refuse_inputs,
+    report_adapter,
+    report_base,
+    report_output,
+    trained_quant,
+    write_model,
+)
 from rwkv_bone.conversion.output import output_named
 from rwkv_bone.errors import UserError, exit_status
 
@@ -56,7 +63,7 @@ def convert(config: ConvertConfig) -> list[str]:
     target = _target(config, adapter)
     lines = [
         f"base      {model.label(config.base_model)}: {arch.describe()}",
-        f"adapter   {adapter.path}: {adapter.settings.describe()}; {', '.join(adapter.targets) or 'initial state'}",
+        report_adapter(adapter),
         f"          {why}",
     ]
     if not adapter.base_checked:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from torch import Tensor
+
 from rwkv_bone import checkpoints
 from rwkv_bone.adapters import AdapterFile, AdapterSettings, read_adapter
 from rwkv_bone.adapters.inject import STATE
 from rwkv_bone.checkpoints import Base, param_part
 from rwkv_bone.config import MergeConfig
-from rwkv_bone.console import with_bar
+from rwkv_bone.console import counted, with_bar
 from rwkv_bone.conversion.fold import initial_state, merged_tensors
 from rwkv_bone.conversion.output import Output, output_named
 from rwkv_bone.conversion.verify import verify_logits, verify_tensors
@@ -131,6 +133,20 @@ def report_base(name: str, base: Base) -> str:
     return f"base      {base.label(name)}: {base.arch.describe()}"
 
 
+def report_adapter(adapter: AdapterFile) -> str:
+    """The line about the adapter or initial state."""
+    step = f", step {adapter.metadata['step']}" if adapter.metadata and "step" in adapter.metadata else ""
+    if adapter.settings.kind == STATE:
+        states = _states(adapter)
+        shape = " x ".join(map(str, states[0].shape))
+        return f"adapter   {adapter.path}: initial state of {counted(len(states), 'layer')}, {shape} each{step}"
+    return f"adapter   {adapter.path}: {adapter.settings.describe()}{step}; {', '.join(adapter.targets)}"
+
+
+def _states(adapter: AdapterFile) -> list[Tensor]:
+    return [tensor for key, tensor in adapter.state.items() if param_part(key) == STATE]
+
+
 def report_output(name: str, base: Base, written: Written) -> list[str]:
     """The lines about the logits and the output."""
     lines = [f"logits    {written.logits}"]
@@ -148,14 +164,8 @@ def report_output(name: str, base: Base, written: Written) -> list[str]:
 
 def _report(config: MergeConfig, base: Base, adapter: AdapterFile, trained_on: str, written: Written) -> list[str]:
     """What is told about a merge, line by line."""
-    step = f", step {adapter.metadata['step']}" if adapter.metadata and "step" in adapter.metadata else ""
-    states = [tensor for key, tensor in adapter.state.items() if param_part(key) == "state"]
-    if adapter.settings.kind == STATE:
-        shape = " x ".join(map(str, states[0].shape))
-        about = f"initial state of {len(states)} layers, {shape} each{step}"
-    else:
-        about = f"{adapter.settings.describe()}{step}; {', '.join(adapter.targets)}"
-    lines = [report_base(config.base_model, base), f"adapter   {adapter.path}: {about}"]
+    states = _states(adapter)
+    lines = [report_base(config.base_model, base), report_adapter(adapter)]
     if adapter.metadata is None:
         read = "that it is a state was" if adapter.settings.kind == STATE else "kind and r were"
         known = adapter.note or f"it has no metadata: {read} read from the shapes"
@@ -170,18 +180,19 @@ def _report(config: MergeConfig, base: Base, adapter: AdapterFile, trained_on: s
             f"quant     trained on {trained_on}: every projection of att and ffn is written as it was then, dequantised"
         )
     changes, whole = written.changes, len(adapter.extra) - len(states)
-    extra = f", and {whole} tensors that were trained whole" if whole else ""
+    extra = f", and {counted(whole, 'tensor')} trained whole" if whole else ""
     if changes:
-        lines.append(f"merged    {sum(map(len, changes.values()))} weights{extra}; relative change |W' - W| / |W|:")
-    for target, values in changes.items():
         lines.append(
-            f"          {target:<16} {len(values):>3} layers  largest {max(values):.3%}  mean {fmean(values):.3%}"
+            f"merged    {counted(sum(map(len, changes.values())), 'weight')}{extra}; relative change |W' - W| / |W|:"
         )
+    for target, values in changes.items():
+        layers = counted(len(values), "layer")
+        lines.append(f"          {target:<16} {layers:>10}  largest {max(values):.3%}  mean {fmean(values):.3%}")
     if states:
         sizes = [tensor.float().square().mean().sqrt().item() for tensor in states]
         lines.append(
-            f"state     put into {len(states)} layers as blocks.N.att.time_state; root mean square {min(sizes):.3g} to "
-            f"{max(sizes):.3g}"
+            f"state     put into {counted(len(states), 'layer')} as blocks.N.att.time_state; root mean square "
+            f"{min(sizes):.3g} to {max(sizes):.3g}"
         )
         if base.arch.version == 7:
             lines.append(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from rwkv_bone import checkpoints
 from rwkv_bone.adapters import ADAPTERS, AdapterFile, AdapterSettings
 from rwkv_bone.adapters.files import tensors_by_module
-from rwkv_bone.adapters.inject import target_name
-from rwkv_bone.checkpoints import Base
+from rwkv_bone.adapters.inject import STATE, target_name
+from rwkv_bone.checkpoints import Base, param_part
 from rwkv_bone.console import with_bar
 from rwkv_bone.conversion.fold import initial_state, merged_tensors, trained_weight
 from rwkv_bone.conversion.output import ROUNDING, Output
@@ -85,7 +85,7 @@ def verify_logits(
     expected, found = _logits(base.state, quant, adapter), _logits(written, base=base)
     difference = (found - expected).norm() / expected.norm()
     largest = (found - expected).abs().max().item()
-    formats = output.number_formats(base.state["emb.weight"].dtype, computed=bool(adapter.state))
+    formats = output.number_formats(base.state["emb.weight"].dtype, computed=_changes_weights(adapter))
     limit = ARITHMETIC + AMPLIFICATION * sum(ROUNDING[name] for name in formats)
     reason = f"rounding to {' and '.join(formats)}" if formats else "arithmetic in fp32"
     of_what = "base + adapter" if adapter.state else "the base"
@@ -103,6 +103,11 @@ def verify_logits(
         trained = _logits(base.state, trained_on, adapter)
         text += f"; on {trained_on}, as trained, they were {(found - trained).norm() / trained.norm():.2%} away"
     return text
+
+
+def _changes_weights(adapter: AdapterFile) -> bool:
+    """Whether weights are computed anew, and rounded: an initial state is put in as it is."""
+    return any(param_part(key) != STATE for key in adapter.state)
 
 
 def _logits(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -151,6 +152,7 @@ def launch(config: HfConfig, argv: list[str]) -> bool:
 
 def merge(transformers: ModuleType, source: str, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Merge the adapter in `output` into its base, and write that to the folder `merged` there, in the base's dtype."""
+    transformers.logging.disable_progress_bar()  # the trainer may have switched bars on
     transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # or stage 3 would load parts here too
     base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     BoneModel.from_pretrained(base, output).merge_and_unload(safe_merge=True)
@@ -185,8 +187,12 @@ def _transformers() -> ModuleType:
         raise UserError(f"transformers {transformers.__version__} is too old: pip install 'transformers>=5'")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # DeepSpeed's calls to torch, which its users cannot change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # What libraries say about each other, which a user of this program cannot change. DeepSpeed sets its logger's level
+    # anew when it is imported: a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    for name in ("bitsandbytes", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|deepspeed|accelerate|transformers|peft)\..*")
     return transformers
 
 

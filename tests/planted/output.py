@@ -1,0 +1,141 @@
+"""Mistakes in what a run says, keeps and measures."""
+
+from tests.planted.bug import Bug
+
+CONSOLE, ERRORS = "src/rwkv_bone/console.py", "src/rwkv_bone/errors.py"
+TRAINING, CONVERSION = "src/rwkv_bone/training", "src/rwkv_bone/conversion"
+INFERENCE = "src/rwkv_bone/inference"
+SAYS, LOG = "tests/test_console.py", "tests/training/test_log.py"
+RUNS, RESUME = "tests/training/test_output.py", "tests/training/test_resume.py"
+MERGE = "tests/conversion/test_merge.py"
+
+BUGS = (
+    # Measurements.
+    Bug(
+        f"{TRAINING}/heldout.py",
+        "        module.eval()  # an adapter's dropout is for training alone\n",
+        "",
+        "tests/training/test_heldout.py -k dropout",
+    ),
+    Bug(f"{TRAINING}/heldout.py", "        module.train()\n", "", "tests/training/test_heldout.py -k dropout"),
+    Bug(
+        f"{TRAINING}/heldout.py",
+        'if written["data"] == self._data:',
+        "if True:",
+        "tests/training/test_heldout.py -k same_data",
+    ),
+    Bug(
+        f"{INFERENCE}/evaluate.py",
+        "max_new=longest + 1",
+        "max_new=longest",
+        "tests/inference/test_evaluate.py -k longest",
+    ),
+    Bug(
+        f"{INFERENCE}/evaluate.py",
+        "tokens += batch.window_tokens",
+        "tokens += batch.tokens",
+        "tests/inference/test_evaluate.py -k mean_over",
+    ),
+    Bug(
+        f"{INFERENCE}/generate.py",
+        "if not 0 < top_p <= 1:",
+        "if not 0 <= top_p <= 1:",
+        "tests/inference/test_generate.py -k means_nothing",
+    ),
+    Bug(
+        f"{INFERENCE}/generate.py",
+        "0 <= temperature < math.inf",
+        "0 <= temperature",
+        "tests/inference/test_generate.py -k means_nothing",
+    ),
+    Bug(
+        f"{INFERENCE}/generate.py",
+        "if max_new < 0:",
+        "if max_new < -1:",
+        "tests/inference/test_generate.py -k means_nothing",
+    ),
+    Bug(f"{INFERENCE}/generate.py", "before >= top_p", "before > 1", "tests/inference/test_generate.py -k top_p"),
+    # Merging.
+    Bug(f"{CONVERSION}/verify.py", "FORMULA_TOLERANCE = 1e-5", "FORMULA_TOLERANCE = 3e-4", f"{MERGE} -k fifth_digit"),
+    Bug(f"{CONVERSION}/verify.py", "AMPLIFICATION = 1e-4, 60", "AMPLIFICATION = 3e-3, 60", f"{MERGE} -k few_times"),
+    Bug(f"{CONVERSION}/verify.py", "AMPLIFICATION = 1e-4, 60", "AMPLIFICATION = 1e-4, 1800", f"{MERGE} -k few_times"),
+    Bug(f"{CONVERSION}/verify.py", "param_part(key) != STATE for", "True for", f"{MERGE} -k without_any_rounding"),
+    Bug(
+        "src/rwkv_bone/adapters/other_files.py", "if WHOLE <= set(keys) and", "if False and", f"{MERGE} -k whole_model"
+    ),
+    Bug(
+        "src/rwkv_bone/adapters/other_files.py",
+        'if metadata and "trained" in metadata and',
+        "if False and",
+        f"{MERGE} -k continues_from",
+    ),
+    # Output.
+    Bug(CONSOLE, 'errors="backslashreplace"', 'errors="strict"', f"{SAYS} -k encoding_lacks"),
+    Bug(
+        CONSOLE,
+        "            except OSError as error:\n                self.fail(error)",
+        "            except BrokenPipeError as error:\n                self.fail(error)",
+        f"{SAYS} -k full_disk",
+    ),
+    Bug(CONSOLE, "os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)", "pass", f"{SAYS} -k closed_at_the_start"),
+    Bug(
+        CONSOLE,
+        "while (written := super().write(data)) is None:",
+        "while (written := super().write(data)) is None and False:",
+        f"{SAYS} -k non_blocking",
+    ),
+    Bug(CONSOLE, "known = not shown or _columns(stream) > 0", "known = True", f"{SAYS} -k any_width"),
+    Bug(CONSOLE, "dynamic_ncols=known", "dynamic_ncols=False", f"{SAYS} -k narrower"),
+    Bug(CONSOLE, "number == 1", "number <= 1", f"{SAYS} -k noun"),
+    Bug(ERRORS, "return 128 + SIGPIPE", "return 0", f"{SAYS} -k only_shows"),
+    Bug(
+        "src/rwkv_bone/commands.py",
+        "exit_status(body, shows=True)",
+        "exit_status(body)",
+        "tests/test_console.py -k preview",
+    ),
+    # Runs.
+    Bug(f"{TRAINING}/signals.py", "signal.SIGTERM, signal.SIGHUP)", "signal.SIGTERM)", f"{RESUME} -k several_signals"),
+    Bug(
+        f"{TRAINING}/signals.py",
+        "if self._received and number == signal.SIGHUP:",
+        "if False:",
+        f"{RESUME} -k several_signals",
+    ),
+    Bug(
+        f"{TRAINING}/signals.py",
+        "if signal.getsignal(number) == signal.SIG_IGN:",
+        "if False:",
+        f"{RESUME} -k started_to_ignore",
+    ),
+    Bug(
+        f"{TRAINING}/trainer.py",
+        "if isinstance(stop.__context__, KeyboardInterrupt):",
+        "if False:",
+        f"{RESUME} -k leaves_at_once",
+    ),
+    Bug(
+        f"{TRAINING}/log.py",
+        "            self._incomplete = True\n            yield",
+        "            yield",
+        f"{LOG} -k said_once_and_written_whole",
+    ),
+    Bug(f"{TRAINING}/log.py", '1 <= record["step"] <= steps', '1 <= record["step"]', f"{LOG} -k damaged_log"),
+    Bug(f"{TRAINING}/log.py", "        if self._failed:\n            return\n", "", f"{LOG} -k asked_no_more"),
+    Bug(
+        f"{TRAINING}/project.py",
+        "(folder, *folder.absolute().parents)",
+        "(folder, folder.mkdir(parents=True) or folder)",
+        f"{RUNS} -k leaves_no_folder",
+    ),
+    Bug(f"{TRAINING}/prepare.py", "if path and not config.run.resume:", "if path:", f"{RESUME} -k without_its_file"),
+    Bug(f"{TRAINING}/progress.py", "self._bar.disable, self._bar = True, None", "pass", f"{LOG} -k goes_away"),
+    Bug(f"{TRAINING}/saving.py", ', "threads": torch.get_num_threads()}', "}", f"{RESUME} -k threads"),
+    Bug(f"{TRAINING}/report.py", "drawn.unlink(missing_ok=True)", "pass", f"{RUNS} -k cannot_be_drawn"),
+    Bug(
+        f"{TRAINING}/fit.py",
+        "        console.keep_lost_output(folder / project.OUTPUT)\n",
+        "",
+        f"{RUNS} -k reader_has_gone",
+    ),
+)
