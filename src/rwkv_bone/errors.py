@@ -10,6 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 
+# What json.loads raises; the second for brackets within brackets a thousand deep.
+JSON_ERRORS = (ValueError, RecursionError)
+
+
 class UserError(ValueError):
     """A mistake in a flag, a file or an environment.
 

@@ -1,6 +1,6 @@
 """`python -m tests.fuzz --count 10000`: damage files for every reader, and count what the readers make of them.
 
-Each reader runs in a process of its own, many cases in each. A case is a reader and a number, which seeds all that is
+Readers run in a process of their own, which is begun again when it dies. A case is a reader and a number, which seeds all that is
 drawn: `--reader NAME --only NUMBER` runs it again and shows what was raised.
 """
 
@@ -69,6 +69,7 @@ def work(names: list[str], first: int, count: int, seed: int, verbose: bool) -> 
             victims = victims or [given]
             whole = {path: path.read_bytes() for path in victims}
             good = reader.read(given)
+            gc.freeze()
             resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + ADDRESSES, resource.RLIM_INFINITY))
             for number in range(first, first + count):
                 draw = random.Random(f"{seed} {reader.name} {number}")
@@ -78,7 +79,8 @@ def work(names: list[str], first: int, count: int, seed: int, verbose: bool) -> 
                 victim.write_bytes(changed.content)
                 os.utime(victim, (number, number))
                 size = sum(path.stat().st_size for path in victims)
-                gc.collect()
+                if number % 20 == 0:
+                    gc.collect()
                 forget_peak()
                 before, began = memory("VmRSS"), time.process_time()
                 faulthandler.dump_traceback_later(HANG, exit=True)
@@ -105,10 +107,16 @@ def work(names: list[str], first: int, count: int, seed: int, verbose: bool) -> 
                 os.utime(victim, (0, 0))
 
 
-def run(names: list[str], count: int, seed: int = 0, verbose: bool = False, first: int = 0) -> tuple[dict, list]:
+def run(names: list[str], count: int, seed: int = 0, verbose: bool = False, first: int = 0, show: bool = False) -> tuple[dict, list]:
     """({reader: counts by result}, faults), each fault a line of words. A process that dies is begun again."""
     counts: dict[str, Counter] = {name: Counter() for name in names}
     faults: list[str] = []
+
+    def tell(what: str) -> None:
+        faults.append(what)
+        if show:
+            print(what, file=sys.stderr, flush=True)
+
     left = [(names, first, count)]
     while left:
         these, begin, many = left.pop()
@@ -127,7 +135,7 @@ def run(names: list[str], count: int, seed: int = 0, verbose: bool = False, firs
                 open_case = False
                 counts[case["reader"]][record["result"]] += 1
                 if record["result"] in FAULTS or verbose:
-                    faults.append(f"{record['result']}: {case['reader']} #{case['case']} ({case['mutation']})\n{record['text']}")
+                    tell(f"{record['result']}: {case['reader']} #{case['case']} ({case['mutation']})\n{record['text']}")
             status = child.wait()
             if status == 0:
                 continue
@@ -136,7 +144,7 @@ def run(names: list[str], count: int, seed: int = 0, verbose: bool = False, firs
         if not open_case:
             raise RuntimeError(f"{these}: the process ended with {status} outside of a case:\n{said}")
         counts[case["reader"]]["hang" if "Timeout" in said else "died"] += 1
-        faults.append(f"died: {case['reader']} #{case['case']} ({case['mutation']}): status {status}\n{said}")
+        tell(f"died: {case['reader']} #{case['case']} ({case['mutation']}): status {status}\n{said}")
         position = these.index(case["reader"])
         if these[position + 1 :]:
             left.append((these[position + 1 :], begin, many))
@@ -169,16 +177,10 @@ def main() -> int:
 
     names = [reader.name for reader in READERS if (options.reader or "") in reader.name]
     each = -(-options.count // len(names))
-    counts: dict[str, Counter] = {}
-    faults: list[str] = []
-    for name in names:
-        if options.only is None:
-            some = run([name], each, options.seed)
-        else:
-            some = run([name], 1, options.seed, verbose=True, first=options.only)
-        counts |= some[0]
-        faults += some[1]
-        print("\n".join(some[1]), file=sys.stderr, flush=True)
+    if options.only is None:
+        counts, faults = run(names, each, options.seed, show=True)
+    else:
+        counts, faults = run(names, 1, options.seed, verbose=True, first=options.only, show=True)
     print(table(counts))
     return bool([fault for fault in faults if fault.startswith(FAULTS)])
 

@@ -16,6 +16,7 @@ from rwkv_bone.adapters.inject import STATE, Injection, RwkvModel, inject, load_
 from rwkv_bone.adapters.layer import AdapterLinear, is_projection
 from rwkv_bone.adapters.registry import ADAPTERS, split_key
 from rwkv_bone.adapters.settings import AdapterSettings
+from rwkv_bone.checkpoints.numbers import check_dtypes, check_finite
 from rwkv_bone.errors import UserError
 
 log = logging.getLogger("rwkv_bone")
@@ -100,7 +101,8 @@ def read_adapter(
         raise UserError(f"adapter {path}: {error}") from error
     if kind == FLAT:
         kind, state = "bat-col", {key: _unflatten(key, tensor, r) for key, tensor in state.items()}
-    _check_finite(path, state)
+    check_dtypes(state, f"adapter {path}")
+    check_finite(state, f"adapter {path}")
     settings = replace(settings, kind=kind, r=r)
     return AdapterFile(str(path), state, settings, targets, extra, metadata, base_checked=metadata is not None)
 
@@ -117,17 +119,10 @@ def _fitting(path: Path, foreign: Foreign, base: Mapping[str, Tensor], asked: Ad
         _, _, targets, extra = infer_adapter(foreign.state, shapes, settings.kind, asked.r or settings.r)
     except UserError as error:
         raise UserError(f"adapter {path}: {error}") from error
-    _check_finite(path, foreign.state)
+    check_dtypes(foreign.state, f"adapter {path}")
+    check_finite(foreign.state, f"adapter {path}")
     checked = foreign.base_checked
     return AdapterFile(str(path), foreign.state, settings, targets, extra, None, foreign.note, checked)
-
-
-def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
-    for key, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"adapter {path}: {key} holds NaN or infinity: the run that made it diverged, use an earlier one"
-            )
 
 
 def _settings_in(metadata: Mapping, asked: AdapterSettings, path: str | Path) -> AdapterSettings:

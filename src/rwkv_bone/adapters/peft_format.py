@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rwkv_bone.checkpoints import atomic_path, read_state
 from rwkv_bone.checkpoints.stream import write_tensors
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 WEIGHT_FILES = (WEIGHTS, PICKLED_WEIGHTS)
@@ -108,7 +108,7 @@ def read_config(folder: str | Path) -> dict:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError(f"{path} names no peft_type: it is not the configuration of an adapter")

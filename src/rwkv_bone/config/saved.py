@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rwkv_bone.config import sections
 from rwkv_bone.config.sections import RunConfig, TrainConfig
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -84,7 +84,7 @@ def _check_settings(text: str, source: str) -> dict[str, dict[str, Any]]:
     """`text` as {section: {setting: value of the right type}}."""
     try:
         saved = json.loads(text)
-    except ValueError as error:
+    except JSON_ERRORS as error:
         raise UserError(f"{source}: not JSON ({error})") from None
     if not isinstance(saved, dict) or not all(isinstance(values, dict) for values in saved.values()):
         raise UserError(f"{source}: expected an object of sections ({', '.join(SECTIONS)}), as train.py writes it")

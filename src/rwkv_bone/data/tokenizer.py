@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rwkv_bone.config import DataConfig
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -108,7 +108,7 @@ def read_tokenizer_config(folder: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object")

@@ -15,7 +15,7 @@ from rwkv_bone.checkpoints import atomic_path
 from rwkv_bone.data import Dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
 from rwkv_bone.data.tokenizer import Tokenizer
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.inference.evaluate import Answer, exact_match, heldout_loss
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.module import TrainingModule
@@ -158,7 +158,7 @@ def read_measured(path: Path, data: str) -> tuple[Measured | None, Measured | No
         written = json.loads(path.read_text(encoding="utf-8"))
         found = {when: Measured.from_record(written[when]) for when in ("before", "after") if when in written}
         same = written["data"] == data
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, *JSON_ERRORS) as error:
         raise UserError(
             f"{path} cannot be read as measurements of a run ({type(error).__name__}: {error}): restore or remove it"
         ) from None

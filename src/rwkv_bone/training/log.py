@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from rwkv_bone.checkpoints import atomic_path
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.project import LOG
 
@@ -109,15 +110,14 @@ class StepLog(Callback):
 def read_log(path: Path, steps: int) -> list[dict]:
     """The records of the first `steps` optimiser steps; UserError if the log does not hold exactly these."""
     records: list[dict] = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if len(records) == steps:
-                break
+    with open(path, "rb") as file:
+        for line in islice(file, steps):
             try:
                 records.append(json.loads(line))
-            except ValueError as error:
+            except JSON_ERRORS as error:
                 raise UserError(f"{path}:{len(records) + 1} is not JSON ({error}): repair or remove the file") from None
-    if [record["step"] for record in records] != list(range(1, steps + 1)):
+    whole = [isinstance(record, dict) and isinstance(record.get("loss"), int | float) for record in records]
+    if not all(whole) or [record.get("step") for record in records] != list(range(1, steps + 1)):
         raise UserError(f"{path} does not hold the steps 1 to {steps}: restore or remove the file")
     return records
 
