@@ -28,7 +28,13 @@ MAY_IMPORT = {
 # Imported where peft is in use, by the first BoneConfig: it is the one module that is made of one of peft's.
 OPTIONAL = {"rwkv_bone.hf.peft_config"}
 # The modules beside the rooms.
-MODULES = {"errors": set(), "commands": set(), "devices": {"config"}, "quantization": {"config", "checkpoints"}}
+MODULES = {
+    "errors": set(),
+    "console": set(),
+    "commands": set(),
+    "devices": {"config"},
+    "quantization": {"config", "checkpoints"},
+}
 
 
 def modules(room: str) -> list[str]:
@@ -77,6 +83,7 @@ def test_loading_a_model_reads_no_data_modules():
         "rwkv_bone",
         *modules("config"),
         "rwkv_bone.commands",
+        "rwkv_bone.console",
         "rwkv_bone.devices",
         "rwkv_bone.errors",
         "rwkv_bone.conversion.flags",

@@ -19,6 +19,7 @@ MEANING = {
     "lightning": "nothing trains: parts run, stages and resume",
     "deepspeed": "nothing trains: parts run, stages and resume",
     "matplotlib": "training cannot draw its loss curve: parts run, stages and resume",
+    "tqdm": "nothing trains: parts run, stages and resume",
     "ninja": "nothing here: DeepSpeed compiles nothing",
     "pyrwkv-tokenizer": "World models cannot be trained; the bundled one reads bytes",
     "tokenizers": "tokenizer.json files cannot be read; the bundled model reads bytes",

@@ -61,4 +61,4 @@ def preview(prog: str = "rwkv-bone-preview") -> int:
 
         main(prog)
 
-    return exit_status(body)
+    return exit_status(body, shows=True)

@@ -9,6 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from rwkv_bone import console
+
+SIGPIPE = 13  # signal.SIGPIPE does not exist everywhere
+
 
 # What json.loads raises; the second for brackets within brackets a thousand deep.
 JSON_ERRORS = (ValueError, RecursionError)
@@ -34,11 +38,24 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-def exit_status(function: Callable[[], Any]) -> int:
-    """Call an entry point's body and return the exit status: 0, 2 for a user's mistake, 130 or 143 for a signal."""
+def exit_status(function: Callable[[], Any], shows: bool = False) -> int:
+    """Call an entry point's body and return the exit status.
+
+    0; 2 for a user's mistake; 128 + N for signal N, which is also what a program ends with that `shows` (its output is
+    its result) and whose reader has gone, as `| head` does. Other programs go on without a reader.
+    """
+    console.guard(needed=shows)
     try:
-        function()
+        try:
+            function()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except console.OutputLost as error:
+        if error.reader_left:
+            return 128 + SIGPIPE
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:

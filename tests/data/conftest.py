@@ -4,10 +4,13 @@ import json
 from collections.abc import Iterator
 from itertools import product
 
+import numpy as np
 import pytest
 
 from rwkv_bone.config import DataConfig
 from rwkv_bone.data import Batch, BatchPlan
+from rwkv_bone.data.samples import Documents
+from rwkv_bone.data.sources import Places
 
 
 @pytest.fixture
@@ -50,3 +53,12 @@ def windows(plan: BatchPlan, epoch: int) -> Iterator[list[Batch]]:
 def origins(plan: BatchPlan, epoch: int) -> list[str]:
     """Where the samples of an epoch come from, in the order in which they are trained on."""
     return [row for window in windows(plan, epoch) for batch in window for row in batch.rows]
+
+
+def documents(ids, lengths, mask=None, first: int = 0) -> Documents:
+    """Documents that lie one after another in `ids`, from `first` on."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    starts = first + np.cumsum(lengths) - lengths
+    trained = None if mask is None else np.asarray(mask, dtype=bool)
+    places = Places(("made up ",))
+    return Documents("made up", "", np.asarray(ids), starts, lengths, trained, places, np.arange(len(lengths)))

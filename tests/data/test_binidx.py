@@ -14,6 +14,12 @@ CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
 
 
 @pytest.fixture
+def config(config):
+    """As elsewhere, without a tokenizer: token ids need none, and one that is named is refused."""
+    return lambda path, **settings: config(path, **{"tokenizer": "auto", **settings})
+
+
+@pytest.fixture
 def write_pair(tmp_path):
     """Factory: writes documents, each a list of sequences of token ids, and returns the common name of the pair."""
 
@@ -66,7 +72,9 @@ def test_tokens_stay_on_disk(write_pair, config):
 def test_documents_without_a_target_are_counted_and_named(write_pair, config):
     dataset = load_dataset(config(write_pair([[]], [[5, 6, 0]], [[0]])), 256)
     assert len(dataset) == 1
-    assert "2 samples" in dataset.summary_lines()[-1] and "pair.bin document 0" in dataset.summary_lines()[-1]
+    (line,) = [line for line in dataset.summary_lines() if "left out" in line]
+    assert line.startswith("warning: ") and "2 samples" in line and "pair.bin document 0" in line
+    assert line.endswith("25.0% of the tokens")
 
 
 def test_a_document_trains_on_no_token_of_its_neighbour(write_pair, config):
@@ -91,7 +99,7 @@ def test_qa_finds_the_responses_in_ready_made_tokens(write_pair, config):
     ]
     dataset = load_dataset(config(write_pair(*documents), loss_mask="qa"), 256)
     assert [bytes(sample.ids[sample.trained].tolist()) for sample in dataset] == [b" ho\0", b" b\n\n"]
-    assert "pair.bin document 1" in dataset.summary_lines()[2]
+    assert "pair.bin document 1" in dataset.summary_lines()[2] and "tokens" in dataset.summary_lines()[2]
 
 
 def test_a_slice_of_a_pair_is_of_its_documents(write_pair, config):
@@ -106,7 +114,9 @@ def test_documents_with_tokens_outside_the_vocabulary_may_be_skipped(write_pair,
     path = write_pair([[5, 0]], [[300, 0]], [[]], [[7, 0]], dtype="int32")
     dataset = load_dataset(config(path, bad_rows="skip"), 256)
     assert [sample.ids.tolist() for sample in dataset] == [[5, 0], [7, 0]]
-    assert any("token outside the model's vocabulary: 1 rows" in line for line in dataset.summary_lines())
+    expected = f"warning: {path}: skipped (--bad_rows skip), token outside the model's vocabulary: 1 documents ("
+    assert [line.startswith(expected) for line in dataset.summary_lines()].count(True) == 1
+    assert any(line.endswith("document 1), 33.3% of the tokens") for line in dataset.summary_lines())
     with pytest.raises(UserError, match="every document has tokens outside"):
         load_dataset(config(write_pair([[300, 0]]), bad_rows="skip"), 256)
 

@@ -1,15 +1,20 @@
 """Data is tokenised once: what is cached is what would be made anew, for every process, until something changes."""
 
+import fcntl
+import io
 import json
 import multiprocessing
 import os
 import shutil
+import struct
+import termios
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rwkv_bone.data import cache, load, load_dataset, tokenise
+from rwkv_bone.data import cache, load_dataset, part, tokenise
 from rwkv_bone.data.cache import Cache
 from rwkv_bone.errors import UserError
 
@@ -53,7 +58,7 @@ def test_the_cache_lies_beside_the_data_and_small_data_needs_none(write_jsonl, c
     path = write_jsonl(*ROWS)
     load_dataset(config(path, cache_dir=""), 256)
     assert not (tmp_path / cache.FOLDER).exists()
-    monkeypatch.setattr(load, "SMALL", 0)
+    monkeypatch.setattr(part, "SMALL", 0)
     dataset = load_dataset(config(path, cache_dir=""), 256)
     assert len(entries(tmp_path / cache.FOLDER)) == 1 and cache.FOLDER in dataset.summary_lines()[-1]
 
@@ -80,7 +85,7 @@ def test_whatever_changes_the_tokens_makes_a_new_entry(write_jsonl, config, chan
 def test_lengths_and_batches_are_no_part_of_an_entry(write_jsonl, config, made):
     path = write_jsonl(*ROWS)
     for change in ({}, {"ctx_len": 4}, {"long_samples": "split"}, {"dataload": "pad"}, {"micro_bsz": 2}):
-        load_dataset(config(path, **change), 256)
+        load_dataset(config(path, max_lost=1, **change), 256)
     assert len(made) == 1
 
 
@@ -175,7 +180,7 @@ def test_a_full_disk_is_reported(write_jsonl, config, tmp_path, monkeypatch):
 
 def test_data_in_a_folder_that_cannot_be_written_is_cached_for_the_user(write_jsonl, config, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(load, "SMALL", 0)
+    monkeypatch.setattr(part, "SMALL", 0)
     (tmp_path / cache.FOLDER).write_text("in the way")
     dataset = load_dataset(config(write_jsonl(*ROWS), cache_dir=""), 256)
     folder = tmp_path / "home" / "rwkv_bone" / "data"
@@ -242,20 +247,28 @@ def test_speed_is_reported_with_its_units():
     assert progress.speed() == "50.0 MB, 1,000,000 tokens in 10.0 s (5.0 MB/s, 100,000 tokens/s)"
 
 
-def test_a_bar_is_drawn_on_a_terminal_only():
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    for stream, drawn in ((Terminal(), True), (io.StringIO(), False)):
-        progress = tokenise.TokenisingProgress("tokenising data.jsonl", 100, stream)
-        progress.begin = progress.shown = progress.begin - 10
-        progress.add(50, 7)
+@pytest.mark.parametrize("columns", [10, 40, 79, 200])
+def test_a_bar_is_drawn_on_a_terminal_only_and_fits_it(columns):
+    """On a terminal of `columns` columns no line of it is longer, so that none is left behind."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(theirs, "w") as terminal:
+        progress = tokenise.TokenisingProgress("tokenising data.jsonl", 100, terminal, delay=0)
+        progress._bar.mininterval = 0
+        for _ in range(4):
+            time.sleep(0.001)
+            progress.add(40, 7)
+        drawn = os.read(ours, 1 << 16).decode()
         progress.close()
-        assert (f"[{'#' * 15}{'.' * 15}] tokenising data.jsonl  0.0 MB" in stream.getvalue()) is drawn
-        assert drawn or stream.getvalue() == ""
+    os.close(ours)
+    lines = drawn.split("\r")
+    assert max(map(len, lines)) <= columns and drawn.startswith("\rtokenisin"[: columns + 1])
+    assert columns < 79 or any("80% [################....]" in line for line in lines)
+    elsewhere = io.StringIO()
+    progress = tokenise.TokenisingProgress("tokenising data.jsonl", 100, elsewhere, delay=0)
+    progress.add(50, 7)
+    progress.close()
+    assert elsewhere.getvalue() == "" and progress.tokens == 7
 
 
 def test_what_is_recorded_is_json(write_jsonl, config, tmp_path):

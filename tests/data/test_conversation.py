@@ -1,12 +1,14 @@
 """Rows of every layout mean the turns their author meant, and what cannot be read is refused with its place."""
 
 import json
+import math
+from datetime import datetime
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_bone.data.conversation import Layout, Turn, conversation, layout_of
+from rwkv_bone.data.conversation import UNANSWERED, Layout, Turn, conversation, layout_of
 from rwkv_bone.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
@@ -15,8 +17,12 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
 PAIRS = ["prompt response", "prompt completion", "question answer", "query response", "input output"]
 
 
+def talk(row, sft_field=(), data_type="auto"):
+    return conversation(row, layout_of(row, sft_field, data_type, "f:1"), "f:1")
+
+
 def turns(row, sft_field=(), data_type="auto"):
-    return conversation(row, layout_of(row, sft_field, data_type, "f:1"), "f:1").turns
+    return talk(row, sft_field, data_type).turns
 
 
 def error(row, *sft_field):
@@ -35,8 +41,8 @@ def test_usual_pairs_are_found(names):
 
 
 def test_a_text_is_a_document():
-    talk = conversation({"text": "all of it", "id": 1}, layout_of({"text": ""}, (), "auto", "f:1"), "f:1")
-    assert (talk.document, talk.turns, talk.where) == ("all of it", (), "f:1")
+    found = conversation({"text": "all of it", "id": 1}, layout_of({"text": ""}, (), "auto", "f:1"), "f:1")
+    assert (found.document, found.turns, found.where) == ("all of it", (), "f:1")
 
 
 def test_alpaca_rows_keep_instruction_and_input_apart_and_may_have_system_and_history():
@@ -60,8 +66,8 @@ def test_alpaca_rows_keep_instruction_and_input_apart_and_may_have_system_and_hi
 
 def test_a_later_row_of_alpaca_may_have_an_input_that_the_first_lacks():
     layout = layout_of({"instruction": "a", "output": "b"}, (), "auto", "f:1")
-    talk = conversation({"instruction": "a", "input": "m", "output": "b"}, layout, "f:2")
-    assert talk.turns[0] == Turn("user", "a", material="m")
+    found = conversation({"instruction": "a", "input": "m", "output": "b"}, layout, "f:2")
+    assert found.turns[0] == Turn("user", "a", material="m")
 
 
 def test_messages_of_openai():
@@ -76,7 +82,7 @@ def test_content_in_parts_is_joined_and_pictures_are_refused():
     assert "not text (messages[0]: image_url)" in error({"messages": [{"role": "user", "content": picture}, ANSWER]})
 
 
-def test_tool_calls_become_text_and_results_become_tool_turns():
+def test_tool_calls_and_tools_are_read_and_results_become_tool_turns():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": "ü"}'}}
     row = {
         "tools": [{"name": "add"}, {"name": "sub"}],
@@ -90,13 +96,14 @@ def test_tool_calls_become_text_and_results_become_tool_turns():
             {"role": "assistant", "content": "done", "tool_calls": None},
         ],
     }
-    add = '<tool_call>\n{"name": "add", "arguments": {"a": "ü"}}\n</tool_call>'
+    add = {"name": "add", "arguments": {"a": "ü"}}
+    assert talk(row).tools == ({"name": "add"}, {"name": "sub"})
     assert turns(row) == (
-        Turn("system", 'calculate\n<tools>\n{"name": "add"}\n{"name": "sub"}\n</tools>'),
+        Turn("system", "calculate"),
         Turn("user", "hi"),
-        Turn("assistant", f"{add}\n{add}"),
-        Turn("tool", "2"),
-        Turn("assistant", 'again\n<tool_call>\n{"name": "sub", "arguments": {}}\n</tool_call>'),
+        Turn("assistant", "", calls=(add, add), call_ids=("1", "1")),
+        Turn("tool", "2", call_ids=("1",)),
+        Turn("assistant", "again", calls=({"name": "sub", "arguments": {}},)),
         Turn("tool", "0"),
         Turn("assistant", "done"),
     )
@@ -112,10 +119,10 @@ def test_conversations_of_sharegpt():
             {"from": "gpt", "value": "three"},
         ],
     }
+    assert talk(row).tools == ({"name": "f"},)
     assert turns(row) == (
-        Turn("system", '<tools>\n{"name": "f"}\n</tools>'),
         Turn("user", "hi"),
-        Turn("assistant", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'),
+        Turn("assistant", "", calls=({"name": "f", "arguments": {}},)),
         Turn("tool", "3"),
         Turn("assistant", "three"),
     )
@@ -144,8 +151,10 @@ def test_reasoning_in_a_field_of_its_own_is_kept():
 
 def test_turns_after_the_last_response_are_left_out_and_counted():
     row = {"messages": [USER, ANSWER, USER, USER]}
-    talk = conversation(row, Layout("messages", ("messages",)), "f:1")
-    assert talk.turns == (Turn("user", "hi"), Turn("assistant", "yes")) and talk.unanswered == 2
+    found = conversation(row, Layout("messages", ("messages",)), "f:1")
+    assert found.turns == (Turn("user", "hi"), Turn("assistant", "yes")) and found.remarks == {
+        "turns after the last response, left out": 2
+    }
 
 
 def test_sft_field_names_prompt_and_response_or_the_messages():
@@ -168,7 +177,10 @@ def test_data_type_chooses_between_text_and_the_rest():
         ({"text": "a", "messages": []}, "text or messages"),
         ({"messages": [], "conversations": []}, "messages or conversations"),
         ({"prompt": "a", "response": "b", "completion": "c"}, "prompt+response or prompt+completion"),
-        ({"instruction": "a", "output": "b", "question": "c", "answer": "d"}, "instruction+output or question+answer"),
+        (
+            {"instruction": "a", "output": "b", "question": "c", "answer": "d"},
+            "instruction+output or instruction+answer or question+output or question+answer",
+        ),
     ],
 )
 def test_fields_with_two_meanings_need_a_choice(row, choices):
@@ -183,9 +195,11 @@ def test_unknown_fields_are_listed():
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "a", "response": 4}, "field 'response' is a number, expected a string"),
-        ({"prompt": None, "response": "b"}, "field 'prompt' is null, expected a string"),
-        ({"prompt": ["a"], "response": "b"}, "field 'prompt' is a list, expected a string"),
+        ({"prompt": None, "response": "b"}, "field 'prompt' is null, expected a text"),
+        ({"prompt": "b", "response": math.nan}, "field 'response' is not a number (NaN), expected a text"),
+        ({"prompt": datetime(2026, 1, 2), "response": "b"}, "field 'prompt' is a datetime, expected a text"),
+        ({"prompt": ["a"], "response": "b"}, "field 'prompt' is a list, expected a text: name one inside it with"),
+        ({"question": "a", "answer": {"x.y": 1}}, "name one inside it with --sft_field, such as answer.x.y"),
         ({"prompt": "a", "response": " \n"}, "field 'response' is empty"),
         ({"text": ""}, "field 'text' is empty"),
         ({"prompt": "a", "response": "\ud800"}, "half of a surrogate pair at character 0"),
@@ -198,14 +212,13 @@ def test_unknown_fields_are_listed():
         ({"messages": [USER, {"content": "x"}]}, "no role (messages[1]); expected one of system"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "empty response (messages[1])"),
         ({"messages": [USER, {"role": "assistant"}]}, "a turn without text (messages[1])"),
-        ({"messages": [{"role": "user", "content": None}, ANSWER]}, "content is null, expected a string (messages[0])"),
+        ({"messages": [{"role": "user", "content": None}, ANSWER]}, "content is null, expected a text (messages[0])"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "a tool call without a name (messages[1])"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": "f"}]}, "tool_calls is a string, expected a list"),
-        ({"conversations": [{"from": "gpt", "value": 3}]}, "value is a number, expected a string (conversations[0])"),
+        ({"conversations": [{"from": "gpt", "value": {}}]}, "value is an object, expected a text (conversations[0])"),
         ({"conversations": [{"from": "function_call", "value": ""}]}, "empty response (conversations[0])"),
         ({"messages": [USER, ANSWER], "tools": "[{"}, "field 'tools' is not valid JSON"),
-        ({"instruction": "a", "output": "b", "input": 3}, "field 'input' is a number"),
-        ({"instruction": "a", "output": "b", "history": "x"}, "field 'history' is a string"),
+        ({"instruction": "a", "output": "b", "input": [3]}, "field 'input' is a list, expected a text: name"),
         ({"instruction": "a", "output": "b", "history": [["x"]]}, "not a pair (history[0])"),
         ({"instruction": "a", "output": "b", "history": [["x", ""]]}, "empty response (history[0])"),
     ],
@@ -228,18 +241,18 @@ VALUES = st.recursive(
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
 def test_any_row_is_either_read_or_refused(row):
     try:
-        talk = conversation(row, layout_of(row, (), "auto", "f:1"), "f:1")
+        read = conversation(row, layout_of(row, (), "auto", "f:1"), "f:1")
     except UserError as found:
         assert str(found).startswith("f:1: ")
     else:
-        assert talk.document or talk.turns[-1].role == "assistant"
-        assert all(isinstance(turn.text, str) for turn in talk.turns)
+        assert read.document or read.turns[-1].role == "assistant"
+        assert all(isinstance(turn.text, str) for turn in read.turns)
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "rows", "responses"),
     [
-        ("self-instruct/seed_tasks.json", "alpaca", 175, 175),
+        ("self-instruct/seed_tasks.json", "pair", 175, 175),
         ("llamafactory/glaive_toolcall_en_demo.json", "messages", 61, 157 + 44),
         ("fastchat/dummy_conversation.json", "messages", 150, None),
         ("kdconv/travel_dev.json", "messages", 26, None),
@@ -252,9 +265,9 @@ def test_data_of_others_is_read_whole(shared, name, kind, rows, responses):
     assert (layout.kind, len(talks)) == (kind, rows)
     said = [turn for talk in talks for turn in talk.turns if turn.role == "assistant"]
     if responses:
-        assert len(said) == responses and not any(talk.unanswered for talk in talks)
+        assert len(said) == responses and not any(UNANSWERED in talk.remarks for talk in talks)
     else:
         texts = [m.get("value", m.get("message")) for row in data for m in row[layout.fields[0]]]
         kept = [turn.text for talk in talks for turn in talk.turns]
-        assert len(kept) + sum(talk.unanswered for talk in talks) == len(texts)
+        assert len(kept) + sum(talk.remarks.get(UNANSWERED, 0) for talk in talks) == len(texts)
         assert kept[:50] == texts[:50]

@@ -56,25 +56,27 @@ def test_the_template_follows_the_tokenizer(write_jsonl, config):
 
 
 def test_a_long_sample_is_cut_and_counted(write_jsonl, config):
-    dataset = load_dataset(config(write_jsonl({"text": "abcdefgh"}, {"text": "abc"}), ctx_len=4), 256)
+    path = write_jsonl({"text": "abcdefgh"}, {"text": "abc"})
+    dataset = load_dataset(config(path, ctx_len=4, long_samples="cut"), 256)
     assert [bytes(sample.ids.tolist()) for sample in dataset] == [b"abcde", b"abc\0"]
     assert dataset.trained_counts.tolist() == [4, 3]
     assert dataset.summary_lines()[1:3] == [
         "2 samples, 9 tokens, 7 of them trained; longest 5",
-        "cut at --ctx_len 4: 1 samples, 4 tokens left out",
+        f"warning: {path}: cut at --ctx_len 4: 1 samples, 4 tokens left out, 36.4% of the trained tokens",
     ]
 
 
 def test_a_sample_whose_response_is_cut_away_is_left_out_and_named(write_jsonl, config):
     long, short = {"prompt": "p" * 20, "response": "r"}, {"prompt": "p", "response": "r"}
     path = write_jsonl(long, short, long, long, long, short)
-    dataset = load_dataset(config(path, ctx_len=19), 256)
+    dataset = load_dataset(config(path, ctx_len=19, max_lost=1), 256)
     assert [sample.origin for sample in dataset] == [f"{path}:2", f"{path}:6"]
     assert dataset.trained_counts.tolist() == [2, 2]
     named = ", ".join(f"{path}:{line}" for line in (1, 3, 4))
-    assert (
-        dataset.summary_lines()[-2] == f"left out, no token to train on within --ctx_len 19: 4 samples ({named}, ...)"
-    )
+    assert [line for line in dataset.summary_lines() if "ctx_len 19" in line] == [
+        f"warning: {path}: cut at --ctx_len 19: 4 samples, 8 tokens left out, 66.7% of the trained tokens",
+        f"{path}: left out, no token to train on within --ctx_len 19: 4 of these samples, 66.7% of all ({named}, ...)",
+    ]
     assert load_dataset(config(path, ctx_len=20), 256).trained_counts.tolist() == [1, 2, 1, 1, 1, 2]
 
 
@@ -89,7 +91,7 @@ def test_nothing_left_to_train_on_is_an_error(write_jsonl, config):
 def test_counts_are_those_of_the_masks(write_jsonl, config):
     rows = [{"prompt": "p" * (7 * i % 23), "response": "r" * (1 + 5 * i % 17)} for i in range(200)]
     for ctx_len in (1, 8, 16, 64):
-        dataset = load_dataset(config(write_jsonl(*rows), ctx_len=ctx_len), 256)
+        dataset = load_dataset(config(write_jsonl(*rows), ctx_len=ctx_len, max_lost=1), 256)
         assert dataset.trained_counts.tolist() == [int(sample.trained.sum()) for sample in dataset]
         assert all(2 <= len(sample.ids) <= ctx_len + 1 and sample.trained.any() for sample in dataset)
 
@@ -104,8 +106,8 @@ def test_long_samples_may_be_dropped_and_are_counted(write_jsonl, config):
     path = write_jsonl({"text": "abcd"}, {"text": "abc"}, {"text": "abcdef"})
     dataset = load_dataset(config(path, ctx_len=4, long_samples="drop"), 256)
     assert [bytes(sample.ids.tolist()) for sample in dataset] == [b"abcd\0", b"abc\0"]
-    note = f"dropped (--long_samples drop): 1 samples longer than --ctx_len 4, 7 tokens ({path}:3)"
-    assert dataset.summary_lines()[2] == note
+    what = f"{path}: dropped (--long_samples drop): 1 samples longer than --ctx_len 4 ({path}:3)"
+    assert dataset.summary_lines()[2] == f"warning: {what}, 46.2% of the trained tokens"
 
 
 @pytest.mark.parametrize("ctx_len", [1, 2, 3, 8, 31, 64])
@@ -130,11 +132,11 @@ def test_long_samples_may_be_split_without_losing_or_repeating_a_target(write_js
 
 
 def test_a_split_is_counted(write_jsonl, config):
-    dataset = load_dataset(
-        config(write_jsonl({"text": "abcdefgh"}, {"text": "ab"}), ctx_len=3, long_samples="split"), 256
-    )
+    path = write_jsonl({"text": "abcdefgh"}, {"text": "ab"})
+    dataset = load_dataset(config(path, ctx_len=3, long_samples="split"), 256)
     assert [bytes(sample.ids.tolist()) for sample in dataset] == [b"abcd", b"defg", b"gh\0", b"ab\0"]
-    assert dataset.summary_lines()[2] == "split (--long_samples split): 1 samples longer than --ctx_len 3 became 3"
+    line = f"{path}: split (--long_samples split): 1 samples longer than --ctx_len 3 became 3"
+    assert dataset.summary_lines()[2] == line
 
 
 def test_equal_prompts_have_equal_groups(write_jsonl, config):
@@ -201,7 +203,8 @@ def test_pairs_of_a_dataset_are_those_of_its_rows(write_jsonl, config):
         {"messages": turns}, {"messages": turns[2:]}, {"messages": [turns[2], {**turns[3], "content": "x" * 99}]}
     )
     for tokenizer, size in (("bytes", 256), ("world", 65536)):
-        cfg, encoder = config(path, tokenizer=tokenizer, template="world", ctx_len=60), load_tokenizer(tokenizer, size)
+        cfg = config(path, tokenizer=tokenizer, template="world", ctx_len=60, max_lost=1)
+        encoder = load_tokenizer(tokenizer, size)
         expected = load_pairs(cfg, path, encoder)
         assert expected[1] == ("User: c\n\nAssistant:", " d")
         # A sample that is cut has no whole response to compare with.
@@ -221,6 +224,10 @@ def test_every_mask_and_way_to_load_works_or_says_why_not(write_jsonl, config, d
     mask_id = '{"mask0": "User:", "mask1": "Assistant:"}' if loss_mask == "se" else ""
     settings = dict(dataload=dataload, loss_mask=loss_mask, mask_id=mask_id, micro_bsz=1 if dataload == "only" else 8)
     path = write_jsonl({"text": "User: hi\n\nAssistant: ho"}, name="texts.jsonl")
+    if loss_mask == "last":
+        with pytest.raises(UserError, match=r"--loss_mask last has no meaning here, as .*texts.jsonl \(rows"):
+            load_dataset(config(path, **settings), 256)
+        return
     if dataload == "get" and loss_mask in ("qa", "se"):
         with pytest.raises(
             UserError, match=f"--dataload get .* --loss_mask {loss_mask} cannot hold: use --dataload pack"

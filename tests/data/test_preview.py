@@ -70,9 +70,11 @@ def test_samples_are_spread_over_the_data_and_counted(write_jsonl, capsys):
 def test_what_is_cut_and_left_out_is_said_with_the_reason(write_jsonl, capsys):
     long, skipped = {"prompt": "p" * 40, "response": "r"}, {"prompt": "p", "response": ""}
     path = write_jsonl({"prompt": "p", "response": "r" * 40}, long, skipped)
-    text = "\n".join(lines_of(capsys, "--data_file", path, "--ctx_len", "16", "--bad_rows", "skip", "--samples", "0"))
-    assert "cut at --ctx_len 16: 2 samples" in text
-    assert f"left out, no token to train on within --ctx_len 16: 1 samples ({path}:2)" in text
+    flags = "--ctx_len 16 --bad_rows skip --samples 0 --max_lost 1"
+    text = "\n".join(lines_of(capsys, "--data_file", path, *flags.split()))
+    assert f"warning: {path}: cut at --ctx_len 16: 2 samples, 50 tokens left out, 62.8% of the trained tokens" in text
+    assert f"no token to train on within --ctx_len 16: 1 of these samples, 50.0% of all ({path}:2)" in text
+    assert f"warning: {path}: skipped" in text and "33.3% of the rows" in text
     assert "field 'response' is empty" in text and "---" not in text
 
 
@@ -85,13 +87,13 @@ def test_a_stream_of_random_windows_has_no_packing(write_jsonl, capsys):
 def test_the_command_line_of_train_is_taken_as_it_is(tiny_checkpoint, tmp_path):
     model = str(tiny_checkpoint(vocab_size=61))
     train = ["--load_model", model, "--data_file", "a.jsonl", "b.jsonl", "--template", "g1", "--lr_init", "1e-3"]
-    settings, data, vocab_size, _ = parse([*train, "--samples", "7"])
+    settings, data, vocab_size, _, _ = parse([*train, "--samples", "7"])
     assert data == parse_train(train).data
     assert (settings.samples, vocab_size) == (7, 61)
 
     saved = tmp_path / "config.json"
     saved.write_text(to_json(parse_train(train)))
-    _, data, vocab_size, _ = parse(["--config", str(saved), "--ctx_len", "9"])
+    _, data, vocab_size, _, _ = parse(["--config", str(saved), "--ctx_len", "9"])
     assert (data.data_file, data.template, data.ctx_len, vocab_size) == (("a.jsonl", "b.jsonl"), "g1", 9, 61)
 
 
@@ -108,7 +110,7 @@ def test_without_a_model_the_vocabulary_is_the_tokenizers(words, expected):
     [
         ("--color blue", "--color blue: expected one of auto, always, never"),
         ("--samples -1", "--samples -1: expected at least 0"),
-        ("--sample 1", "--sample is not a flag of preview; did you mean --samples?"),
+        ("--sample 1", "--sample is not a flag of sh scripts/preview_data.sh; did you mean --samples?"),
         ("--ctx_len 0", "--ctx_len 0: expected at least 1"),
     ],
 )

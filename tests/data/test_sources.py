@@ -84,7 +84,7 @@ def test_data_type_overrides_what_the_content_suggests(write_jsonl, config):
     path = write_jsonl({"text": "whole", "prompt": "one", "response": "two"})
     assert bytes(load_dataset(config(path, data_type="jsonl"), 256)[0].ids.tolist()) == b"whole\0"
     assert bytes(load_dataset(config(path, data_type="sft"), 256)[0].ids.tolist()) == b"onetwo\0"
-    with pytest.raises(UserError, match="--sft_field has no meaning when .* --data_type jsonl"):
+    with pytest.raises(UserError, match="--sft_field has no meaning with --data_type jsonl"):
         load_dataset(config(path, data_type="jsonl", sft_field=("prompt", "response")), 256)
 
 
@@ -235,7 +235,7 @@ def test_other_slices_are_refused(write_jsonl, config, text):
 
 
 @pytest.mark.parametrize(
-    ("part", "expected"), [("train[:2]", [1, 2]), ("[50%:]", [4, 5]), ("[-1:]", [5]), ("x", [1, 2, 4, 5])]
+    ("part", "expected"), [("train[:2]", [1, 2]), ("[50%:]", [4, 5]), ("[-1:]", [5]), ("train", [1, 2, 4, 5])]
 )
 def test_a_slice_counts_rows_and_keeps_their_line_numbers(write_jsonl, config, part, expected):
     path = write_jsonl({"text": "1"}, {"text": "2"}, "", {"text": "4"}, {"text": "5"})
@@ -325,19 +325,19 @@ def test_a_line_beyond_the_limit_is_refused_without_being_read_whole(write_jsonl
 
 def test_bad_rows_are_skipped_and_counted_by_reason(write_jsonl, config):
     path = write_jsonl("{", GOOD, {"prompt": "a"}, {"prompt": "b", "response": " "}, *["[]"] * 5, GOOD)
-    dataset = load_dataset(config(path, bad_rows="skip"), 256)
+    dataset = load_dataset(config(path, bad_rows="skip", max_lost=1), 256)
     assert [sample.origin for sample in dataset] == [f"{path}:2", f"{path}:10"]
     skipped = [
-        line.removeprefix("skipped (--bad_rows skip), ")
+        line.removeprefix("warning: ").removeprefix(f"{path}: skipped (--bad_rows skip), ")
         for line in dataset.summary_lines()
-        if line.startswith("skipped")
+        if ": skipped (" in line
     ]
     lines = ", ".join(f"{path}:{number}" for number in (5, 6, 7))
     assert skipped == [
-        f"not valid JSON: 1 rows ({path}:1)",
-        f"no field 'response': 1 rows ({path}:3)",
-        f"field 'response' is empty: 1 rows ({path}:4)",
-        f'expected a JSON object such as {{"text": 5 rows ({lines}, ...)',
+        f"not valid JSON: 1 rows ({path}:1), 10.0% of the rows",
+        f"no field 'response': 1 rows ({path}:3), 10.0% of the rows",
+        f"field 'response' is empty: 1 rows ({path}:4), 10.0% of the rows",
+        f'expected a JSON object such as {{"text": 5 rows ({lines}, ...), 50.0% of the rows',
     ]
     tokenizer = load_tokenizer("bytes", 256)
     assert load_pairs(config(path, bad_rows="skip"), path, tokenizer) == [("2+2=", "4")] * 2
@@ -394,7 +394,7 @@ def test_token_arrays_are_mapped_and_end_documents_at_their_ends(tmp_path, confi
         dataset = load_dataset(config(str(tmp_path / name), data_type=kind), 256)
         assert [sample.ids.tolist() for sample in dataset] == [[5, 6, 0], [7, 0], [8, 9]]
         assert isinstance(dataset.tokens, np.memmap)
-    dataset = load_dataset(config(str(tmp_path / "rows.npy")), 256)
+    dataset = load_dataset(config(str(tmp_path / "rows.npy"), tokenizer="auto"), 256)
     assert [sample.ids.tolist() for sample in dataset] == [[1, 2], [3, 4]]
 
 

@@ -1,7 +1,6 @@
 """Templates write what the models know, and the ids of a prompt are those that were trained."""
 
-import json
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ from hypothesis import strategies as st
 
 from rwkv_bone.data.conversation import Conversation, Turn
 from rwkv_bone.data.masks import encode
-from rwkv_bone.data.templates import Segment, load_template
+from rwkv_bone.data.segments import Segment
+from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.errors import UserError
 
@@ -26,15 +26,6 @@ CHAT = Conversation(
     ),
 )
 ANSWER = Turn("assistant", "b")
-CHATML = """\
-{%- for message in messages %}
-<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}
-{% if add_generation_prompt %}
-<|im_start|>assistant
-{% endif %}
-"""
 
 
 def talk(*texts: str) -> Conversation:
@@ -62,7 +53,7 @@ def test_world_writes_turns_that_end_with_a_blank_line_and_have_none_inside():
         "System: Be kind.\n\nUser: hi\n\nAssistant:",
         " Hello.\n\n",
         "User: sum up\na\nb\n\nAssistant:",
-        " c\n  d",
+        " <think>\nfirst\n\nsecond\n</think>\nc\n  d",
     ]
 
 
@@ -73,7 +64,6 @@ def test_g1_writes_an_empty_think_block_and_leaves_thinking_out():
         "User: sum up\na\nb\n\nAssistant: <think>\n</think",
         ">\nc\n  d",
     ]
-    assert texts("g1", talk("a", "<think>\nhm\n</think>\n\nb"))[1] == ">\nb"
 
 
 def test_g1_think_writes_the_thinking_with_its_blank_lines():
@@ -83,17 +73,60 @@ def test_g1_think_writes_the_thinking_with_its_blank_lines():
         "User: sum up\na\nb\n\nAssistant: <think",
         ">\nfirst\n\nsecond\n</think>\nc\n  d",
     ]
-    inside = talk("a", " <think>\none\r\n\r\ntwo\n</think>\n\nb\n\n</think> c")
-    assert texts("g1-think", inside)[1] == ">\none\n\ntwo\n</think>\nb\n</think> c"
 
 
-def test_a_think_block_without_end_or_without_answer_is_refused():
-    for name in ("g1", "g1-think"):
-        with pytest.raises(UserError, match="f:1: a response begins with <think> and has no </think>"):
-            texts(name, talk("a", "<think>\nhm"))
-        with pytest.raises(UserError, match="f:1: a response has nothing after </think>"):
-            texts(name, talk("a", "<think>\nhm\n</think>\n "))
-    assert texts("world", talk("a", "<think>\nhm"))[1] == " <think>\nhm"
+THOUGHT = Conversation("f:1", (Turn("user", "3+4?"), Turn("assistant", "7.", thinking=" three\r\n\r\nfour\n")))
+
+
+@pytest.mark.parametrize("name", ["raw", *BUILT_IN])
+def test_a_response_that_thinks_has_one_think_block_in_every_template(name):
+    whole = "".join(texts(name, THOUGHT))
+    inside = "" if name == "g1" else "three\n\nfour\n"
+    assert whole.endswith(f"<think>\n{inside}</think>\n7.") and whole.count("think>") == 2
+    said = {f"responses whose thinking is left out in --template g1, which has {EMPTY}": 1} if name == "g1" else {}
+    assert load_template(name, "").remarks(THOUGHT) == said
+
+
+EMPTY = "an empty think block; g1-think writes it"
+
+
+@pytest.mark.parametrize("name", ["world", "g1", "g1-think"])
+def test_blank_lines_that_go_and_lines_like_a_turn_are_counted(name):
+    blank = f"turns whose blank lines became single line breaks, since a blank line ends a turn in --template {name}"
+    marked = (
+        f"turns with a line that begins with User:, Assistant: or System:, as a turn does in --template {name}: "
+        "trained as part of the turn, but a program that stops there would cut it"
+    )
+    template = load_template(name, "")
+
+    def said(*turns: Turn) -> dict[str, int]:
+        return dict(template.remarks(Conversation("f:1", turns)))
+
+    assert said(Turn("user", "a\nb\r\nc\n\n"), Turn("assistant", "\n\na User: b\r\n")) == {}
+    assert said(Turn("user", "a\n \nb", material="c\r\n\r\nd"), Turn("assistant", "a\n\nb")) == {blank: 2}
+    assert said(Turn("user", "a", material="b\n\nc"), ANSWER) == {blank: 1}
+    assert said(Turn("user", "User: a"), Turn("assistant", "b\n System: c")) == {marked: 2}
+    assert said(Turn("user", "a\n\nAssistant: b"), ANSWER) == {blank: 1, marked: 1}
+    assert (marked in said(Turn("user", "a"), Turn("assistant", "b", thinking="c\n\nUser: d"))) == (name != "g1")
+
+
+def test_texts_that_are_written_as_they_are_have_no_remarks():
+    for name in ("raw", "alpaca"):
+        assert load_template(name, "").remarks(talk("User: a\n\nb", "c\n\nUser: d")) == {}
+    for name in ("raw", *BUILT_IN):
+        assert load_template(name, "").remarks(Conversation("f:1", document="User: a\n\nb")) == {}
+
+
+def test_a_response_that_is_not_to_be_trained_is_written_and_masked(tmp_path):
+    file = write(tmp_path, "{prompt}>{response}.")
+    for name in (*BUILT_IN, file):
+        both = [talk("a", "b", "c", "d"), talk("a", "b", "c", "d")]
+        both[1] = replace(both[1], turns=tuple(replace(turn, trained=turn.text != "b") for turn in both[1].turns))
+        trained, masked = (load_template(name, "").render(one) for one in both)
+        assert [segment.text for segment in trained] == [segment.text for segment in masked]
+        assert [segment.role for segment in masked] == ["prompt", "masked", "prompt", "response"]
+    only = Conversation("f:1", (Turn("user", "a"), replace(ANSWER, trained=False)))
+    assert [segment.role for segment in load_template("raw", "").render(only)] == ["prompt", "masked"]
 
 
 def test_alpaca_writes_instruction_and_input_under_headings():
@@ -111,17 +144,21 @@ def test_alpaca_writes_instruction_and_input_under_headings():
         "Be kind.\n\n### Instruction:\nhi\n\n### Response:",
         "Hello.\n\n",
         "### Instruction:\nsum up\n\n### Input:\na\n\nb\n\n### Response:",
-        "c\r\n\r\n  d",
+        "<think>\nfirst\n\nsecond\n</think>\nc\r\n\r\n  d",
     ]
 
 
-def test_what_a_tool_returned_is_a_turn_of_the_user():
-    conversation = Conversation(
-        "f:1", (Turn("user", "a"), Turn("assistant", "call"), Turn("tool", "3\n"), Turn("assistant", "three"))
-    )
-    result = "<tool_response>\n3\n</tool_response>"
-    assert texts("world", conversation)[2] == f"User: {result}\n\nAssistant:"
-    assert texts("alpaca", conversation)[2] == f"### Instruction:\n{result}\n\n### Response:"
+def test_a_system_turn_may_stand_anywhere():
+    turns = (Turn("user", "a"), ANSWER, Turn("system", "be brief"), Turn("user", "c"), ANSWER)
+    between = "System: be brief\n\nUser: c\n\nAssistant:"
+    assert texts("world", Conversation("f:1", turns)) == ["User: a\n\nAssistant:", " b\n\n", between, " b"]
+    assert texts("alpaca", Conversation("f:1", turns))[2] == "be brief\n\n### Instruction:\nc\n\n### Response:"
+
+
+@pytest.mark.parametrize("line", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c"])
+def test_other_line_separators_are_text(line):
+    assert texts("world", talk(f"a{line}b", f"c{line}{line}d"))[1] == f" c{line}{line}d"
+    assert texts("world", talk("a", f"c\n{line}\nd"))[1] == " c\nd"  # seen as a blank line, it would end the turn
 
 
 def test_an_empty_prompt_leaves_no_space_behind():
@@ -227,115 +264,6 @@ def test_a_format_file_has_each_place_once_and_in_order(tmp_path, text):
         load_template(name, "world")
 
 
-def test_a_jinja_file_is_read_as_hugging_face_reads_it(tmp_path):
-    name = write(tmp_path, CHATML, "chatml.jinja")
-    written = texts(name, CHAT)
-    assert written == [
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-        "Hello.<|im_end|>\n",
-        "<|im_start|>user\nsum up\na\n\nb<|im_end|>\n<|im_start|>assistant\n",
-        "c\r\n\r\n  d<|im_end|>\n",
-    ]
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
-    contents = [f"{turn.text}\n{turn.material}" if turn.material else turn.text for turn in CHAT.turns]
-    messages = [{"role": turn.role, "content": text} for turn, text in zip(CHAT.turns, contents, strict=True)]
-    whole, _ = utils.render_jinja_template([messages], chat_template=CHATML)
-    assert "".join(written) == whole[0]
-
-
-DATED = """\
-{{- '<|system|>\\nToday: ' + strftime_now('%d %B %Y') + '\\n' -}}
-{%- for m in messages -%}
-    {%- if m.role == 'tool' -%}{%- continue -%}{%- endif -%}
-    {%- generation -%}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '\\n' }}{%- endgeneration -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
-{#- #}{{ {'é': ['<', 1]} | tojson(indent=1) if false }}{{ documents or '' }}"""
-
-
-def test_a_jinja_file_has_what_transformers_gives_it(tmp_path):
-    written = texts(write(tmp_path, DATED, "date.jinja"), talk("a", "b", "c", "d"))
-    today = datetime.now().strftime("%d %B %Y")
-    first = f"<|system|>\nToday: {today}\n<|user|>\na\n<|assistant|>\n"
-    assert written == [first, "b\n", "<|user|>\nc\n<|assistant|>\n", "d\n"]
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
-    messages = [{"role": turn.role, "content": turn.text} for turn in talk("a", "b", "c", "d").turns]
-    whole, _ = utils.render_jinja_template([messages], chat_template=DATED)
-    assert "".join(written) == whole[0]
-
-
-JSON = "{% for m in messages %}{{ m.content }}|{% endfor %}{{ {'é<': [1, {'b': 2, 'a': 1}]} | tojson(OPTIONS) }}"
-
-
-@pytest.mark.parametrize("options", ["", "indent=2", "ensure_ascii=true", "separators=(',', ':'), sort_keys=true"])
-def test_tojson_writes_what_it_writes_in_transformers(tmp_path, options):
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
-    text = JSON.replace("OPTIONS", options)
-    ours = load_template(write(tmp_path, text), "")._template.render(messages=[])
-    assert ours == utils.render_jinja_template([[]], chat_template=text)[0][0]
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_the_template_inside_a_tokenizer_config_is_a_template(tmp_path, named):
-    template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-    )
-    several = [{"name": "rag", "template": "no"}, {"name": "default", "template": template}]
-    content = {"chat_template": several if named else template, "eos_token": "<|end|>"}
-    name = write(tmp_path, json.dumps(content), "tokenizer_config.json")
-    assert texts(name, talk("a", "b")) == ["<|user|>a<|assistant|>", "b"]
-
-
-def test_a_tokenizer_config_without_a_template_of_that_kind_is_refused(tmp_path):
-    for content, words in (
-        ({}, "no chat_template in it; choose --template world"),
-        ({"chat_template": [{"name": "a", "template": "x"}, {"name": "b", "template": "y"}]}, "the templates a, b and"),
-        ([], "expected a JSON object"),
-    ):
-        with pytest.raises(UserError, match=words):
-            load_template(write(tmp_path, json.dumps(content), "tokenizer_config.json"), "")
-
-
-def test_a_template_that_cannot_be_trained_says_how_to_go_on(tmp_path):
-    # As many published ones: what an earlier turn thought is dropped when a turn is added.
-    drops = (
-        "{% for m in messages %}{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>"
-        "{% endif %}{{ m.content }}\n{% endfor %}"
-    )
-    thought = Turn("assistant", "b", thinking="hm")
-    name = write(tmp_path, drops, "chat_template.jinja")
-    assert texts(name, Conversation("f:1", (Turn("user", "a"), thought))) == ["a\n", "<think>hm</think>b\n"]
-    several = Conversation("f:1", (Turn("user", "a"), thought, Turn("user", "c"), thought))
-    with pytest.raises(UserError, match="rewrites earlier turns.*To go on, give another --template: world, g1"):
-        texts(name, several)
-    refuses = write(tmp_path, "{{ raise_exception('roles must alternate') }}", "chat_template.jinja")
-    with pytest.raises(UserError, match="roles must alternate. To go on, give another --template: world"):
-        texts(refuses, several)
-
-
-def test_a_jinja_file_gets_the_reasoning(tmp_path):
-    thinks = "{% for m in messages %}[{{ m.reasoning_content or '-' }}]{{ m.content }};{% endfor %}"
-    assert texts(write(tmp_path, thinks), CHAT)[-1] == "[first\n\nsecond]c\r\n\r\n  d;"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("{% for m in messages %}", r"not a Jinja template \(line 1: "),
-        ("{{ messages[5].content.x.y }}", "f:1: --template .*: "),
-        ("{{ raise_exception('no system here') }}", "f:1: --template .*: no system here"),
-        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "f:1: --template .*unsafe"),
-        ("{{ messages | length }}", "3 messages without add_generation_prompt does not .*'2'"),
-        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "nothing for a response"),
-        ("{% for m in messages %}{{ m.content if loop.last else '' }}{% endfor %}", "does not begin with the text"),
-    ],
-)
-def test_a_jinja_file_that_cannot_be_used_is_refused_with_the_reason(tmp_path, text, expected):
-    with pytest.raises(UserError, match=expected):
-        texts(write(tmp_path, text), CHAT)
-
-
 def test_an_unknown_template_is_refused_with_the_names_there_are(tmp_path):
     with pytest.raises(UserError, match="--template wrld: expected auto, raw, alpaca, world, g1, g1-think, or"):
         load_template("wrld", "world")
@@ -346,7 +274,7 @@ def test_an_unknown_template_is_refused_with_the_names_there_are(tmp_path):
 
 def test_the_identity_follows_the_texts_and_not_the_path(tmp_path):
     a, b = write(tmp_path, "{prompt}:{response}", "a"), write(tmp_path, "{prompt}:{response}", "b")
-    c, d = write(tmp_path, "{prompt}|{response}", "c"), write(tmp_path, CHATML, "d")
+    c, d = write(tmp_path, "{prompt}|{response}", "c"), write(tmp_path, "{{ messages }}", "d")
     names = {name: load_template(name, "world").identity() for name in (a, b, c, d, "raw", *BUILT_IN)}
     assert names[a] == names[b] and len(set(names.values())) == len(names) - 1
 
@@ -354,5 +282,15 @@ def test_the_identity_follows_the_texts_and_not_the_path(tmp_path):
 def test_prompt_and_response_are_the_last_of_the_conversation():
     template = load_template("world", "world")
     assert template.prompt(CHAT).endswith("Hello.\n\nUser: sum up\na\nb\n\nAssistant:")
-    assert template.response(CHAT) == " c\n  d"
+    assert template.response(CHAT).endswith("</think>\nc\n  d")
     assert template.prompt(talk("a", "b")) == "User: a\n\nAssistant:"
+
+
+def test_prompt_and_response_are_those_of_the_last_response_that_is_trained():
+    turns = talk("a", "b", "c", "d").turns
+    template = load_template("world", "world")
+    masked = Conversation("f:1", (*turns[:3], replace(turns[3], trained=False)))
+    assert (template.prompt(masked), template.response(masked)) == ("User: a\n\nAssistant:", " b")
+    masked = Conversation("f:1", (turns[0], replace(turns[1], trained=False), *turns[2:]))
+    assert template.prompt(masked) == "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:"
+    assert template.response(masked) == " d"

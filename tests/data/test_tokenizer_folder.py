@@ -23,7 +23,7 @@ from rwkv_bone.errors import UserError
 
 tokenizers = pytest.importorskip("tokenizers")
 TEMPLATE = """\
-{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}A: {{ m.content }}{{ eos_token }}
+{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %} {{ m.content }}{{ eos_token }}
 {% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}
 {% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}
 """
@@ -222,7 +222,7 @@ def test_marked_text_and_ids_are_each_other():
 
 
 def test_the_cache_is_made_anew_when_tokenizer_or_template_change(tmp_path, write_jsonl, config, monkeypatch):
-    monkeypatch.setattr("rwkv_bone.data.load.SMALL", 0)
+    monkeypatch.setattr("rwkv_bone.data.part.SMALL", 0)
     folder = tmp_path / "model"
     folder.mkdir()
     write_bytes_json(folder / "tokenizer.json")

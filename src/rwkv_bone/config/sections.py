@@ -36,7 +36,8 @@ SCHEDULES = ("cos", "exp", "linear", "constant")
 DATA_TYPES = ("auto", "jsonl", "sft", "binidx", "table", "hf", "text", "tokens")
 DATALOADS = ("pack", "pad", "only", "get")
 LOSS_MASKS = ("response", "last", "none", "pad", "qa", "se")
-LONG_SAMPLES = ("cut", "drop", "split")
+TOOL_FORMATS = ("auto", "g1", "hermes")
+LONG_SAMPLES = ("auto", "cut", "drop", "split")
 BAD_ROWS = ("stop", "skip")
 LAYOUTS = ("auto", "official", "fla")
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -152,12 +153,27 @@ class DataConfig:
         "bytes, world, or the path of a tokenizer.json; auto = the model folder's, else by the vocabulary's size",
     )
     sft_field: tuple[str, ...] = setting(
-        (), "names of the prompt and response fields, or of the list of messages; empty = the usual names"
+        (),
+        "names of the prompt and response fields, such as instruction+input output (a+b: two fields, joined by a line "
+        "break; a.b: inside an object), or one name, of the list of messages or a document's text; empty = the usual "
+        "names",
+    )
+    eval_field: tuple[str, ...] = setting(
+        (), "as sft_field, for eval_data; empty = those of sft_field where eval_data has them, else the usual names"
+    )
+    columns: tuple[str, ...] = setting(
+        (), "names of the columns of tables without a header, such as prompt response; empty = the first line may tell"
     )
     template: str = setting(
         "auto",
         "how turns become text: raw, world, g1, g1-think, alpaca, or the path of a template; auto = that of the "
         "model's folder, else world for the World tokenizer, else raw",
+    )
+    tool_format: str = setting(
+        "auto",
+        "how tools and their calls become text: upstream's form for G1 models (g1), or Hermes tags; auto = g1 with "
+        "--template g1 and g1-think, else hermes. A Jinja template writes them itself",
+        TOOL_FORMATS,
     )
     loss_mask: str = setting(
         "response",
@@ -175,7 +191,15 @@ class DataConfig:
         DATALOADS,
     )
     long_samples: str = setting(
-        "cut", "samples longer than ctx_len: cut off the rest, drop them, or split them into several", LONG_SAMPLES
+        "auto",
+        "samples longer than ctx_len: cut off the rest, drop them, or split them into several; auto = split where the "
+        "data is text or tokens, cut for conversations",
+        LONG_SAMPLES,
+    )
+    max_lost: float = setting(
+        0.5,
+        "largest share of a file's trained tokens that may be cut, dropped, left out or skipped; the run stops above "
+        "it, 1 = never",
     )
     bad_rows: str = setting("stop", "rows that cannot be used: stop the run, or skip and count them", BAD_ROWS)
     cache_dir: str = setting("", "folder for tokenised data; empty = .rwkv_bone_cache beside the data")
@@ -188,15 +212,25 @@ class DataConfig:
         check_choices(self)
         check_at_least(self, 1, "ctx_len", "micro_bsz")
         check_given(self, "data_file")
-        if len(self.sft_field) > 2:
-            raise UserError(
-                f"--sft_field takes the names of prompt and response, or one name, of the messages; "
-                f"got {len(self.sft_field)}: {' '.join(self.sft_field)}"
-            )
+        for name in ("sft_field", "eval_field"):
+            names = getattr(self, name)
+            if len(names) > 2:
+                raise UserError(
+                    f"--{name} takes the names of prompt and response, or one name, of the messages; got {len(names)}: "
+                    f"{' '.join(names)}. Several fields of the prompt are joined by +: --{name} "
+                    f"{'+'.join(names[:-1])} {names[-1]}"
+                )
+        if self.eval_field and not self.eval_data:
+            raise UserError("--eval_field names fields of --eval_data: give that too, or remove it")
         if self.data_weights:
             if len(self.data_weights) != len(self.data_file):
                 raise UserError(
                     f"--data_weights has {len(self.data_weights)} numbers, --data_file {len(self.data_file)} files"
+                )
+            if len(self.data_file) == 1:
+                raise UserError(
+                    "--data_weights weighs several files against one another, and --data_file names one: remove it, "
+                    "and see --epoch_count"
                 )
             for weight in self.data_weights:
                 try:
@@ -205,6 +239,8 @@ class DataConfig:
                     usable = False
                 if not usable:
                     raise UserError(f"--data_weights {weight}: expected a number above 0")
+        if not 0 <= self.max_lost <= 1:
+            raise UserError(f"--max_lost {self.max_lost}: expected a share, 0 <= max_lost <= 1")
         if not 0 <= self.eval_split < 1:
             raise UserError(f"--eval_split {self.eval_split}: expected a share, 0 <= eval_split < 1")
         if self.eval_split and self.eval_data:

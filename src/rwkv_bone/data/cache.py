@@ -12,10 +12,13 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ FOLDER = ".rwkv_bone_cache"
 META = "meta.json"
 SMALL = 1 << 20  # bytes of data below which nothing is cached: tokenising takes no longer than looking it up
 HASHED = 1 << 26  # bytes; a file up to this size is hashed each time, a larger one only if its dates change
+LIBRARIES = ("datasets", "jinja2", "pyarrow", "pyrwkv-tokenizer", "tokenizers")
 CHECKED = 1 << 28  # bytes; the checksum of an array up to this size is compared each time
 
 
@@ -136,11 +140,16 @@ class Cache:
 
     def entry(self, made_from: Mapping, build: Build) -> Entry:
         """The entry made from `made_from` (anything that JSON can hold); built now if it is not there."""
-        key = hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=20).hexdigest()
+        key = self.key(made_from)
         if found := self._read(key):
             return found
         with self._lock(key):
             return self._read(key) or self._build(key, build)
+
+    @staticmethod
+    def key(made_from: Mapping) -> str:
+        """The name of the entry made from this."""
+        return hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=20).hexdigest()
 
     def _read(self, key: str) -> Entry | None:
         for folder in self._folders:
@@ -203,6 +212,29 @@ class Cache:
                 path.unlink()
             if file:
                 file.close()
+
+
+@cache
+def code_hash(folder: Path = Path(__file__).parent) -> str:
+    """A hash of all code that may have a part in turning data into ids: a change of it makes new entries.
+
+    All modules of this folder: a list of those that matter would be wrong some day, and nobody would notice.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """{package: version} of the packages that shape rows, texts or ids, as far as they are installed."""
+    versions = {"python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def in_memory(build: Build) -> Entry:

@@ -1,56 +1,35 @@
-"""What a row of data means: a document, or the turns of a conversation.
+"""What a row of data says: a document, or the turns of a conversation.
 
-`layout_of` looks at one row, the first of a file, and says which fields to read; `conversation` reads them from every
-row. The layouts, and how each is recognised:
+`layout_of` (layouts.py) looks at one row, the first of a file, and says which fields to read; `conversation` reads them
+from every row. What a turn says, what it thinks and which tools it calls are kept apart: `templates` decide how each is
+written. A turn of a list (turns.py) is {"role", "content"} (OpenAI), {"from", "value"} (ShareGPT), or {"message"}
+alone, where user and assistant take turns. A prompt or a response may also be such a list (TRL's conversational form).
 
-text        {"text": ...}: a document, trained as it is
-pair        prompt and response under the names of USUAL_PAIRS, or two names in --sft_field
-alpaca      {"instruction", "output"}, with "input", "system" and "history" where a row has them
-messages    a list of turns, {"messages": ...} or {"conversations": ...}, or one name in --sft_field. A turn is
-            {"role", "content"} (OpenAI), {"from", "value"} (ShareGPT), or {"message"} alone, where user and assistant
-            take turns. "system" and "tools" beside the list are read too.
-
-Tool calls become text in the form of Hermes models, which runtimes know how to read back: each call of a response is
-<tool_call>, its JSON on a line of its own, </tool_call>; the tools on offer stand in the system turn inside <tools>.
+Beside prompt and response, and beside messages, a row may have `system`, `tools`, `history` ([[prompt, response], ...])
+and, with a response that is a text, its thinking.
 """
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rwkv_bone.data.fields import Fields, find
+from rwkv_bone.data.layouts import CONTEXT, HISTORY, SYSTEM, THINKING, TOOLS, Layout, layout_of
+from rwkv_bone.data.remarks import unused
+from rwkv_bone.data.turns import WEIGHTS, Turn, checked_response, response, turns_of
+from rwkv_bone.data.values import json_type, parse_json, text_of
 from rwkv_bone.errors import UserError
 
-USUAL_PAIRS = (
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("query", "response"),
-    ("input", "output"),
-)
-ALPACA = ("instruction", "output")
-MESSAGES = ("messages", "conversations")
-ROLE_KEYS = ("role", "from")
-TEXT_KEYS = ("content", "value", "message")
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
-}
-REMEDY = "Name prompt and response with --sft_field"
+__all__ = ["Conversation", "Layout", "Turn", "conversation", "json_type", "layout_of"]
 
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn of a conversation."""
-
-    role: str  # system, user, assistant or tool
-    text: str
-    thinking: str = ""  # the reasoning of an assistant's turn, if the row has it in a field of its own
-    material: str = ""  # the text that a user's instruction is about (alpaca's `input`)
+# Remarks.
+UNANSWERED = "turns after the last response, left out"
+IN_PROMPT = "responses in a prompt that is a list of turns, read and not trained"
+NOTHING_TRAINED = "rows that train nothing, as all their responses are marked as not trained"
+BAD_EXAMPLES = "rows whose 'label' is false (preference data: bad responses), trained like the others"
 
 
 @dataclass(frozen=True)
@@ -60,232 +39,130 @@ class Conversation:
     where: str  # such as "data.jsonl:17", for messages
     turns: tuple[Turn, ...] = ()
     document: str | None = None
-    unanswered: int = 0  # turns after the last response: they train nothing and are left out
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which fields of a row are read, and as what."""
-
-    kind: str  # text, pair, alpaca or messages
-    fields: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return " and ".join(self.fields)
-
-
-def layout_of(row: Mapping[str, Any], sft_field: tuple[str, ...], data_type: str, where: str) -> Layout:
-    """The layout of a row: as --sft_field or --data_type say (jsonl: text; sft: not text), else by its fields.
-
-    UserError if its fields fit no layout, or more than one.
-    """
-    if sft_field:
-        return Layout("pair" if len(sft_field) == 2 else "messages", sft_field)
-    if data_type == "jsonl":
-        return Layout("text", ("text",))
-    candidates = []
-    if "text" in row and data_type != "sft":
-        candidates.append(Layout("text", ("text",)))
-    candidates += [Layout("messages", (name,)) for name in MESSAGES if isinstance(row.get(name), list | str)]
-    alpaca = set(ALPACA) <= set(row)
-    if alpaca:
-        candidates.append(Layout("alpaca", ALPACA))
-    for names in USUAL_PAIRS:
-        if set(names) <= set(row) and not (alpaca and names[1] in ALPACA):
-            candidates.append(Layout("pair", names))
-    if len(candidates) == 1:
-        return candidates[0]
-    found = ", ".join(row) or "none"
-    if not candidates:
-        raise UserError(
-            f"{where}: neither 'text' nor 'messages' nor a usual pair such as prompt and response; "
-            f"fields found: {found}. {REMEDY}, or the list of messages"
-        )
-    choices = " or ".join("+".join(layout.fields) for layout in candidates)
-    raise UserError(
-        f"{where}: the fields could be {choices} (found: {found}). "
-        "Choose with --sft_field PROMPT RESPONSE, with --sft_field MESSAGES, or --data_type jsonl for 'text'"
-    )
+    tools: tuple[Any, ...] = ()  # the tools on offer, as the row describes them
+    # What was left out, changed or not used: sentences about rows or turns, with counts, to be summed over all rows.
+    remarks: Mapping[str, int] = field(default_factory=dict)
 
 
 def conversation(row: Mapping[str, Any], layout: Layout, where: str) -> Conversation:
     """What a row says. UserError, beginning with `where`, for fields that are missing, of a wrong type or empty."""
+    fields, remarks = Fields(row, where, layout.flag), Counter[str]()
+    document, turns, tools = None, [], ()
     if layout.kind == "text":
-        return Conversation(where, document=_filled(row, layout.fields[0], where))
-    if layout.kind == "messages":
-        return _of_messages(row, layout.fields[0], where)
-    prompt, response = layout.fields
-    before: tuple[Turn, ...] = ()
-    material = ""
-    if layout.kind == "alpaca":
-        material = _optional(row, "input", where)
-        before = (*_system(row, where), *_history(row, where))
-    user = Turn("user", _field(row, prompt, where), material=material)
-    answer = Turn("assistant", _filled(row, response, where), thinking=_optional(row, "reasoning_content", where))
-    return Conversation(where, (*before, user, answer))
-
-
-def _of_messages(row: Mapping[str, Any], name: str, where: str) -> Conversation:
-    messages = _messages(row, name, where)
-    alternating = not any(key in message for message in messages for key in ROLE_KEYS)
-    turns = []
-    for i, message in enumerate(messages):
-        place = f"{name}[{i}]"
-        role = ("user", "assistant")[i % 2] if alternating else _role(message, where, place)
-        turns.append(_turn(message, role, where, place))
-    turns = [turn for turn in turns if turn.role != "system" or turn.text.strip()]
-    if turns and turns[0].role == "system":
-        turns = [*_system(row, where, turns[0].text), *turns[1:]]
+        document = fields.filled(layout.fields[0])
     else:
-        turns = [*_system(row, where), *turns]
+        turns = _turns(fields, layout, remarks)
+        if turns[0].role != "system" and (system := fields.optional_text(*SYSTEM)):
+            turns = [Turn("system", system), *turns]
+        tools = _tools(fields, may_be_other=layout.kind != "messages")
+        if not any(turn.trained for turn in turns if turn.role == "assistant"):
+            remarks[NOTHING_TRAINED] += 1
+    for name in fields.missing:
+        remarks[f"rows without the field {name!r}, which is one of several in {layout.flag}"] += 1
+    for name in fields.unread():
+        remarks[unused(name)] += 1
+    for name in fields.usual(WEIGHTS):
+        if isinstance(row[name], int | float) and row[name] != 1:
+            remarks[unused(name)] += 1
+    return Conversation(
+        where, tuple(turns), document, tools, {remark: count for remark, count in remarks.items() if count}
+    )
+
+
+def _turns(fields: Fields, layout: Layout, remarks: Counter[str]) -> list[Turn]:
+    if layout.kind == "messages":
+        turns = turns_of(fields.get(layout.fields[0]), layout.fields[0], fields.where, remarks)
+    else:
+        turns = [*_prompt(fields, layout, remarks), *_response(fields, layout.fields[1], remarks)]
+        for name in fields.usual(("label",)):
+            remarks[BAD_EXAMPLES] += fields.row[name] is False
     answered = max((i + 1 for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
     if not answered:
-        raise UserError(f"{where}: no turn of the assistant in {name!r}: there is nothing to train on")
-    return Conversation(where, tuple(turns[:answered]), unanswered=len(turns) - answered)
+        name = layout.fields[-1]
+        raise UserError(f"{fields.where}: no turn of the assistant in {name!r}: there is nothing to train on")
+    remarks[UNANSWERED] += len(turns) - answered
+    return turns[:answered]
 
 
-def _messages(row: Mapping[str, Any], name: str, where: str) -> list[dict]:
-    value = _present(row, name, where)
-    if isinstance(value, str):  # tables of text, such as CSV, hold the list as JSON
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = None
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        found = "a list of other things" if isinstance(value, list) else json_type(row[name])
-        raise UserError(f"{where}: field {name!r} is {found}, expected a list of turns such as {{role, content}}")
-    return value
+def _prompt(fields: Fields, layout: Layout, remarks: Counter[str]) -> list[Turn]:
+    """The history and the user's turn; or the turns that the prompt is."""
+    name = layout.fields[0]
+    if _is_turns(fields.row, name):
+        turns = turns_of(fields.get(name), name, fields.where, remarks)
+        remarks[IN_PROMPT] += sum(turn.role == "assistant" and turn.trained for turn in turns)
+        return [replace(turn, trained=turn.role != "assistant") for turn in turns]
+    prompt = fields.text(name)
+    # The user's own choice of fields is the whole prompt.
+    material = fields.optional(*CONTEXT) if layout.kind == "pair" else ""
+    return [*_history(fields, remarks), Turn("user", prompt, material=material)]
 
 
-def _role(message: dict, where: str, place: str) -> str:
-    role = next((message[key] for key in ROLE_KEYS if key in message), None)
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        found = "no role" if role is None else f"unknown role {json.dumps(role, ensure_ascii=False)}"
-        raise UserError(f"{where}: {found} ({place}); expected one of {', '.join(ROLES)}")
-    return role.lower()
+def _response(fields: Fields, name: str, remarks: Counter[str]) -> list[Turn]:
+    if _is_turns(fields.row, name):
+        return turns_of(fields.get(name), name, fields.where, remarks)
+    text = fields.filled(name)
+    thinking = fields.optional_text(*THINKING)
+    return [checked_response(response(text, thinking, fields.where, "", remarks), fields.where, "")]
 
 
-def _turn(message: dict, role: str, where: str, place: str) -> Turn:
-    """The turn that one element of the list holds. role: as it is named there."""
-    key = next((key for key in TEXT_KEYS if key in message), None)
-    value = message.get(key)
-    if isinstance(value, list):
-        value = "".join(_part(part, where, place) for part in value)
-    calls = message.get("tool_calls") or [call for call in [message.get("function_call")] if call]
-    if value is None and (calls or (key and role == "system")):
-        value = ""
-    if key is None and value is None:
-        found = ", ".join(message) or "nothing"
-        keys = ", ".join(TEXT_KEYS)
-        raise UserError(f"{where}: a turn without text ({place}); expected one of {keys}, found {found}")
-    text = _checked(value, f"{where}: {key}", f" ({place})")
-    if role == "function_call" and text.strip():
-        text = _tool_call(text.strip())
-    elif calls:
-        if not isinstance(calls, list):
-            raise UserError(f"{where}: tool_calls is {json_type(calls)}, expected a list ({place})")
-        text = "\n".join([*filter(None, [text.strip()]), *(_tool_call(_call(call, where, place)) for call in calls)])
-    if ROLES[role] == "assistant" and not text.strip():
-        raise UserError(f"{where}: empty response ({place}): fill it or remove the row")
-    return Turn(ROLES[role], text, thinking=_optional(message, "reasoning_content", where, f" ({place})"))
+def _is_turns(row: Mapping[str, Any], name: str) -> bool:
+    found = find(row, name)
+    value = found[1] if found else None
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _part(part: Any, where: str, place: str) -> str:
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return part["text"]
-    found = part.get("type") if isinstance(part, dict) else json_type(part)
-    raise UserError(f'{where}: a part that is not text ({place}: {found}); expected {{"type": "text", "text": ...}}')
+def _tools(fields: Fields, may_be_other: bool) -> tuple[Any, ...]:
+    """The tools on offer, where the row has any. may_be_other: what is no list of objects is another kind of field."""
+    for name in fields.usual(TOOLS):
+        tools = fields.row[name]
+        if isinstance(tools, str) and tools.strip():
+            try:
+                tools = parse_json(tools)
+            except (ValueError, RecursionError) as error:
+                if may_be_other:
+                    continue
+                raise UserError(f"{fields.where}: field {name!r} is not valid JSON ({error})") from error
+        tools = [tools] if isinstance(tools, dict) else tools
+        tools = [_loaded(tool) for tool in tools] if isinstance(tools, list) else tools
+        if not tools or (may_be_other and not _all_objects(tools)):
+            continue
+        if not _all_objects(tools):
+            raise UserError(f"{fields.where}: field {name!r} is {json_type(tools)}, expected a list of objects")
+        fields.get(name)
+        return tuple(tools)
+    return ()
 
 
-def _call(call: Any, where: str, place: str) -> str:
-    call = call.get("function", call) if isinstance(call, dict) else call
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise UserError(f"{where}: a tool call without a name ({place}); expected {{name, arguments}}")
-    arguments = call.get("arguments") or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            pass  # arguments that are not valid JSON stay as they are
-    return json.dumps({"name": call["name"], "arguments": arguments}, ensure_ascii=False)
-
-
-def _tool_call(text: str) -> str:
-    return f"<tool_call>\n{text}\n</tool_call>"
-
-
-def _system(row: Mapping[str, Any], where: str, text: str = "") -> list[Turn]:
-    """The system turn: `text`, else the row's field "system", and the tools on offer."""
-    parts = [text or _optional(row, "system", where), _tools(row, where)]
-    text = "\n".join(part.strip() for part in parts if part.strip())
-    return [Turn("system", text)] if text else []
-
-
-def _tools(row: Mapping[str, Any], where: str) -> str:
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: field 'tools' is not valid JSON ({error})") from error
-    if not tools:
-        return ""
-    tools = tools if isinstance(tools, list) else [tools]
-    lines = [json.dumps(tool, ensure_ascii=False) for tool in tools]
-    return "\n".join(["<tools>", *lines, "</tools>"])
-
-
-def _history(row: Mapping[str, Any], where: str) -> list[Turn]:
-    """Alpaca's earlier turns, [[prompt, response], ...]."""
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise UserError(f"{where}: field 'history' is {json_type(history)}, expected a list of [prompt, response]")
-    turns = []
-    for i, pair in enumerate(history):
-        place = f"history[{i}]"
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise UserError(f"{where}: not a pair ({place}); expected [prompt, response]")
-        prompt, response = (_checked(text, f"{where}: history", f" ({place})") for text in pair)
-        if not response.strip():
-            raise UserError(f"{where}: empty response ({place}): fill it or remove the row")
-        turns += [Turn("user", prompt), Turn("assistant", response)]
-    return turns
-
-
-def _present(row: Mapping[str, Any], name: str, where: str) -> Any:
-    if name not in row:
-        found = ", ".join(row) or "none"
-        raise UserError(f"{where}: no field {name!r}; found: {found}. {REMEDY}")
-    return row[name]
-
-
-def _field(row: Mapping[str, Any], name: str, where: str) -> str:
-    return _checked(_present(row, name, where), f"{where}: field {name!r}")
-
-
-def _filled(row: Mapping[str, Any], name: str, where: str) -> str:
-    text = _field(row, name, where)
-    if not text.strip():
-        raise UserError(f"{where}: field {name!r} is empty: fill it or remove the row")
-    return text
-
-
-def _optional(row: Mapping[str, Any], name: str, where: str, place: str = "") -> str:
-    value = row.get(name)
-    return "" if value is None else _checked(value, f"{where}: field {name!r}", place)
-
-
-def _checked(value: Any, what: str, place: str = "") -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{what} is {json_type(value)}, expected a string{place}")
+def _loaded(tool: Any) -> Any:
+    """A tool whose description is a text of JSON, as an object."""
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{what} has half of a surrogate pair at character {error.start}{place}") from error
-    return value
+        return parse_json(tool) if isinstance(tool, str) else tool
+    except (ValueError, RecursionError):
+        return tool
 
 
-def json_type(value: Any) -> str:
-    """What a JSON value is, for messages."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def _all_objects(tools: Any) -> bool:
+    return isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+
+
+def _history(fields: Fields, remarks: Counter[str]) -> list[Turn]:
+    """Alpaca's earlier turns, [[prompt, response], ...]."""
+    where, turns = fields.where, []
+    for name in fields.usual(HISTORY):
+        history = fields.row[name]
+        if isinstance(history, str) and history.lstrip().startswith("["):
+            try:
+                history = parse_json(history)
+            except (ValueError, RecursionError):
+                pass
+        if not isinstance(history, list):
+            continue  # a text of that name, such as a school subject's
+        fields.get(name)
+        for i, pair in enumerate(history):
+            place = f" ({name}[{i}])"
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise UserError(f"{where}: not a pair{place}; expected [prompt, response]")
+            prompt, answer = (text_of(text, f"{where}: {name}", place) for text in pair)
+            answered = checked_response(response(answer, "", where, place, remarks), where, place)
+            turns += [Turn("user", prompt), answered]
+    return turns

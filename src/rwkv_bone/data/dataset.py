@@ -1,9 +1,6 @@
-"""Samples, cut from tokenised documents, with the lengths and counts that batches are planned by.
+"""The samples of a run, from one or several sources, with the lengths and counts that batches are planned by.
 
-A document is a list of ids of which some are targets; it may lie anywhere in a memory-mapped file. A sample is a
-document of at most `ctx_len` predictions (`ctx_len` + 1 ids), or what --long_samples makes of a longer one.
-
-Sizes: D documents of a source, N tokens of a source, n samples, L ids of a sample.
+Sizes: n samples, L ids of a sample.
 """
 
 from __future__ import annotations
@@ -16,11 +13,10 @@ from functools import cached_property
 
 import numpy as np
 
+from rwkv_bone.data.lost import check_lost
+from rwkv_bone.data.samples import Documents, samples_of, uncut
 from rwkv_bone.data.tokenizer import END_MARK, Tokenizer, decode_marked
 from rwkv_bone.errors import UserError
-
-SCAN = 1 << 24  # tokens looked at in one go, so that a memory-mapped file is never in memory as a whole
-ORIGINS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -32,44 +28,10 @@ class Sample:
     origin: str  # such as "data.jsonl:17"
 
 
-@dataclass(frozen=True)
-class Documents:
-    """The documents of one source, uncut. Arrays may be memory-mapped."""
-
-    kind: str  # one line for the user
-    tokens: np.ndarray  # integers [N]
-    starts: np.ndarray  # int64 [D]: position of each document's first id, ascending
-    lengths: np.ndarray  # int64 [D]
-    trained: np.ndarray | None  # bool [N]; None: every token but the first of a document
-    prompts: np.ndarray | None  # uint64 [D]: equal for equal prompts, see `prompt_hash`; None: not known yet
-    origin_prefix: str
-    origin_numbers: np.ndarray  # int64 [D]: line, row or document number
-    notes: tuple[str, ...] = ()  # further lines for the user: what was skipped, where the cache is
-
-    def origin(self, index: int) -> str:
-        return f"{self.origin_prefix}{self.origin_numbers[index]}"
-
-
 def prompt_hash(ids: np.ndarray, first_trained: int) -> int:
     """A 64-bit hash of the prompt: the ids before the first target, or all ids if there is at most one before it."""
     part = ids[:first_trained] if first_trained > 1 else ids
     return int.from_bytes(hashlib.blake2b(part.astype("<u4").tobytes(), digest_size=8).digest(), "little")
-
-
-def count_trained(trained: np.ndarray | None, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Targets at positions starts + 1 to ends - 1 of each span, int64; `starts` ascending, spans possibly adjoining."""
-    if trained is None or not len(starts):
-        return np.maximum(ends - starts - 1, 0)
-    counts = np.zeros(len(starts), dtype=np.int64)
-    first = 0
-    while first < len(starts):
-        base = starts[first]
-        last = max(first + 1, int(np.searchsorted(starts, base + SCAN)))
-        sums = np.concatenate([[0], np.cumsum(trained[base : ends[first:last].max()], dtype=np.int64)])
-        begin = np.minimum(starts[first:last] + 1, ends[first:last])
-        counts[first:last] = sums[ends[first:last] - base] - sums[begin - base]
-        first = last
-    return counts
 
 
 class TokenStream:
@@ -94,10 +56,11 @@ class TokenStream:
 
 
 class Dataset:
-    """Samples with at least one target each; documents without any are left out, counted and named.
+    """Samples with at least one target each; what is cut or left out for it is counted and named.
 
     With `windows` (--dataload get) nothing is cut: batches are windows of `tokens`, the whole stream.
-    weights: one for each of `parts`, how often a pass contains its samples. UserError if no sample has a target.
+    weights: one for each of `parts`, how often a pass contains its samples. UserError if no sample has a target, or if
+    more than the share `max_lost` of a part is lost.
     """
 
     def __init__(
@@ -106,74 +69,37 @@ class Dataset:
         ctx_len: int,
         *,
         windows: bool = False,
-        long_samples: str = "cut",
+        long_samples: str = "auto",
+        max_lost: float = 0.5,
         weights: Sequence[float] | None = None,
     ):
         self.ctx_len = ctx_len
         self.windows = windows
         self._parts = tuple(parts)
         self._whole = True
+        made = [uncut(documents) if windows else samples_of(documents, ctx_len, long_samples) for documents in parts]
+        self._part = np.repeat(np.arange(len(made), dtype=np.int32), [len(samples.start) for samples in made])
+        self._document = np.concatenate([samples.document for samples in made])  # int64 [n]: number in its part
+        self._start = np.concatenate([samples.start for samples in made])  # int64 [n]: position in the part's tokens
+        self.lengths = np.concatenate([samples.length for samples in made])  # int64 [n]: ids
+        self.trained_counts = np.concatenate([samples.trained for samples in made])  # int64 [n]: targets
+        self.repeats = None if weights is None else np.asarray(weights, dtype=np.float64)[self._part]
+        self._check_some()
         self._notes: list[str] = []
-        tables = [self._samples_of(number, long_samples) for number in range(len(parts))]
-        part, document, start, length, counts = (np.concatenate(column) for column in zip(*tables, strict=True))
-        self._part = part  # int32 [n]: index into _parts
-        self._document = document  # int64 [n]: number of the document in its part
-        self._start = start  # int64 [n]: position of the first id in the part's tokens
-        self.lengths = length  # int64 [n]: ids
-        self.trained_counts = counts  # int64 [n]: targets
-        self.repeats = None if weights is None else np.asarray(weights, dtype=np.float64)[part]
-        if not len(self):
-            longest = max(int(documents.lengths.max(initial=0)) for documents in parts)
-            remedy = "raise --ctx_len" if longest > ctx_len + 1 else "check --loss_mask, which marks nothing"
-            raise UserError(
-                f"{parts[0].origin(0)} and every other sample: no token to train on within --ctx_len {ctx_len} "
-                f"(longest sample: {longest:,} tokens): {remedy}"
-            )
+        for documents, samples in zip(parts, made, strict=True):
+            lost = [*documents.lost, *samples.lost]
+            check_lost(documents.name, lost, max_lost)
+            self._notes += [*(one.line() for one in lost), *samples.notes, *documents.notes]
 
-    def _samples_of(self, number: int, long_samples: str) -> tuple[np.ndarray, ...]:
-        """(part, document, start, length, trained count) of the samples of one part. Notes what is cut or left out."""
-        documents, limit = self._parts[number], self.ctx_len + 1
-        full, starts = np.asarray(documents.lengths), np.asarray(documents.starts)
-        index, lengths = np.arange(len(full)), full
-        too_long = np.flatnonzero(full > limit)
-        if len(too_long) and not self.windows:
-            lost = int((full[too_long] - limit).sum())
-            what = f"{len(too_long):,} samples longer than --ctx_len {self.ctx_len}"
-            if long_samples == "cut":
-                lengths = np.minimum(full, limit)
-                self._notes.append(
-                    f"cut at --ctx_len {self.ctx_len}: {len(too_long):,} samples, {lost:,} tokens left out"
-                )
-            elif long_samples == "drop":
-                index = np.flatnonzero(full <= limit)
-                starts, lengths = starts[index], full[index]
-                self._notes.append(
-                    f"dropped (--long_samples drop): {what}, {int(full[too_long].sum()):,} tokens "
-                    f"({self._named(documents, too_long)})"
-                )
-            else:
-                # Neighbouring pieces share one id, the last target of one and the first input of the next.
-                pieces = np.maximum(-(-(full - 1) // self.ctx_len), 1)
-                index = np.repeat(index, pieces)
-                piece = np.arange(len(index)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-                starts = starts[index] + piece * self.ctx_len
-                lengths = np.minimum(full[index] - piece * self.ctx_len, limit)
-                became = int(pieces[too_long].sum())
-                self._notes.append(f"split (--long_samples split): {what} became {became:,}")
-        counts = count_trained(documents.trained, starts, starts + lengths)
-        kept = np.flatnonzero(counts)
-        if len(kept) < len(counts):
-            empty = index[counts == 0]
-            self._notes.append(
-                f"left out, no token to train on within --ctx_len {self.ctx_len}: {len(empty):,} samples "
-                f"({self._named(documents, empty)})"
-            )
-        return np.full(len(kept), number, dtype=np.int32), index[kept], starts[kept], lengths[kept], counts[kept]
-
-    @staticmethod
-    def _named(documents: Documents, index: np.ndarray) -> str:
-        shown = ", ".join(documents.origin(i) for i in index[:ORIGINS_SHOWN])
-        return shown + ", ..." * (len(index) > ORIGINS_SHOWN)
+    def _check_some(self) -> None:
+        if len(self):
+            return
+        longest = max(int(documents.lengths.max(initial=0)) for documents in self._parts)
+        remedy = "raise --ctx_len" if longest > self.ctx_len + 1 else "check --loss_mask, which marks nothing"
+        raise UserError(
+            f"{self._parts[0].origin(0)} and every other sample: no token to train on within --ctx_len {self.ctx_len} "
+            f"(longest sample: {longest:,} tokens): {remedy}"
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -216,8 +142,7 @@ class Dataset:
         """The ids of all documents as one stream: memory-mapped if the source is, for --dataload get."""
         pieces = []
         for number, documents in enumerate(self._parts):
-            chosen = slice(None) if self._whole else np.unique(self._document[self._part == number])
-            starts, lengths = documents.starts[chosen], documents.lengths[chosen]
+            starts, lengths = self._documents_read(number)
             ends = starts + lengths
             breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
             for first, last in zip([0, *breaks], [*breaks, len(starts)], strict=True):
@@ -225,8 +150,11 @@ class Dataset:
                     pieces.append(documents.tokens[starts[first] : ends[last - 1]])
         return pieces[0] if len(pieces) == 1 else TokenStream(pieces)
 
-    def subset(self, indices: np.ndarray, *, windows: bool | None = None) -> Dataset:
-        """The samples `indices`, in that order; `windows` (default: as here) says how they are read."""
+    def subset(self, indices: np.ndarray, *, windows: bool | None = None, notes: bool = True) -> Dataset:
+        """The samples `indices`, in that order; `windows` (default: as here) says how they are read.
+
+        notes: whether it says what was lost and changed, too.
+        """
         part = copy.copy(self)
         part._whole = False
         part.__dict__.pop("groups", None)
@@ -236,6 +164,8 @@ class Dataset:
             setattr(part, name, None if column is None else column[indices])
         if windows is not None:
             part.windows = windows
+        if not notes:
+            part._notes = []
         return part
 
     def pairs(self, tokenizer: Tokenizer, limit: int | None = None) -> list[tuple[str, str]]:
@@ -263,4 +193,26 @@ class Dataset:
         else:
             counts = f"{len(self):,} samples, {self.lengths.sum():,} tokens"
             lines.append(f"{counts}, {self.trained_counts.sum():,} of them trained; longest {self.lengths.max():,}")
-        return [*lines, *self._notes, *(note for documents in self._parts for note in documents.notes)]
+        return [*lines, *self._notes]
+
+    def note_lines(self) -> list[str]:
+        """Of these lines what was changed, lost or not used, and where the tokens are kept."""
+        return list(self._notes)
+
+    def spans(self) -> list[tuple[Documents, np.ndarray, np.ndarray, np.ndarray]]:
+        """(source, indices of its samples here, their starts and lengths) of each source; of windows all documents."""
+        found = []
+        for number, documents in enumerate(self._parts):
+            if self.windows:
+                starts, lengths = self._documents_read(number)
+                found.append((documents, np.arange(len(starts)), starts, lengths))
+            else:
+                mine = np.flatnonzero(self._part == number)
+                found.append((documents, mine, self._start[mine], self.lengths[mine]))
+        return found
+
+    def _documents_read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, lengths) of the documents of a part that the stream of tokens has."""
+        documents = self._parts[number]
+        chosen = slice(None) if self._whole else np.unique(self._document[self._part == number])
+        return documents.starts[chosen], documents.lengths[chosen]

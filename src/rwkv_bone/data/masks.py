@@ -8,6 +8,10 @@ qa        the responses of a conversation. Documents and token streams have no t
           a document or after a blank line, not in the middle of a turn
 se        what is trained begins after the text mask1 of --mask_id and ends before its text mask0, wherever they stand
 
+A response that its row does not let train (`weight: 0`, `train: false`) is written and trains nothing, whatever the
+mask; `last` is the last of the others. The end-of-document id belongs to the last piece of the text: after such a
+response, or after text that a template writes outside its {% generation %} blocks, it trains nothing either.
+
 With qa and se a document begins untrained, and the end-of-document id is trained if the token before it is. RWKV-PEFT
 also trains the marker that switches on, and the whole document where no marker is found; here such a document trains
 nothing, so it is left out and counted.
@@ -23,7 +27,7 @@ from itertools import chain
 
 import numpy as np
 
-from rwkv_bone.data.templates import DOCUMENT, RESPONSE, Segment
+from rwkv_bone.data.segments import DOCUMENT, PROMPT, RESPONSE, Segment
 from rwkv_bone.data.tokenizer import Tokenizer, encode_marked
 from rwkv_bone.errors import UserError
 
@@ -49,20 +53,18 @@ def encode(
         # The end-of-document id goes with the last segment.
         pieces[-1] = [*pieces[-1], tokenizer.eod]
     ids = np.fromiter(chain(*pieces), dtype=np.int32)
-    if loss_mask == "se" or (loss_mask == "qa" and segments[-1].role == DOCUMENT):
-        trained = stream_mask(ids, tokenizer, loss_mask, mask_id)
-    else:
-        last = len(segments) - 1
-        chosen = [_is_trained(segment.role, loss_mask, i == last) for i, segment in enumerate(segments)]
-        trained = np.repeat(np.array(chosen, dtype=bool), [len(piece) for piece in pieces])
+    roles = [segment.role for segment in segments]
+    if loss_mask == "last":
+        last = max((i for i, role in enumerate(roles) if role == RESPONSE), default=0)
+        roles = [role if i == last or role == DOCUMENT else PROMPT for i, role in enumerate(roles)]
+    chosen = {RESPONSE, DOCUMENT}
+    if loss_mask in ("none", "pad", "se"):
+        chosen |= {PROMPT}
+    trained = np.repeat([role in chosen for role in roles], [len(piece) for piece in pieces])
+    if loss_mask == "se" or (loss_mask == "qa" and roles[-1] == DOCUMENT):
+        trained &= stream_mask(ids, tokenizer, loss_mask, mask_id)
     trained[0] = False
     return ids, trained
-
-
-def _is_trained(role: str, loss_mask: str, last: bool) -> bool:
-    if loss_mask in ("none", "pad") or role == DOCUMENT:
-        return True
-    return role == RESPONSE and (last or loss_mask != "last")
 
 
 def stream_mask(ids: np.ndarray, tokenizer: Tokenizer, loss_mask: str, mask_id: str = "") -> np.ndarray:

@@ -125,28 +125,28 @@ def prepare(cfg: PrepareConfig) -> None:
     with PairWriter(Path(cfg.output), dtype, cfg.overwrite) as pair:
         try:
             for source in sources:
-                skipped = Skipped()
-                reader = RowReader(source.parse, source.prefix, cfg.bad_rows == "skip")
+                skipped, before = Skipped(), documents
+                reader = RowReader(source.parse, source.places, cfg.bad_rows == "skip")
                 settings = DocumentSettings(reader, cfg.field, cfg.tokenizer, cfg.append_eod, dtype.str)
                 for block in run(settings, blocks(source.items()), total, cfg.workers):
                     pair.write(block.tokens, block.lengths)
                     progress.add(block.bytes, len(block.tokens))
                     documents += len(block.lengths)
                     skipped.add(block.skipped)
-                left_out += skipped.summary_lines(source.prefix)
+                left_out += skipped.lost(str(source.path), source.places, documents - before)
         finally:
             progress.close()
         if not documents:
-            raise UserError(f"{', '.join(cfg.input)}: no usable rows; {'; '.join(left_out)}")
+            raise UserError(f"{', '.join(cfg.input)}: no usable rows; {'; '.join(one.what for one in left_out)}")
     print(f"{cfg.output}.bin, .idx: {documents:,} documents, {dtype.name}, tokenizer {tokenizer.name}")
     print(progress.speed())
-    for line in left_out:
-        print(line)
+    for one in left_out:
+        print(one.line())
 
 
 def main() -> None:
     description = "Turn rows of text into a .bin/.idx pair of token ids."
-    prepare(parse_section("prepare", description, PrepareConfig, sys.argv[1:], examples=EXAMPLES))
+    prepare(parse_section("sh scripts/prepare_data.sh", description, PrepareConfig, sys.argv[1:], examples=EXAMPLES))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ left out and why.
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from rwkv_bone.errors import exit_status
 
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
 LINE_BREAK = "\N{RETURN SYMBOL}"
+PROGRAM = "sh scripts/preview_data.sh"
 DESCRIPTION = (
     "Show what a run would train on. It takes the flags of train.py and reads those about data and vocabulary."
 )
@@ -60,8 +60,11 @@ class PreviewConfig:
         check_at_least(self, 0, "samples", "show_tokens")
 
 
-def parse(argv: list[str], prog: str = "preview") -> tuple[PreviewConfig, DataConfig, int, list[str]]:
-    """(settings of the preview, settings of the data, vocabulary size, what was found in the model's folder)."""
+def parse(argv: list[str], prog: str = PROGRAM) -> tuple[PreviewConfig, DataConfig, int, DataConfig, list[str]]:
+    """(settings of the preview, those of the data, vocabulary size, and what was found in the model's folder).
+
+    That is: the settings of the data with its tokenizer and template, and lines that say so.
+    """
     parser = flags.Parser(prog, DESCRIPTION, EXAMPLES, field_flags.TRAIN_FLAGS)
     flags.add_fields(parser.add_argument_group("preview"), PreviewConfig)
     parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help=flags.CONFIG_HELP)
@@ -78,18 +81,17 @@ def parse(argv: list[str], prog: str = "preview") -> tuple[PreviewConfig, DataCo
         from rwkv_bone.checkpoints import load_base
 
         base = load_base(load_model, verify=False)
-        data, text = folder_text(base.folder, data)
-        return preview, data, base.arch.vocab_size, text
+        return preview, data, base.arch.vocab_size, *folder_text(base.folder, data)
     # A tokenizer.json is asked: any number will do to load it.
     vocab_size = vocab_size or VOCABULARIES.get(data.tokenizer) or load_tokenizer(data.tokenizer, 1 << 30).vocab_size
-    return preview, data, vocab_size, []
+    return preview, data, vocab_size, data, []
 
 
-def preview(argv: list[str], prog: str = "preview") -> None:
-    settings, cfg, vocab_size, text = parse(argv, prog)
+def preview(argv: list[str], prog: str = PROGRAM) -> None:
+    settings, typed, vocab_size, cfg, text = parse(argv, prog)
     colored = settings.color == "always" or (settings.color == "auto" and sys.stdout.isatty())
     tokenizer = load_tokenizer(cfg.tokenizer, vocab_size)
-    dataset = load_dataset(cfg, vocab_size)
+    dataset = load_dataset(cfg, vocab_size, typed=typed, shows_text=True)
     chosen = np.unique(np.linspace(0, len(dataset) - 1, settings.samples).round().astype(int))
     for index in chosen:
         print(f"{describe(dataset[index])}\n{show(dataset[index], tokenizer, colored, settings.show_tokens)}\n")
@@ -172,12 +174,9 @@ def packing(dataset: Dataset, micro_bsz: int) -> Iterator[str]:
     yield f"one sample a row: {len(dataset):,} x {dataset.ctx_len:,} tokens, {alone:.1%} of them unused"
 
 
-def main(prog: str = "preview") -> None:
-    # A terminal that cannot show a character shows its number.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+def main(prog: str = PROGRAM) -> None:
     preview(sys.argv[1:], prog)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(main, shows=True))

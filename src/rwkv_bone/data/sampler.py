@@ -158,6 +158,20 @@ class BatchPlan:
             cu_seqlens=None if bounds is None else torch.from_numpy(bounds),
         )
 
+    def share_read(self, steps: int) -> float:
+        """The share of the data's trained tokens that the first `steps` optimiser steps read at least once."""
+        dataset = self.dataset
+        if dataset.windows:  # drawn anywhere: as many tokens as that
+            return min(1.0, steps * self._per_window * self.micro_bsz * self._width / len(dataset.tokens))
+        seen = np.zeros(len(dataset), dtype=bool)
+        number = 0
+        while steps > 0 and not seen.all():
+            order, taken = self._pass(number), self._steps_in_pass(number)
+            end = order.bounds[min(steps, taken) * self._per_window]
+            seen[order.samples[:end]] = True
+            number, steps = number + 1, steps - taken
+        return float(dataset.trained_counts[seen].sum() / dataset.trained_counts.sum())
+
     def summary_lines(self) -> list[str]:
         """How full the micro-batches of the first pass are, for the user."""
         if self.dataset.windows or not self._steps_in_pass(0):

@@ -16,12 +16,12 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -38,22 +38,48 @@ TEXT_ENDINGS = (".txt", ".text", ".md")
 FORMATS = "JSON lines, a JSON list, CSV, Parquet, Arrow, text (.txt), .npy, a .bin/.idx pair or a datasets folder"
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where a row is, for the user, by its number: `places(17)` is "mine.jsonl:17", or "rows.parquet row 17".
+
+    A row of a source of several files has the file's index above its own number's FILE_BITS bits.
+    """
+
+    prefixes: tuple[str, ...]  # one a file
+
+    FILE_BITS: ClassVar[int] = 40
+
+    def __call__(self, number: int) -> str:
+        return f"{self.prefixes[number >> self.FILE_BITS]}{number & (1 << self.FILE_BITS) - 1}"
+
+    @classmethod
+    def number(cls, file: int, row: int) -> int:
+        return (file << cls.FILE_BITS) + row
+
+
 class Rows:
-    """A source of rows. `items` yields (number, raw, bytes); `parse` turns `raw` into a row, in any process."""
+    """A source of rows. `items` yields (number, raw, bytes); `parse` turns `raw` into a row, in any process.
+
+    `places(number)` says where a row is; `notes` are lines for the user about what was read, and what was not.
+    """
 
     kind: str  # for the user, such as "JSON lines"
     unit = " row "  # between the path and a row's number; ":" where that is a line number
 
     def __init__(self, path: Path):
         self.path = path
+        self.notes: list[str] = []
 
     @property
-    def prefix(self) -> str:
-        return f"{self.path}{self.unit}"
+    def places(self) -> Places:
+        return Places((f"{self.path}{self.unit}",))
 
     @property
     def files(self) -> list[Path]:
         return [self.path]
+
+    def keep(self, names: Collection[str]) -> None:
+        """Read these fields from now on, and those of text; what else a table has is left unconverted."""
 
     def items(self) -> Iterator[tuple[int, Any, int]]:
         raise NotImplementedError
@@ -76,7 +102,7 @@ class JsonLines(Rows):
         with opened(self.path) as file:
             for number, line in _lines(file):
                 if line is None:
-                    yield number, UserError(f"{self.prefix}{number}: longer than {LIMIT >> 20} MB"), LIMIT
+                    yield number, UserError(f"{self.places(number)}: longer than {LIMIT >> 20} MB"), LIMIT
                 elif line.strip():
                     yield number, (line, number == 1), len(line)
 
@@ -200,7 +226,7 @@ class Csv(Rows):
                 try:
                     cells = next(reader, None)
                 except csv.Error as error:
-                    problem = UserError(f"{self.prefix}{reader.line_num}: not valid CSV ({error})")
+                    problem = UserError(f"{self.places(reader.line_num)}: not valid CSV ({error})")
                     if header is None:
                         raise problem from error
                     yield reader.line_num, problem, 0
@@ -216,7 +242,7 @@ class Csv(Rows):
         yield header_line.decode("utf-8-sig", errors="surrogateescape")
         for number, line in lines:
             if line is None:
-                raise UserError(f"{self.prefix}{number}: longer than {LIMIT >> 20} MB")
+                raise UserError(f"{self.places(number)}: longer than {LIMIT >> 20} MB")
             yield line.decode("utf-8", errors="surrogateescape")
 
     def _header(self, names: list[str]) -> list[str]:
@@ -338,20 +364,26 @@ class Text:
     """A text file, which is one document."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.paths = path, [path]
+        self.notes: list[str] = []
         with opened(path) as file:
             self.encoding = _text_encoding(file.read(HEAD))
         self.kind = f"{'UTF-16' if self.encoding.startswith('utf-16') else 'UTF-8'} text, one document"
 
     @property
     def files(self) -> list[Path]:
-        return [self.path]
+        return self.paths
 
-    def pieces(self) -> Iterator[str]:
+    @property
+    def places(self) -> Places:
+        """Of the documents, each of which is number 1 of its file."""
+        return Places(tuple(f"{path}, document " for path in self.paths))
+
+    def pieces(self, path: Path) -> Iterator[str]:
         """The text in pieces. Each ends with a line, and the next begins with no white space: no token is cut."""
         decode = codecs.getincrementaldecoder(self.encoding)().decode
         text, line = "", 1
-        with opened(self.path) as file:
+        with opened(path) as file:
             while True:
                 data = file.read(CHUNK)
                 try:
@@ -359,7 +391,7 @@ class Text:
                 except UnicodeDecodeError as error:
                     line += text.count("\n") + error.object[: error.start].count(b"\n")
                     name = self.encoding.removesuffix("-sig").upper()
-                    raise UserError(f"{self.path}: not {name}, in line {line}: save the file as UTF-8") from error
+                    raise UserError(f"{path}: not {name}, in line {line}: save the file as UTF-8") from error
                 if not data:
                     break
                 end = _line_start(text)
@@ -368,7 +400,7 @@ class Text:
                     line += text.count("\n", 0, end)
                     text = text[end:]
                 elif len(text) > LIMIT:
-                    raise UserError(f"{self.path}:{line}: a line longer than {LIMIT >> 20} MB")
+                    raise UserError(f"{path}:{line}: a line longer than {LIMIT >> 20} MB")
         if text:
             yield text
 
@@ -406,7 +438,7 @@ class Tokens:
 
     path: Path
     kind: str
-    prefix: str
+    places: Places
     files: list[Path]
     tokens: np.ndarray  # integers [N], memory-mapped
     lengths: np.ndarray | None  # int64 [documents]; None: a document ends with each end-of-document id
@@ -415,7 +447,7 @@ class Tokens:
 def _pair(pair: Path) -> Tokens:
     tokens, lengths = read_pair(pair)
     files = [part_of(pair, ending) for ending in (".bin", ".idx")]
-    return Tokens(pair, f"binidx, {tokens.dtype}", f"{pair}.bin document ", files, tokens, lengths)
+    return Tokens(pair, f"binidx, {tokens.dtype}", Places((f"{pair}.bin document ",)), files, tokens, lengths)
 
 
 def _numpy(path: Path) -> Tokens:
@@ -429,7 +461,7 @@ def _numpy(path: Path) -> Tokens:
     lengths = np.full(len(array), array.shape[1]) if array.ndim == 2 else None
     rows = "a document each row" if array.ndim == 2 else "a document up to each end-of-document id"
     kind = f"NumPy array, {array.dtype}, {rows}"
-    return Tokens(path, kind, f"{path} document ", [path], array.reshape(-1), lengths)
+    return Tokens(path, kind, Places((f"{path} document ",)), [path], array.reshape(-1), lengths)
 
 
 def _uint16(path: Path) -> Tokens:
@@ -437,7 +469,7 @@ def _uint16(path: Path) -> Tokens:
     if not size or size % 2:
         raise UserError(f"{path}: {size:,} bytes are no array of uint16 tokens")
     kind = "bare array of uint16, a document up to each end-of-document id"
-    return Tokens(path, kind, f"{path} document ", [path], np.memmap(path, dtype="<u2", mode="r"), None)
+    return Tokens(path, kind, Places((f"{path} document ",)), [path], np.memmap(path, dtype="<u2", mode="r"), None)
 
 
 @contextmanager
@@ -466,9 +498,20 @@ def _lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[int, bytes | None]
 
 
 def open_source(
-    name: str, data_type: str = "auto", *, split: str = "", cache_dir: str = "", held_out: bool = False
+    name: str,
+    data_type: str = "auto",
+    *,
+    split: str = "",
+    cache_dir: str = "",
+    held_out: bool = False,
+    columns: tuple[str, ...] = (),
+    fields: tuple[str, ...] = (),
 ) -> Rows | Text | Tokens:
-    """The source that a path (or hub id) and --data_type name. `split` is the name before the [ of --sft_split."""
+    """The source that a path (or hub id) and --data_type name. `split` is the name before the [ of --sft_split.
+
+    columns: names of the columns of a table without a header (--columns); () = the first line may name them.
+    fields: the names in --sft_field; a first line with one of them is a header.
+    """
     path = Path(name)
     pair = find_pair(path)
     if not (path.exists() or pair) and data_type in ("auto", "sft", "hf"):

@@ -9,23 +9,28 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from rwkv_bone.console import progress_bar
 from rwkv_bone.data.conversation import Layout, conversation
 from rwkv_bone.data.dataset import prompt_hash
 from rwkv_bone.data.ids import check_ids
+from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.masks import encode
+from rwkv_bone.data.remarks import Remarks
+from rwkv_bone.data.sources import Places
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenizer import load_tokenizer
+from rwkv_bone.data.tool_text import has_tools
 from rwkv_bone.errors import UserError
 
 BLOCK = 1 << 21  # bytes of rows that a process is given at a time
@@ -47,7 +52,8 @@ class Encoded:
     prompts: np.ndarray | None = None  # uint64 [D]: hashes of the prompts, see `dataset.prompt_hash`
     numbers: np.ndarray | None = None  # int64 [D]: number of each document's row in the source
     skipped: list[tuple[str, int]] = field(default_factory=list)  # (reason, number of the row)
-    unanswered: int = 0  # turns after the last response
+    remarks: Mapping[str, int] = field(default_factory=dict)  # see `remarks.Remarks`
+    tools: int = 0  # rows that have tools
     bytes: int = 0  # of the source
 
 
@@ -61,13 +67,13 @@ class RowReader:
     """Parses the rows of a source. A bad row stops the run or, with `skip`, is replaced by the reason."""
 
     parse: Callable[[Any, str], dict]
-    prefix: str
+    places: Places
     skip: bool
 
     def each(self, items: Iterable[tuple[int, Any]], function: Callable[[dict, str], Any]) -> Iterator[tuple[int, Any]]:
         """(number, function(row, where)) for each row; (number, the reason) for a row that is skipped."""
         for number, raw in items:
-            where = f"{self.prefix}{number}"
+            where = self.places(number)
             try:
                 if isinstance(raw, UserError):
                     raise raw
@@ -89,12 +95,15 @@ class Skipped:
             count, first = self.counts.get(reason, (0, []))
             self.counts[reason] = (count + 1, [*first, number][:ORIGINS_SHOWN])
 
-    def summary_lines(self, prefix: str) -> list[str]:
-        lines = []
+    def lost(self, name: str, places: Places, used: int, unit: str = "rows") -> list[Lost]:
+        """One for each reason. name: of the file; used: how many rows were not skipped."""
+        rows = used + sum(count for count, _ in self.counts.values())
+        found = []
         for reason, (count, first) in self.counts.items():
-            named = ", ".join(f"{prefix}{number}" for number in first) + ", ..." * (count > len(first))
-            lines.append(f"skipped (--bad_rows skip), {reason}: {count:,} rows ({named})")
-        return lines
+            named = ", ".join(places(number) for number in first) + ", ..." * (count > len(first))
+            what = f"{name}: skipped (--bad_rows skip), {reason}: {count:,} {unit} ({named})"
+            found.append(Lost(what, count / rows, unit, f"mend these {unit}"))
+        return found
 
 
 class Settings(Protocol):
@@ -115,23 +124,27 @@ class RowSettings:
     vocab_size: int
     loss_mask: str
     mask_id: str
+    tool_format: str = "auto"
 
     def encoder(self) -> Callable[[Block], Encoded]:
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
-        template = load_template(self.template, tokenizer.name)
+        template = load_template(self.template, tokenizer.name, self.tool_format)
         dtype, may_exceed = token_dtype(self.vocab_size), tokenizer.vocab_size > self.vocab_size
 
-        def encode_row(row: dict, where: str) -> tuple[np.ndarray, np.ndarray, int]:
+        def encode_row(row: dict, where: str) -> tuple[np.ndarray, np.ndarray, list[Mapping[str, int]], bool]:
             talk = conversation(row, self.layout, where)
             ids, trained = encode(template.render(talk), tokenizer, self.loss_mask, self.mask_id)
             if may_exceed:
                 check_ids(ids, self.vocab_size, where, lambda token: tokenizer.decode([token]))
-            return ids.astype(dtype), trained, talk.unanswered
+            return ids.astype(dtype), trained, [talk.remarks, template.remarks(talk)], has_tools(talk)
 
         def encode_block(block: Block) -> Encoded:
             rows = list(self.reader.each(block[0], encode_row))
             good = [(number, *row) for number, row in rows if not isinstance(row, str)]
-            numbers, ids, masks, unanswered = zip(*good, strict=True) if good else ((), (), (), ())
+            numbers, ids, masks, found, tools = zip(*good, strict=True) if good else ((), (), (), (), ())
+            remarks = Remarks()
+            for one in chain.from_iterable(found):
+                remarks.add(one)
             return Encoded(
                 np.concatenate([np.empty(0, dtype=dtype), *ids]),
                 np.array([len(row) for row in ids], dtype=np.int64),
@@ -139,7 +152,8 @@ class RowSettings:
                 np.array([prompt_hash(row, int(np.argmax(mask))) for row, mask in zip(ids, masks, strict=True)], "u8"),
                 np.array(numbers, dtype=np.int64),
                 [(reason, number) for number, reason in rows if isinstance(reason, str)],
-                sum(unanswered),
+                remarks.counts,
+                sum(tools),
                 block[1],
             )
 
@@ -148,9 +162,9 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """As RowSettings, for the pieces of one text, whose ids together are one document."""
+    """As RowSettings, for pieces of text: (number of its document, (text, whether the document ends here))."""
 
-    name: str
+    places: Places
     tokenizer: str
     vocab_size: int
 
@@ -159,10 +173,15 @@ class TextSettings:
         dtype = token_dtype(self.vocab_size)
 
         def encode_block(block: Block) -> Encoded:
-            texts, size = block
-            ids = np.array([i for text in texts for i in tokenizer.encode(text)], dtype=np.int64)
-            check_ids(ids, self.vocab_size, self.name, lambda token: tokenizer.decode([token]))
-            return Encoded(ids.astype(dtype), np.array([len(ids)]), bytes=size)
+            pieces = []
+            for number, (text, ends) in block[0]:
+                ids = np.array([*tokenizer.encode(text), *([tokenizer.eod] if ends else [])], dtype=np.int64)
+                check_ids(ids, self.vocab_size, self.places(number), lambda token: tokenizer.decode([token]))
+                pieces.append(ids.astype(dtype))
+            lengths, numbers = [len(ids) for ids in pieces], [number for number, _ in block[0]]
+            return Encoded(
+                np.concatenate(pieces), np.array(lengths), numbers=np.array(numbers, dtype=np.int64), bytes=block[1]
+            )
 
         return encode_block
 
@@ -236,35 +255,23 @@ def _work(block: Block) -> Encoded:
 
 
 class TokenisingProgress:
-    """A progress bar, on a terminal and after two seconds; elsewhere nothing is drawn."""
+    """How much is tokenised: counted, and drawn as a bar on a terminal after two seconds. total: bytes, 0 = unknown."""
 
-    WIDTH = 30
-
-    def __init__(self, label: str, total: int, stream: TextIO | None = None):
-        self.label, self.total, self.stream = label, total, stream or sys.stderr
+    def __init__(self, label: str, total: int, stream: TextIO | None = None, delay: float = 2):
         self.bytes = self.tokens = 0
-        self.begin = self.shown = time.perf_counter()
-        self._drawn = False
+        self.begin = time.perf_counter()
+        layout = "{desc}: {percentage:3.0f}% [{bar:20}]{postfix}" if total else "{desc}{postfix}"
+        self._bar = progress_bar(total or None, layout, stream=stream, delay=delay, desc=label, mininterval=0.2)
 
     def add(self, count: int, tokens: int) -> None:
         self.bytes += count
         self.tokens += tokens
-        now = time.perf_counter()
-        if self.stream.isatty() and now - self.begin > 2 and now - self.shown > 0.2:
-            self.shown, self._drawn = now, True
-            self.stream.write(f"\r{self._bar()}{self.label}  {self.speed()}\033[K")
-            self.stream.flush()
-
-    def _bar(self) -> str:
-        if not self.total:
-            return ""
-        filled = min(self.WIDTH * self.bytes // self.total, self.WIDTH)
-        return f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] "
+        self._bar.set_postfix_str(self.speed(), refresh=False)
+        # Rows may take more bytes than their file, which is packed or says less about them.
+        self._bar.update(min(count, self._bar.total - self._bar.n) if self._bar.total else count)
 
     def close(self) -> None:
-        if self._drawn:
-            self.stream.write("\r\033[K")
-            self.stream.flush()
+        self._bar.close()
 
     def speed(self) -> str:
         seconds = max(time.perf_counter() - self.begin, 1e-6)

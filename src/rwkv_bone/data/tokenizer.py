@@ -7,6 +7,7 @@ such files with RWKV models, and the Rust package encodes the same ids many time
 from __future__ import annotations
 
 import ast
+import codecs
 import hashlib
 import json
 from collections.abc import Hashable, Iterable
@@ -95,10 +96,19 @@ def folder_text(folder: Path | None, data: DataConfig) -> tuple[DataConfig, list
         )
     if data.template == "auto":
         own = [file for file in (TEMPLATE_FILE, TOKENIZER_CONFIG) if (folder / file).is_file()]
-        if own and (own[0] == TEMPLATE_FILE or "chat_template" in read_tokenizer_config(folder)):
+        if own and (own[0] == TEMPLATE_FILE or read_tokenizer_config(folder).get("chat_template")):
             data = replace(data, template=str(folder / own[0]))
             lines.append(f"template  {data.template} (--template auto: the model's own)")
     return data, lines
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file: UTF-8, or what its byte order mark says. OSError, UnicodeError."""
+    content = path.read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if wide else "utf-8-sig")
+    # As in text mode: a template has the same lines whatever wrote them.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_tokenizer_config(folder: Path) -> dict:
@@ -107,7 +117,7 @@ def read_tokenizer_config(folder: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, *JSON_ERRORS) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):

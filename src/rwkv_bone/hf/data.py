@@ -17,6 +17,7 @@ from torch import Tensor
 from rwkv_bone.data.conversation import Conversation, conversation, layout_of
 from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.sources import Rows, Split, open_source
+from rwkv_bone.data.tool_text import HERMES, with_tools_as_text
 from rwkv_bone.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _load(
     samples, layout, where = Samples(), None, "no row"
     for where, row in rows:
         layout = layout or layout_of(row, fields, "auto", where)
-        segments, last_only = render(conversation(row, layout, where), tokenizer)
+        segments, last_only = render(with_tools_as_text(conversation(row, layout, where), HERMES), tokenizer)
         samples.last_only += last_only
         ids, labels = [], []
         for tokens, trained in segments:
@@ -150,7 +151,7 @@ def rows_of(path: str, split: str = "", held_out: bool = False) -> Iterator[tupl
     if not isinstance(source, Rows):
         raise UserError(f"{path} is {source.kind}: expected rows of prompt and response, or of messages")
     for number, raw, _ in part.items(source):
-        where = f"{source.prefix}{number}"
+        where = source.places(number)
         if isinstance(raw, UserError):
             raise raw
         yield where, source.parse(raw, where)

@@ -47,7 +47,7 @@ def fit(config: TrainConfig) -> Path:
     # Of what is written, config.json included, nothing changes: a user's `auto` stays `auto`.
     data, text = folder_text(prepared.folder, config.data)
     reading = replace(config, data=data)
-    dataset, split = load_data(reading, prepared.arch.vocab_size)
+    dataset, split = load_data(reading, prepared.arch.vocab_size, config.data)
     plan = plan_batches(config, dataset)
     output = prepared.output.with_data(dataset)
     if earlier:

@@ -14,9 +14,10 @@ import rwkv_bone
 from rwkv_bone import checkpoints
 from rwkv_bone.adapters import AdapterLinear, Injection, adapter_keys, inject, load_adapter_file, settings_of
 from rwkv_bone.checkpoints import Architecture
-from rwkv_bone.config import TrainConfig
+from rwkv_bone.config import DataConfig, TrainConfig
 from rwkv_bone.config.saved import shaping
 from rwkv_bone.data import BatchPlan, Dataset, load_dataset, load_pairs, load_tokenizer
+from rwkv_bone.data.lost import WARNING
 from rwkv_bone.data.split import split_heldout
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import RWKV, architecture_from_scratch, build, init_from_scratch, load_base_into
@@ -129,20 +130,22 @@ def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
 
 
-def load_data(config: TrainConfig, vocab_size: int) -> tuple[Dataset, Dataset | None]:
+def load_data(config: TrainConfig, vocab_size: int, typed: DataConfig) -> tuple[Dataset, Dataset | None]:
     """The training data, and the held-out samples that --eval_split takes out of it (None without --eval_split).
 
-    Held-out samples are whole, whatever the training batches are.
+    Held-out samples are whole, whatever the training batches are. typed: the settings without those of the model's
+    folder.
     """
     data, share = config.data, config.data.eval_split
-    dataset = load_dataset(data, vocab_size)
+    dataset = load_dataset(data, vocab_size, typed=typed)
     if not share:
         return dataset, None
-    whole = load_dataset(replace(data, dataload="pad"), vocab_size) if dataset.windows else dataset
+    whole = load_dataset(replace(data, dataload="pad"), vocab_size, typed=typed) if dataset.windows else dataset
     # The two splits agree, since a sample's side follows from its group alone.
     train, _ = split_heldout(dataset.groups, share, config.run.random_seed)
     _, held = split_heldout(whole.groups, share, config.run.random_seed)
-    return dataset.subset(train), whole.subset(held)
+    # What was lost and changed is said once, with the training data, where that is the same dataset.
+    return dataset.subset(train), whole.subset(held, notes=whole is not dataset)
 
 
 def plan_batches(config: TrainConfig, dataset: Dataset) -> BatchPlan:
@@ -175,6 +178,8 @@ def prepare_heldout(
     dataset = split or load_dataset(replace(data, dataload="pad"), vocab_size, path)
     source = f"--eval_split {data.eval_split:g} of the training data" if split else dataset.summary_lines()[0]
     report(f"held-out  {source}; {len(dataset):,} samples")
+    for line in dataset.note_lines():
+        report(line if line.startswith(WARNING) else f"held-out  {line}")
     pairs: list[tuple[str, str]] = []
     tokenizer = None
     if limit:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rwkv_bone.checkpoints import atomic_path
 from rwkv_bone.config import TrainConfig
+from rwkv_bone.data.lost import WARNING, percent
 from rwkv_bone.devices import describe_devices
 from rwkv_bone.quantization import describe
 from rwkv_bone.training import project, resume_file
@@ -54,12 +55,15 @@ def header(
         yield f"          each save also replaces {project.RESUME_FILE}, for --resume: {size:,.1f} GB"
     yield from text
     for line in [*plan.dataset.summary_lines(), *plan.summary_lines()]:
-        yield f"data      {line}"
+        yield line if line.startswith(WARNING) else f"data      {line}"
+    read = plan.share_read(module.total_steps)
     batch = f"{plan.budget:,} tokens" if plan.pack else f"{plan.micro_bsz} samples"
     yield (
         f"steps     {module.total_steps:,} optimiser steps in {module.epochs} epochs; a step is {batch} x "
         f"{plan.accumulate} forward passes x {plan.world_size} devices"
     )
+    if read < 1:
+        yield f"          these steps read {percent(read)} of the trained tokens; a larger --epoch_count reads more"
     if config.model.chunk_ctx:
         cut = config.model.bptt_chunks
         gradient = f"cut after every {cut} (--bptt_chunks)" if cut else "exact"

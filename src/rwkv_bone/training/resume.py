@@ -17,6 +17,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.config.saved import from_json, shaping
 from rwkv_bone.data import BatchPlan
+from rwkv_bone.data.fingerprint import of_this_format
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import project
 from rwkv_bone.training.resume_file import check, layout
@@ -26,7 +27,7 @@ from rwkv_bone.training.schedule import learning_rate
 EQUIVALENT = {"op", "chunk_ctx", "grad_cp", "accelerator", "strategy"}
 # The second group changes only what is written, measured or shown, and how long the run is.
 OUTSIDE_THE_STEPS = {"proj_dir", "overwrite", "resume", "cache_dir", "wandb", "eval_data", "eval_samples"}
-OUTSIDE_THE_STEPS |= {"epoch_begin", "epoch_count", "epoch_save", "save_steps"}
+OUTSIDE_THE_STEPS |= {"max_lost", "epoch_begin", "epoch_count", "epoch_save", "save_steps"}
 # The third group is compared by its effects: fingerprints of base and data, architecture, samples of a step.
 COMPARED = {"load_model", "n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size", "my_testing", "data_file"}
 COMPARED |= {"devices", "num_nodes", "accumulate_grad_batches", "micro_bsz"}
@@ -72,6 +73,8 @@ class Saved:
             ("base", "--load_model holds other weights"),
             ("data", "--data_file holds other samples"),
         ):
+            if key == "data" and not of_this_format(mine[key]):
+                continue  # said in `notes`
             if mine[key] != theirs[key]:
                 raise UserError(
                     f"--resume: {what} than the run in {self.path.parent} had ({key} {mine[key]}, now {theirs[key]}); "
@@ -83,6 +86,11 @@ class Saved:
         then, run = self.config, now.run
         earlier_total, total_steps = (plan.total_steps(config.run.epoch_count) for config in (then, now))
         yield f"after step {self.step} of {total_steps}, from {self.path}"
+        if not of_this_format(self.metadata["data"]):
+            yield (
+                "the data cannot be compared with that of the first steps, since another version began this run: see "
+                "to it yourself that --data_file has not changed"
+            )
         if Cut.of(then) != Cut.of(now):
             yield f"{Cut.of(then)} became {Cut.of(now)}: the same samples a step, equal up to rounding"
         if self.step < total_steps != earlier_total:

@@ -1,0 +1,176 @@
+"""Which fields of a row are read, and as what: decided by the first row of a file, or named by the user.
+
+text      a document, trained as it is: the field `text`, or the one field of text in --sft_field
+pair      prompt and response under usual names (`PAIRS`), with the `CONTEXT` of the prompt where a row has it
+named     the two names of --sft_field. Each may be several fields, `a+b`, and a dotted path, `a.b`
+messages  a list of turns under a usual name (`MESSAGES`), or the one field in --sft_field
+
+Usual names hold in any case (Question, question). Where fields could be read in two ways none is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rwkv_bone.data.fields import Fields, find, parts, says
+from rwkv_bone.errors import UserError
+
+# Names of prompts, and of the responses that go with them.
+PAIRS = (
+    (
+        ("prompt", "instruction", "question", "query", "problem", "input"),
+        ("response", "completion", "output", "answer", "solution"),
+    ),
+    (("inputs", "input"), ("targets", "target")),
+    (("human", "user"), ("assistant", "gpt", "bot")),
+)
+BODY, QUESTION = "body", "question"  # a word problem in two fields, whose prompt is both
+MESSAGES = ("messages", "conversations")
+CONTEXT = ("input", "context")  # what the prompt is about
+# What is read beside prompt and response, or beside messages, whoever named these.
+SYSTEM = ("system", "system_prompt")
+THINKING = ("reasoning_content", "reasoning", "thinking")
+TOOLS, HISTORY = ("tools",), ("history",)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which fields of a row are read, and as what."""
+
+    kind: str  # text, pair, named or messages
+    fields: tuple[str, ...]
+    flag: str = field(default="--sft_field", compare=False)  # the setting that names fields, for messages
+    instead: bool = field(default=False, compare=False)  # the names that the user gave do not fit: these are usual ones
+    beside: tuple[str, ...] = field(default=(), compare=False)  # what the first row has beside them, for messages
+
+    def __str__(self) -> str:
+        return " and ".join(self.fields) + (f", with {', '.join(self.beside)}" if self.beside else "")
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The top-level names that are read, where a row has them."""
+        steps = [part.split(".") for name in self.fields for part in (name, *name.split("+"))]
+        tops = {".".join(step[:count]) for step in steps for count in range(1, len(step) + 1)}
+        if self.kind == "text":
+            return frozenset(tops)
+        return frozenset(tops.union(*({name, name.title(), name.upper()} for name in _beside(self.kind))))
+
+
+def layout_of(
+    row: Mapping[str, Any],
+    sft_field: tuple[str, ...],
+    data_type: str,
+    where: str,
+    flag: str = "--sft_field",
+    or_usual: bool = False,
+) -> Layout:
+    """The layout of a row: as sft_field or --data_type say (jsonl: text; sft: not text), else by its fields.
+
+    flag: the setting that sft_field is the value of, for messages. or_usual: names in sft_field that the row does not
+    have are those of another file, and this one is read by its usual names (`Layout.instead`).
+    UserError if its fields fit no layout, or more than one.
+    """
+    fields = Fields(row, where, flag)
+    found = _named_layout(fields, sft_field, data_type, or_usual) if sft_field else _usual_layout(fields, data_type)
+    for name in found.fields:  # so that they are not found beside themselves
+        for part in parts(row, name):
+            if find(row, part):
+                fields.get(part)
+    there = [name for name in fields.usual(_beside(found.kind)) if says(row[name])]
+    more = [name for name in there if name.lower() in CONTEXT][1:]  # one of them is read
+    others = [name for name in there if name.lower() in SYSTEM + THINKING and not isinstance(row[name], str)]
+    return replace(found, beside=tuple(name for name in there if name not in more + others))
+
+
+def _beside(kind: str) -> tuple[str, ...]:
+    """The usual names of what is read beside the fields of a layout of this kind."""
+    if kind == "text":
+        return ()
+    thinking = THINKING if kind != "messages" else ()
+    return (CONTEXT if kind == "pair" else ()) + SYSTEM + HISTORY * (kind != "messages") + TOOLS + thinking
+
+
+def _named_layout(fields: Fields, sft_field: tuple[str, ...], data_type: str, or_usual: bool) -> Layout:
+    row = fields.row
+    try:
+        for name in sft_field:
+            for part in parts(row, name):
+                fields.get(part)
+    except UserError as error:
+        if not or_usual:
+            raise
+        try:
+            return replace(_usual_layout(Fields(row, fields.where, fields.flag), data_type), instead=True)
+        except UserError:
+            raise error from None
+    if len(sft_field) == 2:
+        return Layout("named", sft_field, fields.flag)
+    found = find(row, sft_field[0])
+    value = found[1] if found else ""
+    is_text = isinstance(value, str) and not value.lstrip().startswith("[")
+    return Layout("text" if is_text else "messages", sft_field, fields.flag)
+
+
+def _usual_layout(fields: Fields, data_type: str) -> Layout:
+    row, where, flag = fields.row, fields.where, fields.flag
+    texts = fields.usual(("text",))
+    if data_type == "jsonl":
+        return Layout("text", tuple(texts[:1]) or ("text",), flag)
+    pairs = list(_pairs(fields))
+    _refuse_preferences(fields, pairs)
+    candidates = [Layout("text", (name,), flag) for name in texts if data_type != "sft"]
+    candidates += [Layout("messages", (name,), flag) for name in fields.usual(MESSAGES) if _may_be_turns(row[name])]
+    candidates += [Layout("pair", names, flag) for names in pairs]
+    if len(candidates) == 1:
+        return candidates[0]
+    found = ", ".join(map(str, row)) or "none"
+    if not candidates:
+        raise UserError(
+            f"{where}: neither 'text' nor 'messages' nor a usual pair such as prompt and response; fields found: "
+            f"{found}. Name prompt and response with {flag}, or the list of messages, or the text of a document"
+        )
+    choices = " or ".join("+".join(layout.fields) for layout in candidates)
+    ways = " or ".join(f"{flag} {' '.join(layout.fields)}" for layout in candidates)
+    raise UserError(f"{where}: the fields could be {choices} (found: {found}). Choose with {ways}")
+
+
+def _pairs(fields: Fields) -> Iterable[tuple[str, str]]:
+    """Every pair of fields with usual names of prompt and response."""
+    found: dict[tuple[str, str], None] = {}
+    for prompts, responses in PAIRS:
+        names = fields.usual(prompts)
+        if fields.usual(("instruction",)):
+            names = [name for name in names if name.lower() != "input"]  # it is what the instruction is about
+        for prompt in names:
+            bodies = fields.usual((BODY,)) if prompt.lower() == QUESTION else []
+            for response in fields.usual(responses):
+                found["+".join([*bodies, prompt]), response] = None
+    return found
+
+
+def _may_be_turns(value: Any) -> bool:
+    return isinstance(value, list | str)
+
+
+def _refuse_preferences(fields: Fields, pairs: list[tuple[str, str]]) -> None:
+    row, where, flag = fields.row, fields.where, fields.flag
+    chosen, rejected = fields.usual(("chosen",)), fields.usual(("rejected",))
+    if chosen and rejected:
+        prompt, whole = fields.usual(("prompt", "question", "instruction")), row[chosen[0]]
+        says_all = isinstance(whole, list) and any(
+            isinstance(turn, dict) and turn.get("role", turn.get("from")) in ("user", "human") for turn in whole
+        )
+        names = chosen if says_all or not prompt else [prompt[0], chosen[0]]
+        raise UserError(
+            f"{where}: preference data, with a response that was chosen and one that was rejected, for DPO and the "
+            f"like. This program trains on good responses alone: {flag} {' '.join(names)} takes those chosen"
+        )
+    labels = [name for name in fields.usual(("label",)) if str(row[name]).lower() in ("true", "false")]
+    if labels and pairs:
+        raise UserError(
+            f"{where}: with a field {labels[0]!r} that is true or false this is preference data for KTO: some of the "
+            "responses are bad. This program trains on every response it reads: keep the good rows, in a file of their "
+            f"own, and give {flag} {' '.join(pairs[0])}"
+        )

@@ -1,0 +1,44 @@
+"""What was left out, changed or not used in the rows of a file: counted over all rows, and said once.
+
+A remark is a sentence about rows or turns with a count before it: "443 turns after the last response, left out". The
+fields that are not used have a remark each, `unused(name)`, and one line together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+UNUSED = "field not used: "
+NAMED = 12  # fields not used that the line names
+DIFFERENT = 1000  # remarks that are kept apart: rows may have any number of names
+
+
+def unused(name: str) -> str:
+    """The remark that a field is not used."""
+    return UNUSED + name
+
+
+class Remarks:
+    """The remarks of many rows, added up."""
+
+    def __init__(self, counts: Mapping[str, int] | None = None):
+        self.counts: dict[str, int] = dict(counts or {})
+
+    def add(self, found: Mapping[str, int]) -> None:
+        for remark, count in found.items():
+            if remark not in self.counts and len(self.counts) >= DIFFERENT:
+                remark = unused("others")
+            self.counts[remark] = self.counts.get(remark, 0) + count
+
+    def lines(self) -> list[str]:
+        """One line each, without the name of the file; of all fields that are not used one."""
+        lines = [f"{count:,} {remark}" for remark, count in self.counts.items() if not remark.startswith(UNUSED)]
+        fields = [
+            f"{remark.removeprefix(UNUSED)} ({count:,}x)"
+            for remark, count in self.counts.items()
+            if remark.startswith(UNUSED)
+        ]
+        if fields:
+            more = f", and {len(fields) - NAMED:,} more" if len(fields) > NAMED else ""
+            lines.append(f"fields not used: {', '.join(fields[:NAMED])}{more}")
+        return lines
