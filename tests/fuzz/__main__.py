@@ -1,7 +1,7 @@
 """`python -m tests.fuzz --count 10000`: damage files for every reader, and count what the readers make of them.
 
-Readers run in a process of their own, which is begun again when it dies. A case is a reader and a number, which seeds all that is
-drawn: `--reader NAME --only NUMBER` runs it again and shows what was raised.
+Readers run in a process of their own, which is begun again when it dies. A case is a reader and a number, which seeds
+all that is drawn: `--reader NAME --only NUMBER` runs it again and shows what was raised.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def work(names: list[str], first: int, count: int, seed: int, verbose: bool) -> 
                 os.utime(victim, (0, 0))
 
 
-def run(names: list[str], count: int, seed: int = 0, verbose: bool = False, first: int = 0, show: bool = False) -> tuple[dict, list]:
+def run(
+    names: list[str], count: int, seed: int = 0, verbose: bool = False, first: int = 0, show: bool = False
+) -> tuple[dict, list]:
     """({reader: counts by result}, faults), each fault a line of words. A process that dies is begun again."""
     counts: dict[str, Counter] = {name: Counter() for name in names}
     faults: list[str] = []

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 PAGE = 512  # bytes: small files, small pages
+NEAR = 2048  # bytes
 
 
 class Mutant(NamedTuple):
@@ -341,6 +342,12 @@ def mutant(data: bytes, draw: random.Random) -> Mutant:
     if structured and data.lstrip()[:1] in (b"{", b"["):
         return Mutant("json", change_text(data, draw), forged=True)
     change = draw.choice(BYTES)
+    if len(data) > 4 * NEAR and draw.random() < 0.5:
+        # Most of a large file is values; what describes them stands at its ends.
+        head = draw.random() < 0.5
+        near, rest = (data[:NEAR], data[NEAR:]) if head else (data[-NEAR:], data[:-NEAR])
+        near = change(near, draw)
+        return Mutant(f"{change.__name__} near an end", near + rest if head else rest + near)
     return Mutant(change.__name__, change(data, draw) if data else b"\0")
 
 

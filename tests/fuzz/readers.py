@@ -21,8 +21,8 @@ from rwkv_bone.adapters.peft_format import lora_config, miss_config, write_peft
 from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.config import DataConfig, TrainConfig
 from rwkv_bone.config.flags import parse_train
-from rwkv_bone.config.saved import read_config, shaping, to_json
 from rwkv_bone.config.saved import build as build_config
+from rwkv_bone.config.saved import read_config, shaping, to_json
 from rwkv_bone.conversion.gguf_file import read_gguf
 from rwkv_bone.data import load_dataset, load_tokenizer
 from rwkv_bone.models import build, load_base_into
@@ -58,7 +58,11 @@ class Reader:
 
 
 def values(tensor: torch.Tensor) -> tuple:
-    return tensor.dtype, tuple(tensor.shape), tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    return (
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes(),
+    )
 
 
 def tensors(state) -> list:
@@ -167,7 +171,9 @@ def web_rwkv_adapter(folder: Path) -> Path:
 
 def alic_li(folder: Path) -> Path:
     ours("base.pth")(folder)
-    bone = {f"{module}{ALIC_LI}": tensor.t().contiguous() for module, tensor in zip(MODULES, bones().values())}
+    bone = {
+        f"{module}{ALIC_LI}": tensor.t().contiguous() for module, tensor in zip(MODULES, bones().values(), strict=True)
+    }
     torch.save(bone, folder / "miss.pth")
     targets = [{"name": name, "in_features": 32, "shape": [32, R]} for name in bone]
     manifest = {"format_version": 1, "method": "miss", "dtype": "float32", "layout": "modulo_rank_zero_pad", "rank": R}
@@ -344,7 +350,7 @@ def saved_dataset(folder: Path) -> Path:
 
 
 def read_data(path: Path, **options) -> Any:
-    dataset = load_dataset(DataConfig(data_file=(str(path),), tokenizer="bytes", **options), 256)
+    dataset = load_dataset(DataConfig(data_file=(str(path),), **options), 256)
     dataset.summary_lines()
     return [(sample.ids.tolist(), sample.trained.tolist()) for sample in (dataset[i] for i in range(len(dataset)))]
 
@@ -385,13 +391,16 @@ def read_tokenizer(path: Path) -> Any:
     return tokenizer.identity(), tokenizer.decode(tokenizer.encode("a b")), config.template
 
 
-TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}User: {{ message['content'] }}
+TEMPLATE = """{{ bos_token }}\
+{% for message in messages %}{% if message['role'] == 'user' %}User: {{ message['content'] }}
 {% else %}Assistant: {{ message['content'] }}{{ eos_token }}
 {% endif %}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"""
 
 
 def template(folder: Path) -> Path:
-    text_file("data.jsonl", lines([{"messages": talk["messages"][1:2] + talk["messages"][4:]} for talk in TALKS]))(folder)
+    text_file("data.jsonl", lines([{"messages": talk["messages"][1:2] + talk["messages"][4:]} for talk in TALKS]))(
+        folder
+    )
     (folder / "template.jinja").write_text(TEMPLATE)
     return folder / "template.jinja"
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from rwkv_bone.adapters.layer import AdapterLinear, is_projection
 from rwkv_bone.adapters.registry import ADAPTERS, split_key
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.checkpoints.numbers import check_dtypes, check_finite
+from rwkv_bone.config import QUANTS
 from rwkv_bone.errors import UserError
 
 log = logging.getLogger("rwkv_bone")
@@ -29,6 +32,16 @@ READINGS: dict[tuple[tuple[str, ...], int], tuple[str, ...]] = {
     (("bone",), 3): ("bat", "bat-col"),
     (("lora_A", "lora_B"), 2): ("lora",),
     (("init_lora_A", "init_lora_B", "lora_A", "lora_B"), 2): ("pissa",),
+}
+# What an adapter's metadata says: name -> (what is expected, whether a value is that).
+METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "kind": ("a name", lambda value: isinstance(value, str)),
+    "r": ("a whole number", lambda value: type(value) is int and value >= 0),
+    "alpha": ("a number", lambda value: type(value) in (int, float) and 0 <= value < math.inf),
+    "dropout": ("a share", lambda value: type(value) in (int, float) and 0 <= value < 1),
+    "rslora": ("true or false", lambda value: isinstance(value, bool)),
+    "quant": (f"one of {', '.join(QUANTS)}", lambda value: value in QUANTS),
+    "architecture": ("an object", lambda value: isinstance(value, dict)),
 }
 Shapes = dict[str, tuple[int, ...]]  # of a projection's adapter tensors, under their names
 
@@ -79,7 +92,8 @@ def read_adapter(
         return _fitting(path, read_alic_li(path, state, base, alpha, base_file), base, AdapterSettings(kind, r))
     if path.suffix == ".st":
         # web-rwkv keeps an initial state the other way round.
-        state = {key: tensor.mT if checkpoints.param_part(key) == STATE else tensor for key, tensor in state.items()}
+        turned = {key for key, tensor in state.items() if checkpoints.param_part(key) == STATE and tensor.dim() > 1}
+        state = {key: tensor.mT if key in turned else tensor for key, tensor in state.items()}
     metadata = checkpoints.read_metadata(path)
     beside = path.with_suffix(".json")
     if metadata is None and beside.is_file():
@@ -147,6 +161,9 @@ def _check_base(metadata: dict, base: Mapping[str, Tensor], fingerprint: str, pa
     missing = [name for name in ("kind", "r", "base") if name not in metadata]
     if missing:
         raise UserError(f"{path}: its metadata has no {', '.join(missing)}, so it is not an adapter of this project")
+    for name, (meaning, is_right) in METADATA.items():
+        if name in metadata and not is_right(metadata[name]):
+            raise UserError(f"{path}: its metadata says {name} {metadata[name]!r}: expected {meaning}")
     if metadata["base"] == fingerprint:
         return
     found = checkpoints.architecture_of(base).to_dict()

@@ -78,7 +78,9 @@ def read_state(path: str | Path, verify: bool = True) -> dict[str, Tensor]:
             name = repr(key)[:200]
             raise UserError(f"{path}: {name} is {type(value).__name__}, not a tensor: only flat checkpoints are read")
         if not (key.isprintable() and 0 < len(key) <= LONGEST_KEY):
-            raise UserError(f"{path} holds a tensor named {key[:80]!r} ({len(key):,} characters): no program names one so")
+            raise UserError(
+                f"{path} holds a tensor named {key[:80]!r} ({len(key):,} characters): no program names one so"
+            )
     return state
 
 

@@ -67,7 +67,7 @@ class Layout:
         layer, name = split_key(key)
         if layer is None:
             return self.outside[name], tensor
-        if name in self.transposed:
+        if name in self.transposed and tensor.dim() > 1:
             tensor = tensor.transpose(-1, -2)
         if name in self.flat:
             tensor = tensor.reshape(-1)

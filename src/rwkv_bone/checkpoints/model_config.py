@@ -95,7 +95,11 @@ def check_sizes(config: Mapping[str, Any], arch: Architecture, path: Path) -> No
         if value is not None and found and value != found:
             raise UserError(f"{path}: {key} {value!r}, but the tensors say {found}: they are not of the same model")
     ratio = config.get("hidden_ratio")
-    if config.get("intermediate_size") is None and ratio is not None and not abs(ratio * arch.n_embd - arch.dim_ffn) <= 0.5:
+    if (
+        config.get("intermediate_size") is None
+        and ratio is not None
+        and not abs(ratio * arch.n_embd - arch.dim_ffn) <= 0.5
+    ):
         raise UserError(
             f"{path}: hidden_ratio {ratio!r} and no intermediate_size, but the tensors say {arch.dim_ffn} channels of "
             f"{arch.n_embd}: they are not of the same model"

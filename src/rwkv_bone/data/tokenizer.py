@@ -282,7 +282,10 @@ class JsonTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        return self.library.encode(text, add_special_tokens=False).ids
+        try:
+            return self.library.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the package raises nothing more specific, such as for a missing unknown token
+            raise UserError(f"--tokenizer {self.name} cannot encode a text: {error}") from error
 
     def decode(self, ids: list[int]) -> str:
         return self.library.decode(ids, skip_special_tokens=False)
