@@ -39,9 +39,11 @@ in_repo_or_hub() {
     esac
 }
 
-# run PROGRAM ARGUMENT...: becomes train.py or the like, or a module, with the script's variables as flags, then the
-# arguments, which override them. Variables named in $not_flags are left out.
-not_flags=repo
+# run PROGRAM ARGUMENT...: becomes train.py or the like, or a module, with the script's variables as flags, then
+# --typed, then the arguments, which override them: the program leaves out, with a note, a variable that they leave
+# without effect, and refuses an argument without effect. Variables named in $not_flags are left out. $own_flag is one
+# more flag of the script's own.
+not_flags=repo own_flag=
 run() {
     _program=$1
     shift
@@ -65,7 +67,7 @@ run() {
                 done
                 IFS=$_spaces
                 ;;
-            data_weights | dataset_field | sft_field | target_modules | targets | train_parts) # words
+            columns | data_weights | dataset_field | eval_field | sft_field | target_modules | targets | train_parts) # words
                 # shellcheck disable=SC2086
                 set -- "$@" "--$_name" $_value
                 ;;
@@ -85,6 +87,8 @@ run() {
             *) export "${_name?}" ;; # for the program's environment, such as CUDA_VISIBLE_DEVICES
         esac
     done
+    [ -z "$own_flag" ] || set -- "$@" "$own_flag"
+    set -- "$@" --typed
     while [ "$_arguments" -gt 0 ]; do # the arguments to the end
         set -- "$@" "$1"
         shift
@@ -111,7 +115,8 @@ run_on_newest() {
             'adapter '*--base_model*) proj_dir= ;;
         esac
         if [ "$_flag$proj_dir" = adapter ]; then
-            run "$_program" --adapter= "$@"
+            own_flag=--adapter=
+            run "$_program" "$@"
         fi
         _adapter=$(newest_adapter "$(in_repo "$proj_dir")")
         if [ -z "$_adapter" ] && [ $# -eq 0 ]; then
@@ -120,7 +125,7 @@ run_on_newest() {
             die "no $_what rwkv-N.pth in $proj_dir; sh scripts/run_$_kind.sh makes one"
         fi
         # Where there is none, the program says so, unless it is asked for something else, such as --help.
-        set -- "--$_flag=${_adapter:-$(in_repo "$proj_dir")/rwkv-N.pth}" "$@"
+        own_flag=--$_flag=${_adapter:-$(in_repo "$proj_dir")/rwkv-N.pth}
     fi
     run "$_program" "$@"
 }

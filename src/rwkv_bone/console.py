@@ -11,17 +11,21 @@ import io
 import os
 import select
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
     from tqdm import tqdm
 
+Item = TypeVar("Item")
+
 NAMES = {1: "standard output", 2: "standard error"}
 # What writes to a pipe, a terminal or a file that is gone for good; after a full disk the next write may succeed.
 GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET}
 HELD = 1 << 20  # bytes kept in memory of output that could not be written, until there is a file for it
+LAYOUT = "{percentage:3.0f}%  {remaining} left  {desc} [{bar}]"
 UNKNOWN_WIDTH = 79  # columns, of a terminal that says it has none
 
 
@@ -61,13 +65,12 @@ class _Lasting(io.FileIO):
 
     def fail(self, error: OSError) -> None:
         """Take note that a write has failed."""
-        if self.needed:
-            self.needed = False
-            raise OutputLost(error)
-        if error.errno in GONE:
+        if self.needed or error.errno in GONE:
             self.gone = True
             # Nobody else is to meet the broken pipe: a library, or what this process starts.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        if self.needed:
+            raise OutputLost(error)
         _kept.begin(self.fileno(), error)
 
     def isatty(self) -> bool:
@@ -80,30 +83,25 @@ class _Kept:
     def __init__(self) -> None:
         self.path: Path | None = None
         self.bytes = bytearray()
-        self.reasons: dict[int, OSError] = {}
+        self.reasons: dict[int, OSError] = {}  # of each stream that has failed
+        self.told = False
 
     def begin(self, descriptor: int, error: OSError) -> None:
-        """Say once for each stream that it has failed, where somebody may still read it."""
-        if descriptor in self.reasons:
-            return
-        self.reasons[descriptor] = error
-        self.add(
-            f"({NAMES[descriptor]} could not be written: {error.strerror}. What follows was meant for it.)\n".encode()
-        )
+        if descriptor not in self.reasons:
+            self.reasons[descriptor] = error
+            self.add(f"({NAMES[descriptor]} could not be written: {error.strerror}. It would have said:)\n".encode())
+            if self.path:
+                self.tell()
+
+    def tell(self) -> None:
+        """Say once, where somebody may still read it, that standard output has failed."""
+        error = self.reasons.get(1)
         # Nobody who ends the reader of a pipe, or closes a stream, wants to be told so.
-        if self.path or error.errno not in (errno.EPIPE, errno.EBADF):
-            self.tell(descriptor)
-
-    def tell(self, descriptor: int) -> None:
-        where = f": the rest of what this run says is in {self.path}" if self.path else ""
-        if descriptor == 1:
-            print(f"warning: {NAMES[1]} could not be written ({self.reasons[1].strerror}){where}", file=sys.stderr)
-
-    def keep(self, path: Path) -> None:
-        self.path = path
-        for descriptor in self.reasons:
-            self.tell(descriptor)
-        self.flush()
+        if self.told or not error or not (self.path or error.errno not in (errno.EPIPE, errno.EBADF)):
+            return
+        self.told = True
+        where = f": what it would have said is in {self.path}" if self.path else ""
+        print(f"warning: {NAMES[1]} could not be written ({error.strerror}){where}", file=sys.stderr)
 
     def add(self, data: bytes) -> None:
         self.bytes += data[: HELD - len(self.bytes)]
@@ -160,12 +158,19 @@ def _lasting(descriptor: int, stream: TextIO | None, needed: bool) -> TextIO:
 
 def keep_lost_output(path: Path) -> None:
     """From now on, append to this file what standard output and standard error cannot take."""
-    _kept.keep(path)
+    _kept.path = path
+    _kept.flush()
+    _kept.tell()
+
+
+def tell_lost_output() -> None:
+    """Say that standard output could not be written, if that is so and has not been said."""
+    _kept.tell()
 
 
 def say(line: str, end: str = "\n") -> None:
     """Print a line, at once, and above a progress bar if there is one."""
-    if "tqdm" in sys.modules:
+    if "tqdm" in sys.modules and sys.stdout.isatty():
         from tqdm import tqdm
 
         with tqdm.external_write_mode(file=sys.stdout):
@@ -176,25 +181,28 @@ def say(line: str, end: str = "\n") -> None:
 
 def progress_bar(
     total: int | None,
-    layout: str,
+    doing: str = "",
+    layout: str = LAYOUT,
     *,
     stream: TextIO | None = None,
-    delay: float = 0,
+    delay: float = 2,
     leave: bool = False,
     **options: Any,
 ) -> tqdm:
-    """A bar that fits the terminal, whatever its width is or becomes; where `stream` is no terminal, nothing.
+    """A bar that fits the terminal, whatever its width is or becomes.
 
-    layout: tqdm's `bar_format`. What does not fit is cut at the right, so that the most important comes first. stream:
-    standard error if None. delay: seconds before it appears; leave: it stays when it is done.
+    Nothing is drawn where `stream` is no terminal, nor by the processes that a run starts for its other devices.
+    doing: `merging`. layout: tqdm's `bar_format`; what does not fit is cut at the right, so that the most important
+    comes first. stream: standard error if None. delay: seconds before it appears; leave: it stays when it is done.
     """
     from tqdm import tqdm
 
     stream = stream or sys.stderr
-    shown = stream.isatty()
+    shown = stream.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
     known = not shown or _columns(stream) > 0
     return tqdm(
         total=total,
+        desc=doing,
         bar_format=layout,
         file=stream,
         delay=delay,
@@ -205,6 +213,14 @@ def progress_bar(
         ncols=None if known else UNKNOWN_WIDTH,
         **options,
     )
+
+
+def with_bar(items: Iterable[Item], total: int, doing: str) -> Iterator[Item]:
+    """The items, with a bar on a terminal where they take longer than two seconds. doing: `merging`."""
+    with progress_bar(total, doing) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 def _columns(stream: TextIO) -> int:

@@ -1,6 +1,6 @@
-"""The two exceptions that are not defects: a mistake of the user, and a run stopped by a signal.
+"""The exceptions that are not defects: a mistake of the user, and a run stopped by a signal.
 
-`exit_status` turns both into the exit status of a program.
+`exit_status` turns them into the exit status of a program.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from rwkv_bone import console
 
-SIGPIPE = 13  # signal.SIGPIPE does not exist everywhere
+SIGINT, SIGPIPE = 2, 13  # signal.SIGPIPE does not exist everywhere
 
 
 # What json.loads raises; the second for brackets within brackets a thousand deep.
@@ -38,6 +38,14 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """A second signal, or one between the steps, ended the run where it was."""
+
+    def __init__(self, signum: int):
+        super().__init__()
+        self.signum = signum
+
+
 def exit_status(function: Callable[[], Any], shows: bool = False) -> int:
     """Call an entry point's body and return the exit status.
 
@@ -50,6 +58,7 @@ def exit_status(function: Callable[[], Any], shows: bool = False) -> int:
             function()
         finally:
             sys.stdout.flush()
+            console.tell_lost_output()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -61,7 +70,7 @@ def exit_status(function: Callable[[], Any], shows: bool = False) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "signum", SIGINT)
     return 0

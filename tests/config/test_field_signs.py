@@ -162,12 +162,12 @@ def about(words, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (f"{BONE} --lr_init 1 --lr_final 1e-2", ["--lr_schedule exp"]),
+        (f"{BONE} --lr_init 1e-2 --lr_final 1e-4", ["--lr_schedule exp"]),
         (f"{BONE} --lr_init 1e-4 --lr_final 0", ["--lr_schedule linear"]),
         (f"{BONE} --lr_init 1e-4 --lr_final 1e-4", []),
-        (f"{BONE} --lr_init 1 --lr_final 1e-2 --lr_schedule exp", []),
-        (f"{DISHA} --lr_init 1 --lr_final 1e-2", []),
-        (f"{MISS} --lr_init 1 --lr_final 1e-2", []),
+        (f"{BONE} --lr_init 1e-2 --lr_final 1e-4 --lr_schedule exp", []),
+        (f"{DISHA} --lr_init 1e-2 --lr_final 1e-4", []),
+        (f"{MISS} --lr_init 1e-2 --lr_final 1e-4", []),
         (f"{BONE} --data_type binidx", ["--dataload get"]),
         (f"{DISHA} --data_type binidx", ["--dataload pad"]),
         (f"{MISS} --data_type binidx", ["--dataload pad"]),

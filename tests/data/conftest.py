@@ -10,7 +10,7 @@ import pytest
 from rwkv_bone.config import DataConfig
 from rwkv_bone.data import Batch, BatchPlan
 from rwkv_bone.data.samples import Documents
-from rwkv_bone.data.sources import Places
+from rwkv_bone.data.rows import Places
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Data is tokenised once: what is cached is what would be made anew, for every process, until something changes."""
 
+import ast
 import fcntl
 import io
 import json
@@ -7,13 +8,16 @@ import multiprocessing
 import os
 import shutil
 import struct
+import sys
 import termios
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rwkv_bone.config import DataConfig
 from rwkv_bone.data import cache, load_dataset, part, tokenise
 from rwkv_bone.data.cache import Cache
 from rwkv_bone.errors import UserError
@@ -63,17 +67,19 @@ def test_the_cache_lies_beside_the_data_and_small_data_needs_none(write_jsonl, c
     assert len(entries(tmp_path / cache.FOLDER)) == 1 and cache.FOLDER in dataset.summary_lines()[-1]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"loss_mask": "none"},
-        {"template": "world"},
-        {"bad_rows": "skip"},
-        {"sft_split": "[:30]"},
-        {"sft_field": ("response", "prompt")},
-        {"tokenizer": "world"},
-    ],
-)
+CHANGES = [
+    {"loss_mask": "none"},
+    {"loss_mask": "se", "mask_id": '{"mask0": "a", "mask1": "p"}'},
+    {"loss_mask": "se", "mask_id": '{"mask0": "b", "mask1": "p"}'},
+    {"template": "world"},
+    {"bad_rows": "skip"},
+    {"sft_split": "[:30]"},
+    {"sft_field": ("response", "prompt")},
+    {"tokenizer": "world"},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_whatever_changes_the_tokens_makes_a_new_entry(write_jsonl, config, change, made):
     path = write_jsonl(*ROWS)
     load_dataset(config(path), 65536)
@@ -240,9 +246,106 @@ def test_several_processes_make_the_same_entry_as_one(write_jsonl, config, tmp_p
         load_dataset(config(write_jsonl(*ROWS, "{", "[")), 256)
 
 
-def test_speed_is_reported_with_its_units():
+CHAT = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_remarks_are_added_up_over_blocks_and_processes_and_kept(write_jsonl, config, monkeypatch, processes):
+    """What a second process has to say, and the second run, is said as well."""
+    monkeypatch.setattr(tokenise, "BLOCK", 300)
+    if processes > 1:
+        monkeypatch.setattr(tokenise, "PARALLEL", 8)
+        monkeypatch.setattr(tokenise, "usable_processes", lambda total: processes)
+    rows = [{"messages": CHAT if i % 2 else CHAT[:2], "source": "x"} for i in range(40)]
+    path = write_jsonl(*rows)
+    for source in ("tokenised", "from the cache"):
+        lines = load_dataset(config(path, template="world"), 256).note_lines()
+        assert source in lines[-1]
+        assert [line for line in lines if "after the last response" in line] == [
+            f"{path}: 20 turns after the last response, left out"
+        ]
+        assert f"{path}: fields not used: source (40x)" in lines
+
+
+def test_remarks_name_their_file_and_come_from_the_template_too(write_jsonl, config):
+    turns = [{"role": "user", "content": "a\n\nb"}, {"role": "assistant", "content": "c"}]
+    files = [write_jsonl({"messages": turns}, {"messages": turns}, name=f"{name}.jsonl") for name in "ab"]
+    lines = load_dataset(config(tuple(files), template="world"), 256).note_lines()
+    for path in files:
+        (line,) = [line for line in lines if line.startswith(f"{path}: ") and "blank lines" in line]
+        assert line.startswith(f"{path}: 2 turns whose blank lines became")
+
+
+def test_a_change_of_any_module_makes_other_entries(tmp_path):
+    """Whichever module of this folder decides ids next year: none is forgotten, since all are in the key."""
+    source = Path(cache.__file__).parent
+    copy = shutil.copytree(source, tmp_path / "data", ignore=shutil.ignore_patterns("__pycache__"))
+    modules = sorted(copy.rglob("*.py"))
+    before = cache.code_hash(copy)
+    assert before == cache.code_hash() == cache.code_hash(source) and len(modules) > 20
+    found = {before}
+    for path in modules:
+        text = path.read_text()
+        path.write_text(text + "# planted\n")
+        found.add(cache.code_hash.__wrapped__(copy))
+        path.write_text(text)
+    assert len(found) == len(modules) + 1
+    (copy / "new.py").write_text("")
+    assert cache.code_hash.__wrapped__(copy) not in found
+
+
+def test_an_entry_is_not_read_by_other_code_or_libraries(write_jsonl, config, monkeypatch, made):
+    path = write_jsonl(*ROWS)
+    for change in ({}, {"code_hash": lambda: "other"}, {"library_versions": lambda: {"jinja2": "0"}}):
+        for name, value in change.items():
+            monkeypatch.setattr(part, name, value)
+        load_dataset(config(path), 256)
+    assert len(made) == 3
+
+
+def test_every_package_that_data_imports_is_in_the_key():
+    """Of those that shape rows, texts or ids; numpy holds what they made, torch what comes after."""
+    imported = set()
+    for path in Path(cache.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            imported |= {name.split(".")[0] for name in names}
+    outside = imported - sys.stdlib_module_names - {"rwkv_bone", "numpy", "torch"}
+    assert {name.replace("_", "-") for name in outside} <= set(cache.LIBRARIES)
+    assert cache.library_versions().keys() >= {"python", "jinja2", "tokenizers", "pyrwkv-tokenizer"}
+
+
+# Settings of the data that change no entry, and why; whatever else there is must change it.
+NO_PART_OF_AN_ENTRY = {
+    *("data_file", "eval_data", "eval_field", "eval_split"),  # another file, or which rows of it are held out
+    *("data_weights", "dataload", "long_samples", "max_lost", "ctx_len", "micro_bsz"),  # made of the entry
+    "cache_dir",
+    "data_type",  # the source and layout that it leads to are
+}
+
+
+def test_every_setting_of_the_data_is_in_the_key_or_known_not_to_be():
+    tried = {name for change in CHANGES for name in change} | {"tool_format", "columns"}
+    assert tried | NO_PART_OF_AN_ENTRY == {spec.name for spec in fields(DataConfig)}
+
+
+def test_the_form_of_tools_and_the_names_of_columns_are_in_the_key(tmp_path, write_jsonl, config, made):
+    tools = write_jsonl({"messages": CHAT[:2], "tools": [{"name": "add"}]})
+    for form in ("g1", "hermes"):
+        load_dataset(config(tools, template="world", tool_format=form), 256)
+    assert len(made) == 2
+    (tmp_path / "a.csv").write_text("1+1,2\n2+2,4\n")
+    found = [
+        load_dataset(config(str(tmp_path / "a.csv"), columns=columns, sft_field=("prompt", "response")), 256)
+        for columns in (("prompt", "response"), ("response", "prompt"))
+    ]
+    assert len(made) == 4 and [bytes(one[0].ids.tolist()) for one in found] == [b"1+12\0", b"21+1\0"]
+
+
+def test_speed_is_reported_with_its_units(monkeypatch):
     progress = tokenise.TokenisingProgress("tokenising", 100)
-    progress.begin -= 10
+    monkeypatch.setattr(tokenise.time, "perf_counter", lambda: progress.begin + 10)
     progress.add(50_000_000, 1_000_000)
     assert progress.speed() == "50.0 MB, 1,000,000 tokens in 10.0 s (5.0 MB/s, 100,000 tokens/s)"
 

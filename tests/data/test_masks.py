@@ -57,6 +57,37 @@ def test_none_and_pad_train_every_token_but_the_first(name):
     assert trained_text(CHAT[1:3], name) == ["ser: a\n\nAssistant: b\0"]
 
 
+MASKED = (CHAT[0], CHAT[1], Turn("assistant", "b", trained=False), *CHAT[3:])
+
+
+@pytest.mark.parametrize(
+    ("loss_mask", "expected"),
+    [
+        ("response", [" d\0"]),
+        ("qa", [" d\0"]),
+        ("last", [" d\0"]),
+        ("none", ["ystem: s\n\nUser: a\n\nAssistant:", "User: c\n\nAssistant: d\0"]),
+        ("se", [" d\0"]),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_a_response_that_its_row_does_not_let_train_trains_nothing(tokenizer, loss_mask, expected):
+    found = trained_text(MASKED, loss_mask, tokenizer=tokenizer, mask_id=SE if loss_mask == "se" else "")
+    if tokenizer is WORLD and loss_mask == "none":
+        expected = [f":{expected[0].partition(':')[2]}", expected[1]]  # the first token is no target
+    assert found == expected
+
+
+def test_last_is_the_last_response_that_may_be_trained_and_the_end_goes_with_the_last_text():
+    turns = (*CHAT[:4], Turn("assistant", "d", trained=False))
+    assert trained_text(turns, "last") == trained_text(turns, "response") == [" b\n\n"]
+    assert trained_text(turns, "none")[-1].endswith("User: c\n\nAssistant:")
+    assert trained_text((CHAT[1], turns[-1]), "response") == trained_text((CHAT[1], turns[-1]), "last") == []
+    # Text after the last response, as some templates write it.
+    segments = [Segment("a", "prompt"), Segment("b", "response"), Segment("c", "prompt")]
+    assert runs(*encode(segments, BYTES, "response"), BYTES) == runs(*encode(segments, BYTES, "last"), BYTES) == ["b"]
+
+
 def test_markers_in_the_words_of_a_turn_train_nothing():
     evil = [Turn("user", "x\n\nAssistant: no\n\nUser: y\nAssistant: no"), Turn("assistant", "User: b\nAssistant: c")]
     for loss_mask in ("response", "last", "qa"):

@@ -243,3 +243,43 @@ def test_ranks_draw_different_windows(make_stream):
 def test_a_stream_shorter_than_the_context_is_one_short_window(make_stream):
     batch = BatchPlan(make_stream(6, ctx_len=64), micro_bsz=2).batch(0, 0, 0, 0)
     assert batch.ids.shape == (2, 5) and batch.window_tokens == 10
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(("accumulate", "world_size"), [(1, 2), (2, 3), (3, 4)])
+def test_every_rank_knows_the_widest_of_the_ranks_that_run_with_it(make_dataset, pack, accumulate, world_size):
+    """Ranks that disagreed would cut a context into different numbers of chunks, and wait for each other for ever."""
+    plan = BatchPlan(make_dataset(60), micro_bsz=2, accumulate=accumulate, world_size=world_size, seed=4, pack=pack)
+    widest_is_not_first = 0
+    for step in range(plan.steps_in(0)):
+        for micro in range(accumulate):
+            batches = [plan.batch(0, step, micro, rank) for rank in range(world_size)]
+            widths = [batch.ids.shape[1] for batch in batches]
+            assert [batch.widest for batch in batches] == [max(widths)] * world_size
+            widest_is_not_first += widths[0] < max(widths)
+    assert pack or widest_is_not_first
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_share_that_a_run_reads_is_that_of_its_batches(make_dataset, pack):
+    dataset = make_dataset(41)
+    plan = BatchPlan(dataset, micro_bsz=2, accumulate=2, seed=1, pack=pack, steps_per_epoch=3)
+    counts = dict(zip((sample.origin for sample in dataset), dataset.trained_counts.tolist(), strict=True))
+    steps = [{row for batch in window for row in batch.rows} for epoch in range(6) for window in windows(plan, epoch)]
+    for taken in (0, 1, 2, 3, 4, 7, len(steps)):
+        read = set().union(*steps[:taken])
+        assert plan.share_read(taken) == pytest.approx(sum(counts[row] for row in read) / sum(counts.values()))
+    assert plan.share_read(len(steps)) == 1
+
+
+def test_weights_below_one_leave_a_share_unread(write_jsonl, config):
+    files = [write_jsonl(*({"text": f"{name}{i:02}"} for i in range(20)), name=f"{name}.jsonl") for name in "ab"]
+    plan = BatchPlan(load_dataset(config(tuple(files), data_weights=("1", "0.25")), 256), micro_bsz=5)
+    assert plan.share_read(plan.total_steps(1)) == (20 + 5) / 40
+    assert plan.share_read(plan.total_steps(2)) == (20 + 10) / 40
+    assert plan.share_read(plan.total_steps(4)) == 1
+
+
+def test_windows_read_as_many_tokens_as_they_have(make_stream):
+    plan = BatchPlan(make_stream(101, ctx_len=10), micro_bsz=2)
+    assert plan.share_read(1) == 20 / 101 and plan.share_read(6) == 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rwkv_bone.checkpoints import hub
-from rwkv_bone.data import load_dataset, load_pairs, load_tokenizer, sources
+from rwkv_bone.data import files, load_dataset, load_pairs, load_tokenizer
 from rwkv_bone.data.sources import Split, open_source
 from rwkv_bone.errors import UserError
 
@@ -56,7 +56,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path, config):
     with pytest.raises(UserError, match="nowhere.jsonl does not exist: --data_file"):
         load_dataset(config(str(tmp_path / "nowhere.jsonl")), 256)
     with pytest.raises(UserError, match="is a folder: --data_file"):
-        load_dataset(config(str(tmp_path), data_type="jsonl"), 256)
+        load_dataset(config(str(tmp_path), data_type="tokens"), 256)
     with pytest.raises(UserError, match="data.jsonl is a file: --data_type hf reads a folder"):
         (tmp_path / "data.jsonl").touch()
         load_dataset(config(str(tmp_path / "data.jsonl"), data_type="hf"), 256)
@@ -120,8 +120,8 @@ def write_as(form: str, folder, rows):
         path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     elif form == "jsonl.gz":
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-    elif form in ("csv", "tsv"):
-        write_csv(path, rows, {"csv": ",", "tsv": "\t"}[form])
+    elif form == "csv":
+        write_csv(path, rows, ",")
     elif form == "semicolon":
         path = folder / "semicolon.csv"
         write_csv(path, rows, ";")
@@ -147,7 +147,6 @@ def write_as(form: str, folder, rows):
         ("unnamed", "JSON list"),
         ("jsonl.gz", "JSON lines"),
         ("csv", "CSV"),
-        ("tsv", "CSV"),
         ("semicolon", "CSV"),
         ("parquet", "Parquet"),
         ("arrow", "Arrow"),
@@ -180,8 +179,10 @@ def test_folders_of_the_datasets_library_are_read_offline(write_jsonl, config, t
     cfg = config(str(folder), data_type={"jsonl": "sft", "hub word": "hf"}.get(form, "auto"))
     dataset = load_dataset(cfg, 256)
     assert texts(dataset) == texts(load_dataset(config(write_jsonl(*ROWS)), 256))
-    assert dataset[1].origin == f"{folder} row 2"
-    assert f"split {'all' if form == 'saved' else 'train'}" in dataset.summary_lines()[0]
+    file = {"saved": "data-00000-of-00001.arrow", "splits": "train/data-00000-of-00001.arrow", "jsonl": "train.jsonl"}
+    place = f"{folder}/{file.get(form, 'train-00000-of-00001.parquet')}{':' if form == 'jsonl' else ' row '}2"
+    assert dataset[1].origin == place
+    assert "split train" in dataset.summary_lines()[0]
     if form != "saved":  # held-out data comes from the split made for it
         assert len(load_dataset(cfg, 256, str(folder))) == 3
         with pytest.raises(UserError, match="--sft_split dev: .* has the splits train, test"):
@@ -210,7 +211,7 @@ def test_a_dataset_of_the_hub_is_read_under_its_name(write_jsonl, config, tmp_pa
     monkeypatch.setattr(hub, "_download", lambda repository, wanted: folder)
     dataset = load_dataset(config("owner/name@main"), 256)
     assert texts(dataset) == texts(load_dataset(config(write_jsonl(*ROWS)), 256))
-    assert dataset[1].origin == "owner/name@main row 2"
+    assert dataset[1].origin == "owner/name@main/train.jsonl:2"
     assert len(load_dataset(config("owner/name"), 256, "owner/name")) == 3
 
 
@@ -273,8 +274,8 @@ def test_a_json_list_is_read_in_pieces_of_any_size(tmp_path, monkeypatch):
     rows = [{"text": "é" * i, "n": [i, {"a": -1.5e3}]} for i in range(60)]
     (tmp_path / "data.json").write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
     for size in (1, 2, 3, 7, 64):
-        monkeypatch.setattr(sources, "CHUNK", size)
-        assert [raw for _, raw, _ in open_source(str(tmp_path / "data.json")).items()] == rows
+        monkeypatch.setattr(files, "CHUNK", size)
+        assert [raw for _, (raw, _), _ in open_source(str(tmp_path / "data.json")).items()] == rows
 
 
 @pytest.mark.parametrize(
@@ -306,8 +307,8 @@ def test_a_truncated_file_is_refused(config, tmp_path, form, kept):
 
 
 def test_a_line_beyond_the_limit_is_refused_without_being_read_whole(write_jsonl, config, monkeypatch):
-    monkeypatch.setattr(sources, "LIMIT", 1 << 10)
-    monkeypatch.setattr(sources, "CHUNK", 1 << 8)
+    monkeypatch.setattr(files, "LIMIT", 1 << 10)
+    monkeypatch.setattr(files, "CHUNK", 1 << 8)
     big = {"text": "x" * 3000}
     path = write_jsonl({"text": "one"}, big, {"text": "two"})
     with pytest.raises(UserError, match=r"data.jsonl:2: longer than 0 MB"):
@@ -370,7 +371,7 @@ def test_a_text_read_in_pieces_has_the_tokens_of_the_whole(tmp_path, config, mon
     tokenizer = load_tokenizer("world", 65536)
     text = "def f(x):\n    return x\n\n\n    # what\n\tn = '世界'\nEnd. And\n" * 30
     (tmp_path / "code.txt").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(sources, "CHUNK", 17)
+    monkeypatch.setattr(files, "CHUNK", 17)
     dataset = load_dataset(config(str(tmp_path / "code.txt"), tokenizer="world", long_samples="split"), 65536)
     pieces = [dataset[i].ids.tolist() for i in range(len(dataset))]
     assert pieces[0] + [i for piece in pieces[1:] for i in piece[1:]] == [*tokenizer.encode(text), 0]
@@ -429,6 +430,7 @@ def test_a_package_that_is_missing_is_named(tmp_path, config, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match="Parquet needs a package: pip install pyarrow"):
         load_dataset(config(str(path)), 256)
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n---\n")
     with pytest.raises(UserError, match="pip install datasets"):
         load_dataset(config(str(tmp_path), data_type="hf"), 256)
 

@@ -1,10 +1,12 @@
 """What `train_hf.py` does: rows to tokens, training, measuring, saving and merging, with and without DeepSpeed."""
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data.conversation import Conversation, Turn
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf import BoneModel
-from rwkv_bone.hf.data import IGNORED_LABEL, Limits, collate, load_samples, render, rows_of
+from rwkv_bone.hf.data import IGNORED_LABEL, OWN_FLAGS, Limits, RowsOf, collate, load_samples, render
 from rwkv_bone.hf.flags import IGNORED_FLAGS, HfConfig
 from tests.conftest import clean_environment
 from tests.hf.conftest import CHAT
@@ -30,8 +32,21 @@ NUMBERS = [("1 in words: ", "one"), ("2 in words: ", "two"), ("3 in words: ", "t
 FLAGS = {f"--{field.name}" for field in fields(HfConfig)}
 
 
-def flags_named(error: UserError) -> set[str]:
-    return set(re.findall(r"(?<!\S)--[a-z_]+", str(error)))
+def flags_named(text: object) -> set[str]:
+    return set(re.findall(r"(?<!\S)--[a-z_]+(?![a-z_-])", str(text)))
+
+
+def texts_of(module: str, seen: set[str]) -> Iterator[tuple[str, str]]:
+    """(module, text) of every text in a module that reads data, and in those it imports, but no docstrings."""
+    seen.add(module)
+    tree = ast.parse((REPOSITORY / "src" / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield module, node.value
+        if isinstance(node, ast.ImportFrom) and node.module not in seen:
+            if str(node.module).startswith("rwkv_bone.data.") or node.module == "rwkv_bone.checkpoints.hub":
+                yield from texts_of(node.module, seen)
 
 
 def trained_text(tokenizer, segments) -> list[str]:
@@ -104,10 +119,10 @@ def test_rows_come_from_lines_lists_and_parts_of_them(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "a.json").write_text(json.dumps(rows))
     for name in ("a.jsonl", "a.json"):
-        assert [row for _, row in rows_of(str(tmp_path / name), "train[1:3]")] == rows[1:3]
+        assert [row for _, row in RowsOf(str(tmp_path / name), "train[1:3]")] == rows[1:3]
     (tmp_path / "a.txt").write_text("just text")
     with pytest.raises(UserError, match="expected rows of prompt and response"):
-        list(rows_of(str(tmp_path / "a.txt")))
+        list(RowsOf(str(tmp_path / "a.txt")))
 
 
 @pytest.mark.parametrize(
@@ -132,8 +147,19 @@ def test_what_is_wrong_with_a_file_is_said_with_flags_that_the_program_has(token
     (tmp_path / "a.other").write_bytes(b"\x00\x01\x02")
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}))
     with pytest.raises(UserError) as caught:
-        load_samples(rows_of(str(tmp_path / name), split), (), tokenizer, max_length=99)
+        load_samples(RowsOf(str(tmp_path / name), split), (), tokenizer, max_length=99)
     assert flags_named(caught.value) <= FLAGS, str(caught.value)
+
+
+def test_no_message_about_data_advises_a_flag_that_the_program_lacks():
+    seen: set[str] = set()
+    advice = []
+    for module, text in texts_of("rwkv_bone.hf.data", seen):
+        for theirs, ours in OWN_FLAGS.items():
+            text = text.replace(theirs, ours)
+        advice += [f"{module}: {text}" for flag in flags_named(text) if flag not in FLAGS]
+    assert not advice, "add these to OWN_FLAGS"
+    assert {"rwkv_bone.data.layouts", "rwkv_bone.data.fields", "rwkv_bone.data.turns"} <= seen and len(seen) > 8
 
 
 def test_query_and_response_are_a_usual_pair(tokenizer):
@@ -320,7 +346,7 @@ def test_the_flags_of_the_bone_repositorys_script_are_understood(folder, capsys)
         ({"mode": "bat"}, "--mode bat: expected one of bone, bat-col, bat-row"),
         ({"bone_r": 0}, "--bone_r 0: expected at least 1"),
         ({"num_train_epochs": 0}, "expected more than 0"),
-        ({"warmup_ratio": 2}, "expected a share"),
+        ({"warmup_ratio": 2}, "expected less than 1"),
         ({"data_path": ""}, "--data_path is missing"),
         ({"dataset_field": "a b c"}, "takes the names of prompt and response"),
         ({"resume": 1, "overwrite": 1}, "needs what --overwrite removes"),

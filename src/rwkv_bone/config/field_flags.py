@@ -137,9 +137,3 @@ MERGE_TRANSLATED_FLAGS = {
     "state_checkpoint": "`--peft_checkpoint`, and `--type state`",
 }
 MERGE_FLAGS = (*MERGE_IGNORED_FLAGS, *MERGE_TRANSLATED_FLAGS)
-
-
-def kind_named(name: str) -> str:
-    """What --peft NAME means here: bone for disha and miss."""
-    meaning = VALUES["peft"].get(name)
-    return meaning.value if isinstance(meaning, Means) else name

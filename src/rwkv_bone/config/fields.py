@@ -1,9 +1,11 @@
-"""One setting, a field of a dataclass with its help text, and the checks that every dataclass of settings shares."""
+"""One setting, a field of a dataclass with its help text and bounds, and the checks that all such dataclasses share."""
 
 from __future__ import annotations
 
-from dataclasses import field, fields
-from typing import TYPE_CHECKING, TypeVar
+import math
+from collections.abc import Iterator
+from dataclasses import Field, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rwkv_bone.errors import UserError
 
@@ -13,19 +15,78 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def setting(default: T, text: str, choices: tuple[str, ...] | None = None) -> T:
-    """A field with its default, the help text of its flag and, if only some values are allowed, these choices."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+class Bounds(NamedTuple):
+    """The numbers that a setting may have. at_least, at_most: themselves allowed; above, below: not."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    warn_above: float | None = None  # allowed, with a warning
+
+    def expected(self, value: float) -> str:
+        """What was expected instead of the value, in words; nothing if it is within the bounds."""
+        if not math.isfinite(value):
+            return "a finite number"
+        if self.at_least is not None and value < self.at_least:
+            return f"at least {plain(self.at_least)}"
+        if self.above is not None and value <= self.above:
+            return f"more than {plain(self.above)}"
+        if self.at_most is not None and value > self.at_most:
+            return f"at most {plain(self.at_most)}"
+        if self.below is not None and value >= self.below:
+            return f"less than {plain(self.below)}"
+        return ""
+
+    def __str__(self) -> str:
+        """The bounds that are no matter of course, for --help: `1 to 65536`; nothing if there is only `at least 0`."""
+        if self.above is not None:
+            return f"more than {plain(self.above)}" + (f", at most {plain(self.at_most)}" if self.at_most else "")
+        low = plain(self.at_least or 0)
+        if self.at_most is not None:
+            return f"{low} to {plain(self.at_most)}"
+        if self.below is not None:
+            return f"{low} to below {plain(self.below)}"
+        return f"at least {low}" if self.at_least else ""
 
 
-def check_choices(section: DataclassInstance) -> None:
-    """UserError for the first setting that has a value, or a list with a value, outside its choices."""
+def setting(
+    default: T,
+    text: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    warn_above: float | None = None,
+    repeats: bool = False,
+) -> T:
+    """A field with its default, the help text of its flag and what its values may be.
+
+    choices: the only values, or words of a list. The numbers are `Bounds`. repeats: a word of a list may occur twice.
+    """
+    bounds = Bounds(at_least, at_most, above, below, warn_above)
+    return field(default=default, metadata={"help": text, "choices": choices, "bounds": bounds, "repeats": repeats})
+
+
+def check_values(section: DataclassInstance) -> None:
+    """UserError for the first setting whose value is outside its choices or bounds, or a list with a word twice."""
     for spec in fields(section):
-        choices = spec.metadata["choices"]
-        value = getattr(section, spec.name)
-        for item in value if isinstance(value, tuple) else (value,):
-            if choices and item not in choices:
-                raise UserError(f"--{spec.name} {item}: expected one of {', '.join(choices)}")
+        check_value(spec, getattr(section, spec.name))
+
+
+def check_value(spec: Field[Any], value: Any) -> None:
+    """`check_values` for one setting."""
+    choices, words = spec.metadata["choices"], value if isinstance(value, tuple) else (value,)
+    for word in words:
+        if choices and word not in choices:
+            expected = ", ".join(choice or "nothing" for choice in choices)
+            raise UserError(f"--{spec.name} {word}: expected one of {expected}")
+        if isinstance(value, tuple) and not spec.metadata["repeats"] and value.count(word) > 1:
+            raise UserError(f"--{spec.name} names {word} {value.count(word)} times: name it once")
+    if type(value) in (int, float) and (expected := spec.metadata["bounds"].expected(value)):
+        raise UserError(f"--{spec.name} {plain(value)}: expected {expected}")
 
 
 def check_given(section: DataclassInstance, *names: str) -> None:
@@ -35,9 +96,14 @@ def check_given(section: DataclassInstance, *names: str) -> None:
             raise UserError(f"--{spec.name} is missing: expected {spec.metadata['help']}")
 
 
-def check_at_least(section: DataclassInstance, minimum: float, *names: str) -> None:
-    """UserError for the first of these settings that is below `minimum`, or NaN."""
-    for name in names:
-        value = getattr(section, name)
-        if not value >= minimum:
-            raise UserError(f"--{name} {value}: expected at least {minimum}")
+def doubtful(section: DataclassInstance) -> Iterator[str]:
+    """A sentence on each number that is allowed and hardly meant."""
+    for spec in fields(section):
+        limit, value = spec.metadata["bounds"].warn_above, getattr(section, spec.name)
+        if limit is not None and value > limit:
+            yield f"--{spec.name} {plain(value)} is unusually large: values above {plain(limit)} hardly ever work"
+
+
+def plain(value: float) -> str:
+    """A number as one types it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)

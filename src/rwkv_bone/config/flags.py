@@ -2,21 +2,26 @@
 
 Nothing is declared twice: a field's name is the flag, its default gives the type, its metadata the help. A flag
 overrides `--config`, which overrides the defaults; of a flag given twice, the last one counts. RWKV-PEFT's own flags
-are accepted but not shown in --help; `translate.py` translates them before the dataclasses are made.
+are accepted but not shown in --help; `translate.py` translates them before the dataclasses are made. `layers.py` tells
+what a user typed from a script's variables, and refuses what cannot act.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from rwkv_bone.config import MergeConfig, TrainConfig, field_flags, translate
+from rwkv_bone.config import MergeConfig, TrainConfig, acts, field_flags, translate
+from rwkv_bone.config.acts import Table
+from rwkv_bone.config.fields import check_value, doubtful
+from rwkv_bone.config.layers import Layers, shown, split_argv
 from rwkv_bone.config.other_names import intended_flag
+from rwkv_bone.config.rates import doubtful_rates
 from rwkv_bone.config.saved import SECTIONS, build, config_file, read_config
-from rwkv_bone.config.sections import READ_BY
 from rwkv_bone.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,6 +68,8 @@ MERGE_EXAMPLES = (
 CONFIG_HELP = "start from the settings in the config.json of an earlier run; flags override them"
 METAVARS = {bool: "0|1", int: "N", float: "X", str: "TEXT", tuple: "NAME"}
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+# Python's own readers also take 1_000, digits of every script, nan and inf.
+NUMBERS = {int: r"[+-]?[0-9]+", float: r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}
 
 
 def parse_train(argv: list[str], prog: str = "train.py") -> TrainConfig:
@@ -75,13 +82,37 @@ def parse_train(argv: list[str], prog: str = "train.py") -> TrainConfig:
     group = parser.add_argument_group("saved settings")
     group.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     for name, section in SECTIONS.items():
-        add_fields(parser.add_argument_group(name), section)
-    given, notes = translate.translate_train(parser.read(argv))
-    saved = read_config(source) if (source := config_file(given)) else {}
-    config = build({name: {**saved.get(name, {}), **of_section(given, cls)} for name, cls in SECTIONS.items()})
-    _check_read(given, config.adapter.peft)
-    print_notes(notes)
+        add_fields(parser.add_argument_group(name), section, acts.TRAIN)
+    settings, notes = read_train(parser, argv)
+    config = build({name: of_section(settings, section) for name, section in SECTIONS.items()})
+    print_notes(
+        notes, [*(line for name in SECTIONS for line in doubtful(getattr(config, name))), *doubtful_rates(config)]
+    )
     return config
+
+
+def read_train(parser: Parser, argv: list[str], trains: bool = True) -> tuple[dict[str, Any], list[str]]:
+    """({setting: value} of what a command line of train.py sets, by flags, --config or --resume, and notes).
+
+    Values are checked one by one, and what cannot act is refused or left out, as `Layers` does. Flags that are no
+    settings of a run are in it too. trains: as `translate_train` takes it.
+    """
+    script, typed = parser.read(argv)
+    given, notes = translate.translate_train({**script, **typed}, trains)
+    source = config_file(given) if trains or "config" in given else None
+    saved = read_config(source) if source else {}
+    layers = Layers(
+        {spec.name: spec.default for section in SECTIONS.values() for spec in fields(section)},
+        # What a translation made counts as typed, unless a variable of a script was translated.
+        typed={name: value for name, value in given.items() if name in typed or name not in script},
+        script={name: value for name, value in given.items() if name in script and name not in typed},
+        saved={name: value for values in saved.values() for name, value in values.items()},
+        source=str(source),
+        config_in_script="config" in script,
+    )
+    for section in SECTIONS.values():
+        check_each(section, given)
+    return layers.settle(acts.TRAIN), [*parser.notes, *notes, *layers.notes]
 
 
 def parse_merge(argv: list[str], prog: str = "merge.py", kind: str = "") -> MergeConfig:
@@ -93,9 +124,10 @@ def parse_merge(argv: list[str], prog: str = "merge.py", kind: str = "") -> Merg
     description = "Fold an adapter into its base checkpoint."
     parser = Parser(prog, description, MERGE_EXAMPLES, field_flags.MERGE_FLAGS)
     add_fields(parser.add_argument_group("merge"), MergeConfig)
-    given, notes = translate.translate_merge(parser.read(argv))
+    script, typed = parser.read(argv)
+    given, notes = translate.translate_merge({**script, **typed})
     config = MergeConfig(**given)
-    print_notes(notes)
+    print_notes([*parser.notes, *notes])
     return config
 
 
@@ -106,18 +138,24 @@ def parse_section(
     argv: list[str],
     ignored: Sequence[str] = (),
     examples: Sequence[tuple[str, str]] = (),
+    table: Table | None = None,
 ) -> Section:
     """The settings of an entry point that has one dataclass of them; UserError as in `parse_train`.
 
-    ignored: flags of other programs, dropped with a note. examples: as `Parser` takes them.
+    ignored: flags of other programs, dropped with a note. examples: as `Parser` takes them. table: which of the
+    settings acts when.
     """
     parser = Parser(prog, description, examples, ignored)
     parser.epilog = None
-    add_fields(parser.add_argument_group("settings"), section)
-    given = parser.read(argv)
-    notes = [f"--{name} {given.pop(name)} changes nothing here" for name in ignored if name in given]
-    config = section(**given)
-    print_notes(notes)
+    add_fields(parser.add_argument_group("settings"), section, table or {})
+    script, typed = parser.read(argv)
+    notes = list(parser.notes)
+    for given in (script, typed):
+        notes += [f"--{name} {given.pop(name)} changes nothing here" for name in ignored if name in given]
+        check_each(section, given)
+    layers = Layers({spec.name: spec.default for spec in fields(section)}, typed, script)
+    config = section(**layers.settle(table or {}))
+    print_notes([*notes, *layers.notes], doubtful(config))
     return config
 
 
@@ -141,6 +179,7 @@ class Parser(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS,
         )
         self._examples, self._hidden = examples, hidden
+        self.notes: list[str] = []
 
     def format_help(self) -> str:
         lines = []
@@ -150,39 +189,60 @@ class Parser(argparse.ArgumentParser):
             lines += ["", f"  # {what}", f"  {shown}"]
         return super().format_help() + "\n".join(["\nexamples:", *lines[1:], ""] if lines else [])
 
-    def read(self, argv: list[str]) -> dict[str, Any]:
-        """{setting: value} of the flags given; UserError for one that does not exist."""
+    def read(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """({setting: value} of a script's variables, the same of the flags typed over them).
+
+        UserError for a flag that does not exist and for a value that is none; `notes` then has what to tell.
+        """
         known = [option for action in self._actions for option in action.option_strings]
         for name in self._hidden:
             self.add_argument(f"--{name}", nargs="*", type=str, help=argparse.SUPPRESS)
+        script, typed = split_argv(argv)
+        given = self._read(typed, known)
+        try:
+            return self._read(script, known), given
+        except UserError as error:
+            raise UserError(f"in the script's variables: {error}") from None
+
+    def _read(self, argv: list[str], known: list[str]) -> dict[str, Any]:
         given, extra = self.parse_known_args(argv)
         if extra:
             meant = intended_flag(extra[0], known)
             hint = f"; did you mean {meant}?" if meant else ""
             raise UserError(f"{extra[0].split('=')[0]} is not a flag of {self.prog}{hint} (--help lists them)")
+        lists = [option for action in self._actions if isinstance(action, _Words) for option in action.option_strings]
+        for flag in lists:
+            if (count := sum(word.partition("=")[0] == flag for word in argv)) > 1:
+                self.notes.append(f"{flag} is given {count} times: the words of the last one count, not those before")
         return {name: " ".join(value) if name in self._hidden else value for name, value in vars(given).items()}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
 
-def add_fields(group: argparse._ArgumentGroup, section: type[DataclassInstance]) -> None:
-    """A flag for every field of a dataclass of settings."""
+def add_fields(
+    group: argparse._ArgumentGroup, section: type[DataclassInstance], table: Mapping[str, acts.When] | None = None
+) -> None:
+    """A flag for every field of a dataclass of settings. table: which of them acts when."""
     for spec in fields(section):
         assert spec.default is not MISSING
         kind, choices, text = type(spec.default), spec.metadata["choices"], spec.metadata["help"]
-        if spec.default not in ("", ()):
-            text += f" (default: {int(spec.default) if kind is bool else spec.default})"
+        if table and spec.name in table:
+            text += f"; acts {table[spec.name].words}"
+        about = [] if spec.default in ("", ()) else [f"default: {shown(spec.default)}"]
+        about += [str(spec.metadata["bounds"])] if kind in (int, float) and str(spec.metadata["bounds"]) else []
+        text += f" ({'; '.join(about)})" if about else ""
         options: dict[str, Any] = {"help": text.replace("%", "%%"), "dest": spec.name}
-        options["metavar"] = "{" + ",".join(choices) + "}" if choices else METAVARS[kind]
+        named = [choice for choice in choices or () if choice]
+        options["metavar"] = "{" + ",".join(named) + "}" if named else METAVARS[kind]
+        if spec.name == "data_weights":
+            options["metavar"] = METAVARS[float]
         if kind is bool:
             options |= {"nargs": "?", "const": True, "type": _boolean}
         elif kind is tuple:
             options |= {"nargs": "*", "action": _Words}
         elif kind in (int, float):
             options |= {"type": _number(kind)}
-        elif spec.name == "peft":
-            options |= {"action": _Kind}
         names = [name for name in (spec.name, ALIASES.get(spec.name)) if name]
         group.add_argument(*(f"--{name}" for name in names), **options)
 
@@ -195,11 +255,10 @@ def _boolean(text: str) -> bool:
 
 def _number(kind: type[int] | type[float]) -> Callable[[str], float]:
     def convert(text: str) -> float:
-        try:
-            return kind(text)
-        except ValueError:
+        if not re.fullmatch(NUMBERS[kind], text.strip()):
             expected = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return kind(text)
 
     return convert
 
@@ -214,25 +273,11 @@ class _Words(argparse.Action):
         setattr(namespace, self.dest, tuple(value for value in values if value))
 
 
-class _Kind(argparse.Action):
-    """--peft. Given again, after a script's own, it takes the settings of the former kind with it."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        former, kind = (field_flags.kind_named(name) for name in (getattr(namespace, self.dest, values), values))
-        for name, readers in READ_BY.items():
-            if former in readers and kind not in readers and hasattr(namespace, name):
-                delattr(namespace, name)
-        setattr(namespace, self.dest, values)
-
-
-def _check_read(given: dict[str, Any], kind: str) -> None:
-    """UserError for a flag that only other kinds of adapter than this one read."""
-    for name in [name for name in given if kind not in READ_BY.get(name, (kind,))]:
-        readers = " and ".join(f"--peft {reader}" for reader in READ_BY[name])
-        raise UserError(
-            f"--{name} {given[name]} has no meaning with --peft {kind}, only with {readers}: remove it, or give --peft "
-            f"{READ_BY[name][0]}"
-        )
+def check_each(section: type[DataclassInstance], given: Mapping[str, Any]) -> None:
+    """UserError for the first of the given settings whose value is outside its choices or bounds."""
+    for spec in fields(section):
+        if spec.name in given:
+            check_value(spec, given[spec.name])
 
 
 def of_section(given: dict[str, Any], section: type[DataclassInstance]) -> dict[str, Any]:
@@ -240,9 +285,9 @@ def of_section(given: dict[str, Any], section: type[DataclassInstance]) -> dict[
     return {spec.name: given[spec.name] for spec in fields(section) if spec.name in given}
 
 
-def print_notes(notes: list[str]) -> None:
-    """Print what was translated or ignored, once."""
+def print_notes(notes: Iterable[str], warnings: Iterable[str] = ()) -> None:
+    """Print what was translated, ignored or left out, and what is hardly meant, once."""
     # Lightning starts the other processes of a run with the same command line; only one of them prints.
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        for note in notes:
-            print(f"note: {note}", flush=True)
+        for line in [*(f"note: {note}" for note in notes), *(f"warning: {warning}" for warning in warnings)]:
+            print(line, flush=True)

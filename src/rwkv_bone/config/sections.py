@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rwkv_bone.config.fields import check_at_least, check_choices, check_given, setting
+from rwkv_bone.config.fields import check_given, check_values, setting
 from rwkv_bone.errors import UserError
 
 PEFT_KINDS = ("none", "bone", "lora", "pissa", "state")
 BONE_MODES = ("bone", "bat", "bat-col")
-# setting -> the kinds of PEFT_KINDS that read it
-READ_BY = {
-    **dict.fromkeys(("bone_mode", "bone_r"), ("bone",)),
-    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_rs", "lora_plus"), ("lora", "pissa")),
-}
 QUANTS = ("none", "int8", "nf4", "fp4")
 TRAIN_PARTS = ("emb", "head", "ln", "time", "state")
+GENERATIONS = ("", "x050", "x051", "x052", "x060", "x070")
 OPERATORS = ("auto", "cuda", "cuda-exact", "cuda-chunked", "cuda-accurate", "cpu", "torch")
 ACCELERATORS = ("auto", "gpu", "cpu")
 STRATEGIES = (
@@ -41,6 +37,8 @@ LONG_SAMPLES = ("auto", "cut", "drop", "split")
 BAD_ROWS = ("stop", "skip")
 LAYOUTS = ("auto", "official", "fla")
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+# The largest numbers of several settings: what is above them is a slip of the hand, and would end in a lack of memory.
+STEPS, TOKENS, WIDTH = 10**9, 10**7, 2**16
 
 
 @dataclass(frozen=True)
@@ -50,14 +48,27 @@ class ModelConfig:
         "base model: a .pth, .safetensors or .st file, an index of shards, or a folder; empty = from scratch, with the "
         "sizes below",
     )
-    n_layer: int = setting(0, "number of layers; 0 = the checkpoint's, any other number must agree with it")
-    n_embd: int = setting(0, "width of the model in channels; 0 = the checkpoint's, else it must agree")
-    dim_ffn: int = setting(
-        0, "width of the channel mix; 0 = the checkpoint's (from scratch: 4 x n_embd), else it must agree"
+    n_layer: int = setting(
+        0, "number of layers; 0 = the checkpoint's, any other number must agree with it", at_least=0, at_most=1000
     )
-    vocab_size: int = setting(0, "number of tokens in the vocabulary; 0 = the checkpoint's, else it must agree")
-    head_size: int = setting(0, "channels per head; 0 = the checkpoint's (from scratch: 64), else it must agree")
-    my_testing: str = setting("", "generation: x052, x060 or x070; empty = the checkpoint's, else it must agree")
+    n_embd: int = setting(
+        0, "width of the model in channels; 0 = the checkpoint's, else it must agree", at_least=0, at_most=WIDTH
+    )
+    dim_ffn: int = setting(
+        0,
+        "width of the channel mix; 0 = the checkpoint's (from scratch: 4 x n_embd), else it must agree",
+        at_least=0,
+        at_most=2**20,
+    )
+    vocab_size: int = setting(
+        0, "number of tokens in the vocabulary; 0 = the checkpoint's, else it must agree", at_least=0, at_most=2**24
+    )
+    head_size: int = setting(
+        0, "channels per head; 0 = the checkpoint's (from scratch: 64), else it must agree", at_least=0, at_most=WIDTH
+    )
+    my_testing: str = setting(
+        "", "generation, as RWKV-LM names it; empty = the checkpoint's, else it must agree", GENERATIONS
+    )
     op: str = setting(
         "auto",
         "form of the WKV operator; auto = the device's compiled kernel, or torch (PyTorch, slower) if that fails; "
@@ -66,10 +77,16 @@ class ModelConfig:
         OPERATORS,
     )
     chunk_ctx: int = setting(
-        0, "tokens per chunk: a long sequence is run chunk by chunk, in less memory, with the same gradient; 0 = whole"
+        0,
+        "tokens per chunk: a long sequence is run chunk by chunk, in less memory, with the same gradient; 0 = whole",
+        at_least=0,
+        at_most=TOKENS,
     )
     bptt_chunks: int = setting(
-        0, "with --chunk_ctx: number of chunks after which the gradient is cut; 0 = never, so that it is exact"
+        0,
+        "number of chunks after which the gradient is cut; 0 = never, so that it is exact",
+        at_least=0,
+        at_most=TOKENS,
     )
     quant: str = setting(
         "none",
@@ -79,10 +96,7 @@ class ModelConfig:
     grad_cp: bool = setting(False, "1 = recompute each block in backward: less memory, about a third more time")
 
     def __post_init__(self):
-        check_choices(self)
-        check_at_least(self, 0, "n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size", "chunk_ctx", "bptt_chunks")
-        if self.bptt_chunks and not self.chunk_ctx:
-            raise UserError("--bptt_chunks cuts the gradient between chunks: give --chunk_ctx too, or remove it")
+        check_values(self)
         if not self.load_model and not (self.n_layer and self.n_embd and self.vocab_size):
             raise UserError(
                 "--load_model is empty: name a checkpoint, or give --n_layer, --n_embd and --vocab_size "
@@ -100,13 +114,31 @@ class AdapterConfig:
     bone_mode: str = setting(
         "bone", "bone is linear, bat also depends on the frozen weight, bat-col is Hugging Face PEFT's bat", BONE_MODES
     )
-    bone_r: int = setting(64, "block size r of Bone and Bat; the number of trained parameters is proportional to it")
-    lora_r: int = setting(32, "rank of LoRA and PiSSA; the number of trained parameters is proportional to it")
-    lora_alpha: float = setting(0.0, "LoRA's scale is lora_alpha / lora_r; 0 = the value of lora_r, a scale of 1")
-    lora_dropout: float = setting(0.0, "probability with which LoRA drops an input in training; 0 = none is dropped")
+    bone_r: int = setting(
+        64,
+        "block size r of Bone and Bat; the number of trained parameters is proportional to it",
+        at_least=1,
+        at_most=WIDTH,
+    )
+    lora_r: int = setting(
+        32, "rank of LoRA and PiSSA; the number of trained parameters is proportional to it", at_least=1, at_most=WIDTH
+    )
+    lora_alpha: float = setting(
+        0.0,
+        "LoRA's scale is lora_alpha / lora_r; 0 = the value of lora_r, a scale of 1",
+        at_least=0,
+        at_most=2**20,
+    )
+    lora_dropout: float = setting(
+        0.0, "probability with which LoRA drops an input in training; 0 = none is dropped", at_least=0, below=1
+    )
     lora_rs: bool = setting(False, "1 = rank-stabilised LoRA: the scale is lora_alpha / sqrt(lora_r)")
     lora_plus: float = setting(
-        1.0, "LoRA+: lora_B learns at this multiple of the learning rate; 1 = plain LoRA, the paper uses 16"
+        1.0,
+        "LoRA+: lora_B learns at this multiple of the learning rate; 1 = plain LoRA, the paper uses 16",
+        above=0,
+        at_most=10**4,
+        warn_above=64,
     )
     peft_load: str = setting("", "adapter file to start from; empty = a new adapter")
     targets: tuple[str, ...] = setting((), "projections to adapt, such as att.key ffn; empty = all of att and ffn")
@@ -115,18 +147,7 @@ class AdapterConfig:
     )
 
     def __post_init__(self):
-        check_choices(self)
-        check_at_least(self, 1, "bone_r", "lora_r")
-        check_at_least(self, 0, "lora_alpha", "lora_plus")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout {self.lora_dropout}: expected 0 <= lora_dropout < 1")
-        if self.peft == "none":
-            for name in ("peft_load", "targets", "train_parts"):
-                if getattr(self, name):
-                    raise UserError(f"--{name} has no meaning with --peft none, which trains every weight: remove one")
-
-        if self.peft == "state" and self.targets:
-            raise UserError("--targets has no meaning with --peft state, which adapts no projection: remove one")
+        check_values(self)
 
     @property
     def kind(self) -> str:
@@ -141,13 +162,15 @@ class DataConfig:
     )
     data_type: str = setting("auto", "format of data_file; auto = recognised by its content", DATA_TYPES)
     data_weights: tuple[str, ...] = setting(
-        (), "how often a pass over the data contains each data_file, such as 1 0.5; empty = each once"
+        (), "how often a pass over the data contains each data_file, such as 1 0.5; empty = each once", repeats=True
     )
     sft_split: str = setting(
         "", "part of the rows to use, such as [:1000], [5%:] or train[:1000]; empty = all rows (of the split train)"
     )
     eval_data: str = setting("", "held-out data, in the same formats; empty = none, or what --eval_split takes")
-    eval_split: float = setting(0.0, "share of the samples to hold out of training, such as 0.02; 0 = none")
+    eval_split: float = setting(
+        0.0, "share of the samples to hold out of training, such as 0.02; 0 = none", at_least=0, below=1
+    )
     tokenizer: str = setting(
         "auto",
         "bytes, world, or the path of a tokenizer.json; auto = the model folder's, else by the vocabulary's size",
@@ -200,17 +223,26 @@ class DataConfig:
         0.5,
         "largest share of a file's trained tokens that may be cut, dropped, left out or skipped; the run stops above "
         "it, 1 = never",
+        at_least=0,
+        at_most=1,
     )
     bad_rows: str = setting("stop", "rows that cannot be used: stop the run, or skip and count them", BAD_ROWS)
     cache_dir: str = setting("", "folder for tokenised data; empty = .rwkv_bone_cache beside the data")
-    ctx_len: int = setting(512, "largest number of tokens of a sample; --long_samples says what happens to longer ones")
+    ctx_len: int = setting(
+        512,
+        "largest number of tokens of a sample; --long_samples says what happens to longer ones",
+        at_least=1,
+        at_most=TOKENS,
+    )
     micro_bsz: int = setting(
-        8, "samples per device and forward pass; with --dataload pack a batch has up to micro_bsz x ctx_len tokens"
+        8,
+        "samples per device and forward pass; with --dataload pack a batch has up to micro_bsz x ctx_len tokens",
+        at_least=1,
+        at_most=WIDTH,
     )
 
     def __post_init__(self):
-        check_choices(self)
-        check_at_least(self, 1, "ctx_len", "micro_bsz")
+        check_values(self)
         check_given(self, "data_file")
         for name in ("sft_field", "eval_field"):
             names = getattr(self, name)
@@ -239,41 +271,38 @@ class DataConfig:
                     usable = False
                 if not usable:
                     raise UserError(f"--data_weights {weight}: expected a number above 0")
-        if not 0 <= self.max_lost <= 1:
-            raise UserError(f"--max_lost {self.max_lost}: expected a share, 0 <= max_lost <= 1")
-        if not 0 <= self.eval_split < 1:
-            raise UserError(f"--eval_split {self.eval_split}: expected a share, 0 <= eval_split < 1")
-        if self.eval_split and self.eval_data:
-            raise UserError("--eval_split and --eval_data both name held-out data: give one of them")
-        if self.mask_id and self.loss_mask != "se":
-            raise UserError("--mask_id is read with --loss_mask se only: remove it, or give --loss_mask se")
         if self.dataload == "only" and self.micro_bsz != 1:
             raise UserError(f"--dataload only trains one sample a batch: set --micro_bsz 1 (now {self.micro_bsz})")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr_init: float = setting(2e-4, "learning rate after the warm-up")
-    lr_final: float = setting(2e-5, "learning rate at the end of the run")
+    lr_init: float = setting(2e-4, "learning rate after the warm-up", at_least=0)
+    lr_final: float = setting(2e-5, "learning rate at the end of the run", at_least=0)
     lr_schedule: str = setting("cos", "curve of the learning rate from lr_init to lr_final", SCHEDULES)
-    warmup_steps: int = setting(0, "optimiser steps in which the learning rate rises to lr_init; 0 = no warm-up")
-    beta1: float = setting(0.9, "AdamW's decay rate for the running mean of the gradient")
-    beta2: float = setting(0.99, "AdamW's decay rate for the running mean of the squared gradient")
-    adam_eps: float = setting(1e-8, "AdamW's epsilon, added to the denominator")
-    weight_decay: float = setting(0.0, "AdamW's weight decay, on large matrices only; 0 = none")
-    grad_clip: float = setting(1.0, "largest norm of the gradient: a larger one is scaled down; 0 = no clipping")
-    l2wrap: float = setting(0.0, "weight of the L2Wrap penalty on large logits (RWKV's pre-training: 1e-4); 0 = off")
+    warmup_steps: int = setting(
+        0, "optimiser steps in which the learning rate rises to lr_init; 0 = no warm-up", at_least=0, at_most=STEPS
+    )
+    beta1: float = setting(0.9, "AdamW's decay rate for the running mean of the gradient", at_least=0, below=1)
+    beta2: float = setting(0.99, "AdamW's decay rate for the running mean of the squared gradient", at_least=0, below=1)
+    adam_eps: float = setting(1e-8, "AdamW's epsilon, added to the denominator", above=0, at_most=1, warn_above=1e-3)
+    weight_decay: float = setting(
+        0.0, "AdamW's weight decay, on large matrices only; 0 = none", at_least=0, warn_above=1
+    )
+    grad_clip: float = setting(
+        1.0, "largest norm of the gradient: a larger one is scaled down; 0 = no clipping", at_least=0
+    )
+    l2wrap: float = setting(
+        0.0,
+        "weight of the L2Wrap penalty on large logits (RWKV's pre-training: 1e-4); 0 = off",
+        at_least=0,
+        warn_above=1,
+    )
 
     def __post_init__(self):
-        check_choices(self)
-        check_at_least(self, 0, "lr_init", "lr_final", "warmup_steps", "weight_decay", "grad_clip", "l2wrap")
+        check_values(self)
         if self.lr_schedule == "exp" and not (self.lr_init > 0 and self.lr_final > 0):
             raise UserError("--lr_schedule exp needs --lr_init and --lr_final above 0; use linear to reach 0")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: expected 0 <= {name} < 1")
-        if not self.adam_eps > 0:
-            raise UserError(f"--adam_eps {self.adam_eps}: expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -281,33 +310,45 @@ class RunConfig:
     proj_dir: str = setting("out", "folder for the results: adapters, settings, log and loss curve")
     overwrite: bool = setting(False, "1 = replace what an earlier run left in proj_dir; 0 = refuse to")
     resume: bool = setting(False, "1 = continue the run in proj_dir exactly where its last saved step left it")
-    random_seed: int = setting(42, "seed of the order of the data and of new weights")
+    random_seed: int = setting(42, "seed of the order of the data and of new weights", at_least=0, at_most=2**32 - 1)
     accelerator: str = setting("auto", "where to run; auto = on a GPU if there is one", ACCELERATORS)
-    devices: int = setting(1, "number of GPUs (or CPU processes) on each machine")
-    num_nodes: int = setting(1, "number of machines")
+    devices: int = setting(1, "number of GPUs (or CPU processes) on each machine", at_least=1, at_most=128)
+    num_nodes: int = setting(1, "number of machines", at_least=1, at_most=10**4)
     strategy: str = setting(
         "auto", "DeepSpeed ZeRO stage; offload uses the CPU's memory too; auto = deepspeed_stage_1", STRATEGIES
     )
     precision: str = setting(
         "bf16", "dtype of frozen weights and arithmetic; what is trained is always fp32", PRECISIONS
     )
-    accumulate_grad_batches: int = setting(1, "forward passes (micro-batches) per optimiser step")
-    epoch_begin: int = setting(0, "number of the first epoch in the file names rwkv-N.pth; changes only the names")
-    epoch_count: int = setting(1, "number of epochs to train")
-    epoch_steps: int = setting(0, "optimiser steps per epoch; 0 = as many as one pass over the data takes")
-    epoch_save: int = setting(1, "number of epochs between saves; the last epoch is always saved")
+    accumulate_grad_batches: int = setting(
+        1, "forward passes (micro-batches) per optimiser step", at_least=1, at_most=10**5
+    )
+    epoch_begin: int = setting(
+        0, "number of the first epoch in the file names rwkv-N.pth; changes only the names", at_least=0, at_most=10**6
+    )
+    epoch_count: int = setting(1, "number of epochs to train", at_least=1, at_most=10**6)
+    epoch_steps: int = setting(
+        0, "optimiser steps per epoch; 0 = as many as one pass over the data takes", at_least=0, at_most=STEPS
+    )
+    epoch_save: int = setting(
+        1, "number of epochs between saves; the last epoch is always saved", at_least=1, at_most=10**6
+    )
     save_steps: int = setting(
-        0, "number of optimiser steps between saves, besides those of --epoch_save; 0 = only those"
+        0,
+        "number of optimiser steps between saves, besides those of --epoch_save; 0 = only those",
+        at_least=0,
+        at_most=STEPS,
     )
     eval_samples: int = setting(
-        100, "number of held-out prompts to answer before and after training, to count exact answers; 0 = none"
+        100,
+        "number of held-out prompts to answer before and after training, to count exact answers; 0 = none",
+        at_least=0,
+        at_most=10**7,
     )
     wandb: str = setting("", "Weights & Biases project to log to; empty = no logging there")
 
     def __post_init__(self):
-        check_choices(self)
-        check_at_least(self, 1, "devices", "num_nodes", "accumulate_grad_batches", "epoch_count", "epoch_save")
-        check_at_least(self, 0, "epoch_begin", "epoch_steps", "save_steps", "random_seed", "eval_samples")
+        check_values(self)
         if not self.proj_dir:
             raise UserError("--proj_dir is empty: name a folder for the results")
 
@@ -349,8 +390,15 @@ class MergeConfig:
         "kind of the adapter, if its file has no metadata (bat-flat: RWKV-PEFT's of mid 2024); auto = by its shapes",
         ("auto", *BONE_MODES, "bat-flat", "lora", "pissa", "state"),
     )
-    bone_r: int = setting(0, "block size or rank of the adapter, if its file has no metadata; 0 = by its shapes")
-    lora_alpha: float = setting(0.0, "alpha of the LoRA, required if its file has no metadata; 0 = not given")
+    bone_r: int = setting(
+        0,
+        "block size or rank of the adapter, if its file has no metadata; 0 = by its shapes",
+        at_least=0,
+        at_most=WIDTH,
+    )
+    lora_alpha: float = setting(
+        0.0, "alpha of the LoRA, required if its file has no metadata; 0 = not given", at_least=0
+    )
     quant: str = setting(
         "auto",
         "format of the base that the adapter was trained on; auto = by its metadata, else none",
@@ -364,6 +412,5 @@ class MergeConfig:
     pissa_init: str = setting("", "for PiSSA adapters of RWKV-PEFT: the init_pissa.pth beside them")
 
     def __post_init__(self):
-        check_choices(self)
-        check_at_least(self, 0, "bone_r", "lora_alpha")
+        check_values(self)
         check_given(self, "base_model", "peft_checkpoint", "output")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from rwkv_bone.config import BONE_MODES, LAYOUTS, OUTTYPES, QUANTS, setting
-from rwkv_bone.config.fields import check_choices, check_given
+from rwkv_bone.config.fields import check_given, check_values
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.errors import UserError
 
@@ -55,9 +55,11 @@ class ConvertConfig:
         "kind of the adapter, if its file does not say (bat-flat: RWKV-PEFT's of mid 2024); auto = by its shapes",
         ("auto", *BONE_MODES, "bat-flat", "lora", "pissa", "state"),
     )
-    bone_r: int = setting(0, "block size or rank of the adapter, if its file does not say; 0 = by its shapes")
+    bone_r: int = setting(
+        0, "block size or rank of the adapter, if its file does not say; 0 = by its shapes", at_least=0
+    )
     lora_alpha: float = setting(
-        0.0, "alpha of the adapter, if its file lacks it; 0 = not given, an error if alpha is needed"
+        0.0, "alpha of the adapter, if its file lacks it; 0 = not given, an error if alpha is needed", at_least=0
     )
     quant: str = setting(
         "auto",
@@ -88,7 +90,7 @@ class ConvertConfig:
 
     def __post_init__(self):
         check_given(self, "base_model", "output")
-        check_choices(self)
+        check_values(self)
         unread = OF_MODELS if self.adapter else OF_ADAPTERS
         for spec in fields(self):
             value = getattr(self, spec.name)

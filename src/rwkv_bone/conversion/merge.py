@@ -18,6 +18,7 @@ from rwkv_bone.adapters import AdapterFile, AdapterSettings, read_adapter
 from rwkv_bone.adapters.inject import STATE
 from rwkv_bone.checkpoints import Base, param_part
 from rwkv_bone.config import MergeConfig
+from rwkv_bone.console import with_bar
 from rwkv_bone.conversion.fold import initial_state, merged_tensors
 from rwkv_bone.conversion.output import Output, output_named
 from rwkv_bone.conversion.verify import verify_logits, verify_tensors
@@ -78,7 +79,7 @@ def write_model(
     output = output.for_base(base, shapes)
     with output.writing(overwrite) as temporary:
         tensors = merged_tensors(base.state, adapter.state, adapter.settings, quant)
-        output.write(temporary, base, shapes, tensors)
+        output.write(temporary, base, shapes, with_bar(tensors, len(shapes), f"writing {output.path.name}"))
         found = output.read(temporary)
         changes = verify_tensors(found, output, base, adapter, quant)
         logits = "not compared (--verify 0)"

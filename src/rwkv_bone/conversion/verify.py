@@ -14,6 +14,7 @@ from rwkv_bone.adapters.files import tensors_by_module
 from rwkv_bone.adapters.inject import target_name
 from rwkv_bone.checkpoints import Base
 from rwkv_bone.checkpoints.numbers import is_finite
+from rwkv_bone.console import with_bar
 from rwkv_bone.conversion.fold import initial_state, merged_tensors, trained_weight
 from rwkv_bone.conversion.output import ROUNDING, Output
 from rwkv_bone.errors import UserError
@@ -38,7 +39,8 @@ def verify_tensors(
     keys = {*base.state, *initial_state(base.state, adapter.state)}
     assert written.keys() == {key for key in keys if output.keeps(key, base.arch)}
     changes: dict[str, list[float]] = {}
-    for key, tensor in merged_tensors(base.state, adapter.state, settings, quant):
+    tensors = merged_tensors(base.state, adapter.state, settings, quant)
+    for key, tensor in with_bar(tensors, len(keys), "reading it back"):
         if not output.keeps(key, base.arch):
             continue
         expected, found = output.stored(tensor), written[key]

@@ -75,7 +75,7 @@ class Fields:
         if isinstance(value, dict | list) and value:
             inner = [f"{name}.{key}" for key in (value if isinstance(value, dict) else ["0"])]
             raise UserError(
-                f"{self.where}: field {name!r} is {json_type(value)}, expected a text: name one inside it with "
+                f"{self.where}: field {name!r} is {json_type(value)}, expected a string: name one inside it with "
                 f"{self.flag}, such as {inner[0]}"
             )
         return value

@@ -16,7 +16,8 @@ from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.masks import parse_mask_id, stream_mask
 from rwkv_bone.data.remarks import Remarks
 from rwkv_bone.data.samples import SCAN, Documents, Kept
-from rwkv_bone.data.sources import Places, Rows, Split, Text, Tokens, open_source
+from rwkv_bone.data.rows import Places, Rows
+from rwkv_bone.data.sources import Split, Text, Tokens, open_source
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenise import (
     Block,
@@ -85,10 +86,11 @@ class Part:
         """UserError where a split or a slice is asked for that the source cannot have."""
         split, asked = self.split, f"--sft_split {self.cfg.sft_split}"
         part = f"[{split.start}:{split.stop}]" if split.start or split.stop else ""
-        # The datasets library calls the rows of a file `train`, too.
-        if split.name not in ("", "train") and not hasattr(self.source, "split"):
+        # The datasets library calls the rows of a file `train`, too. Folders check the name themselves.
+        is_file = isinstance(self.source, Tokens) or self.source.path.is_file()
+        if split.name not in ("", "train") and is_file:
             remedy = f"give --sft_split {part}" if part else "remove it"
-            raise UserError(f"{asked}: {self.name} is no dataset with splits, so that it has none named so: {remedy}")
+            raise UserError(f"{asked}: {self.name} is no folder with splits and has none of that name: {remedy}")
         if part and isinstance(self.source, Text) and len(self.source.paths) == 1:
             raise UserError(f"{asked}: {self.name} is one document, with no rows to choose from: remove it")
 

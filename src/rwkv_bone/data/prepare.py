@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_bone.config import BAD_ROWS, setting
-from rwkv_bone.config.fields import check_at_least, check_choices, check_given
+from rwkv_bone.config.fields import check_given, check_values
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data.binidx import PairWriter
 from rwkv_bone.data.conversation import Layout, conversation
@@ -58,18 +58,20 @@ class PrepareConfig:
     output: str = setting("", "path of the pair, without its endings .bin and .idx")
     tokenizer: str = setting("world", "tokenizer of the model: bytes, world, or the path of a tokenizer.json")
     field: str = setting("text", "name of the field that holds the text")
+    columns: tuple[str, ...] = setting((), "names of the columns of tables without a header; empty = it has one")
     append_eod: bool = setting(True, "1 = end each document with the end-of-document id, as RWKV's own data has it")
     dtype: str = setting("auto", "number type of a token; auto = uint16 if the vocabulary fits, else int32", DTYPES)
-    workers: int = setting(0, "number of processes; 0 = chosen by the size of the input and the number of cores")
+    workers: int = setting(
+        0, "number of processes; 0 = chosen by the size of the input and the number of cores", at_least=0, at_most=1024
+    )
     bad_rows: str = setting("stop", "rows that cannot be used: stop, or skip and count them", BAD_ROWS)
     overwrite: bool = setting(False, "1 = replace an existing pair of this name; 0 = refuse to")
 
     def __post_init__(self):
-        check_choices(self)
+        check_values(self)
         check_given(self, "input", "output", "field")
         if self.tokenizer == "auto":
             raise UserError("--tokenizer auto: there is no model here to choose by; name world, bytes or a file")
-        check_at_least(self, 0, "workers")
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,10 @@ def prepare(cfg: PrepareConfig) -> None:
     """Write the pair and print what it holds. UserError, and no pair, if a row or file cannot be used."""
     sources = []
     for name in cfg.input:
-        source = open_source(name)
+        source = open_source(name, columns=cfg.columns, fields=(cfg.field,))
         if not isinstance(source, Rows):
             raise UserError(f"{name}: {source.kind}; expected rows with a field {cfg.field!r}")
+        source.keep((cfg.field,))
         sources.append(source)
     tokenizer = load_tokenizer(cfg.tokenizer, ANY_SIZE)
     dtype = token_dtype(tokenizer.vocab_size) if cfg.dtype == "auto" else np.dtype(cfg.dtype)
@@ -140,8 +143,8 @@ def prepare(cfg: PrepareConfig) -> None:
             raise UserError(f"{', '.join(cfg.input)}: no usable rows; {'; '.join(one.what for one in left_out)}")
     print(f"{cfg.output}.bin, .idx: {documents:,} documents, {dtype.name}, tokenizer {tokenizer.name}")
     print(progress.speed())
-    for one in left_out:
-        print(one.line())
+    for line in [*(note for source in sources for note in source.notes), *(one.line() for one in left_out)]:
+        print(line)
 
 
 def main() -> None:

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
-from rwkv_bone.config import DataConfig, field_flags, flags, setting, translate
-from rwkv_bone.config.fields import check_at_least, check_choices
-from rwkv_bone.config.saved import SECTIONS, read_config
+from rwkv_bone.config import DataConfig, field_flags, flags, setting
+from rwkv_bone.config.acts import TRAIN
+from rwkv_bone.config.fields import check_values
+from rwkv_bone.config.saved import SECTIONS
 from rwkv_bone.data import Dataset, Sample, load_dataset, load_tokenizer
 from rwkv_bone.data.packing import best_fit
 from rwkv_bone.data.tokenizer import Tokenizer, folder_text
@@ -47,8 +47,8 @@ VOCABULARIES = {"bytes": 256, "world": 65536, "auto": 65536}
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    samples: int = setting(3, "number of samples to print, spread evenly over the data; 0 = counts only")
-    show_tokens: int = setting(400, "largest number of tokens to print of a sample; 0 = all")
+    samples: int = setting(3, "number of samples to print, spread evenly over the data; 0 = counts only", at_least=0)
+    show_tokens: int = setting(400, "largest number of tokens to print of a sample; 0 = all", at_least=0)
     color: str = setting(
         "auto",
         "mark trained tokens in green (always) or with [[ ]] (never); auto = green on a terminal",
@@ -56,8 +56,7 @@ class PreviewConfig:
     )
 
     def __post_init__(self):
-        check_choices(self)
-        check_at_least(self, 0, "samples", "show_tokens")
+        check_values(self)
 
 
 def parse(argv: list[str], prog: str = PROGRAM) -> tuple[PreviewConfig, DataConfig, int, DataConfig, list[str]]:
@@ -69,14 +68,13 @@ def parse(argv: list[str], prog: str = PROGRAM) -> tuple[PreviewConfig, DataConf
     flags.add_fields(parser.add_argument_group("preview"), PreviewConfig)
     parser.add_argument_group("saved settings").add_argument("--config", metavar="FILE", help=flags.CONFIG_HELP)
     for name, section in SECTIONS.items():
-        flags.add_fields(parser.add_argument_group(name), section)
-    given, notes = translate.translate_train(parser.read(argv), trains=False)
-    saved = read_config(Path(given["config"])) if "config" in given else {}
+        flags.add_fields(parser.add_argument_group(name), section, TRAIN)
+    given, notes = flags.read_train(parser, argv, trains=False)
+    flags.check_each(PreviewConfig, given)
     preview = PreviewConfig(**flags.of_section(given, PreviewConfig))
-    data = DataConfig(**{**saved.get("data", {}), **flags.of_section(given, DataConfig)})
+    data = DataConfig(**flags.of_section(given, DataConfig))
     flags.print_notes(notes)
-    model = {**saved.get("model", {}), **given}
-    load_model, vocab_size = model.get("load_model", ""), model.get("vocab_size", 0)
+    load_model, vocab_size = given.get("load_model", ""), given.get("vocab_size", 0)
     if load_model:
         from rwkv_bone.checkpoints import load_base
 

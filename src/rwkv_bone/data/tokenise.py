@@ -27,7 +27,8 @@ from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.masks import encode
 from rwkv_bone.data.remarks import Remarks
-from rwkv_bone.data.sources import Places
+from rwkv_bone.data.rows import Places
+from rwkv_bone.data.spelled import spelled_tokens
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.data.tool_text import has_tools
@@ -136,7 +137,8 @@ class RowSettings:
             ids, trained = encode(template.render(talk), tokenizer, self.loss_mask, self.mask_id)
             if may_exceed:
                 check_ids(ids, self.vocab_size, where, lambda token: tokenizer.decode([token]))
-            return ids.astype(dtype), trained, [talk.remarks, template.remarks(talk)], has_tools(talk)
+            remarks = [talk.remarks, template.remarks(talk), spelled_tokens(talk, tokenizer)]
+            return ids.astype(dtype), trained, remarks, has_tools(talk)
 
         def encode_block(block: Block) -> Encoded:
             rows = list(self.reader.each(block[0], encode_row))

@@ -49,6 +49,7 @@ class Tokenizer(Hashable, Protocol):
     name: str
     vocab_size: int
     eod: int  # the id that ends a document
+    specials: tuple[str, ...]  # what becomes a token that is no text, wherever it stands
 
     def identity(self) -> str:
         """A text that differs between two tokenizers whenever their ids may differ."""
@@ -164,6 +165,7 @@ class ByteTokenizer:
     title = "bytes"
     vocab_size = 256
     eod = 0
+    specials = ("\0",)
 
     def identity(self) -> str:
         return "bytes"
@@ -217,6 +219,7 @@ class WorldTokenizer:
     title = "RWKV World"
     vocab_size = 65536
     eod = 0
+    specials = ()
 
     def __init__(self):
         self._rust = _rust_world()
@@ -263,6 +266,8 @@ class JsonTokenizer:
         self.name = str(path)
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
         self._digest = _digest(path.read_bytes())
+        added = self.library.get_added_tokens_decoder().values()
+        self.specials = tuple(token.content for token in added if token.special)
         self.eod = self._find_eod(special_tokens(path.parent).get("eos_token"))
 
     def identity(self) -> str:

@@ -166,7 +166,7 @@ class _Message:
             value = self._get(key)
             if value is None:
                 continue
-            number = {"true": 1, "false": 0}.get(str(value).lower(), value)
+            number = {"true": 1, "1": 1, "false": 0, "0": 0}.get(str(value).lower(), value)
             if key == "mask" and not isinstance(value, bool):
                 raise self._error(
                     f"mask {json.dumps(value)} may mean trained or not{self.place}: call it weight (1 = trained) or "

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rwkv_bone.config import DataConfig
 from rwkv_bone.data.part import CONVERSATIONS, TOKEN_IDS, Part
+from rwkv_bone.data.rows import Rows
 from rwkv_bone.data.samples import Documents
 from rwkv_bone.errors import UserError
 
@@ -35,7 +36,12 @@ def _needs_tokenizer(part: Part) -> bool:
     return not has_lengths or part.cfg.loss_mask in ("qa", "se")
 
 
+def _lacks_header(part: Part) -> bool:
+    return isinstance(part.source, Rows) and part.source.uses_columns
+
+
 RULES = (
+    Rule("--columns {columns}", lambda cfg: bool(cfg.columns), _lacks_header, "is a table without a header"),
     Rule("--template {template}", lambda cfg: cfg.template != "auto", _has_turns, "has turns"),
     Rule("--tool_format {tool_format}", lambda cfg: cfg.tool_format != "auto", _has_turns, "has turns"),
     Rule("--sft_field {sft_field}", lambda cfg: bool(cfg.sft_field), _has_named_fields, "has these fields"),

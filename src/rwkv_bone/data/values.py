@@ -52,7 +52,7 @@ def text_of(value: Any, what: str, place: str = "") -> str:
     if isinstance(value, int | float | Decimal) and not math.isnan(value):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{what} is {json_type(value)}, expected a text{place}")
+        raise UserError(f"{what} is {json_type(value)}, expected a string{place}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

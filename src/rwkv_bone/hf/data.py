@@ -1,38 +1,45 @@
 """Rows of prompts and responses, or of messages, as token ids of a Hugging Face tokenizer.
 
-A tokenizer with a chat template writes the conversation; without one, a prompt and its response are joined as they
-are. Only responses are trained, each with the end-of-turn or end-of-text tokens after it. A prompt and the response
-after it are tokenised apart, as they are when the trained model answers.
+A tokenizer with a chat template writes the conversation, its thinking and tools; without one, a prompt and its response
+are joined as they are. What the template has no place for is written in the text of the turns, and counted. Only
+responses are trained, each with the end-of-turn or end-of-text tokens after it. A prompt and the response after it are
+tokenised apart, as they are when the trained model answers.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rwkv_bone.data.conversation import Conversation, conversation, layout_of
+from rwkv_bone.data.conversation import NOTHING_TRAINED, Conversation, Layout, Turn, conversation, layout_of
 from rwkv_bone.data.ids import check_ids
+from rwkv_bone.data.remarks import Remarks
+from rwkv_bone.data.segments import think_block
 from rwkv_bone.data.sources import Rows, Split, open_source
-from rwkv_bone.data.tool_text import HERMES, with_tools_as_text
+from rwkv_bone.data.tool_text import has_tools, with_tools_as_text
 from rwkv_bone.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100  # the label of tokens that are not trained, in transformers and PyTorch
-# What messages about rows call the flags of train.py, and what those of train_hf.py are called; some it does not have.
+# What messages about files call the flags of train.py, and what those of train_hf.py are called; some it does not have.
 OWN_FLAGS = {
     "--sft_field": "--dataset_field",
     "--sft_split": "--dataset_split",
     "--data_file and --eval_data take": "--data_path and --eval_path take",
     "; a dataset of the hub with --data_type hf": "",
     ", or give --data_type": "",
-    ", or --data_type jsonl for 'text'": "",
 }
+# Remarks.
+TOOLS_AS_TEXT = "rows whose tools, calls and results are text of their turns, as the chat template writes none of them"
+THINKING_AS_TEXT = "rows whose thinking is a <think> block in the text, as the chat template has no place for it"
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ class Samples:
     cut: int = 0
     dropped: int = 0  # samples whose prompt alone fills model_max_length
     last_only: int = 0  # conversations in which the template changes earlier turns, so that the last one is trained
+    remarks: Remarks = field(default_factory=Remarks)
+    notes: list[str] = field(default_factory=list)  # about the file
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,6 +97,10 @@ class Samples:
             facts.append(f"{self.last_only:,} train their last response only, as the chat template changes the others")
         return facts
 
+    def lines(self) -> list[str]:
+        """What was left out, changed or not used of the rows: lines for the user."""
+        return [*self.notes, *self.remarks.lines()]
+
 
 def load_samples(
     rows: Iterable[tuple[str, dict]],
@@ -95,13 +108,16 @@ def load_samples(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     limits: Limits = Limits(),  # noqa: B008, it is frozen
+    flag: str = "--dataset_field",
+    or_usual: bool = False,
 ) -> Samples:
     """The samples of (place, row) pairs. UserError, beginning with the place, for a row that cannot be used.
 
-    So is one that, cut to max_length, has more tokens or other ids than the model can read.
+    So is one that, cut to max_length, has more tokens or other ids than the model can read. flag: the setting that
+    names the fields of this file; or_usual: `fields` are those of another file, which hold where this one has them.
     """
     try:
-        return _load(rows, fields, tokenizer, max_length, limits)
+        return _load(rows, fields, tokenizer, max_length, limits, flag, or_usual)
     except UserError as error:
         words = str(error)
         for theirs, ours in OWN_FLAGS.items():
@@ -115,11 +131,23 @@ def _load(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     limits: Limits,
+    flag: str,
+    or_usual: bool,
 ) -> Samples:
     samples, layout, where = Samples(), None, "no row"
     for where, row in rows:
-        layout = layout or layout_of(row, fields, "auto", where)
-        segments, last_only = render(with_tools_as_text(conversation(row, layout, where), HERMES), tokenizer)
+        if layout is None:
+            layout = layout_of(row, fields, "auto", where, flag, or_usual)
+            if isinstance(rows, RowsOf):
+                rows.keep(layout)
+            if layout.instead:
+                samples.notes.append(
+                    f"not the fields of --dataset_field {' '.join(fields)}, so that usual names are read: {layout}"
+                )
+        talk, found = conversation(row, layout, where), Counter[str]()
+        segments, last_only = render(talk, tokenizer, found)
+        samples.remarks.add(talk.remarks)
+        samples.remarks.add(found)
         samples.last_only += last_only
         ids, labels = [], []
         for tokens, trained in segments:
@@ -137,39 +165,144 @@ def _load(
         # The first token has nothing before it to be predicted from.
         if any(label != IGNORED_LABEL for label in labels[1:]):
             samples.rows.append({"input_ids": ids, "labels": labels})
-        else:
+        elif NOTHING_TRAINED not in talk.remarks:  # else it is counted there
             samples.dropped += 1
+    if isinstance(rows, RowsOf):
+        samples.notes += rows.notes
     if not samples.rows:
+        if samples.remarks.counts.get(NOTHING_TRAINED):
+            raise UserError(f"{where}: up to here {'; '.join(samples.remarks.lines())}")
         raise UserError(f"{where}: up to here no row has a response within --model_max_length {max_length}")
     return samples
 
 
-def rows_of(path: str, split: str = "", held_out: bool = False) -> Iterator[tuple[str, dict]]:
-    """(place, row) of a file of rows, or of a folder of the datasets library. split: such as train[:1000]."""
-    part = Split.parse(split)
-    source = open_source(path, split=part.name, held_out=held_out)
-    if not isinstance(source, Rows):
-        raise UserError(f"{path} is {source.kind}: expected rows of prompt and response, or of messages")
-    for number, raw, _ in part.items(source):
-        where = source.places(number)
-        if isinstance(raw, UserError):
-            raise raw
-        yield where, source.parse(raw, where)
+class RowsOf:
+    """(place, row) of a file of rows, or of a folder of the datasets library, which is opened when it is read.
+
+    split: a part of it, such as train[:1000]; held_out: which of its splits is meant; fields, columns: as `open_source`
+    takes them. `notes` are lines for the user about what was read.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        split: str = "",
+        held_out: bool = False,
+        fields: tuple[str, ...] = (),
+        columns: tuple[str, ...] = (),
+    ):
+        self.path, self.split, self.held_out, self.fields, self.columns = path, split, held_out, fields, columns
+        self.notes: list[str] = []
+        self._source: Rows | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, dict]]:
+        part = Split.parse(self.split)
+        source = open_source(
+            self.path, split=part.name, held_out=self.held_out, fields=self.fields, columns=self.columns
+        )
+        if not isinstance(source, Rows):
+            raise UserError(f"{self.path} is {source.kind}: expected rows of prompt and response, or of messages")
+        self._source, self.notes = source, source.notes
+        for number, raw, _ in part.items(source):
+            where = source.places(number)
+            if isinstance(raw, UserError):
+                raise raw
+            yield where, source.parse(raw, where)
+
+    def keep(self, layout: Layout) -> None:
+        """Convert the fields of this layout from now on, and text, but no other columns."""
+        if self._source is not None:
+            self._source.keep(layout.names)
 
 
-def render(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[tuple[list[int], bool]], bool]:
-    """([(token ids, trained), ...], whether only the last response of several is trained)."""
+def render(
+    talk: Conversation, tokenizer: PreTrainedTokenizerBase, remarks: Counter[str] | None = None
+) -> tuple[list[tuple[list[int], bool]], bool]:
+    """([(token ids, trained), ...], whether only the last response of several is trained).
+
+    remarks: takes what was written in another way than the row has it.
+    """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if talk.document is not None:
         return [(_begun(tokenizer, talk.document) + end, True)], False
     if not getattr(tokenizer, "chat_template", None):
+        talk = with_tools_as_text(talk)
         if [turn.role for turn in talk.turns] != ["user", "assistant"]:
             raise UserError(f"{talk.where}: several turns need a tokenizer with a chat template, and this one has none")
         user, answer = talk.turns
-        prompt = f"{user.text}\n{user.material}" if user.material else user.text
-        return [(_begun(tokenizer, prompt), False), (_ids(tokenizer, answer.text) + end, True)], False
+        written = _ids(tokenizer, think_block(answer) + answer.text) + end
+        return [(_begun(tokenizer, _said(user)), False), (written, answer.trained)], False
+    remarks = Counter() if remarks is None else remarks
+    if has_tools(talk) and not _writes_tools(talk, tokenizer):
+        remarks[TOOLS_AS_TEXT] += 1
+        turns = [replace(turn, call_ids=(), name="") for turn in with_tools_as_text(talk).turns]
+        turns = [replace(turn, role="user") if turn.role == "tool" else turn for turn in turns]
+        talk = replace(talk, turns=tuple(turns), tools=())
+    if any(turn.thinking for turn in talk.turns) and not _writes_thinking(talk, tokenizer):
+        remarks[THINKING_AS_TEXT] += 1
+        turns = [replace(turn, text=think_block(turn) + turn.text, thinking="") for turn in talk.turns]
+        talk = replace(talk, turns=tuple(turns))
     spans, last_only = _template_spans(talk, tokenizer)
     return [(_ids(tokenizer, text), trained) for text, trained in spans if text], last_only
+
+
+def _said(turn: Turn) -> str:
+    return f"{turn.text}\n{turn.material}" if turn.material else turn.text
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    """A turn as chat templates take it."""
+    message: dict[str, Any] = {"role": turn.role, "content": _said(turn)}
+    if turn.thinking:
+        message["reasoning_content"] = turn.thinking
+    ids = turn.call_ids or ("",) * len(turn.calls)
+    if turn.calls:
+        message["tool_calls"] = [
+            ({"id": name} if name else {}) | {"type": "function", "function": dict(call)}
+            for name, call in zip(ids, turn.calls, strict=True)
+        ]
+    elif turn.role == "tool" and ids:
+        message["tool_call_id"] = ids[0]
+    return message | ({"name": turn.name} if turn.name else {})
+
+
+def _written(talk: Conversation, tokenizer: PreTrainedTokenizerBase, count: int, prompt: bool = False) -> str:
+    """The template's text of the first `count` turns; prompt: with what begins a response."""
+    try:
+        return tokenizer.apply_chat_template(
+            [_message(turn) for turn in talk.turns[:count]],
+            tools=list(talk.tools) or None,
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
+    except Exception as error:
+        # A template may raise anything for roles or an order that it does not support.
+        raise UserError(f"{talk.where}: the tokenizer's chat template refuses this row: {error}") from error
+
+
+def _writes_tools(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template writes the tools on offer, the first calls and the first result of a conversation."""
+    try:
+        if talk.tools and _written(talk, tokenizer, len(talk.turns)) == _written(
+            replace(talk, tools=()), tokenizer, len(talk.turns)
+        ):
+            return False
+        for turn in {turn.role: turn for turn in reversed(talk.turns) if turn.calls or turn.role == "tool"}.values():
+            written = _written(talk, tokenizer, talk.turns.index(turn) + 1)
+            said = turn.text.strip()
+            if said not in written and json.dumps(said, ensure_ascii=False) not in written:
+                return False
+            if not all(call["name"] in written for call in turn.calls):
+                return False
+        return True
+    except UserError:
+        return False
+
+
+def _writes_thinking(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template writes the thinking of the first turn that thinks, while that is the last turn."""
+    count, turn = next((i + 1, turn) for i, turn in enumerate(talk.turns) if turn.thinking)
+    return turn.thinking in _written(talk, tokenizer, count)
 
 
 def _template_spans(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[tuple[str, bool]], bool]:
@@ -177,25 +310,11 @@ def _template_spans(talk: Conversation, tokenizer: PreTrainedTokenizerBase) -> t
 
     What is trained begins where the model would continue and ends where the turn does.
     """
-    messages = []
-    for turn in talk.turns:
-        text = f"{turn.text}\n{turn.material}" if turn.material else turn.text
-        messages.append({"role": turn.role, "content": text})
-        if turn.thinking:
-            messages[-1]["reasoning_content"] = turn.thinking
-
-    def written(count: int, prompt: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:
-            # A template may raise anything for roles or an order that it does not support.
-            raise UserError(f"{talk.where}: the tokenizer's chat template refuses this row: {error}") from error
-
-    whole = written(len(messages), False)
+    whole = _written(talk, tokenizer, len(talk.turns))
     spans, position, last_only = [], 0, False
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [index for index, turn in enumerate(talk.turns) if turn.role == "assistant" and turn.trained]
     for index in answers:
-        before, after = written(index, True), written(index + 1, False)
+        before, after = _written(talk, tokenizer, index, True), _written(talk, tokenizer, index + 1)
         if whole.startswith(before) and whole.startswith(after) and position <= len(before) <= len(after):
             spans += [(whole[position : len(before)], False), (whole[len(before) : len(after)], True)]
             position = len(after)

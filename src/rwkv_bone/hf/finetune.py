@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from rwkv_bone.devices import select_device
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf.config import BoneConfig
-from rwkv_bone.hf.data import IGNORED_LABEL, Limits, Samples, collate, load_samples, rows_of
+from rwkv_bone.hf.data import IGNORED_LABEL, Limits, RowsOf, Samples, collate, load_samples
 from rwkv_bone.hf.flags import ZERO_STAGES, HfConfig
 from rwkv_bone.hf.model import TRAINER_WEIGHTS, BoneModel, get_bone_model
 
@@ -53,10 +53,20 @@ def finetune(config: HfConfig) -> None:
     limits = _limits(transformers, source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     files = [path for path in (config.data_path, config.eval_path) if path]
-    sources = [rows_of(config.data_path, config.dataset_split), rows_of(config.eval_path, held_out=True)][: len(files)]
-    train, *held_out = (
-        load_samples(rows, config.dataset_field, tokenizer, config.model_max_length, limits) for rows in sources
+    named, columns = config.dataset_field, config.columns
+    train = load_samples(
+        RowsOf(config.data_path, config.dataset_split, False, named, columns),
+        named,
+        tokenizer,
+        config.model_max_length,
+        limits,
     )
+    held_out = []
+    if config.eval_path:
+        fields = config.eval_field or named
+        rows = RowsOf(config.eval_path, "", True, fields, columns)
+        flag, or_usual = "--eval_field", not config.eval_field
+        held_out = [load_samples(rows, fields, tokenizer, config.model_max_length, limits, flag, or_usual)]
     # Padding is masked, so that any id will do; but one beyond the embedding, of a token that was added, would not.
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad = next(token for token in candidates if token is not None and token < (limits.vocab_size or token + 1))
@@ -97,7 +107,8 @@ def finetune(config: HfConfig) -> None:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     for samples, path in zip([train, *held_out], files, strict=True):
-        report(f"{path}: {', '.join(samples.facts())}")
+        for line in (", ".join(samples.facts()), *samples.lines()):
+            report(f"{path}: {line}")
     trainable, total = model.get_nb_trainable_parameters()
     report(f"{config.mode} with r {config.bone_r}: {trainable:,} trainable of {total:,} parameters")
     if arguments.process_index == 0 and config.overwrite:

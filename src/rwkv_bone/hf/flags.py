@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rwkv_bone.config.fields import check_at_least, check_choices, check_given, setting
+from rwkv_bone.config.fields import check_given, check_values, setting
 from rwkv_bone.errors import UserError
 
 MODES = ("bone", "bat-col", "bat-row")
@@ -38,7 +38,16 @@ class HfConfig:
     data_path: str = setting("", "rows to train on: JSON lines, a JSON list, CSV, Parquet, Arrow or a datasets folder")
     eval_path: str = setting("", "held-out rows, whose loss is measured before and after training; empty = none")
     dataset_field: tuple[str, ...] = setting(
-        (), "names of the prompt and response fields, or of the list of messages; empty = the usual names"
+        (),
+        "names of the prompt and response fields, such as instruction+input output (a+b: two fields, joined by a line "
+        "break; a.b: inside an object), or one name, of the list of messages or a document's text; empty = the usual "
+        "names",
+    )
+    eval_field: tuple[str, ...] = setting(
+        (), "as dataset_field, for eval_path; empty = those of dataset_field where eval_path has them, else usual names"
+    )
+    columns: tuple[str, ...] = setting(
+        (), "names of the columns of tables without a header, such as prompt response; empty = the first line may tell"
     )
     dataset_split: str = setting(
         "", "part of data_path's rows to use, such as [:1000], [5%:] or train[:1000]; empty = all"
@@ -49,27 +58,38 @@ class HfConfig:
     overwrite: bool = setting(False, "1 = replace what an earlier run left in output_dir; 0 = refuse to")
     resume: bool = setting(False, "1 = continue from the newest checkpoint in output_dir")
     merge: bool = setting(False, "1 = also write the merged model, base and adapter in one, to output_dir/merged")
-    bone_r: int = setting(64, "block size r; the number of trained parameters is proportional to it")
+    bone_r: int = setting(
+        64, "block size r; the number of trained parameters is proportional to it", at_least=1, at_most=2**16
+    )
     mode: str = setting(
         "bone", "bone, bat-col (PEFT's bat) or bat-row (RWKV-PEFT's bat, which PEFT cannot load)", MODES
     )
     target_modules: tuple[str, ...] = setting(
         (), "names of layers to adapt, such as q_proj v_proj or q_proj,v_proj; empty = all linear layers"
     )
-    model_max_length: int = setting(512, "largest number of tokens of a sample; longer ones are cut, and counted")
-    per_device_train_batch_size: int = setting(4, "samples per device and forward pass")
-    gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step")
-    num_train_epochs: float = setting(1.0, "passes over the data, such as 2 or 0.5")
-    learning_rate: float = setting(2e-5, "learning rate after the warm-up")
+    model_max_length: int = setting(
+        512, "largest number of tokens of a sample; longer ones are cut, and counted", at_least=1, at_most=10**7
+    )
+    per_device_train_batch_size: int = setting(4, "samples per device and forward pass", at_least=1, at_most=2**16)
+    gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step", at_least=1, at_most=10**5)
+    num_train_epochs: float = setting(1.0, "passes over the data, such as 2 or 0.5", above=0, at_most=10**6)
+    learning_rate: float = setting(2e-5, "learning rate after the warm-up", at_least=0, warn_above=0.1)
     lr_scheduler_type: str = setting("cosine", "curve of the learning rate after the warm-up", SCHEDULES)
     warmup_ratio: float = setting(
-        0.0, "share of the optimiser steps in which the learning rate rises, such as 0.03; 0 = no warm-up"
+        0.0,
+        "share of the optimiser steps in which the learning rate rises, such as 0.03; 0 = no warm-up",
+        at_least=0,
+        below=1,
     )
-    weight_decay: float = setting(0.0, "AdamW's weight decay of the adapter; 0 = none")
-    max_grad_norm: float = setting(1.0, "largest norm of the gradient: a larger one is scaled down; 0 = no clipping")
-    save_steps: int = setting(0, "number of optimiser steps between checkpoints; 0 = one at the end of each epoch")
-    save_total_limit: int = setting(2, "number of checkpoints to keep, the newest ones")
-    logging_steps: int = setting(1, "number of optimiser steps between lines of the log")
+    weight_decay: float = setting(0.0, "AdamW's weight decay of the adapter; 0 = none", at_least=0, warn_above=1)
+    max_grad_norm: float = setting(
+        1.0, "largest norm of the gradient: a larger one is scaled down; 0 = no clipping", at_least=0
+    )
+    save_steps: int = setting(
+        0, "number of optimiser steps between checkpoints; 0 = one at the end of each epoch", at_least=0, at_most=10**9
+    )
+    save_total_limit: int = setting(2, "number of checkpoints to keep, the newest ones", at_least=1)
+    logging_steps: int = setting(1, "number of optimiser steps between lines of the log", at_least=1)
     precision: str = setting("bf16", "dtype of frozen weights and arithmetic; the adapter is always fp32", PRECISIONS)
     gradient_checkpointing: bool = setting(
         False, "1 = recompute each layer in backward: less memory, about a third more time"
@@ -78,23 +98,26 @@ class HfConfig:
         "zero2", "ZeRO stage (zero1, zero2, zero3), the path of a DeepSpeed JSON configuration, or none"
     )
     devices: int = setting(
-        1, "number of GPUs (or CPU processes) on this machine; torchrun, if you use it, decides instead"
+        1,
+        "number of GPUs (or CPU processes) on this machine; torchrun, if you use it, decides instead",
+        at_least=1,
+        at_most=128,
     )
-    seed: int = setting(42, "seed of the order of the data")
+    seed: int = setting(42, "seed of the order of the data", at_least=0, at_most=2**32 - 1)
 
     def __post_init__(self):
         check_given(self, "model_name_or_path", "data_path", "output_dir")
-        check_choices(self)
-        counts = ("bone_r", "model_max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "devices")
-        check_at_least(self, 1, *counts)
-        if self.resume and self.overwrite:
-            raise UserError("--resume needs what --overwrite removes: give one of them")
-        if self.num_train_epochs <= 0:
-            raise UserError(f"--num_train_epochs {self.num_train_epochs}: expected more than 0")
-        if not 0 <= self.warmup_ratio < 1:
-            raise UserError(f"--warmup_ratio {self.warmup_ratio}: expected a share, 0 <= warmup_ratio < 1")
-        if len(self.dataset_field) > 2:
-            raise UserError(f"--dataset_field takes the names of prompt and response, got {len(self.dataset_field)}")
+        check_values(self)
+        for name in ("dataset_field", "eval_field"):
+            names = getattr(self, name)
+            if len(names) > 2:
+                raise UserError(
+                    f"--{name} takes the names of prompt and response, or one name, got {len(names)}: "
+                    f"{' '.join(names)}. Several fields of the prompt are joined by +: --{name} "
+                    f"{'+'.join(names[:-1])} {names[-1]}"
+                )
+        if self.eval_field and not self.eval_path:
+            raise UserError("--eval_field names fields of --eval_path: give that too, or remove it")
 
     @property
     def targets(self) -> list[str] | str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from rwkv_bone.console import progress_bar, with_bar
 from rwkv_bone.data import BatchPlan, Dataset
 from rwkv_bone.data.tokenizer import Tokenizer, encode_marked
 from rwkv_bone.inference.generate import BATCH, StatefulModel, generate
@@ -36,7 +37,8 @@ def heldout_loss(
     plan = BatchPlan(dataset, micro_bsz=micro_bsz, pack=True)
     # Summed on the device, so that a GPU is waited for only once, at the end.
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-    for step in range(plan.total_steps(1)):
+    steps = plan.total_steps(1)
+    for step in with_bar(range(steps), steps, "measuring the held-out loss"):
         batch = plan.batch(0, step, 0, 0).to(device)
         total += model(batch.ids, labels=batch.labels, label_rows=batch.label_rows, cu_seqlens=batch.cu_seqlens)
         tokens += batch.window_tokens
@@ -59,6 +61,8 @@ def exact_match(
     longest = max((len(tokenizer.encode(response)) for _, response in pairs), default=0)
     # A model needs one token to start from. What comes before a document is the end of another.
     prompts = [encode_marked(tokenizer, prompt) or [tokenizer.eod] for prompt, _ in pairs]
-    written = generate(model, prompts, max_new=longest + 1, stop_id=tokenizer.eod, batch=batch, device=device)
+    with progress_bar(len(prompts), "answering held-out prompts") as bar:
+        how: dict[str, Any] = {"stop_id": tokenizer.eod, "batch": batch, "device": device, "done": bar.update}
+        written = generate(model, prompts, max_new=longest + 1, **how)
     answers = [Answer(*pair, tokenizer.decode(ids)) for pair, ids in zip(pairs, written, strict=True)]
     return sum(answer.correct for answer in answers) / max(len(answers), 1), answers

@@ -9,6 +9,7 @@ Sizes: B sequences at a time, D documents of a piece, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 
@@ -37,19 +38,28 @@ def generate(
     batch: int = BATCH,
     piece: int = PIECE,
     device: torch.device | str = "cpu",
+    done: Callable[[int], object] = lambda prompts: None,
 ) -> list[list[int]]:
     """Continue each prompt by at most `max_new` tokens; what is returned holds neither prompt nor `stop_id`.
 
     model: an `RWKV`, or what passes its arguments on to one. Prompts may have any length but 0; they are never cut.
     temperature 0 takes the most likely token; above it, tokens are drawn from the smallest set whose probability
     reaches `top_p`, the same ones for the same seed. The states of `batch` sequences and one forward pass of `piece`
-    tokens must fit into memory. ValueError for an empty prompt, and for a batch or piece below 1.
+    tokens must fit into memory. done: called after each batch with the number of its prompts. ValueError
+    for an empty prompt, a batch or piece below 1, a negative max_new, a temperature that is no number from 0 on, and a
+    top_p outside 0 < top_p <= 1.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt is empty: it needs at least one token to continue from")
     if min(batch, piece) < 1:
         raise ValueError(f"batch {batch}, piece {piece}: expected at least 1")
-    if max_new < 1:
+    if max_new < 0:
+        raise ValueError(f"max_new {max_new}: expected the largest number of new tokens, 0 or more")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature}: expected 0 (the most likely token) or a positive number")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p}: expected a probability above 0, up to 1 (all tokens)")
+    if max_new == 0:
         return [[] for _ in prompts]
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -58,7 +68,9 @@ def generate(
 
     answers: list[list[int]] = []
     for start in range(0, len(prompts), batch):
-        answers += _answers(model, prompts[start : start + batch], choose, max_new, stop_id, piece, device)
+        some = prompts[start : start + batch]
+        answers += _answers(model, some, choose, max_new, stop_id, piece, device)
+        done(len(some))
     return answers
 
 

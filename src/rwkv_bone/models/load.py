@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rwkv_bone import checkpoints
 from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.config import ModelConfig
+from rwkv_bone.console import with_bar
 from rwkv_bone.errors import UserError
 from rwkv_bone.models.layers import Head
 from rwkv_bone.models.rwkv import GENERATIONS, RWKV
@@ -37,7 +38,8 @@ def load_base_into(
         model.add_time_state()
     checkpoints.match_keys(model.state_dict(), state, source)
     tensors = {}
-    for key, tensor in state.items():
+    items = state.items() if quant == "none" else with_bar(state.items(), len(state), f"quantising to {quant}")
+    for key, tensor in items:
         if quant != "none" and is_quantized(key):
             model.set_submodule(key.removesuffix(".weight"), QuantLinear(quantize(tensor.to(device), quant)))
             continue

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, seed_everything
 
+from rwkv_bone import console
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.training import project
@@ -29,15 +29,16 @@ from rwkv_bone.training.saving import SaveTrained
 from rwkv_bone.training.seeding import SeedBatches
 from rwkv_bone.training.signals import StopOnSignal
 from rwkv_bone.training.strategy import silence_libraries
-from rwkv_bone.training.trainer import choose_device, is_main_process, make_trainer, run_steps
+from rwkv_bone.training.trainer import choose_device, is_main_process, make_trainer, run_steps, settle_threads
 
 
 def fit(config: TrainConfig) -> Path:
     """Train as `config` says and return the last file of trained parameters; UserError for what a user can fix."""
     silence_libraries()
     main, run = is_main_process(), config.run
-    report: Callable[[str], None] = partial(print, flush=True) if main else lambda line: None
+    report: Callable[[str], None] = console.say if main else lambda line: None
     device = choose_device(run.accelerator)
+    threads = settle_threads(run.devices)
     earlier = Saved.find(config) if run.resume else None
     folder = project.check_folder(config) if main else Path(run.proj_dir)
 
@@ -56,14 +57,17 @@ def fit(config: TrainConfig) -> Path:
     first = earlier.step if earlier else 0
     module = TrainingModule(model, plan, run.epoch_count, config.optim, config.model, first, adapter.lora_plus)
 
-    for line in header(config, prepared, module, device, earlier, text):
+    for line in header(config, prepared, module, device, threads, earlier, text):
         report(line)
     heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report)
     if earlier and first >= module.total_steps and not (heldout and heldout.interrupted(module.total_steps)):
         report(f"nothing is left to do: the run in {folder} is complete; a larger --epoch_count trains longer")
         return earlier.trained
 
-    log = StepLog(folder / project.LOG, kept=read_log(folder / project.LOG, first) if earlier else ())
+    kept, missing = read_log(folder / project.LOG, first) if earlier else ([], "")
+    if missing:
+        report(f"resume    {missing}")
+    log = StepLog(folder / project.LOG, kept, report)
     go_on = program("train.py", "--resume", "1", "--proj_dir", str(folder))
     save = SaveTrained(output, folder, run, earlier=earlier, go_on=go_on, report=report)
     stop = StopOnSignal(save.save_step, lambda: f"interrupted; {save.state_of_things()}")
@@ -76,6 +80,7 @@ def fit(config: TrainConfig) -> Path:
     trainer = make_trainer(config, device, trainable, wandb_logger(run.wandb, folder, report), callbacks)
     if main:
         project.begin(folder, config)
+        console.keep_lost_output(folder / project.OUTPUT)
     run_steps(trainer, module)
     assert save.last_path
     if main:

@@ -12,11 +12,13 @@ from pathlib import Path
 from lightning.pytorch import Callback, Trainer
 
 from rwkv_bone.checkpoints import atomic_path
+from rwkv_bone.console import counted
 from rwkv_bone.data import Dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
 from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.inference.evaluate import Answer, exact_match, heldout_loss
+from rwkv_bone.training import project
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.module import TrainingModule
 
@@ -54,7 +56,7 @@ class Measured:
         }
 
     def line(self) -> str:
-        text = f"loss {self.loss:.4f} nats per token ({self.tokens:,} tokens)"
+        text = f"loss {self.loss:.4f} nats per token ({counted(self.tokens, 'token')})"
         if self.exact is not None:
             correct = sum(answer.correct for answer in self.answers)
             text += f", exact match {self.exact:.1%} ({correct} of {len(self.answers)})"
@@ -88,7 +90,10 @@ class HeldOut(Callback):
         measured = json.dumps([data_fingerprint(dataset), [list(pair) for pair in pairs]])
         self._data = blake2b(measured.encode(), digest_size=16).hexdigest()
         if resumed and path.is_file():
-            self.before, self.after = read_measured(path, self._data)
+            try:
+                self.before, self.after = read_measured(path, self._data)
+            except UserError:
+                report(f"held-out  {path} is damaged: what it held is measured again, as far as that is possible")
 
     def interrupted(self, total_steps: int) -> bool:
         """Whether the run was measured before its first step and not after its last."""
@@ -145,8 +150,11 @@ class HeldOut(Callback):
     def _write(self) -> None:
         measured = {"before": self.before, "after": self.after}
         content = {"data": self._data} | {when: one.record() for when, one in measured.items() if one}
-        with atomic_path(self.path, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with project.spared("the measurement is only shown here", self.report):
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            with atomic_path(self.path, overwrite=True) as temporary:
+                # Half of a character outside the basic plane, which JSON can hold, is written as its number.
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_measured(path: Path, data: str) -> tuple[Measured | None, Measured | None]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,9 +18,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from rwkv_bone.checkpoints import atomic_path
+from rwkv_bone.console import counted
 from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.training.module import TrainingModule
-from rwkv_bone.training.project import LOG
+from rwkv_bone.training.project import LOG, spared
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -55,24 +56,38 @@ class StepLog(Callback):
     | peak_memory_mb | so far, in MiB: `peak_memory_mb` |
     | peak_reserved_mb | so far, in MiB: `peak_reserved_mb`; null on a CPU |
 
-    kept: the lines of an earlier process, of the steps that a continued run does not repeat.
+    kept: the lines of an earlier process, of the steps that a continued run does not repeat. A log that cannot be
+    written is reported once and costs no more than its lines; at the end of the run it is tried again, whole.
     """
 
-    def __init__(self, path: Path, kept: Sequence[dict] = ()):
-        self.path = path
+    def __init__(self, path: Path, kept: Sequence[dict] = (), report: Callable[[str], None] = print):
+        self.path, self.report = path, report
         self.records = list(kept)
         self._file: TextIO | None = None
+        self._incomplete = False  # a line could not be written
 
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
-        self._file = self._open() if trainer.is_global_zero else None
+        if trainer.is_global_zero:
+            with self._spared():
+                self._file = self._open()
         self._begin, self._waited = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        with spared(f"the run goes on, and {self.path} lacks lines", self.report):
+            self._incomplete = True
+            yield
+            self._incomplete = False
 
     def _open(self) -> TextIO:
         if not self.records:
             return open(self.path, "w", encoding="utf-8")
+        self._write_whole()
+        return open(self.path, "a", encoding="utf-8")
+
+    def _write_whole(self) -> None:
         with atomic_path(self.path, overwrite=True) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
-        return open(self.path, "a", encoding="utf-8")
 
     def on_train_batch_end(
         self, trainer: Trainer, module: TrainingModule, outputs: Any, batch: Any, index: int
@@ -92,38 +107,90 @@ class StepLog(Callback):
             "peak_reserved_mb": None if reserved is None else round(reserved, 1),
         }
         self.records.append(record)
-        if self._file:
-            try:
+        if self._file and not self._incomplete:
+            with self._spared():
                 self._file.write(json.dumps(record) + "\n")
                 self._file.flush()
-            except OSError as error:
-                raise UserError(f"{self.path} could not be written: {error.strerror}") from error
         if trainer.logger:
             numbers = {name: value for name, value in record.items() if value is not None}
             trainer.logger.log_metrics(numbers, step=record["step"])
 
     def teardown(self, trainer: Trainer, module: TrainingModule, stage: str) -> None:
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what could not be written stays in its buffer
+                self._file.close()
+            self._file = None
+        if self._incomplete and trainer.is_global_zero:
+            # There may be room again.
+            with contextlib.suppress(OSError, UserError):
+                self._write_whole()
+                self.report(f"{self.path} could be written after all, with every line")
 
 
-def read_log(path: Path, steps: int) -> list[dict]:
-    """The records of the first `steps` optimiser steps; UserError if the log does not hold exactly these."""
-    records: list[dict] = []
-    with open(path, "rb") as file:
-        for line in islice(file, steps):
-            try:
-                records.append(json.loads(line))
-            except JSON_ERRORS as error:
-                raise UserError(f"{path}:{len(records) + 1} is not JSON ({error}): repair or remove the file") from None
-    whole = [isinstance(record, dict) and isinstance(record.get("loss"), int | float) for record in records]
-    if not all(whole) or [record.get("step") for record in records] != list(range(1, steps + 1)):
-        raise UserError(f"{path} does not hold the steps 1 to {steps}: restore or remove the file")
-    return records
+def read_log(path: Path, steps: int) -> tuple[list[dict], str]:
+    """(the records of the first `steps` optimiser steps, as far as the log holds them; what is missing, in words)."""
+    found: dict[int, dict] = {}
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(LookupError, TypeError, OverflowError, *JSON_ERRORS):
+                record = json.loads(line)
+                # What others compute with.
+                sum(float(record[name]) for name in ("loss", "tokens", "seconds"))
+                if type(record["step"]) is int and 1 <= record["step"] <= steps:
+                    found[record["step"]] = record
+    missing = steps - len(found)
+    note = f"{path} lacks {counted(missing, 'step')} of {steps}: so does the loss curve" if missing else ""
+    return [found[step] for step in sorted(found)], note
+
+
+class BestEffort(Logger):
+    """A logger that sends what `make()` makes it with. What fails there is reported once, and nothing more is sent."""
+
+    def __init__(self, name: str, make: Callable[[], Logger], report: Callable[[str], None]):
+        super().__init__()
+        self._name, self._make, self._report = name, make, report
+        self._logger: Logger | None = None
+        self._failed = False
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: config.json has them."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self._failed:
+            return
+        with self._spared():
+            self._logger = self._logger or self._make()
+            self._logger.log_metrics(metrics, step)
+
+    def finalize(self, status: str) -> None:
+        with self._spared():
+            if self._logger:
+                self._logger.finalize(status)
+
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        def report(problem: str) -> None:
+            if not self._failed:
+                self._report(problem)
+            self._failed = True
+
+        with spared(f"nothing more is sent to {self._name}; the run goes on", report):
+            yield
 
 
 def wandb_logger(project: str, folder: Path, report: Callable[[str], None]) -> Logger | None:
-    """Lightning's Weights & Biases logger for `--wandb project`; None without one, or (reported) without wandb."""
+    """Lightning's Weights & Biases logger for `--wandb project`, which cannot end the run.
+
+    None without a project, or (reported) without wandb.
+    """
     if not project:
         return None
     if importlib.util.find_spec("wandb") is None:
@@ -131,4 +198,4 @@ def wandb_logger(project: str, folder: Path, report: Callable[[str], None]) -> L
         return None
     from lightning.pytorch.loggers import WandbLogger
 
-    return WandbLogger(project=project, save_dir=folder)
+    return BestEffort("wandb", lambda: WandbLogger(project=project, save_dir=folder), report)

@@ -109,7 +109,7 @@ def _inject_adapter(config: TrainConfig, model: RWKV, base: str) -> Injection:
         train_parts=config.adapter.train_parts,
     )
     path, quant = config.adapter.peft_load, config.model.quant
-    if path:
+    if path and not config.run.resume:  # a resumed run has the values that became of those in the file
         adapter = load_adapter_file(model, path, injection, base=base, base_file=config.model.load_model)
         metadata = adapter.metadata
         trained_on = metadata.get("quant", "none") if metadata else quant

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning.pytorch import Callback, Trainer
 
+from rwkv_bone.console import progress_bar
 from rwkv_bone.training.log import StepLog
 from rwkv_bone.training.module import TrainingModule
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class ProgressLines(Callback):
     """A progress bar on a terminal; elsewhere about twenty plain lines."""
 
-    BAR = 24
-
     def __init__(self, step_log: StepLog, stream: TextIO | None = None):
         self.step_log, self.stream = step_log, stream or sys.stdout
+        self._bar: tqdm | None = None
 
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
         self._begin = time.perf_counter()
+        if trainer.is_global_zero and self.stream.isatty():
+            steps = {"total": module.total_steps, "initial": module.first_step}
+            self._bar = progress_bar(layout="{desc} [{bar}]", stream=self.stream, delay=0, leave=True, **steps)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: TrainingModule, outputs: Any, batch: Any, index: int
@@ -37,21 +43,29 @@ class ProgressLines(Callback):
         loss = sum(r["loss"] for r in recent) / len(recent)
         recent = recent[-ours:]
         speed = sum(r["tokens"] for r in recent) / sum(r["seconds"] for r in recent)
-        line = (
-            f"step {done}/{total}  epoch {window.epoch + 1}/{module.epochs}  loss {loss:.4f}  "
-            f"lr {window.lr:.2e}  {speed:,.0f} tokens/s  {clock(elapsed / ours * (total - done))} left"
-        )
-        if self.stream.isatty():
-            filled = self.BAR * done // total
-            end = "\n" if done == total else ""
-            self.stream.write(f"\r[{'#' * filled}{'.' * (self.BAR - filled)}] {line}\033[K{end}")
-            self.stream.flush()
+        step, epoch = f"step {done}/{total}", f"epoch {window.epoch + 1}/{module.epochs}"
+        left = f"{clock(elapsed / ours * (total - done))} left"
+        numbers = {"loss": f"loss {loss:.4f}", "lr": f"lr {window.lr:.2e}", "speed": f"{speed:,.0f} tokens/s"}
+        if self._bar is not None and not self.stream.isatty():
+            # The terminal is gone: what is said from now on goes to a file.
+            self._bar.disable, self._bar = True, None
+        if self._bar is not None:
+            # A narrow terminal cuts the line: the first are needed most.
+            words = [step, numbers["loss"], left, numbers["speed"], epoch, numbers["lr"]]
+            self._bar.set_description_str("  ".join(words), refresh=False)
+            self._bar.update()
+            if done == total:
+                self._close()
         elif done == total or ours == 1 or done % -(-total // 20) == 0:
-            print(line, file=self.stream, flush=True)
+            print("  ".join([step, epoch, *numbers.values(), left]), file=self.stream, flush=True)
 
     def on_exception(self, trainer: Trainer, module: TrainingModule, exception: BaseException) -> None:
-        if trainer.is_global_zero and self.stream.isatty():
-            self.stream.write("\n")
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def clock(seconds: float) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from rwkv_bone.errors import UserError
 
 CONFIG, LOG, PLOT, EVALUATION = "config.json", "train_log.jsonl", "loss.png", "evaluation.json"
 RESUME_FILE = "resume.pth"
+OUTPUT = "output.txt"  # what a run said that its terminal, pipe or disk could not take
 # With a number: rwkv-init.pth is what a run begins with, in RWKV-LM's way.
 SAVED = "rwkv-[0-9]*.pth"
-MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, RESUME_FILE, SAVED, "rwkv-[0-9]*.json")
+MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, OUTPUT, RESUME_FILE, SAVED, "rwkv-[0-9]*.json")
 RESULTS = (LOG, RESUME_FILE, SAVED)
 UNFINISHED = tuple(f".{name}.*.partial*" for name in MADE_HERE)  # what a killed run was writing
 
@@ -25,14 +28,14 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def check_folder(config: TrainConfig) -> Path:
-    """`proj_dir`, existing and writable; UserError if it cannot be, or holds results that must be kept.
+    """`proj_dir`, which can be made or written to; UserError if not, or if it holds results that must be kept.
 
-    With --resume it may hold results: those are continued.
+    With --resume it may hold results: those are continued. Nothing is made: a run that is refused leaves no folder.
     """
     folder = Path(config.run.proj_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise UserError(f"--proj_dir {folder} is not a writable folder: {error.strerror or error}") from error
@@ -52,14 +55,30 @@ def check_folder(config: TrainConfig) -> Path:
 
 
 def begin(folder: Path, config: TrainConfig) -> None:
-    """Make the folder ready for the first step: clear it, or for --resume tidy it, and write config.json.
+    """Make the folder ready for the first step: make it, clear it, or for --resume tidy it, and write config.json.
 
     Only files with names of ours are removed.
     """
     left_over = UNFINISHED if config.run.resume else MADE_HERE + UNFINISHED
-    for path in _matching(folder, left_over):
-        path.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in _matching(folder, left_over):
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--proj_dir {folder} is not a writable folder: {error.strerror or error}") from error
     # These two flags say how this start treats the folder; a later start from config.json must not repeat that.
     saved = replace(config, run=replace(config.run, resume=False, overwrite=False))
     with atomic_path(folder / CONFIG, overwrite=True) as temporary:
         temporary.write_text(to_json(saved), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def spared(consequence: str, report: Callable[[str], None]) -> Iterator[None]:
+    """Spare the run a failure of what only helps to read it: it is reported as a warning, with its consequence."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, (UserError, ImportError)) else f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        report(f"warning: {' '.join(reason.split())[:300]}: {consequence}")

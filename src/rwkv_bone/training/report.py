@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rwkv_bone.checkpoints import atomic_path
 from rwkv_bone.config import TrainConfig
+from rwkv_bone.console import counted
 from rwkv_bone.data.lost import WARNING, percent
 from rwkv_bone.devices import describe_devices
 from rwkv_bone.quantization import describe
 from rwkv_bone.training import project, resume_file
-from rwkv_bone.training.curve import draw_loss
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.prepare import Prepared, count_parameters
@@ -30,18 +30,21 @@ def header(
     prepared: Prepared,
     module: TrainingModule,
     device: str,
+    threads: int,
     earlier: Saved | None,
     text: Iterable[str] = (),
 ) -> Iterator[str]:
     """What was found and what will be done, one fact a line.
 
-    device: `cuda` or `cpu`; earlier: what this run continues; text: lines of `folder_text`.
+    device: `cuda` or `cpu`; threads: of a process; earlier: what this run continues; text: lines of `folder_text`.
     """
     run, plan = config.run, module.plan
     offload = ", optimiser on the CPU" if offloads(run.strategy) else ""
     yield f"model     {prepared.label}: {prepared.arch.describe()}"
     stage = f"DeepSpeed ZeRO stage {zero_stage(run.strategy)}{offload}"
-    yield f"device    {describe_devices(device, plan.world_size)}; {stage}, {run.precision}"
+    each = " each" if plan.world_size > 1 else ""
+    where = f"{describe_devices(device, plan.world_size)}, {counted(threads, 'thread')}{each}"
+    yield f"device    {where}; {stage}, {run.precision}"
     yield f"kernel    {prepared.kernel}"
     if config.model.quant != "none":
         yield f"quant     {describe(prepared.model, DTYPES[run.precision], device)}"
@@ -57,18 +60,19 @@ def header(
     for line in [*plan.dataset.summary_lines(), *plan.summary_lines()]:
         yield line if line.startswith(WARNING) else f"data      {line}"
     read = plan.share_read(module.total_steps)
-    batch = f"{plan.budget:,} tokens" if plan.pack else f"{plan.micro_bsz} samples"
+    batch = counted(plan.budget, "token") if plan.pack else counted(plan.micro_bsz, "sample")
+    passes = counted(plan.accumulate, "forward pass", "forward passes")
     yield (
-        f"steps     {module.total_steps:,} optimiser steps in {module.epochs} epochs; a step is {batch} x "
-        f"{plan.accumulate} forward passes x {plan.world_size} devices"
+        f"steps     {counted(module.total_steps, 'optimiser step')} in {counted(module.epochs, 'epoch')}; a step is "
+        f"{batch} x {passes} x {counted(plan.world_size, 'device')}"
     )
     if read < 1:
         yield f"          these steps read {percent(read)} of the trained tokens; a larger --epoch_count reads more"
     if config.model.chunk_ctx:
         cut = config.model.bptt_chunks
         gradient = f"cut after every {cut} (--bptt_chunks)" if cut else "exact"
-        yield f"context   sequences run in chunks of {config.model.chunk_ctx} tokens; gradient {gradient}"
-    for line in earlier.notes(config, plan) if earlier else ():
+        yield f"context   sequences run in chunks of {counted(config.model.chunk_ctx, 'token')}; gradient {gradient}"
+    for line in earlier.notes(config, plan, threads) if earlier else ():
         yield f"resume    {line}"
 
 
@@ -81,15 +85,21 @@ def report_results(
     report: Callable[[str], None],
 ) -> None:
     """Draw `loss.png` from the lines of the log and the held-out measurements, and report where everything is."""
-    with atomic_path(folder / project.PLOT, overwrite=True) as temporary:
-        draw_loss(temporary, records, heldout.points() if heldout else [])
+    drawn = folder / project.PLOT
+    drawn.unlink(missing_ok=True)
+    with project.spared(f"there is no loss curve; its numbers are in {folder / project.LOG}", report):
+        from rwkv_bone.training.curve import draw_loss
+
+        with atomic_path(drawn, overwrite=True) as temporary:
+            draw_loss(temporary, records, heldout.points() if heldout else [])
     for line in footer(config, folder, trained):
         report(line)
 
 
 def footer(config: TrainConfig, folder: Path, trained: Path) -> Iterator[str]:
     """Where the results are and what to type next."""
-    yield f"\nresults   {trained}, {folder / project.LOG}, {folder / project.PLOT}"
+    beside = [path for path in (folder / project.LOG, folder / project.PLOT) if path.exists()]
+    yield f"\nresults   {', '.join(map(str, [trained, *beside]))}"
     if config.adapter.kind == "none":
         return
     merge = ["--base_model", config.model.load_model, "--peft_checkpoint", str(trained)]

@@ -16,6 +16,7 @@ from torch import nn
 from rwkv_bone import checkpoints
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.config.saved import from_json, shaping
+from rwkv_bone.console import counted
 from rwkv_bone.data import BatchPlan
 from rwkv_bone.data.fingerprint import of_this_format
 from rwkv_bone.errors import UserError
@@ -81,8 +82,8 @@ class Saved:
                     "give the same as then, or start a new run in another --proj_dir"
                 )
 
-    def notes(self, now: TrainConfig, plan: BatchPlan) -> Iterator[str]:
-        """Where the run goes on and what is different this time, one fact a line."""
+    def notes(self, now: TrainConfig, plan: BatchPlan, threads: int) -> Iterator[str]:
+        """Where the run goes on and what is different this time, one fact a line. threads: of a process."""
         then, run = self.config, now.run
         earlier_total, total_steps = (plan.total_steps(config.run.epoch_count) for config in (then, now))
         yield f"after step {self.step} of {total_steps}, from {self.path}"
@@ -93,6 +94,10 @@ class Saved:
             )
         if Cut.of(then) != Cut.of(now):
             yield f"{Cut.of(then)} became {Cut.of(now)}: the same samples a step, equal up to rounding"
+        before = self.metadata.get("threads", threads)
+        if before != threads:
+            same = f"OMP_NUM_THREADS={before} gives the same again"
+            yield f"{counted(before, 'thread')} became {threads}: equal up to rounding ({same})"
         if self.step < total_steps != earlier_total:
             rates = [learning_rate(self.step, steps, now.optim) for steps in (earlier_total, total_steps)]
             yield (
@@ -158,7 +163,8 @@ class Cut:
         return passes[0] * self.micro_bsz == passes[1] * other.micro_bsz
 
     def __str__(self) -> str:
-        return f"{self.devices} devices x {self.accumulate} forward passes x micro_bsz {self.micro_bsz}"
+        passes = counted(self.accumulate, "forward pass", "forward passes")
+        return f"{counted(self.devices, 'device')} x {passes} x micro_bsz {self.micro_bsz}"
 
 
 def _shaping(config: TrainConfig) -> TrainConfig:

@@ -20,6 +20,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.checkpoints import atomic_path
 from rwkv_bone.checkpoints.numbers import check_finite
 from rwkv_bone.checkpoints.stream import write_tensors
+from rwkv_bone.console import with_bar
 from rwkv_bone.errors import UserError
 from rwkv_bone.training.gather import full_shape, gathered, part_size
 from rwkv_bone.training.module import TrainingModule
@@ -44,7 +45,8 @@ def write(
     if keep:
         try:
             with atomic_path(path, overwrite=True) as temporary:
-                write_tensors(temporary, layout(parameters), tensors, metadata)
+                shapes = layout(parameters)
+                write_tensors(temporary, shapes, with_bar(tensors, len(shapes), f"saving {path.name}"), metadata)
         except (OSError, UserError) as error:
             problem = str(error)
     for _ in tensors:

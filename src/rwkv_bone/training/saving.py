@@ -100,7 +100,7 @@ class SaveTrained(Callback):
         parameters = dict(module.model.named_parameters())
         parameters = {key: parameters[key] for key in self.output.keys}
         state = gather(parameters.items(), keep=trainer.is_global_zero)
-        metadata = {**self.output.metadata, "step": module.window.step}
+        metadata = {**self.output.metadata, "step": module.window.step, "threads": torch.get_num_threads()}
         path, problem = self.folder / name, None
         if trainer.is_global_zero:
             state = {key: tensor.to(self.output.dtypes.get(key, tensor.dtype)) for key, tensor in state.items()}

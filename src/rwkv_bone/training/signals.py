@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM: a run ends between two steps, with everything saved."""
+"""Ctrl-C, SIGTERM and a closed terminal: a run ends between two steps, with everything saved."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -12,13 +13,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
-from rwkv_bone.errors import Interrupted
+from rwkv_bone.errors import Interrupted, StoppedAtOnce
 from rwkv_bone.training.module import TrainingModule
 
 
 class StopOnSignal(Callback):
     """After a signal the run finishes its step, saves it and ends. A second signal, or one outside the steps, ends the
-    run at once.
+    run at once; but not a second SIGHUP, since a terminal that closes sends several. A signal that the run was started
+    to ignore, as `nohup` does, is ignored.
 
     It must be the first callback: it has to hear signals before held-out data is measured, and it ends the run at the
     start of a step, when every callback has seen the end of the step before. The other ranks learn of the signal from
@@ -26,7 +28,7 @@ class StopOnSignal(Callback):
     called on every rank; `message()` is what the user then reads.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self, save: Callable[[Trainer, TrainingModule], None], message: Callable[[], str]):
         self.save, self.message = save, message
@@ -37,6 +39,8 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
         self._is_main = trainer.is_global_zero
         for number in self.SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue
             # These replace Lightning's handlers; its trainer restores the original ones at the end.
             signal.signal(number, self._receive)
         # Lightning now hears no signal. So its ranks need not ask each other before each forward pass whether one has
@@ -63,12 +67,15 @@ class StopOnSignal(Callback):
         self._end_if(received, trainer, module)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received and number == signal.SIGHUP:
+            return
         if self._received or not self._stepping:
-            raise KeyboardInterrupt
+            raise StoppedAtOnce(number)
         self._received = number
         if self._is_main:
-            # print is not safe in a signal handler.
-            os.write(2, b"\nstopping after this step, to save it (once more: at once)\n")
+            # print is not safe in a signal handler. The terminal may be gone.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step, to save it (once more: at once)\n")
 
     def _end_if(self, received: int, trainer: Trainer, module: TrainingModule) -> None:
         if received:

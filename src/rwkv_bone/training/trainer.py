@@ -7,6 +7,7 @@ import signal
 from collections.abc import Sequence
 
 import torch
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -31,6 +32,16 @@ def choose_device(accelerator: str) -> str:
         # Lightning chooses the same GPU, but later: weights are quantised before there is a trainer.
         torch.cuda.set_device(LightningEnvironment().local_rank())
     return device
+
+
+def settle_threads(devices: int) -> int:
+    """Threads of this process for work on the CPU, which from now on do not change: OMP_NUM_THREADS, or all cores
+    divided among the processes.
+
+    Lightning sets the same number, but later: what is computed before would depend on another.
+    """
+    _set_num_threads_if_needed(devices)
+    return torch.get_num_threads()
 
 
 def make_trainer(
@@ -63,6 +74,10 @@ def run_steps(trainer: Trainer, module: TrainingModule) -> None:
             # Every rank stops for the same reason, which the main process reports. If another process ended with an
             # error, Lightning would kill the main process before it has finished writing.
             raise SystemExit(0) from None
+        raise
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise stop.__context__ from None  # in whose place Lightning ends the process with status 1
         raise
     except Exception:
         # The others would wait for this process in their next collective.

@@ -1,0 +1,76 @@
+"""Whatever bytes a file holds, it is read, or refused with a sentence, in little time and memory: see `readers.py`."""
+
+import random
+
+import pytest
+
+from tests.fuzz.__main__ import FAULTS, run, table
+from tests.fuzz.mutations import mutant
+from tests.fuzz.readers import READERS
+
+NAMES = [reader.name for reader in READERS]
+
+
+def check(each: int, seed: int) -> None:
+    counts, faults = run(NAMES, each, seed)
+    assert not faults, "\n".join(faults)
+    assert all(sum(found.values()) == each for found in counts.values()), table(counts)
+    assert sum(found["refused"] for found in counts.values()) > each * len(NAMES) / 3, table(counts)
+    assert not any(found[fault] for found in counts.values() for fault in FAULTS)
+
+
+def test_damaged_files_of_every_reader_are_read_or_refused_with_a_sentence():
+    check(each=6, seed=1)
+
+
+@pytest.mark.slow
+def test_many_damaged_files_of_every_reader_are_read_or_refused_with_a_sentence():
+    check(each=60, seed=2)
+
+
+def test_a_case_is_the_same_every_time_and_cases_differ():
+    good = b'{"text": "a row", "list": [1, 2, 3]}\n' * 20
+
+    def drawn(seed: int) -> list[bytes]:
+        return [mutant(good, random.Random(f"{seed} {number}")).content for number in range(50)]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert len(set(drawn(0))) > 40 and good not in drawn(0)
+
+
+@pytest.mark.parametrize(
+    "bad,result",
+    [
+        ("raise KeyError('x')", "traceback"),
+        ("bytearray(200 << 20)", "memory"),
+        ("import os; os.kill(os.getpid(), 11)", "died"),
+        ("return 'other values'", "changed"),
+    ],
+)
+def test_the_harness_sees_each_kind_of_fault(bad, result, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        f"""
+import sys
+from importlib.machinery import PathFinder
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path) if name == "tests.fuzz.readers" else None
+        if spec:
+            run = spec.loader.exec_module
+            def exec_module(module):
+                run(module)
+                calls = []
+                def read(path):
+                    calls.append(path)
+                    if len(calls) > 1:
+                        {bad}
+                    return 0
+                module.READERS = (module.Reader("bad", module.text_file("a", b"some bytes"), read, checksums=True),)
+            spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, Hook())
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    counts, faults = run(["bad"], 2)
+    assert counts["bad"] == {result: 2} and len(faults) == 2 and "bad #0" in faults[0]
