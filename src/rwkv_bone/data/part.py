@@ -15,8 +15,8 @@ from rwkv_bone.data.conversation import Layout, layout_of
 from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.masks import parse_mask_id, stream_mask
 from rwkv_bone.data.remarks import Remarks
-from rwkv_bone.data.samples import SCAN, Documents, Kept
 from rwkv_bone.data.rows import Places, Rows
+from rwkv_bone.data.samples import SCAN, Documents, Kept
 from rwkv_bone.data.sources import Split, Text, Tokens, open_source
 from rwkv_bone.data.templates import load_template
 from rwkv_bone.data.tokenise import (

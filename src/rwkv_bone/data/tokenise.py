@@ -263,7 +263,7 @@ class TokenisingProgress:
         self.bytes = self.tokens = 0
         self.begin = time.perf_counter()
         layout = "{desc}: {percentage:3.0f}% [{bar:20}]{postfix}" if total else "{desc}{postfix}"
-        self._bar = progress_bar(total or None, layout, stream=stream, delay=delay, desc=label, mininterval=0.2)
+        self._bar = progress_bar(total or None, label, layout, stream=stream, delay=delay, mininterval=0.2)
 
     def add(self, count: int, tokens: int) -> None:
         self.bytes += count
