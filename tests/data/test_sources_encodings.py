@@ -112,7 +112,10 @@ def test_gzip_of_several_members_is_read_whole_and_a_cut_one_refused(tmp_path, c
         (b"BZh91AY", "bzip2: unpack it with bunzip2"),
         (b"\xfd7zXZ\x00\x00", "xz: unpack it with xz -d"),
         (b"PK\x03\x04....", "a zip archive, as .xlsx and .docx are"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a pointer of Git LFS .*: get it with git lfs"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+            "a pointer of Git LFS .*: get it with git lfs",
+        ),
         (b"a.txt".ljust(257, b"\0") + b"ustar\x0000", "a tar archive: unpack it with tar -xf"),
         (gzip.compress(b"PAR1...."), "Parquet packed with gzip: unpack it with gunzip"),
         (gzip.compress(b"\x93NUMPY..."), "a NumPy array packed with gzip"),

@@ -110,7 +110,9 @@ def test_a_first_line_of_names_is_a_header(tmp_path, config, header, fields):
 def test_a_table_without_a_header_of_more_columns_needs_their_names(tmp_path, config):
     (tmp_path / "data.tsv").write_text("1\tIs snow cold?\tyes\n2\tDo fish bark?\tno\n")
     path = str(tmp_path / "data.tsv")
-    with pytest.raises(UserError, match="'1', 'Is snow cold.', 'yes', is no line of names: 1 is a number.*--columns, 3"):
+    with pytest.raises(
+        UserError, match="'1', 'Is snow cold.', 'yes', is no line of names: 1 is a number.*--columns, 3"
+    ):
         load_dataset(config(path), 256)
     assert texts(load_dataset(config(path, columns=("n", "question", "answer")), 256))[0] == "Is snow cold?yes"
     with pytest.raises(UserError, match="data.tsv:1: 3 cells, but --columns names 2 columns"):

@@ -21,6 +21,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 HANG = 20  # seconds of a case
@@ -42,8 +43,8 @@ def forget_peak() -> None:
         file.write("5")
 
 
-def work(names: list[str], first: int, count: int, seed: int, verbose: bool) -> None:
-    """Run cases of some readers; a line of JSON on the standard output for each thing worth knowing."""
+def work(names: list[str], first: int, count: int, seed: int, verbose: bool, readers: str) -> None:
+    """Run cases of some readers of the module `readers`, and write a line of JSON before and after each."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     logging.disable(logging.CRITICAL)
@@ -52,14 +53,13 @@ def work(names: list[str], first: int, count: int, seed: int, verbose: bool) -> 
 
     from rwkv_bone.errors import UserError
     from tests.fuzz.mutations import mutant
-    from tests.fuzz.readers import READERS
 
     torch.set_num_threads(1)
 
     def say(**what) -> None:
         print(json.dumps(what), file=out, flush=True)
 
-    for reader in READERS:
+    for reader in import_module(readers).READERS:
         if reader.name not in names:
             continue
         with tempfile.TemporaryDirectory() as place:
@@ -108,7 +108,14 @@ def work(names: list[str], first: int, count: int, seed: int, verbose: bool) -> 
 
 
 def run(
-    names: list[str], count: int, seed: int = 0, verbose: bool = False, first: int = 0, show: bool = False
+    names: list[str],
+    count: int,
+    seed: int = 0,
+    *,
+    verbose: bool = False,
+    first: int = 0,
+    show: bool = False,
+    readers: str = "tests.fuzz.readers",
 ) -> tuple[dict, list]:
     """({reader: counts by result}, faults), each fault a line of words. A process that dies is begun again."""
     counts: dict[str, Counter] = {name: Counter() for name in names}
@@ -122,7 +129,13 @@ def run(
     left = [(names, first, count)]
     while left:
         these, begin, many = left.pop()
-        command = [sys.executable, "-m", "tests.fuzz", "--work", json.dumps([these, begin, many, seed, verbose])]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.fuzz",
+            "--work",
+            json.dumps([these, begin, many, seed, verbose, readers]),
+        ]
         environment = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         with tempfile.TemporaryFile("w+") as errors:
             child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)

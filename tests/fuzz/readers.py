@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +35,10 @@ from tests.checkpoints.layout_files import (
     write_folder,
     write_st,
 )
+from tests.fuzz.reader import Reader
 
 MODULES = tuple(f"blocks.{layer}.att.{name}" for layer in (0, 1) for name in ("key", "value"))
 R = 4
-
-
-@dataclass(frozen=True)
-class Reader:
-    """make(folder) writes good files and returns what `read` is given. victims: patterns of the files that are damaged;
-    None = the file that `make` returns. checksums: whether the file has any, so that no changed value may be accepted.
-    """
-
-    name: str
-    make: Callable[[Path], Path]
-    read: Callable[[Path], Any]
-    victims: tuple[str, ...] = ()
-    checksums: bool = False
 
 
 # --- what was read, so that it can be compared ---
