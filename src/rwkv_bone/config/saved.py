@@ -73,6 +73,8 @@ def config_file(given: dict[str, Any]) -> Path | None:
 
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
     """{section: {setting: value}} of a config.json; UserError for what is unknown or of the wrong type."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"--config {path}: expected a config.json, found what is no regular file")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
