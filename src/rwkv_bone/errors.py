@@ -14,6 +14,10 @@ from rwkv_bone import console
 SIGINT, SIGPIPE = 2, 13  # signal.SIGPIPE does not exist everywhere
 
 
+# What json.loads raises; the second for brackets within brackets a thousand deep.
+JSON_ERRORS = (ValueError, RecursionError)
+
+
 class UserError(ValueError):
     """A mistake in a flag, a file or an environment.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from rwkv_bone.adapters.layer import AdapterLinear, is_projection
 from rwkv_bone.adapters.other_files import refuse_other_files
 from rwkv_bone.adapters.registry import ADAPTERS, split_key
 from rwkv_bone.adapters.settings import AdapterSettings
+from rwkv_bone.checkpoints.numbers import check_dtypes, check_finite
+from rwkv_bone.config import QUANTS
 from rwkv_bone.errors import UserError
 
 log = logging.getLogger("rwkv_bone")
@@ -29,6 +33,16 @@ READINGS: dict[tuple[tuple[str, ...], int], tuple[str, ...]] = {
     (("bone",), 3): ("bat", "bat-col"),
     (("lora_A", "lora_B"), 2): ("lora",),
     (("init_lora_A", "init_lora_B", "lora_A", "lora_B"), 2): ("pissa",),
+}
+# What an adapter's metadata says: name -> (what is expected, whether a value is that).
+METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "kind": ("a name", lambda value: isinstance(value, str)),
+    "r": ("a whole number", lambda value: type(value) is int and value >= 0),
+    "alpha": ("a number", lambda value: type(value) in (int, float) and 0 <= value < math.inf),
+    "dropout": ("a share", lambda value: type(value) in (int, float) and 0 <= value < 1),
+    "rslora": ("true or false", lambda value: isinstance(value, bool)),
+    "quant": (f"one of {', '.join(QUANTS)}", lambda value: value in QUANTS),
+    "architecture": ("an object", lambda value: isinstance(value, dict)),
 }
 Shapes = dict[str, tuple[int, ...]]  # of a projection's adapter tensors, under their names
 
@@ -81,7 +95,8 @@ def read_adapter(
         return _fitting(path, read_alic_li(path, state, base, alpha, base_file), base, AdapterSettings(kind, r))
     if path.suffix == ".st":
         # web-rwkv keeps an initial state the other way round.
-        state = {key: tensor.mT if checkpoints.param_part(key) == STATE else tensor for key, tensor in state.items()}
+        turned = {key for key, tensor in state.items() if checkpoints.param_part(key) == STATE and tensor.dim() > 1}
+        state = {key: tensor.mT if key in turned else tensor for key, tensor in state.items()}
     metadata = checkpoints.read_metadata(path)
     refuse_other_files(path, state, metadata)
     beside = path.with_suffix(".json")
@@ -106,7 +121,8 @@ def read_adapter(
         raise UserError(f"--lora_alpha {alpha:g} has no effect with {path}, which is {kind}: remove it")
     if kind == FLAT:
         kind, state = "bat-col", {key: _unflatten(key, tensor, r) for key, tensor in state.items()}
-    _check_finite(path, state)
+    check_dtypes(state, f"adapter {path}")
+    check_finite(state, f"adapter {path}")
     settings = replace(settings, kind=kind, r=r)
     return AdapterFile(str(path), state, settings, targets, extra, metadata, base_checked=metadata is not None)
 
@@ -123,17 +139,10 @@ def _fitting(path: Path, foreign: Foreign, base: Mapping[str, Tensor], asked: Ad
         _, _, targets, extra = infer_adapter(foreign.state, shapes, settings.kind, asked.r or settings.r)
     except UserError as error:
         raise UserError(f"adapter {path}: {error}") from error
-    _check_finite(path, foreign.state)
+    check_dtypes(foreign.state, f"adapter {path}")
+    check_finite(foreign.state, f"adapter {path}")
     checked = foreign.base_checked
     return AdapterFile(str(path), foreign.state, settings, targets, extra, None, foreign.note, checked)
-
-
-def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
-    for key, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"adapter {path}: {key} holds NaN or infinity: the run that made it diverged, use an earlier one"
-            )
 
 
 def _settings_in(metadata: Mapping, asked: AdapterSettings, path: str | Path) -> AdapterSettings:
@@ -158,6 +167,9 @@ def _check_base(metadata: dict, base: Mapping[str, Tensor], fingerprint: str, pa
     missing = [name for name in ("kind", "r", "base") if name not in metadata]
     if missing:
         raise UserError(f"{path}: its metadata has no {', '.join(missing)}, so it is not an adapter of this project")
+    for name, (meaning, is_right) in METADATA.items():
+        if name in metadata and not is_right(metadata[name]):
+            raise UserError(f"{path}: its metadata says {name} {metadata[name]!r}: expected {meaning}")
     if metadata["base"] == fingerprint:
         return
     found = checkpoints.architecture_of(base).to_dict()

@@ -21,7 +21,7 @@ from torch import Tensor
 from rwkv_bone import checkpoints
 from rwkv_bone.adapters import peft_format
 from rwkv_bone.adapters.settings import AdapterSettings
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 
 log = logging.getLogger("rwkv_bone")
 
@@ -145,7 +145,7 @@ def _manifest(path: Path) -> dict[str, Any] | None:
         text = beside.read_text(encoding="utf-8", errors="replace")
     try:
         found = json.loads(text or "null")
-    except ValueError as error:
+    except JSON_ERRORS as error:
         if inside:
             raise UserError(f"{path}: its {MANIFEST} is not JSON ({error})") from None
         return None
@@ -170,6 +170,8 @@ def _check_manifest(
     targets = manifest.get("targets")
     if targets is None:
         return
+    if not isinstance(targets, list) or not all(isinstance(target, dict) and "name" in target for target in targets):
+        raise UserError(f"{path}: the targets in its {MANIFEST} are not a list of objects with a name")
     widths = {str(target["name"]).removesuffix(ALIC_LI): target.get("in_features") for target in targets}
     if widths.keys() != tensors.keys():
         different = sorted(widths.keys() ^ tensors.keys())

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rwkv_bone.checkpoints import atomic_path, read_state
 from rwkv_bone.checkpoints.stream import write_tensors
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 WEIGHT_FILES = (WEIGHTS, PICKLED_WEIGHTS)
@@ -87,15 +87,23 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     if not state:
         raise UserError(f"{weights} has no tensor named {PREFIX}<module>.{' or '.join(PARAMETERS[method])}")
     r = config.get("r")
-    if not isinstance(r, int):
-        raise UserError(f"{folder}: r {r!r} in {CONFIG}: expected a whole number")
+    if type(r) is not int or r < 1:
+        raise UserError(f"{folder}: r {r!r} in {CONFIG}: expected a whole number from 1")
     mini_r = config.get("mini_r", 0) if config.get("init_weights") == "mini" else 0
+    if type(mini_r) is not int or mini_r < 0:
+        raise UserError(f"{folder}: mini_r {mini_r!r} in {CONFIG}: expected a whole number")
     for key, tensor in state.items():
-        found = tensor.shape[1 if key.endswith("lora_B") else -1 if kind in ("bat", "bat-col") else 0]
-        if tensor.dim() != DIMS[kind] or found != r or (mini_r and tensor.shape[1] != mini_r):
+        axis = 1 if key.endswith("lora_B") else -1 if kind in ("bat", "bat-col") else 0
+        fits = tensor.dim() == DIMS[kind] and tensor.shape[axis] == r
+        if not fits or (mini_r and tensor.shape[1] != mini_r):
             raise UserError(f"{weights}: {key} is {list(tensor.shape)}, which is not {kind} with the r {r} of {CONFIG}")
-    alpha = float(config.get("lora_alpha", 0.0))
-    return PeftAdapter(str(folder), kind, r, alpha, bool(config.get("use_rslora")), state, extra, config, mini_r)
+    # PEFT's own default, which its LoRA has where a file says nothing.
+    alpha = config.get("lora_alpha", 8 if method == "LORA" else 0.0)
+    if type(alpha) not in (int, float) or not 0 <= alpha < float("inf") or (method == "LORA" and not alpha):
+        raise UserError(f"{folder}: lora_alpha {alpha!r} in {CONFIG}: expected a positive number")
+    if not isinstance(config.get("use_rslora"), bool | None):
+        raise UserError(f"{folder}: use_rslora {config['use_rslora']!r} in {CONFIG}: expected true or false")
+    return PeftAdapter(str(folder), kind, r, float(alpha), bool(config.get("use_rslora")), state, extra, config, mini_r)
 
 
 def read_config(folder: str | Path) -> dict:
@@ -108,7 +116,7 @@ def read_config(folder: str | Path) -> dict:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError(f"{path} names no peft_type: it is not the configuration of an adapter")

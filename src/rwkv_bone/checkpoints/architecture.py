@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rwkv_bone.checkpoints.keys import split_key
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
 
@@ -63,7 +64,7 @@ def architecture_of(state: Mapping[str, Tensor], source: str | Path = "checkpoin
     version = _generation(state, source)
     try:
         vocab_size, n_embd = state["emb.weight"].shape
-        n_layer = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+        n_layer = _layers(state, source)
         n_head, head_size = state["blocks.0.att.r_k" if version == 7 else "blocks.0.att.time_faaaa"].shape
         v_in_layer0 = version == 7 and "blocks.0.att.v1" in state
         return Architecture(
@@ -77,12 +78,25 @@ def architecture_of(state: Mapping[str, Tensor], source: str | Path = "checkpoin
             low_rank=_low_rank(state, version, 0 if v_in_layer0 else min(1, n_layer - 1)),
             v_in_layer0=v_in_layer0,
         )
+    except UserError:
+        raise
     except KeyError as error:
         raise UserError(
             f"{source} looks like RWKV-{version}, but {error.args[0]} is missing: it is incomplete"
         ) from error
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise UserError(f"{source} looks like RWKV-{version}, but a tensor has an odd shape: {error}") from error
+
+
+def _layers(state: Mapping[str, Tensor], source: str | Path) -> int:
+    """The number of layers; UserError if one is missing below the last: sizes must not come from a stray key."""
+    layers = {layer for layer, _ in map(split_key, state) if layer is not None}
+    missing = next(layer for layer in range(len(layers) + 1) if layer not in layers)
+    if missing < len(layers):
+        raise UserError(
+            f"{source} holds blocks.{max(layers)} and no blocks.{missing}: it is incomplete, or not one model"
+        )
+    return missing
 
 
 def _low_rank(state: Mapping[str, Tensor], version: int, v_layer: int) -> dict[str, int]:

@@ -14,8 +14,8 @@ from rwkv_bone.checkpoints.keys import match_keys
 from rwkv_bone.checkpoints.layouts import Layout, to_upstream
 from rwkv_bone.checkpoints.model_config import check_mathematics, check_sizes, head_size_of, read_model_config
 from rwkv_bone.checkpoints.model_files import find_files
+from rwkv_bone.checkpoints.numbers import check_dtypes, check_finite
 from rwkv_bone.checkpoints.shapes import expected_shapes, state_shapes
-from rwkv_bone.checkpoints.stream import DTYPE_NAMES
 from rwkv_bone.errors import UserError
 
 
@@ -42,12 +42,13 @@ class Base:
         return f"{name} ({'; '.join(words)})" if words else str(name)
 
 
-def load_base(path: str | Path, verify: bool = True) -> Base:
+def load_base(path: str | Path, verify: bool = True, finite: bool = True) -> Base:
     """The model at `path`: a .pth, .safetensors or .st file, an index of shards, or a folder, in any known layout;
     or the name of one on the Hugging Face Hub.
 
     Nothing is copied that is not needed: tensors are mapped. verify: as `read_state` takes it; without it no tensor is
-    read, which spares those who ask for sizes alone a pass over a large file. UserError says what is wrong: files that
+    read, which spares those who ask for sizes alone a pass over a large file. finite: refuse NaN and infinity, which is
+    done with `verify` alone. UserError says what is wrong: files that
     are missing or too many, keys and shapes that do not make a whole model, a config.json that contradicts them, a
     model that we compute differently.
     """
@@ -64,6 +65,8 @@ def load_base(path: str | Path, verify: bool = True) -> Base:
     _check_complete(state, layout, arch, path)
     if config is not None:
         check_sizes(config, arch, config_path)
+    if verify and finite:
+        check_finite(state, path)
     folder = found.folder if path.is_dir() or config is not None else None
     return Base(arch, state, layout, path, folder, found.describe())
 
@@ -84,9 +87,4 @@ def _check_complete(state: dict[str, Tensor], layout: Layout, arch: Architecture
     shapes = dict(expected_shapes(arch)) | {key: optional[key] for key in state if key in optional}
     expected = dict(as_stored(key, torch.empty(shape, device="meta")) for key, shape in shapes.items())
     match_keys(expected, dict(as_stored(key, tensor) for key, tensor in state.items()), source)
-    for key, tensor in state.items():
-        if tensor.dtype not in DTYPE_NAMES:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(
-                f"{source}: {key} holds {dtype}, expected float32, bfloat16 or float16: is the model quantised?"
-            )
+    check_dtypes(state, source)

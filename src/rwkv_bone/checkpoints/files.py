@@ -24,10 +24,11 @@ from torch import Tensor
 from rwkv_bone.checkpoints import integrity
 from rwkv_bone.checkpoints.layouts import unwrapped
 from rwkv_bone.checkpoints.stream import METADATA_RECORD, write_tensors
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 
 log = logging.getLogger("rwkv_bone")
 
+LONGEST_KEY = 1000  # characters of a tensor's name
 OURS = {"format", "kind", "base"}  # keys by which metadata of ours is recognised in a JSON beside a file
 
 
@@ -40,7 +41,7 @@ def read_state(path: str | Path, verify: bool = True) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise UserError(f"checkpoint {path} {what}: expected a .pth or .safetensors file")
     try:
         if verify:
@@ -67,13 +68,19 @@ def read_state(path: str | Path, verify: bool = True) -> dict[str, Tensor]:
         ) from error
     except Exception as error:
         # safetensors raises an exception class of its own, whose only base is Exception.
-        raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
     state = unwrapped(state, path)
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} holds {type(state).__name__}, not a dictionary of tensors: it is not a checkpoint")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise UserError(f"{path}: {key!r} is {type(value).__name__}, not a tensor: only flat checkpoints are read")
+            name = repr(key)[:200]
+            raise UserError(f"{path}: {name} is {type(value).__name__}, not a tensor: only flat checkpoints are read")
+        if not (key.isprintable() and 0 < len(key) <= LONGEST_KEY):
+            raise UserError(
+                f"{path} holds a tensor named {key[:80]!r} ({len(key):,} characters): no program names one so"
+            )
     return state
 
 
@@ -147,8 +154,10 @@ def read_metadata(path: str | Path) -> dict | None:
         return beside
     try:
         inside = json.loads(text)
-    except ValueError as error:
+    except JSON_ERRORS as error:
         raise UserError(f"the metadata of {path} is not readable JSON: {error}") from error
+    if not isinstance(inside, dict):
+        raise UserError(f"the metadata of {path} is {type(inside).__name__}, expected an object")
     if beside is not None and beside != inside:
         different = [key for key in {**inside, **beside} if inside.get(key) != beside.get(key)]
         log.warning(
@@ -162,6 +171,6 @@ def _metadata_beside(path: Path) -> dict | None:
     """What stands in the JSON beside a file, if that is metadata of ours."""
     try:
         found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, *JSON_ERRORS):
         return None
     return found if isinstance(found, dict) and OURS <= found.keys() else None

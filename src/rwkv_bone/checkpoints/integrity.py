@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_bone.checkpoints.stream import CHECKSUMS, DTYPE_NAMES
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 
 log = logging.getLogger("rwkv_bone")
 
@@ -106,14 +106,16 @@ def zip_records(path: Path) -> dict[str, Piece]:
                 signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
                 name = file.read(name_length).decode("utf-8" if info.flag_bits & 0x800 else "cp437")
                 start = info.header_offset + 30 + name_length + extra_length
+                if info.compress_type or info.compress_size != info.file_size or info.flag_bits & 1:
+                    raise damaged(path, f"record {info.filename!r} is compressed, which no checkpoint is")
                 if signature != b"PK\3\4" or name != info.orig_filename or start + info.file_size > archive.start_dir:
                     raise damaged(path, f"its directory does not agree with record {info.filename!r}")
-                if info.compress_type or info.compress_size != info.file_size or info.flag_bits & 1:
-                    raise damaged(path, f"record {name!r} is compressed, which no checkpoint is")
                 if name in records:
                     raise damaged(path, f"record {name!r} is there twice")
                 records[name] = Piece(name, start, info.file_size, info.CRC)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, OverflowError, struct.error) as error:
         raise damaged(path, f"the directory at its end is not in order ({error})") from error
     return records
 
@@ -127,7 +129,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
         header = json.loads(text)
         if len(text) != length or not all(isinstance(entry, dict) for entry in header.values()):
             raise ValueError(f"it is {len(text):,} bytes long, {length:,} were expected")
-    except (ValueError, AttributeError, RecursionError, struct.error) as error:
+    except (AttributeError, struct.error, *JSON_ERRORS) as error:
         raise UserError(
             f"{path} cannot be read as a checkpoint: its header is not that of a .safetensors file ({error}); the "
             "file may be cut short, damaged or of another kind"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,13 @@ def param_part(key: str) -> str:
     if any(segment.startswith("ln") for segment in segments[:-1]):
         return "ln"
     return {"weight": "projection", "time_state": "state"}.get(segments[-1], "time")
+
+
+def split_key(key: str) -> tuple[int | None, str]:
+    """(layer, name in the block) of upstream's key; (None, key) outside of blocks."""
+    # A layer as programs write it: no sign, no zero in front, no digits of other scripts.
+    found = re.fullmatch(r"blocks\.(0|[1-9][0-9]{0,5})\.(.+)", key)
+    return (int(found[1]), found[2]) if found else (None, key)
 
 
 def match_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str | Path) -> None:

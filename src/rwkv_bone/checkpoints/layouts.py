@@ -15,7 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_bone.checkpoints.architecture import Architecture
-from rwkv_bone.checkpoints.shapes import BLOCK, OUTSIDE, STATE, UNUSED_IN_LAYER_0, split_key, symbols
+from rwkv_bone.checkpoints.keys import split_key
+from rwkv_bone.checkpoints.shapes import BLOCK, OUTSIDE, STATE, UNUSED_IN_LAYER_0, symbols
 from rwkv_bone.errors import UserError
 
 log = logging.getLogger("rwkv_bone")
@@ -66,7 +67,7 @@ class Layout:
         layer, name = split_key(key)
         if layer is None:
             return self.outside[name], tensor
-        if name in self.transposed:
+        if name in self.transposed and tensor.dim() > 1:
             tensor = tensor.transpose(-1, -2)
         if name in self.flat:
             tensor = tensor.reshape(-1)

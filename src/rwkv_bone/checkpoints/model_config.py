@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_bone.checkpoints.architecture import Architecture
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 
 log = logging.getLogger("rwkv_bone")
 
@@ -59,7 +59,7 @@ def read_model_config(folder: Path | None) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from error
     known = isinstance(config, dict) and {"model_type", "architectures", "hidden_size"} & config.keys()
     return config if known else None
@@ -86,19 +86,26 @@ def check_mathematics(config: Mapping[str, Any], path: Path) -> None:
 
 def check_sizes(config: Mapping[str, Any], arch: Architecture, path: Path) -> None:
     """UserError naming a size in a config.json that the tensors do not have."""
+    for key in ("hidden_ratio", "norm_eps"):
+        if not isinstance(config.get(key), int | float | None):
+            raise UserError(f"{path}: {key} {config[key]!r}: expected a number")
     for key, size in SIZES.items():
         value, found = config.get(key), size(arch)
         # A model of one layer has no v1.
         if value is not None and found and value != found:
             raise UserError(f"{path}: {key} {value!r}, but the tensors say {found}: they are not of the same model")
     ratio = config.get("hidden_ratio")
-    if config.get("intermediate_size") is None and ratio is not None and round(ratio * arch.n_embd) != arch.dim_ffn:
+    if (
+        config.get("intermediate_size") is None
+        and ratio is not None
+        and not abs(ratio * arch.n_embd - arch.dim_ffn) <= 0.5
+    ):
         raise UserError(
             f"{path}: hidden_ratio {ratio!r} and no intermediate_size, but the tensors say {arch.dim_ffn} channels of "
             f"{arch.n_embd}: they are not of the same model"
         )
     values = config.get("value_dim")
-    if values is not None and {*(values if isinstance(values, list) else [values])} != {arch.n_embd}:
+    if values is not None and any(value != arch.n_embd for value in (values if isinstance(values, list) else [values])):
         raise UserError(f"{path}: value_dim {values!r}, but the tensors say {arch.n_embd} in every layer")
     scaled = arch.head_size * config["norm_eps"] if config.get("norm_eps") is not None else GROUP_NORM_EPS
     if not _close(scaled, GROUP_NORM_EPS):
@@ -109,11 +116,15 @@ def check_sizes(config: Mapping[str, Any], arch: Architecture, path: Path) -> No
 
 
 def head_size_of(config: Mapping[str, Any] | None) -> int | None:
-    """Channels per head, as a config.json says."""
+    """Channels per head, as a config.json says; None where it does not."""
     config = config or {}
-    size = config.get("head_size") or config.get("head_dim")
-    heads, width = config.get("num_attention_heads") or config.get("num_heads"), config.get("hidden_size")
-    return size or (width // heads if heads and width else None)
+
+    def number(*names: str) -> int | None:
+        found = next((config[name] for name in names if config.get(name)), None)
+        return found if type(found) is int and found > 0 else None
+
+    heads, width = number("num_attention_heads", "num_heads"), number("hidden_size")
+    return number("head_size", "head_dim") or (width // heads if heads and width else None) or None
 
 
 def _close(value: object, expected: float) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_bone.checkpoints.files import read_state
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 
 WEIGHTS = (".safetensors", ".st", ".pth", ".bin")
 INDEX = ".index.json"
@@ -61,7 +61,7 @@ def find_files(path: Path) -> ModelFiles:
     if path.is_dir():
         return _in_folder(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist: {EXPECTED}")
+        raise UserError(f"{path} {'is no regular file' if path.exists() else 'does not exist'}: {EXPECTED}")
     if path.name.endswith(INDEX):
         return _of_index(path, path.parent)
     if path.suffix == ".gguf":
@@ -78,7 +78,7 @@ def _of_index(index: Path, folder: Path) -> ModelFiles:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, *JSON_ERRORS) as error:
         raise UserError(f"{index} is not an index of shards: no weight_map in it ({error})") from error
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise UserError(f"{index}: expected names of files beside it in its weight_map, found {names[:3]}")

@@ -8,10 +8,10 @@ of `Architecture.low_rank`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
 from rwkv_bone.checkpoints.architecture import Architecture
+from rwkv_bone.checkpoints.keys import split_key
 
 OUTSIDE = {"emb.weight": "V C", "ln_out.weight": "C", "ln_out.bias": "C", "head.weight": "V C"}
 NORMS = {f"ln{number}.{part}": "C" for number in (1, 2, 0) for part in ("weight", "bias")}
@@ -76,12 +76,6 @@ BLOCK: dict[int, dict[str, str]] = {
 # A trained initial state, which a merged file may hold.
 STATE = {"att.time_state": "H N N"}
 UNUSED_IN_LAYER_0 = ("att.v0", "att.v1", "att.v2")
-
-
-def split_key(key: str) -> tuple[int | None, str]:
-    """(layer, name in the block) of upstream's key; (None, key) outside of blocks."""
-    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
-    return (int(found[1]), found[2]) if found else (None, key)
 
 
 def symbols(key: str, version: int) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rwkv_bone.config import sections
 from rwkv_bone.config.sections import RunConfig, TrainConfig
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -73,6 +73,8 @@ def config_file(given: dict[str, Any]) -> Path | None:
 
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
     """{section: {setting: value}} of a config.json; UserError for what is unknown or of the wrong type."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"--config {path}: expected a config.json, found what is no regular file")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -84,7 +86,7 @@ def _check_settings(text: str, source: str) -> dict[str, dict[str, Any]]:
     """`text` as {section: {setting: value of the right type}}."""
     try:
         saved = json.loads(text)
-    except ValueError as error:
+    except JSON_ERRORS as error:
         raise UserError(f"{source}: not JSON ({error})") from None
     if not isinstance(saved, dict) or not all(isinstance(values, dict) for values in saved.values()):
         raise UserError(f"{source}: expected an object of sections ({', '.join(SECTIONS)}), as train.py writes it")

@@ -22,7 +22,7 @@ from rwkv_bone.checkpoints import Architecture, Base
 from rwkv_bone.checkpoints.layouts import Layout
 from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.conversion.gguf_file import WORLD_TEMPLATE
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -244,7 +244,7 @@ def _copy(base: Base, folder: Path, name: str) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}, expected an object")

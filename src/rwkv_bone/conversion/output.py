@@ -169,8 +169,8 @@ class Output:
                 yield self.layout.theirs(key, self.stored(tensor), arch)
 
     def read(self, path: Path) -> Mapping[str, Tensor]:
-        """What was written, under upstream's names and in upstream's shapes."""
-        return gguf_file.read_gguf(path) if self.form == "gguf" else checkpoints.load_base(path).state
+        """What was written, under upstream's names and in upstream's shapes, whatever its values are."""
+        return gguf_file.read_gguf(path) if self.form == "gguf" else checkpoints.load_base(path, finite=False).state
 
     def describe(self) -> str:
         """A few words for the user: what it is, and for whom."""

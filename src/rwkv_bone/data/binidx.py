@@ -121,22 +121,26 @@ class PairWriter:
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file; a pair is a .bin and a .idx file")
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); a pair is a .bin and a .idx file") from error
-    if not content.startswith(MAGIC):
+    if not header.startswith(MAGIC):
         raise UserError(f"{path}: not a Megatron index (it does not begin with MMIDIDX)")
-    if len(content) < HEADER.size:
-        raise UserError(f"{path}: truncated: {len(content)} bytes, less than the header")
-    _, version, code, sequences, documents = HEADER.unpack_from(content)
+    if len(header) < HEADER.size:
+        raise UserError(f"{path}: truncated: {len(header)} bytes, less than the header")
+    _, version, code, sequences, documents = HEADER.unpack(header)
     if version != 1:
         raise UserError(f"{path}: version {version} of the format, expected 1")
     if code not in DTYPES:
         raise UserError(f"{path}: dtype code {code}, expected one of {', '.join(map(str, DTYPES))} (integers)")
     expected = HEADER.size + 12 * sequences + 8 * documents
-    if len(content) != expected:
-        raise UserError(f"{path}: {len(content)} bytes, but its header describes {expected}: truncated or damaged")
+    if size != expected:
+        raise UserError(f"{path}: {size} bytes, but its header describes {expected}: truncated or damaged")
+    content = path.read_bytes()
 
     dtype = np.dtype(DTYPES[code]).newbyteorder("<")
     lengths = np.frombuffer(content, "<i4", sequences, HEADER.size).astype(np.int64)

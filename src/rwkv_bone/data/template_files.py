@@ -52,7 +52,7 @@ def _of_file(path: Path) -> dict[str, str]:
     if path.suffix == ".json":
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if path.name in IN_FOLDER:
                 raise UserError(f"--template {path}: not JSON ({error})") from error
             content = None

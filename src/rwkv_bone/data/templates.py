@@ -198,7 +198,7 @@ def load_template(name: str, tokenizer_name: str, tool_format: str = "auto") -> 
     if name in BUILT_IN:
         return BUILT_IN[name](name, tools)
     path = Path(name)
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):
         raise UserError(f"--template {name}: expected auto, {', '.join(BUILT_IN)}, or the path of a template file")
     # Jinja takes a while to import.
     from rwkv_bone.data.jinja_template import JinjaTemplate

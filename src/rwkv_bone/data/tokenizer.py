@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rwkv_bone.config import DataConfig
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -119,7 +119,7 @@ def read_tokenizer_config(folder: Path) -> dict:
         return {}
     try:
         content = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object")
@@ -287,7 +287,10 @@ class JsonTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        return self.library.encode(text, add_special_tokens=False).ids
+        try:
+            return self.library.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the package raises nothing more specific, such as for a missing unknown token
+            raise UserError(f"--tokenizer {self.name} cannot encode a text: {error}") from error
 
     def decode(self, ids: list[int]) -> str:
         return self.library.decode(ids, skip_special_tokens=False)

@@ -16,6 +16,7 @@ from rwkv_bone.console import counted
 from rwkv_bone.data import Dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
 from rwkv_bone.data.tokenizer import Tokenizer
+from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.inference.evaluate import Answer, exact_match, heldout_loss
 from rwkv_bone.training import project
 from rwkv_bone.training.context import chunked_loss
@@ -36,8 +37,14 @@ class Measured:
 
     @classmethod
     def from_record(cls, record: dict) -> Measured:
+        """The inverse of `record`; KeyError, TypeError or ValueError for anything else."""
         answers = [Answer(**answer) for answer in record["answers"]]
-        return cls(record["loss"], record["tokens"], record["exact_match"], answers, record["step"])
+        measured = cls(record["loss"], record["tokens"], record["exact_match"], answers, record["step"])
+        texts = all(isinstance(text, str) for answer in answers for text in answer)
+        numbers = type(measured.tokens) is type(measured.step) is int and isinstance(measured.loss, int | float)
+        if not (texts and numbers and isinstance(measured.exact, int | float | None)):
+            raise TypeError("a value of another type than it was written with")
+        return measured
 
     def record(self) -> dict:
         return {
@@ -84,13 +91,9 @@ class HeldOut(Callback):
         self._data = blake2b(measured.encode(), digest_size=16).hexdigest()
         if resumed and path.is_file():
             try:
-                written = json.loads(path.read_text(encoding="utf-8"))
-                if written["data"] == self._data:
-                    self.before = Measured.from_record(written["before"])
-                    self.after = Measured.from_record(written["after"]) if "after" in written else None
-            except (OSError, ValueError, LookupError, TypeError):
+                self.before, self.after = read_measured(path, self._data)
+            except UserError:
                 report(f"held-out  {path} is damaged: what it held is measured again, as far as that is possible")
-                self.before = self.after = None
 
     def interrupted(self, total_steps: int) -> bool:
         """Whether the run was measured before its first step and not after its last."""
@@ -152,6 +155,22 @@ class HeldOut(Callback):
             with atomic_path(self.path, overwrite=True) as temporary:
                 # Half of a character outside the basic plane, which JSON can hold, is written as its number.
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_measured(path: Path, data: str) -> tuple[Measured | None, Measured | None]:
+    """The measurements (before, after) in a file of an earlier process; None for what it does not hold of this `data`.
+
+    UserError if the file is not one of ours.
+    """
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        found = {when: Measured.from_record(written[when]) for when in ("before", "after") if when in written}
+        same = written["data"] == data
+    except (OSError, KeyError, TypeError, AttributeError, *JSON_ERRORS) as error:
+        raise UserError(
+            f"{path} cannot be read as measurements of a run ({type(error).__name__}: {error}): restore or remove it"
+        ) from None
+    return (found.get("before"), found.get("after")) if same else (None, None)
 
 
 def shown(text: str, width: int = 100) -> str:

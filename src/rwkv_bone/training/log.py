@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger
 
 from rwkv_bone.checkpoints import atomic_path
 from rwkv_bone.console import counted
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.project import LOG, spared
 
@@ -132,7 +132,7 @@ def read_log(path: Path, steps: int) -> tuple[list[dict], str]:
     found: dict[int, dict] = {}
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, LookupError, TypeError):
+            with contextlib.suppress(LookupError, TypeError, OverflowError, *JSON_ERRORS):
                 record = json.loads(line)
                 # What others compute with.
                 sum(float(record[name]) for name in ("loss", "tokens", "seconds"))

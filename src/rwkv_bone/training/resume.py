@@ -21,7 +21,7 @@ from rwkv_bone.data import BatchPlan
 from rwkv_bone.data.fingerprint import of_this_format
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import project
-from rwkv_bone.training.resume_file import layout
+from rwkv_bone.training.resume_file import check, layout
 from rwkv_bone.training.schedule import learning_rate
 
 # A continued run may change these settings. Those of the first group change no number beyond rounding.
@@ -57,7 +57,9 @@ class Saved:
                 f"--resume: {folder} has no {project.RESUME_FILE}, so there is no run to continue: {_found(folder)}"
             )
         metadata = checkpoints.read_metadata(path)
-        if not metadata or "trained" not in metadata:
+        metadata = metadata or {}
+        kinds = {"trained": str, "step": int, "config": dict, "architecture": dict, "base": str | None, "data": str}
+        if not all(name in metadata and isinstance(metadata[name], kind) for name, kind in kinds.items()):
             raise UserError(f"--resume: {path} is not the state of a run of this program")
         then = _shaping(from_json(json.dumps(metadata["config"]), str(path)))
         saved = cls(path, metadata["step"], folder / metadata["trained"], then, metadata)
@@ -106,7 +108,7 @@ class Saved:
     def load_parameters(self, model: nn.Module, keys: tuple[str, ...]) -> None:
         """Give a model that is not placed yet the saved values, mapped. keys: those of its trained part."""
         parameters, state = dict(model.named_parameters()), checkpoints.read_state(self.path)
-        checkpoints.match_keys(layout({key: parameters[key] for key in keys}), state, self.path)
+        check(state, layout({key: parameters[key] for key in keys}), self.path)
         for key in keys:
             parameters[key].data = state[key]
 

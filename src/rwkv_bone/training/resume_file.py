@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rwkv_bone import checkpoints
 from rwkv_bone.checkpoints import atomic_path
+from rwkv_bone.checkpoints.numbers import check_finite
 from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.console import with_bar
 from rwkv_bone.errors import UserError
@@ -75,6 +76,16 @@ def layout(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         if parameter.requires_grad:
             tensors |= {f"{name}.{moment}": tensors[name] for moment in MOMENTS}
     return tensors
+
+
+def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """UserError unless a file's tensors have the keys, shapes and dtypes that `layout` says, and can be trained on."""
+    checkpoints.match_keys(expected, state, path)
+    for key, tensor in state.items():
+        if tensor.dtype != torch.float32:
+            raise UserError(f"{path}: {key} holds {str(tensor.dtype).removeprefix('torch.')}, expected float32")
+    # The square of a large gradient may be infinite; the run went on with that, too.
+    check_finite({key: tensor for key, tensor in state.items() if not key.endswith(f".{MOMENTS[1]}")}, path)
 
 
 class RestoreMoments(Callback):
