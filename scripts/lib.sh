@@ -94,6 +94,8 @@ run() {
         shift
         _arguments=$((_arguments - 1))
     done
+    [ -z "${RWKV_PYTHON:-}" ] || command -v "$RWKV_PYTHON" > /dev/null ||
+        die "RWKV_PYTHON=$RWKV_PYTHON: there is no such program; correct the variable, or unset it"
     python=${RWKV_PYTHON:-$(sh "$repo/scripts/setup.sh")}
     case $_program in
         *.py) exec "$python" "$repo/$_program" "$@" ;;

@@ -381,6 +381,20 @@ def test_a_python_that_the_caller_names_is_taken_as_it_is(clone, monkeypatch):
     assert arguments(result) and "setup:" not in result.stderr
 
 
+def test_a_python_that_is_not_there_is_named(clone, monkeypatch):
+    monkeypatch.setenv("RWKV_PYTHON", "/no/python")
+    assert sentence(clone.sh("run_bone.sh")).startswith("error: RWKV_PYTHON=/no/python: there is no such program")
+
+
+def test_a_script_with_data_of_ones_own_does_not_measure_the_bundled_numbers(ready, capsys):
+    config = parse_train(arguments(ready.sh("run_bone.sh", "--data_file", "mine.jsonl")))
+    assert (config.data.data_file, config.data.eval_data) == (("mine.jsonl",), "")
+    assert "of the script is left out: it belongs to that data_file" in capsys.readouterr().out
+    config = parse_train(arguments(ready.sh("run_bone.sh", "--data_file", "mine.jsonl", "--eval_split", "0.1")))
+    assert (config.data.eval_data, config.data.eval_split) == ("", 0.1)
+    assert parse_train(arguments(ready.sh("run_bone.sh"))).data.eval_data.endswith("numbers_heldout.jsonl")
+
+
 def test_an_edited_variable_may_hold_any_path(ready):
     ready.edit("run_bone.sh", load_model="'/data/my model.pth'", eval_data="''", data_file="'my rows.jsonl'")
     config = parse_train(arguments(ready.sh("run_bone.sh")))

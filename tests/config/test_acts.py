@@ -197,6 +197,18 @@ def test_what_only_repeats_the_default_or_asks_for_nothing_is_left_out_in_silenc
     assert capsys.readouterr().out.count("note:") == 1  # lora_r
 
 
+@pytest.mark.parametrize(
+    "typed", ["--lora_r 32", "--peft lora --bone_mode bone", "--lr_schedule constant --lr_final 2e-5"]
+)
+def test_a_typed_value_that_is_the_default_is_refused_too_where_it_asks_for_something(typed):
+    with pytest.raises(UserError, match="has no effect"):
+        parse_train([*NEEDED, *typed.split()])
+    # These say what is so anyway.
+    parse_train(
+        [*NEEDED, *"--lora_rs 0 --lora_alpha 0 --lora_plus 1 --eval_samples 0 --mask_id= --epoch_save 1".split()]
+    )
+
+
 def test_an_edited_variable_without_effect_in_its_script_is_refused_by_name():
     with pytest.raises(UserError, match="^lora_r=8 of the script has no effect with --peft bone; it acts with .*lora"):
         given_in_script("--peft bone --lora_r 8")

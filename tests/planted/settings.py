@@ -29,7 +29,7 @@ BUGS = (
         ACTS,
         'return value != default or bool(default and default != "auto")',
         "return value != default",
-        f"{TESTS} -k typed_is_accepted",
+        f"{TESTS} -k typed_value",
     ),
     Bug(LAYERS, "elif value != default:", "elif not default:", f"{TESTS} -k edited_variable"),
     Bug(LAYERS, ' or self.typed.get("resume"):', ":", f"{TESTS} -k saved_run"),
