@@ -79,8 +79,11 @@ def test_names_that_one_of_several_files_lacks_are_replaced_by_usual_ones_and_it
     found = load_dataset(config(files, sft_field=("x", "y")), 256)
     assert texts(found) == ["x0y0", "x1y1", "x2y2", "p0r0", "p1r1", "p2r2"]
     assert [line for line in found.note_lines() if "usual names are read: prompt and response" in line]
-    with pytest.raises(UserError, match="--sft_field v w"):
-        load_dataset(config([files[1], files[1]], sft_field=("v", "w")), 256)
+    with pytest.raises(UserError, match="no field 'v'; found: x, y"):
+        load_dataset(config(files, sft_field=("v", "w")), 256)
+    usual = [files[1], write_jsonl(*ASKED, name="2.jsonl")]
+    with pytest.raises(UserError, match="--sft_field v w has no meaning here"):
+        load_dataset(config(usual, sft_field=("v", "w")), 256)
     with pytest.raises(UserError, match="no field 'x'; found: prompt, response. Name the fields with --sft_field"):
         load_dataset(config(files[1], sft_field=("x", "y")), 256)
 

@@ -33,13 +33,13 @@ BUGS = (
     Bug(DATA + "turns.py", "number not in (0, 1)", "not 0 <= number <= 1", TURNS),
     Bug(DATA + "turns.py", "return all(said.values())", "return any(said.values())", TURNS),
     Bug(DATA + "turns.py", "remarks[MASKED] += 1", "remarks[MASKED] += 0", TURNS),
-    Bug(DATA + "turns.py", "remarks[WEIGHT_OF_OTHERS] += 1", "pass", TURNS),
+    Bug(DATA + "turns.py", "self.remarks[WEIGHT_OF_OTHERS] += 1", "pass", TURNS),
     Bug(DATA + "conversation.py", "remarks[NOTHING_TRAINED] += 1", "pass", TURNS),
     # An unused field not counted.
     Bug(DATA + "conversation.py", "for name in fields.unread():", "for name in ():", LAYOUTS),
     Bug(DATA + "fields.py", "isinstance(value, str | list | dict) and", "isinstance(value, str) and", LAYOUTS),
     Bug(DATA + "fields.py", "if inside:", "if False:", LAYOUTS),
-    Bug(DATA + "turns.py", "remarks[unused(f", "remarks.get(unused(f", LAYOUTS),
+    Bug(DATA + "turns.py", "if other not in self._read and", "if False and", LAYOUTS),
     Bug(DATA + "remarks.py", "self.counts.get(remark, 0) + count", "count", "tests/data/test_remarks.py"),
     # Fields and layouts.
     Bug(DATA + "fields.py", 'JOINED_BY = "\\n"', 'JOINED_BY = " "', LAYOUTS),
