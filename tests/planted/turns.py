@@ -65,7 +65,7 @@ BUGS = (
         LAYOUTS,
     ),
     Bug(DATA + "layouts.py", "        if not or_usual:\n            raise\n", "", LAYOUTS),
-    Bug(DATA + "layouts.py", 'if self.kind == "text":\n            return', "if False:\n            return", LAYOUTS),
+    Bug(DATA + "layouts.py", 'if kind == "text":\n        return ()', "if False:\n        return ()", LAYOUTS),
     Bug(DATA + "conversation.py", 'if layout.kind == "pair" else ""', "", LAYOUTS),
     Bug(DATA + "conversation.py", 'trained=turn.role != "assistant"', "trained=True", LAYOUTS),
     Bug(DATA + "conversation.py", 'if turns[0].role != "system" and', "if", CONVERSATION),
