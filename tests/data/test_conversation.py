@@ -133,6 +133,12 @@ def test_a_system_turn_beside_the_messages_is_read_and_an_empty_one_is_none():
     assert turns({"messages": [{"role": "system", "content": " "}, USER, ANSWER], "tools": "[]"})[0].role == "user"
 
 
+def test_a_system_turn_of_the_list_comes_before_the_field_beside_it_which_is_counted():
+    found = talk({"system": "S", "messages": [{"role": "system", "content": "own"}, USER, ANSWER]})
+    assert [turn.role for turn in found.turns] == ["system", "user", "assistant"] and found.turns[0].text == "own"
+    assert found.remarks == {"field not used: system": 1}
+
+
 def test_turns_without_roles_alternate():
     messages = [{"message": "你好"}, {"message": "嗯", "attrs": [{"name": "x"}]}, {"message": "?"}, {"message": "!"}]
     found = turns({"name": "x", "messages": messages})

@@ -53,8 +53,6 @@ class Layout:
         """The top-level names that are read, where a row has them."""
         steps = [part.split(".") for name in self.fields for part in (name, *name.split("+"))]
         tops = {".".join(step[:count]) for step in steps for count in range(1, len(step) + 1)}
-        if self.kind == "text":
-            return frozenset(tops)
         return frozenset(tops.union(*({name, name.title(), name.upper()} for name in _beside(self.kind))))
 
 
