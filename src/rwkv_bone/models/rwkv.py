@@ -109,6 +109,7 @@ class RWKV(nn.Module):
         last_only: bool = False,
         cu_seqlens: Tensor | None = None,
         l2wrap: float = 0.0,
+        loss_scale: float = 1.0,
         grad_cp: bool = False,
     ) -> Tensor | tuple[Tensor, list[LayerState]]:
         """Logits, or the summed loss, of token ids.
@@ -120,6 +121,8 @@ class RWKV(nn.Module):
         cu_seqlens [D + 1] int64, on the device of ids: ids [1, T] are D documents one after another, document d at
         cu_seqlens[d] to cu_seqlens[d + 1], none of which sees another. A state of k <= D rows belongs to the first k
         documents, and the others start afresh; a returned state has D rows. UserError for a state of more rows.
+        loss_scale: what the caller is going to multiply the loss by. The loss is not multiplied, but gradients are then
+        rounded once less.
         grad_cp recomputes each block in backward, to save memory.
 
         Returns logits [B, T, V] in `self.dtype`; with last_only just those of each sequence's last position, [B, V] or
@@ -150,7 +153,7 @@ class RWKV(nn.Module):
         if labels is None:
             result = self.head(hidden)
         elif isinstance(self.head, Head):
-            result = self.head(hidden, labels, l2wrap, label_rows)
+            result = self.head(hidden, labels, l2wrap, label_rows, loss_scale)
         else:
             result = adapted_head_loss(self.head, hidden, labels, l2wrap, label_rows)
         return (result, after) if return_state else result
