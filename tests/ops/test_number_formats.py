@@ -9,7 +9,6 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
