@@ -26,7 +26,12 @@ BUGS = (
         "grad_bone = grad_z.transpose(1, 2) @",
         THOUSANDS,
     ),
-    Bug(f"{ADAPTERS}/blockwise.py", "max(-(-rows // count), smallest", "max(rows // count + 1, smallest", THOUSANDS),
+    Bug(
+        f"{ADAPTERS}/blockwise.py",
+        "for start in range(0, rows, step))",
+        "for start in range(0, rows // step * step, step))",
+        THOUSANDS,
+    ),
     Bug(f"{ADAPTERS}/bat_col.py", "stop = min(start + step, count)", "stop = min(start + step, count - 1)", THOUSANDS),
     # The decay in bf16.
     Bug(f"{MODELS}/v7.py", "w = widened(self.w0) + widened(w)", "w = widened(cast(self.w0) + w)", MODEL_TESTS),

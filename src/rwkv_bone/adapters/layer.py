@@ -203,7 +203,9 @@ def check_weight(base: Projection, name: str) -> None:
     try:
         weight_of(base, torch.float32)
     except UserError as error:
-        raise UserError(f"{name or 'a layer'} is {error}; or use --bone_mode bone, which only calls the layer") from None
+        raise UserError(
+            f"{name or 'a layer'} is {error}; or use --bone_mode bone, which only calls the layer"
+        ) from None
 
 
 def weight_grads(

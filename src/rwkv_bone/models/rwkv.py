@@ -173,8 +173,8 @@ class RWKV(nn.Module):
             for name, part, shape in zip(LayerState._fields, parts, expected, strict=True):
                 if part.shape != shape:
                     raise UserError(
-                        f"state: {name} of layer {layer} is {list(part.shape)}, expected {list(shape)}: it is of another "
-                        "model, or its layers have different numbers of rows"
+                        f"state: {name} of layer {layer} is {list(part.shape)}, expected {list(shape)}: it is of "
+                        "another model, or its layers have different numbers of rows"
                     )
 
     def add_time_state(self) -> None:
