@@ -249,12 +249,6 @@ BUGS = (
         "self.tokens // length + documents - 1",
         "tests/ops/test_packed.py",
     ),
-    Bug(
-        f"{OPS}/wkv.py",
-        "and not w0.requires_grad:",
-        "or w0.requires_grad:",
-        "tests/ops/test_packed.py tests/ops/test_wkv7.py tests/ops/test_chunked_source.py -k 'constant or two_parts'",
-    ),
     Bug("cuda/common.cuh", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "(bits + 0x8000) >> 16", FORMATS),
     Bug("cuda/common.cuh", "x != x ? 0x7fff :", "x != x && bits == 0 ? 0x7fff :", FORMATS),
     Bug("cuda/cpu/simd.h", "0x7fff + ((bits[i] >> 16) & 1)", "0x7fff + 1", FORMATS),

@@ -11,6 +11,7 @@ from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.data import Batch
 from rwkv_bone.models import build
+from rwkv_bone.training.gather import gather
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
 from rwkv_bone.training.prepare import prepare_model
@@ -45,6 +46,17 @@ def test_the_head_is_told_the_factor_that_its_loss_is_multiplied_by(world, accum
     for factor, loss in zip(told, made, strict=True):
         assert factor == world / trained
         assert loss.grad == pytest.approx(factor, rel=2e-7)
+
+
+def test_gathered_tensors_are_copies_that_a_later_step_does_not_change():
+    model = random_model()
+    state = gather(model.named_parameters(), keep=True)
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert state.keys() == before.keys() and all(torch.equal(state[key], before[key]) for key in before)
+    assert gather(model.named_parameters(), keep=False) == {}
 
 
 def layer_0_with_values(path, dtype=torch.bfloat16):
