@@ -60,6 +60,62 @@ def test_four_bits_are_those_of_bitsandbytes_bit_for_bit(bitsandbytes, kind, dty
                 assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
+def straddling(kind) -> list[tuple[float, float]]:
+    """(x, m) with x / m and x * (1 / m) on two sides of a bound between two codes: who multiplies gets another code."""
+    values = torch.tensor(quantization.TABLES[kind]).sort().values
+    bounds = (values[1:] + values[:-1]) / 2
+    m = torch.rand(2000, generator=torch.Generator().manual_seed(0)) + 0.5
+    x = bounds[:, None] * m
+    near = [x, x.nextafter(x + 1), x.nextafter(x - 1)]
+    pairs = [
+        (float(x[i, j]), float(m[j]))
+        for x in near
+        for i, j in (torch.bucketize(x / m, bounds) != torch.bucketize(x * (1 / m), bounds)).nonzero().tolist()
+    ]
+    assert len(pairs) > 20
+    return pairs[:: len(pairs) // 20]
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+def test_a_last_block_cut_short_is_divided_by_its_largest_value_and_a_whole_one_multiplied(kind):
+    table = torch.tensor(quantization.TABLES[kind])
+    values, order = table.sort(stable=True)
+    bounds = (values[1:] + values[:-1]) / 2
+    for x, m in straddling(kind):
+        whole = torch.tensor([x, m] + [0.0] * 62)
+        short = torch.tensor([x, m, 0.0])
+        for weight in (short, whole, torch.cat([whole, short])):
+            units = [
+                part / part.abs().max() if len(part) < 64 else part * (1 / part.abs().max())
+                for part in weight.split(64)
+            ]
+            expected = order[torch.bucketize(torch.cat(units), bounds)]
+            codes = quantize(weight[None], kind).codes
+            found = torch.stack([codes >> 4, codes & 15], dim=1).view(-1)[: len(weight)]
+            assert torch.equal(found, expected.to(torch.uint8))
+            exact = table[found.long()] * torch.cat([part.abs().max().expand(len(part)) for part in weight.split(64)])
+            assert torch.equal(dequantize(quantize(weight[None], kind)), exact[None])
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+def test_bitsandbytes_divides_in_a_last_block_too(bitsandbytes, kind):
+    for x, m in straddling(kind):
+        for weight in (torch.tensor([[x, m, 0.0]]), torch.tensor([[x, m] + [0.0] * 66])):
+            packed, _ = bitsandbytes.quantize_4bit(weight, blocksize=64, quant_type=kind)
+            assert torch.equal(quantize(weight, kind).codes, packed.view(-1))
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+def test_every_value_of_every_block_gets_the_nearest_value_of_the_table(kind):
+    """Without another implementation, for blocks of every length."""
+    table = torch.tensor(quantization.TABLES[kind]).double()
+    for weight in (weight for shape in SHAPES[:-1] for weight in weights(shape, torch.float32)):
+        blocks = weight.flatten().split(quantization.BLOCK)
+        scale = torch.cat([block.abs().max().expand(len(block)) for block in blocks]).view(weight.shape)
+        nearest = (table * scale[..., None] - weight[..., None]).abs().amin(dim=-1)
+        assert ((as_trained(weight, kind) - weight).abs() <= nearest + 1e-6 * scale).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_codes_are_those_of_bitsandbytes(bitsandbytes, dtype):
     for shape in SHAPES:

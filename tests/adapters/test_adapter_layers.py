@@ -27,6 +27,7 @@ SHAPES = [
     *(("pissa", *sizes) for sizes in ((12, 12, 4), (22, 13, 3), (7, 3, 1), (5, 4, 4))),
 ]
 KINDS = list(ADAPTERS)
+PISSA_SIZES = [(768, 3072), (3072, 768), (1024, 1024), (512, 2048), (256, 256)]
 
 
 def dense_weight(kind, weight, tensors, settings):
@@ -371,10 +372,52 @@ def test_a_merge_rounds_once(kind):
     assert ((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(512, 512), (512, 1024), (1024, 512)], ids=str)
+def test_thousands_of_tokens_which_go_through_in_chunks_get_the_gradients_of_float64(kind, sizes, wrapped):
+    """At this width a chunk holds 160 to 640 tokens or more, so there are 5 to 20 of them, and the last is shorter."""
+    layer = make(kind, *sizes, 64, dtype=torch.float32, std=0.05)
+    if wrapped:
+        layer, plain = quantised(layer)
+        weight = plain.weight.detach().double()
+    else:
+        weight = layer.weight.detach().double()
+    x, g = torch.randn(3001, sizes[0]), torch.randn(3001, sizes[1])
+    found = gradients(layer, x, g)
+    # The merge is compared with the definition above. In float64, PyTorch makes the gradients of it.
+    tensors = {name: tensor.detach().double().requires_grad_() for name, tensor in layer.tensors().items()}
+    x = x.double().requires_grad_()
+    y = x @ layer.merged(weight, tensors, layer.settings).t()
+    expected = torch.autograd.grad(y, (x, *(tensors[name] for name in layer.parameter_names)), g.double())
+    for ours, exact in zip(found, (y.detach(), *expected), strict=True):
+        assert (ours.double() - exact).norm() < 2e-6 * exact.norm()
+
+
+def test_pissas_start_is_the_same_on_any_number_of_threads():
+    weights = {sizes: torch.randn(*sizes, generator=torch.Generator().manual_seed(0)) for sizes in PISSA_SIZES}
+    threads, starts = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for sizes, weight in weights.items():
+                base = nn.Linear(*reversed(sizes), bias=False)
+                base.weight.data = weight
+                generator = torch.Generator().manual_seed(0)
+                layer = PissaLinear(base, AdapterSettings("pissa", 16), generator=generator)
+                starts.append((sizes, layer.lora_A.detach(), layer.lora_B.detach()))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    for (sizes, *one), (_, *other) in zip(starts, starts[len(weights) :], strict=False):
+        assert all(map(torch.equal, one, other)), sizes
+
+
 def test_the_scale_of_lora_is_alpha_over_r_or_over_its_root():
     assert AdapterSettings("lora", 8).scale == 1
     assert AdapterSettings("lora", 8, alpha=16).scale == 2
     assert AdapterSettings("lora", 16, alpha=8, rslora=True).scale == 2
+    assert AdapterSettings("lora", 16, alpha=0, rslora=True).scale == 4  # alpha 0 is r here too
     for kind in ("lora", "pissa"):
         layer = make(kind, 12, 10, 4)
         layer.settings = AdapterSettings(kind, 4, alpha=6, rslora=True)

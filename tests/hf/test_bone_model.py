@@ -301,27 +301,64 @@ def test_a_broken_adapter_is_not_merged(make_model, ids):
     assert torch.equal(model.unload()(ids).logits, base(ids).logits)
 
 
-@pytest.mark.parametrize("mode", ["bone", "bat-row"])
-def test_quantised_layers_are_adapted_as_they_are(make_model, ids, mode):
+def packed_model(make_model, bits: int = 4):
+    """(a model whose projections bitsandbytes has packed, and a copy with the numbers that the packed ones stand for)
+
+    In training mode; for inference bitsandbytes packs weights anew, on some processors in blocks of 64 only.
+    """
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    # In training; for inference bitsandbytes packs weights anew, on some processors in blocks of 64 only.
-    base = make_model("qwen", hidden_size=64, intermediate_size=64).train()
+    base = make_model("qwen", hidden_size=64, intermediate_size=128).train()
+    plain = copy.deepcopy(base)
     for name, module in list(base.named_modules()):
-        if name.endswith("_proj"):
-            packed = bitsandbytes.nn.Linear4bit(
-                module.in_features, module.out_features, module.bias is not None, quant_type="nf4"
-            )
-            packed.load_state_dict(module.state_dict())
-            base.set_submodule(name, packed.to("cpu"))
+        if not name.endswith("_proj"):
+            continue
+        with torch.no_grad():
+            if module.bias is not None:
+                module.bias.normal_()
+        sizes = module.in_features, module.out_features, module.bias is not None
+        if bits == 4:
+            packed = bitsandbytes.nn.Linear4bit(*sizes, quant_type="nf4")
+        else:
+            packed = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        packed.load_state_dict(module.state_dict())
+        base.set_submodule(name, packed.to("cpu"))
+        if bits == 4:
+            numbers = bitsandbytes.functional.dequantize_4bit(packed.weight, packed.weight.quant_state)
+            dense = plain.get_submodule(name)
+            dense.load_state_dict({"weight": numbers, **({"bias": module.bias} if module.bias is not None else {})})
+    return base, plain
+
+
+@pytest.mark.parametrize("mode", ["bone", "bat-row", "bat-col"])
+def test_layers_that_bitsandbytes_packed_are_adapted_as_they_are_with_their_bias(make_model, ids, mode):
+    base, plain = packed_model(make_model)
     expected = base(ids).logits
     assert base.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
-    model = get_bone_model(base, BoneConfig(r=8, target_modules=["q_proj", "down_proj"], mode=mode))
-    assert torch.equal(model(ids).logits, expected)
-    fill(model)(input_ids=ids, labels=ids).loss.backward()
-    assert all(layer.bone.grad.norm() > 0 for layer in model.bone.layers.values())
+    config = BoneConfig(r=8, target_modules=["q_proj", "down_proj"], mode=mode)
+    model, dense = get_bone_model(base, config), get_bone_model(plain, config)
+    close(model(ids).logits, expected)
+    if mode != "bat-col":  # which computes with the numbers that the base unpacks, and not with the base
+        assert torch.equal(model(ids).logits, expected)
+    for one in (model, dense):
+        fill(one)(input_ids=ids, labels=ids).loss.backward()
+    close(model(ids).logits, dense(ids).logits, 1e-4)
+    for name, layer in model.bone.layers.items():
+        assert layer.bone.grad.norm() > 0
+        close(layer.bone.grad, dense.bone.layers[name].bone.grad, 1e-4)
     with pytest.raises(UserError, match="q_proj is quantised: load the model in bf16 or fp32"):
         model.merge_and_unload()
     assert torch.equal(model.unload()(ids).logits, expected)
+
+
+@pytest.mark.parametrize("packing", ["8 bits", "for inference"])
+def test_bat_col_refuses_layers_whose_weight_cannot_be_read_and_says_what_to_do(make_model, ids, packing):
+    base, _ = packed_model(make_model, 8 if packing == "8 bits" else 4)
+    if packing == "for inference":
+        base.model.layers[1].self_attn.q_proj.weight.quant_state.packing_format_for_cpu = True
+    before = dict(base.named_modules())
+    with pytest.raises(UserError, match=r"layers\.[01]\.self_attn\.q_proj is a Linear.*bit.*mode 'bone'"):
+        get_bone_model(base, BoneConfig(r=8, target_modules=["q_proj"], mode="bat-col"))
+    assert dict(base.named_modules()) == before and not isinstance(base, BoneModel)
 
 
 def test_any_module_with_linear_layers_takes_adapters(ids):

@@ -1,13 +1,17 @@
 """Every generation against other people's implementations, and against itself in every way it can be run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from rwkv_bone import checkpoints, load_model
+from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
-from rwkv_bone.models import build, load_base_into, v7
+from rwkv_bone.models import LayerState, architecture_from_scratch, build, init_from_scratch, load_base_into, v7
+from rwkv_bone.models.rwkv import GENERATIONS
 from tests.conftest import random_model
 from tests.rwkv_oracle import logits as oracle_logits
 
@@ -183,6 +187,86 @@ def test_v0_v1_v2_in_layer_0_are_loaded_and_change_nothing(tiny_checkpoint, tmp_
         assert torch.equal(model(ids), load_model(path)(ids))
 
 
+@every_generation
+def test_a_state_of_fewer_rows_than_an_unpacked_batch_or_of_another_model_is_refused(version):
+    model, ids = random_model(version=version, n_layer=3), ids_of(61, 5, batch=3)
+    state = model(ids, return_state=True)[1]
+    model(ids, state=state)
+    for rows in (1, 2, 0):
+        fewer = [LayerState(*(part[:rows] for part in layer)) for layer in state]
+        with pytest.raises(UserError, match=f"state: expected 3 rows, one a sequence, found {rows}"):
+            model(ids, state=fewer)
+        bounds = torch.tensor([0, 5, 10, 15])
+        model(ids.view(1, 15), state=fewer, cu_seqlens=bounds)  # packed, the first documents go on
+    with pytest.raises(UserError, match="state: expected 3 layers, as the model has, found 2"):
+        model(ids, state=state[:2])
+    for other in ({"n_embd": 64}, {"head_size": 8}, {"head_size": 32}):
+        theirs = random_model(version=version, n_layer=3, **other)(ids, return_state=True)[1]
+        with pytest.raises(UserError, match="of layer 0 is .*, expected .*: it is of another model"):
+            model(ids, state=theirs)
+    mixed = [*state[:2], LayerState(state[2].att_shift, state[2].wkv[:2], state[2].ffn_shift)]
+    with pytest.raises(UserError, match=r"state: wkv of layer 2 is \[2, 2, 16, 16\], expected \[3, 2, 16, 16\]"):
+        model(ids, state=mixed)
+
+
+def decay_of(version: int, bias: torch.Tensor) -> torch.Tensor:
+    """The factor by which a state shrinks in a token, in float64, where the networks add nothing to the bias."""
+    bias = bias.detach().double()
+    return torch.exp(-np.exp(-0.5) * bias.sigmoid()) if version == 7 else torch.exp(-bias.exp())
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@every_generation
+def test_over_thousands_of_tokens_a_state_decays_as_its_parameters_say_in_a_bf16_model_too(version, trained):
+    """A rounding of the decay's exponent to bf16, up to 0.4 %, comes back as often as there are tokens."""
+    T, H, N = 4096, 2, 16
+    model = random_model(version=version, n_layer=4).requires_grad_(False)
+    model.emb.dtype = torch.bfloat16
+    for name, module in model.named_modules():
+        if hasattr(module, "op"):
+            module.op = "cpu"
+        if name.endswith("att.key"):
+            module.weight.zero_()  # nothing is written into the state, and nothing removed
+    state = []
+    for number, block in enumerate(model.blocks):
+        att = block.att
+        bias = att.w0 if version == 7 else att.time_decay
+        # So slow that 20 to 90 % of the state is left: numbers that bf16 does not have.
+        left = torch.linspace(0.2, 0.9, bias.numel()).roll(number)
+        rate = -left.log() / T
+        bias.copy_(((rate / np.exp(-0.5)).logit() if version == 7 else rate.log()).view(bias.shape))
+        bias.requires_grad_(trained)
+        for network in ("w2",) if version == 7 else ("time_decay_w2",) if version == 6 else ():
+            getattr(att, network).zero_()
+        one = torch.ones(1, H, N, N)
+        state.append(LayerState(torch.zeros(1, 32), one, torch.zeros(1, 32)))
+    with torch.no_grad():
+        _, after = model(ids_of(61, T), state=state, return_state=True)
+    for block, layer in zip(model.blocks, after, strict=True):
+        bias = block.att.w0 if version == 7 else block.att.time_decay
+        expected = (decay_of(version, bias) ** T).view(1, H, 1, N).expand(1, H, N, N)
+        assert (layer.wkv.double() / expected - 1).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_the_networks_part_of_the_decay_is_added_to_the_bias_in_fp32(monkeypatch, version):
+    """Of layer 0, whose inputs do not depend on the bias: the network's part alone is what a bias of zero gives."""
+    model, generation = random_model(version=version), GENERATIONS[version]
+    model.emb.dtype = torch.bfloat16
+    bias = model.blocks[0].att.w0 if version == 7 else model.blocks[0].att.time_decay
+    given, operator = [], f"wkv{version}"
+    plain = getattr(generation, operator)
+    monkeypatch.setattr(generation, operator, lambda **inputs: given.append(inputs) or plain(**inputs))
+    values = bias.detach().clone()
+    for now in (torch.zeros_like(values), values):
+        with torch.no_grad():
+            bias.copy_(now)
+        model(ids_of(61, 9))
+    network, both = (given[i]["w"].flatten(2) for i in (0, len(model.blocks)))
+    assert both.dtype == torch.float32 and network.abs().max() > 0
+    assert torch.equal(both, network.float() + values)
+
+
 def test_a_key_too_many_or_too_few_or_misshapen_is_named(tiny_checkpoint):
     base = checkpoints.load_base(tiny_checkpoint())
     arch, state = base.arch, base.state
@@ -196,9 +280,6 @@ def test_a_key_too_many_or_too_few_or_misshapen_is_named(tiny_checkpoint):
 
 
 def test_from_scratch_the_same_seed_gives_the_same_weights_and_upstream_scales():
-    from rwkv_bone.config import ModelConfig
-    from rwkv_bone.models import architecture_from_scratch, init_from_scratch
-
     arch = architecture_from_scratch(ModelConfig(n_layer=4, n_embd=128, vocab_size=256))
     models = [build(arch) for _ in range(2)]
     for model in models:
@@ -214,6 +295,65 @@ def test_from_scratch_the_same_seed_gives_the_same_weights_and_upstream_scales()
     with torch.no_grad():
         loss = models[0](ids_of(256, 64), labels=ids_of(256, 64, seed=1)) / 64
     assert abs(float(loss) - np.log(256)) < 0.5
+
+
+def upstream_rows(layer: int, n_layer: int, C: int, N: int) -> dict[str, list[float]]:
+    """What RWKV-LM's RWKV-7 fills each vector of a layer with, channel by channel, in plain Python."""
+    early, late = layer / (n_layer - 1), 1 - layer / n_layer
+    rows: dict[str, list[float]] = {}
+    for name, power in {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}.items():
+        rows[f"att.{name}"] = [1 - (i / C) ** (power * late) for i in range(C)]
+    rows["ffn.x_k"] = [1 - (i / C) ** (late**4) for i in range(C)]
+    linear = [i / (C - 1) - 0.5 for i in range(C)]
+    wave = [(i % N - (N - 1) / 2) / ((N - 1) / 2) for i in range(C)]
+    zigzag = [x * abs(x) for x in wave]
+    curve = [-6 + 6 * (i / (C - 1)) ** (1 + early**0.3) for i in range(C)]
+    rows["att.w0"] = [w + 0.5 + 2.5 * z for w, z in zip(curve, zigzag, strict=True)]
+    rows["att.a0"] = [-0.19 + 0.3 * z + 0.4 * x for z, x in zip(zigzag, linear, strict=True)]
+    rows["att.v0"] = [0.73 - 0.4 * x for x in linear]
+    rows["att.k_k"] = [0.71 - 0.1 * x for x in linear]
+    rows["att.k_a"] = [1.02] * C
+    rows["att.r_k"] = [-0.04] * C
+    rows["att.ln_x.weight"] = [((1 + layer) / n_layer) ** 0.7] * C
+    for name in ("ln0", "ln1", "ln2"):
+        rows[f"{name}.weight"], rows[f"{name}.bias"] = [1.0] * C, [0.0] * C
+    rows["att.ln_x.bias"] = [0.0] * C
+    return rows
+
+
+# A matrix is zero, or orthogonal times this.
+UPSTREAM_MATRICES = {
+    **dict.fromkeys(("att.receptance.weight", "att.value.weight", "ffn.key.weight"), 1.0),
+    "att.key.weight": 0.1,
+    **dict.fromkeys(("att.output.weight", "ffn.value.weight", "att.w1", "att.a1", "att.v1", "att.g1"), 0.0),
+    **dict.fromkeys(("att.w2", "att.a2", "att.v2", "att.g2"), 0.1),
+}
+
+
+def test_from_scratch_every_key_has_the_values_that_upstream_gives_it():
+    n_layer, C = 3, 128
+    arch = architecture_from_scratch(ModelConfig(n_layer=n_layer, n_embd=C, vocab_size=512, head_size=32))
+    model = build(replace(arch, v_in_layer0=True))
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    init_from_scratch(model, seed=1)
+    state = model.state_dict()
+    rows = {f"blocks.{i}.{name}": row for i in range(n_layer) for name, row in upstream_rows(i, n_layer, C, 32).items()}
+    rows |= {"ln_out.weight": [1.0] * C, "ln_out.bias": [0.0] * C}
+    matrices = {f"blocks.{i}.{name}": scale for i in range(n_layer) for name, scale in UPSTREAM_MATRICES.items()}
+    matrices["head.weight"] = 0.5 * (512 / C) ** 0.5
+    for key, tensor in state.items():
+        if key == "emb.weight":
+            assert tensor.abs().max() <= 1e-4 and tensor.std() > 5e-5
+        elif key in rows:
+            torch.testing.assert_close(tensor.flatten(), torch.tensor(rows[key]), rtol=1e-5, atol=1e-5)
+        else:
+            # The network matrices of two axes that have more rows than columns are wider by the root of the ratio.
+            scale = matrices[key] * (max(tensor.shape[0] / tensor.shape[1], 1) ** 0.5 if key[-1] == "2" else 1)
+            short = tensor if tensor.shape[0] <= tensor.shape[1] else tensor.t()
+            torch.testing.assert_close(short @ short.t(), scale**2 * torch.eye(len(short)), rtol=0, atol=1e-4)
+    missing = {key for key in (*rows, *matrices) if key not in state}
+    assert missing == {f"blocks.{i}.ln0.{part}" for i in (1, 2) for part in ("weight", "bias")}
 
 
 def test_low_rank_sizes_follow_the_released_models():

@@ -113,3 +113,34 @@ def test_bf16_is_as_close_as_plain_pytorch_in_bf16():
     (d_low,) = torch.autograd.grad(loss, low)
     assert abs(float(loss - exact)) / float(exact) < 5e-3
     assert float((d_low.float() - d_exact).norm() / d_exact.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("scale", [1 / 777, 3 / 3077, 2 / 1000])
+def test_a_scale_that_bf16_would_round_is_applied_before_the_only_rounding(scale):
+    """The scale is one over a number of tokens, which bf16 rounds by up to 0.4 %: the whole gradient would be off."""
+    hidden, weight, labels = (x.detach() for x in sample(rows=300, width=64, vocab=1009, dtype=torch.float32))
+    low, matrix = hidden.bfloat16().requires_grad_(), (weight / 8).bfloat16()
+    exact_hidden = low.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(plain(exact_hidden, matrix.double(), labels) * scale, exact_hidden)
+    loss = linear_cross_entropy(low, matrix, labels, loss_scale=scale, chunk_rows=64)
+    (found,) = torch.autograd.grad(loss * scale, low)
+    assert found.dtype == torch.bfloat16
+    kept, once = labels != -100, exact.bfloat16()
+    assert (found == once)[kept].double().mean() > 0.78  # 0.81, since the softmax is rounded; 0.67 if twice rounded
+    error = found.double() - once.double()
+    assert abs(float((error * exact).sum() / exact.square().sum())) < 1e-3  # rounding, and no common factor
+
+
+def test_a_scale_told_beforehand_changes_no_loss_and_another_factor_is_still_right():
+    hidden, weight, labels = sample()
+    expected = plain(hidden, weight, labels)
+    d_hidden, d_weight = torch.autograd.grad(expected * 0.3, (hidden, weight))
+    loss = linear_cross_entropy(hidden, weight, labels, loss_scale=1 / 777, chunk_rows=5)
+    assert relative_error(loss, expected) < 1e-6
+    got_hidden, got_weight = torch.autograd.grad(loss * 0.3, (hidden, weight), retain_graph=True)
+    assert relative_error(got_hidden, d_hidden) < 1e-6 and relative_error(got_weight, d_weight) < 1e-6
+    again, _ = torch.autograd.grad(loss * 0.3, (hidden, weight))
+    assert torch.equal(again, got_hidden)
+    low = hidden.detach().bfloat16().requires_grad_()
+    (once,) = torch.autograd.grad(linear_cross_entropy(low, weight.detach(), labels) * 0.3, low)
+    assert abs(float((once.double() * d_hidden).sum() / d_hidden.square().sum()) - 1) < 1e-3

@@ -113,7 +113,7 @@ def test_a_step_reads_no_value_of_what_is_on_the_device(chunk, pack):
         return (loss, []) if chunk else loss
 
     module = SimpleNamespace(model=model, config=OptimConfig(), running=ModelConfig("base.pth", chunk_ctx=chunk))
-    TrainingModule._loss(module, batch.to("meta"))
+    TrainingModule._loss(module, batch.to("meta"), 1 / 24)
     lengths = [part.shape[1] for part in (ids.split(chunk, 1) if chunk else [ids])]
     assert seen == [(length, True, pack) for length in lengths]
 

@@ -7,6 +7,36 @@ from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject
 from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.models import architecture_from_scratch, build, init_from_scratch
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
+from tests.conftest import random_model
+
+# What RWKV-LM trains how (its default, --layerwise_lr 1), for every key of every generation: a multiple of the learning
+# rate, and whether weight decay acts. `{}` is the layer; layer 0 alone has ln0. A state is RWKV-LM's `time_state`.
+OUTSIDE = {"1x": "ln_out.weight ln_out.bias", "decay": "emb.weight head.weight"}
+NORMS = "ln0.weight ln0.bias ln1.weight ln1.bias ln2.weight ln2.bias att.ln_x.weight att.ln_x.bias"
+ATTENTION = "att.receptance.weight att.key.weight att.value.weight att.output.weight att.time_state"
+GATED = f"{ATTENTION} att.gate.weight ffn.key.weight ffn.receptance.weight ffn.value.weight"
+UPSTREAM = {
+    5: {
+        "1x": f"{NORMS} att.time_mix_k att.time_mix_v att.time_mix_r att.time_mix_g att.time_faaaa "
+        "ffn.time_mix_k ffn.time_mix_r",
+        "2x": "att.time_decay",
+        "decay": GATED,
+    },
+    6: {
+        "1x": f"{NORMS} att.time_maa_x att.time_maa_w att.time_maa_k att.time_maa_v att.time_maa_r att.time_maa_g "
+        "att.time_maa_w1 att.time_maa_w2 att.time_decay_w1 att.time_decay_w2 att.time_faaaa "
+        "ffn.time_maa_k ffn.time_maa_r",
+        "2x": "att.time_decay",
+        "decay": GATED,
+    },
+    7: {
+        "1x": f"{NORMS} att.x_r att.x_w att.x_k att.x_v att.x_a att.x_g att.w1 att.w2 att.a0 att.a1 att.a2 "
+        "att.v0 att.v1 att.v2 att.g1 att.g2 att.k_k att.k_a att.r_k ffn.x_k",
+        "2x": "att.w0",
+        "decay": f"{ATTENTION} ffn.key.weight ffn.value.weight",
+    },
+}
+MULTIPLES = {"1x": (1.0, 0.0), "2x": (2.0, 0.0), "decay": (1.0, 0.1)}
 
 
 @pytest.fixture
@@ -27,6 +57,25 @@ def test_full_training_places_every_parameter_once(model):
     groups = parameter_groups(model, 0.1)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert set(placement(model)) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("version", UPSTREAM)
+@pytest.mark.parametrize("weight_decay", [0.1, 0.0])
+def test_every_key_of_every_generation_is_trained_as_upstream_trains_it(version, weight_decay):
+    model = random_model(version=version, n_layer=3)
+    model.add_time_state()
+    expected = {name: MULTIPLES[how] for how, names in OUTSIDE.items() for name in names.split()}
+    for layer in range(3):
+        for how, names in UPSTREAM[version].items():
+            expected |= {f"blocks.{layer}.{name}": MULTIPLES[how] for name in names.split()}
+    for name in ("ln0.weight", "ln0.bias"):
+        del expected[f"blocks.1.{name}"], expected[f"blocks.2.{name}"]
+    if version == 7:
+        for name in ("v0", "v1", "v2"):
+            del expected[f"blocks.0.att.{name}"]
+    if not weight_decay:
+        expected = {name: (multiple, 0.0) for name, (multiple, _) in expected.items()}
+    assert placement(model, weight_decay) == expected
 
 
 def test_only_w0_learns_at_twice_the_rate(model):

@@ -12,8 +12,8 @@ the weight's size, and nothing but x is kept for backward.
 
 It takes about 1.5 times as long as the frozen linear alone, since dW' is a product of the weight's size.
 
-A quantised projection must give its weight here, not only be called: the weight is dequantised once in forward and once
-in backward, and dropped each time.
+A quantised projection must give its weight here, not only be called (`weight_of`): the weight is dequantised once in
+forward and once in backward, and dropped each time.
 
 Sizes: T tokens, r block size. Rows of W that belong to n blocks of outputs are [n, r in/r, r], a view.
 """
@@ -101,6 +101,8 @@ class BatColFunction(torch.autograd.Function):
 class BatColLinear(BatLinear):
     """y = x W'^T + bias, with D = `bone` [out/r, r, r]. r must divide in_features and out_features."""
 
+    needs_weight = True
+
     @staticmethod
     def shapes(in_features: int, out_features: int, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
         return {"bone": (out_features // settings.r, settings.r, settings.r)}
@@ -115,7 +117,7 @@ class BatColLinear(BatLinear):
     def forward_wrapped(
         base: Callable[[Tensor], Tensor], x: Tensor, tensors: Tensors, settings: AdapterSettings, dropout: float
     ) -> Tensor:
-        return BatColFunction.apply(x, base, None, tensors["bone"])
+        return BatColFunction.apply(x, base, getattr(base, "bias", None), tensors["bone"])
 
     @staticmethod
     def merged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:

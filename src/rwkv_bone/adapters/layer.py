@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
-from typing import ClassVar, Protocol, TypeGuard, cast
+from typing import Any, ClassVar, Protocol, TypeGuard, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +42,12 @@ class Projection(Protocol):
     def requires_grad_(self, requires_grad: bool = True) -> object: ...
 
 
+@runtime_checkable
 class QuantizedProjection(Projection, Protocol):
-    """A projection whose weight is stored as codes, such as `quantization.QuantLinear`."""
+    """`quantization.QuantLinear`: a projection whose weight is stored as codes, `quantized`."""
 
+    @property
+    def quantized(self) -> Any: ...
     def dequantize(self, dtype: torch.dtype) -> Tensor: ...
 
 
@@ -65,6 +68,7 @@ class AdapterLinear(nn.Linear):
     parameter_names: ClassVar[tuple[str, ...]]
     frozen_names: ClassVar[tuple[str, ...]] = ()
     r_flag: ClassVar[str] = "bone_r"
+    needs_weight: ClassVar[bool] = False  # whether a base that can only be called is not enough: see `weight_of`
     base: Projection | None
 
     def __init__(
@@ -174,8 +178,34 @@ def has_plain_weight(module: object) -> TypeGuard[nn.Linear]:
 
 
 def weight_of(base: Projection, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] of a projection in this dtype; that of a quantised one is dequantised anew."""
-    return base.weight.to(dtype) if has_plain_weight(base) else cast(QuantizedProjection, base).dequantize(dtype)
+    """The weight [out, in] of a projection in this dtype; that of a quantised one is dequantised anew.
+
+    Quantised are the layers of `quantization` and the 4-bit ones of bitsandbytes. UserError for others.
+    """
+    if has_plain_weight(base):
+        return base.weight.to(dtype)
+    if isinstance(base, QuantizedProjection):
+        return base.dequantize(dtype)
+    packed = getattr(base, "weight", None)
+    state = getattr(packed, "quant_state", None)
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        raise UserError(
+            f"a {type(base).__name__} whose weight cannot be read: expected plain numbers, or 4 bits of bitsandbytes "
+            "that it has not packed anew for inference (adapt the model before it runs, in training mode)"
+        )
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(packed, state).to(dtype)
+
+
+def check_weight(base: Projection, name: str) -> None:
+    """UserError, naming the layer, if `weight_of` cannot read its weight."""
+    try:
+        weight_of(base, torch.float32)
+    except UserError as error:
+        raise UserError(
+            f"{name or 'a layer'} is {error}; or use --bone_mode bone, which only calls the layer"
+        ) from None
 
 
 def weight_grads(

@@ -23,7 +23,8 @@ Sizes: T tokens, r rank, k = r or 2r.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -171,6 +172,7 @@ class PissaLinear(LoraLinear):
     """LoRA that starts from the principal components A0, B0 of W: y = x (W + s (B A - B0 A0))^T + bias."""
 
     frozen_names = ("init_lora_A", "init_lora_B")
+    needs_weight = True
 
     @staticmethod
     def shapes(in_features: int, out_features: int, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
@@ -198,14 +200,26 @@ class PissaLinear(LoraLinear):
 def principal_components(weight: Tensor, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
     """(U [out, r], S [r], V [r, in]): the r largest singular values of weight [out, in]; approximate if it is large."""
     if min(weight.shape) <= EXACT_SVD:
-        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        with _one_thread():
+            u, s, v = torch.linalg.svd(weight, full_matrices=False)
         return u[:, :r], s[:r], v[:r]
     seed = int(torch.randint(2**31, (), generator=generator))
     # svd_lowrank draws from the global generator, whose state is put back afterwards.
-    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+    with _one_thread(), torch.random.fork_rng([weight.device] if weight.is_cuda else []):
         torch.manual_seed(seed)
         u, s, v = torch.svd_lowrank(weight, min(r + OVERSAMPLING, *weight.shape), ITERATIONS)
     return u[:, :r], s[:r], v[:, :r].t()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On the CPU a decomposition has other last bits, and even signs, with every other number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _in_order(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

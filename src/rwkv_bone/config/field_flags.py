@@ -44,7 +44,7 @@ IGNORED_FLAGS = {
     "my_att_shift": Ignored("the token shift is one position", ONE),
     "head_size_divisor": Ignored("it is fixed at 8 (the epsilon of ln_x)", ("8",)),
     "dropout": Ignored("there is no dropout here", ZERO),
-    "layerwise_lr": Ignored("each parameter has upstream's multiple of the rate (w0 of RWKV-7: 2)", ONE),
+    "layerwise_lr": Ignored("each parameter has upstream's multiple of the rate (2: w0, time_decay)", ONE),
     "weight_decay_final": Ignored("the weight decay is constant, --weight_decay", ("-1",)),
     "my_pile_version": Ignored("the data is --data_file"),
     "my_pile_shift": Ignored("the data is --data_file"),

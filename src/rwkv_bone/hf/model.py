@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from rwkv_bone.adapters import peft_format
-from rwkv_bone.adapters.layer import AdapterLinear, has_plain_weight
+from rwkv_bone.adapters.layer import AdapterLinear, check_weight, has_plain_weight
 from rwkv_bone.adapters.registry import ADAPTERS
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.checkpoints import match_keys
@@ -335,6 +335,8 @@ def _inject(model: nn.Module, config: BoneConfig, adapter_name: str) -> BoneMode
     for name, module in chosen.items():
         try:
             layer_class.check(module.in_features, module.out_features, settings, name)
+            if layer_class.needs_weight:
+                check_weight(module, name)
         except UserError as error:
             # The layers' messages name the flags of train.py.
             words = str(error).replace("--bone_r ", "r ").replace("--bone_mode bone", "mode 'bone'")

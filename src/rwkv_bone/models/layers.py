@@ -147,15 +147,23 @@ class Head(Linear):
     """hidden [..., C] -> logits [..., V]; with labels [...] -> their summed fp32 loss, without logits.
 
     `label_rows` [R] int64: the positions in the flattened labels that are not -100, if the caller knows them.
+    l2wrap, loss_scale: see `linear_cross_entropy`.
     """
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, l2wrap: float = 0.0, label_rows: Tensor | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        l2wrap: float = 0.0,
+        label_rows: Tensor | None = None,
+        loss_scale: float = 1.0,
     ) -> Tensor:
         if labels is None:
             return super().forward(hidden)
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
-        return linear_cross_entropy(hidden, self.weight, labels, label_rows=label_rows, l2wrap=l2wrap)
+        return linear_cross_entropy(
+            hidden, self.weight, labels, label_rows=label_rows, l2wrap=l2wrap, loss_scale=loss_scale
+        )
 
 
 def adapted_head_loss(

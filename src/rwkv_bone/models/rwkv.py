@@ -109,6 +109,7 @@ class RWKV(nn.Module):
         last_only: bool = False,
         cu_seqlens: Tensor | None = None,
         l2wrap: float = 0.0,
+        loss_scale: float = 1.0,
         grad_cp: bool = False,
     ) -> Tensor | tuple[Tensor, list[LayerState]]:
         """Logits, or the summed loss, of token ids.
@@ -119,7 +120,10 @@ class RWKV(nn.Module):
         they are looked up, which waits for the GPU.
         cu_seqlens [D + 1] int64, on the device of ids: ids [1, T] are D documents one after another, document d at
         cu_seqlens[d] to cu_seqlens[d + 1], none of which sees another. A state of k <= D rows belongs to the first k
-        documents, and the others start afresh; a returned state has D rows. UserError for a state of more rows.
+        documents, and the others start afresh; a returned state has D rows. Without cu_seqlens a state has B rows.
+        UserError for a state of other rows, or of another model.
+        loss_scale: what the caller is going to multiply the loss by. The loss is not multiplied, but gradients are then
+        rounded once less.
         grad_cp recomputes each block in backward, to save memory.
 
         Returns logits [B, T, V] in `self.dtype`; with last_only just those of each sequence's last position, [B, V] or
@@ -129,8 +133,8 @@ class RWKV(nn.Module):
         if last_only and labels is not None:
             raise ValueError("last_only is for logits: with labels every labelled position counts")
         sequences = len(ids) if cu_seqlens is None else len(cu_seqlens) - 1
-        if state is not None and len(state[0].wkv) > sequences:
-            raise UserError(f"state: expected at most {sequences} rows, one a sequence, found {len(state[0].wkv)}")
+        if state is not None:
+            self._check_state(state, sequences, packed=cu_seqlens is not None)
 
         # The residual stream, through all blocks. Each returns its new state, None unless that is asked for.
         x, shared, after = self.emb(ids), None, []  # x [B, T, C]
@@ -150,10 +154,28 @@ class RWKV(nn.Module):
         if labels is None:
             result = self.head(hidden)
         elif isinstance(self.head, Head):
-            result = self.head(hidden, labels, l2wrap, label_rows)
+            result = self.head(hidden, labels, l2wrap, label_rows, loss_scale)
         else:
             result = adapted_head_loss(self.head, hidden, labels, l2wrap, label_rows)
         return (result, after) if return_state else result
+
+    def _check_state(self, state: list[LayerState], sequences: int, packed: bool) -> None:
+        """UserError unless it is a state of this architecture, with a row for each sequence (packed: at most)."""
+        C, H, N = self.arch.n_embd, self.arch.n_head, self.arch.head_size
+        if len(state) != len(self.blocks):
+            raise UserError(f"state: expected {len(self.blocks)} layers, as the model has, found {len(state)}")
+        rows = len(state[0].wkv)
+        if rows > sequences or (rows < sequences and not packed):
+            most = "at most " if packed else ""
+            raise UserError(f"state: expected {most}{sequences} rows, one a sequence, found {rows}")
+        expected = ((rows, C), (rows, H, N, N), (rows, C))
+        for layer, parts in enumerate(state):
+            for name, part, shape in zip(LayerState._fields, parts, expected, strict=True):
+                if part.shape != shape:
+                    raise UserError(
+                        f"state: {name} of layer {layer} is {list(part.shape)}, expected {list(shape)}: it is of "
+                        "another model, or its layers have different numbers of rows"
+                    )
 
     def add_time_state(self) -> None:
         """Give every block that has none an initial state, `blocks.N.att.time_state` [H, N, N], zero and fp32."""

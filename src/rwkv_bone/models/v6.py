@@ -124,5 +124,5 @@ class ChannelMix(nn.Module):
 
 
 def lr_scale(key: str) -> float:
-    """Upstream trains the decay at twice and the bonus at three times the learning rate."""
-    return 2.0 if key.endswith("time_decay") else 3.0 if key.endswith("time_faaaa") else 1.0
+    """Upstream trains the decay, but not the network that adds to it, at twice the learning rate."""
+    return 2.0 if key.endswith(".time_decay") else 1.0

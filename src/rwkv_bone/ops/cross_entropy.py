@@ -24,6 +24,7 @@ def linear_cross_entropy(
     label_rows: Tensor | None = None,
     chunk_rows: int = CHUNK_ROWS,
     l2wrap: float = 0.0,
+    loss_scale: float = 1.0,
 ) -> Tensor:
     """The cross-entropy of the labelled rows, -log softmax(hidden @ weight^T)[label], summed: a float32 scalar in nats.
 
@@ -35,12 +36,15 @@ def linear_cross_entropy(
     l2wrap       BlinkDL's L2Wrap, which keeps logits from growing: l2wrap * max(logits) is added to the gradient of
                  each labelled row's largest logit, and nothing to the loss. His factor is 1e-4, divided by the number
                  of rows like the loss itself
+    loss_scale   what the caller is going to multiply the loss by, not 0. The loss returned is not multiplied; gradients
+                 are made for it and so rounded to hidden's dtype once. With any other factor they are right too, but
+                 rounded twice
 
     Logits are of hidden's dtype, sums over them float32. Without a labelled row the result is 0. Can be differentiated
     once, in hidden and weight.
     """
     rows = labelled(labels) if label_rows is None else label_rows
-    return _LinearCrossEntropy.apply(hidden, weight, labels, rows, chunk_rows, l2wrap)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, rows, chunk_rows, l2wrap, loss_scale)
 
 
 def labelled(labels: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ def labelled(labels: Tensor) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, rows, chunk_rows, l2wrap):
+    def forward(ctx, hidden, weight, labels, rows, chunk_rows, l2wrap, loss_scale):
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         matrix = weight.detach().to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -68,13 +72,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad.scatter_add_(1, target, grad.new_full((), -1.0).expand_as(target))
             if l2wrap:
                 grad.scatter_add_(1, at, largest * l2wrap)
-            grad = grad.to(hidden.dtype)
+            grad = grad.to(hidden.dtype)  # unscaled: -1 at a label is exact, as its scaled value is not
             if d_hidden is not None:
-                d_hidden[chunk] = grad @ matrix
+                # The product is scaled while it is still in fp32, and then rounded.
+                d_hidden[chunk] = torch.addmm(matrix.new_zeros(()), grad, matrix, beta=0, alpha=loss_scale)
             if d_weight is not None:
                 d_weight += grad.T @ part
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.chunk_rows, ctx.loss_scale = weight.dtype, chunk_rows, loss_scale
         return loss
 
     @staticmethod
@@ -82,7 +87,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
-            d_hidden = d_hidden * grad.to(d_hidden.dtype)
+            rest = grad / ctx.loss_scale  # fp32, and 1 but for its last bit if the caller did as it said
+            parts = d_hidden.split(ctx.chunk_rows)
+            d_hidden = torch.empty_like(d_hidden)
+            for part, to in zip(parts, d_hidden.split(ctx.chunk_rows), strict=True):
+                # One axis, since a scalar would be rounded to the other factor's dtype.
+                torch.mul(part, rest[None], out=to)
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None

@@ -168,18 +168,19 @@ class TrainingModule(LightningModule):
                 f"optimiser step {self._step + 1} has no trained token: every label of {self._rows()} is masked; "
                 "look at these rows, at --loss_mask and at --ctx_len (a response beyond it is cut off)"
             )
-        loss = self._loss(batch)
+        # Each trained token of the window counts alike. DeepSpeed divides by world_size when it averages over ranks.
+        per_token = self.plan.world_size / self._trained
+        loss = self._loss(batch, per_token)
         self._table[self.global_rank, self._micro] = loss.detach()
         self._tokens += batch.tokens
-        # Averaging over ranks divides by world_size and Lightning by accumulate: both are undone here.
-        scale = self.plan.world_size * self.plan.accumulate / self._trained
+        scale = per_token * self.plan.accumulate  # Lightning divides by accumulate before backward
         # If the loss is not a finite number, this makes the scale and with it every gradient NaN. DeepSpeed then takes
         # no step, and `optimizer_step` finds the reason.
         return loss * (scale + 0 * loss.detach())
 
-    def _loss(self, batch: Batch) -> Tensor:
-        """Sum over the trained tokens of one micro-batch."""
-        options = {"l2wrap": self.config.l2wrap, "grad_cp": self.running.grad_cp}
+    def _loss(self, batch: Batch, scale: float) -> Tensor:
+        """Sum over the trained tokens of one micro-batch. scale: what it is multiplied by before backward."""
+        options = {"l2wrap": self.config.l2wrap, "loss_scale": scale, "grad_cp": self.running.grad_cp}
         if self.running.chunk_ctx:
             assert batch.host
             return chunked_loss(

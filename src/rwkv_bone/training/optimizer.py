@@ -13,11 +13,12 @@ from rwkv_bone.training.gather import full_shape
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: matrices of projections, embedding, head and adapters, nothing else.
+    """Whether weight decay applies: projections, embedding, head, initial states and adapters, nothing else.
 
-    Upstream decays large matrices only; RWKV-7's w1, a1, g1, r_k and x_* have two or more axes but are not among them.
+    Upstream decays matrices called `.weight`, and states. The w1, a1, g1, r_k and x_* of RWKV-7 have two or more axes,
+    but are not among them.
     """
-    large = param_part(name) in ("projection", "emb", "head") or split_key(name) is not None
+    large = param_part(name) in ("projection", "emb", "head", "state") or split_key(name) is not None
     return large and len(full_shape(parameter)) >= 2
 
 

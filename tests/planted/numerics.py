@@ -1,0 +1,288 @@
+"""Mistakes in the arithmetic: models, adapters, operators, quantisation, and what a training step makes of them."""
+
+from tests.planted.bug import Bug
+
+MODELS, ADAPTERS, OPS, TRAINING = (f"src/rwkv_bone/{part}" for part in ("models", "adapters", "ops", "training"))
+QUANTIZATION = "src/rwkv_bone/quantization.py"
+MODEL_TESTS, LAYER_TESTS = "tests/models/test_models.py", "tests/adapters/test_adapter_layers.py"
+FORMATS, OPTIMIZER = "tests/ops/test_number_formats.py", "tests/training/test_optimizer.py"
+ORACLE = f"{MODEL_TESTS} -k several_heads"
+THOUSANDS = f"{LAYER_TESTS} -k thousands"
+CROSS_ENTROPY = "tests/ops/test_cross_entropy.py"
+
+BUGS = (
+    # Rows of a long batch that are left out, or counted twice.
+    Bug(
+        f"{ADAPTERS}/blockwise.py",
+        "(slice(start, start + step) for start",
+        "(slice(start + (start > 0), start + step) for start",
+        THOUSANDS,
+    ),
+    Bug(
+        f"{ADAPTERS}/blockwise.py", "total += a[rows].t() @ b[rows]", "total = a[rows].t() @ b[rows].float()", THOUSANDS
+    ),
+    Bug(
+        f"{ADAPTERS}/bat.py",
+        "grad_bone += grad_z.transpose(1, 2) @",
+        "grad_bone = grad_z.transpose(1, 2) @",
+        THOUSANDS,
+    ),
+    Bug(
+        f"{ADAPTERS}/blockwise.py",
+        "for start in range(0, rows, step))",
+        "for start in range(0, rows // step * step, step))",
+        THOUSANDS,
+    ),
+    Bug(f"{ADAPTERS}/bat_col.py", "stop = min(start + step, count)", "stop = min(start + step, count - 1)", THOUSANDS),
+    # The decay in bf16.
+    Bug(
+        f"{MODELS}/v7.py",
+        "w = widened(self.w0) + widened(w)",
+        "w = widened(cast(self.w0) + w)",
+        f"{MODEL_TESTS} -k decay",
+    ),
+    Bug(f"{MODELS}/v7.py", "else widened(self.w0).view", "else widened(cast(self.w0)).view", f"{MODEL_TESTS} -k decay"),
+    Bug(
+        f"{MODELS}/v6.py",
+        "widened(self.time_decay) + widened(low)",
+        "widened(cast(self.time_decay) + low)",
+        f"{MODEL_TESTS} -k decay",
+    ),
+    Bug(
+        f"{MODELS}/v6.py",
+        "widened(self.time_decay) + widened(low)",
+        "(widened(self.time_decay) + widened(low)).to(x.dtype).float()",
+        f"{MODEL_TESTS} -k decay",
+    ),
+    Bug(f"{OPS}/wkv.py", "w0 = w0.to(wide)", "w0 = w0.to(r.dtype).to(wide)", "tests/ops/test_wkv7.py -k constant_part"),
+    # What is trained, how fast, and what decays.
+    Bug(
+        f"{TRAINING}/prepare.py",
+        "parameter.requires_grad_(name not in unused)",
+        "parameter.requires_grad_(True)",
+        "tests/training/test_module.py",
+    ),
+    Bug(f"{MODELS}/v7.py", '("v0", "v1", "v2") if layer == 0', "() if layer == 0", "tests/training/test_module.py"),
+    Bug(
+        f"{ADAPTERS}/inject.py",
+        "if param_part(key) == part} - unused",
+        "if param_part(key) == part}",
+        "tests/training/test_module.py",
+    ),
+    Bug(
+        f"{MODELS}/v6.py",
+        'return 2.0 if key.endswith(".time_decay") else 1.0',
+        'return 2.0 if key.endswith(".time_decay") else 3.0 if key.endswith("time_faaaa") else 1.0',
+        OPTIMIZER,
+    ),
+    Bug(f"{MODELS}/v6.py", 'key.endswith(".time_decay")', '".time_decay" in key', OPTIMIZER),
+    Bug(f"{MODELS}/v7.py", 'key.endswith(".att.w0")', 'key.endswith((".att.w0", ".att.a0"))', OPTIMIZER),
+    Bug(f"{TRAINING}/optimizer.py", '"emb", "head", "state")', '"emb", "state")', OPTIMIZER),
+    Bug(f"{TRAINING}/optimizer.py", '("projection", "emb", "head", "state")', '("projection", "time")', OPTIMIZER),
+    Bug(f"{TRAINING}/optimizer.py", 'name.endswith(".lora_B")', '".lora_" in name', OPTIMIZER),
+    Bug(
+        f"{TRAINING}/schedule.py",
+        "(step - peak) / max(total_steps - 1 - peak, 1)",
+        "(step - peak) / max(total_steps - peak, 1)",
+        "tests/training/test_schedule.py",
+    ),
+    Bug(
+        f"{TRAINING}/schedule.py",
+        "config.lr_init * (step + 1) / config.warmup_steps",
+        "config.lr_init * step / config.warmup_steps",
+        "tests/training/test_schedule.py",
+    ),
+    Bug(
+        f"{TRAINING}/module.py",
+        "scale = per_token * self.plan.accumulate",
+        "scale = per_token",
+        "tests/training/test_module.py",
+    ),
+    Bug(
+        f"{TRAINING}/module.py",
+        '"loss_scale": scale, ',
+        '"loss_scale": 1.0, ',
+        "tests/training/test_module.py",
+    ),
+    Bug(
+        f"{TRAINING}/module.py",
+        "self.plan.world_size / self._trained",
+        "1 / self._trained",
+        "tests/training/test_module.py",
+    ),
+    Bug(
+        f"{TRAINING}/gather.py",
+        'parameter.detach().to("cpu", copy=True)',
+        'parameter.detach().to("cpu")',
+        "tests/training/test_module.py",
+    ),
+    # The loss.
+    Bug(
+        f"{OPS}/cross_entropy.py", "torch.mul(part, rest[None], out=to)", "torch.mul(part, rest, out=to)", CROSS_ENTROPY
+    ),
+    Bug(f"{OPS}/cross_entropy.py", "beta=0, alpha=loss_scale)", "beta=0).mul_(loss_scale)", CROSS_ENTROPY),
+    Bug(
+        f"{OPS}/cross_entropy.py",
+        "grad = grad.to(hidden.dtype)  #",
+        "grad = grad.mul_(loss_scale).to(hidden.dtype).div_(loss_scale)  #",
+        CROSS_ENTROPY,
+    ),
+    Bug(f"{OPS}/cross_entropy.py", "largest * l2wrap", "largest.sign() * l2wrap", CROSS_ENTROPY),
+    Bug(f"{OPS}/cross_entropy.py", "(part @ matrix.T).float()", "part @ matrix.T", CROSS_ENTROPY),
+    Bug(f"{MODELS}/layers.py", "logits.amax(dim=1).square().sum()", "logits.amax().square()", CROSS_ENTROPY),
+    # Adapters.
+    Bug(
+        f"{ADAPTERS}/settings.py",
+        "(self.alpha or self.r) / (math.sqrt(self.r) if self.rslora else self.r)",
+        "(self.alpha or (1 if self.rslora else self.r)) / (math.sqrt(self.r) if self.rslora else self.r)",
+        f"{LAYER_TESTS} -k scale_of_lora",
+    ),
+    Bug(
+        f"{ADAPTERS}/settings.py",
+        "(self.alpha or self.r) / (math.sqrt(self.r) if self.rslora else self.r)",
+        "self.alpha / math.sqrt(self.r) if self.rslora else (self.alpha or self.r) / self.r",
+        f"{LAYER_TESTS} -k scale_of_lora",
+    ),
+    Bug(f"{ADAPTERS}/lora.py", "    torch.set_num_threads(1)\n", "", f"{LAYER_TESTS} -k threads"),
+    Bug(f"{ADAPTERS}/lora.py", "inner[:, :r] + inner[:, r:]", "inner[:, :r]", f"{LAYER_TESTS} -k thousands"),
+    Bug(
+        f"{ADAPTERS}/lora.py",
+        "F.dropout(x, dropout), settings",
+        "F.dropout(x, dropout) * (1 - dropout), settings",
+        f"{LAYER_TESTS} -k dropout",
+    ),
+    Bug(f"{ADAPTERS}/lora.py", "torch.cat([a - a0, a0])", "torch.cat([a - a0, a])", f"{LAYER_TESTS} -k dense"),
+    Bug(f"{ADAPTERS}/blockwise.py", "total[:, : x.shape[1] - full] += x[:, full:]", "pass", f"{LAYER_TESTS} -k dense"),
+    Bug(
+        f"{ADAPTERS}/layer.py", "grad_bias = g.sum(dim=0)", "grad_bias = g.mean(dim=0)", f"{LAYER_TESTS} -k backward_is"
+    ),
+    Bug(
+        f"{ADAPTERS}/bat_col.py",
+        'BatColFunction.apply(x, base, getattr(base, "bias", None), tensors["bone"])',
+        'BatColFunction.apply(x, base, None, tensors["bone"])',
+        "tests/hf/test_bone_model.py -k bitsandbytes",
+    ),
+    # Quantisation.
+    Bug(
+        QUANTIZATION,
+        "blocks_in_units[-1] = blocks[-1] / largest[-1]",
+        "pass",
+        "tests/test_quantization.py -k last_block",
+    ),
+    Bug(QUANTIZATION, "if size % BLOCK:", "if False:", "tests/test_quantization.py -k last_block"),
+    Bug(
+        QUANTIZATION,
+        "largest[-1:].clamp_(min=SMALLEST)",
+        "pass",
+        "tests/test_quantization.py -k 'nearest or bit_for_bit'",
+    ),
+    Bug(
+        QUANTIZATION,
+        "scales[rows] = largest / torch.full_like(largest, 127.0)",
+        "scales[rows] = largest / 128",
+        "tests/test_quantization.py",
+    ),
+    Bug(
+        QUANTIZATION,
+        "nibbles[::2] << 4 | nibbles[1::2]",
+        "nibbles[1::2] << 4 | nibbles[::2]",
+        "tests/test_quantization.py",
+    ),
+    Bug(QUANTIZATION, "if self.scales.dtype != torch.float32:", "if False:", "tests/test_quantization.py"),
+    # New weights.
+    Bug(f"{MODELS}/v7.py", "att.k_a.fill_(1.02)", "att.k_a.fill_(1.0)", f"{MODEL_TESTS} -k scratch"),
+    Bug(f"{MODELS}/v7.py", "0.73 - linear * 0.4", "0.73 + linear * 0.4", f"{MODEL_TESTS} -k scratch"),
+    Bug(f"{MODELS}/v7.py", "(late**4)", "(late * 4)", f"{MODEL_TESTS} -k scratch"),
+    Bug(f"{MODELS}/v7.py", "((1 + layer) / n_layer) ** 0.7", "(layer / n_layer) ** 0.7", f"{MODEL_TESTS} -k scratch"),
+    Bug(
+        f"{MODELS}/load.py",
+        "max(arch.vocab_size / arch.n_embd, 1)",
+        "arch.vocab_size / arch.n_embd / 2",
+        f"{MODEL_TESTS} -k scratch",
+    ),
+    # Models.
+    Bug(f"{MODELS}/rwkv.py", "or (rows < sequences and not packed)", "", f"{MODEL_TESTS} -k fewer_rows"),
+    Bug(f"{MODELS}/rwkv.py", "if part.shape != shape:", "if False:", f"{MODEL_TESTS} -k fewer_rows"),
+    Bug(
+        f"{MODELS}/v7.py",
+        "kk = F.normalize((k * cast(self.k_k)).view(heads)",
+        "kk = F.normalize((k * cast(self.k_a)).view(heads)",
+        ORACLE,
+    ),
+    Bug(f"{MODELS}/v7.py", "b=kk * a,", "b=kk,", ORACLE),
+    Bug(
+        f"{MODELS}/v5.py",
+        "torch.lerp(previous, x, self.time_mix_r",
+        "torch.lerp(x, previous, self.time_mix_r",
+        ORACLE,
+    ),
+    Bug(f"{MODELS}/v6.py", 'MIXED = "wkvrg"', 'MIXED = "wkvg"', ORACLE),
+    Bug(
+        f"{MODELS}/v6.py",
+        "(self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)  #",
+        "(self.time_maa_w, self.time_maa_k, self.time_maa_r, self.time_maa_v, self.time_maa_g)  #",
+        ORACLE,
+    ),
+    Bug(
+        f"{MODELS}/layers.py",
+        "index_copy_(1, starts, with_zeros(last.to(x.dtype), len(starts))[None])",
+        "index_fill_(1, starts, 0)",
+        "tests/models/test_packed_rows.py",
+    ),
+    Bug(
+        f"{MODELS}/layers.py",
+        "expand(sequences - carried, -1, -1, -1)",
+        "expand(sequences - carried, -1, -1, -1) * 0",
+        "tests/models/test_packed_rows.py",
+    ),
+    Bug(
+        f"{MODELS}/layers.py",
+        "_for_norm(rows), widened(weight, rows), widened(bias, rows), T",
+        "rows, weight.to(rows.dtype), bias.to(rows.dtype), T",
+        "tests/models/test_head_norm.py",
+    ),
+    # Operators and kernels.
+    Bug(f"{OPS}/chunked.py", ".flip(3) - at_read", ".flip(3)", "tests/ops/test_wkv7.py -k 'chunked_form'"),
+    Bug(
+        f"{OPS}/chunks.py",
+        "self.tokens // length + documents",
+        "self.tokens // length + documents - 1",
+        "tests/ops/test_packed.py",
+    ),
+    Bug("cuda/common.cuh", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "(bits + 0x8000) >> 16", FORMATS),
+    Bug("cuda/common.cuh", "x != x ? 0x7fff :", "x != x && bits == 0 ? 0x7fff :", FORMATS),
+    Bug("cuda/cpu/simd.h", "0x7fff + ((bits[i] >> 16) & 1)", "0x7fff + 1", FORMATS),
+    Bug("cuda/cpu/simd.h", "vec p = f * (1.0f / 5040) + 1.0f / 720;", "vec p = broadcast(1.0f / 720);", FORMATS),
+    Bug("cuda/cpu/simd.h", "n * 2.12194440e-4f", "n * 2.122e-4f", FORMATS),
+    Bug("cuda/cpu/simd.h", "x < -limit ? -limit : x", "x < -limit ? vec{} : x", FORMATS),
+    Bug(
+        "cuda/cpu/wkv7_head.h",
+        "memset(Step(steps, n, N).a, 0, N * sizeof(float));",
+        "",
+        "tests/ops/test_wkv7.py -k 'cpp_kernel'",
+    ),
+    Bug(
+        "cuda/cpu/wkv7_head.h",
+        "sigmoid * (e * sigmoid) * -DECAY_SCALE",
+        "sigmoid * (1.0f - e * sigmoid) * -DECAY_SCALE",
+        "tests/ops/test_wkv7.py -k 'cpp_kernel'",
+    ),
+    Bug(
+        "cuda/wkv7.cuh",
+        "const float e = expf(-fabsf(x));",
+        "const float e = expf(-x);",
+        "tests/ops/test_cuda_source.py -k 'float64_reference and wkv7'",
+    ),
+    Bug(
+        "cuda/common.cuh",
+        "(T - 1) / kSteps * kSteps",
+        "T / kSteps * kSteps",
+        "tests/ops/test_cuda_source.py -k 'float64_reference and wkv7'",
+    ),
+    Bug(
+        "cuda/wkv6.cuh",
+        "return -expf(x - expf(x));",
+        "return -expf(x) * expf(-expf(x));",
+        "tests/ops/test_cuda_source.py -k 'wkv6'",
+    ),
+)
