@@ -42,7 +42,7 @@ BUGS = (
     ),
     Bug(TEMPLATES, "text = _unix_lines(_with_material(turn))", "text = _unix_lines(turn.text)", TEXT_TESTS),
     Bug(TEMPLATES, "BLANK_LINES.search(text.strip())", "BLANK_LINES.search(text)", TEXT_TESTS),
-    Bug(TEMPLATES, 'rf"^[^\\S\\n]*(?:{marks})"', 'rf"\\A[^\\S\\n]*(?:{marks})"', TEXT_TESTS),
+    Bug(TEMPLATES, 'rf"^[^\\S\\n]*(?:{', 'rf"\\A[^\\S\\n]*(?:{', TEXT_TESTS),
     Bug(TEMPLATES, 'f"{turn.thinking}\\n{_with_material(turn)}"', "_with_material(turn)", TEXT_TESTS),
     Bug(TEMPLATES, 'turn = replace(turn, thinking="")', "pass", TEXT_TESTS),
     Bug(TEMPLATES, 'if turn.thinking and self.name == "g1"', "if turn.thinking", TEXT_TESTS),
