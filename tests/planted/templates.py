@@ -46,7 +46,7 @@ BUGS = (
     Bug(TEMPLATES, 'f"{turn.thinking}\\n{_with_material(turn)}"', "_with_material(turn)", TEXT_TESTS),
     Bug(TEMPLATES, 'turn = replace(turn, thinking="")', "pass", TEXT_TESTS),
     Bug(TEMPLATES, 'if turn.thinking and self.name == "g1"', "if turn.thinking", TEXT_TESTS),
-    Bug(TEMPLATES, "hashlib.sha256(text.encode())", "hashlib.sha256(text[:9].encode())", TEXT_TESTS),
+    Bug(TEMPLATES, "hashlib.sha256(text.encode())", "hashlib.sha256(text[:19].encode())", TEXT_TESTS),
     Bug(TEMPLATES, 'return f"{self.name} {VERSION} {self.tools.name}"', 'return f"{self.name} {VERSION}"', TOOL_TESTS),
     Bug(SEGMENTS, "if joined and joined[-1].role == segment.role", "if False", TEXT_TESTS),
     Bug(SEGMENTS, 'turn.role == "assistant" and turn.trained', 'turn.role == "assistant"', TEXT_TESTS),
