@@ -100,6 +100,8 @@ def test_qa_on_a_conversation_is_exact_even_where_the_template_writes_no_such_ma
 
 def test_se_goes_by_the_texts_it_is_given_whatever_the_turns_are():
     assert trained_text(CHAT[1:], "se", mask_id=SE) == [" b\n\n", " d\0"]
+    prompts = '{"mask0": "Assistant:", "mask1": "User:"}'
+    assert trained_text(CHAT[1:], "se", mask_id=prompts) == [" a\n\n", " c\n\n"]
     headings = '{"mask0": "###", "mask1": "### Response:"}'
     assert trained_text(CHAT[1:], "se", "alpaca", mask_id=headings) == ["b\n\n", "d\0"]
 

@@ -291,8 +291,9 @@ def test_an_unknown_template_is_refused_with_the_names_there_are(tmp_path):
 
 def test_the_identity_follows_the_texts_and_not_the_path(tmp_path):
     a, b = write(tmp_path, "{prompt}:{response}", "a"), write(tmp_path, "{prompt}:{response}", "b")
-    c, d = write(tmp_path, "{prompt}|{response}", "c"), write(tmp_path, "{{ messages }}", "d")
-    names = {name: load_template(name, "world").identity() for name in (a, b, c, d, "raw", *BUILT_IN)}
+    c, d = write(tmp_path, "{prompt}:{response}|", "c"), write(tmp_path, "{{ messages }}", "d")
+    e = write(tmp_path, "{{ messages }}.", "e")
+    names = {name: load_template(name, "world").identity() for name in (a, b, c, d, e, "raw", *BUILT_IN)}
     assert names[a] == names[b] and len(set(names.values())) == len(names) - 1
 
 

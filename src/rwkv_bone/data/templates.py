@@ -36,6 +36,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from rwkv_bone.data.conversation import Conversation, Turn
@@ -63,14 +64,17 @@ class TextTemplate(Template):
     def turns(self, conversation: Conversation) -> tuple[Turn, ...]:
         return with_tools_as_text(conversation, self.tools).turns
 
+    @cached_property
+    def _like_a_turn(self) -> re.Pattern:
+        return re.compile(rf"^[^\S\n]*(?:{'|'.join(map(re.escape, self.marks))})", re.MULTILINE)
+
     def remarks(self, conversation: Conversation) -> Mapping[str, int]:
         changes = (change for turn in self.turns(conversation) for change in self._changes(turn))
         return Counter(f"{change} --template {self.name}" for change in changes)
 
     def _changes(self, turn: Turn) -> Iterator[str]:
         """What is changed of a turn or may be misread: sentences that end before the template's name."""
-        marks = "|".join(map(re.escape, self.marks))
-        if marks and re.search(rf"^[^\S\n]*(?:{marks})", f"{turn.thinking}\n{_with_material(turn)}", re.MULTILINE):
+        if self.marks and self._like_a_turn.search(f"{turn.thinking}\n{_with_material(turn)}"):
             yield (
                 f"turns with a line that begins with {', '.join(self.marks[:-1])} or {self.marks[-1]} (trained as part "
                 "of the turn, but a program that stops there would cut it), as turns do in"
