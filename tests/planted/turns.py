@@ -103,7 +103,6 @@ BUGS = (
         HF_DATA,
     ),
     Bug("src/rwkv_bone/hf/data.py", "and not _writes_thinking(talk, tokenizer)", "and False", HF_DATA),
-    Bug("src/rwkv_bone/hf/data.py", 'replace(turn, call_ids=(), name="")', 'replace(turn, name="")', HF_DATA),
     Bug("src/rwkv_bone/hf/data.py", "samples.remarks.add(talk.remarks)", "pass", HF_DATA),
     Bug(
         "src/rwkv_bone/hf/data.py",

@@ -254,7 +254,7 @@ def render(
     remarks = Counter() if remarks is None else remarks
     if has_tools(talk) and not _writes_tools(talk, tokenizer):
         remarks[TOOLS_AS_TEXT] += 1
-        turns = [replace(turn, call_ids=(), name="") for turn in with_tools_as_text(talk).turns]
+        turns = [replace(turn, name="") for turn in with_tools_as_text(talk).turns]
         turns = [replace(turn, role="user") if turn.role == "tool" else turn for turn in turns]
         talk = replace(talk, turns=tuple(turns), tools=())
     if any(turn.thinking for turn in talk.turns) and not _writes_thinking(talk, tokenizer):
