@@ -139,6 +139,7 @@ def test_qa_and_templates_agree_token_by_token():
         ("no marker\0", []),
         ("Assistant:\0", ["\0"]),
         ("User: q\n\nAssistant: cut off in the midd", [" cut off in the midd"]),
+        ("Assistant: x\n\nUser:", [" x\n\n"]),
     ],
 )
 def test_qa_counts_markers_at_the_beginning_of_turns_only(tokenizer, text, expected):
