@@ -33,7 +33,6 @@ CASES = {
     "quant": ("int8", KINDS, {}),
     "targets": (("att.key",), KINDS, {}),
     "train_parts": (("ln",), KINDS, {}),
-    "weight_decay": (0.5, KINDS | {"train_parts": ((), ("emb",))}, {}),
     "bptt_chunks": (1, {"chunk_ctx": (0, 8)}, {}),
     "lr_final": (5e-3, {"lr_schedule": ("cos", "exp", "linear", "constant")}, {}),
     "epoch_save": (2, {"epoch_count": (1, 2)}, {}),

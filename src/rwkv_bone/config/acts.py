@@ -102,11 +102,6 @@ TRAIN: dict[str, When] = {
     "mask_id": only("loss_mask", "se"),
     **dict.fromkeys(("long_samples", "max_lost"), but("dataload", "get")),
     "lr_final": but("lr_schedule", "constant"),
-    "weight_decay": When(
-        ("peft", "train_parts"),
-        lambda kind, parts: kind != "state" or bool({"emb", "head"} & {*parts}),
-        "with every --peft but state, or with --train_parts emb or head",
-    ),
     **EXCLUSIVE,
     "epoch_save": When(("epoch_count",), lambda count: count > 1, "with --epoch_count above 1", "--epoch_count 2"),
     "eval_samples": given("eval_data", "eval_split") & only("data_type", *CONVERSATIONS),
@@ -138,9 +133,9 @@ HF: dict[str, When] = {
     "warmup_ratio": but("lr_scheduler_type", "constant"),
     **EXCLUSIVE,
 }
-PREVIEW: dict[str, When] = dict.fromkeys(
-    ("show_tokens", "color"), When(("samples",), lambda count: count > 0, "with --samples above 0", "--samples 1")
-)
+PREVIEW: dict[str, When] = {
+    "show_tokens": When(("samples",), lambda count: count > 0, "with --samples above 0", "--samples 1")
+}
 # Values that ask for nothing, besides empty ones, 0 and auto: they are true also where the setting does not act.
 NOTHING: dict[str, Any] = {"eval_samples": 0, "epoch_save": 1, "lora_plus": 1.0, "quant": "none"}
 # What describes the files of another setting: with other files given, it is left out unless it is given again.

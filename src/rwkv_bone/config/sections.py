@@ -285,7 +285,7 @@ class OptimConfig:
     beta2: float = setting(0.99, "AdamW's decay rate for the running mean of the squared gradient", at_least=0, below=1)
     adam_eps: float = setting(1e-8, "AdamW's epsilon, added to the denominator", above=0, at_most=1, warn_above=1e-3)
     weight_decay: float = setting(
-        0.0, "AdamW's weight decay, on large matrices only; 0 = none", at_least=0, warn_above=1
+        0.0, "AdamW's weight decay, on large matrices and initial states only; 0 = none", at_least=0, warn_above=1
     )
     grad_clip: float = setting(
         1.0, "largest norm of the gradient: a larger one is scaled down; 0 = no clipping", at_least=0
