@@ -31,7 +31,12 @@ ROOMS = {
     "checkpoints": (1, "files in and out, and what they say"),
 }
 PROGRAMS = {"train.py": "training", "merge.py": "conversion", "train_hf.py": "hf"}
-GROUND = {"config": "every setting", "devices": "the cards", "errors": "what a user can fix"}
+GROUND = {
+    "config": "every setting",
+    "devices": "the cards",
+    "errors": "what a user can fix",
+    "console": "output that never ends a run",
+}
 LEFT_OUT = {"__init__", "commands"}  # they only pass on
 
 WIDTH, HEIGHT, COLUMN, ROW, MARGIN = 285, 58, 310, 108, 16

@@ -38,8 +38,8 @@ MODULES = {
 
 
 def modules(room: str) -> list[str]:
-    names = sorted(path.stem for path in (PACKAGE / room).glob("*.py"))
-    found = [f"rwkv_bone.{room}.{name}" for name in names if name != "__init__"]
+    paths = sorted(path.relative_to(PACKAGE).with_suffix("") for path in (PACKAGE / room).rglob("*.py"))
+    found = [".".join(("rwkv_bone", *path.parts)) for path in paths if path.name != "__init__"]
     return [module for module in found if module not in OPTIONAL]
 
 

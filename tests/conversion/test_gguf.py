@@ -17,8 +17,8 @@ from rwkv_bone.checkpoints import Architecture, architecture_of
 from rwkv_bone.conversion import gguf_names
 from rwkv_bone.conversion.gguf_file import WORLD_TEMPLATE, obstacle, read_gguf, write_gguf
 from rwkv_bone.conversion.gguf_names import rows
-from rwkv_bone.data.conversation import Conversation, Turn
-from rwkv_bone.data.templates import load_template
+from rwkv_bone.data.conversations.conversation import Conversation, Turn
+from rwkv_bone.data.templates.builtin import load_template
 from rwkv_bone.data.tokenizer import WorldTokenizer, world_tokens
 from rwkv_bone.errors import UserError
 from rwkv_bone.inference.load import assemble

@@ -9,8 +9,8 @@ import pytest
 
 from rwkv_bone.config import DataConfig
 from rwkv_bone.data import Batch, BatchPlan
-from rwkv_bone.data.rows import Places
 from rwkv_bone.data.samples import Documents
+from rwkv_bone.data.sources.rows import Places
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rwkv_bone.data import BatchPlan, load_dataset, load_tokenizer
-from rwkv_bone.data.binidx import PairWriter
+from rwkv_bone.data.sources.binidx import PairWriter
 from rwkv_bone.errors import UserError
 
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}

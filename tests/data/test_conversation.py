@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_bone.data.conversation import UNANSWERED, Layout, Turn, conversation, layout_of
+from rwkv_bone.data.conversations.conversation import UNANSWERED, Layout, Turn, conversation, layout_of
 from rwkv_bone.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}

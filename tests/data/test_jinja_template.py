@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rwkv_bone.data.conversation import Conversation, Turn, conversation, layout_of
+from rwkv_bone.data.conversations.conversation import Conversation, Turn, conversation, layout_of
 from rwkv_bone.data.masks import encode
-from rwkv_bone.data.templates import load_template
+from rwkv_bone.data.templates.builtin import load_template
 from rwkv_bone.data.tokenizer import byte_letters, load_tokenizer
 from rwkv_bone.errors import UserError
 from tests.data.test_templates import CHAT, talk, texts, write

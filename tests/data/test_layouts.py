@@ -2,9 +2,9 @@
 
 import pytest
 
-from rwkv_bone.data.conversation import BAD_EXAMPLES, IN_PROMPT, Layout, Turn, conversation, layout_of
+from rwkv_bone.data.conversations.conversation import BAD_EXAMPLES, IN_PROMPT, Layout, Turn, conversation, layout_of
+from rwkv_bone.data.conversations.remarks import unused
 from rwkv_bone.data.load import load_dataset
-from rwkv_bone.data.remarks import unused
 from rwkv_bone.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}

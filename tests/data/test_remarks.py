@@ -1,7 +1,7 @@
 """Remarks about rows are added up and said once."""
 
-from rwkv_bone.data import remarks
-from rwkv_bone.data.remarks import Remarks, unused
+from rwkv_bone.data.conversations import remarks
+from rwkv_bone.data.conversations.remarks import Remarks, unused
 
 
 def test_remarks_are_added_up_and_fields_not_used_share_a_line():

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from rwkv_bone.checkpoints import hub
-from rwkv_bone.data import files, load_dataset, load_pairs, load_tokenizer
-from rwkv_bone.data.sources import Split, open_source
+from rwkv_bone.data import load_dataset, load_pairs, load_tokenizer
+from rwkv_bone.data.sources import files
+from rwkv_bone.data.sources.open import Split, open_source
 from rwkv_bone.errors import UserError
 
 GOOD = {"prompt": "2+2=", "response": "4"}

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from rwkv_bone.data import files, load_dataset
-from rwkv_bone.data.sources import open_source
-from rwkv_bone.data.values import text_of
+from rwkv_bone.data import load_dataset
+from rwkv_bone.data.conversations.values import text_of
+from rwkv_bone.data.sources import files
+from rwkv_bone.data.sources.open import open_source
 from rwkv_bone.errors import UserError
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]

@@ -7,9 +7,9 @@ import os
 import pytest
 
 from rwkv_bone.data import load_dataset
-from rwkv_bone.data.folders import KEYWORDS
-from rwkv_bone.data.sources import open_source
-from rwkv_bone.data.text_files import Text
+from rwkv_bone.data.sources.folders import KEYWORDS
+from rwkv_bone.data.sources.open import open_source
+from rwkv_bone.data.sources.text_files import Text
 from rwkv_bone.errors import UserError
 
 

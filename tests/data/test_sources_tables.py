@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from rwkv_bone.data import load_dataset
-from rwkv_bone.data.sources import open_source
+from rwkv_bone.data.sources.open import open_source
 from rwkv_bone.errors import UserError
 from tests.conftest import python_path
 
@@ -309,7 +309,7 @@ def test_a_stream_without_its_end_and_two_joined_are_refused(tmp_path, config):
 DAMAGE = """
 import sys
 from pathlib import Path
-from rwkv_bone.data.columnar import Columnar
+from rwkv_bone.data.sources.columnar import Columnar
 from rwkv_bone.errors import UserError
 path, kind = Path(sys.argv[1]), sys.argv[2]
 good, refused = path.read_bytes(), 0

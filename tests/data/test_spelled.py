@@ -3,7 +3,7 @@
 import pytest
 
 from rwkv_bone.data import load_dataset
-from rwkv_bone.data.conversation import Conversation, Turn
+from rwkv_bone.data.conversations.conversation import Conversation, Turn
 from rwkv_bone.data.spelled import spelled_tokens
 from rwkv_bone.data.tokenizer import load_tokenizer
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rwkv_bone.config import DataConfig
-from rwkv_bone.data.templates import load_template
+from rwkv_bone.data.templates.builtin import load_template
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.errors import UserError
 from tests.data.test_templates import talk, texts, write

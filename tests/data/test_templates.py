@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_bone.data.conversation import Conversation, Turn
+from rwkv_bone.data.conversations.conversation import Conversation, Turn
 from rwkv_bone.data.masks import encode
-from rwkv_bone.data.segments import Segment
-from rwkv_bone.data.templates import load_template
+from rwkv_bone.data.templates.builtin import load_template
+from rwkv_bone.data.templates.segments import Segment
 from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.errors import UserError
 

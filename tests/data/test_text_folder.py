@@ -21,7 +21,7 @@ def folder(tmp_path):
 def test_each_file_is_a_document_with_one_end(folder, config, monkeypatch, block):
     """However its pieces fall into blocks: many small files in one, or a file in many."""
     monkeypatch.setattr(tokenise, "BLOCK", block)
-    monkeypatch.setattr("rwkv_bone.data.files.CHUNK", 4)
+    monkeypatch.setattr("rwkv_bone.data.sources.files.CHUNK", 4)
     for _ in range(2):  # made, and from the cache
         dataset = load_dataset(config(str(folder)), 256)
         assert [bytes(sample.ids.tolist()).decode() for sample in dataset] == [f"{text}\0" for text in TEXTS.values()]

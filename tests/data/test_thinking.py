@@ -2,8 +2,8 @@
 
 import pytest
 
-from rwkv_bone.data.conversation import Turn, conversation, layout_of
-from rwkv_bone.data.turns import EMPTY_THOUGHT, LATER_THOUGHT, LONE_END, TWO_FIELDS, TWO_THOUGHTS
+from rwkv_bone.data.conversations.conversation import Turn, conversation, layout_of
+from rwkv_bone.data.conversations.turns import EMPTY_THOUGHT, LATER_THOUGHT, LONE_END, TWO_FIELDS, TWO_THOUGHTS
 from rwkv_bone.errors import UserError
 
 USER = {"role": "user", "content": "3+4?"}

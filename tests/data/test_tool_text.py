@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rwkv_bone.data.conversation import Conversation, Turn, conversation, layout_of
-from rwkv_bone.data.templates import load_template
-from rwkv_bone.data.tool_text import has_tools, with_tools_as_text
+from rwkv_bone.data.conversations.conversation import Conversation, Turn, conversation, layout_of
+from rwkv_bone.data.templates.builtin import load_template
+from rwkv_bone.data.templates.tools import has_tools, with_tools_as_text
 from rwkv_bone.errors import UserError
 
 DIM = {

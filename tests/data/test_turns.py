@@ -2,8 +2,8 @@
 
 import pytest
 
-from rwkv_bone.data.conversation import NOTHING_TRAINED, Turn, conversation, layout_of
-from rwkv_bone.data.turns import CALLS_AS_TEXT, MASKED, WEIGHT_OF_OTHERS
+from rwkv_bone.data.conversations.conversation import NOTHING_TRAINED, Turn, conversation, layout_of
+from rwkv_bone.data.conversations.turns import CALLS_AS_TEXT, MASKED, WEIGHT_OF_OTHERS
 from rwkv_bone.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}

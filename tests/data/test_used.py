@@ -8,7 +8,7 @@ import pytest
 
 from rwkv_bone.config import DataConfig
 from rwkv_bone.data import load_dataset, load_tokenizer
-from rwkv_bone.data.binidx import PairWriter
+from rwkv_bone.data.sources.binidx import PairWriter
 from rwkv_bone.errors import UserError
 
 CHAT = [

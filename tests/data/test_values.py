@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import pytest
 
-from rwkv_bone.data.values import Written, json_type, parse_json, text_of
+from rwkv_bone.data.conversations.values import Written, json_type, parse_json, text_of
 from rwkv_bone.errors import UserError
 
 

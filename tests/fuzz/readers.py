@@ -303,7 +303,7 @@ def npy(folder: Path) -> Path:
 
 
 def pair(folder: Path) -> Path:
-    from rwkv_bone.data.binidx import PairWriter
+    from rwkv_bone.data.sources.binidx import PairWriter
 
     with PairWriter(folder / "pair", np.dtype(np.uint16)) as writer:
         writer.write(np.arange(1, 100, dtype=np.uint16), np.array([40, 9, 50]))

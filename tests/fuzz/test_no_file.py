@@ -15,7 +15,7 @@ from rwkv_bone.config import DataConfig
 from rwkv_bone.config.saved import read_config
 from rwkv_bone.data import load_dataset, load_tokenizer
 from rwkv_bone.data.prepare import PrepareConfig, prepare
-from rwkv_bone.data.templates import load_template
+from rwkv_bone.data.templates.builtin import load_template
 from rwkv_bone.errors import UserError
 from tests.fuzz.readers import base_state
 

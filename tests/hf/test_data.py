@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rwkv_bone.data.conversation import NOTHING_TRAINED
-from rwkv_bone.data.turns import MASKED
+from rwkv_bone.data.conversations.conversation import NOTHING_TRAINED
+from rwkv_bone.data.conversations.turns import MASKED
 from rwkv_bone.errors import UserError
 from tests.hf.conftest import CHAT
 

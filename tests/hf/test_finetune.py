@@ -15,7 +15,7 @@ import torch
 
 from rwkv_bone.config.acts import HF
 from rwkv_bone.config.flags import parse_section
-from rwkv_bone.data.conversation import Conversation, Turn
+from rwkv_bone.data.conversations.conversation import Conversation, Turn
 from rwkv_bone.data.lost import check_lost
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf import BoneModel
@@ -168,7 +168,11 @@ def test_no_message_about_data_advises_a_flag_that_the_program_lacks():
         if "is a file: --data_type hf" not in text:  # said to those who give it
             advice += [f"{module}: {text}" for flag in flags_named(text) if flag not in FLAGS]
     assert not advice, "add these to OWN_FLAGS"
-    assert {"rwkv_bone.data.layouts", "rwkv_bone.data.fields", "rwkv_bone.data.turns"} <= seen and len(seen) > 8
+    assert {
+        "rwkv_bone.data.conversations.layouts",
+        "rwkv_bone.data.conversations.fields",
+        "rwkv_bone.data.conversations.turns",
+    } <= seen and len(seen) > 8
 
 
 def test_query_and_response_are_a_usual_pair(tokenizer):

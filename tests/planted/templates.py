@@ -3,8 +3,12 @@
 from tests.planted.bug import Bug
 
 DATA = "src/rwkv_bone/data"
-SEGMENTS, TEMPLATES, TOOLS = f"{DATA}/segments.py", f"{DATA}/templates.py", f"{DATA}/tool_text.py"
-JINJA, FILES, MASKS = f"{DATA}/jinja_template.py", f"{DATA}/template_files.py", f"{DATA}/masks.py"
+SEGMENTS, TEMPLATES, TOOLS = (
+    f"{DATA}/templates/segments.py",
+    f"{DATA}/templates/builtin.py",
+    f"{DATA}/templates/tools.py",
+)
+JINJA, FILES, MASKS = f"{DATA}/templates/jinja.py", f"{DATA}/templates/files.py", f"{DATA}/masks.py"
 TOKENIZER, WORLD, SPELLED = f"{DATA}/tokenizer.py", f"{DATA}/world_json.py", f"{DATA}/spelled.py"
 # Without the two that take long and find nothing more here.
 TEXT_TESTS = "tests/data/test_templates.py -k 'not whatever_the_turns_hold and not independent'"

@@ -7,7 +7,7 @@ from typing import Any
 
 from rwkv_bone.data.dataset import Dataset, Sample
 from rwkv_bone.data.load import load_dataset, load_pairs
-from rwkv_bone.data.templates import load_template
+from rwkv_bone.data.templates.builtin import load_template
 from rwkv_bone.data.tokenizer import load_tokenizer
 
 __all__ = [

@@ -6,11 +6,11 @@ from dataclasses import replace
 from itertools import islice
 
 from rwkv_bone.config import DataConfig
-from rwkv_bone.data.conversation import conversation
+from rwkv_bone.data.conversations.conversation import conversation
 from rwkv_bone.data.dataset import Dataset
 from rwkv_bone.data.part import Part
-from rwkv_bone.data.rows import Rows
-from rwkv_bone.data.templates import load_template
+from rwkv_bone.data.sources.rows import Rows
+from rwkv_bone.data.templates.builtin import load_template
 from rwkv_bone.data.tokenise import RowReader
 from rwkv_bone.data.tokenizer import END_MARK, Tokenizer, decode_marked, encode_marked
 from rwkv_bone.data.used import check_tools, check_used

@@ -27,7 +27,7 @@ from itertools import chain
 
 import numpy as np
 
-from rwkv_bone.data.segments import DOCUMENT, PROMPT, RESPONSE, Segment
+from rwkv_bone.data.templates.segments import DOCUMENT, PROMPT, RESPONSE, Segment
 from rwkv_bone.data.tokenizer import Tokenizer, encode_marked
 from rwkv_bone.errors import UserError
 

@@ -11,14 +11,14 @@ import numpy as np
 
 from rwkv_bone.config import DataConfig
 from rwkv_bone.data.cache import SMALL, Arrays, Build, Cache, Entry, code_hash, in_memory, library_versions
-from rwkv_bone.data.conversation import Layout, check_named, layout_of
+from rwkv_bone.data.conversations.conversation import Layout, check_named, layout_of
+from rwkv_bone.data.conversations.remarks import Remarks
 from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.masks import parse_mask_id, stream_mask
-from rwkv_bone.data.remarks import Remarks
-from rwkv_bone.data.rows import Places, Rows
 from rwkv_bone.data.samples import SCAN, Documents, Kept
-from rwkv_bone.data.sources import Split, Text, Tokens, open_source
-from rwkv_bone.data.templates import load_template
+from rwkv_bone.data.sources.open import Split, Text, Tokens, open_source
+from rwkv_bone.data.sources.rows import Places, Rows
+from rwkv_bone.data.templates.builtin import load_template
 from rwkv_bone.data.tokenise import (
     Block,
     RowReader,

@@ -16,9 +16,9 @@ import numpy as np
 from rwkv_bone.config import BAD_ROWS, setting
 from rwkv_bone.config.fields import check_given, check_values
 from rwkv_bone.config.flags import parse_section
-from rwkv_bone.data.binidx import PairWriter
-from rwkv_bone.data.conversation import Layout, conversation
-from rwkv_bone.data.sources import Rows, open_source
+from rwkv_bone.data.conversations.conversation import Layout, conversation
+from rwkv_bone.data.sources.binidx import PairWriter
+from rwkv_bone.data.sources.open import Rows, open_source
 from rwkv_bone.data.tokenise import (
     Block,
     Encoded,

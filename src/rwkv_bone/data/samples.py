@@ -15,7 +15,7 @@ import numpy as np
 
 from rwkv_bone.data.cache import Cache
 from rwkv_bone.data.lost import Lost, percent
-from rwkv_bone.data.rows import Places
+from rwkv_bone.data.sources.rows import Places
 
 SCAN = 1 << 24  # tokens looked at in one go, so that a memory-mapped file is never in memory as a whole
 ORIGINS_SHOWN = 3

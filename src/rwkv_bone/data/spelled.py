@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 
-from rwkv_bone.data.conversation import Conversation
+from rwkv_bone.data.conversations.conversation import Conversation
 from rwkv_bone.data.tokenizer import Tokenizer
 
 

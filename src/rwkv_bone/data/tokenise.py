@@ -21,17 +21,17 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from rwkv_bone.console import progress_bar
-from rwkv_bone.data.conversation import Layout, conversation
+from rwkv_bone.data.conversations.conversation import Layout, conversation
+from rwkv_bone.data.conversations.remarks import Remarks
 from rwkv_bone.data.dataset import prompt_hash
 from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.masks import encode
-from rwkv_bone.data.remarks import Remarks
-from rwkv_bone.data.rows import Places
+from rwkv_bone.data.sources.rows import Places
 from rwkv_bone.data.spelled import spelled_tokens
-from rwkv_bone.data.templates import load_template
+from rwkv_bone.data.templates.builtin import load_template
+from rwkv_bone.data.templates.tools import has_tools
 from rwkv_bone.data.tokenizer import load_tokenizer
-from rwkv_bone.data.tool_text import has_tools
 from rwkv_bone.errors import UserError
 
 BLOCK = 1 << 21  # bytes of rows that a process is given at a time

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from rwkv_bone.config import DataConfig
 from rwkv_bone.data.part import CONVERSATIONS, TOKEN_IDS, Part
-from rwkv_bone.data.rows import Rows
 from rwkv_bone.data.samples import Documents
+from rwkv_bone.data.sources.rows import Rows
 from rwkv_bone.errors import UserError
 
 

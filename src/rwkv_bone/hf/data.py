@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rwkv_bone.data.conversation import (
+from rwkv_bone.data.conversations.conversation import (
     NOTHING_TRAINED,
     Conversation,
     Layout,
@@ -26,12 +26,12 @@ from rwkv_bone.data.conversation import (
     conversation,
     layout_of,
 )
+from rwkv_bone.data.conversations.remarks import Remarks
 from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.lost import Lost
-from rwkv_bone.data.remarks import Remarks
-from rwkv_bone.data.segments import think_block
-from rwkv_bone.data.sources import Rows, Split, open_source
-from rwkv_bone.data.tool_text import has_tools, with_tools_as_text
+from rwkv_bone.data.sources.open import Rows, Split, open_source
+from rwkv_bone.data.templates.segments import think_block
+from rwkv_bone.data.templates.tools import has_tools, with_tools_as_text
 from rwkv_bone.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_bone.data.files import check_unchanged
-from rwkv_bone.data.rows import FileRows, Rows
+from rwkv_bone.data.sources.files import check_unchanged
+from rwkv_bone.data.sources.rows import FileRows, Rows
 from rwkv_bone.errors import UserError
 
 BATCH = 1000  # rows converted at a time

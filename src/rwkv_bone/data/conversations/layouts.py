@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rwkv_bone.data.fields import Fields, find, parts, says
+from rwkv_bone.data.conversations.fields import Fields, find, parts, says
 from rwkv_bone.errors import UserError
 
 # Names of prompts, and of the responses that go with them.

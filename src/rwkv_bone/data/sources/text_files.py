@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rwkv_bone.data import files
-from rwkv_bone.data.files import Encoding, Stamp, head_of, opened, stamp
-from rwkv_bone.data.rows import Places
+from rwkv_bone.data.sources import files
+from rwkv_bone.data.sources.files import Encoding, Stamp, head_of, opened, stamp
+from rwkv_bone.data.sources.rows import Places
 from rwkv_bone.errors import UserError
 
 

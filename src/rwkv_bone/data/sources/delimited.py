@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rwkv_bone.data import files
-from rwkv_bone.data.files import ending_of, lines, opened_text
-from rwkv_bone.data.json_rows import BY_FLAG
-from rwkv_bone.data.rows import FileRows, named
+from rwkv_bone.data.sources import files
+from rwkv_bone.data.sources.files import ending_of, lines, opened_text
+from rwkv_bone.data.sources.json_rows import BY_FLAG
+from rwkv_bone.data.sources.rows import FileRows, named
 from rwkv_bone.errors import UserError
 
 SAMPLE = 50  # rows looked at to find the separator, and whether the first line is one of them

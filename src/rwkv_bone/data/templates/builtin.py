@@ -39,10 +39,10 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from rwkv_bone.data.conversation import Conversation, Turn
-from rwkv_bone.data.segments import PROMPT, Segment, Template, response_role, think_block
+from rwkv_bone.data.conversations.conversation import Conversation, Turn
+from rwkv_bone.data.templates.segments import PROMPT, Segment, Template, response_role, think_block
+from rwkv_bone.data.templates.tools import G1, HERMES, ToolFormat, with_tools_as_text
 from rwkv_bone.data.tokenizer import END_MARK, special_tokens
-from rwkv_bone.data.tool_text import G1, HERMES, ToolFormat, with_tools_as_text
 from rwkv_bone.errors import UserError
 
 END_OF_TURN = "\n\n"
@@ -205,8 +205,8 @@ def load_template(name: str, tokenizer_name: str, tool_format: str = "auto") -> 
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"--template {name}: expected auto, {', '.join(BUILT_IN)}, or the path of a template file")
     # Jinja takes a while to import.
-    from rwkv_bone.data.jinja_template import JinjaTemplate
-    from rwkv_bone.data.template_files import read_templates
+    from rwkv_bone.data.templates.files import read_templates
+    from rwkv_bone.data.templates.jinja import JinjaTemplate
 
     texts = read_templates(path)
     if not any(re.search(r"\{\{|\{%", text) for text in texts.values()):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_bone.data.binidx import part_of, read_pair
-from rwkv_bone.data.rows import Places
+from rwkv_bone.data.sources.binidx import part_of, read_pair
+from rwkv_bone.data.sources.rows import Places
 from rwkv_bone.errors import UserError
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rwkv_bone.data.conversation import Conversation, Turn
+from rwkv_bone.data.conversations.conversation import Conversation, Turn
 
 SCHEMAS = ("parameters", "input_schema", "inputSchema")  # where a tool has the JSON schema of its arguments
 

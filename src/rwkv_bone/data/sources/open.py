@@ -17,16 +17,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rwkv_bone.data.binidx import find_pair
-from rwkv_bone.data.delimited import Delimited
-from rwkv_bone.data.files import head_of, is_gzip
-from rwkv_bone.data.folders import open_folder
-from rwkv_bone.data.formats import FORMATS, NUMPY, Options, format_of
-from rwkv_bone.data.hub_cards import CardRows, has_configurations
-from rwkv_bone.data.json_rows import JsonLines
-from rwkv_bone.data.rows import Rows
-from rwkv_bone.data.text_files import Text
-from rwkv_bone.data.token_files import Tokens, of_numpy, of_pair, of_uint16
+from rwkv_bone.data.sources.binidx import find_pair
+from rwkv_bone.data.sources.delimited import Delimited
+from rwkv_bone.data.sources.files import head_of, is_gzip
+from rwkv_bone.data.sources.folders import open_folder
+from rwkv_bone.data.sources.formats import FORMATS, NUMPY, Options, format_of
+from rwkv_bone.data.sources.hub_cards import CardRows, has_configurations
+from rwkv_bone.data.sources.json_rows import JsonLines
+from rwkv_bone.data.sources.rows import Rows
+from rwkv_bone.data.sources.text_files import Text
+from rwkv_bone.data.sources.token_files import Tokens, of_numpy, of_pair, of_uint16
 from rwkv_bone.errors import UserError
 
 MADE_BEFOREHAND = ("binidx", "tokens")  # values of --data_type

@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rwkv_bone.data.fields import Fields, find
-from rwkv_bone.data.layouts import CONTEXT, HISTORY, SYSTEM, THINKING, TOOLS, Layout, layout_of
-from rwkv_bone.data.remarks import unused
-from rwkv_bone.data.turns import WEIGHTS, Turn, response, turns_of
-from rwkv_bone.data.values import json_type, parse_json, text_of
+from rwkv_bone.data.conversations.fields import Fields, find
+from rwkv_bone.data.conversations.layouts import CONTEXT, HISTORY, SYSTEM, THINKING, TOOLS, Layout, layout_of
+from rwkv_bone.data.conversations.remarks import unused
+from rwkv_bone.data.conversations.turns import WEIGHTS, Turn, response, turns_of
+from rwkv_bone.data.conversations.values import json_type, parse_json, text_of
 from rwkv_bone.errors import UserError
 
 __all__ = ["Conversation", "Layout", "Turn", "conversation", "layout_of"]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rwkv_bone.data.jinja_template import DEFAULT
+from rwkv_bone.data.templates.jinja import DEFAULT
 from rwkv_bone.data.tokenizer import TEMPLATE_FILE, TOKENIZER_CONFIG, read_text
 from rwkv_bone.errors import UserError
 

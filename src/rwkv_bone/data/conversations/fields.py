@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rwkv_bone.data.values import json_type, text_of
+from rwkv_bone.data.conversations.values import json_type, text_of
 from rwkv_bone.errors import UserError
 
 JOINED_BY = "\n"

@@ -26,8 +26,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rwkv_bone.data.conversation import Conversation, Turn
-from rwkv_bone.data.segments import PROMPT, RESPONSE, Segment, Template, response_role, think_block
+from rwkv_bone.data.conversations.conversation import Conversation, Turn
+from rwkv_bone.data.templates.segments import PROMPT, RESPONSE, Segment, Template, response_role, think_block
 from rwkv_bone.errors import UserError
 
 GO_ON = "To go on, give another --template: world, g1, g1-think, alpaca, or a copy of this file that you change"

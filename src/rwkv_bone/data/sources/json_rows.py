@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from rwkv_bone.data import files
-from rwkv_bone.data.files import lines, opened_text
-from rwkv_bone.data.rows import FileRows, Rows, named
-from rwkv_bone.data.values import DECODER, json_type
+from rwkv_bone.data.conversations.values import DECODER, json_type
+from rwkv_bone.data.sources import files
+from rwkv_bone.data.sources.files import lines, opened_text
+from rwkv_bone.data.sources.rows import FileRows, Rows, named
 from rwkv_bone.errors import UserError
 
 BY_FLAG = "--columns"

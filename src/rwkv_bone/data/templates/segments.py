@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from rwkv_bone.data.conversation import Conversation, Turn
+from rwkv_bone.data.conversations.conversation import Conversation, Turn
 
 PROMPT, RESPONSE, MASKED, DOCUMENT = "prompt", "response", "masked", "document"
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rwkv_bone.data.formats import FORMATS, Make, Options, format_of
-from rwkv_bone.data.rows import Places, Rows
-from rwkv_bone.data.text_files import Text
+from rwkv_bone.data.sources.formats import FORMATS, Make, Options, format_of
+from rwkv_bone.data.sources.rows import Places, Rows
+from rwkv_bone.data.sources.text_files import Text
 from rwkv_bone.errors import UserError
 
 # Files that stand beside data and are none of it.

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rwkv_bone.data.columnar import BATCH, Table, reason_of
-from rwkv_bone.data.folders import choose_split
+from rwkv_bone.data.sources.columnar import BATCH, Table, reason_of
+from rwkv_bone.data.sources.folders import choose_split
 from rwkv_bone.errors import UserError
 
 

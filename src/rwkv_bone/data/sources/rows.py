@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rwkv_bone.data.files import Stamp, stamp
-from rwkv_bone.data.values import json_type
+from rwkv_bone.data.conversations.values import json_type
+from rwkv_bone.data.sources.files import Stamp, stamp
 from rwkv_bone.errors import UserError
 
 

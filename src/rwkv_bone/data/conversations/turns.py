@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rwkv_bone.data.layouts import THINKING
-from rwkv_bone.data.remarks import unused
-from rwkv_bone.data.thinking import BEGIN, END, split_thinking
-from rwkv_bone.data.values import json_type, parse_json, text_of
+from rwkv_bone.data.conversations.layouts import THINKING
+from rwkv_bone.data.conversations.remarks import unused
+from rwkv_bone.data.conversations.thinking import BEGIN, END, split_thinking
+from rwkv_bone.data.conversations.values import json_type, parse_json, text_of
 from rwkv_bone.errors import UserError
 
 ROLE_KEYS = ("role", "from")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rwkv_bone.data.columnar import Columnar
-from rwkv_bone.data.delimited import Delimited
-from rwkv_bone.data.files import Encoding, ending_of, head_of, is_gzip
-from rwkv_bone.data.json_rows import JsonLines, JsonList
-from rwkv_bone.data.rows import Rows
+from rwkv_bone.data.sources.columnar import Columnar
+from rwkv_bone.data.sources.delimited import Delimited
+from rwkv_bone.data.sources.files import Encoding, ending_of, head_of, is_gzip
+from rwkv_bone.data.sources.json_rows import JsonLines, JsonList
+from rwkv_bone.data.sources.rows import Rows
 from rwkv_bone.errors import UserError
 
 TEXT_ENDINGS = (".txt", ".text", ".md")

@@ -1,0 +1,1 @@
+"""What a row says: a document, or the turns of a conversation."""

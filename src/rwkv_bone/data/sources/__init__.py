@@ -1,0 +1,1 @@
+"""Files and folders of every format, as rows, texts or token ids."""
