@@ -100,5 +100,5 @@ def test_every_weight_is_trained_from_any_layout_and_saved_as_a_pth(case):
 
 def test_preview_reads_the_vocabulary_of_any_layout(case):
     _, model, _, job = case
-    _, _, vocabulary, _ = parse_preview(["--load_model", str(model), "--data_file", str(job.flags["data_file"])])
+    _, _, vocabulary, *_ = parse_preview(["--load_model", str(model), "--data_file", str(job.flags["data_file"])])
     assert vocabulary == 256

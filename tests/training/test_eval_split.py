@@ -28,7 +28,7 @@ def data(tmp_path):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_two_sides_are_disjoint_and_together_all_of_the_data(data, seed):
     config = parse_train([*FLAGS, "--data_file", str(data), "--random_seed", str(seed)])
-    train, held = (rows_of(dataset) for dataset in load_data(config, 256))
+    train, held = (rows_of(dataset) for dataset in load_data(config, 256, config.data))
     assert train and held and len(train) + len(held) == 2 * len(ROWS)
     assert not {tuple(row) for row in train} & {tuple(row) for row in held}
 
@@ -37,7 +37,7 @@ def test_random_windows_of_the_stream_hold_no_token_of_the_held_out_documents(tm
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": chr(65 + n) * 20}) + "\n" for n in range(20)))
     config = parse_train([*FLAGS, "--data_file", str(file), "--dataload", "get"])
-    train, held = load_data(config, 256)
+    train, held = load_data(config, 256, config.data)
     assert train.windows and not held.windows
     letters = set(train.tokens[0 : len(train.tokens)].tolist()) - {0}
     assert letters and not letters & {token for row in rows_of(held) for token in row}
@@ -47,7 +47,8 @@ def test_data_with_a_single_prompt_cannot_be_split(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
     with pytest.raises(UserError, match="--eval_split"):
-        load_data(parse_train([*FLAGS, "--data_file", str(file)]), 256)
+        config = parse_train([*FLAGS, "--data_file", str(file)])
+        load_data(config, 256, config.data)
 
 
 def test_a_run_measures_the_held_out_samples_before_and_after(job, data):

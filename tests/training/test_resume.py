@@ -161,7 +161,7 @@ def test_another_stage_and_accumulation_continue_it_to_rounding(job, halfway, ha
         ({"lr_init": 2e-2, "bone_r": 4}, "--bone_r was 8 and is now 4; --lr_init was 0.01 and is now 0.02. A"),
         ({"train_parts": "ln"}, "--train_parts was empty and is now ln"),
         ({"micro_bsz": 2}, "a step was 1 device x 1 forward pass x micro_bsz 4 and is now 1 .* x micro_bsz 2"),
-        ({"overwrite": 1}, "--resume continues the run in proj_dir and --overwrite replaces it: give one of them"),
+        ({"overwrite": 1}, "--overwrite 1 has no effect with --resume 1"),
     ],
 )  # fmt: skip
 def test_what_determines_the_run_may_not_change(job, halfway, half, flags, message):
