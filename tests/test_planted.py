@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.planted import tables
-from tests.planted.__main__ import run_tests
 from tests.planted.bug import ROOT, Bug
+from tests.planted.run import run_tests
 
 TABLES = tables()
 

@@ -2,16 +2,13 @@
 
 NAME is a file here, such as `numerics`; without one all are planted. For each bug its tests run first without it, where
 they must pass, and then with it, where one must fail. `--jobs 2` runs as many at a time. The exit status is 1 if a bug
-survived. All together take about an hour, so no other test runs them; test_planted.py keeps the tables true.
+survived. Each takes seconds, all together an hour, so no other test runs them; test_planted.py keeps the tables true.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -22,8 +19,8 @@ from queue import SimpleQueue
 
 from tests.planted import tables
 from tests.planted.bug import ROOT, Bug
+from tests.planted.run import run_tests
 
-LIMIT = 900  # seconds; a bug that makes a test hang is found, too
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "venv", "out", "__pycache__", ".*_cache", ".rwkv_bone_cache")
 
 
@@ -33,21 +30,6 @@ def copy_repository(folder: Path) -> Path:
     if (ROOT.parent / "shared").exists():
         (folder / "shared").symlink_to((ROOT.parent / "shared").resolve())
     return folder / "repository"
-
-
-def run_tests(root: Path, tests: str) -> str:
-    """`passed`, `failed`, `hangs`, or what pytest said where it ran no test."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", "", *shlex.split(tests)]
-    # No file of bytecode: a bug of the same length, planted within the same second, would not be seen.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        return "hangs"
-    if done.returncode in (0, 1):
-        skipped_all = done.returncode == 0 and " passed" not in done.stdout
-        return "all skipped" if skipped_all else ("passed", "failed")[done.returncode]
-    return f"pytest ended with {done.returncode}: {' '.join(done.stdout.split()[-30:])}"
 
 
 def main(argv: list[str]) -> int:
