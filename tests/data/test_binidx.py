@@ -114,7 +114,7 @@ def test_documents_with_tokens_outside_the_vocabulary_may_be_skipped(write_pair,
     path = write_pair([[5, 0]], [[300, 0]], [[]], [[7, 0]], dtype="int32")
     dataset = load_dataset(config(path, bad_rows="skip"), 256)
     assert [sample.ids.tolist() for sample in dataset] == [[5, 0], [7, 0]]
-    expected = f"warning: {path}: skipped (--bad_rows skip), token outside the model's vocabulary: 1 documents ("
+    expected = f"warning: {path}: skipped (--bad_rows skip), token outside the model's vocabulary: 1 document ("
     assert [line.startswith(expected) for line in dataset.summary_lines()].count(True) == 1
     assert any(line.endswith("document 1), 33.3% of the tokens") for line in dataset.summary_lines())
     with pytest.raises(UserError, match="every document has tokens outside"):

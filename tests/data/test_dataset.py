@@ -62,7 +62,7 @@ def test_a_long_sample_is_cut_and_counted(write_jsonl, config):
     assert dataset.trained_counts.tolist() == [4, 3]
     assert dataset.summary_lines()[1:3] == [
         "2 samples, 9 tokens, 7 of them trained; longest 5",
-        f"warning: {path}: cut at --ctx_len 4: 1 samples, 4 tokens left out, 36.4% of the trained tokens",
+        f"warning: {path}: cut at --ctx_len 4: 1 sample, 4 tokens left out, 36.4% of the trained tokens",
     ]
 
 
@@ -106,7 +106,7 @@ def test_long_samples_may_be_dropped_and_are_counted(write_jsonl, config):
     path = write_jsonl({"text": "abcd"}, {"text": "abc"}, {"text": "abcdef"})
     dataset = load_dataset(config(path, ctx_len=4, long_samples="drop"), 256)
     assert [bytes(sample.ids.tolist()) for sample in dataset] == [b"abcd\0", b"abc\0"]
-    what = f"{path}: dropped (--long_samples drop): 1 samples longer than --ctx_len 4 ({path}:3)"
+    what = f"{path}: dropped (--long_samples drop): 1 sample longer than --ctx_len 4 ({path}:3)"
     assert dataset.summary_lines()[2] == f"warning: {what}, 46.2% of the trained tokens"
 
 
@@ -135,7 +135,7 @@ def test_a_split_is_counted(write_jsonl, config):
     path = write_jsonl({"text": "abcdefgh"}, {"text": "ab"})
     dataset = load_dataset(config(path, ctx_len=3, long_samples="split"), 256)
     assert [bytes(sample.ids.tolist()) for sample in dataset] == [b"abcd", b"defg", b"gh\0", b"ab\0"]
-    line = f"{path}: split (--long_samples split): 1 samples longer than --ctx_len 3 became 3"
+    line = f"{path}: split (--long_samples split): 1 sample longer than --ctx_len 3 became 3"
     assert dataset.summary_lines()[2] == line
 
 

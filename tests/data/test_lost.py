@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rwkv_bone.config import DataConfig
+from rwkv_bone.console import counted
 from rwkv_bone.data import load_dataset
 from rwkv_bone.data.dataset import Dataset
 from rwkv_bone.data.lost import Lost, check_lost, percent
@@ -23,7 +24,7 @@ def test_a_novel_is_trained_whole_by_default(tmp_path, config):
     assert dataset.trained_counts.sum() == size and len(dataset) == -(-size // 128)
     assert not any(line.startswith("warning") for line in dataset.summary_lines())
     (line,) = [line for line in dataset.note_lines() if "split" in line]
-    assert line == f"{path}: split (--long_samples auto): 1 samples longer than --ctx_len 128 became {len(dataset):,}"
+    assert line == f"{path}: split (--long_samples auto): 1 sample longer than --ctx_len 128 became {len(dataset):,}"
     with pytest.raises(UserError, match=r"novel.txt: more than 99.9% of the data would not .*--max_lost 1 to go on"):
         load_dataset(config(str(path), ctx_len=128, long_samples="cut"), 256)
     cut = load_dataset(config(str(path), ctx_len=128, long_samples="cut", max_lost=1), 256)
@@ -56,7 +57,9 @@ def test_a_document_that_fits_an_exact_number_of_times_has_no_piece_too_many(ctx
     assert dataset.trained_counts.sum() == total - 3 - (lengths[2] == 0)
     long = [(n, count) for n, count in zip(lengths, pieces, strict=True) if n > ctx_len + 1]
     said = [line for line in dataset.note_lines() if "became" in line]
-    expected = f"{len(long):,} samples longer than --ctx_len {ctx_len} became {sum(count for _, count in long):,}"
+    expected = (
+        f"{counted(len(long), 'sample')} longer than --ctx_len {ctx_len} became {sum(count for _, count in long):,}"
+    )
     assert said == [f"made up: split (--long_samples split): {expected}"]
     assert [line for line in dataset.note_lines() if "left out" in line and lengths[2] > 1] == []
 
@@ -68,7 +71,7 @@ def test_shares_are_of_trained_tokens_and_not_of_all(write_jsonl, config):
     lost = 21 - 5
     assert lost / (21 + 9 * 10) > 0.1
     assert dataset.summary_lines()[2] == (
-        f"warning: {path}: cut at --ctx_len 94: 1 samples, 16 tokens left out, {lost / 111:.1%} of the trained tokens"
+        f"warning: {path}: cut at --ctx_len 94: 1 sample, 16 tokens left out, {lost / 111:.1%} of the trained tokens"
     )
 
 

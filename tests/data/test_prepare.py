@@ -76,7 +76,7 @@ def test_bad_rows_stop_or_are_skipped_and_counted(write_jsonl, run_prepare, tmp_
     pair = run_prepare(path, bad_rows="skip")
     assert parts(pair)[0] == b"a\0\0\0b\0\0\0"
     said = [line.split("), ")[1].split(" (")[0] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert said == ["not valid JSON: 1 rows", "field 'text' is empty: 1 rows", "no field 'text': 1 rows"]
+    assert said == ["not valid JSON: 1 row", "field 'text' is empty: 1 row", "no field 'text': 1 row"]
     with pytest.raises(UserError, match="data.jsonl: no usable rows; .*skipped .*not valid JSON"):
         run_prepare(write_jsonl("{"), bad_rows="skip", overwrite=True)
     assert parts(pair)[0] == b"a\0\0\0b\0\0\0"  # what was there stays

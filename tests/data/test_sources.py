@@ -335,21 +335,21 @@ def test_bad_rows_are_skipped_and_counted_by_reason(write_jsonl, config):
     ]
     lines = ", ".join(f"{path}:{number}" for number in (5, 6, 7))
     assert skipped == [
-        f"not valid JSON: 1 rows ({path}:1), 10.0% of the rows",
-        f"no field 'response': 1 rows ({path}:3), 10.0% of the rows",
-        f"field 'response' is empty: 1 rows ({path}:4), 10.0% of the rows",
+        f"not valid JSON: 1 row ({path}:1), 10.0% of the rows",
+        f"no field 'response': 1 row ({path}:3), 10.0% of the rows",
+        f"field 'response' is empty: 1 row ({path}:4), 10.0% of the rows",
         f'expected a JSON object such as {{"text": 5 rows ({lines}, ...), 50.0% of the rows',
     ]
     tokenizer = load_tokenizer("bytes", 256)
     assert load_pairs(config(path, bad_rows="skip"), path, tokenizer) == [("2+2=", "4")] * 2
-    with pytest.raises(UserError, match="no row can be used: skipped .*field 'response' is empty: 1 rows"):
+    with pytest.raises(UserError, match="no row can be used: skipped .*field 'response' is empty: 1 row"):
         load_dataset(config(write_jsonl({"prompt": "b", "response": ""}), bad_rows="skip"), 256)
 
 
 def test_a_row_with_tokens_outside_the_vocabulary_may_be_skipped(write_jsonl, config):
     dataset = load_dataset(config(write_jsonl({"text": "\1\2"}, {"text": "a"}), bad_rows="skip"), 12)
     assert len(dataset) == 1
-    assert any("token N is outside the model's vocabulary of N: 1 rows" in line for line in dataset.summary_lines())
+    assert any("token N is outside the model's vocabulary of N: 1 row" in line for line in dataset.summary_lines())
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])

@@ -100,7 +100,7 @@ def test_a_bad_row_of_a_folder_is_named_with_its_file(folder, config):
         load_dataset(config(name), 256)
     dataset = load_dataset(config(name, bad_rows="skip"), 256)
     assert dataset[4].origin == f"{name}/b.jsonl:3"
-    assert [line for line in dataset.summary_lines() if f"1 rows ({name}/c.jsonl:1)" in line]
+    assert [line for line in dataset.summary_lines() if f"1 row ({name}/c.jsonl:1)" in line]
 
 
 def test_what_is_not_read_is_named_in_one_line(folder):

@@ -51,4 +51,4 @@ def test_world_spells_no_token_and_bytes_only_the_zero():
 def test_the_run_says_so(write_jsonl, config):
     rows = [{"prompt": "a\0", "response": "b"}, {"prompt": "c", "response": "d"}]
     lines = load_dataset(config(write_jsonl(*rows)), 256).summary_lines()
-    assert any("1 turns that spell '\\x00', which becomes that token" in line for line in lines)
+    assert any("1 turn that spell '\\x00', which becomes that token" in line for line in lines)

@@ -63,7 +63,7 @@ def test_numbers_material_and_several_fields_are_read_as_in_train(samples_of):
     rows = [{"instruction": "sum", "context": "long", "response": 52.0}]
     assert samples_of(*rows)[1] == ["<bos><user>sum\nlong<eos><assistant>52.0<eos>"]
     found, texts, _ = samples_of({"a": 1, "b": "two", "r": True, "id": "x"}, fields=("a+b", "r"))
-    assert texts == ["<bos><user>1\ntwo<eos><assistant>true<eos>"] and found.lines() == ["fields not used: id (1 rows)"]
+    assert texts == ["<bos><user>1\ntwo<eos><assistant>true<eos>"] and found.lines() == ["fields not used: id (1 row)"]
 
 
 def test_responses_of_weight_0_are_read_and_not_trained(samples_of):
@@ -76,7 +76,7 @@ def test_responses_of_weight_0_are_read_and_not_trained(samples_of):
     assert texts[0] == "<bos><user>hi<eos><assistant>wrong<eos><user>hi<eos><assistant>yes<eos>"
     assert trained == [["yes<eos>"], ["yes<eos>"]] and "wrong" not in texts[1]
     assert found.remarks.counts == {MASKED: 3, NOTHING_TRAINED: 1} and found.dropped == 0
-    with pytest.raises(UserError, match="^rows:1: up to here .* rows that train nothing"):
+    with pytest.raises(UserError, match="^rows:1: up to here .* row that train nothing"):
         samples_of({"messages": [USER, masked]})
 
 
@@ -103,7 +103,7 @@ def test_thinking_reaches_a_template_that_writes_it(samples_of):
 def test_thinking_that_the_template_has_no_place_for_is_written_in_the_text(samples_of, template):
     found, _, trained = samples_of({"prompt": "hi", "response": "yes", "reasoning": "hm"}, template=template)
     assert trained == [["<think>\nhm\n</think>\nyes<eos>"]]
-    assert found.lines() == ([f"1 {THINKING_AS_TEXT}"] if template else [])
+    assert found.lines() == ([f"1 {THINKING_AS_TEXT}".replace("rows", "row", 1)] if template else [])
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -142,7 +142,7 @@ def test_tools_that_the_template_does_not_write_are_text_of_the_turns(samples_of
     found, texts, trained = samples_of(TOOLS, template=template)
     assert "<tools>" in texts[0] and '"name": "add"' in texts[0] and "<user><tool_response>" in texts[0]
     assert '<tool_call>\n{"name": "sub", "arguments": {}}\n</tool_call><eos>' in trained[0][0]
-    assert trained[0][1] == "yes<eos>" and found.lines() == [f"1 {TOOLS_AS_TEXT}"]
+    assert trained[0][1] == "yes<eos>" and found.lines() == [f"1 {TOOLS_AS_TEXT}".replace("rows", "row", 1)]
 
 
 def test_a_template_that_escapes_results_writes_them(samples_of):

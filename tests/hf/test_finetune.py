@@ -46,9 +46,13 @@ def texts_of(module: str, seen: set[str]) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             yield module, node.value
-        if isinstance(node, ast.ImportFrom) and node.module not in seen:
-            if str(node.module).startswith("rwkv_bone.data.") or node.module == "rwkv_bone.checkpoints.hub":
-                yield from texts_of(node.module, seen)
+        if isinstance(node, ast.ImportFrom):
+            source = str(node.module)
+            is_folder = (REPOSITORY / "src" / source.replace(".", "/")).is_dir()
+            names = [f"{source}.{alias.name}" for alias in node.names] if is_folder else [source]
+            for name in names:
+                if name.startswith(("rwkv_bone.data.", "rwkv_bone.checkpoints.hub")) and name not in seen:
+                    yield from texts_of(name, seen)
 
 
 def trained_text(tokenizer, segments) -> list[str]:
@@ -101,7 +105,7 @@ def test_long_samples_are_cut_or_left_out_and_counted(tokenizer):
     assert samples.rows == [
         {"input_ids": tokenizer("abcd")["input_ids"], "labels": [IGNORED_LABEL] * 2 + samples[0]["labels"][2:]}
     ]
-    assert samples.facts() == ["1 samples with 2 trained tokens"]
+    assert samples.facts() == ["1 sample with 2 trained tokens"]
     whole = load_samples(rows, (), tokenizer, max_length=99)
     trained = sum(label != IGNORED_LABEL for i in range(2) for label in whole[i]["labels"])
     (lost,) = samples.lost("rows.jsonl")
@@ -177,7 +181,7 @@ def test_no_message_about_data_advises_a_flag_that_the_program_lacks():
 
 def test_query_and_response_are_a_usual_pair(tokenizer):
     rows = [("rows:1", {"query": "Half of 90?", "response": "45", "type": "rephrased"})]
-    assert load_samples(rows, (), tokenizer, max_length=99).facts() == ["1 samples with 3 trained tokens"]
+    assert load_samples(rows, (), tokenizer, max_length=99).facts() == ["1 sample with 3 trained tokens"]
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,14 @@ def test_a_warning_has_a_line_of_its_own_in_the_header(said):
     lines, data, _ = said
     (cut,) = [line for line in lines if "cut at" in line]
     lost = 71 - 20
-    assert cut.startswith(f"warning: {data}: cut at --ctx_len 20: 1 samples, {lost} tokens left out, ")
+    assert cut.startswith(f"warning: {data}: cut at --ctx_len 20: 1 sample, {lost} tokens left out, ")
     assert cut.endswith(f"{lost / (8 * 10 + 71):.1%} of the trained tokens")
     assert f"data      {data}: fields not used: note (8 rows)" in lines
 
 
 def test_held_out_data_says_what_it_lost_too(said):
     lines, _, held = said
-    skipped = f"warning: {held}: skipped (--bad_rows skip), no field 'response': 1 rows ({held}:3), 33.3% of the rows"
+    skipped = f"warning: {held}: skipped (--bad_rows skip), no field 'response': 1 row ({held}:3), 33.3% of the rows"
     assert skipped in lines
 
 

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from rwkv_bone.console import counted
 from rwkv_bone.data.lost import check_lost
 from rwkv_bone.data.samples import Documents, samples_of, uncut
 from rwkv_bone.data.tokenizer import END_MARK, Tokenizer, decode_marked
@@ -188,10 +189,10 @@ class Dataset:
         """What was read and what was left out, line by line, for the user."""
         lines = [documents.kind for documents in self._parts]
         if self.windows:
-            counts = f"{len(self):,} documents, {len(self.tokens):,} tokens"
+            counts = f"{counted(len(self), 'document')}, {len(self.tokens):,} tokens"
             lines.append(f"{counts}, read in random windows of --ctx_len {self.ctx_len}")
         else:
-            counts = f"{len(self):,} samples, {self.lengths.sum():,} tokens"
+            counts = f"{counted(len(self), 'sample')}, {self.lengths.sum():,} tokens"
             lines.append(f"{counts}, {self.trained_counts.sum():,} of them trained; longest {self.lengths.max():,}")
         return [*lines, *self._notes]
 

@@ -16,6 +16,7 @@ import numpy as np
 from rwkv_bone.config import BAD_ROWS, setting
 from rwkv_bone.config.fields import check_given, check_values
 from rwkv_bone.config.flags import parse_section
+from rwkv_bone.console import counted
 from rwkv_bone.data.conversations.conversation import Layout, conversation
 from rwkv_bone.data.sources.binidx import PairWriter
 from rwkv_bone.data.sources.open import Rows, open_source
@@ -141,7 +142,7 @@ def prepare(cfg: PrepareConfig) -> None:
             progress.close()
         if not documents:
             raise UserError(f"{', '.join(cfg.input)}: no usable rows; {'; '.join(one.what for one in left_out)}")
-    print(f"{cfg.output}.bin, .idx: {documents:,} documents, {dtype.name}, tokenizer {tokenizer.name}")
+    print(f"{cfg.output}.bin, .idx: {counted(documents, 'document')}, {dtype.name}, tokenizer {tokenizer.name}")
     print(progress.speed())
     for line in [*(note for source in sources for note in source.notes), *(one.line() for one in left_out)]:
         print(line)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rwkv_bone.console import counted
 from rwkv_bone.data.cache import Cache
 from rwkv_bone.data.lost import Lost, percent
 from rwkv_bone.data.sources.rows import Places
@@ -104,8 +105,8 @@ def samples_of(documents: Documents, ctx_len: int, long_samples: str) -> Samples
         starts, lengths = starts[index], full[index]
         lost.append(
             Lost(
-                f"{documents.name}: dropped (--long_samples drop): {len(too_long):,} samples longer than --ctx_len "
-                f"{ctx_len} ({documents.named(too_long)})",
+                f"{documents.name}: dropped (--long_samples drop): {counted(len(too_long), 'sample')} longer than "
+                f"--ctx_len {ctx_len} ({documents.named(too_long)})",
                 _share(targets[too_long].sum(), targets.sum()),
                 remedy="raise --ctx_len",
             )
@@ -118,8 +119,8 @@ def samples_of(documents: Documents, ctx_len: int, long_samples: str) -> Samples
         starts = starts[index] + piece * ctx_len
         lengths = np.minimum(full[index] - piece * ctx_len, limit)
         notes.append(
-            f"{documents.name}: split (--long_samples {long_samples}): {len(too_long):,} samples longer than --ctx_len "
-            f"{ctx_len} became {int(pieces[too_long].sum()):,}"
+            f"{documents.name}: split (--long_samples {long_samples}): {counted(len(too_long), 'sample')} longer than "
+            f"--ctx_len {ctx_len} became {int(pieces[too_long].sum()):,}"
         )
     elif len(too_long):
         lengths = np.minimum(full, limit)
@@ -128,7 +129,7 @@ def samples_of(documents: Documents, ctx_len: int, long_samples: str) -> Samples
         left_out = np.setdiff1d(too_long[targets[too_long] > 0], samples.document)
         lost.append(
             Lost(
-                f"{documents.name}: cut at --ctx_len {ctx_len}: {len(too_long):,} samples, "
+                f"{documents.name}: cut at --ctx_len {ctx_len}: {counted(len(too_long), 'sample')}, "
                 f"{int((full[too_long] - limit).sum()):,} tokens left out",
                 _share(targets.sum() - samples.trained.sum(), targets.sum()),
                 remedy="raise --ctx_len, give --long_samples split",
@@ -143,7 +144,8 @@ def samples_of(documents: Documents, ctx_len: int, long_samples: str) -> Samples
     if len(empty):
         lost.append(
             Lost(
-                f"{documents.name}: left out, no token to train on: {len(empty):,} samples ({documents.named(empty)})",
+                f"{documents.name}: left out, no token to train on: {counted(len(empty), 'sample')} "
+                f"({documents.named(empty)})",
                 _share(full[empty].sum(), full.sum()),
                 "tokens",
                 "check --loss_mask, which marks nothing there",

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
-from rwkv_bone.console import progress_bar
+from rwkv_bone.console import counted, progress_bar
 from rwkv_bone.data.conversations.conversation import Layout, conversation
 from rwkv_bone.data.conversations.remarks import Remarks
 from rwkv_bone.data.dataset import prompt_hash
@@ -102,7 +102,7 @@ class Skipped:
         found = []
         for reason, (count, first) in self.counts.items():
             named = ", ".join(places(number) for number in first) + ", ..." * (count > len(first))
-            what = f"{name}: skipped (--bad_rows skip), {reason}: {count:,} {unit} ({named})"
+            what = f"{name}: skipped (--bad_rows skip), {reason}: {counted(count, unit[:-1])} ({named})"
             found.append(Lost(what, count / rows, unit, f"mend these {unit}"))
         return found
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rwkv_bone.console import counted
 from rwkv_bone.data.conversations.conversation import (
     NOTHING_TRAINED,
     Conversation,
@@ -99,7 +100,7 @@ class Samples:
     def facts(self) -> list[str]:
         """What was read, cut and left out, in words."""
         trained = sum(label != IGNORED_LABEL for row in self.rows for label in row["labels"])
-        facts = [f"{len(self.rows):,} samples with {trained:,} trained tokens"]
+        facts = [f"{counted(len(self.rows), 'sample')} with {trained:,} trained tokens"]
         if self.last_only:
             facts.append(f"{self.last_only:,} train their last response only, as the chat template changes the others")
         return facts
@@ -108,7 +109,7 @@ class Samples:
         """What is cut off or left out, of a file that the user calls `name`."""
         if not self.cut:
             return []
-        what = f"{name}: {self.cut:,} samples cut to model_max_length"
+        what = f"{name}: {counted(self.cut, 'sample')} cut to model_max_length"
         if self.dropped:
             what += f", {self.dropped:,} of them left out because the prompt alone fills it"
         kept = sum(label != IGNORED_LABEL for row in self.rows for label in row["labels"][1:])

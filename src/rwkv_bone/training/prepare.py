@@ -16,6 +16,7 @@ from rwkv_bone.adapters import AdapterLinear, Injection, adapter_keys, inject, l
 from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.config import DataConfig, TrainConfig
 from rwkv_bone.config.saved import shaping
+from rwkv_bone.console import counted
 from rwkv_bone.data import BatchPlan, Dataset, load_dataset, load_pairs, load_tokenizer
 from rwkv_bone.data.lost import WARNING
 from rwkv_bone.data.split import split_heldout
@@ -177,7 +178,7 @@ def prepare_heldout(
     # Held-out rows are read whole whatever the training batches are.
     dataset = split or load_dataset(replace(data, dataload="pad"), vocab_size, path)
     source = f"--eval_split {data.eval_split:g} of the training data" if split else dataset.summary_lines()[0]
-    report(f"held-out  {source}; {len(dataset):,} samples")
+    report(f"held-out  {source}; {counted(len(dataset), 'sample')}")
     for line in dataset.note_lines():
         report(line if line.startswith(WARNING) else f"held-out  {line}")
     pairs: list[tuple[str, str]] = []

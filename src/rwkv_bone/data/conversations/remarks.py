@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rwkv_bone.console import counted
+
 UNUSED = "field not used: "
 TURNS = "[]."  # in the name of a turn's field
 NAMED = 12  # fields not used that the line names
@@ -33,10 +35,16 @@ class Remarks:
 
     def lines(self) -> list[str]:
         """One line each, without the name of the file; of all fields that are not used one."""
-        lines = [f"{count:,} {remark}" for remark, count in self.counts.items() if not remark.startswith(UNUSED)]
+        sentences = {remark: count for remark, count in self.counts.items() if not remark.startswith(UNUSED)}
+        lines = [_of(count, *remark.split(" ", 1)) for remark, count in sentences.items()]
         counts = {name[len(UNUSED) :]: count for name, count in self.counts.items() if name.startswith(UNUSED)}
-        fields = [f"{name} ({count:,} {'turns' if TURNS in name else 'rows'})" for name, count in counts.items()]
+        fields = [f"{name} ({counted(count, 'turn' if TURNS in name else 'row')})" for name, count in counts.items()]
         if fields:
             more = f", and {len(fields) - NAMED:,} more" if len(fields) > NAMED else ""
             lines.append(f"fields not used: {', '.join(fields[:NAMED])}{more}")
         return lines
+
+
+def _of(count: int, nouns: str, rest: str = "") -> str:
+    """`443 turns after ...`, `1 turn after ...`."""
+    return f"{counted(count, nouns.removesuffix('s'), nouns)} {rest}".rstrip()
