@@ -163,7 +163,8 @@ def our_adapter(path: Path, base, **changes) -> Path:
 
 @pytest.mark.parametrize(
     "name,value",
-    [("alpha", None), ("alpha", float("nan")), ("alpha", "8"), ("alpha", -1.0), ("r", -4), ("r", "4"), ("r", 4.0),
+    [("alpha", None), ("alpha", float("nan")), ("alpha", "8"), ("alpha", -1.0), ("alpha", -0.5),
+     ("alpha", float("inf")), ("r", -4), ("r", "4"), ("r", 4.0),
      ("r", [[4]]), ("kind", None), ("kind", ["bone"]), ("rslora", None), ("dropout", 2), ("quant", "int3"),
      ("quant", ["int8"]), ("architecture", None)],
 )  # fmt: skip
@@ -241,7 +242,12 @@ def test_an_index_names_files_beside_it_only(tmp_path, name):
     found = json.loads(index.read_text())
     found["weight_map"]["head.weight"] = name
     index.write_text(json.dumps(found))
-    with pytest.raises(UserError, match="index.json"):
+    # There is a shard under that name, too.
+    (folder / "sub").mkdir()
+    for other in (tmp_path / "base.safetensors", folder / "sub" / "x.safetensors"):
+        other.write_bytes(next(folder.glob("*.safetensors")).read_bytes())
+    expected = "index.json: expected names of files beside it" if "/" in str(name) else "index.json"
+    with pytest.raises(UserError, match=expected):
         checkpoints.load_base(folder)
 
 

@@ -82,12 +82,16 @@ def unix_socket(path: Path) -> None:
 THINGS = (folder, pipe, endless, random_bytes, nothing, empty, missing, dangling, unix_socket)
 
 
+class Waits(BaseException):
+    """It waits, or reads without end. No reader takes this for a fault of the file, as it may a TimeoutError."""
+
+
 @pytest.fixture
 def limit():
     """Ends a test that waits."""
 
     def stop(*_):
-        raise TimeoutError("it waits, or reads without end")
+        raise Waits
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(20)
