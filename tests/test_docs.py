@@ -46,7 +46,8 @@ TIMEOUT = 600  # seconds for a block, which take a few: a run that is not shorte
 PYTHON = """#!/bin/sh
 case " $* " in
     *train_hf.py\\ *) set -- "$@" --num_train_epochs 0.01 ;;
-    *train.py\\ *) set -- "$@" --epoch_steps 2 --warmup_steps 0 --eval_samples 2 ;;
+    *train.py\\ *--eval_*) set -- "$@" --epoch_steps 2 --warmup_steps 0 --eval_samples 2 ;;
+    *train.py\\ *) set -- "$@" --epoch_steps 2 --warmup_steps 0 ;;
     *\\ -m\\ pytest\\ *) set -- -m pytest --version ;;
 esac
 exec "{python}" "$@"

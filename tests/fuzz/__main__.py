@@ -24,6 +24,8 @@ from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
 HANG = 20  # seconds of a case
 SPARE = 64 << 20  # bytes that a case may use beyond three times its file
 ADDRESSES = 2 << 30  # bytes of addresses that a case may reserve: mapped files and stacks of threads are among them
@@ -137,6 +139,8 @@ def run(
             json.dumps([these, begin, many, seed, verbose, readers]),
         ]
         environment = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        given = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+        environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY), *given])
         with tempfile.TemporaryFile("w+") as errors:
             child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
             case: dict = {}
@@ -188,6 +192,7 @@ def main() -> int:
     if options.work:
         work(*json.loads(options.work))
         return 0
+    sys.path.insert(0, str(REPOSITORY / "src"))
     from tests.fuzz.readers import READERS
 
     names = [reader.name for reader in READERS if (options.reader or "") in reader.name]

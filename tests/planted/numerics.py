@@ -117,9 +117,6 @@ BUGS = (
         "tests/training/test_module.py",
     ),
     # The loss.
-    Bug(
-        f"{OPS}/cross_entropy.py", "torch.mul(part, rest[None], out=to)", "torch.mul(part, rest, out=to)", CROSS_ENTROPY
-    ),
     Bug(f"{OPS}/cross_entropy.py", "beta=0, alpha=loss_scale)", "beta=0).mul_(loss_scale)", CROSS_ENTROPY),
     Bug(
         f"{OPS}/cross_entropy.py",

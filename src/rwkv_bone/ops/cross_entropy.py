@@ -91,7 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             parts = d_hidden.split(ctx.chunk_rows)
             d_hidden = torch.empty_like(d_hidden)
             for part, to in zip(parts, d_hidden.split(ctx.chunk_rows), strict=True):
-                # One axis, since a scalar would be rounded to the other factor's dtype.
+                # With an axis both are promoted to fp32. A scalar may be rounded to the other factor's dtype first.
                 torch.mul(part, rest[None], out=to)
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.weight_dtype)
