@@ -47,7 +47,7 @@ def _pytest(root: Path, arguments: list[str], output: Path) -> None:
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "rwkv_bone")]:
         del sys.modules[name]
-    sys.path[:] = [path for path in sys.path if not Path(path or ".").resolve().is_relative_to(ROOT)]
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "src")]
     os.chdir(root)
     # No file of bytecode: a bug of the same length, planted within the same second, would not be seen.
     sys.dont_write_bytecode = True

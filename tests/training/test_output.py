@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -101,6 +102,7 @@ def test_a_terminal_that_closes_saves_the_step_on_both_devices_and_ends_with_129
     folder = job.folder / "closed"
     process, master = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under nohup
         argv = command(job, folder, devices=2, micro_bsz=2, epoch_count=400, epoch_save=500)
         os.execve(argv[0], argv, environment())
     log, deadline = folder / "train_log.jsonl", time.monotonic() + 200
