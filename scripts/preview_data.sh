@@ -13,7 +13,7 @@ grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: s
 load_model=assets/rwkv7-tiny.pth     # base checkpoint: says which tokenizer
 data_file=assets/numbers_train.jsonl # the data to look at; several files: one a line
 samples=3                            # samples to print, spread evenly over the data
-ctx_len=128                          # tokens per sample; longer ones are cut
+ctx_len=128                          # tokens per sample; a longer text is split, a longer conversation cut
 
 repo= # the repository's folder; set it only in a copy that lies, and is run, outside the repository
 

@@ -20,7 +20,7 @@ peft=bone      # what is trained; bone stands for Bone and Bat
 bone_mode=bat  # bone: linear; bat: also uses the frozen weight
 bone_r=32      # block size: trainable parameters grow with it
 
-ctx_len=128                 # tokens per sample; longer ones are cut
+ctx_len=128                 # tokens per sample; a longer text is split, a longer conversation cut
 micro_bsz=4                 # a batch is micro_bsz x ctx_len tokens, per device; lower it when memory runs out
 accumulate_grad_batches=1   # forward passes per optimiser step
 epoch_count=4               # times through the data

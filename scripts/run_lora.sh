@@ -23,7 +23,7 @@ lora_dropout=0 # share of the inputs that the update does not see, in training
 lora_rs=0      # 1: rank-stabilised, scaled by lora_alpha / sqrt(lora_r)
 lora_plus=1    # LoRA+: lora_B learns at this multiple of the learning rate
 
-ctx_len=128                 # tokens per sample; longer ones are cut
+ctx_len=128                 # tokens per sample; a longer text is split, a longer conversation cut
 micro_bsz=6                 # a batch is micro_bsz x ctx_len tokens, per device; lower it when memory runs out
 accumulate_grad_batches=1   # forward passes per optimiser step
 epoch_count=4               # times through the data

@@ -20,7 +20,7 @@ peft=pissa   # what is trained
 lora_r=16    # rank: trainable parameters grow with it
 lora_alpha=0 # the update is scaled by lora_alpha / lora_r; 0: by 1, as PiSSA is meant
 
-ctx_len=128                 # tokens per sample; longer ones are cut
+ctx_len=128                 # tokens per sample; a longer text is split, a longer conversation cut
 micro_bsz=6                 # a batch is micro_bsz x ctx_len tokens, per device; lower it when memory runs out
 accumulate_grad_batches=1   # forward passes per optimiser step
 epoch_count=4               # times through the data

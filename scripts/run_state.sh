@@ -17,7 +17,7 @@ eval_data=assets/numbers_heldout.jsonl # rows kept out of training, measured bef
 proj_dir=out/state                     # results: states rwkv-N.pth, log, loss curve
 
 peft=state                  # what is trained
-ctx_len=128                 # tokens per sample; longer ones are cut
+ctx_len=128                 # tokens per sample; a longer text is split, a longer conversation cut
 micro_bsz=6                 # a batch is micro_bsz x ctx_len tokens, per device; lower it when memory runs out
 accumulate_grad_batches=1   # forward passes per optimiser step
 epoch_count=4               # times through the data
