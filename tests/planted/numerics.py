@@ -254,12 +254,6 @@ BUGS = (
     Bug("cuda/cpu/simd.h", "x < -limit ? -limit : x", "x < -limit ? vec{} : x", FORMATS),
     Bug(
         "cuda/cpu/wkv7_head.h",
-        "memset(Step(steps, n, N).a, 0, N * sizeof(float));",
-        "",
-        "tests/ops/test_wkv7.py -k 'cpp_kernel'",
-    ),
-    Bug(
-        "cuda/cpu/wkv7_head.h",
         "sigmoid * (e * sigmoid) * -DECAY_SCALE",
         "sigmoid * (1.0f - e * sigmoid) * -DECAY_SCALE",
         "tests/ops/test_wkv7.py -k 'cpp_kernel'",
