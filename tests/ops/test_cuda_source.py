@@ -110,6 +110,15 @@ def test_large_gradients_leave_no_rounding_in_the_decay_gradients_of_later_token
     assert relative_error(dw[:, 64:], expected[:, 64:]) < 5e-5
 
 
+@pytest.mark.parametrize("raw", [-100.0, 100.0])
+@pytest.mark.parametrize("library", ["wkv7"], indirect=True)
+def test_a_raw_decay_whose_exponential_is_out_of_range_leaves_every_gradient_finite(library, raw):
+    case = wkv_inputs.make_case(torch.float32, T=17, H=1, N=16, raw=raw)
+    outputs = library.run(case)
+    assert all(torch.isfinite(outputs[name]).all() for name in reference_gradients(case))
+    assert relative_error(outputs["y"], reference_gradients(case)["y"]) < 1e-5
+
+
 @pytest.mark.parametrize("raw", [2.0, 3.0, 4.0])
 @pytest.mark.parametrize("library", ["wkv6", "wkv5"], indirect=True)
 def test_decay_gradients_are_exact_where_hardly_anything_is_kept(library, raw):

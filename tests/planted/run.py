@@ -53,4 +53,6 @@ def _pytest(root: Path, arguments: list[str], output: Path) -> None:
     sys.dont_write_bytecode = True
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     torch.set_num_threads(1)
-    os._exit(pytest.main(["-x", "-o", "addopts=--import-mode=importlib", *arguments]))
+    status = pytest.main(["-x", "-o", "addopts=--import-mode=importlib", *arguments])
+    sys.stdout.flush()
+    os._exit(status)  # no more: what the forked process had loaded has nothing to clean up here
