@@ -52,3 +52,7 @@ def test_kinds_are_named_in_the_words_of_json():
     values = ({}, [], "", True, None, 1, 1.5, Decimal(1))
     words = ["an object", "a list", "a string", "true or false", "null", "a number", "a number", "a number"]
     assert [json_type(value) for value in values] == words
+
+
+def test_a_number_beyond_every_float_is_a_number():
+    assert json_type(10**400) == "a number"

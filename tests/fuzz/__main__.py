@@ -22,6 +22,7 @@ import traceback
 import warnings
 from collections import Counter
 from importlib import import_module
+from itertools import count as count_up
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -61,6 +62,7 @@ def work(names: list[str], first: int, count: int, seed: int, verbose: bool, rea
     def say(**what) -> None:
         print(json.dumps(what), file=out, flush=True)
 
+    moments = count_up(1)
     for reader in import_module(readers).READERS:
         if reader.name not in names:
             continue
@@ -79,7 +81,9 @@ def work(names: list[str], first: int, count: int, seed: int, verbose: bool, rea
                 changed = mutant(whole[victim], draw)
                 say(case=number, reader=reader.name, mutation=changed.name)
                 victim.write_bytes(changed.content)
-                os.utime(victim, (number, number))
+                # A time of its own: a file of another reader may have had this inode, and this size.
+                moment = next(moments)
+                os.utime(victim, (moment, moment))
                 size = sum(path.stat().st_size for path in victims)
                 if number % 20 == 0:
                     gc.collect()

@@ -128,7 +128,7 @@ def _kind(config: Mapping, folder: Path) -> str:
     method, init = config["peft_type"], config.get("init_weights", True)
     if method in ("MISS", "BONE"):
         kinds = {True: "bone", False: "bone", "bat": "bat-col", "mini": "bone"}
-        if init not in kinds:
+        if not isinstance(init, str | bool) or init not in kinds:
             raise UserError(f"{folder}: init_weights {init!r} is unknown, expected true, false, 'bat' or 'mini'")
         return kinds[init]
     for kind, name in PEFT_TYPES.items():

@@ -46,7 +46,7 @@ def json_type(value: Any) -> str:
     """What a value is in the words of JSON, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        return "not a number (NaN)" if math.isnan(value) else "a number"
+        return "not a number (NaN)" if not isinstance(value, int) and math.isnan(value) else "a number"
     return names.get(type(value), f"a {type(value).__name__}")
 
 
