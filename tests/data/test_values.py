@@ -56,3 +56,4 @@ def test_kinds_are_named_in_the_words_of_json():
 
 def test_a_number_beyond_every_float_is_a_number():
     assert json_type(10**400) == "a number"
+    assert text_of(10**400, "it") == "1" + "0" * 400

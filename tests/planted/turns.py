@@ -97,7 +97,7 @@ BUGS = (
     Bug(DATA + "conversations/values.py", 'return "true" if value else "false"', "return str(value)", VALUES),
     Bug(
         DATA + "conversations/values.py",
-        " and not math.isnan(value):\n        return str",
+        " and not _is_nan(value):\n        return str",
         ":\n        return str",
         VALUES,
     ),

@@ -46,8 +46,13 @@ def json_type(value: Any) -> str:
     """What a value is in the words of JSON, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        return "not a number (NaN)" if not isinstance(value, int) and math.isnan(value) else "a number"
+        return "not a number (NaN)" if _is_nan(value) else "a number"
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _is_nan(value: float | Decimal) -> bool:
+    # Whole numbers may be beyond every float.
+    return not isinstance(value, int) and math.isnan(value)
 
 
 def text_of(value: Any, what: str, place: str = "") -> str:
@@ -58,7 +63,7 @@ def text_of(value: Any, what: str, place: str = "") -> str:
     """
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int | float | Decimal) and not math.isnan(value):
+    if isinstance(value, int | float | Decimal) and not _is_nan(value):
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{what} is {json_type(value)}, expected a string{place}")
