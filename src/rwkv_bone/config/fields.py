@@ -26,7 +26,8 @@ class Bounds(NamedTuple):
 
     def fault(self, value: float) -> str:
         """What was expected instead of the value, in words; nothing if it is within the bounds."""
-        if not math.isfinite(value):
+        # A whole number may be beyond every float.
+        if isinstance(value, float) and not math.isfinite(value):
             return "expected a finite number"
         if self.at_least is not None and value < self.at_least:
             return f"expected at least {plain(self.at_least)}"

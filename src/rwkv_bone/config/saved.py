@@ -107,7 +107,10 @@ def _of_type(kind: type, value: Any, where: str) -> Any:
     if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where}: expected a number, got one beyond every float") from None
     if type(value) is not kind:
         expected = {tuple: "a list of strings", str: "a string", bool: "true or false"}.get(kind, "a number")
         raise UserError(f"{where}: expected {expected}, got {json.dumps(value)}")
