@@ -254,8 +254,8 @@ def test_program_reports_a_mistake_without_traceback_from_any_folder(tmp_path):
 def test_whole_numbers_beyond_every_float_are_mistakes_like_others(tmp_path):
     huge = "1" + "0" * 400
     with pytest.raises(UserError, match="--ctx_len 1000.* expected at most"):
-        parse_train(["--load_model", "a.pth", "--data_file", "a.jsonl", "--ctx_len", huge])
+        flags.parse_train(["--load_model", "a.pth", "--data_file", "a.jsonl", "--ctx_len", huge])
     saved = tmp_path / "config.json"
     saved.write_text('{"optim": {"lr_init": ' + huge + "}}")
     with pytest.raises(UserError, match="lr_init: expected a number"):
-        parse_train(["--load_model", "a.pth", "--data_file", "a.jsonl", "--config", str(saved)])
+        flags.parse_train(["--load_model", "a.pth", "--data_file", "a.jsonl", "--config", str(saved)])
