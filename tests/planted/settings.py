@@ -48,7 +48,7 @@ BUGS = (
         f"{TESTS} tests/config/test_flags.py",
     ),
     Bug(FIELDS, "value >= self.below", "value > self.below", f"{TESTS} -k cannot_be_meant"),
-    Bug(FIELDS, "if not math.isfinite(value):", "if math.isnan(value):", f"{TESTS} -k cannot_be_meant"),
+    Bug(FIELDS, "and not math.isfinite(value):", "and math.isnan(value):", f"{TESTS} -k cannot_be_meant"),
     Bug(FIELDS, "value.count(word) > 1", "value.count(word) > 2", f"{TESTS} -k list"),
     Bug("src/rwkv_bone/config/flags.py", "re.fullmatch(NUMBERS", "re.match(NUMBERS", f"{TESTS} -k cannot_be_meant"),
     Bug(
