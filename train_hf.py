@@ -15,9 +15,12 @@ def main() -> None:
     description = "Fine-tune a Hugging Face causal language model with Bone or Bat."
     config = parse_section("train_hf.py", description, HfConfig, sys.argv[1:], IGNORED_FLAGS, EXAMPLES, HF)
     # Imported late: --help and mistakes in the flags are answered at once.
-    from rwkv_bone.hf.finetune import finetune, launch
+    from rwkv_bone.hf.finetune import finetune, launches
+    from rwkv_bone.hf.launch import launch
 
-    if not launch(config, sys.argv):
+    if launches(config):
+        launch(sys.argv, config.devices)
+    else:
         finetune(config)
 
 

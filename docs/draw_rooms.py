@@ -36,6 +36,7 @@ GROUND = {
     "devices": "the cards",
     "errors": "what a user can fix",
     "console": "output that never ends a run",
+    "signals": "ends that save",
 }
 LEFT_OUT = {"__init__", "commands"}  # they only pass on
 
@@ -85,10 +86,10 @@ def floors(graph: dict[str, set[str]]) -> dict[str, int]:
     return {room: deepest - depth(room) for room in graph}
 
 
-def box(x: float, y: float, name: str, words: str, kind: str) -> str:
-    middle = x + WIDTH / 2
+def box(x: float, y: float, name: str, words: str, kind: str, wide: float = WIDTH) -> str:
+    middle = x + wide / 2
     return (
-        f'<rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="{FILLS[kind]}" stroke="{LINE}"/>\n'
+        f'<rect x="{x:g}" y="{y:g}" width="{wide:g}" height="{HEIGHT}" rx="6" fill="{FILLS[kind]}" stroke="{LINE}"/>\n'
         f'<text x="{middle:g}" y="{y + 24:g}" font-size="16" font-weight="bold">{escape(name)}</text>\n'
         f'<text x="{middle:g}" y="{y + 44:g}" font-size="12">{escape(words)}</text>'
     )
@@ -129,9 +130,10 @@ def draw() -> str:
         boxes.append(box(x, y, name, "parse, call, exit", "program"))
         lines.append(arrow((x + WIDTH / 2, y + HEIGHT), (x + WIDTH / 2, y + ROW)))
     y = MARGIN + (top + 1) * ROW
+    column = (3 * COLUMN + WIDTH + MARGIN) / len(GROUND)
     for number, (name, words) in enumerate(GROUND.items()):
         folder = f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
-        boxes.append(box(MARGIN + (number + 0.5) * COLUMN, y, folder, words, "ground"))
+        boxes.append(box(MARGIN + number * column, y, folder, words, "ground", column - MARGIN))
     width, height = 2 * MARGIN + 3 * COLUMN + WIDTH, y + HEIGHT + MARGIN
     return "\n".join(
         [

@@ -25,11 +25,12 @@ MAY_IMPORT = {
     "hf": {"config", "checkpoints", "adapters", "data"},
     "training": ROOMS - {"hf", "conversion"},
 }
-# Imported where peft is in use, by the first BoneConfig: it is the one module that is made of one of peft's.
-OPTIONAL = {"rwkv_bone.hf.peft_config"}
+# Imported where peft or transformers are in use: modules that are made of classes of theirs.
+OPTIONAL = {"rwkv_bone.hf.peft_config", "rwkv_bone.hf.callbacks"}
 # The modules beside the rooms.
 MODULES = {
     "errors": set(),
+    "signals": set(),
     "console": set(),
     "commands": set(),
     "devices": {"config"},
@@ -86,6 +87,7 @@ def test_loading_a_model_reads_no_data_modules():
         "rwkv_bone.console",
         "rwkv_bone.devices",
         "rwkv_bone.errors",
+        "rwkv_bone.signals",
         "rwkv_bone.conversion.flags",
         "rwkv_bone.hf.flags",
     ],
@@ -114,7 +116,7 @@ def test_help_is_instant_because_it_imports_nothing_heavy(program):
 
 def test_no_file_reads_the_environment_for_a_setting():
     allowed = {"XDG_CACHE_HOME", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "PIP_", "LOCAL_RANK", "CXX"}
-    allowed |= {"WORLD_SIZE", "MASTER_ADDR"}  # of launchers
+    allowed |= {"WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "TORCHELASTIC_"}  # of launchers
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

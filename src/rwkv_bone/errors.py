@@ -30,7 +30,7 @@ class UserError(ValueError):
 class Interrupted(Exception):
     """A signal ended the run between two steps, with everything saved.
 
-    The entry points print the message and exit with 128 + `signum`, as a shell reports it.
+    The entry points print the message, if there is one, and exit with 128 + `signum`, as a shell reports it.
     """
 
     def __init__(self, message: str, signum: int):
@@ -68,7 +68,8 @@ def exit_status(function: Callable[[], Any], shows: bool = False) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if str(stop):
+            print(stop, file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)

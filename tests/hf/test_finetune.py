@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from rwkv_bone.config.acts import HF
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data.conversations.conversation import Conversation, Turn
 from rwkv_bone.data.lost import check_lost
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import Interrupted, UserError
 from rwkv_bone.hf import BoneModel
 from rwkv_bone.hf.data import IGNORED_LABEL, OWN_FLAGS, Limits, RowsOf, collate, load_samples, render
 from rwkv_bone.hf.flags import IGNORED_FLAGS, HfConfig
@@ -318,6 +319,41 @@ def test_a_run_learns_saves_for_peft_merges_and_resumes(folder, tokenizer, ids, 
     assert torch.equal(again["state"][0]["exp_avg"], saved["state"][0]["exp_avg"])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_to_go_on_from(folder, number, capsys, monkeypatch):
+    from rwkv_bone.hf.callbacks import Reporter
+    from rwkv_bone.hf.finetune import finetune
+
+    finetune(parse(flags(folder, "whole", deepspeed="none")))
+    expected, written = measured(capsys.readouterr().out), Reporter.on_log
+
+    def interrupt(self, args, state, control, logs, **kwargs):
+        written(self, args, state, control, logs, **kwargs)
+        if state.global_step == 1 and not signals:
+            signals.append(number)
+            signal.raise_signal(number)
+
+    signals: list[int] = []
+    monkeypatch.setattr(Reporter, "on_log", interrupt)
+    # One that the run does not hear must not end these tests, which may themselves run under nohup.
+    before = signal.signal(number, lambda *_: None)
+    try:
+        handler = signal.getsignal(number)
+        with pytest.raises(Interrupted) as stopped:
+            finetune(parse(flags(folder, "out", deepspeed="none")))
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, before)
+    assert stopped.value.signum == number
+    assert str(stopped.value) == (
+        f"stopped after step 2 of 4, which is saved in {folder}/out/checkpoint-2\n"
+        "go on with: the same command and --resume 1"
+    )
+    first = measured(capsys.readouterr().out)
+    finetune(parse(flags(folder, "out", deepspeed="none"), "--resume"))
+    assert [*first, *measured(capsys.readouterr().out)[1:]] == expected
+
+
 def test_the_script_trains_under_deepspeed_with_the_same_losses(folder, capsys):
     from rwkv_bone.hf.finetune import finetune
 
@@ -344,6 +380,54 @@ def test_the_script_trains_under_deepspeed_with_the_same_losses(folder, capsys):
     merged = transformers.AutoModelForCausalLM.from_pretrained(folder / "deep" / "merged")
     ids = torch.arange(3, 20)[None]
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["none", "zero2"])
+def test_a_signal_to_a_run_of_two_processes_saves_once_and_the_run_goes_on(folder, deepspeed):
+    def start(*more: str):
+        given = flags(folder, "out", deepspeed=deepspeed, devices=2, num_train_epochs=40, save_steps=1000, eval_path="")
+        words = [word for name, value in given.items() for word in (f"--{name}", value)]
+        command = [sys.executable, REPOSITORY / "train_hf.py", *words, *more]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        # As a terminal starts it: a shell that starts tests in the background has them ignore Ctrl-C.
+        return subprocess.Popen(
+            command,
+            env=clean_environment(),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            start_new_session=True,
+            **pipes,
+        )
+
+    run = start()
+    said = iter(run.stdout.readline, "")
+    next(line for line in said if line.startswith("step "))
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 128 + signal.SIGINT, errors
+    assert errors.count("stopping after this step") == errors.count("stopped after step ") == 1, errors
+    assert "Traceback" not in errors
+    checkpoint = Path(re.search(r"is saved in (.*)\n", errors).group(1))
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == step < 40
+
+    run = start("--resume", "1")
+    text, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    steps = [int(number) for number in re.findall(r"step +(\d+) of", text)]
+    assert steps == list(range(step + 1, steps[-1] + 1)) and f"of {steps[-1]}" in text
+    adapted = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    BoneModel.from_pretrained(adapted, folder / "out")
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others_with_its_message(folder):
+    given = flags(folder, "out", deepspeed="none", devices=2, bone_r=33)
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    command = [sys.executable, REPOSITORY / "train_hf.py", *words]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "error: a process has failed; its message is above" in done.stderr
+    assert "r 33 is larger than the 32 inputs" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_flags_of_the_bone_repositorys_script_are_understood(folder, capsys):

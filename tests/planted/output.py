@@ -5,6 +5,7 @@ from tests.planted.bug import Bug
 CONSOLE, ERRORS = "src/rwkv_bone/console.py", "src/rwkv_bone/errors.py"
 TRAINING, CONVERSION = "src/rwkv_bone/training", "src/rwkv_bone/conversion"
 INFERENCE = "src/rwkv_bone/inference"
+SIGNALS, CALLBACKS, HF = "src/rwkv_bone/signals.py", "src/rwkv_bone/hf/callbacks.py", "tests/hf/test_finetune.py"
 SAYS, LOG = "tests/test_console.py", "tests/training/test_log.py"
 RUNS, RESUME = "tests/training/test_output.py", "tests/training/test_resume.py"
 MERGE = "tests/conversion/test_merge.py"
@@ -95,19 +96,11 @@ BUGS = (
         "tests/test_console.py -k preview",
     ),
     # Runs.
-    Bug(f"{TRAINING}/signals.py", "signal.SIGTERM, signal.SIGHUP)", "signal.SIGTERM)", f"{RESUME} -k several_signals"),
-    Bug(
-        f"{TRAINING}/signals.py",
-        "if self._received and number == signal.SIGHUP:",
-        "if False:",
-        f"{RESUME} -k several_signals",
-    ),
-    Bug(
-        f"{TRAINING}/signals.py",
-        "if signal.getsignal(number) == signal.SIG_IGN:",
-        "if False:",
-        f"{RESUME} -k started_to_ignore",
-    ),
+    Bug(SIGNALS, "signal.SIGTERM, signal.SIGHUP)", "signal.SIGTERM)", f"{RESUME} -k several_signals"),
+    Bug(SIGNALS, "if self.received and number == signal.SIGHUP:", "if False:", f"{RESUME} -k several_signals"),
+    Bug(SIGNALS, "if signal.getsignal(number) != signal.SIG_IGN:", "if True:", f"{RESUME} -k started_to_ignore"),
+    Bug(CALLBACKS, "if self._received:\n            control", "if False:\n            control", f"{HF} -k signal"),
+    Bug(CALLBACKS, "self._listener.end()", "", f"{HF} -k signal"),
     Bug(
         f"{TRAINING}/trainer.py",
         "if isinstance(stop.__context__, KeyboardInterrupt):",

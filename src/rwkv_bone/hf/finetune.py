@@ -12,10 +12,7 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -32,14 +29,7 @@ from rwkv_bone.hf.flags import ZERO_STAGES, HfConfig
 from rwkv_bone.hf.model import TRAINER_WEIGHTS, BoneModel, get_bone_model
 
 if TYPE_CHECKING:
-    from transformers import (
-        PreTrainedTokenizerBase,
-        Trainer,
-        TrainerCallback,
-        TrainerControl,
-        TrainerState,
-        TrainingArguments,
-    )
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MERGED = "merged"
@@ -50,6 +40,8 @@ def finetune(config: HfConfig) -> None:
     """Train, measure, save, and merge if asked. UserError, before anything is written, for what the user can fix."""
     device = select_device("auto", ON_CPU)
     transformers = _transformers()
+    from rwkv_bone.hf.callbacks import Reporter, StopOnSignal  # made of classes of transformers
+
     source, output, checkpoint = _check_folders(config)
     deepspeed = _deepspeed(config, device)
     limits = _limits(transformers, source)
@@ -100,14 +92,14 @@ def finetune(config: HfConfig) -> None:
             loss = held_out_loss(model, samples, pad, config.per_device_train_batch_size)
             report(f"{when:<8}held-out loss {loss:.4f} nats per token")
 
-    reporter = _reporter(report, measure)
+    reporter = Reporter(report, measure)
     trainer = reporter.trainer = transformers.Trainer(
         model=model,
         args=arguments,
         train_dataset=train,
         data_collator=functools.partial(collate, pad=pad),
         processing_class=tokenizer,
-        callbacks=[reporter],
+        callbacks=[reporter, StopOnSignal()],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     for samples, path in zip([train, *held_out], files, strict=True):
@@ -132,10 +124,10 @@ def finetune(config: HfConfig) -> None:
             report(f"merged  {output / MERGED}")
 
 
-def launch(config: HfConfig, argv: list[str]) -> bool:
-    """Run this command in one process for each device, and return True. With one device, or in such a process: False.
+def launches(config: HfConfig) -> bool:
+    """Whether this process is to start one for each device; not with one device, or in such a process.
 
-    argv: the script and its arguments.
+    UserError, before anything is started, for what a check of all of them would find.
     """
     started = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
     if config.devices not in (1, started):
@@ -144,9 +136,6 @@ def launch(config: HfConfig, argv: list[str]) -> bool:
         return False
     select_device("auto", ON_CPU)
     _check_folders(config)
-    processes = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(config.devices)]
-    if subprocess.run([sys.executable, *processes, *argv]).returncode:
-        raise UserError("a process has failed; its message is above")
     return True
 
 
@@ -276,36 +265,3 @@ def _arguments(transformers: ModuleType, config: HfConfig, deepspeed: dict | Non
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-
-
-def _reporter(report: Callable[[str], None], measure: Callable[[str], None]) -> TrainerCallback:
-    from transformers import TrainerCallback
-
-    class Reporter(TrainerCallback):
-        """Writes a line for each step that is logged, and keeps the frozen base out of DeepSpeed's checkpoints."""
-
-        trainer: Trainer | None = None  # set once it exists
-
-        def on_train_begin(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-        ) -> None:
-            if args.deepspeed:
-                assert self.trainer is not None
-                engine = self.trainer.model_wrapped
-                engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
-            # Not earlier: only now is the model on its device, and divided as ZeRO divides it.
-            measure("before")
-
-        def on_log(
-            self,
-            args: TrainingArguments,
-            state: TrainerState,
-            control: TrainerControl,
-            logs: dict[str, float],
-            **kwargs: object,
-        ) -> None:
-            if "loss" in logs:
-                loss, rate = float(logs["loss"]), float(logs["learning_rate"])
-                report(f"step {state.global_step:>5} of {state.max_steps}  loss {loss:.4f}  lr {rate:.2e}")
-
-    return Reporter()

@@ -1,0 +1,94 @@
+"""What `train_hf.py` adds to `transformers.Trainer`: its lines, its checkpoints, and an end that saves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from rwkv_bone.errors import Interrupted
+from rwkv_bone.signals import Listener
+
+
+class Reporter(TrainerCallback):
+    """Writes a line for each step that is logged, and keeps the frozen base out of DeepSpeed's checkpoints.
+
+    measure(when) is called once before the first step.
+    """
+
+    trainer: Trainer | None = None  # set once it exists
+
+    def __init__(self, report: Callable[[str], None], measure: Callable[[str], None]):
+        self.report, self.measure = report, measure
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if args.deepspeed:
+            assert self.trainer is not None
+            engine = self.trainer.model_wrapped
+            engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        # Not earlier: only now is the model on its device, and divided as ZeRO divides it.
+        self.measure("before")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: object,
+    ) -> None:
+        if "loss" in logs:
+            loss, rate = float(logs["loss"]), float(logs["learning_rate"])
+            self.report(f"step {state.global_step:>5} of {state.max_steps}  loss {loss:.4f}  lr {rate:.2e}")
+
+
+class StopOnSignal(TrainerCallback):
+    """After a signal the run finishes its step, saves a checkpoint and ends; `Listener` tells what a second one does.
+
+    It must come after a callback that measures before the first step, during which a signal ends the run at once.
+    """
+
+    def __init__(self) -> None:
+        self._listener = Listener()
+        self._received = 0  # by any process
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._listener.begin(args.process_index == 0)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._listener.stepping = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._received = self._listener.received
+        if args.world_size > 1:
+            # A checkpoint needs every process, so that all must end at the same step.
+            asked = torch.tensor(self._received, device=args.device)
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            self._received = int(asked)
+        if self._received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._listener.end()
+        if self._received:
+            path = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            message = (
+                f"stopped after step {state.global_step} of {state.max_steps}, which is saved in {path}\n"
+                "go on with: the same command and --resume 1"
+            )
+            raise Interrupted(message if args.process_index == 0 else "", self._received)
