@@ -15,7 +15,8 @@ from rwkv_bone.adapters.peft_format import CONFIG, lora_config, miss_config, rea
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.checkpoints import fingerprint
 from rwkv_bone.checkpoints.numbers import check_finite
-from rwkv_bone.config import MergeConfig
+from rwkv_bone.config import MergeConfig, RunConfig
+from rwkv_bone.config.flags import parse_merge
 from rwkv_bone.conversion.merge import merge_files
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import resume_file
@@ -306,3 +307,19 @@ def test_every_value_of_a_small_tensor_is_in_the_fingerprint():
     tensor = torch.zeros(256)
     found = {fingerprint({"a": tensor + torch.eye(256)[at]}) for at in range(256)}
     assert len(found) == 256
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are text there")
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_name_that_is_not_utf8_is_a_sentence_before_anything_is_read_or_written(tmp_path, name):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    checkpoints.write_state(tmp_path / name, {"a": torch.ones(2)}, {})
+    odd.mkdir()
+    (tmp_path / name).rename(odd / name)
+    with pytest.raises(UserError, match="the name is not UTF-8, so no checkpoint there can be opened: rename it"):
+        checkpoints.read_state(odd / name)
+    words = ["--base_model", "b", "--peft_checkpoint", "p", "--output", str(odd / "x.pth")]
+    with pytest.raises(UserError, match="^--output .*: the name is not UTF-8"):
+        parse_merge(words)
+    with pytest.raises(UserError, match="^--proj_dir .*: the name is not UTF-8"):
+        RunConfig(proj_dir=str(odd / "out"))

@@ -24,6 +24,7 @@ from torch import Tensor
 from rwkv_bone.checkpoints import integrity
 from rwkv_bone.checkpoints.layouts import unwrapped
 from rwkv_bone.checkpoints.stream import METADATA_RECORD, write_tensors
+from rwkv_bone.config.names import check_name
 from rwkv_bone.errors import JSON_ERRORS, UserError
 
 log = logging.getLogger("rwkv_bone")
@@ -43,6 +44,7 @@ def read_state(path: str | Path, verify: bool = True) -> dict[str, Tensor]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise UserError(f"checkpoint {path} {what}: expected a .pth or .safetensors file")
+    check_name(path)
     try:
         if verify:
             integrity.verify_file(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from rwkv_bone.config.outputs import suffix_of
+from rwkv_bone.config.names import suffix_of
 
 
 class When(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rwkv_bone.config.fields import check_given, check_values, setting
+from rwkv_bone.config.names import check_name
 from rwkv_bone.errors import UserError
 
 PEFT_KINDS = ("none", "bone", "lora", "pissa", "state")
@@ -349,6 +350,7 @@ class RunConfig:
         check_values(self)
         if not self.proj_dir:
             raise UserError("--proj_dir is empty: name a folder for the results")
+        check_name(self.proj_dir, "--proj_dir")
 
 
 @dataclass(frozen=True)
@@ -412,3 +414,4 @@ class MergeConfig:
     def __post_init__(self):
         check_values(self)
         check_given(self, "base_model", "peft_checkpoint", "output")
+        check_name(self.output, "--output")

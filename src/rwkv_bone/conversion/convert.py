@@ -35,7 +35,7 @@ from rwkv_bone.adapters.files import AdapterFile, read_adapter
 from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.checkpoints.stream import write_tensors
-from rwkv_bone.config.outputs import suffix_of
+from rwkv_bone.config.names import suffix_of
 from rwkv_bone.conversion.flags import ConvertConfig, parse_convert
 from rwkv_bone.conversion.merge import (
     refuse_inputs,

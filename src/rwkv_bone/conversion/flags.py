@@ -8,6 +8,7 @@ from rwkv_bone.config import BONE_MODES, LAYOUTS, OUTTYPES, QUANTS, setting
 from rwkv_bone.config.acts import CONVERT
 from rwkv_bone.config.fields import check_given, check_values
 from rwkv_bone.config.flags import parse_section
+from rwkv_bone.config.names import check_name
 
 FORMATS = ("auto", "native", "miss", "lora")
 NAMES = ("hf", "rwkv")
@@ -87,6 +88,7 @@ class ConvertConfig:
 
     def __post_init__(self):
         check_given(self, "base_model", "output")
+        check_name(self.output, "--output")
         check_values(self)
 
 

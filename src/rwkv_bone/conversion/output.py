@@ -24,7 +24,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.checkpoints import Architecture, Base, param_part
 from rwkv_bone.checkpoints.layouts import LAYOUTS, Layout
 from rwkv_bone.checkpoints.stream import write_tensors
-from rwkv_bone.config.outputs import suffix_of
+from rwkv_bone.config.names import suffix_of
 from rwkv_bone.conversion import folder, gguf_file
 from rwkv_bone.conversion.gguf_names import left_out
 from rwkv_bone.errors import UserError

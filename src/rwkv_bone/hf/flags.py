@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rwkv_bone.config.fields import check_given, check_values, setting
+from rwkv_bone.config.names import check_name
 from rwkv_bone.errors import UserError
 
 MODES = ("bone", "bat-col", "bat-row")
@@ -114,6 +115,7 @@ class HfConfig:
 
     def __post_init__(self):
         check_given(self, "model_name_or_path", "data_path", "output_dir")
+        check_name(self.output_dir, "--output_dir")
         check_values(self)
         for name in ("dataset_field", "eval_field"):
             names = getattr(self, name)
