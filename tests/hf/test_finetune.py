@@ -297,9 +297,10 @@ def test_a_run_learns_saves_for_peft_merges_and_resumes(folder, tokenizer, ids, 
     peft = pytest.importorskip("peft")
     from rwkv_bone.hf.finetune import finetune
 
-    config = parse(flags(folder, "out", merge=1, deepspeed="none"))
+    config = parse(flags(folder, "out", merge=1, deepspeed="none", save_steps=2, logging_steps=1))
     finetune(config)
     text = capsys.readouterr().out
+    assert "warning: " not in text
     before, after = re.search(r"before.*?(\d\.\d+)", text), re.search(r"after.*?(\d\.\d+)", text)
     assert float(after.group(1)) < float(before.group(1)) - 0.2
     assert "16 samples with" in text and "bone with r 8: " in text
@@ -428,6 +429,18 @@ def test_a_process_that_fails_ends_the_others_with_its_message(folder):
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "error: a process has failed; its message is above" in done.stderr
     assert "r 33 is larger than the 32 inputs" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_checkpoints_and_lines_that_the_run_never_reaches_are_warned_of(folder, capsys):
+    from rwkv_bone.hf.finetune import finetune
+
+    finetune(parse(flags(folder, "out", deepspeed="none", eval_path="", save_steps=5, logging_steps=6)))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        "warning: --save_steps 5 saves the end alone: the whole run has 4 optimiser steps",
+        "warning: --logging_steps 6 shows no step: the whole run has 4 optimiser steps",
+    ]
+    assert [path.name for path in (folder / "out").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_the_flags_of_the_bone_repositorys_script_are_understood(folder, capsys):

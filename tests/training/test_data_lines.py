@@ -6,11 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rwkv_bone.config import RunConfig
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.data import BatchPlan, load_dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import resume
+from rwkv_bone.training.saving import unused_saves
 
 PAIR = {"prompt": "p", "response": "r" * 9}
 
@@ -54,6 +56,25 @@ def test_a_run_shorter_than_a_pass_says_what_share_it_reads(said):
     (line,) = [line for line in lines if "these steps read" in line]
     share = float(line.split("read ")[1].split("%")[0])
     assert 0 < share < 100 and line.strip().startswith("these steps read") and "--epoch_count" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "warnings"),
+    [
+        ({"save_steps": 5}, 6, []),
+        ({"save_steps": 6}, 6, ["--save_steps 6 saves nothing: the whole run has 6 optimiser steps"]),
+        ({"epoch_save": 2, "epoch_count": 2}, 6, []),
+        ({"epoch_save": 3, "epoch_count": 2}, 6, ["--epoch_save 3 saves the end alone: the run has 2 epochs"]),
+    ],
+)
+def test_saves_that_a_run_never_reaches_are_named(settings, steps, warnings):
+    assert list(unused_saves(RunConfig(**settings), steps)) == warnings
+
+
+def test_saves_that_the_run_never_reaches_are_a_warning(job, capsys):
+    job.run("saves", save_steps=10)
+    lines = capsys.readouterr().out.splitlines()
+    assert "warning: --save_steps 10 saves nothing: the whole run has 3 optimiser steps" in lines
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from rwkv_bone.console import counted
 from rwkv_bone.errors import Interrupted
 from rwkv_bone.signals import Listener
 
@@ -33,6 +34,10 @@ class Reporter(TrainerCallback):
             assert self.trainer is not None
             engine = self.trainer.model_wrapped
             engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        if args.save_strategy == "steps" and args.save_steps > state.max_steps:
+            self.report(f"warning: --save_steps {args.save_steps:g} saves the end alone: {_steps(state.max_steps)}")
+        if args.logging_steps > state.max_steps:
+            self.report(f"warning: --logging_steps {args.logging_steps:g} shows no step: {_steps(state.max_steps)}")
         # Not earlier: only now is the model on its device, and divided as ZeRO divides it.
         self.measure("before")
 
@@ -92,3 +97,7 @@ class StopOnSignal(TrainerCallback):
                 "go on with: the same command and --resume 1"
             )
             raise Interrupted(message if args.process_index == 0 else "", self._received)
+
+
+def _steps(count: int) -> str:
+    return f"the whole run has {counted(count, 'optimiser step')}"

@@ -20,6 +20,7 @@ from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.prepare import Prepared, count_parameters
 from rwkv_bone.training.resume import Saved
+from rwkv_bone.training.saving import unused_saves
 from rwkv_bone.training.strategy import DTYPES, offloads, zero_stage
 
 COMMANDS = "rwkv-bone-"  # how the names of the installed commands begin; train.py is then rwkv-bone-train
@@ -68,6 +69,8 @@ def header(
     )
     if read < 1:
         yield f"          these steps read {percent(read)} of the trained tokens; a larger --epoch_count reads more"
+    for line in unused_saves(run, module.total_steps):
+        yield f"{WARNING}{line}"
     if config.model.chunk_ctx:
         cut = config.model.bptt_chunks
         gradient = f"cut after every {cut} (--bptt_chunks)" if cut else "exact"

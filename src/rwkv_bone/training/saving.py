@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 
 from rwkv_bone import checkpoints
 from rwkv_bone.config import RunConfig
+from rwkv_bone.console import counted
 from rwkv_bone.data import Dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
 from rwkv_bone.training import project, resume_file
@@ -31,6 +32,14 @@ class Output:
     def with_data(self, dataset: Dataset) -> Output:
         """The same, with the fingerprint of the training data in the metadata."""
         return replace(self, metadata=self.metadata | {"data": data_fingerprint(dataset)})
+
+
+def unused_saves(run: RunConfig, total_steps: int) -> Iterator[str]:
+    """A sentence on each setting that asks for saves which a run of so many steps never reaches."""
+    if run.save_steps >= total_steps:
+        yield f"--save_steps {run.save_steps} saves nothing: the whole run has {counted(total_steps, 'optimiser step')}"
+    if run.epoch_save > run.epoch_count:
+        yield f"--epoch_save {run.epoch_save} saves the end alone: the run has {counted(run.epoch_count, 'epoch')}"
 
 
 class SaveTrained(Callback):
