@@ -10,6 +10,8 @@ SAYS, LOG = "tests/test_console.py", "tests/training/test_log.py"
 RUNS, RESUME = "tests/training/test_output.py", "tests/training/test_resume.py"
 MERGE = "tests/conversion/test_merge.py"
 
+SAVES = "tests/training/test_data_lines.py -k never_reaches"
+
 BUGS = (
     # Measurements.
     Bug(
@@ -100,7 +102,13 @@ BUGS = (
     Bug(SIGNALS, "if self.received and number == signal.SIGHUP:", "if False:", f"{RESUME} -k several_signals"),
     Bug(SIGNALS, "if signal.getsignal(number) != signal.SIG_IGN:", "if True:", f"{RESUME} -k started_to_ignore"),
     Bug(CALLBACKS, "if self._received:\n            control", "if False:\n            control", f"{HF} -k signal"),
-    Bug(CALLBACKS, "self._listener.end()", "", f"{HF} -k signal"),
+    Bug(CALLBACKS, "self._listener.end()", "pass", f"{HF} -k signal"),
+    Bug("src/rwkv_bone/hf/launch.py", "os.killpg(pid, number)", "pass", f"{HF} -m slow -k two_processes"),
+    Bug("src/rwkv_bone/hf/launch.py", "or result.is_failed()", "", f"{HF} -m slow -k ends_the_others"),
+    Bug(CALLBACKS, "args.save_steps > state.max_steps", "False", f"{HF} -k never_reaches"),
+    Bug(f"{TRAINING}/saving.py", "run.save_steps >= total_steps", "run.save_steps > total_steps", f"{SAVES}"),
+    Bug(f"{TRAINING}/saving.py", "run.epoch_save > run.epoch_count", "False", f"{SAVES}"),
+    Bug("src/rwkv_bone/config/names.py", "str(path).encode()", "pass", "tests/checkpoints/test_odd_files.py -k utf8"),
     Bug(
         f"{TRAINING}/trainer.py",
         "if isinstance(stop.__context__, KeyboardInterrupt):",

@@ -49,6 +49,6 @@ def test_several_machines_need_something_that_says_which_one_this_is(monkeypatch
 
 def test_devices_of_a_hugging_face_run_agree_with_torchrun(torchrun):
     torchrun(2)
-    assert not finetune.launch(HfConfig("m", "d"), []) and not finetune.launch(HfConfig("m", "d", devices=2), [])
+    assert not finetune.launches(HfConfig("m", "d")) and not finetune.launches(HfConfig("m", "d", devices=2))
     with pytest.raises(UserError, match="--devices 3, and torchrun has started 2 processes"):
-        finetune.launch(HfConfig("m", "d", devices=3), [])
+        finetune.launches(HfConfig("m", "d", devices=3))
