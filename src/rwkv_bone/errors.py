@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,11 @@ from rwkv_bone import console
 
 SIGINT, SIGPIPE = 2, 13  # signal.SIGPIPE does not exist everywhere
 
+
+# Why the machine refuses a file whose name the user gave: no rights, no room, no such name, a disk that fails.
+OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+OF_THE_MACHINE |= {errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.EISDIR}
+SHOWN = 200  # characters of such a name
 
 # What json.loads raises; the second for brackets within brackets a thousand deep.
 JSON_ERRORS = (ValueError, RecursionError)
@@ -23,7 +29,7 @@ class UserError(ValueError):
 
     The message names what is wrong, what was expected and what to do about it; the entry points print it without a
     traceback and exit with status 2. Anything else that is raised, except `Interrupted`, is a defect of this project
-    and keeps its traceback.
+    and keeps its traceback; but for an OSError about a file that the machine refuses.
     """
 
 
@@ -66,6 +72,13 @@ def exit_status(function: Callable[[], Any], shows: bool = False) -> int:
         if error.reader_left:
             return 128 + SIGPIPE
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None or error.errno not in OF_THE_MACHINE:
+            raise
+        name = str(error.filename)
+        name = name if len(name) <= SHOWN else f"{name[:SHOWN]}... ({len(name)} characters)"
+        print(f"error: {name}: {error.strerror}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         if str(stop):

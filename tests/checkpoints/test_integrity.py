@@ -168,6 +168,14 @@ def test_files_without_checksums_are_read_and_said_to_be(tmp_path, caplog):
     assert caplog.text.count("was saved without checksums") == 1
 
 
+@pytest.mark.parametrize("name", [b"rwkv_bone.crk32", b"rwkv_bone.crc3r", b"Rwkv_bone.crc32"])
+def test_checksums_whose_name_is_damaged_are_missed(tmp_path, name):
+    path = saved(tmp_path, "adapter", "ours.safetensors")
+    path.write_bytes(path.read_bytes().replace(b"rwkv_bone.crc32", name))
+    with pytest.raises(UserError, match=f"the checksums in its header are called '{name.decode()}'"):
+        checkpoints.read_state(path)
+
+
 def test_safetensors_of_others_are_read_without_a_word(tmp_path, caplog):
     safetensors.torch.save_file(STATES["base"], tmp_path / "theirs.safetensors", {"format": "pt"})
     assert content(tmp_path / "theirs.safetensors")[1] == content(saved(tmp_path, "base", "ours.pth"))[1]

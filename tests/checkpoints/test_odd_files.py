@@ -165,7 +165,7 @@ def our_adapter(path: Path, base, **changes) -> Path:
 @pytest.mark.parametrize(
     "name,value",
     [("alpha", None), ("alpha", float("nan")), ("alpha", "8"), ("alpha", -1.0), ("alpha", -0.5),
-     ("alpha", float("inf")), ("r", -4), ("r", "4"), ("r", 4.0),
+     ("alpha", float("inf")), ("alpha", 10**400), ("r", -4), ("r", "4"), ("r", 4.0),
      ("r", [[4]]), ("kind", None), ("kind", ["bone"]), ("rslora", None), ("dropout", 2), ("quant", "int3"),
      ("quant", ["int8"]), ("architecture", None)],
 )  # fmt: skip
@@ -183,7 +183,7 @@ def peft_lora(folder: Path, **changes) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("value", [None, "16", float("nan"), float("inf"), -16, 0, True, [16], {"key": 16}])
+@pytest.mark.parametrize("value", [None, "16", float("nan"), float("inf"), 10**400, -16, 0, True, [16], {"key": 16}])
 def test_a_lora_alpha_that_is_no_positive_number_is_a_sentence(tmp_path, value):
     with pytest.raises(UserError, match="lora_alpha .* expected a positive number"):
         read_peft(peft_lora(tmp_path / "peft", lora_alpha=value))
@@ -215,7 +215,8 @@ def test_a_mini_block_of_odd_width_is_a_sentence(tmp_path):
     "change",
     [{"num_hidden_layers": 1e9}, {"head_size": "16", "num_attention_heads": "2"}, {"hidden_ratio": "4.5"},
      {"hidden_ratio": float("nan"), "intermediate_size": None}, {"value_dim": [[32]]}, {"value_dim": {"a": {}}},
-     {"norm_eps": [1]}, {"vocab_size": [256]}, {"model_type": {"a": 1}}],
+     {"norm_eps": [1]}, {"norm_eps": 10**400}, {"hidden_ratio": 10**400, "intermediate_size": None},
+     {"vocab_size": [256]}, {"model_type": {"a": 1}}],
 )  # fmt: skip
 def test_a_config_json_with_an_odd_value_is_a_sentence(tmp_path, change):
     folder = write_folder(tmp_path / "model", official_tensors(state_of(7)), OFFICIAL_CONFIG | change)
@@ -236,7 +237,9 @@ def test_json_that_cannot_be_read_is_a_sentence(tmp_path, text, name):
         checkpoints.load_base(folder)
 
 
-@pytest.mark.parametrize("name", ["../base.safetensors", "/dev/zero", "sub/x.safetensors", "", ".", "a\0b", 3, None])
+@pytest.mark.parametrize(
+    "name", ["../base.safetensors", "/dev/zero", "sub/x.safetensors", "", ".", "a\0b", "a" * 300, 3, None]
+)
 def test_an_index_names_files_beside_it_only(tmp_path, name):
     folder = write_folder(tmp_path / "model", official_tensors(state_of(7)), OFFICIAL_CONFIG, shards=2)
     index = folder / "model.safetensors.index.json"

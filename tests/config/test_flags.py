@@ -12,7 +12,7 @@ import pytest
 from rwkv_bone.config import MergeConfig, flags
 from rwkv_bone.config.acts import TRAIN
 from rwkv_bone.config.saved import from_json, to_json
-from rwkv_bone.errors import UserError, exit_status
+from rwkv_bone.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
@@ -227,21 +227,6 @@ def test_notes_are_printed_by_the_first_process_only(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     train("--head_qk", "0")
     assert capsys.readouterr().out == ""
-
-
-def test_run_turns_mistakes_into_a_sentence_and_a_status(capsys):
-    def mistake():
-        raise UserError("no such file")
-
-    def interrupt():
-        raise KeyboardInterrupt
-
-    assert exit_status(lambda: None) == 0
-    assert exit_status(mistake) == 2
-    assert capsys.readouterr().err == "error: no such file\n"
-    assert exit_status(interrupt) == 130
-    with pytest.raises(ZeroDivisionError):
-        exit_status(lambda: 1 / 0)
 
 
 def test_program_reports_a_mistake_without_traceback_from_any_folder(tmp_path):

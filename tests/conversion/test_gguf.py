@@ -393,6 +393,21 @@ def test_a_damaged_or_foreign_file_is_a_users_error(tmp_path, models):
         path.write_bytes(content[:size])
         with pytest.raises(UserError, match="cannot be read as GGUF"):
             read_gguf(path)
+    # A list that is longer than the file: gguf's own reader goes on as long as the list says.
+    types = b"tokenizer.ggml.token_type" + (9).to_bytes(4, "little") + (5).to_bytes(4, "little")
+    assert types + (256).to_bytes(8, "little") in content
+    path.write_bytes(content.replace(types + (256).to_bytes(8, "little"), types + (1 << 22).to_bytes(8, "little")))
+    with pytest.raises(UserError, match=r"cannot be read as GGUF \(it ends within its header\)"):
+        read_gguf(path)
+    layers = b"rwkv7.block_count" + (4).to_bytes(4, "little")
+    path.write_bytes(content.replace(layers + (3).to_bytes(4, "little"), layers + (1 << 31).to_bytes(4, "little")))
+    with pytest.raises(UserError, match="2147483648 layers with heads of 64 do not fit its [0-9]+ tensors"):
+        read_gguf(path)
+    key = b"blk.1.channel_mix_key.weight" + (2).to_bytes(4, "little")
+    at = content.index(key) + len(key) + 16
+    path.write_bytes(content[:at] + (9).to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(UserError, match="blk.1.channel_mix_key.weight is Q8_1: expected f32, f16, bf16 or q8_0"):
+        read_gguf(path)
     path.write_bytes(content.replace(b"blk.1.time_mix_k_a", b"blk.1.time_mix_k_b"))
     with pytest.raises(UserError, match="blk.1.time_mix_k_a.weight, blk.1.time_mix_k_b.weight"):
         read_gguf(path)

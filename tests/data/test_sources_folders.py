@@ -244,6 +244,9 @@ def test_a_saved_dataset_says_itself_which_files_it_has(tmp_path, config):
     second.unlink()
     with pytest.raises(UserError, match="data-00001-of-00002.arrow: named in .*state.json, and is not there"):
         load_dataset(config(str(saved)), 256)
+    (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a" * 300}]}))
+    with pytest.raises(UserError, match="a{300}: named in .*state.json, and is not there"):
+        load_dataset(config(str(saved)), 256)
     for damaged in ("{", "[]", '{"_data_files": 3}', ""):
         (saved / "state.json").write_text(damaged)
         with pytest.raises(UserError, match="state.json: .*damaged"):

@@ -82,6 +82,9 @@ def test_the_end_is_the_one_that_tokenizer_config_names(plain, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer_config.json: cannot be read"):
         load_tokenizer(str(plain), 300)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "\\ud800"}')
+    with pytest.raises(UserError, match="tokenizer_config.json: a token has half of a surrogate pair"):
+        load_tokenizer(str(plain), 300)
 
 
 def test_a_file_with_the_vocabulary_of_world_is_world(world_file, tmp_path):

@@ -97,6 +97,24 @@ def test_calls_are_parsed_with_their_ids_in_order():
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "f\ud800"},
+        {"name": "f", "arguments": {"\udfff": 1}},
+        {"name": "f", "arguments": '{"a": ["\\ud800"]}'},
+        {"name": "f", "id": "\ud800"},
+    ],
+)
+def test_half_of_a_surrogate_pair_in_a_call_or_a_tool_is_refused(call):
+    with pytest.raises(UserError, match=r"a tool call \(messages\[1\]\) has half of a surrogate pair"):
+        read(USER, ANSWER | {"tool_calls": [call]})
+    with pytest.raises(UserError, match="field 'tools' has half of a surrogate pair"):
+        read(USER, ANSWER, tools=[{"name": "f", "description": ["\ud800"]}])
+    whole = {"name": "f", "arguments": '{"a": "\\ud83d\\ude00"}'}
+    assert read(USER, ANSWER | {"tool_calls": [whole]}).turns[1].calls[0]["arguments"] == {"a": "\U0001f600"}
+
+
+@pytest.mark.parametrize(
     "text",
     [
         '{"name": "f", "arguments": {"a": 1}}',

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from rwkv_bone.adapters.registry import ADAPTERS, split_key
 from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.checkpoints.numbers import check_dtypes, check_finite
 from rwkv_bone.config import QUANTS
+from rwkv_bone.config.fields import is_number
 from rwkv_bone.errors import UserError
 
 log = logging.getLogger("rwkv_bone")
@@ -38,7 +38,7 @@ READINGS: dict[tuple[tuple[str, ...], int], tuple[str, ...]] = {
 METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "kind": ("a name", lambda value: isinstance(value, str)),
     "r": ("a whole number", lambda value: type(value) is int and value >= 0),
-    "alpha": ("a number", lambda value: type(value) in (int, float) and 0 <= value < math.inf),
+    "alpha": ("a number", lambda value: is_number(value) and value >= 0),
     "dropout": ("a share", lambda value: type(value) in (int, float) and 0 <= value < 1),
     "rslora": ("true or false", lambda value: isinstance(value, bool)),
     "quant": (f"one of {', '.join(QUANTS)}", lambda value: value in QUANTS),

@@ -21,6 +21,7 @@ from torch import Tensor
 from rwkv_bone import checkpoints
 from rwkv_bone.adapters import peft_format
 from rwkv_bone.adapters.settings import AdapterSettings
+from rwkv_bone.config.fields import is_number
 from rwkv_bone.errors import JSON_ERRORS, UserError
 
 log = logging.getLogger("rwkv_bone")
@@ -161,7 +162,7 @@ def _check_manifest(
         if manifest.get(name, known) != known:
             raise UserError(f"{path}: its {MANIFEST} says {name} {manifest[name]!r}; only {known!r} is known here")
     numbers = {name: manifest.get(name) for name in ("rank", "alpha", "scale")}
-    if any(type(number) not in (int, float) for number in numbers.values()):
+    if not all(map(is_number, numbers.values())):
         raise UserError(f"{path}: its {MANIFEST} says {numbers}: expected three numbers")
     if numbers["rank"] != r:
         raise UserError(f"{path}: its {MANIFEST} says rank {numbers['rank']}, its tensors have rank {r}")

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rwkv_bone.checkpoints import atomic_path, read_state
 from rwkv_bone.checkpoints.stream import write_tensors
+from rwkv_bone.config.fields import is_number
 from rwkv_bone.errors import JSON_ERRORS, UserError
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -99,7 +100,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
             raise UserError(f"{weights}: {key} is {list(tensor.shape)}, which is not {kind} with the r {r} of {CONFIG}")
     # PEFT's own default, which its LoRA has where a file says nothing.
     alpha = config.get("lora_alpha", 8 if method == "LORA" else 0.0)
-    if type(alpha) not in (int, float) or not 0 <= alpha < float("inf") or (method == "LORA" and not alpha):
+    if not is_number(alpha) or alpha < 0 or (method == "LORA" and not alpha):
         raise UserError(f"{folder}: lora_alpha {alpha!r} in {CONFIG}: expected a positive number")
     if not isinstance(config.get("use_rslora"), bool | None):
         raise UserError(f"{folder}: use_rslora {config['use_rslora']!r} in {CONFIG}: expected true or false")

@@ -59,6 +59,8 @@ def read_state(path: str | Path, verify: bool = True) -> dict[str, Tensor]:
             log.warning("%s is in torch's old file format: it is read into memory whole instead of being mapped", path)
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):

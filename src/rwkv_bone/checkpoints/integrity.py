@@ -140,8 +140,12 @@ def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
 def tensor_pieces(path: Path) -> list[Piece]:
     """The tensors of a .safetensors file with their checksums; UserError if its header is damaged. [] without any."""
     header, text = safetensors_header(path)
-    sums = header.pop("__metadata__", {}).get(CHECKSUMS)
+    metadata = header.pop("__metadata__", {})
+    sums = metadata.get(CHECKSUMS)
     if sums is None:
+        for name, value in metadata.items():
+            if _are_checksums(value, len(header)):
+                raise damaged(path, f"the checksums in its header are called {name!r}, expected {CHECKSUMS!r}")
         return []
     if not isinstance(sums, str) or not re.fullmatch(r"[0-9a-f]{8}( [0-9a-f]{8})*", sums):
         raise damaged(path, "the checksums in its header are not in order")
@@ -158,6 +162,15 @@ def tensor_pieces(path: Path) -> list[Piece]:
         start, end = entry["data_offsets"]
         pieces.append(Piece(key, data + start, end - start, checksum))
     return pieces
+
+
+def _are_checksums(text: Any, tensors: int) -> bool:
+    """Whether a text is, up to a few characters, what `stream.py` writes: a checksum of 8 hexadecimal digits for the
+    header and for each tensor.
+    """
+    if not isinstance(text, str) or len(text) != 9 * (tensors + 1) - 1:
+        return False
+    return sum(found in ("0123456789abcdef", " ")[i % 9 == 8] for i, found in enumerate(text)) > 0.9 * len(text)
 
 
 def verify_pieces(path: Path, pieces: Iterable[Piece]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_bone.checkpoints.architecture import Architecture
+from rwkv_bone.config.fields import is_number
 from rwkv_bone.errors import JSON_ERRORS, UserError
 
 log = logging.getLogger("rwkv_bone")
@@ -87,7 +88,7 @@ def check_mathematics(config: Mapping[str, Any], path: Path) -> None:
 def check_sizes(config: Mapping[str, Any], arch: Architecture, path: Path) -> None:
     """UserError naming a size in a config.json that the tensors do not have."""
     for key in ("hidden_ratio", "norm_eps"):
-        if not isinstance(config.get(key), int | float | None):
+        if config.get(key) is not None and not is_number(config[key]):
             raise UserError(f"{path}: {key} {config[key]!r}: expected a number")
     for key, size in SIZES.items():
         value, found = config.get(key), size(arch)
@@ -128,4 +129,4 @@ def head_size_of(config: Mapping[str, Any] | None) -> int | None:
 
 
 def _close(value: object, expected: float) -> bool:
-    return isinstance(value, int | float) and math.isclose(value, expected, rel_tol=1e-6)
+    return is_number(value) and math.isclose(value, expected, rel_tol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def _of_index(index: Path, folder: Path) -> ModelFiles:
         raise UserError(f"{index} is not an index of shards: no weight_map in it ({error})") from error
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise UserError(f"{index}: expected names of files beside it in its weight_map, found {names[:3]}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
         raise UserError(
             f"{index} lists {len(names)} shards, and {', '.join(missing[:8])} {_is(missing)} not there: "

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rwkv_bone.config.fields import is_number
 from rwkv_bone.config.sections import BONE_MODES, TRAIN_PARTS
 from rwkv_bone.errors import UserError
 
@@ -250,7 +251,7 @@ def _adapter_config(flag: str, text: str, kind: str) -> tuple[dict[str, Any], li
         # RWKV-PEFT's own default, "mode", trained no adapter at all and said nothing.
         raise UserError(f"--{flag}: mode {config['mode']!r} is none of {', '.join(BONE_MODES)}")
     for key, value in config.items():
-        if keys[key].type is float and type(value) is int:
+        if keys[key].type is float and is_number(value):
             config[key] = float(value)
         elif type(value) is not keys[key].type:
             raise UserError(f"--{flag}: {key} {json.dumps(value)}: expected {keys[key].what}")

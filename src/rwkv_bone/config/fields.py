@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import Field, field, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 from rwkv_bone.errors import UserError
 
@@ -103,6 +104,11 @@ def doubtful(section: DataclassInstance) -> Iterator[str]:
         limit, value = spec.metadata["bounds"].warn_above, getattr(section, spec.name)
         if limit is not None and value > limit:
             yield f"--{spec.name} {plain(value)} is unusually large: values above {plain(limit)} hardly ever work"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of JSON is a number that a float can hold, which its whole numbers need not be."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def plain(value: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_bone.config import sections
+from rwkv_bone.config.fields import is_number
 from rwkv_bone.config.sections import RunConfig, TrainConfig
 from rwkv_bone.errors import JSON_ERRORS, UserError
 
@@ -107,10 +108,9 @@ def _of_type(kind: type, value: Any, where: str) -> Any:
     if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
     if kind is float and type(value) is int:
-        try:
-            return float(value)
-        except OverflowError:
-            raise UserError(f"{where}: expected a number, got one beyond every float") from None
+        if not is_number(value):
+            raise UserError(f"{where}: expected a number, got one beyond every float")
+        return float(value)
     if type(value) is not kind:
         expected = {tuple: "a list of strings", str: "a string", bool: "true or false"}.get(kind, "a number")
         raise UserError(f"{where}: expected {expected}, got {json.dumps(value)}")

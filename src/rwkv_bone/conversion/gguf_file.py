@@ -289,16 +289,21 @@ def read_gguf(path: Path) -> Mapping[str, Tensor]:
     gguf = _gguf()
     try:
         # "c": torch wants memory that may be written; nothing gets into the file.
-        reader = gguf.GGUFReader(path, "c")
+        reader = _checked(gguf.GGUFReader)(path, "c")
         name = reader.fields["general.architecture"].contents()
         n_layer = reader.fields[f"{name}.block_count"].contents()
         head_size = reader.fields[f"{name}.wkv.head_size"].contents()
-    except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
+    except (ValueError, KeyError, IndexError, OverflowError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as GGUF ({error}): it may be cut short or of another kind") from error
     version = {f"rwkv{version}": version for version in VERSIONS}.get(name)
     if version is None:
         raise UserError(f"{path} is a GGUF file of {name}: expected rwkv6 or rwkv7")
     found = {tensor.name: tensor for tensor in reader.tensors}
+    if type(n_layer) is not int or not 0 < n_layer <= len(found) or type(head_size) is not int or head_size < 1:
+        raise UserError(f"{path}: {n_layer!r} layers with heads of {head_size!r} do not fit its {len(found)} tensors")
+    other = [tensor for tensor in reader.tensors if tensor.tensor_type not in _kinds()]
+    if other:
+        raise UserError(f"{path}: {other[0].name} is {other[0].tensor_type.name}: expected f32, f16, bf16 or q8_0")
     table = rows(version, n_layer)
     match = found.keys() ^ {row.name for row in table}
     if match:
@@ -309,15 +314,42 @@ def read_gguf(path: Path) -> Mapping[str, Tensor]:
     return _Stored(places, head_size)
 
 
+def _checked(reader: type) -> type:
+    """gguf's reader, which by itself reads on beyond the end of a file, and makes an array of each number of a list."""
+
+    class Checked(reader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, **more: Any) -> Any:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends within its header")
+            return super()._get(offset, dtype, count, **more)
+
+        def _get_field_parts(self, offset: int, kind: int) -> Any:
+            kinds = _gguf().GGUFValueType
+            if kind == kinds.ARRAY:
+                item, count = kinds(self._get(offset, np.uint32)[0]), self._get(offset + 4, np.uint64)[0]
+                if item in self.gguf_scalar_to_np:
+                    values = self._get(offset + 12, self.gguf_scalar_to_np[item], count)
+                    return 12 + values.nbytes, [values], [], [kinds.ARRAY, item]
+            return super()._get_field_parts(offset, kind)
+
+    return Checked
+
+
 def _decoded(stored: Any) -> Tensor:
     """A tensor of gguf's reader as one of torch; q8_0 becomes f32."""
     gguf = _gguf()
-    kinds = gguf.GGMLQuantizationType
-    if stored.tensor_type == kinds.BF16:
+    f32, f16, bf16, _ = _kinds()
+    if stored.tensor_type == bf16:
         return torch.from_numpy(stored.data).view(torch.bfloat16)
-    if stored.tensor_type in (kinds.F32, kinds.F16):
+    if stored.tensor_type in (f32, f16):
         return torch.from_numpy(stored.data)
     return torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
+
+
+def _kinds() -> tuple[Any, ...]:
+    """The number formats that are written: f32, f16, bf16, q8_0."""
+    kinds = _gguf().GGMLQuantizationType
+    return kinds.F32, kinds.F16, kinds.BF16, kinds.Q8_0
 
 
 def _gguf() -> ModuleType:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rwkv_bone.config import DataConfig
+from rwkv_bone.data.conversations.values import check_whole
 from rwkv_bone.errors import JSON_ERRORS, UserError
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
     content = read_tokenizer_config(folder)
     tokens = {name: content.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    check_whole(texts, f"{folder / TOKENIZER_CONFIG}: a token")
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, Trainer
 
 from rwkv_bone.checkpoints import atomic_path
+from rwkv_bone.config.fields import is_number
 from rwkv_bone.console import counted
 from rwkv_bone.data import Dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
@@ -41,8 +42,9 @@ class Measured:
         answers = [Answer(**answer) for answer in record["answers"]]
         measured = cls(record["loss"], record["tokens"], record["exact_match"], answers, record["step"])
         texts = all(isinstance(text, str) for answer in answers for text in answer)
-        numbers = type(measured.tokens) is type(measured.step) is int and isinstance(measured.loss, int | float)
-        if not (texts and numbers and isinstance(measured.exact, int | float | None)):
+        counts = type(measured.tokens) is type(measured.step) is int
+        numbers = is_number(measured.loss) and (measured.exact is None or is_number(measured.exact))
+        if not (texts and counts and numbers):
             raise TypeError("a value of another type than it was written with")
         return measured
 

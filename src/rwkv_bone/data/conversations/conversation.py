@@ -20,7 +20,7 @@ from rwkv_bone.data.conversations.fields import Fields, find
 from rwkv_bone.data.conversations.layouts import CONTEXT, HISTORY, SYSTEM, THINKING, TOOLS, Layout, layout_of
 from rwkv_bone.data.conversations.remarks import unused
 from rwkv_bone.data.conversations.turns import WEIGHTS, Turn, response, turns_of
-from rwkv_bone.data.conversations.values import json_type, parse_json, text_of
+from rwkv_bone.data.conversations.values import check_whole, json_type, parse_json, text_of
 from rwkv_bone.errors import UserError
 
 __all__ = ["Conversation", "Layout", "Turn", "conversation", "layout_of"]
@@ -138,6 +138,7 @@ def _tools(fields: Fields, may_be_other: bool) -> tuple[Any, ...]:
         if not _all_objects(tools):
             raise UserError(f"{fields.where}: field {name!r} is {json_type(tools)}, expected a list of objects")
         fields.get(name)
+        check_whole(tools, f"{fields.where}: field {name!r}")
         return tuple(tools)
     return ()
 

@@ -11,7 +11,7 @@ from typing import Any
 from rwkv_bone.data.conversations.layouts import THINKING
 from rwkv_bone.data.conversations.remarks import unused
 from rwkv_bone.data.conversations.thinking import BEGIN, END, split_thinking
-from rwkv_bone.data.conversations.values import json_type, parse_json, text_of
+from rwkv_bone.data.conversations.values import check_whole, json_type, parse_json, text_of
 from rwkv_bone.errors import UserError
 
 ROLE_KEYS = ("role", "from")
@@ -132,6 +132,7 @@ class _Message:
             if found:
                 ids = tuple(map(self._id, found))
                 more = {"calls": tuple(map(self._call, found)), "call_ids": ids if any(ids) else ()}
+                check_whole(more, f"{self.where}: a tool call{self.place}")
             if not self._trained(role):
                 more["trained"] = False
                 self.remarks[MASKED] += 1

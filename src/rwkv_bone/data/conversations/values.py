@@ -55,6 +55,14 @@ def _is_nan(value: float | Decimal) -> bool:
     return not isinstance(value, int) and math.isnan(value)
 
 
+def check_whole(value: Any, what: str) -> None:
+    """UserError if a text within a value of JSON, such as a tool, has half of a surrogate pair. what: its name."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} has half of a surrogate pair") from error
+
+
 def text_of(value: Any, what: str, place: str = "") -> str:
     """The text of a text, a number or a truth value; what: its name, and place: where it is, for the UserError.
 

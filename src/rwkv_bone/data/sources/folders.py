@@ -225,7 +225,7 @@ def _saved_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: saved with an index of rows by an old version of datasets: load and save it again")
     paths = [folder / str(file["filename"]) for file in files]
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{path}: named in {folder / 'state.json'}, and is not there")
     return paths
 
