@@ -219,7 +219,8 @@ for operator in MAKE_CASE:
     for dtype in (torch.float32, torch.bfloat16):
         cases = [MAKE_CASE[operator](dtype, B=1, T=1, H=1, N=N, states=None) for N in (8, 16, 32, 64, 128)]
         cases += [MAKE_CASE[operator](dtype, B=1, T=9, H=2, N=N) for N in (8, 16, 32, 64, 128)]
-        cases += [MAKE_CASE[operator](dtype, B=2, T=65, H=2, N=16)]
+        # One token more than a segment, and no more than a tile or a segment.
+        cases += [MAKE_CASE[operator](dtype, B=2, T=T, H=2, N=16) for T in (8, 64, 65)]
         cases += [packed_case(operator, dtype, lengths=(1, 64, 65, 9, 3), H=2, N=8)]
         for case in cases:
             assert all(x.isfinite().all() for x in library.run(case).values())

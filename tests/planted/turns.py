@@ -129,10 +129,4 @@ BUGS = (
     ),
     Bug("src/rwkv_bone/hf/data.py", "and not _writes_thinking(talk, tokenizer)", "and False", HF_DATA),
     Bug("src/rwkv_bone/hf/data.py", "samples.remarks.add(talk.remarks)", "pass", HF_DATA),
-    Bug(
-        "src/rwkv_bone/hf/data.py",
-        'flag: str = "--dataset_field"',
-        'flag: str = "--sft_field"',
-        "tests/hf/test_finetune.py -k flags_that_the_program",
-    ),
 )
