@@ -30,7 +30,37 @@ BUGS: tuple[Bug, ...] = (
     ),
     Bug(f"{CHECKPOINTS}/model_files.py", "Path(name).name == name", "True", f"{ODD} -k beside_it_only"),
     Bug("src/rwkv_bone/adapters/files.py", 'check_dtypes(state, f"adapter {path}")', "", f"{ODD} -k odd_dtype"),
-    Bug("src/rwkv_bone/adapters/files.py", "0 <= value < math.inf", "value > -1", f"{ODD} -k metadata_with"),
+    Bug("src/rwkv_bone/adapters/files.py", "is_number(value) and value >= 0", "value > -1", f"{ODD} -k metadata_with"),
+    Bug("src/rwkv_bone/config/fields.py", "abs(value) <= sys.float_info.max", "True", f"{ODD} -k lora_alpha"),
+    Bug(
+        f"{CHECKPOINTS}/model_files.py", "not os.path.isfile(index.parent / name)", "False", f"{ODD} -k beside_it_only"
+    ),
+    Bug(
+        f"{CHECKPOINTS}/integrity.py",
+        "if _are_checksums(value, len(header)):",
+        "if False:",
+        "tests/checkpoints/test_integrity.py -k name_is_damaged",
+    ),
+    Bug("src/rwkv_bone/errors.py", "error.errno not in OF_THE_MACHINE", "True", "tests/test_errors.py -k machine"),
+    Bug("src/rwkv_bone/errors.py", "error.errno not in OF_THE_MACHINE", "False", "tests/test_errors.py -k machine"),
+    Bug(
+        "src/rwkv_bone/conversion/gguf_file.py",
+        "int(count) > len(self.data)",
+        "0 > len(self.data)",
+        "tests/conversion/test_gguf.py -k damaged",
+    ),
+    Bug(
+        "src/rwkv_bone/data/conversations/turns.py",
+        "check_whole(more, ",
+        "(lambda *_: None)(more, ",
+        "tests/data/test_turns.py -k surrogate",
+    ),
+    Bug(
+        "src/rwkv_bone/data/conversations/values.py",
+        "default=str).encode()",
+        "default=str)",
+        "tests/data/test_turns.py",
+    ),
     Bug("src/rwkv_bone/adapters/peft_format.py", 'method == "LORA" and not alpha', "False", f"{ODD} -k lora_alpha"),
     Bug("src/rwkv_bone/adapters/peft_format.py", '8 if method == "LORA"', '0 if method == "LORA"', f"{ODD} -k absent"),
     Bug(
