@@ -403,6 +403,10 @@ def test_a_damaged_or_foreign_file_is_a_users_error(tmp_path, models):
     path.write_bytes(content.replace(layers + (3).to_bytes(4, "little"), layers + (1 << 31).to_bytes(4, "little")))
     with pytest.raises(UserError, match="2147483648 layers with heads of 64 do not fit its [0-9]+ tensors"):
         read_gguf(path)
+    heads = b"rwkv7.wkv.head_size" + (4).to_bytes(4, "little")
+    path.write_bytes(content.replace(heads + (64).to_bytes(4, "little"), heads + (96).to_bytes(4, "little")))
+    with pytest.raises(UserError, match="time_mix_r_k.weight is 128, which is no blocks.0.att.r_k of heads of 96"):
+        dict(read_gguf(path))
     key = b"blk.1.channel_mix_key.weight" + (2).to_bytes(4, "little")
     at = content.index(key) + len(key) + 16
     path.write_bytes(content[:at] + (9).to_bytes(4, "little") + content[at + 4 :])

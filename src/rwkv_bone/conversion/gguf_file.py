@@ -263,12 +263,18 @@ def _add_metadata(
 class _Stored(Mapping[str, Tensor]):
     """The tensors of a GGUF file under upstream's keys, each of them read when it is asked for."""
 
-    def __init__(self, places: Mapping[str, tuple[Any, Row, int]], head_size: int):
-        self._places, self._head_size = places, head_size
+    def __init__(self, path: Path, places: Mapping[str, tuple[Any, Row, int]], head_size: int):
+        self._path, self._places, self._head_size = path, places, head_size
 
     def __getitem__(self, key: str) -> Tensor:
         stored, row, number = self._places[key]
-        return from_gguf(row.form, _decoded(stored), self._head_size)[number]
+        try:
+            return from_gguf(row.form, _decoded(stored), self._head_size)[number]
+        except (RuntimeError, IndexError, ValueError) as error:
+            shape = "x".join(map(str, stored.shape))
+            raise UserError(
+                f"{self._path}: {row.name} is {shape}, which is no {key} of heads of {self._head_size} ({error})"
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -311,7 +317,7 @@ def read_gguf(path: Path) -> Mapping[str, Tensor]:
     places = {
         key: (found[row.name], row, number) for row in table if not row.unused for number, key in enumerate(row.keys)
     }
-    return _Stored(places, head_size)
+    return _Stored(path, places, head_size)
 
 
 def _checked(reader: type) -> type:
