@@ -240,6 +240,7 @@ def test_a_saved_dataset_says_itself_which_files_it_has(tmp_path, config):
     # What map() leaves beside the data is none of it.
     (saved / "cache-1234.arrow").write_bytes(first.read_bytes())
     assert len(load_dataset(config(str(saved)), 256)) == 4
+    assert open_source(str(saved)).kind.endswith(", 2 files, split train")
     assert "1 not named in state.json (cache-1234.arrow)" in notes_of(str(saved))[0]
     second.unlink()
     with pytest.raises(UserError, match="data-00001-of-00002.arrow: named in .*state.json, and is not there"):

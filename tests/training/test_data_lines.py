@@ -45,6 +45,20 @@ def test_a_warning_has_a_line_of_its_own_in_the_header(said):
     assert f"data      {data}: fields not used: note (8 rows)" in lines
 
 
+@pytest.mark.parametrize("dataload", ["pad", "get"])
+def test_what_was_lost_and_not_used_is_said_once_where_the_run_splits_its_own_data(tmp_path, dataload, capsys, job):
+    rows = [{"prompt": f"p{i}", "response": "r" * 9, "note": "x"} for i in range(20)]
+    data = write(tmp_path / "data.jsonl", [*rows, {"prompt": "p"}])
+    flags = {"dataload": dataload, "bad_rows": "skip", "epoch_steps": 1, "eval_samples": 0, "micro_bsz": 2}
+    flags |= {"loss_mask": "none", "ctx_len": 8} if dataload == "get" else {}
+    job.run(f"once-{dataload}", data_file=data, eval_data="", eval_split=0.3, **flags)
+    text = capsys.readouterr().out
+    assert "fields not used: note (20 rows)" in text and "skipped (--bad_rows skip), no field 'response': 1 row" in text
+    # Windows of the training data are one dataset, and the whole rows that are held out another.
+    count = {"pad": 1, "get": 2}[dataload]
+    assert text.count("fields not used") == text.count("(--bad_rows skip)") == count
+
+
 def test_held_out_data_says_what_it_lost_too(said):
     lines, _, held = said
     skipped = f"warning: {held}: skipped (--bad_rows skip), no field 'response': 1 row ({held}:3), 33.3% of the rows"
