@@ -62,6 +62,12 @@ def test_outputs_and_gradients_equal_pefts_layer_by_layer(make_model, ids, name,
         close(ours.get_submodule(module).bone.grad, grad, 2e-5)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_adapters_are_in_the_mode_of_the_model_they_are_put_into(make_model, training):
+    model = get_bone_model(make_model().train(training), BoneConfig(r=8, target_modules=["q_proj"]))
+    assert {module.training for module in model.modules()} == {training}
+
+
 @pytest.mark.parametrize("init_weights", [True, "bat"])
 def test_a_short_training_has_pefts_loss_curve(make_model, ids, init_weights):
     base = make_model("qwen")
