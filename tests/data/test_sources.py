@@ -88,6 +88,16 @@ def test_data_type_overrides_what_the_content_suggests(write_jsonl, config):
         load_dataset(config(path, data_type="jsonl", sft_field=("prompt", "response")), 256)
 
 
+@pytest.mark.parametrize("name", ["rows.txt", "rows.dat", "rows"])
+def test_data_type_comes_before_the_name_of_the_file(tmp_path, config, name):
+    path = tmp_path / name
+    path.write_text("prompt,response\none,two\n")
+    assert bytes(load_dataset(config(str(path), data_type="table"), 256)[0].ids.tolist()) == b"onetwo\0"
+    for kind in ("sft", "jsonl"):
+        with pytest.raises(UserError, match=f"{name}:1: not valid JSON"):
+            load_dataset(config(str(path), data_type=kind), 256)
+
+
 def test_pairs_for_evaluation_are_the_texts_that_are_trained_on(write_jsonl, config):
     tokenizer = load_tokenizer("bytes", 256)
     path = write_jsonl(GOOD, {"prompt": "a\n\nb", "response": "c"})
