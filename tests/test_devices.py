@@ -14,7 +14,7 @@ import torch
 from rwkv_bone import devices, load_model
 from rwkv_bone.devices import Card, Machine, Torch
 from rwkv_bone.errors import UserError
-from rwkv_bone.hf.finetune import finetune, launch
+from rwkv_bone.hf.finetune import finetune, launches
 from rwkv_bone.hf.flags import HfConfig
 from rwkv_bone.training.strategy import silence_libraries
 from tests.nvidia import DRIVERS, NOT_LOADED, RTX_3090, write_failing_smi, write_program, write_smi
@@ -322,7 +322,7 @@ def test_a_model_asked_for_on_a_card_gets_the_same_sentence_before_its_file_is_r
 def test_fine_tuning_hugging_face_models_does_not_fall_back_either(machine, no_cuda):
     write_smi(machine, "525.60.13")
     config = HfConfig(model_name_or_path="nowhere", data_path="nowhere.jsonl", devices=2)
-    for start in (lambda: finetune(config), lambda: launch(config, ["train_hf.py"])):
+    for start in (lambda: finetune(config), lambda: launches(config)):
         with pytest.raises(UserError, match="525.60.13") as caught:
             start()
         assert "put CUDA_VISIBLE_DEVICES= before the command" in str(caught.value)

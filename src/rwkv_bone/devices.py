@@ -1,4 +1,4 @@
-"""The NVIDIA cards of this machine, whether PyTorch can use them, and what to do if not.
+"""The cores and NVIDIA cards of this machine, whether PyTorch can use them, and what to do if not.
 
 The machine is looked up in nvidia-smi and the driver's own files, PyTorch in its version.py. So this needs only the
 standard library, and scripts/setup.sh can ask it which PyTorch to install before there is one: `python -m
@@ -32,6 +32,11 @@ OLDEST_CARD, FOR_OLDER_CARDS = (7, 5), ["--index-url", "https://download.pytorch
 # Files that exist while the driver is loaded, in containers too.
 DRIVER_FILE, DRIVER_DEVICE = Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl")
 SMI_SECONDS = 60  # long, since the driver may have to wake eight cards first
+
+
+def usable_cores() -> int:
+    """The cores of the CPU that this process may use, of which the machine may have more."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

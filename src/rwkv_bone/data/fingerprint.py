@@ -12,7 +12,6 @@ The hash of large data is kept in the cache, under the keys of the arrays, so th
 from __future__ import annotations
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 
 from rwkv_bone.data.dataset import Dataset
 from rwkv_bone.data.samples import Documents
+from rwkv_bone.devices import usable_cores
 from rwkv_bone.errors import UserError
 
 FORMAT = 2  # of the hash. Version 0.2.0 had one without a number, of 256 samples.
@@ -94,9 +94,8 @@ def _remembered(streams: list[_Stream], table: str) -> str:
 
 def _hash(streams: list[_Stream]) -> str:
     total = sum(int(stream.begins[-1]) for stream in streams)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     digest = hashlib.blake2b(digest_size=16)
-    with ThreadPoolExecutor(min(cores, THREADS)) as pool:
+    with ThreadPoolExecutor(min(usable_cores(), THREADS)) as pool:
         for part in pool.map(lambda begin: _block(streams, begin, min(begin + BLOCK, total)), range(0, total, BLOCK)):
             digest.update(part)
     return digest.hexdigest()

@@ -7,7 +7,6 @@ are collected in its order.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import re
 import time
 from collections import deque
@@ -32,6 +31,7 @@ from rwkv_bone.data.spelled import spelled_tokens
 from rwkv_bone.data.templates.builtin import load_template
 from rwkv_bone.data.templates.tools import has_tools
 from rwkv_bone.data.tokenizer import load_tokenizer
+from rwkv_bone.devices import usable_cores
 from rwkv_bone.errors import UserError
 
 BLOCK = 1 << 21  # bytes of rows that a process is given at a time
@@ -238,8 +238,7 @@ def run(settings: Settings, source: Iterable[Block], total: int, processes: int 
 
 def usable_processes(total: int) -> int:
     """How many processes are worth it for this many bytes, on the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, PROCESSES, total // (PARALLEL // 4)))
+    return max(1, min(usable_cores(), PROCESSES, total // (PARALLEL // 4)))
 
 
 # In a process that tokenises: what it does with a block.

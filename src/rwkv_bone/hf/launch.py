@@ -9,6 +9,7 @@ import socket
 import sys
 from types import FrameType
 
+from rwkv_bone.devices import usable_cores
 from rwkv_bone.errors import Interrupted, UserError
 from rwkv_bone.signals import SIGNALS
 
@@ -26,7 +27,7 @@ def launch(argv: list[str], devices: int) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our messages say the same
     size = str(devices)
     meet = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": FIRST, "MASTER_PORT": str(_free_port())}
-    threads = str(max(1, len(os.sched_getaffinity(0)) // devices))
+    threads = str(max(1, usable_cores() // devices))
     meet["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
     ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are passed on here
@@ -51,9 +52,9 @@ def launch(argv: list[str], devices: int) -> None:
         if number not in ignored:
             signal.signal(number, pass_on)
     result = processes.wait(period=0.2)
-    if received:
-        raise Interrupted("", received[0])
     if result is None or result.is_failed():
+        if received:
+            raise Interrupted("", received[0])
         raise UserError("a process has failed; its message is above")
 
 
