@@ -36,18 +36,17 @@ def command(job, folder, **flags) -> list[str]:
 
 @pytest.fixture(scope="module")
 def chinese(job):
-    """Rows that no ASCII terminal can show."""
-    path = job.folder / "rows.jsonl"
+    """Rows that no ASCII terminal can show, in a file whose name is no text."""
     rows = [{"prompt": f"\u6cb3\u6d41 {n}: ", "response": "\u6613\u5317\u6cb3 \U0001f600"} for n in range(11)]
-    path = job.folder / "chinese.jsonl"
+    path = job.folder / os.fsdecode(b"chinese \xff.jsonl")
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="module")
 def on_ascii(job, chinese):
-    """A run on two devices in a folder whose name is no text, with an output that shows ASCII alone."""
-    folder = job.folder / os.fsdecode(b"\xe4\xbd\xa0 \xff")
+    """A run on two devices in a folder of a Chinese name, with an output that shows ASCII alone."""
+    folder = job.folder / "\u4f60 \u597d"
     flags = {"devices": 2, "micro_bsz": 2, "data_file": chinese, "eval_data": chinese, "eval_samples": 2}
     done = subprocess.run(
         command(job, folder, **flags), env=environment(PYTHONIOENCODING="ascii"), capture_output=True, timeout=300
@@ -59,7 +58,7 @@ def test_a_run_whose_output_lacks_its_characters_is_whole(on_ascii):
     folder, done = on_ascii
     assert done.returncode == 0, done.stderr
     text = done.stdout.decode("ascii")
-    assert r"chinese.jsonl: JSON lines" in text and r"\u4f60 \udcff/rwkv-0.pth" in text
+    assert r"chinese \udcff.jsonl: JSON lines" in text and r"\u4f60 \u597d/rwkv-0.pth" in text
     assert '  expected  "\\u6613\\u5317\\u6cb3 \\U0001f600"' in text.splitlines()
     assert len(log_of(folder)) == 3 and (folder / "loss.png").is_file() and (folder / "rwkv-0.pth").is_file()
     answers = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["after"]["answers"]
