@@ -149,8 +149,9 @@ def make_case(
     elif region in (PRE7, FIRST_PRE7):
         given = {name: activation() for name in ("pw", "pa", "k0", "v0")}
         given |= {"w0": parameter(2, -2), "a0": parameter(), "k_k": parameter(0.2, 0.8), "k_a": parameter(0.2, 1.0)}
-        # A head that is all zeros has no direction to normalise.
+        # A head that is all zeros has no direction to normalise, and another is too short.
         given["k0"][0, T // 2, :N] = 0
+        given["k0"][-1, -1, -N:] *= 1e-15
         if region == PRE7:
             given |= {"pv": activation(), "v_first": activation(), "v0_bias": parameter()}
         function, others = pre7, {"N": N}
