@@ -22,6 +22,7 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone.ops.cross_entropy import CHUNK_ROWS, labelled, linear_cross_entropy
+from rwkv_bone.ops.regions.twins import widened, with_zeros
 
 
 class Linear(nn.Linear):
@@ -191,28 +192,3 @@ def adapted_head_loss(
     for part, target in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
         total = total + checkpoint(chunk_loss, part, target, use_reentrant=False)
     return total
-
-
-def token_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """x [B, T, C] moved one token on: each token's place holds the token before it.
-
-    In the first place of a sequence is its row of `last` [B, C], or zeros. Packed, x is [1, T, C] and `last` [k, C] has
-    a row for each of the first k documents; the others begin with zeros.
-    """
-    if cu_seqlens is None:
-        first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
-        return torch.cat([first, x[:, :-1]], dim=1)
-    starts = cu_seqlens[:-1]
-    if last is None:
-        return x.roll(1, dims=1).index_fill_(1, starts, 0)
-    return x.roll(1, dims=1).index_copy_(1, starts, with_zeros(last.to(x.dtype), len(starts))[None])
-
-
-def widened(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """x in float32; in float64 if `like` is float64 (`like` is x itself unless given)."""
-    return x.to(torch.promote_types((x if like is None else like).dtype, torch.float32))
-
-
-def with_zeros(rows: Tensor, count: int) -> Tensor:
-    """rows [k, ...] -> [count, ...], filled up with zeros at the end."""
-    return rows if len(rows) == count else torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_bone.checkpoints import Architecture
-from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift
+from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix
+from rwkv_bone.ops.regions.twins import token_shift
 from rwkv_bone.ops.wkv6 import wkv5
 
 # Upstream divides by 8 and then uses eps 1e-5, which is the same as eps 64e-5 without the division.

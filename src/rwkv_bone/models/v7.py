@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_bone.checkpoints import Architecture
-from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift, widened
+from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix
+from rwkv_bone.ops.regions.twins import token_shift, widened
 from rwkv_bone.ops.wkv7 import wkv7
 
 GROUP_NORM_EPS = 64e-5  # for every head size: upstream's constant, not a formula
