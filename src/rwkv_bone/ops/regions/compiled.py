@@ -23,6 +23,7 @@ from torch import Tensor
 from rwkv_bone.ops import native
 from rwkv_bone.ops.arguments import sequences
 from rwkv_bone.ops.native import DTYPES, documents, ready
+from rwkv_bone.ops.regions import launches
 
 LIBRARY = "regions"
 LARGEST_HEAD = 1024  # LARGEST_N in cuda/cpu/regions.cpp
@@ -190,6 +191,8 @@ def _run(
     The activations' dtype and the device are those of `like`, the parameters' dtype that of `parameter`. `tensors` must
     live until this returns: see native.ready. Raises RuntimeError with the library's own words.
     """
+    if like.device.type != "cpu":
+        return _launch(name, like, parameter, sizes, tensors, eps)
     library = native.library(LIBRARY)
     code = getattr(library, f"region_{name}")(
         DTYPES[like.dtype],
@@ -202,6 +205,41 @@ def _run(
     if code:
         reason = library.regions_error(code).decode()
         raise RuntimeError(f"region_{name} failed on {like.device} with sizes {tuple(sizes)}: {reason}")
+
+
+def _launch(
+    name: str,
+    like: Tensor,
+    parameter: Tensor,
+    sizes: Sequence[int],
+    tensors: Sequence[Tensor | None],
+    eps: float = 0.0,
+) -> None:
+    """The same on CUDA: its kernels are launched on the current stream. See launches.Unit.plan."""
+    region, _, step = name.rpartition("_")
+    offsets, wide = None, int(parameter.dtype == torch.float32)
+    if not like.numel():
+        return
+    if region == "mix":
+        B, T, C, _, M, *_ = sizes
+        offsets, *tensors = tensors
+        if tensors[3] is not None:
+            region = "mix6"
+        size, rows = M, B * T
+        sizes = (*sizes, wide)
+        trained = tensors[6] is not None
+    elif region == "relu_square":
+        size, trained = 1, False
+    else:
+        rows, H, size, *codes = sizes
+        C = H * size
+        sizes = (rows, H, size, wide, *(1 - code for code in codes), *((launches.bits(eps),) if eps else ()))
+        trained = any(x is not None for x in tensors[-launches.TRAINED[region] :])
+    dtype = native.NAMES[like.dtype]
+    if step == "backward" and region != "relu_square":
+        floats = launches.workspace_floats(region, dtype, rows, C, size) if trained else 0
+        tensors = [*tensors, like.new_empty(floats, dtype=torch.float32) if trained else None]
+    native.launch(launches.Unit(region, dtype, size), step, like, tuple(sizes), offsets, *tensors)
 
 
 # What the operators are: a function that makes the results, not yet filled in (it serves torch.compile, too), and one
