@@ -174,7 +174,9 @@ __device__ __forceinline__ void totals(const Totals& p) {
   __syncthreads();
   if (slice || column >= p.columns) return;
   for (int other = 1; other < kThreads / kColumns; ++other) sum += shared.value[other][lane];
-  if (float* out = p.out[column / p.each]) out[column % p.each] = sum;
+#pragma unroll
+  for (int i = 0; i < kMost; ++i)  // a list among a kernel's arguments takes no index that is not known beforehand
+    if (column / p.each == i && p.out[i]) p.out[i][column % p.each] = sum;
 }
 
 // ---------------------------------------------------------------------------------------------------------------- mix

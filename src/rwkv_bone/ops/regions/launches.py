@@ -2,7 +2,8 @@
 
 Here is all that the host has to know about these kernels, as ops/launches.py has it of the recurrences'. Pure arithmetic:
 nothing is compiled or loaded. A region goes forward in one launch, and backward in one, or two where gradients of
-parameters are wanted: each block of tokens leaves its part of their sums, and `totals` adds the parts up.
+parameters are wanted: each block of tokens leaves its part of their sums, and `totals` adds the parts up. The rows of the
+head's cross-entropy (cuda/cross_entropy.cuh) are planned here, too.
 
 Sizes: B batch, T tokens, C channels, H heads, N head size, M mixes, D documents (0: not packed), k carried rows.
 """
@@ -18,6 +19,7 @@ from rwkv_bone.ops.launches import ALIGNMENT, ELEMENTS, HEAD_SIZES, LARGEST, Lau
 
 LARGEST_M = 6  # kMost
 THREADS = 256  # kThreads
+ROW_THREADS = 512  # kThreads in cuda/cross_entropy.cuh
 MIX_LANES = 8  # kMixLanes, and the fewest of a head's: kHeadLanes
 COLUMNS = 32  # of a block of `totals`: kColumns
 STRIPS = (8, 4, 2)  # tokens that a thread walks, if so many still leave the wanted blocks, else 1
@@ -51,9 +53,9 @@ OPTIONAL = {
 class Unit(NamedTuple):
     """What is compiled and loaded at a time: a region's kernels of one dtype, and of one head size or M."""
 
-    region: str  # mix, mix6, relu_square, pre7, post7, gated_norm
+    region: str  # mix, mix6, relu_square, pre7, post7, gated_norm, or cross_entropy
     dtype: str  # of ELEMENTS
-    size: int  # N, or M; 1 of relu_square
+    size: int  # N, or M; 1 of relu_square and cross_entropy
 
     # The kernels have static shared memory alone: see ops/cuda.py.
     dynamic_shared = False
@@ -61,11 +63,13 @@ class Unit(NamedTuple):
     def source(self) -> str:
         """C++ that makes the unit's kernels."""
         region, dtype, size = self
-        return f'#include "regions.cuh"\n{region.upper()}_KERNELS({ELEMENTS[dtype]}, {dtype}, {size})\n'
+        header = "cross_entropy.cuh" if region == "cross_entropy" else "regions.cuh"
+        return f'#include "{header}"\n{region.upper()}_KERNELS({ELEMENTS[dtype]}, {dtype}, {size})\n'
 
     def kernels(self) -> list[str]:
         """Their names."""
-        steps = ["forward", "backward", *(("trained", "totals") if self.region in TRAINED else ())]
+        steps = ["forward"] if self.region == "cross_entropy" else ["forward", "backward"]
+        steps += ["trained", "totals"] if self.region in TRAINED else []
         return [self._kernel(step) for step in steps]
 
     def _kernel(self, step: str) -> str:
@@ -78,18 +82,29 @@ class Unit(NamedTuple):
 
         sizes       as ops/regions/compiled.py has them: (B, T, C, D, M, k, rows of dlast) of mix and mix6, (numbers,) of
                     relu_square, (B T, H, N) of the others; then 1 if parameters are float32 else 0, then, for pre7's
-                    backward, the same of dw, and for the norms the bits of eps as float32
+                    backward, the same of dw, and for the norms the bits of eps as float32. (R, V, bits of l2wrap, 1 if
+                    the gradient is wanted else 0) of cross_entropy, which has "forward" alone
         tensors     pointers as numbers, None = null, in the order of TENSORS, of mix as `_mix` has them; backward of a
                     region with parameters has a workspace besides, which is last: see `workspace_floats`
         Raises ValueError for what no kernel can take.
         """
         if self.dtype not in ELEMENTS:
             raise ValueError(f"dtype must be {' or '.join(ELEMENTS)}, found {self.dtype}")
+        if self.region == "cross_entropy":
+            return self._cross_entropy(step, sizes, tensors)
         if self.region == "relu_square":
             return self._relu_square(step, sizes, tensors)
         if self.region in ("mix", "mix6"):
             return self._mix(step, sizes, offsets, tensors)
         return self._heads(step, sizes, tensors)
+
+    def _cross_entropy(self, step: str, sizes: Sequence[int], tensors: Sequence[int | None]) -> list[Launch]:
+        rows, vocabulary, l2wrap, gradient = sizes
+        named = self._named(step, ["logits", "targets", "losses"], tensors)
+        if vocabulary < 1:
+            raise ValueError("the vocabulary must have at least one token")
+        words = [vocabulary, named["logits"], named["targets"], l2wrap, gradient, named["losses"]]
+        return [Launch(self._kernel(step), _blocks(rows), ROW_THREADS, _pack(words))]
 
     def _relu_square(self, step: str, sizes: Sequence[int], tensors: Sequence[int | None]) -> list[Launch]:
         (numbers,) = sizes
