@@ -227,7 +227,7 @@ def _launch(
             region = "mix6"
         size, rows = M, B * T
         sizes = (*sizes, wide)
-        trained = tensors[6] is not None
+        trained = step == "backward" and tensors[6] is not None
     elif region == "relu_square":
         size, trained = 1, False
     else:
