@@ -110,3 +110,117 @@ def is_the_same_in_any_order(raw, region: str, case: Case) -> None:
     is_the_same(results(region, case), first)
     with schedule(raw, reverse=True):
         is_the_same(results(region, case), first)
+    # Kernels that leave no sums give the rest all the same.
+    fewer = results(region, case, want=False)
+    is_the_same(fewer, {name: first[name] for name in fewer})
+    assert len(fewer) < len(first) or region == RELU_SQUARE
+
+
+PARAMETERS = {"w0", "a0", "v0_bias", "k_k", "k_a", "r_k", "ln_weight", "ln_bias", "shares"}
+
+
+def strips_do_not_matter(region: str, case: Case) -> None:
+    """But for sums over tokens, which are divided otherwise: those are right."""
+    expected = results(region, case)
+    with longest_strips():
+        found = results(region, case)
+        equals_its_definition(region, case)
+    for name, x in found.items():
+        assert name.split()[-1] in PARAMETERS or torch.equal(x, expected[name]), name
+
+
+def documents_are_alone(region: str) -> None:
+    lengths, C, M, carried = [3, 1, 29, 33, 1], 48, 6, 2
+    whole = case_of(region, "bf16", "documents, some carried")
+    found, begin = results(region, whole), 0
+    for i, length in enumerate(lengths):
+        part = slice(begin, begin + length)
+        begin += length
+        given = dict(whole.given, cu_seqlens=None, x=whole.given["x"][:, part])
+        if "changes" in given:
+            given["changes"] = whole.given["changes"][:, :, part].contiguous()
+        given.pop("last")
+        if i < carried:
+            given["last"] = whole.given["last"][i : i + 1]
+        alone = results(region, whole._replace(given=given, grads=[g[:, part].contiguous() for g in whole.grads]))
+        for name, x in alone.items():
+            if name.endswith("shares"):
+                continue
+            if name.endswith("last"):
+                assert torch.equal(x[0], found[name][i])
+            else:
+                there = found[name][:, :, part] if name.endswith("changes") else found[name][:, part]
+                assert torch.equal(x, there), (name, i)
+    assert begin == whole.given["x"].shape[1] and C == whole.given["x"].shape[2] and M == len(whole.grads)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, l2wrap: float, gradient: bool = True) -> Tensor:
+    """Losses of the rows; the logits become their gradients."""
+    losses = torch.full((len(logits),), torch.nan, device=logits.device)
+    unit = Unit("cross_entropy", native.NAMES[logits.dtype], 1)
+    shape = (*logits.shape, launches.bits(l2wrap), int(gradient))
+    native.launch(unit, "forward", logits, shape, None, logits, targets, losses)
+    return losses
+
+
+def cross_entropy_equals_its_definition(vocabulary: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    draw, l2wrap = torch.Generator().manual_seed(0), 0.125
+    logits = (3 * torch.randn(5, vocabulary, generator=draw)).to(dtype)
+    targets = torch.randint(vocabulary, (5,), generator=draw)
+    targets[0] = 0
+    # Two largest logits: the first of them counts.
+    logits[1, vocabulary // 2 :] = logits[1].max() + 1
+    exact = logits.double().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    (expected,) = torch.autograd.grad(losses.sum(), exact)
+    for row, at in enumerate(logits.float().argmax(1).tolist()):
+        first = (logits[row] == logits[row, at]).nonzero()[0]
+        expected[row, first] += l2wrap * logits[row, at].item()
+
+    there = logits.to(device, copy=True)
+    found = cross_entropy(there, targets.to(device), l2wrap, gradient=False)
+    assert torch.equal(there.cpu(), logits)
+    assert torch.equal(found, cross_entropy(there, targets.to(device), l2wrap))
+    assert_equals(found.cpu()[None], losses.detach()[None], "losses")
+    assert_equals(there.cpu(), expected, "gradients")
+
+
+def cross_entropy_of_strange_rows(dtype: torch.dtype, device: str = "cpu") -> None:
+    logits = torch.randn(4, 40).to(dtype)
+    logits[0, ::2] = -torch.inf
+    logits[1, 3] = torch.nan
+    logits[2] = -torch.inf
+    found = logits.to(device, copy=True)
+    targets = torch.tensor([1, 2, 3, 40], device=device)  # the last is none of the vocabulary
+    losses = cross_entropy(found, targets, 0.0).cpu()
+    expected = torch.nn.functional.cross_entropy(logits[:1].double(), targets[:1].cpu())
+    assert torch.allclose(losses[0].double(), expected, rtol=1e-6) and found[0].isfinite().all()
+    assert losses[1:].isnan().all() and found[1:3].isnan().all()
+
+
+def cross_entropy_is_the_same_in_any_order(raw) -> None:
+    def run() -> tuple[Tensor, Tensor]:
+        logits = torch.randn(2, 4104, generator=torch.Generator().manual_seed(0)).bfloat16()
+        return cross_entropy(logits, torch.tensor([5, 4103]), 0.125), logits
+
+    expected = run()
+    with schedule(raw, reverse=True):
+        assert all(map(torch.equal, run(), expected))
+
+
+def plans(unit: Unit) -> list[tuple[str, tuple[int, ...], int]]:
+    """(step, sizes, how many tensors) of calls that want everything."""
+    region, _, size = unit
+    if region in ("mix", "mix6"):
+        shape = (1, 5, 16, 0, size, 1, 1, 0)
+        return [("forward", shape, 4 + size), ("backward", shape, 9 + size)]
+    if region == "cross_entropy":
+        return [("forward", (5, 16, 0, 1), 3)]
+    if region == "relu_square":
+        return [("forward", (100,), 2), ("backward", (100,), 3)]
+    extra = {"pre7": ((), (1,))}.get(region, ((1,), (1,)))
+    count = {step: len(launches.TENSORS[f"{region}_{step}"].split()) for step in ("forward", "backward")}
+    return [
+        ("forward", (5, 2, size, 0, *extra[0]), count["forward"]),
+        ("backward", (5, 2, size, 0, *extra[1]), count["backward"] + 1),
+    ]
