@@ -96,10 +96,11 @@ __device__ __forceinline__ void row(const Arguments<T>& p, Shared& shared) {
   }
   if (!p.gradient) return;
   __syncthreads();
-  const float l2wrap = __uint_as_float(uint32_t(p.l2wrap));
+  const float l2wrap = __uint_as_float(uint32_t(p.l2wrap)), share = 1.0f / total;
   for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
     const Row<W> x = read<W>(logits + pack * W);
-    Row<W> gradient = row_of<W>([&](int e) { return expf(x[e] - most) / total - (pack * W + e == target ? 1.0f : 0.0f); });
+    Row<W> gradient =
+        row_of<W>([&](int e) { return expf(x[e] - most) * share - (pack * W + e == target ? 1.0f : 0.0f); });
     bool found = pack != at;
 #pragma unroll
     for (int e = 0; e < W; ++e) {
