@@ -4,22 +4,20 @@
 // DTYPE is the activations' type. FIXED is the head size, or the number of lerps, if the code knows it as a constant;
 // otherwise it is 0.
 
-// Makes name of name_tile<DTYPE, FIXED>: FIXED is p.size if that is one of two usual ones.
-#define KERNEL(name, Problem, size, usual, also_usual)                                      \
-    template <int DTYPE>                                                                    \
+// Makes name of name_tile<DTYPE, FIXED>: FIXED is p.size if that is the usual one.
+#define KERNEL(name, Problem, size, usual)                                                     \
+    template <int DTYPE>                                                                       \
     INLINE void name##_typed(const Problem& p, int64_t begin, int64_t end, const Room& room) { \
-        if (p.size == usual)                                                                \
-            name##_tile<DTYPE, usual>(p, begin, end, room);                                 \
-        else if (p.size == also_usual)                                                      \
-            name##_tile<DTYPE, also_usual>(p, begin, end, room);                            \
-        else                                                                                \
-            name##_tile<DTYPE, 0>(p, begin, end, room);                                     \
-    }                                                                                       \
-    static void name(const Problem& p, int64_t begin, int64_t end, const Room& room) {      \
-        if (p.dtype == FLOAT32)                                                             \
-            name##_typed<FLOAT32>(p, begin, end, room);                                     \
-        else                                                                                \
-            name##_typed<BFLOAT16>(p, begin, end, room);                                    \
+        if (p.size == usual)                                                                   \
+            name##_tile<DTYPE, usual>(p, begin, end, room);                                    \
+        else                                                                                   \
+            name##_tile<DTYPE, 0>(p, begin, end, room);                                        \
+    }                                                                                          \
+    static void name(const Problem& p, int64_t begin, int64_t end, const Room& room) {         \
+        if (p.dtype == FLOAT32)                                                                \
+            name##_typed<FLOAT32>(p, begin, end, room);                                        \
+        else                                                                                   \
+            name##_typed<BFLOAT16>(p, begin, end, room);                                       \
     }
 
 // The same of name_head<DTYPE, FIXED>, which does one head of one row: `at` is the head's place in the activations, `c`
@@ -33,7 +31,7 @@
             for (int64_t h = 0; h < p.H; h++)                                                            \
                 name##_head<DTYPE, FIXED>(p, N, (t * p.H + h) * N, h * N, room.sums);                    \
     }                                                                                                    \
-    KERNEL(name, Problem, N, 64, 32)
+    KERNEL(name, Problem, N, 64)
 
 // Room for the vectors of a head.
 #define HEAD_VECTORS ((FIXED ? FIXED : LARGEST_N) / LANES)
@@ -102,7 +100,7 @@ INLINE void mix_forward_tile(const MixForward& all, int64_t begin, int64_t end, 
     }
 }
 
-KERNEL(mix_forward, MixForward, M, 6, 1)
+KERNEL(mix_forward, MixForward, M, 6)
 
 // What the row at `at` passes on to the row before it.
 template <int DTYPE, int64_t FIXED, class Lanes>
@@ -158,7 +156,7 @@ INLINE void mix_backward_tile(const MixBackward& all, int64_t begin, int64_t end
     }
 }
 
-KERNEL(mix_backward, MixBackward, M, 6, 1)
+KERNEL(mix_backward, MixBackward, M, 6)
 
 // ---- relu(h)^2. A NaN stays one.
 

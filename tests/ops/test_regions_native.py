@@ -8,7 +8,7 @@ import torch
 from rwkv_bone.ops import native
 from rwkv_bone.ops.regions import compiled
 from tests.ops import region_cases
-from tests.ops.region_cases import EPS, FIRST_PRE7, GATED_NORM, MIX, MIX6, POST7, PRE7, REGIONS, RELU_SQUARE, Case
+from tests.ops.region_cases import EPS, FIRST_PRE7, MIX, MIX6, POST7, PRE7, REGIONS, RELU_SQUARE, Case
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # Of the activations and of the parameters.
@@ -149,3 +149,135 @@ def test_a_region_equals_its_definition_with_every_instruction_set(level, region
     assert set(found) == set(expected)
     for name, x in found.items():
         assert_equals(x, expected[name], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_gradients_of_parameters_that_nobody_wants_change_nothing_else(region):
+    for dtypes in DTYPES:
+        case = case_of(region, dtypes, "documents, some carried" if region in (MIX, MIX6) else "the usual head")
+        everything, parts = backward(region, case), backward(region, case, want=False)
+        activations = {name for name, x in everything.items() if x.dim() > 2 or name == "last"}
+        assert set(parts) == activations
+        for name, x in parts.items():
+            assert x.equal(everything[name]), name
+
+
+def test_the_decay_is_made_only_if_it_is_wanted():
+    case = case_of(PRE7, "bf16", "the usual head")
+    names = ("pw", "pa", "pv", "k0", "v0", "v_first", "w0", "a0", "v0_bias", "k_k", "k_a", "N")
+    w, *others = compiled.pre7_forward(*map(case.given.get, names), False)
+    assert w.numel() == 0
+    for x, expected in zip(others, compiled.pre7_forward(*map(case.given.get, names), True)[1:], strict=True):
+        assert x.equal(expected)
+
+
+def test_a_decay_gradient_in_the_activations_dtype_is_taken_too():
+    case = case_of(PRE7, "bf16", "the usual head")
+    narrow = case._replace(grads=[case.grads[0], *case.grads[1:]])
+    wide = case._replace(grads=[case.grads[0].float(), *case.grads[1:]])
+    for a, b in zip(backward(PRE7, narrow).values(), backward(PRE7, wide).values(), strict=True):
+        assert a.equal(b)
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_no_bit_depends_on_the_number_of_threads(region):
+    """The sizes make several tiles in a block, and a last block and tile that are not full."""
+    sizes = dict(documents=[1500, 1, 2999], C=16) if region in (MIX, MIX6) else dict(T=4500, H=2, N=8)
+    case = region_cases.make_case(region, BF16, FP32, **sizes)
+    found = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        found.append([*forward(region, case), *backward(region, case).values()])
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+
+
+def test_a_sum_over_very_many_tokens_loses_nothing():
+    """Added up one after the other, this many float32 numbers are off by more than 1e-5."""
+    T, C = 65536, 8
+    draw = torch.Generator().manual_seed(0)
+    y, gate, dz = (torch.rand(1, T, C, generator=draw) + 0.5 for _ in range(3))
+    ones = torch.ones(C)
+    *_, d_bias = compiled.gated_norm_backward(y, gate, ones, ones, C, EPS, dz, True)
+    gate, dz = gate.double(), dz.double()
+    exact = (dz * gate * torch.sigmoid(gate)).sum((0, 1))
+    assert ((d_bias - exact) / exact).abs().max().item() < 5e-7
+    _, _, d_shares = compiled.mix_backward([dz.float()], y, None, None, ones[None] / 2, 0, True)
+    before = torch.cat([torch.zeros(1, 1, C), y[:, :-1]], dim=1).double()
+    exact, size = (dz * (before - y)).sum((0, 1)), (dz * (before - y)).abs().sum((0, 1))
+    assert ((d_shares[0] - exact) / size).abs().max().item() < 1e-7
+
+
+def test_what_is_not_a_number_stays_so_and_does_not_spread():
+    h = torch.tensor([1.5, float("nan"), float("inf"), -float("inf"), -0.0, -2.0] + [3.0] * 30)
+    for dtype in (FP32, BF16):
+        expected = torch.relu(h.to(dtype)).square()
+        assert torch.equal(compiled.relu_square_forward(h.to(dtype)).nan_to_num(nan=-1), expected.nan_to_num(nan=-1))
+    x = torch.ones(1, 70, 24)
+    x[0, 40, 3] = float("nan")
+    for out in compiled.mix_forward(x, None, None, torch.full((2, 24), 0.5)):
+        assert out.isnan().nonzero().tolist() == [[0, 40, 3], [0, 41, 3]]
+    dx, _, _ = compiled.mix_backward([x], None, None, None, torch.full((1, 24), 0.5), 0, False)
+    assert dx.isnan().nonzero().tolist() == [[0, 39, 3], [0, 40, 3]]
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_what_a_region_is_given_is_left_as_it_is_and_may_be_laid_out_anyhow(region):
+    case = case_of(region, "bf16", "documents, some carried" if region in (MIX, MIX6) else "the usual head")
+    expected = [*forward(region, case), *backward(region, case).values()]
+
+    def scattered(x):
+        """The same numbers, not contiguous."""
+        return torch.stack([x, torch.zeros_like(x)], dim=-1)[..., 0] if isinstance(x, torch.Tensor) else x
+
+    other = Case({name: scattered(x) for name, x in case.given.items()}, [*map(scattered, case.grads)], [], {})
+    before = [x.clone() for x in (*other.given.values(), *other.grads) if isinstance(x, torch.Tensor)]
+    assert all(map(torch.equal, expected, [*forward(region, other), *backward(region, other).values()]))
+    after = [x for x in (*other.given.values(), *other.grads) if isinstance(x, torch.Tensor)]
+    assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_a_trace_without_data_knows_every_shape_and_dtype(region):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    case = case_of(region, "bf16", "documents, some carried" if region in (MIX, MIX6) else "the usual head")
+    real = [*forward(region, case), *backward(region, case).values()]
+    with FakeTensorMode() as mode:
+
+        def fake(x):
+            return mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+
+        traced = Case({name: fake(x) for name, x in case.given.items()}, [*map(fake, case.grads)], [], {})
+        found = [*forward(region, traced), *backward(region, traced).values()]
+    assert [(x.shape, x.dtype) for x in real] == [(x.shape, x.dtype) for x in found]
+
+
+def test_impossible_sizes_get_an_explanation():
+    x = torch.ones(1, 4, 24)
+    row = torch.ones(24)
+    with pytest.raises(RuntimeError, match="region_gated_norm_forward failed on cpu .*head size a multiple of 8"):
+        compiled.gated_norm_forward(x, x, row, row, 12, EPS)
+    with pytest.raises(RuntimeError, match="region_mix_forward failed on cpu .*offsets that rise"):
+        compiled.mix_forward(x, None, torch.tensor([0, 3, 3, 4]), row[None])
+    with pytest.raises(RuntimeError, match="region_mix_forward failed on cpu .*every size"):
+        compiled.mix_forward(x, None, None, torch.ones(7, 24))
+
+
+def test_the_trial_finds_working_regions_and_says_what_is_wrong_with_others(monkeypatch):
+    cpu = torch.device("cpu")
+    problem = compiled.problem.__wrapped__
+    for dtype in (FP32, BF16):
+        assert [problem(cpu, dtype, N) for N in (1, 8, 64)] == [""] * 3
+    assert problem(cpu, BF16, 12) == "the head size must be a multiple of 8 and at most 1024, found 12"
+    assert problem(torch.device("mps"), BF16, 64) == "there are none for mps"
+    right = compiled.post7_backward
+    monkeypatch.setattr(compiled, "post7_backward", lambda *given: (*right(*given)[1::-1], *right(*given)[2:]))
+    assert "a trial call of post7_backward gave wrong numbers" in problem(cpu, BF16, 64)
+    assert problem(cpu, BF16, 1) == ""
+
+
+def test_without_a_compiler_the_trial_says_so(monkeypatch):
+    monkeypatch.setattr(native, "library", functools.cache(native.library.__wrapped__))
+    monkeypatch.setattr("shutil.which", lambda *arguments, **others: None)
+    assert "no C++ compiler was found" in compiled.problem.__wrapped__(torch.device("cpu"), BF16, 64)
