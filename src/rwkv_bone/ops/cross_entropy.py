@@ -22,8 +22,8 @@ from rwkv_bone.ops.build import BuildError
 IGNORED_LABEL = -100  # a row without a label
 CHUNK_ROWS = 1024  # at a time where an adapter has replaced the head
 # Logits at a time. On a processor 256 rows of 65536 make both products as fast as they get, and the buffer is small
-# beside the head. A GPU has more to fill: below 1,024 such rows it would wait for the head's memory. So does a processor
-# for the fp32 gradient of a trained head, which each chunk is added to.
+# beside the head. A GPU has more to fill: below 1,024 such rows it would wait for the head's memory. So would a
+# processor for the fp32 gradient of a trained head, which each chunk is added to.
 CHUNK, LARGE_CHUNK = 2**24, 2**26
 # Bytes of wide numbers that the PyTorch form works on at a time: they stay in a processor's cache. On a GPU they are as
 # many as a quarter of a chunk, since each operation waits to be launched.
@@ -58,6 +58,9 @@ def linear_cross_entropy(
     differentiated once, in hidden and weight.
     """
     rows = labelled(labels) if label_rows is None else label_rows
+    # A function of autograd is not told that gradients are off.
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
     if chunk_rows is None:
         chunk_rows = rows_at_a_time(len(weight), hidden.device.type, weight.requires_grad)
     return _LinearCrossEntropy.apply(hidden, weight, labels, rows, chunk_rows, l2wrap, loss_scale)
