@@ -507,11 +507,14 @@ def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
 
+# torch.library.custom_op would take 5 microseconds more for every call, twice of what the rest takes.
+_LIBRARY = torch.library.Library("rwkv_bone", "FRAGMENT")
+
+
 def _register(name: str, arguments: str, returns: str, run: Callable, results: Callable) -> None:
-    operator = torch.library.custom_op(
-        f"rwkv_bone::region_{name}", run, mutates_args=(), schema=f"({arguments}) -> {returns}"
-    )
-    operator.register_fake(results)
+    _LIBRARY.define(f"region_{name}({arguments}) -> {returns}")
+    _LIBRARY.impl(f"region_{name}", run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rwkv_bone::region_{name}", results)
 
 
 _MIX = "Tensor? last, Tensor? cu_seqlens, Tensor shares"
