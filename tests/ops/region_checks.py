@@ -6,18 +6,18 @@ A check calls PyTorch's operators of ops/regions/compiled.py; where their tensor
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from rwkv_bone.ops import cuda, native
+from rwkv_bone.ops import cuda
+from rwkv_bone.ops.cross_entropy import _cuda
 from rwkv_bone.ops.regions import compiled, launches
 from rwkv_bone.ops.regions.launches import Unit
-from tests.ops.region_cases import MIX, MIX6, POST7, PRE7, REGIONS, RELU_SQUARE, Case, make_case
+from tests.ops.region_cases import MIX, MIX6, RELU_SQUARE, Case, make_case
 from tests.ops.shim import ShimCalls, schedule
 from tests.ops.test_regions_native import DTYPES, assert_equals, backward, forward
 
@@ -154,15 +154,6 @@ def documents_are_alone(region: str) -> None:
     assert begin == whole.given["x"].shape[1] and C == whole.given["x"].shape[2] and M == len(whole.grads)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, l2wrap: float, gradient: bool = True) -> Tensor:
-    """Losses of the rows; the logits become their gradients."""
-    losses = torch.full((len(logits),), torch.nan, device=logits.device)
-    unit = Unit("cross_entropy", native.NAMES[logits.dtype], 1)
-    shape = (*logits.shape, launches.bits(l2wrap), int(gradient))
-    native.launch(unit, "forward", logits, shape, None, logits, targets, losses)
-    return losses
-
-
 def cross_entropy_equals_its_definition(vocabulary: int, dtype: torch.dtype, device: str = "cpu") -> None:
     draw, l2wrap = torch.Generator().manual_seed(0), 0.125
     logits = (3 * torch.randn(5, vocabulary, generator=draw)).to(dtype)
@@ -178,9 +169,9 @@ def cross_entropy_equals_its_definition(vocabulary: int, dtype: torch.dtype, dev
         expected[row, first] += l2wrap * logits[row, at].item()
 
     there = logits.to(device, copy=True)
-    found = cross_entropy(there, targets.to(device), l2wrap, gradient=False)
+    found = _cuda(there, targets.to(device), l2wrap, gradient=False)
     assert torch.equal(there.cpu(), logits)
-    assert torch.equal(found, cross_entropy(there, targets.to(device), l2wrap))
+    assert torch.equal(found, _cuda(there, targets.to(device), l2wrap, True))
     assert_equals(found.cpu()[None], losses.detach()[None], "losses")
     assert_equals(there.cpu(), expected, "gradients")
 
@@ -192,7 +183,7 @@ def cross_entropy_of_strange_rows(dtype: torch.dtype, device: str = "cpu") -> No
     logits[2] = -torch.inf
     found = logits.to(device, copy=True)
     targets = torch.tensor([1, 2, 3, 40], device=device)  # the last is none of the vocabulary
-    losses = cross_entropy(found, targets, 0.0).cpu()
+    losses = _cuda(found, targets, 0.0, True).cpu()
     expected = torch.nn.functional.cross_entropy(logits[:1].double(), targets[:1].cpu())
     assert torch.allclose(losses[0].double(), expected, rtol=1e-6) and found[0].isfinite().all()
     assert losses[1:].isnan().all() and found[1:3].isnan().all()
@@ -201,7 +192,7 @@ def cross_entropy_of_strange_rows(dtype: torch.dtype, device: str = "cpu") -> No
 def cross_entropy_is_the_same_in_any_order(raw) -> None:
     def run() -> tuple[Tensor, Tensor]:
         logits = torch.randn(2, 4104, generator=torch.Generator().manual_seed(0)).bfloat16()
-        return cross_entropy(logits, torch.tensor([5, 4103]), 0.125), logits
+        return _cuda(logits, torch.tensor([5, 4103]), 0.125, True), logits
 
     expected = run()
     with schedule(raw, reverse=True):

@@ -2,7 +2,7 @@
 
 No GPU is needed. `cuda/registers.json` holds, of every kernel, what it was compiled to and the nvcc that did it: the
 registers per thread, and of the kernels for tensor cores also the shared memory and how many of some instructions
-there are in the machine code. Of the regions, which have a kernel for each head size or number of mixes, there is one size. After a wanted change write it again:
+there are in the machine code. Of the regions there is one size. After a wanted change write it again:
 
     PYTHONPATH=src python -m tests.ops.test_cuda_compile
 

@@ -1,8 +1,8 @@
 """The regions' CUDA kernels, compiled as C++ on the host shim, agree with float64; no GPU is needed.
 
-They are called as PyTorch's operators, planned and launched by the product's own Python, through a stand-in for the driver
-(tests/ops/shim.py). test_cuda_regions.py has the same cases on a GPU; test_planted_regions.py has mistakes that these
-checks see.
+They are called as PyTorch's operators, planned and launched by the product's own Python, through a stand-in for the
+driver (tests/ops/shim.py). test_cuda_regions.py has the same cases on a GPU; test_planted_regions.py has mistakes that
+these checks see.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def test_what_no_kernel_can_take_is_refused_by_name():
     refused("workspace is missing", post7, "backward", (5, 2, 64, 0, 1), [16] * 17 + [None])
     refused("pv, v_first, v0_bias, v go together", pre7, "forward", (5, 2, 64, 0), [16, 16, None, *[16] * 13])
     refused("dtype must be float32 or bfloat16", Unit("post7", "float16", 64), "forward", (5, 2, 64, 0, 1), [16] * 9)
-    refused(r"blocks of threads must be 1 to 2\^31", Unit("cross_entropy", "float32", 1), "forward", (0, 5, 0, 1), [16] * 3)
+    rows = Unit("cross_entropy", "float32", 1)
+    refused(r"blocks of threads must be 1 to 2\^31", rows, "forward", (0, 5, 0, 1), [16] * 3)
 
 
 def test_tokens_are_shared_out_by_sizes_alone_and_all_of_them():

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from rwkv_bone.ops import native
 from rwkv_bone.ops.build import BuildError
+from rwkv_bone.ops.driver import DriverError
+from rwkv_bone.ops.regions.launches import Unit, bits
 
 IGNORED_LABEL = -100  # a row without a label
 CHUNK_ROWS = 1024  # at a time where an adapter has replaced the head
@@ -87,6 +90,8 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, grad
     """
     if logits.is_cpu and logits.dtype in native.DTYPES and _cpp_works():
         return _cpp(logits, targets, l2wrap, gradient)
+    if logits.is_cuda and logits.dtype in native.DTYPES and _cuda_works(logits.device, logits.dtype):
+        return _cuda(logits, targets, l2wrap, gradient)
     return softmax_gradient_twin_(logits, targets, l2wrap, gradient)
 
 
@@ -140,17 +145,39 @@ def _cpp(logits: Tensor, targets: Tensor, l2wrap: float, gradient: bool) -> Tens
     return losses
 
 
+def _cuda(logits: Tensor, targets: Tensor, l2wrap: float, gradient: bool) -> Tensor:
+    """The rows by cuda/cross_entropy.cuh. A label that is no token of the vocabulary makes its row's loss NaN."""
+    losses, unit = _losses(logits, targets), Unit("cross_entropy", native.NAMES[logits.dtype], 1)
+    sizes = (*logits.shape, bits(l2wrap), int(gradient))
+    if len(logits):
+        native.launch(unit, "forward", logits, sizes, None, logits, native.ready(targets), losses)
+    return losses
+
+
 @functools.cache
 def _cpp_works() -> bool:
     """Whether the C++ form can be built, and agrees with the twin. Without it a step is slower by a few percent."""
-    logits, targets = 4 * torch.sin(torch.arange(3 * 37).view(3, 37).float()), torch.tensor([0, 36, 5])
-    expected = logits.clone()
+    return _works(_cpp, torch.device("cpu"), torch.float32)
+
+
+@functools.cache
+def _cuda_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """The same of the kernel on this card."""
+    return _works(_cuda, device, dtype)
+
+
+def _works(form: Callable[[Tensor, Tensor, float, bool], Tensor], device: torch.device, dtype: torch.dtype) -> bool:
+    targets = torch.tensor([0, 36, 5], device=device)
+    logits = (4 * torch.sin(torch.arange(3 * 37, device=device).view(3, 37).float())).to(dtype)
+    expected = logits.double()
     try:
-        losses = _cpp(logits, targets, 0.1, True)
-    except BuildError:
+        losses = form(logits, targets, 0.1, True)
+    except (BuildError, DriverError, torch.AcceleratorError):
         return False
-    wanted = softmax_gradient_twin_(expected, targets, 0.1)
-    return torch.allclose(losses, wanted, rtol=1e-4, atol=1e-4) and torch.allclose(logits, expected, atol=1e-4)
+    wanted, close = softmax_gradient_twin_(expected, targets, 0.1), 1e-4 if dtype == torch.float32 else 4e-3
+    return torch.allclose(losses.double(), wanted, rtol=1e-4, atol=1e-4) and torch.allclose(
+        logits.double(), expected, rtol=close, atol=1e-4
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

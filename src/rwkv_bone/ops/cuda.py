@@ -133,9 +133,7 @@ def kernels(unit: Kernels, device: int) -> dict[str, driver.Kernel]:
     return loaded
 
 
-def call(
-    unit: Kernels, step: str, device: int, sizes: tuple[int, ...], pointers: Sequence[int | None]
-) -> None:
+def call(unit: Kernels, step: str, device: int, sizes: tuple[int, ...], pointers: Sequence[int | None]) -> None:
     """Puts "forward" or "backward" on the device's current stream; pointers are the offsets', then the tensors'.
 
     See `plan` of the unit for the arguments, and for what raises ValueError. A plan is made once for all calls of the

@@ -92,10 +92,8 @@ class Driver:
                 "known to the loader (LD_LIBRARY_PATH)"
             ) from problem
         # Numbers go to the driver without an object for each.
-        self._library.cuLaunchKernel.argtypes = (
-            *(ctypes.c_void_p, *[ctypes.c_uint] * 7),
-            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
-        )
+        sizes, pointers = [ctypes.c_uint] * 7, [ctypes.c_void_p] * 3
+        self._library.cuLaunchKernel.argtypes = [ctypes.c_void_p, *sizes, *pointers]
         self._contexts: dict[int, ctypes.c_void_p] = {}
         self._call("cuInit", ctypes.c_uint(0))
 

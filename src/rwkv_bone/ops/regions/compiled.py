@@ -219,29 +219,27 @@ def _launch(
     eps: float = 0.0,
 ) -> None:
     """The same on CUDA: its kernels are launched on the current stream. See launches.Unit.plan."""
-    region, _, step = name.rpartition("_")
-    offsets, wide = None, int(parameter.dtype == torch.float32)
     if not like.numel():
         return
+    region, _, step = name.rpartition("_")
+    offsets, wide, C = None, int(parameter.dtype == torch.float32), like.shape[-1]
     if region == "mix":
-        B, T, C, _, M, *_ = sizes
         offsets, *tensors = tensors
-        if tensors[3] is not None:
-            region = "mix6"
-        size, rows = M, B * T
-        sizes = (*sizes, wide)
-        trained = step == "backward" and tensors[6] is not None
+        region = "mix" if tensors[3] is None else "mix6"
+        size, sizes = sizes[4], (*sizes, wide)
+        wanted = step == "backward" and tensors[6] is not None
     elif region == "relu_square":
-        size, trained = 1, False
+        size, wanted = 1, False
     else:
         rows, H, size, *codes = sizes
-        C = H * size
-        sizes = (rows, H, size, wide, *(1 - code for code in codes), *((launches.bits(eps),) if eps else ()))
-        trained = any(x is not None for x in tensors[-launches.TRAINED[region] :])
-    dtype = native.NAMES[like.dtype]
-    if step == "backward" and region != "relu_square":
-        floats = launches.workspace_floats(region, dtype, rows, C, size) if trained else 0
-        tensors = [*tensors, like.new_empty(floats, dtype=torch.float32) if trained else None]
+        sizes = (rows, H, size, wide, *(1 - code for code in codes), *([launches.bits(eps)] if eps else []))
+        wanted = any(x is not None for x in tensors[-launches.TRAINED[region] :])
+    dtype, workspace = native.NAMES[like.dtype], None
+    if step == "backward" and region in launches.TRAINED:
+        if wanted:
+            floats = launches.workspace_floats(region, dtype, like.numel() // C, C, size)
+            workspace = like.new_empty(floats, dtype=torch.float32)
+        tensors = [*tensors, workspace]
     native.launch(launches.Unit(region, dtype, size), step, like, tuple(sizes), offsets, *tensors)
 
 

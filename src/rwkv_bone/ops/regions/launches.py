@@ -1,9 +1,9 @@
 """What a region launches on a CUDA device: which kernels of cuda/regions.cuh, in how many blocks, with which arguments.
 
-Here is all that the host has to know about these kernels, as ops/launches.py has it of the recurrences'. Pure arithmetic:
-nothing is compiled or loaded. A region goes forward in one launch, and backward in one, or two where gradients of
-parameters are wanted: each block of tokens leaves its part of their sums, and `totals` adds the parts up. The rows of the
-head's cross-entropy (cuda/cross_entropy.cuh) are planned here, too.
+Here is all that the host has to know about these kernels, as ops/launches.py has it of the recurrences'. Pure
+arithmetic: nothing is compiled or loaded. A region goes forward in one launch, and backward in one, or two where
+gradients of parameters are wanted: each block of tokens leaves its part of their sums, and `totals` adds the parts up.
+The rows of the head's cross-entropy (cuda/cross_entropy.cuh) are planned here, too.
 
 Sizes: B batch, T tokens, C channels, H heads, N head size, M mixes, D documents (0: not packed), k carried rows.
 """
@@ -29,7 +29,8 @@ FLOAT = 4  # bytes
 
 # The parameters of a region, in the order of their parts and of their gradients.
 TRAINED = {"mix": 1, "mix6": 1, "pre7": 5, "post7": 3, "gated_norm": 2}
-# The tensors of each step in the order of ops/regions/compiled.py. A name that begins with d_ is the gradient of a parameter.
+# The tensors of each step in the order of ops/regions/compiled.py. A name that begins with d_ is the gradient of a
+# parameter.
 TENSORS = {
     "relu_square_forward": "h out",
     "relu_square_backward": "h g out",
@@ -57,8 +58,10 @@ class Unit(NamedTuple):
     dtype: str  # of ELEMENTS
     size: int  # N, or M; 1 of relu_square and cross_entropy
 
-    # The kernels have static shared memory alone: see ops/cuda.py.
-    dynamic_shared = False
+    @property
+    def dynamic_shared(self) -> bool:
+        """None of them has to be told."""
+        return False
 
     def source(self) -> str:
         """C++ that makes the unit's kernels."""
@@ -75,15 +78,14 @@ class Unit(NamedTuple):
     def _kernel(self, step: str) -> str:
         return f"{self.region}_{step}_{self.dtype}_{self.size}"
 
-    def plan(
-        self, step: str, sizes: Sequence[int], offsets: int | None, tensors: Sequence[int | None]
-    ) -> list[Launch]:
+    def plan(self, step: str, sizes: Sequence[int], offsets: int | None, tensors: Sequence[int | None]) -> list[Launch]:
         """The launches of "forward" or "backward", in order.
 
-        sizes       as ops/regions/compiled.py has them: (B, T, C, D, M, k, rows of dlast) of mix and mix6, (numbers,) of
-                    relu_square, (B T, H, N) of the others; then 1 if parameters are float32 else 0, then, for pre7's
-                    backward, the same of dw, and for the norms the bits of eps as float32. (R, V, bits of l2wrap, 1 if
-                    the gradient is wanted else 0) of cross_entropy, which has "forward" alone
+        sizes       mix, mix6: (B, T, C, D, M, k, rows of dlast, wide), wide = 1 if parameters are float32 else 0
+                    pre7: (B T, H, N, wide), and of backward whether dw is float32
+                    post7, gated_norm: (B T, H, N, wide, bits of eps as float32)
+                    relu_square: (numbers,)
+                    cross_entropy, forward alone: (R, V, bits of l2wrap, 1 if the gradient is wanted else 0)
         tensors     pointers as numbers, None = null, in the order of TENSORS, of mix as `_mix` has them; backward of a
                     region with parameters has a workspace besides, which is last: see `workspace_floats`
         Raises ValueError for what no kernel can take.
@@ -113,9 +115,7 @@ class Unit(NamedTuple):
         words = [numbers, named["h"], named.get("g"), named["out"]]
         return [Launch(self._kernel(step), blocks, THREADS, _pack(words))]
 
-    def _mix(
-        self, step: str, sizes: Sequence[int], offsets: int | None, tensors: Sequence[int | None]
-    ) -> list[Launch]:
+    def _mix(self, step: str, sizes: Sequence[int], offsets: int | None, tensors: Sequence[int | None]) -> list[Launch]:
         """tensors: x, last, shares, changes, then forward: M results; backward: dx, dlast, d_shares, dchanges, M
         gradients, workspace."""
         B, T, C, D, M, rows, carried, wide = sizes
@@ -124,7 +124,9 @@ class Unit(NamedTuple):
         if min(B, T, C) < 1 or C % WIDTHS[self.dtype]:
             raise ValueError(f"there must be a token, and C a multiple of {WIDTHS[self.dtype]}, found {(B, T, C)}")
         if (D > 0) != (offsets is not None) or D < 0 or D > T or (D and B != 1):
-            raise ValueError(f"documents need a batch of 1 and offsets, and must not be more than the tokens, found {D}")
+            raise ValueError(
+                f"documents need a batch of 1 and offsets, and must not be more than the tokens, found {D}"
+            )
         if not 0 <= max(rows, carried) <= (D or B):
             raise ValueError(f"there are {D or B} sequences, fewer than carried rows: {rows}, {carried}")
         many = [f"{'out' if step == 'forward' else 'g'}{m}" for m in range(M)]
@@ -186,15 +188,11 @@ class Unit(NamedTuple):
             launches.append(self._totals(area, len(outputs) * H * N, H * N, named["workspace"], outputs))
         return launches
 
-    def _totals(
-        self, area: Area, columns: int, each: int, parts: int | None, outputs: Sequence[int | None]
-    ) -> Launch:
+    def _totals(self, area: Area, columns: int, each: int, parts: int | None, outputs: Sequence[int | None]) -> Launch:
         words = [parts, area.token_blocks, columns, each, *outputs, *[None] * (LARGEST_M - len(outputs))]
         return Launch(self._kernel("totals"), -(-columns // COLUMNS), THREADS, _pack(words))
 
-    def _named(
-        self, step: str, names: Sequence[str], tensors: Sequence[int | None]
-    ) -> dict[str, int | None]:
+    def _named(self, step: str, names: Sequence[str], tensors: Sequence[int | None]) -> dict[str, int | None]:
         if len(tensors) != len(names):
             raise ValueError(f"{self.region} {step} takes {len(names)} tensors, found {len(tensors)}")
         named = dict(zip(names, tensors, strict=True))
