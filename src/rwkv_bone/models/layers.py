@@ -12,16 +12,17 @@ Sizes: B batch, T tokens, C channels, V vocabulary, D documents.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone.ops.cross_entropy import CHUNK_ROWS, labelled, linear_cross_entropy
+from rwkv_bone.ops.regions.rebuild import Recipe, rebuilt
 from rwkv_bone.ops.regions.twins import widened, with_zeros
 
 
@@ -46,53 +47,28 @@ class LayerNorm(nn.LayerNorm):
 
 
 class HeadNorm(nn.Module):
-    """`ln_x`: GroupNorm over each head. x [B, T, C] -> [B, T, C]."""
+    """The parameters of `ln_x`, a GroupNorm over each head: what uses them does other things in the same pass."""
 
-    def __init__(self, n_head: int, n_embd: int, eps: float):
+    def __init__(self, n_embd: int, eps: float):
         super().__init__()
-        self.n_head, self.eps = n_head, eps
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(n_embd))
         self.bias = nn.Parameter(torch.zeros(n_embd))
 
-    def forward(self, x: Tensor) -> Tensor:
-        # The kernels take contiguous rows. The output of the operator `torch` may be laid out in another way.
-        rows = x.flatten(0, 1).contiguous()
-        return _HeadNorm.apply(rows, self.weight, self.bias, self.n_head, self.eps).view(x.shape)
+
+def keeps_input(projection: nn.Module) -> bool:
+    """Whether a projection keeps its input for backward: its weight is trained, or its adapter needs it."""
+    weight = getattr(projection, "weight", None)
+    trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+    return trained or getattr(projection, "keeps_input", False)
 
 
-class _HeadNorm(torch.autograd.Function):
-    """rows [T, C], weight [C], bias [C] -> [T, C]: GroupNorm whose parameters, mean and scale are at least fp32.
+def inputs_again(wanted: bool, recipes: Callable[[], Sequence[Recipe]]) -> AbstractContextManager:
+    """Within, whatever is kept for backward of the recipes' tensors is made again there, if that is wanted.
 
-    PyTorch's own rounds mean and scale to the parameters' dtype, and its backward uses the rounded ones. In bf16 that
-    makes the error in the gradient of the rows 1.5 times as large. For backward the rows are kept in their own dtype.
+    A compiler decides for itself what is kept.
     """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, n_head: int, eps: float) -> Tensor:
-        ctx.n_head, ctx.bias_dtype = n_head, bias.dtype
-        T, C = rows.shape
-        y, mean, scale = torch.native_group_norm(
-            _for_norm(rows), widened(weight, rows), widened(bias, rows), T, C, 1, n_head, eps
-        )
-        ctx.save_for_backward(rows, weight, mean, scale)
-        return y.to(rows.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, mean, scale = ctx.saved_tensors
-        sizes = (*rows.shape, 1, ctx.n_head)
-        g, x = _for_norm(g.contiguous()), _for_norm(rows)
-        d_rows, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
-            g, x, mean, scale, widened(weight, rows), *sizes, list(ctx.needs_input_grad[:3])
-        )
-        cast = ((d_rows, rows.dtype), (d_weight, weight.dtype), (d_bias, ctx.bias_dtype))
-        return *(None if x is None else x.to(dtype) for x, dtype in cast), None, None
-
-
-def _for_norm(x: Tensor) -> Tensor:
-    """x in at least fp32; on the CPU unchanged, since PyTorch's kernel there takes bf16 with fp32 parameters."""
-    return x if x.is_cpu and not is_compiling() else widened(x)
+    return rebuilt(recipes()) if wanted and torch.is_grad_enabled() and not is_compiling() else nullcontext()
 
 
 class StatefulMix(nn.Module):
