@@ -120,12 +120,17 @@ BUGS = (
     Bug(f"{OPS}/cross_entropy.py", "beta=0, alpha=loss_scale)", "beta=0).mul_(loss_scale)", CROSS_ENTROPY),
     Bug(
         f"{OPS}/cross_entropy.py",
-        "grad = grad.to(hidden.dtype)  #",
-        "grad = grad.mul_(loss_scale).to(hidden.dtype).div_(loss_scale)  #",
+        "logits, matrix, beta=0, alpha=loss_scale)",
+        "logits.mul_(loss_scale), matrix, beta=0)",
         CROSS_ENTROPY,
     ),
     Bug(f"{OPS}/cross_entropy.py", "largest * l2wrap", "largest.sign() * l2wrap", CROSS_ENTROPY),
-    Bug(f"{OPS}/cross_entropy.py", "(part @ matrix.T).float()", "part @ matrix.T", CROSS_ENTROPY),
+    Bug(
+        f"{OPS}/cross_entropy.py",
+        "softmax = (block - largest).exp_()",
+        "softmax = (block - largest.to(block.dtype)).exp_()",
+        CROSS_ENTROPY,
+    ),
     Bug(f"{MODELS}/layers.py", "logits.amax(dim=1).square().sum()", "logits.amax().square()", CROSS_ENTROPY),
     # Adapters.
     Bug(
