@@ -1,0 +1,187 @@
+"""How many bytes a training run needs, computed from the model's shape: for --grad_cp auto and the pages.
+
+For a run that trains an adapter on one device (ZeRO stage 1 or 2):
+
+    weights     every frozen tensor in --precision; with --quant the projections as codes and scales
+    trained     20 bytes a parameter: the parameter, AdamW's two moments, the gradient and its bucket, all fp32
+    kept        what autograd keeps of each layer and token for backward: `kept_per_token`. Of a block that is computed
+                again only its input; with chunk_ctx of one chunk, and the state of each layer at each boundary
+    working     what exists for a moment beside what is kept then, at the worst of three moments: the head's logits; the
+                backward pass of the last block; that of the last block that is computed again, with what it keeps
+    reserve     a tenth of all that for gaps between tensors, and 0.7 GB for CUDA itself and cuBLAS
+
+What only few runs have is estimated from above. tests/test_memory_page.py holds `kept_per_token` to what autograd keeps
+on a processor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rwkv_bone.adapters import AdapterLinear
+from rwkv_bone.checkpoints import Architecture
+from rwkv_bone.models import RWKV, Recompute
+from rwkv_bone.ops.cross_entropy import rows_at_a_time
+from rwkv_bone.ops.sizes import saved_floats
+from rwkv_bone.quantization import BLOCK, CHUNK_GPU, QuantLinear, is_quantized
+from rwkv_bone.training.strategy import DTYPES
+
+GB = 10**9
+TRAINED_BYTES = 20
+BUCKET = (1_000_000, 20_000_000)  # elements, as training/strategy.py has them
+GAPS, CUDA_BYTES = 0.10, 7 * GB // 10
+
+SHELL_ROWS = 3  # rows of width C that the model keeps around its blocks, RWKV-7's v_first among them
+BACKWARD_ROWS = 3  # rows of width C + dim_ffn that a block's backward pass works in
+ROWS = {7: 17, 6: 17, 5: 11}  # rows of width C in the activations' dtype that a layer keeps for backward
+HEAD_BYTES = 14  # norms of each head
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of train.py that memory depends on, besides the model and what is trained of it."""
+
+    ctx_len: int = 4096
+    micro_bsz: int = 1
+    quant: str = "none"
+    recompute: Recompute = Recompute()
+    chunk_ctx: int = 0
+    precision: str = "bf16"
+    device: str = "cuda"
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row that go through the model at once."""
+        return min(self.chunk_ctx, self.ctx_len) if self.chunk_ctx else self.ctx_len
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model at once."""
+        return self.length * self.micro_bsz
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number of the frozen weights and of the activations."""
+        return DTYPES[self.precision].itemsize
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes."""
+
+    weights: float
+    trained: float
+    kept: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        """The most that tensors take."""
+        return self.weights + self.trained + self.kept + self.working
+
+    @property
+    def card(self) -> float:
+        """What the card must have."""
+        return self.total * (1 + GAPS) + CUDA_BYTES
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A model with its adapter, in numbers."""
+
+    projections: int  # weights of the frozen projections
+    rows: int  # of all of these: int8 has a scale for each
+    largest: int  # weights of the largest of them
+    others: int  # other frozen weights
+    trained: int
+    casts: int  # weights of trained matrices of a block, of which backward needs a copy in --precision
+    kept: int  # numbers that a block's adapters and trained matrices keep of each token
+
+
+def count(model: RWKV) -> Counted:
+    """Count a model, which may be quantised, or have no memory yet (torch.device("meta"))."""
+    shapes, others, trained = [], 0, 0
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+        elif is_quantized(key):
+            shapes.append(tuple(parameter.shape))
+        else:
+            others += parameter.numel()
+    shapes += [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, QuantLinear)]
+    sizes = [rows * columns for rows, columns in shapes]
+    block = model.blocks[-1]
+    layers = [module for module in block.modules() if isinstance(module, AdapterLinear)]
+    own = {id(tensor) for layer in layers for tensor in layer.tensors().values()}
+    matrices = [p for p in block.parameters() if p.requires_grad and p.dim() > 1 and id(p) not in own]
+    return Counted(
+        projections=sum(sizes),
+        rows=sum(rows for rows, _ in shapes),
+        largest=max(sizes, default=0),
+        others=others,
+        trained=trained,
+        casts=sum(matrix.numel() for matrix in matrices),
+        kept=sum(map(_kept_by, layers)) + sum(max(matrix.shape) for matrix in matrices),
+    )
+
+
+def _kept_by(layer: AdapterLinear) -> int:
+    """Numbers that an adapter keeps of each token: Bone the folded input, Bat the input, LoRA also its product with A."""
+    kind, r = layer.settings.kind, layer.settings.r
+    return (kind != "bone") * layer.in_features + ("bat" not in kind) * r
+
+
+def weight_bytes(count: Counted, run: Run) -> float:
+    """Bytes of the frozen weights."""
+    codes = {
+        "none": count.projections * run.width,
+        "int8": count.projections + 4 * count.rows,
+        "nf4": count.projections * (0.5 + 4 / BLOCK),
+        "fp4": count.projections * (0.5 + 4 / BLOCK),
+    }
+    return count.others * run.width + codes[run.quant]
+
+
+def kept_per_token(arch: Architecture, count: Counted, run: Run, wkv: bool = False) -> float:
+    """Bytes that autograd keeps of one token in one layer, but the first, which keeps less.
+
+    wkv: the WKV operator is run again in backward.
+    """
+    C, rank = arch.n_embd, arch.low_rank
+    numbers = ROWS[arch.version] * C + arch.dim_ffn + count.kept
+    numbers += {7: rank.get("w", 0) + rank.get("g", 0), 6: 5 * rank.get("mix", 0) + rank.get("decay", 0), 5: 0}[
+        arch.version
+    ]
+    decay = 0 if arch.version == 5 else 4 * C
+    kernels = "cpu" if run.device == "cpu" else "exact"
+    scratch = saved_floats(f"wkv{arch.version}", kernels, run.micro_bsz, run.length, arch.n_head, arch.head_size, 0)
+    return numbers * run.width + decay + HEAD_BYTES * arch.n_head + 4 * scratch / run.tokens
+
+
+def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
+    """What a run needs of the memory that its device computes in."""
+    row = run.tokens * run.width  # bytes of one number a token
+    again = min(run.recompute.blocks, arch.n_layer)
+    whole = kept_per_token(arch, count, run) * run.tokens
+    stays = kept_per_token(arch, count, run, run.recompute.wkv) * run.tokens
+    inputs = (again + SHELL_ROWS) * arch.n_embd * row
+    if run.chunk_ctx:
+        state = 4 * arch.n_embd * (arch.head_size + 2)  # of one layer: the WKV state, and the last row of each mix
+        inputs += -(-run.ctx_len // run.length) * run.micro_bsz * arch.n_layer * state
+    kept = inputs + (arch.n_layer - again) * stays
+    backward = BACKWARD_ROWS * (arch.n_embd + arch.dim_ffn) * row
+    if run.quant != "none":
+        backward += count.largest * run.width + (6 * CHUNK_GPU if run.device == "cuda" else 0)
+    rows = rows_at_a_time(arch.vocab_size, DTYPES[run.precision], run.device, trained=False)
+    moments = [kept + arch.vocab_size * min(run.tokens, rows) * run.width]
+    if again < arch.n_layer:
+        moments.append(kept + backward + (whole - stays))
+    if again:
+        moments.append(inputs + whole + backward)
+    smallest, largest = BUCKET
+    return Needs(
+        weights=weight_bytes(count, run),
+        trained=TRAINED_BYTES * count.trained + 4 * min(max(count.trained, smallest), largest),
+        kept=kept,
+        working=max(moments) - kept,
+    )
