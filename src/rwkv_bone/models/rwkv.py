@@ -13,6 +13,7 @@ Sizes: B batch, T tokens, C channels, H heads, N head size, V vocabulary, D docu
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,20 @@ class LayerState(NamedTuple):
     att_shift: Tensor  # [B, C] fp32, the last input row of the time mix
     wkv: Tensor  # [B, H, N, N] fp32, rows = value index, columns = key index
     ffn_shift: Tensor  # [B, C] fp32, the last input row of the channel mix
+
+
+class Recompute(NamedTuple):
+    """What backward computes again, so that forward need not keep it. The results are the same numbers.
+
+    blocks: that many blocks, from the first on, are computed again whole: forward keeps their inputs alone. In the
+    other blocks it keeps what is costly; wkv: of the WKV operator's results nothing, so that this runs once more too.
+    """
+
+    blocks: int = 0
+    wkv: bool = False
+
+
+NOTHING, EVERY_BLOCK = Recompute(), Recompute(blocks=sys.maxsize)
 
 
 class Block(nn.Module):
@@ -56,10 +71,12 @@ class Block(nn.Module):
         state: LayerState | None,
         return_state: bool,
         cu_seqlens: Tensor | None,
+        keep_wkv: bool = True,
     ) -> tuple[Tensor, Tensor | None, LayerState | None]:
         """x [B, T, C] -> (x, shared, LayerState or None). `shared` is what a generation hands from block to block.
 
-        That is RWKV-7's v_first [B, T, C], and nothing in the others.
+        That is RWKV-7's v_first [B, T, C], and nothing in the others. keep_wkv: keep the WKV operator's results for
+        backward; otherwise they are computed again.
         """
         if self.first:
             x = self.ln0(x)
@@ -110,7 +127,7 @@ class RWKV(nn.Module):
         cu_seqlens: Tensor | None = None,
         l2wrap: float = 0.0,
         loss_scale: float = 1.0,
-        grad_cp: bool = False,
+        recompute: Recompute = NOTHING,
     ) -> Tensor | tuple[Tensor, list[LayerState]]:
         """Logits, or the summed loss, of token ids.
 
@@ -124,7 +141,7 @@ class RWKV(nn.Module):
         UserError for a state of other rows, or of another model.
         loss_scale: what the caller is going to multiply the loss by. The loss is not multiplied, but gradients are then
         rounded once less.
-        grad_cp recomputes each block in backward, to save memory.
+        recompute: what backward computes again, to save memory.
 
         Returns logits [B, T, V] in `self.dtype`; with last_only just those of each sequence's last position, [B, V] or
         packed [D, V]; with labels instead the fp32 sum of the cross-entropy over labelled positions. With return_state
@@ -140,10 +157,11 @@ class RWKV(nn.Module):
         x, shared, after = self.emb(ids), None, []  # x [B, T, C]
         for layer, block in enumerate(self.blocks):
             before = state[layer] if state is not None else None
-            if grad_cp and torch.is_grad_enabled():
+            if layer < recompute.blocks and torch.is_grad_enabled():
+                # Only one block at a time holds what its backward needs: there the WKV's results cost no memory.
                 x, shared, new = checkpoint(block, x, shared, before, return_state, cu_seqlens, use_reentrant=False)
             else:
-                x, shared, new = block(x, shared, before, return_state, cu_seqlens)
+                x, shared, new = block(x, shared, before, return_state, cu_seqlens, not recompute.wkv)
             after.append(new)
 
         # Generation needs one row a sequence: dropping the others here saves most of the head's work.
