@@ -158,7 +158,8 @@ def test_missing_config_file_is_an_error():
     ],
 )
 def test_switches_are_written_with_or_without_a_value(words, expected):
-    assert getattr(train(*words).model if "cp" in words[0] else train(*words).run, words[0][2:].split("=")[0]) == expected
+    config, name = train(*words), words[0].removeprefix("--").partition("=")[0]
+    assert (vars(config.model) | vars(config.run))[name] == expected
 
 
 @pytest.mark.parametrize("saved, choice", [("false", "0"), ("true", "1"), ('"wkv"', "wkv")])

@@ -48,16 +48,26 @@ class Run:
     chunk_ctx: int = 0
     precision: str = "bf16"
     device: str = "cuda"
+    document: int = 0  # mean tokens of a document, where all rows are packed into one; 0: they are not
+
+    @property
+    def rows(self) -> int:
+        return 1 if self.document else self.micro_bsz
+
+    @property
+    def whole(self) -> int:
+        """Tokens of a row."""
+        return self.ctx_len * (self.micro_bsz if self.document else 1)
 
     @property
     def length(self) -> int:
         """Tokens of a row that go through the model at once."""
-        return min(self.chunk_ctx, self.ctx_len) if self.chunk_ctx else self.ctx_len
+        return min(self.chunk_ctx or self.whole, self.whole)
 
     @property
     def tokens(self) -> int:
         """Tokens that go through the model at once."""
-        return self.length * self.micro_bsz
+        return self.length * self.rows
 
     @property
     def width(self) -> int:
@@ -126,7 +136,7 @@ def count(model: RWKV) -> Counted:
 
 
 def _kept_by(layer: AdapterLinear) -> int:
-    """Numbers that an adapter keeps of each token: Bone the folded input, Bat the input, LoRA also its product with A."""
+    """Numbers that it keeps of each token: Bone the folded input, Bat the input, LoRA also its product with A."""
     kind, r = layer.settings.kind, layer.settings.r
     return (kind != "bone") * layer.in_features + ("bat" not in kind) * r
 
@@ -153,8 +163,10 @@ def kept_per_token(arch: Architecture, count: Counted, run: Run, wkv: bool = Fal
         arch.version
     ]
     decay = 0 if arch.version == 5 else 4 * C
-    kernels = "cpu" if run.device == "cpu" else "exact"
-    scratch = saved_floats(f"wkv{arch.version}", kernels, run.micro_bsz, run.length, arch.n_head, arch.head_size, 0)
+    kernels = "cpu" if run.device == "cpu" else "exact" if run.precision == "fp32" else "chunked32"
+    documents = -(-run.length // run.document) if run.document else 0
+    sizes = run.rows, run.length, arch.n_head, arch.head_size, documents
+    scratch = saved_floats(f"wkv{arch.version}", kernels, *sizes)
     return numbers * run.width + decay + HEAD_BYTES * arch.n_head + 4 * scratch / run.tokens
 
 
@@ -167,7 +179,7 @@ def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
     inputs = (again + SHELL_ROWS) * arch.n_embd * row
     if run.chunk_ctx:
         state = 4 * arch.n_embd * (arch.head_size + 2)  # of one layer: the WKV state, and the last row of each mix
-        inputs += -(-run.ctx_len // run.length) * run.micro_bsz * arch.n_layer * state
+        inputs += -(-run.whole // run.length) * run.rows * arch.n_layer * state
     kept = inputs + (arch.n_layer - again) * stays
     backward = BACKWARD_ROWS * (arch.n_embd + arch.dim_ffn) * row
     if run.quant != "none":
