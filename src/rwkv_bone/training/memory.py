@@ -26,10 +26,10 @@ from rwkv_bone.ops.sizes import saved_floats
 from rwkv_bone.quantization import BLOCK, CHUNK_GPU, QuantLinear, is_quantized
 from rwkv_bone.training.strategy import DTYPES
 
-GB = 10**9
+GB = 2**30  # as cards are sold
 TRAINED_BYTES = 20
 BUCKET = (1_000_000, 20_000_000)  # elements, as training/strategy.py has them
-GAPS, CUDA_BYTES = 0.10, 7 * GB // 10
+GAPS, CUDA_BYTES = 0.10, 7 * 10**8
 
 SHELL_ROWS = 3  # rows of width C that the model keeps around its blocks, RWKV-7's v_first among them
 BACKWARD_ROWS = 3  # rows of width C + dim_ffn that a block's backward pass works in

@@ -1,0 +1,153 @@
+"""training/recompute.py: what is computed again for how much memory, and that it changes no number."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rwkv_bone.adapters import AdapterSettings, inject
+from rwkv_bone.checkpoints import read_state
+from rwkv_bone.models import EVERY_BLOCK, Recompute, build
+from rwkv_bone.training import fit as fit_module
+from rwkv_bone.training.memory import GB, Counted, Run, count
+from rwkv_bone.training.recompute import decide, levels, needed
+from tests.conftest import random_model
+from tests.test_memory_page import memory
+
+ARCH = memory.shape(7, 32, 2560, 65536)
+RUN = Run(ctx_len=4096, micro_bsz=4)
+BUDGETS = [size * GB for size in (400, 100, 60, 40, 30, 25, 20, 16, 12, 10, 8, 6, 2)]
+
+
+@pytest.fixture(scope="module")
+def counted() -> Counted:
+    return memory.counted(ARCH, "bone", 64)
+
+
+def choice_for(counted, there, choice="auto", run=RUN):
+    return decide(choice, ARCH, counted, run, there)
+
+
+def test_less_memory_never_computes_less_again_and_all_levels_are_used(counted):
+    order = list(levels(ARCH.n_layer))
+    finer = [BUDGETS[0] - step * GB / 2 for step in range(800)]
+    chosen = [order.index(choice_for(counted, there).recompute) for there in finer]
+    assert chosen == sorted(chosen)
+    assert {0, 1, len(order) - 1} <= set(chosen) and len(set(chosen)) > 16
+
+
+@pytest.mark.parametrize("there", BUDGETS)
+def test_what_is_chosen_fits_and_the_cheaper_levels_do_not(counted, there):
+    found, order = choice_for(counted, there), list(levels(ARCH.n_layer))
+    sizes = [needed(ARCH, counted, replace(RUN, recompute=level)) for level in order]
+    place = order.index(found.recompute)
+    assert all(size > there for size in sizes[:place])
+    assert found.fits == (sizes[place] <= there)
+    if not found.fits:
+        assert place == len(order) - 1 and min(sizes) > there
+
+
+@pytest.mark.parametrize("choice", ["0", "1", "wkv", "auto"])
+@pytest.mark.parametrize("there", [BUDGETS[0], 20 * GB, None])
+def test_the_sentence_names_what_is_needed_what_is_there_and_the_choice(counted, choice, there):
+    found = choice_for(counted, there, choice)
+    size = needed(ARCH, counted, replace(RUN, recompute=found.recompute))
+    assert found.sentence.startswith(f"{size / GB:.1f} GB needed, ")
+    assert ("unknown" if there is None else f"{there / GB:.1f} GB are free") in found.sentence
+    assert f"--grad_cp {choice}" in found.sentence
+    assert ("may not fit" in found.sentence) == (not found.fits) == (there is not None and size > there)
+
+
+def test_a_fixed_choice_is_obeyed_whatever_is_there(counted):
+    for there in (*BUDGETS, None):
+        fixed = [choice_for(counted, there, choice).recompute for choice in ("0", "wkv", "1")]
+        assert fixed == [Recompute(), Recompute(0, True), Recompute(ARCH.n_layer)]
+
+
+def test_blocks_are_computed_again_where_the_sentence_says_so(counted):
+    found = next(found for there in BUDGETS if 0 < (found := choice_for(counted, there)).recompute.blocks < 32)
+    assert f"the first {found.recompute.blocks} of 32 blocks" in found.sentence
+    assert re.search(r"without that \d+\.\d GB", found.sentence)
+
+
+def test_what_is_advised_is_enough_where_it_says_that_it_would_be(counted):
+    seen = set()
+    for there in BUDGETS:
+        for choice in ("0", "auto"):
+            found = choice_for(counted, there, choice)
+            if found.fits or not found.sentence.endswith(" would"):
+                continue
+            for flag, value in re.findall(r"--(\w+) (\w+)", found.sentence.partition("may not fit:")[2]):
+                seen.add(flag)
+                if flag == "grad_cp":
+                    assert choice_for(counted, there, value).fits
+                    continue
+                changed = replace(RUN, **{flag: type(getattr(RUN, flag))(value)})
+                assert choice_for(counted, there, "1", changed).fits, (there, flag, value)
+    assert seen == {"grad_cp", "micro_bsz", "chunk_ctx", "quant"}
+
+
+def test_a_run_that_nothing_makes_fit_is_told_all_there_is_to_try(counted):
+    found = choice_for(counted, 2 * GB)
+    assert not found.fits and found.recompute.blocks == 32
+    for flag in ("--micro_bsz 1", "--chunk_ctx 512", "--quant nf4", "--bone_r"):
+        assert flag in found.sentence
+
+
+def test_packed_documents_leave_more_states_than_one_long_row(counted):
+    run = Run(ctx_len=2048, micro_bsz=2)
+    packed = [needed(ARCH, counted, replace(run, document=tokens)) for tokens in (2048, 512, 64)]
+    assert packed == sorted(packed) and packed[0] < packed[-1]
+
+
+@pytest.mark.parametrize("version", [5, 6, 7])
+@pytest.mark.parametrize("kind", ["bone", "lora"])
+def test_gradients_are_the_same_bits_whatever_is_computed_again(version, kind):
+    """So a continued run may choose anew, as it finds other memory free."""
+    model = random_model(version=version, n_layer=3)
+    model.dtype = torch.bfloat16
+    for block in model.blocks:
+        block.att.op = "cpu"
+    inject(model, settings=AdapterSettings(kind, 8, dropout=0.1 if kind == "lora" else 0.0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape)
+    ids = torch.randint(0, 61, (1, 150))
+    cu_seqlens = torch.tensor([0, 37, 38, 150])
+    found = []
+    for recompute in (Recompute(), Recompute(0, True), Recompute(1, True), Recompute(1), EVERY_BLOCK):
+        torch.manual_seed(1)
+        model.zero_grad()
+        model(ids, labels=ids.roll(-1, 1), cu_seqlens=cu_seqlens, recompute=recompute).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("place", [1, 2, -1])
+def test_a_run_with_little_memory_writes_what_one_with_much_does(job, place, monkeypatch, capsys):
+    plain = job.run("plain", grad_cp="0")
+    arch, asked = None, []
+
+    def made_up(choice, arch, counted, run, there):
+        order = list(levels(arch.n_layer))
+        asked.append(decide(choice, arch, counted, run, needed(arch, counted, replace(run, recompute=order[place]))))
+        return asked[-1]
+
+    monkeypatch.setattr(fit_module, "decide", made_up)
+    capsys.readouterr()
+    folder = job.run(f"little{place}", grad_cp="auto")
+    (found,) = asked
+    assert found.fits and found.recompute != Recompute()
+    assert f"memory    {found.sentence}" in capsys.readouterr().out
+    (name,) = [path.name for path in folder.glob("rwkv-*.pth")]
+    before, after = read_state(plain / name), read_state(folder / name)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_run_counts_its_own_model_as_the_table_counts_an_empty_one():
+    arch = memory.shape(7, 2, 256, 128)
+    model = build(arch, op="torch", dtype=torch.bfloat16)
+    inject(model, settings=AdapterSettings("bone", 32))
+    assert count(model) == memory.counted(arch, "bone", 32)
