@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -96,7 +96,7 @@ def cell(run: Run | None) -> str:
     return f"{weights}{MARKS[run.recompute]} {run.micro_bsz}x{run.ctx_len}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+def table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield f"|{'---|' * len(head)}"
     for row in rows:
@@ -119,8 +119,8 @@ def parts(name: str, arch: Architecture) -> list[str]:
         gb(plain.kept),
         gb(wkv.kept),
         gb(again.kept),
-        gb(plain.working),
-        gb(again.working),
+        gb(plain.passing),
+        gb(again.passing),
     ]
 
 
@@ -160,7 +160,7 @@ def tables() -> str:
     lines += table(["model", *(f"{card} GB" for card in CARDS)], rows)
     lines += ["", "**The parts in GB, computed** (Bone r 64; from `kept` on: 1,024 tokens a forward pass)", ""]
     head = ["model", "layers x width", "weights bf16", "int8", "nf4", "trained"]
-    head += ["kept", "kept, wkv", "kept, grad_cp 1", "working", "working, grad_cp 1"]
+    head += ["kept", "kept, wkv", "kept, grad_cp 1", "passing", "passing, grad_cp 1"]
     rows = [parts(f"RWKV-7 {name}", arch) for name, arch in seven.items()]
     lines += table(head, rows + [parts(f"RWKV-6 {name}", arch) for name, arch in six.items()])
     lines += ["", "**What each step saves** (RWKV-7 2.9B, Bone r 64, `--ctx_len 4096`; the card's GB, computed)", ""]
@@ -178,7 +178,7 @@ def tables() -> str:
 def one_run(arch: Architecture, count: Counted, run: Run) -> Iterator[str]:
     found = needs(arch, count, run)
     yield arch.describe()
-    for name in ("weights", "trained", "kept", "working", "total", "card"):
+    for name in ("weights", "trained", "kept", "passing", "total", "card"):
         yield f"{name:<9}{getattr(found, name) / GB:>8.2f} GB"
 
 

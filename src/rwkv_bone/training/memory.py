@@ -3,11 +3,13 @@
 For a run that trains an adapter on one device (ZeRO stage 1 or 2):
 
     weights     every frozen tensor in --precision; with --quant the projections as codes and scales
-    trained     20 bytes a parameter: the parameter, AdamW's two moments, the gradient and its bucket, all fp32
+    trained     12 bytes a parameter: the parameter and AdamW's two moments, all fp32
     kept        what autograd keeps of each layer and token for backward: `kept_per_token`. Of a block that is computed
                 again only its input; with chunk_ctx of one chunk, and the state of each layer at each boundary
-    working     what exists for a moment beside what is kept then, at the worst of three moments: the head's logits; the
-                backward pass of the last block; that of the last block that is computed again, with what it keeps
+    passing     the most that is there beside weights and trained: what is kept at one time, gradients so far, 4 bytes a
+                trained parameter, and what is worked in. Backward frees the one while it makes the other, so the most
+                is at its beginning, at its end, or where the blocks begin that are computed again; or in the head, with
+                its logits; or in the optimiser's step, 8 bytes a trained parameter
     reserve     a tenth of all that for gaps between tensors, and 0.7 GB for CUDA itself and cuBLAS
 
 What only few runs have is estimated from above. tests/test_memory_page.py holds `kept_per_token` to what autograd keeps
@@ -27,8 +29,7 @@ from rwkv_bone.quantization import BLOCK, CHUNK_GPU, QuantLinear, is_quantized
 from rwkv_bone.training.strategy import DTYPES
 
 GB = 2**30  # as cards are sold
-TRAINED_BYTES = 20
-BUCKET = (1_000_000, 20_000_000)  # elements, as training/strategy.py has them
+TRAINED_BYTES, GRADIENT_BYTES, STEP_BYTES = 12, 4, 8
 GAPS, CUDA_BYTES = 0.10, 7 * 10**8
 
 SHELL_ROWS = 3  # rows of width C that the model keeps around its blocks, RWKV-7's v_first among them
@@ -48,6 +49,7 @@ class Run:
     chunk_ctx: int = 0
     precision: str = "bf16"
     device: str = "cuda"
+    accumulate: int = 1  # forward passes of a step
     document: int = 0  # mean tokens of a document, where all rows are packed into one; 0: they are not
 
     @property
@@ -82,12 +84,12 @@ class Needs:
     weights: float
     trained: float
     kept: float
-    working: float
+    passing: float
 
     @property
     def total(self) -> float:
         """The most that tensors take."""
-        return self.weights + self.trained + self.kept + self.working
+        return self.weights + self.trained + self.passing
 
     @property
     def card(self) -> float:
@@ -173,27 +175,35 @@ def kept_per_token(arch: Architecture, count: Counted, run: Run, wkv: bool = Fal
 def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
     """What a run needs of the memory that its device computes in."""
     row = run.tokens * run.width  # bytes of one number a token
-    again = min(run.recompute.blocks, arch.n_layer)
+    layers, again = arch.n_layer, min(run.recompute.blocks, arch.n_layer)
     whole = kept_per_token(arch, count, run) * run.tokens
     stays = kept_per_token(arch, count, run, run.recompute.wkv) * run.tokens
-    inputs = (again + SHELL_ROWS) * arch.n_embd * row
+    around = SHELL_ROWS * arch.n_embd * row
     if run.chunk_ctx:
         state = 4 * arch.n_embd * (arch.head_size + 2)  # of one layer: the WKV state, and the last row of each mix
-        inputs += -(-run.whole // run.length) * run.rows * arch.n_layer * state
-    kept = inputs + (arch.n_layer - again) * stays
+        around += -(-run.whole // run.length) * run.rows * layers * state
+    logits = min(run.tokens, rows_at_a_time(arch.vocab_size, DTYPES[run.precision], run.device, trained=False))
+    gradients = GRADIENT_BYTES * count.trained
     backward = BACKWARD_ROWS * (arch.n_embd + arch.dim_ffn) * row
     if run.quant != "none":
         backward += count.largest * run.width + (6 * CHUNK_GPU if run.device == "cuda" else 0)
-    rows = rows_at_a_time(arch.vocab_size, DTYPES[run.precision], run.device, trained=False)
-    moments = [kept + arch.vocab_size * min(run.tokens, rows) * run.width]
-    if again < arch.n_layer:
-        moments.append(kept + backward + (whole - stays))
-    if again:
-        moments.append(inputs + whole + backward)
-    smallest, largest = BUCKET
+
+    def kept_by(blocks: int) -> float:
+        """Of the first blocks."""
+        return around + min(blocks, again) * arch.n_embd * row + max(blocks - again, 0) * stays
+
+    def while_in(block: int) -> float:
+        """In the backward pass of this block, the first of which is 1."""
+        anew = whole if block <= again else whole - stays
+        made = gradients if run.accumulate > 1 else gradients * (1 - (block - 1) / layers)
+        return kept_by(block) + anew + made + backward
+
+    earlier = gradients if run.accumulate > 1 else 0
+    head = kept_by(layers) + arch.vocab_size * logits * run.width + earlier
+    blocks = {1, again, again + 1, layers} & set(range(1, layers + 1))
     return Needs(
         weights=weight_bytes(count, run),
-        trained=TRAINED_BYTES * count.trained + 4 * min(max(count.trained, smallest), largest),
-        kept=kept,
-        working=max(moments) - kept,
+        trained=TRAINED_BYTES * count.trained,
+        kept=kept_by(layers),
+        passing=max(head, STEP_BYTES * count.trained, *map(while_in, blocks)),
     )

@@ -59,6 +59,7 @@ def run_of(config: TrainConfig, plan: BatchPlan, device: str) -> Run:
         chunk_ctx=model.chunk_ctx,
         precision=config.run.precision,
         device=device,
+        accumulate=config.run.accumulate_grad_batches,
         document=max(int(lengths.mean()), 1) if plan.pack else 0,
     )
 
