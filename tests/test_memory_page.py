@@ -32,7 +32,7 @@ def kept_bytes(arch: Architecture, kind: str, run) -> int:
         for parameter in model.parameters():
             parameter.normal_(std=0.05)
     model.to(model.dtype)
-    inject(model, settings=AdapterSettings(kind, 32))
+    inject(model, settings=AdapterSettings(kind, 32), initialise=False)  # PiSSA's way takes seconds
     documents = run.tokens // run.document if run.document else 0
     ids, labels, bounds = step.random_batch(arch.vocab_size, run.micro_bsz, run.ctx_len, documents, torch.device("cpu"))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -2,15 +2,19 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rwkv_bone.adapters import AdapterSettings, inject
 from rwkv_bone.checkpoints import read_state
+from rwkv_bone.config.flags import parse_train
 from rwkv_bone.models import EVERY_BLOCK, Recompute, build
 from rwkv_bone.training import fit as fit_module
-from rwkv_bone.training.memory import GB, Counted, Run, count
+from rwkv_bone.training import recompute
+from rwkv_bone.training.memory import GB, Counted, Run, count, needs
+from rwkv_bone.training.prepare import load_data, plan_batches
 from rwkv_bone.training.recompute import decide, levels, needed
 from tests.conftest import random_model
 from tests.test_memory_page import memory
@@ -116,10 +120,10 @@ def test_gradients_are_the_same_bits_whatever_is_computed_again(version, kind):
     ids = torch.randint(0, 61, (1, 150))
     cu_seqlens = torch.tensor([0, 37, 38, 150])
     found = []
-    for recompute in (Recompute(), Recompute(0, True), Recompute(1, True), Recompute(1), EVERY_BLOCK):
+    for again in (Recompute(), Recompute(0, True), Recompute(1, True), Recompute(1), EVERY_BLOCK):
         torch.manual_seed(1)
         model.zero_grad()
-        model(ids, labels=ids.roll(-1, 1), cu_seqlens=cu_seqlens, recompute=recompute).backward()
+        model(ids, labels=ids.roll(-1, 1), cu_seqlens=cu_seqlens, recompute=again).backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
     for other in found[1:]:
         assert all(torch.equal(found[0][name], other[name]) for name in other)
@@ -151,3 +155,42 @@ def test_a_run_counts_its_own_model_as_the_table_counts_an_empty_one():
     model = build(arch, op="torch", dtype=torch.bfloat16)
     inject(model, settings=AdapterSettings("bone", 32))
     assert count(model) == memory.counted(arch, "bone", 32)
+
+
+def test_with_several_forward_passes_a_step_the_gradients_are_there_from_the_second_on(counted):
+    one, several = (needs(ARCH, counted, replace(RUN, accumulate=passes)).passing for passes in (1, 4))
+    assert several - one == pytest.approx(4 * counted.trained, rel=0.05)
+
+
+def test_processes_of_one_machine_share_its_memory_and_unknown_stays_unknown(monkeypatch):
+    for free, share in ((800, 200), (None, None)):
+        monkeypatch.setattr(recompute, "free_memory", lambda free=free: free)
+        assert recompute.memory_there("cpu", 4) == share
+
+
+def test_all_ranks_do_what_the_most_cautious_one_does(monkeypatch):
+    others = [Recompute(0, True), Recompute(3, True), Recompute()]
+
+    def all_reduce(mine, op):
+        assert op == torch.distributed.ReduceOp.MAX
+        for other in others:
+            torch.maximum(mine, torch.tensor(other), out=mine)
+
+    monkeypatch.setattr(recompute.dist, "all_reduce", all_reduce)
+    trainer = SimpleNamespace(world_size=4, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    for mine, agreed in ((Recompute(), Recompute(3, True)), (Recompute(5, True), Recompute(5, True))):
+        module = SimpleNamespace(recompute=mine)
+        recompute.Agree().setup(trainer, module, "fit")
+        assert module.recompute == agreed and type(module.recompute.wkv) is bool
+
+
+def test_a_run_is_described_by_its_rows_as_they_are(job):
+    config = parse_train([word for word in job.argv({"accumulate_grad_batches": 3}) if word != "--typed"])
+    dataset, _ = load_data(config, 256, config.data)
+    padded = recompute.run_of(config, plan_batches(config, dataset), "cpu")
+    longest = int(dataset.lengths.max())
+    assert longest < config.data.ctx_len and (padded.length, padded.rows, padded.accumulate) == (longest, 4, 3)
+    config = replace(config, data=replace(config.data, dataload="pack"), model=replace(config.model, chunk_ctx=100))
+    packed = recompute.run_of(config, plan_batches(config, dataset), "cpu")
+    assert (packed.length, packed.rows, packed.whole) == (100, 1, 4 * config.data.ctx_len)
+    assert packed.document == int(dataset.lengths.mean())
