@@ -61,7 +61,7 @@ class Block(nn.Module):
         self.ln1 = LayerNorm(arch.n_embd)
         self.ln2 = LayerNorm(arch.n_embd)
         self.att = generation.TimeMix(arch, layer, op)
-        self.ffn = generation.ChannelMix(arch, layer)
+        self.ffn = generation.ChannelMix(arch, layer, op)
         self.first = layer == 0  # not the number itself: torch.compile would make a graph for each
 
     def forward(
@@ -72,11 +72,12 @@ class Block(nn.Module):
         return_state: bool,
         cu_seqlens: Tensor | None,
         keep_wkv: bool = True,
+        rebuild: bool = True,
     ) -> tuple[Tensor, Tensor | None, LayerState | None]:
         """x [B, T, C] -> (x, shared, LayerState or None). `shared` is what a generation hands from block to block.
 
         That is RWKV-7's v_first [B, T, C], and nothing in the others. keep_wkv: keep the WKV operator's results for
-        backward; otherwise they are computed again.
+        backward; otherwise they are computed again. rebuild: of what projections keep of their inputs, too.
         """
         if self.first:
             x = self.ln0(x)
@@ -84,7 +85,7 @@ class Block(nn.Module):
 
         # Mix over time: the only place where tokens see the past, but for the token shift of the channel mix.
         att_in = self.ln1(x)  # [B, T, C]
-        mixed, shared, wkv = self.att(att_in, shared, att_shift, wkv, return_state, cu_seqlens)
+        mixed, shared, wkv = self.att(att_in, shared, att_shift, wkv, return_state, cu_seqlens, keep_wkv, rebuild)
         x = x + mixed  # [B, T, C]
 
         # Mix over channels. The state is taken before it, on purpose: if a block saves anything for backward after its
@@ -94,7 +95,7 @@ class Block(nn.Module):
         if return_state:
             assert wkv is not None
             after = LayerState(_last(att_in, cu_seqlens), wkv, _last(ffn_in, cu_seqlens))
-        return x + self.ffn(ffn_in, ffn_shift, cu_seqlens), shared, after
+        return x + self.ffn(ffn_in, ffn_shift, cu_seqlens, rebuild), shared, after
 
 
 def _last(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -158,8 +159,9 @@ class RWKV(nn.Module):
         for layer, block in enumerate(self.blocks):
             before = state[layer] if state is not None else None
             if layer < recompute.blocks and torch.is_grad_enabled():
-                # Only one block at a time holds what its backward needs: there the WKV's results cost no memory.
-                x, shared, new = checkpoint(block, x, shared, before, return_state, cu_seqlens, use_reentrant=False)
+                # Only one block at a time holds what its backward needs: there it keeps everything.
+                arguments, keep = (x, shared, before, return_state, cu_seqlens), {"keep_wkv": True, "rebuild": False}
+                x, shared, new = checkpoint(block, *arguments, **keep, use_reentrant=False)
             else:
                 x, shared, new = block(x, shared, before, return_state, cu_seqlens, not recompute.wkv)
             after.append(new)
