@@ -4,7 +4,7 @@ For a run that trains an adapter on one device (ZeRO stage 1 or 2):
 
     weights     every frozen tensor in --precision; with --quant the projections as codes and scales
     trained     12 bytes a parameter: the parameter and AdamW's two moments, all fp32
-    kept        what autograd keeps of each layer and token for backward: `kept_per_token`. Of a block that is computed
+    kept        what autograd keeps of each layer and token for backward: `kept_by_layer`. Of a block that is computed
                 again only its input; with chunk_ctx of one chunk, and the state of each layer at each boundary
     passing     the most that is there beside weights and trained: what is kept at one time, gradients so far, 4 bytes a
                 trained parameter, and what is worked in. Backward frees the one while it makes the other, so the most
@@ -12,7 +12,7 @@ For a run that trains an adapter on one device (ZeRO stage 1 or 2):
                 its logits; or in the optimiser's step, 8 bytes a trained parameter
     reserve     a tenth of all that for gaps between tensors, and 0.7 GB for CUDA itself and cuBLAS
 
-What only few runs have is estimated from above. tests/test_memory_page.py holds `kept_per_token` to what autograd keeps
+What only few runs have is estimated from above. tests/test_memory_page.py holds `kept_by_layer` to what autograd keeps
 on a processor.
 """
 
@@ -20,9 +20,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from rwkv_bone.adapters import AdapterLinear
+from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.models import RWKV, Recompute
+from rwkv_bone.models.layers import keeps_input
+from rwkv_bone.models.rwkv import Block
 from rwkv_bone.ops.cross_entropy import rows_at_a_time
 from rwkv_bone.ops.sizes import saved_floats
 from rwkv_bone.quantization import BLOCK, CHUNK_GPU, QuantLinear, is_quantized
@@ -34,8 +39,12 @@ GAPS, CUDA_BYTES = 0.10, 7 * 10**8
 
 SHELL_ROWS = 3  # rows of width C that the model keeps around its blocks, RWKV-7's v_first among them
 BACKWARD_ROWS = 3  # rows of width C + dim_ffn that a block's backward pass works in
-ROWS = {7: 17, 6: 17, 5: 11}  # rows of width C in the activations' dtype that a layer keeps for backward
-HEAD_BYTES = 14  # norms of each head
+# Of each token a block keeps so many numbers of width C, besides relu squared's input of width dim_ffn: the inputs of
+# its two norms and what its projections gave; RWKV-6 and 5 also both factors of the channel mix's result, and RWKV-6
+# the input of its time mix.
+ROWS = {7: 2 + 3, 6: 2 + 4 + 2 + 1, 5: 2 + 4 + 2}
+NORMS = 4  # numbers of each token: mean and scale of the two norms
+SHARES = {7: 7, 6: 8, 5: 6}  # fp32 numbers of width C that do not depend on the tokens: how much each lerp mixes
 
 
 @dataclass(frozen=True)
@@ -106,16 +115,18 @@ class Counted:
     largest: int  # weights of the largest of them
     others: int  # other frozen weights
     trained: int
-    casts: int  # weights of trained matrices of a block, of which backward needs a copy in --precision
-    kept: int  # numbers that a block's adapters and trained matrices keep of each token
+    casts: int  # weights of trained matrices of the base, of which backward needs a copy in --precision
+    inputs: int  # rows of width C that a block keeps because projections or trained lerps need their input
+    products: int  # numbers of each token that a block's adapters keep of their own
 
 
 def count(model: RWKV) -> Counted:
     """Count a model, which may be quantised, or have no memory yet (torch.device("meta"))."""
-    shapes, others, trained = [], 0, 0
+    shapes, others, trained, casts = [], 0, 0, 0
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             trained += parameter.numel()
+            casts += parameter.numel() if parameter.dim() > 1 and not split_key(key) else 0
         elif is_quantized(key):
             shapes.append(tuple(parameter.shape))
         else:
@@ -123,24 +134,33 @@ def count(model: RWKV) -> Counted:
     shapes += [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, QuantLinear)]
     sizes = [rows * columns for rows, columns in shapes]
     block = model.blocks[-1]
-    layers = [module for module in block.modules() if isinstance(module, AdapterLinear)]
-    own = {id(tensor) for layer in layers for tensor in layer.tensors().values()}
-    matrices = [p for p in block.parameters() if p.requires_grad and p.dim() > 1 and id(p) not in own]
     return Counted(
         projections=sum(sizes),
         rows=sum(rows for rows, _ in shapes),
         largest=max(sizes, default=0),
         others=others,
         trained=trained,
-        casts=sum(matrix.numel() for matrix in matrices),
-        kept=sum(map(_kept_by, layers)) + sum(max(matrix.shape) for matrix in matrices),
+        casts=casts,
+        inputs=_inputs_kept(block, model.arch.version),
+        products=sum(_products(layer) for layer in block.modules() if isinstance(layer, AdapterLinear)),
     )
 
 
-def _kept_by(layer: AdapterLinear) -> int:
-    """Numbers that it keeps of each token: Bone the folded input, Bat the input, LoRA also its product with A."""
-    kind, r = layer.settings.kind, layer.settings.r
-    return (kind != "bone") * layer.in_features + ("bat" not in kind) * r
+def _inputs_kept(block: nn.Module, version: int) -> int:
+    """See Counted. From the input of a mix all its lerps are made again, and relu squared from its own input."""
+    assert isinstance(block, Block)
+    kept = int(keeps_input(block.att.output))
+    for mix, last in ((block.att, block.att.output), (block.ffn, block.ffn.value)):
+        mixes = any(p.requires_grad for p in mix.parameters(recurse=False))
+        needed = mixes or any(keeps_input(layer) for layer in mix.children() if layer is not last)
+        kept += needed and not (version == 6 and mix is block.att)  # which is kept anyway
+    return kept
+
+
+def _products(layer: AdapterLinear) -> int:
+    """Bone keeps the folded input, LoRA its product with A; with dropout also the input that is left and a mask."""
+    r = 0 if "bat" in layer.settings.kind else layer.settings.r
+    return r + (2 * layer.in_features if layer.settings.dropout else 0)
 
 
 def weight_bytes(count: Counted, run: Run) -> float:
@@ -154,30 +174,28 @@ def weight_bytes(count: Counted, run: Run) -> float:
     return count.others * run.width + codes[run.quant]
 
 
-def kept_per_token(arch: Architecture, count: Counted, run: Run, wkv: bool = False) -> float:
-    """Bytes that autograd keeps of one token in one layer, but the first, which keeps less.
-
-    wkv: the WKV operator is run again in backward.
-    """
+def kept_by_layer(arch: Architecture, count: Counted, run: Run, wkv: bool = False) -> float:
+    """Bytes that autograd keeps of one layer, but the first, which keeps less. wkv: the operator is run again."""
     C, rank = arch.n_embd, arch.low_rank
-    numbers = ROWS[arch.version] * C + arch.dim_ffn + count.kept
-    numbers += {7: rank.get("w", 0) + rank.get("g", 0), 6: 5 * rank.get("mix", 0) + rank.get("decay", 0), 5: 0}[
-        arch.version
-    ]
-    decay = 0 if arch.version == 5 else 4 * C
-    kernels = "cpu" if run.device == "cpu" else "exact" if run.precision == "fp32" else "chunked32"
-    documents = -(-run.length // run.document) if run.document else 0
-    sizes = run.rows, run.length, arch.n_head, arch.head_size, documents
-    scratch = saved_floats(f"wkv{arch.version}", kernels, *sizes)
-    return numbers * run.width + decay + HEAD_BYTES * arch.n_head + 4 * scratch / run.tokens
+    # The hidden layers of the low-rank networks.
+    hidden = {7: sum(rank.values()), 6: 5 * rank.get("mix", 0) + rank.get("decay", 0), 5: 0}[arch.version]
+    numbers = (ROWS[arch.version] + count.inputs) * C + arch.dim_ffn + NORMS + hidden + count.products
+    scratch = 0
+    if not wkv:
+        numbers += C  # what the operator gave
+        kernels = "cpu" if run.device == "cpu" else "exact" if run.precision == "fp32" else "chunked32"
+        documents = -(-run.length // run.document) if run.document else 0
+        sizes = run.rows, run.length, arch.n_head, arch.head_size, documents
+        scratch = 4 * saved_floats(f"wkv{arch.version}", kernels, *sizes)
+    return numbers * run.width * run.tokens + scratch + 4 * SHARES[arch.version] * C
 
 
 def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
     """What a run needs of the memory that its device computes in."""
     row = run.tokens * run.width  # bytes of one number a token
     layers, again = arch.n_layer, min(run.recompute.blocks, arch.n_layer)
-    whole = kept_per_token(arch, count, run) * run.tokens
-    stays = kept_per_token(arch, count, run, run.recompute.wkv) * run.tokens
+    whole = kept_by_layer(arch, count, run)
+    stays = kept_by_layer(arch, count, run, run.recompute.wkv)
     around = SHELL_ROWS * arch.n_embd * row
     if run.chunk_ctx:
         state = 4 * arch.n_embd * (arch.head_size + 2)  # of one layer: the WKV state, and the last row of each mix
@@ -202,7 +220,7 @@ def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
     head = kept_by(layers) + arch.vocab_size * logits * run.width + earlier
     blocks = {1, again, again + 1, layers} & set(range(1, layers + 1))
     return Needs(
-        weights=weight_bytes(count, run),
+        weights=weight_bytes(count, run) + (count.casts * run.width if run.precision != "fp32" else 0),
         trained=TRAINED_BYTES * count.trained,
         kept=kept_by(layers),
         passing=max(head, STEP_BYTES * count.trained, *map(while_in, blocks)),
