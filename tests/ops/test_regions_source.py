@@ -55,14 +55,19 @@ def test_a_region_equals_its_definition(region, size, dtypes):
 
 @pytest.mark.parametrize("region", REGIONS)
 def test_results_are_the_same_bits_whatever_the_order_of_threads_and_what_else_is_wanted(raw, region):
-    size = "documents, some carried" if region in (MIX, MIX6) else "the usual head"
+    size = list(checks.sizes(region))[1] if region not in (MIX, MIX6) else "documents, some carried"
     checks.is_the_same_in_any_order(raw, region, case_of(region, "bf16 with trained parameters", size))
 
 
 @pytest.mark.parametrize("region", REGIONS)
 def test_long_strips_of_tokens_give_what_short_ones_do(region):
-    size = "documents, some carried" if region in (MIX, MIX6) else "the usual head"
+    size = list(checks.sizes(region))[1] if region not in (MIX, MIX6) else "documents, some carried"
     checks.strips_do_not_matter(region, case_of(region, "fp32", size))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_first_layers_value_gets_both_parts_of_its_gradient(dtypes):
+    checks.first_layer_adds_both_parts(dtypes)
 
 
 @pytest.mark.parametrize("region", [MIX, MIX6])
@@ -89,7 +94,7 @@ def test_sums_over_65536_tokens_lose_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("vocabulary", [1, 7, 256, 4099, 4104])
+@pytest.mark.parametrize("vocabulary", [1, 7, 256, 4099, 8200])
 def test_the_cross_entropy_of_rows_and_its_gradient_in_their_place(vocabulary, dtype):
     checks.cross_entropy_equals_its_definition(vocabulary, dtype)
 
