@@ -55,13 +55,13 @@ def sizes(region: str) -> dict[str, dict]:
 
 @functools.cache
 def case_of(region: str, dtypes: str, size: str, device: str = "cpu", **others: int) -> Case:
-    case = make_case(region, *DTYPES[dtypes], **sizes(region)[size], **others)
+    return moved(make_case(region, *DTYPES[dtypes], **sizes(region)[size], **others), device)
 
-    def moved(x):
-        return x.to(device) if isinstance(x, Tensor) else x
 
-    given = {name: moved(x) for name, x in case.given.items()}
-    return case._replace(given=given, grads=list(map(moved, case.grads)))
+def moved(case: Case, device: str) -> Case:
+    """What is given; what must come lies on the processor."""
+    given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.given.items()}
+    return case._replace(given=given, grads=[g.to(device) for g in case.grads])
 
 
 @contextmanager
@@ -133,9 +133,9 @@ def strips_do_not_matter(region: str, case: Case) -> None:
         assert name.split()[-1] in PARAMETERS or torch.equal(x, expected[name]), name
 
 
-def documents_are_alone(region: str) -> None:
+def documents_are_alone(region: str, device: str = "cpu") -> None:
     lengths, C, M, carried = [3, 1, 29, 33, 1], 48, 6, 2
-    whole = case_of(region, "bf16", "documents, some carried")
+    whole = case_of(region, "bf16", "documents, some carried", device)
     found, begin = results(region, whole), 0
     for i, length in enumerate(lengths):
         part = slice(begin, begin + length)

@@ -241,9 +241,12 @@ def run(calls: ShimCalls, check: Check) -> None:
         check.run(raw)
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_every_check_passes_without_a_bug(name, tmp_path):
-    run(compiled(tmp_path, CHECKS[name]), CHECKS[name])
+def test_every_check_passes_without_a_bug(tmp_path):
+    units = {check.unit for check in CHECKS.values()}
+    calls = ShimCalls(tmp_path)
+    calls.load(compile_on_shim("".join(unit.source() for unit in units), tmp_path / "kernels.so", "-O1"), *units)
+    for check in CHECKS.values():
+        run(calls, check)
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
