@@ -37,9 +37,7 @@ def trial(device: torch.device, dtype: torch.dtype, N: int) -> None:
                     continue
                 error = ((a.double() - b).norm() / (b.norm() + 1e-6)).nan_to_num(nan=torch.inf).item()
                 if not error < LIMITS[dtype]:
-                    raise BuildError(
-                        f"a trial call of the region {name} gave wrong numbers (relative error {error:.1e})"
-                    )
+                    raise BuildError(f"a trial call of {name} gave wrong numbers (relative error {error:.1e})")
 
 
 def _any_size(activation: Any, draw: torch.Generator, device: torch.device) -> Iterator[tuple[str, tuple]]:
