@@ -209,9 +209,9 @@ def own_names(parameters: dict[str, nn.Parameter], method: str) -> dict[str, nn.
 
 def rwkv7_hf(case: Case, method: str) -> tuple[Side, Side]:
     try:
+        from rwkv7_hf import modeling_rwkv7 as modeling  # isort: skip
+        from rwkv7_hf.configuration_rwkv7 import RWKV7Config  # isort: skip
         import peft
-        from rwkv7_hf import modeling_rwkv7 as modeling
-        from rwkv7_hf.configuration_rwkv7 import RWKV7Config
     except ImportError as problem:
         raise Missing(f"it is not installed, or not usable: {problem}") from problem
 

@@ -1,4 +1,4 @@
-"""benchmarks/peers.py: the models of others compute what ours does, a wrong one gets no time, a missing one is named."""
+"""benchmarks/peers.py: others' models compute what ours does; a wrong one gets no time, a missing one is named."""
 
 import sys
 
