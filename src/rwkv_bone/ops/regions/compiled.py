@@ -22,6 +22,9 @@ from torch import Tensor
 
 from rwkv_bone.ops import native
 from rwkv_bone.ops.arguments import sequences
+from rwkv_bone.ops.build import BuildError
+from rwkv_bone.ops.driver import DriverError
+from rwkv_bone.ops.launches import HEAD_SIZES
 from rwkv_bone.ops.native import DTYPES, documents, ready
 
 LIBRARY = "regions"
@@ -528,5 +531,21 @@ _register(
 
 @functools.cache
 def problem(device: torch.device, dtype: torch.dtype, N: int) -> str:
-    """Why the compiled regions cannot be used for such a model, in words; nothing if they can."""
-    return "there is no kernel yet"
+    """Why the compiled regions cannot be used for such a model, in words; nothing if they can.
+
+    Builds them if there is anything to build, and tries each once. N 1 stands for the regions without heads.
+    """
+    from rwkv_bone.ops.regions.trial import trial  # which imports this module
+
+    kind = device.type
+    if kind not in ("cpu", "cuda"):
+        return f"there are none for {kind}"
+    if kind == "cpu" and N > 1 and (N % 8 or N > LARGEST_HEAD):
+        return f"the head size must be a multiple of 8 and at most {LARGEST_HEAD}, found {N}"
+    if kind == "cuda" and N > 1 and N not in HEAD_SIZES:
+        return f"the head size must be one of {', '.join(map(str, HEAD_SIZES))}, found {N}"
+    try:
+        trial(device, dtype, N)
+    except (BuildError, DriverError, torch.AcceleratorError) as reason:
+        return str(reason)
+    return ""
