@@ -160,8 +160,8 @@ class RWKV(nn.Module):
             before = state[layer] if state is not None else None
             if layer < recompute.blocks and torch.is_grad_enabled():
                 # Only one block at a time holds what its backward needs: there it keeps everything.
-                arguments, keep = (x, shared, before, return_state, cu_seqlens), {"keep_wkv": True, "rebuild": False}
-                x, shared, new = checkpoint(block, *arguments, **keep, use_reentrant=False)
+                how = (before, return_state, cu_seqlens, True, False)
+                x, shared, new = checkpoint(block, x, shared, *how, use_reentrant=False)
             else:
                 x, shared, new = block(x, shared, before, return_state, cu_seqlens, not recompute.wkv)
             after.append(new)

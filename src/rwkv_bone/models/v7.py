@@ -126,7 +126,7 @@ class TimeMix(StatefulMix):
             keep_wkv=keep_wkv,
             op=self.op,
         )  # z [B, T, C]
-        return self.output(z), v if self.first else v_first, state if return_state else None
+        return self.output(z), v if v_first is None else v_first, state if return_state else None
 
 
 class ChannelMix(nn.Module):

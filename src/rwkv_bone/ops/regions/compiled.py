@@ -469,11 +469,15 @@ def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
 
+# Without autograd, torch.library.custom_op would only cost: as much time again as a small call takes.
+_OPERATORS = torch.library.Library("rwkv_bone", "FRAGMENT")
+
+
 def _register(name: str, arguments: str, returns: str, run: Callable, results: Callable) -> None:
-    operator = torch.library.custom_op(
-        f"rwkv_bone::region_{name}", run, mutates_args=(), schema=f"({arguments}) -> {returns}"
-    )
-    operator.register_fake(results)
+    _OPERATORS.define(f"region_{name}({arguments}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
+    for device in ("CPU", "CUDA"):
+        _OPERATORS.impl(f"region_{name}", run, device)
+    torch.library.register_fake(f"rwkv_bone::region_{name}", results, lib=_OPERATORS)
 
 
 _MIX = "Tensor? last, Tensor? cu_seqlens, Tensor shares"

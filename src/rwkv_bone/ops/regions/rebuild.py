@@ -33,8 +33,8 @@ def rebuilt(recipes: Sequence[Recipe]) -> Iterator[None]:
     """Whatever autograd keeps within of a recipe's tensor, it keeps as the recipe."""
     table = {recipe.made.data_ptr(): recipe for recipe in recipes}
     # Of several hooks PyTorch only calls the innermost: this one hands on what it keeps, such as to a checkpoint's.
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False) or (_same, _same)
-    outer_pack, outer_unpack = outer
+    outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    outer_pack, outer_unpack = outer or (_same, _same)
 
     def pack(x: Tensor) -> Any:
         recipe = table.get(x.data_ptr())

@@ -5,7 +5,7 @@ from inside an autograd function.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def kept_or_again(keep: bool, function: Callable[..., Result], *arguments: objec
     return checkpoint(function, *arguments, use_reentrant=False)
 
 
-def vectors(parameters: Sequence[Tensor | None], like: Tensor) -> list[Tensor | None]:
+def vectors(parameters: Sequence[Tensor | None], like: Tensor) -> list[Any]:
     """Parameters of C numbers each as the regions take them: [C], all of one dtype."""
     given = [p for p in parameters if p is not None]
     if any(p.dtype != given[0].dtype for p in given) or given[0].dtype not in (like.dtype, torch.float32):
@@ -75,11 +75,11 @@ def vectors(parameters: Sequence[Tensor | None], like: Tensor) -> list[Tensor | 
     return [None if p is None else p.flatten() for p in parameters]
 
 
-def summed(g: Tensor, parameter: Tensor, needed: bool) -> Tensor | None:
+def summed(g: Tensor, parameter: Any, needed: Any) -> Any:
     """A gradient [C] as one of its parameter, None unless it is needed."""
     return g.view(parameter.shape).to(parameter.dtype) if needed else None
 
 
-def product_gradient(hidden: Tensor, g: Tensor, weight: Tensor, needed: bool) -> Tensor | None:
+def product_gradient(hidden: Any, g: Tensor, weight: Any, needed: Any) -> Any:
     """The gradient of `weight` in hidden @ weight, None unless it is needed."""
     return (hidden.flatten(0, -2).t() @ g.flatten(0, -2)).to(weight.dtype) if needed else None

@@ -64,7 +64,8 @@ def time_mix6(
         with torch.autocast(r.device.type, enabled=False):
             return time_mix6(activations, parameters, state, cu_seqlens, N=N, eps=eps, keep_wkv=keep_wkv, op=op)
     dtype = r.dtype if r.dtype in recurrence.DTYPES else torch.float32
-    activations = Activations(*(None if x is None else x.to(dtype) for x in activations))
+    given: Any = [None if x is None else x.to(dtype) for x in activations]
+    activations = Activations(*given)
     state = None if state is None else widened(state, activations.r)
     operator = "wkv5" if activations.w is None else "wkv6"
     form = recurrence.checked_form(operator, activations.r, state, cu_seqlens, N, op)
@@ -124,8 +125,9 @@ class _TimeMix6(torch.autograd.Function):
         )
         dr, dk, dv = (gradient.flatten(-2) for gradient in (dr, dk, dv))
 
-        d_decay = d_w2 = d_hidden = None
-        if x.w is None:
+        d_decay: Any = None
+        d_w2 = d_hidden = None
+        if x.w is None or p.decay_w2 is None:
             d_decay = recurrence.summed(dw, p.decay, need.decay)
         else:
             dw = dw.flatten(-2)
@@ -159,14 +161,14 @@ def _inputs(x: Activations, p: Parameters, N: int) -> tuple[Tensor, ...]:
     The operator turns w into the decay exp(-exp(w)): the exponent of an exponent, so not in bf16.
     """
     w = widened(p.decay, x.r)
-    if x.w is not None:
+    if x.w is not None and p.decay_w2 is not None:
         w = w + widened(x.w @ p.decay_w2.to(x.w.dtype))  # [B, T, C]
     r, k, v = (tensor.unflatten(-1, (-1, N)) for tensor in (x.r, x.k, x.v))
     w = w.view(-1, N) if x.w is None else w.unflatten(-1, (-1, N))
     return r, w, k, v, widened(p.u, x.r)
 
 
-def _norm(p: Parameters, like: Tensor) -> list[Tensor | None]:
+def _norm(p: Parameters, like: Tensor) -> list[Any]:
     return recurrence.vectors((p.ln_weight, p.ln_bias), like)
 
 

@@ -75,7 +75,8 @@ def time_mix7(
         with torch.autocast(r.device.type, enabled=False):
             return time_mix7(activations, parameters, state, cu_seqlens, N=N, eps=eps, keep_wkv=keep_wkv, op=op)
     dtype = r.dtype if r.dtype in recurrence.DTYPES else torch.float32
-    activations = Activations(*(None if x is None else x.to(dtype) for x in activations))
+    given: Any = [None if x is None else x.to(dtype) for x in activations]
+    activations = Activations(*given)
     state = None if state is None else widened(state, activations.r)
     form = recurrence.checked_form("wkv7", activations.r, state, cu_seqlens, N, op)
     tensors = (*activations, state, cu_seqlens, *parameters)
@@ -152,20 +153,21 @@ class _TimeMix7(torch.autograd.Function):
         dpw, dpa, dpv, dk0, dv0, dv_first, d_w0, d_a0, d_v0, d_k_k, d_k_a = region.pre7_backward(
             pa, pv, x.k0, x.v0, x.v_first, a0, v0, k_k, k_a, N, dw, dk, dv, da, db, dk_bonus, dv_bonus, want
         )
-        down = (
-            ("w", dpw, parameters.w2),
-            ("a", dpa, parameters.a2),
-            ("v", dpv, parameters.v2),
-            ("g", dg, parameters.g2),
-        )
-        hidden = {
-            name: d @ weight.to(d.dtype).t() if weight is not None and getattr(need_x, name) else None
-            for name, d, weight in down
-        }
-        dx = Activations(
-            r=dr.flatten(-2) + dr_bonus, k0=dk0, v0=dv0, **hidden, v_first=dv_first if x.v_first is not None else None
-        )
         p = parameters
+
+        def down(g: Tensor, weight: Tensor | None, needed: Any) -> Any:
+            return g @ weight.to(g.dtype).t() if weight is not None and needed else None
+
+        dx = Activations(
+            r=dr.flatten(-2) + dr_bonus,
+            k0=dk0,
+            v0=dv0,
+            w=down(dpw, p.w2, need_x.w),
+            a=down(dpa, p.a2, need_x.a),
+            v=down(dpv, p.v2, need_x.v),
+            g=down(dg, p.g2, need_x.g),
+            v_first=None if x.v_first is None else dv_first,
+        )
         dp = Parameters(
             w0=recurrence.summed(d_w0, p.w0, need.w0),
             w2=recurrence.product_gradient(x.w, dpw, p.w2, need.w2),
@@ -192,7 +194,7 @@ def _parts(tensors: tuple[Any, ...]) -> tuple[Activations, Any, Any, Parameters]
     return Activations(*tensors[:count]), tensors[count], tensors[count + 1], Parameters(*tensors[count + 2 :])
 
 
-def _vectors(p: Parameters, like: Tensor) -> list[Tensor | None]:
+def _vectors(p: Parameters, like: Tensor) -> list[Any]:
     return recurrence.vectors((p.w0, p.a0, p.v0, p.k_k, p.k_a, p.r_k, p.ln_weight, p.ln_bias), like)
 
 
@@ -203,7 +205,7 @@ def _before(
     dtype = x.r.dtype
     w0, a0, v0, k_k, k_a, *_ = _vectors(p, x.r)
     pw, pa = x.w @ p.w2.to(dtype), x.a @ p.a2.to(dtype)  # each [B, T, C]
-    pv = None if x.v is None else x.v @ p.v2.to(dtype)
+    pv = None if x.v is None or p.v2 is None else x.v @ p.v2.to(dtype)
     w, k, v, a, b = region.pre7_forward(pw, pa, pv, x.k0, x.v0, x.v_first, w0, a0, v0, k_k, k_a, N, want_w)
     inputs = (x.r, w if want_w else pw, k, x.v0 if pv is None else v, a, b)
     heads = tuple(tensor.unflatten(-1, (-1, N)) for tensor in inputs)
