@@ -22,7 +22,6 @@ from adapters import MEGABYTE, peak, run, timed
 from torch import Tensor, nn
 
 from benchmarks.timing import hardware
-
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings
 from rwkv_bone.config import QUANTS
 from rwkv_bone.quantization import QuantLinear, quantize
