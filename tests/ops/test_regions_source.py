@@ -17,9 +17,9 @@ from rwkv_bone.ops.launches import ELEMENTS, HEAD_SIZES
 from rwkv_bone.ops.regions import launches
 from rwkv_bone.ops.regions.launches import Unit
 from tests.ops import region_checks as checks
-from tests.ops.region_cases import MIX, MIX6, POST7, REGIONS, RELU_SQUARE, make_case
+from tests.ops.region_cases import MIX, MIX6, POST7, REGIONS, make_case
 from tests.ops.region_checks import DTYPES, case_of, on_the_shim
-from tests.ops.shim import ShimCalls, build_once
+from tests.ops.shim import ShimCalls, build_once, compile_on_shim
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the CUDA source as C++")
 
@@ -55,14 +55,19 @@ def test_a_region_equals_its_definition(region, size, dtypes):
 
 @pytest.mark.parametrize("region", REGIONS)
 def test_results_are_the_same_bits_whatever_the_order_of_threads_and_what_else_is_wanted(raw, region):
-    size = "documents, some carried" if region in (MIX, MIX6) else "the usual head"
+    size = list(checks.sizes(region))[1] if region not in (MIX, MIX6) else "documents, some carried"
     checks.is_the_same_in_any_order(raw, region, case_of(region, "bf16 with trained parameters", size))
 
 
 @pytest.mark.parametrize("region", REGIONS)
 def test_long_strips_of_tokens_give_what_short_ones_do(region):
-    size = "documents, some carried" if region in (MIX, MIX6) else "the usual head"
+    size = list(checks.sizes(region))[1] if region not in (MIX, MIX6) else "documents, some carried"
     checks.strips_do_not_matter(region, case_of(region, "fp32", size))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_first_layers_value_gets_both_parts_of_its_gradient(dtypes):
+    checks.first_layer_adds_both_parts(dtypes)
 
 
 @pytest.mark.parametrize("region", [MIX, MIX6])
@@ -71,25 +76,27 @@ def test_each_document_is_what_it_is_alone_bit_for_bit(region):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("region", REGIONS)
-def test_every_head_size_and_every_number_of_mixes_has_its_kernels(request, calls, region, dtypes):
-    for size in range(1, launches.LARGEST_M + 1) if region in (MIX, MIX6) else HEAD_SIZES:
+def test_every_head_size_and_every_number_of_mixes_has_its_kernels(calls, tmp_path):
+    counts, heads = range(1, launches.LARGEST_M + 1), ("pre7", "post7", "gated_norm")
+    units = [Unit(region, dtype, M) for region in (MIX, MIX6) for dtype in ELEMENTS for M in counts]
+    units += [Unit(region, dtype, N) for region in heads for dtype in ELEMENTS for N in HEAD_SIZES]
+    units = [unit for unit in units if unit not in calls.loaded]
+    calls.load(compile_on_shim("".join(unit.source() for unit in units), tmp_path / "all.so", "-O0"), *units)
+    for region, dtype, size in units:
         others = dict(M=size, C=24, documents=[3, 1, 30]) if region in (MIX, MIX6) else dict(B=2, T=9, N=size)
-        checks.equals_its_definition(region, make_case(region, *DTYPES[dtypes], **others))
-        if region == RELU_SQUARE:
-            break
+        case = make_case(region, *DTYPES["fp32" if dtype == "float32" else "bf16"], **others)
+        checks.equals_its_definition(region, case)
 
 
 @pytest.mark.slow
 def test_sums_over_65536_tokens_lose_nothing():
-    for region in (MIX, POST7):
-        sizes = dict(M=1, C=64) if region == MIX else dict(N=64, H=1)
-        checks.equals_its_definition(region, make_case(region, torch.bfloat16, torch.float32, T=2**16, **sizes))
+    with checks.longest_strips():
+        for region, sizes in ((MIX, dict(M=1, C=64)), (POST7, dict(N=64, H=1))):
+            checks.equals_its_definition(region, make_case(region, torch.bfloat16, torch.float32, T=2**16, **sizes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("vocabulary", [1, 7, 256, 4099, 4104])
+@pytest.mark.parametrize("vocabulary", [1, 7, 256, 4099, 8200])
 def test_the_cross_entropy_of_rows_and_its_gradient_in_their_place(vocabulary, dtype):
     checks.cross_entropy_equals_its_definition(vocabulary, dtype)
 

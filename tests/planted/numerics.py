@@ -25,6 +25,13 @@ BUGS = (
         f"{ADAPTERS}/blockwise.py", "total += a[rows].t() @ b[rows]", "total = a[rows].t() @ b[rows].float()", THOUSANDS
     ),
     Bug(
+        f"{ADAPTERS}/blockwise.py",
+        "a.shape[1] > b.shape[1] else b, 8)",
+        "a.shape[1] > b.shape[1] else b, 1)",
+        THOUSANDS,
+    ),
+    Bug(f"{ADAPTERS}/lora.py", "[b, b - b0]", "[b, b0 - b]", f"{LAYER_TESTS} -k 'dense or merged'"),
+    Bug(
         f"{ADAPTERS}/bat.py",
         "grad_bone += grad_z.transpose(1, 2) @",
         "grad_bone = grad_z.transpose(1, 2) @",
