@@ -39,7 +39,7 @@ from torch import Tensor, nn  # noqa: E402
 from benchmarks.timing import append, ceilings, elapsed  # noqa: E402
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject  # noqa: E402
 from rwkv_bone.config import ModelConfig  # noqa: E402
-from rwkv_bone.models import RWKV, architecture_from_scratch, build  # noqa: E402
+from rwkv_bone.models import EVERY_BLOCK, RWKV, Recompute, architecture_from_scratch, build  # noqa: E402
 from rwkv_bone.ops import CHOICES, select_op  # noqa: E402
 
 # layers, width, vocabulary
@@ -148,9 +148,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict, list[
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, fused=True)
     ids, labels, cu_seqlens = random_batch(SIZES[args.size][2], args.bsz, args.ctx, args.documents, device)
     losses = []
+    recompute = EVERY_BLOCK if args.grad_cp else Recompute()
 
     def loss_of() -> Tensor:
-        return model(ids, labels=labels, cu_seqlens=cu_seqlens, grad_cp=args.grad_cp) / ids.numel()
+        return model(ids, labels=labels, cu_seqlens=cu_seqlens, recompute=recompute) / ids.numel()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

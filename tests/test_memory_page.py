@@ -9,7 +9,7 @@ import torch
 
 from rwkv_bone.adapters import AdapterSettings, inject
 from rwkv_bone.checkpoints import Architecture
-from rwkv_bone.models import build
+from rwkv_bone.models import EVERY_BLOCK, Recompute, build
 from tests.conftest import REPOSITORY
 
 
@@ -35,7 +35,8 @@ def kept_bytes(arch: Architecture, run) -> int:
     inject(model, settings=AdapterSettings(run.kind, run.r))
     ids, labels, _ = step.random_batch(arch.vocab_size, run.micro_bsz, run.ctx_len, 0, torch.device("cpu"))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    return step.kept_bytes(lambda: model(ids, labels=labels, grad_cp=run.grad_cp), weights)
+    recompute = EVERY_BLOCK if run.grad_cp else Recompute()
+    return step.kept_bytes(lambda: model(ids, labels=labels, recompute=recompute), weights)
 
 
 @pytest.mark.parametrize("version", [5, 6, 7])

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import timing
+from rwkv_bone.models import EVERY_BLOCK
 from tests.conftest import REPOSITORY
 
 TINY = ["--size", "tiny", "--bsz", "2", "--ctx", "32", "--r", "8", "--steps", "2"]
@@ -67,7 +68,7 @@ def test_recomputing_blocks_keeps_less_for_backward(step):
     ids, labels, _ = step.random_batch(256, 2, 64, 0, device)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     whole = step.kept_bytes(lambda: model(ids, labels=labels), weights)
-    less = step.kept_bytes(lambda: model(ids, labels=labels, grad_cp=True), weights)
+    less = step.kept_bytes(lambda: model(ids, labels=labels, recompute=EVERY_BLOCK), weights)
     # At least each block's input in bf16; of two layers much more without recomputing.
     assert 2 * 2 * 64 * 64 * 2 <= less < whole / 4
 

@@ -3,6 +3,7 @@
 from tests.planted.bug import Bug
 
 MODELS, ADAPTERS, OPS, TRAINING = (f"src/rwkv_bone/{part}" for part in ("models", "adapters", "ops", "training"))
+REGIONS = f"{OPS}/regions"
 QUANTIZATION = "src/rwkv_bone/quantization.py"
 MODEL_TESTS, LAYER_TESTS = "tests/models/test_models.py", "tests/adapters/test_adapter_layers.py"
 FORMATS, OPTIMIZER = "tests/ops/test_number_formats.py", "tests/training/test_optimizer.py"
@@ -226,7 +227,7 @@ BUGS = (
         ORACLE,
     ),
     Bug(
-        f"{MODELS}/layers.py",
+        f"{REGIONS}/twins.py",
         "index_copy_(1, starts, with_zeros(last.to(x.dtype), len(starts))[None])",
         "index_fill_(1, starts, 0)",
         "tests/models/test_packed_rows.py",

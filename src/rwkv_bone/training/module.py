@@ -25,7 +25,7 @@ from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.data import Batch, BatchPlan
 from rwkv_bone.data.prefetch import Prefetch
 from rwkv_bone.errors import UserError
-from rwkv_bone.models import RWKV
+from rwkv_bone.models import EVERY_BLOCK, RWKV, Recompute
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
 from rwkv_bone.training.schedule import learning_rate
@@ -180,7 +180,8 @@ class TrainingModule(LightningModule):
 
     def _loss(self, batch: Batch, scale: float) -> Tensor:
         """Sum over the trained tokens of one micro-batch. scale: what it is multiplied by before backward."""
-        options = {"l2wrap": self.config.l2wrap, "loss_scale": scale, "grad_cp": self.running.grad_cp}
+        recompute = EVERY_BLOCK if self.running.grad_cp else Recompute()
+        options = {"l2wrap": self.config.l2wrap, "loss_scale": scale, "recompute": recompute}
         if self.running.chunk_ctx:
             assert batch.host
             return chunked_loss(
