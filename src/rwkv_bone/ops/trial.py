@@ -73,7 +73,7 @@ def _compare(
             x = F.normalize(x, dim=-1) * (-1 if name == "a" else 0.5)
         return x.to(device, kind).requires_grad_()
 
-    with _alone():
+    with alone():
         inputs = {name: random(name, *((H, N) if name in per_head else (1, T, H, N))) for name in INPUTS[operator]}
         start = random("state", D, H, N, N)
         offsets = torch.tensor([0, *lengths], device=device).cumsum(0) if D > 1 else None
@@ -107,7 +107,7 @@ def _heads(device: torch.device) -> int:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Untouched by what the caller is in the middle of: a trace, a checkpointed block, no_grad."""
     same = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     modes = torch.utils._python_dispatch._disable_current_modes()

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from rwkv_bone.ops import native
 from rwkv_bone.ops.arguments import sequences
+from rwkv_bone.ops.build import BuildError
+from rwkv_bone.ops.driver import DriverError
+from rwkv_bone.ops.launches import HEAD_SIZES
 from rwkv_bone.ops.native import DTYPES, documents, ready
 
 LIBRARY = "regions"
@@ -466,11 +469,15 @@ def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
 
+# Without autograd, torch.library.custom_op would only cost: as much time again as a small call takes.
+_OPERATORS = torch.library.Library("rwkv_bone", "FRAGMENT")
+
+
 def _register(name: str, arguments: str, returns: str, run: Callable, results: Callable) -> None:
-    operator = torch.library.custom_op(
-        f"rwkv_bone::region_{name}", run, mutates_args=(), schema=f"({arguments}) -> {returns}"
-    )
-    operator.register_fake(results)
+    _OPERATORS.define(f"region_{name}({arguments}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
+    for device in ("CPU", "CUDA"):
+        _OPERATORS.impl(f"region_{name}", run, device)
+    torch.library.register_fake(f"rwkv_bone::region_{name}", results, lib=_OPERATORS)
 
 
 _MIX = "Tensor? last, Tensor? cu_seqlens, Tensor shares"
@@ -528,5 +535,21 @@ _register(
 
 @functools.cache
 def problem(device: torch.device, dtype: torch.dtype, N: int) -> str:
-    """Why the compiled regions cannot be used for such a model, in words; nothing if they can."""
-    return "there is no kernel yet"
+    """Why the compiled regions cannot be used for such a model, in words; nothing if they can.
+
+    Builds them if there is anything to build, and tries each once. N 1 stands for the regions without heads.
+    """
+    from rwkv_bone.ops.regions.trial import trial  # which imports this module
+
+    kind = device.type
+    if kind not in ("cpu", "cuda"):
+        return f"there are none for {kind}"
+    if kind == "cpu" and N > 1 and (N % 8 or N > LARGEST_HEAD):
+        return f"the head size must be a multiple of 8 and at most {LARGEST_HEAD}, found {N}"
+    if kind == "cuda" and N > 1 and N not in HEAD_SIZES:
+        return f"the head size must be one of {', '.join(map(str, HEAD_SIZES))}, found {N}"
+    try:
+        trial(device, dtype, N)
+    except (BuildError, DriverError, torch.AcceleratorError) as reason:
+        return str(reason)
+    return ""
