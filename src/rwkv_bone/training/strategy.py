@@ -19,6 +19,7 @@ from lightning.pytorch.strategies.ddp import DDPStrategy
 
 from rwkv_bone.config import RunConfig
 from rwkv_bone.errors import UserError
+from rwkv_bone.training.libraries import load_deepspeed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # How long a rank waits for another. While the main process writes a save, the others wait in a collective. A save has
@@ -74,7 +75,7 @@ class CpuDeepSpeedStrategy(ZeroStrategy):
         from deepspeed import ops
 
         # This operator makes collectives in shared memory faster, but compiles for most of a minute at first use.
-        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        ops.__compatible_ops__ = {}
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
@@ -109,6 +110,7 @@ def make_strategy(config: RunConfig, device: str, trainable: int) -> DeepSpeedSt
     # DeepSpeed allocates full buckets, by default of 0.8 GB, however small an adapter is. A tensor that is larger than
     # a bucket is reduced on its own.
     bucket = min(max(trainable, 1_000_000), BUCKET)
+    load_deepspeed()
     chosen = CpuDeepSpeedStrategy if device == "cpu" else ZeroStrategy
     strategy = chosen(
         stage=stage,
