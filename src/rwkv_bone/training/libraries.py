@@ -18,6 +18,8 @@ from types import ModuleType
 
 from torch import nn
 
+from rwkv_bone.imports import uncollected
+
 TESTED = {"lightning": "2.6.6", "deepspeed": "0.19.8"}
 
 
@@ -33,8 +35,9 @@ def load_lightning() -> None:
 
 def load_deepspeed() -> None:
     """Import `deepspeed` with what its ZeRO optimisers import later, if that was not done yet."""
-    import deepspeed
-    from deepspeed.runtime import compiler
+    with uncollected():
+        import deepspeed
+        from deepspeed.runtime import compiler
 
     if deepspeed.__version__ != TESTED["deepspeed"]:
         return

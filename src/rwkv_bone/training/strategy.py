@@ -47,7 +47,7 @@ class KeepDtypes(DeepSpeedPrecision):
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's strategy, which gives DeepSpeed's own process group TIMEOUT as well."""
+    """Lightning's strategy, which gives DeepSpeed's own process group TIMEOUT as well, and lightens its optimiser."""
 
     def _init_deepspeed_distributed(self) -> None:
         from deepspeed.utils import groups
@@ -57,6 +57,16 @@ class ZeroStrategy(DeepSpeedStrategy):
         # NCCL, whatever the first group has. Time runs from when a rank asks for a collective: while the main process
         # writes the moments of the first parameter, the other ranks already ask for those of all parameters.
         dist.distributed_c10d._set_pg_timeout(self._timeout, groups._get_data_parallel_group())
+
+    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+        from rwkv_bone.training.zero import lighten
+
+        engine, zero = self._initialize(model, optimizer, lr_scheduler)
+        lighten(zero)
+        return engine, zero
+
+    def _initialize(self, model, optimizer, lr_scheduler):
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
 
 class CpuDeepSpeedStrategy(ZeroStrategy):
@@ -79,7 +89,7 @@ class CpuDeepSpeedStrategy(ZeroStrategy):
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
-    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+    def _initialize(self, model, optimizer, lr_scheduler):
         import deepspeed
 
         engine, zero_optimizer, _, _ = deepspeed.initialize(
