@@ -42,6 +42,10 @@ class KeepDtypes(DeepSpeedPrecision):
         return data
 
     def backward(self, tensor, model, optimizer, *args, **kwargs):
+        zero = model.trainer.model.optimizer
+        if is_light(zero):
+            zero.backward(tensor)
+            return
         # Lightning has divided the loss by accumulate_grad_batches; DeepSpeed would do it a second time.
         model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
@@ -64,6 +68,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         engine, zero = self._initialize(model, optimizer, lr_scheduler)
         lighten(zero)
         return engine, zero
+
+    def training_step(self, *args, **kwargs):
+        if is_light(self.model.optimizer):
+            # DeepSpeed's engine would add hooks for what is done elsewhere.
+            return self.lightning_module.training_step(*args, **kwargs)
+        return super().training_step(*args, **kwargs)
 
     def _initialize(self, model, optimizer, lr_scheduler):
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
@@ -101,6 +111,13 @@ class CpuDeepSpeedStrategy(ZeroStrategy):
             dist_init_required=False,
         )
         return engine, zero_optimizer
+
+
+def is_light(zero) -> bool:
+    """Whether a ZeRO optimiser is the one for a single device, which needs nothing of DeepSpeed's engine but steps."""
+    from rwkv_bone.training.zero import OneDeviceZero
+
+    return isinstance(zero, OneDeviceZero)
 
 
 def zero_stage(strategy: str) -> int:

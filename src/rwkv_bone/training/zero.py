@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def lighten(zero: Any) -> None:
@@ -24,7 +24,7 @@ def lighten(zero: Any) -> None:
     _share_master_copies(zero)
     if zero.partition_count == [1] * len(zero.partition_count):
         zero.__class__ = OneDeviceZero
-        zero.find_places()
+        zero.begin()
 
 
 def _share_master_copies(zero: DeepSpeedZeroOptimizer) -> None:
@@ -45,54 +45,46 @@ def _share_master_copies(zero: DeepSpeedZeroOptimizer) -> None:
 class OneDeviceZero(DeepSpeedZeroOptimizer):
     """Stages 1 and 2 on one device, where both are the same: nothing is reduced, partitioned or gathered.
 
-    An optimiser that DeepSpeed has made becomes this by its class. A gradient is added to the flat gradient of its
-    group as soon as backward has it, so only one tensor's exists twice, and only for a moment. A step is not taken where
-    the norm is not a finite number; that is decided on the device, for which nothing waits.
+    An optimiser that DeepSpeed has made becomes this by its class. Gradients are views of one flat tensor a group, to
+    which backward itself adds. A step is not taken where their norm is not a finite number; that is decided on the
+    device, for which nothing waits.
     """
 
-    def find_places(self) -> None:
-        """Look up where each parameter lies in the flat tensor of its group."""
-        self._places: dict[nn.Parameter, tuple[int, int]] = {}  # offset and size
-        for parameters, offsets in zip(self.round_robin_bit16_groups, self.round_robin_bit16_offsets, strict=True):
-            self._places |= {p: (offset, p.numel()) for p, offset in zip(parameters, offsets, strict=True)}
-        self._gradients: dict[int, Tensor] = {}  # of each group, from the first of a window to its step
-        self._begun: set[nn.Parameter] = set()  # those that have a gradient in this window
+    def begin(self) -> None:
+        """To be called once, when an optimiser has become this one."""
+        self._gradients: list[Tensor] = []  # of each group, from the first backward pass of a window to its step
+        for hook in self._grad_acc_hooks:  # those which would fill the bucket
+            hook.remove()
 
-    def process_gradients(self, param: nn.Parameter, i: int) -> None:
-        """Called for each parameter of group `i` when backward has its gradient."""
-        if i not in self._gradients:
-            # Zeros: a parameter may have no gradient, and the end of the flat tensor is padding.
-            self._gradients[i] = torch.zeros_like(self.single_partition_of_fp32_groups[i], requires_grad=False)
-        place = self._gradients[i].narrow(0, *self._places[param]).view_as(param)
-        if param in self._begun:
-            place.add_(param.grad)
-        else:
-            place.copy_(param.grad)
-            self._begun.add(param)
-        param.grad = None
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Add the gradients of `loss` to those of the window, the first of which finds zeros."""
+        if not self._gradients:
+            flat = self.single_partition_of_fp32_groups
+            self._gradients = [torch.zeros_like(x, requires_grad=False) for x in flat]
+            for gradient, parameters in zip(self._gradients, self.round_robin_bit16_groups, strict=True):
+                for parameter, view in zip(parameters, self.unflatten(gradient, parameters), strict=True):
+                    parameter.grad = view
+        loss.backward(**kwargs)
 
-    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
-        """At the end of a window, for stage 1: there is nothing to reduce."""
-
-    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
-        """At the end of each backward pass, for stage 2: there is nothing to partition."""
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        super().zero_grad(set_to_none=True)
+        self._gradients = []
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Clip, and have AdamW take its step. `overflow` stays False: `_global_grad_norm` says whether it was taken."""
-        flat = self.single_partition_of_fp32_groups
-        gradients = [self._gradients.get(i, torch.zeros_like(x)) for i, x in enumerate(flat)]
-        self._gradients, self._begun = {}, set()
+        flat, gradients = self.single_partition_of_fp32_groups, self._gradients
         norms = [torch.linalg.vector_norm(x, dtype=torch.float64).square().float().sqrt() for x in gradients]
         norm = self._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.clip_grad:
-            scale = 1 / ((norm + 1e-6) / self.clip_grad).clamp(min=1.0)
-            torch._foreach_mul_(gradients, scale)
+            torch._foreach_mul_(gradients, 1 / ((norm + 1e-6) / self.clip_grad).clamp(min=1.0))
         for parameter, gradient in zip(flat, gradients, strict=True):
             parameter.grad = gradient
         # The fused step reads this flag, and then changes neither parameters nor moments nor the count of steps.
-        self.optimizer.found_inf = (~norm.isfinite()).float()
+        self.optimizer.found_inf = norm.isfinite().logical_not().float()
         self.optimizer.step()
         for parameter in flat:
             parameter.grad = None
+        self.zero_grad()
         self._lazy_init_hp_params_optimizer_state()
