@@ -26,7 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # 14 bytes for each trained parameter: with every weight of a 14B model it takes 2.7 hours on a disk of 20 MB/s. A rank
 # that fails does not let the others wait this long: its process ends them.
 TIMEOUT = timedelta(hours=12)
-BUCKET = 20_000_000  # elements
+LEAST_BUCKET, BUCKET = 1_000_000, 20_000_000  # elements
 
 
 class KeepDtypes(DeepSpeedPrecision):
@@ -135,8 +135,8 @@ def make_strategy(config: RunConfig, device: str, trainable: int) -> DeepSpeedSt
         raise UserError(f"--devices {config.devices}: this machine has {torch.cuda.device_count()} CUDA devices")
     stage, world_size = zero_stage(config.strategy), config.devices * config.num_nodes
     # DeepSpeed allocates full buckets, by default of 0.8 GB, however small an adapter is. A tensor that is larger than
-    # a bucket is reduced on its own.
-    bucket = min(max(trainable, 1_000_000), BUCKET)
+    # a bucket is reduced on its own. On one device nothing is gained by reducing many at once.
+    bucket = min(max(trainable, LEAST_BUCKET), BUCKET) if world_size > 1 else LEAST_BUCKET
     load_deepspeed()
     chosen = CpuDeepSpeedStrategy if device == "cpu" else ZeroStrategy
     strategy = chosen(

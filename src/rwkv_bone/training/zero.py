@@ -1,15 +1,18 @@
-"""DeepSpeed's ZeRO optimiser of stages 1 and 2, without what fp32 parameters and a single device do not need.
+"""DeepSpeed's ZeRO optimisers, without what fp32 parameters and a single device do not need.
 
 DeepSpeed keeps a master copy of the parameters in fp32, since it expects them in fewer bits; here they are fp32 already.
 And it reduces, partitions and gathers on one device as it does on many: gradients go through a bucket and two flat
-copies. Per trained parameter that is 28 bytes; what is left here are 16 on one device: value, gradient, two moments.
+copies. Of the 24 to 28 bytes of a trained parameter 16 are left here on one device: value, gradient, two moments; at
+stage 3, where the gradient is flattened for the step, 20.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -17,29 +20,29 @@ from torch import Tensor
 def lighten(zero: Any) -> None:
     """Take from the ZeRO optimiser that `deepspeed.initialize` made what it need not have. What it computes stays.
 
-    An optimiser of stage 3 stays as it is, and one whose state is offloaded: there the master copy is on the CPU.
+    One whose state is offloaded stays as it is: its master copy is on the CPU.
     """
-    if type(zero) is not DeepSpeedZeroOptimizer or zero.cpu_offload:
-        return
-    _share_master_copies(zero)
-    if zero.partition_count == [1] * len(zero.partition_count):
-        zero.__class__ = OneDeviceZero
-        zero.begin()
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        if not zero.offload_optimizer:
+            _share(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
+    elif not zero.cpu_offload:
+        rank = torch.distributed.get_rank(zero.dp_process_group)
+        _share(zero.single_partition_of_fp32_groups, [parts[rank] for parts in zero.parallel_partitioned_bit16_groups])
+        # Each parameter knows its place in the flat tensors: in the new ones.
+        zero._link_all_hp_params()
+        if zero.partition_count == [1] * len(zero.partition_count):
+            zero.__class__ = OneDeviceZero
+            zero.begin()
 
 
-def _share_master_copies(zero: DeepSpeedZeroOptimizer) -> None:
+def _share(masters: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
     """Let what the optimiser updates be this rank's part of the flat parameters, instead of a copy of it.
 
     After a step DeepSpeed copies the one to the other, now onto itself.
     """
-    rank = torch.distributed.get_rank(zero.dp_process_group)
-    for master, parts in zip(
-        zero.single_partition_of_fp32_groups, zero.parallel_partitioned_bit16_groups, strict=True
-    ):
-        assert master.dtype == parts[rank].dtype and torch.equal(master, parts[rank])
-        master.data = parts[rank]
-    # Each parameter knows its place in the flat tensors: in the new ones.
-    zero._link_all_hp_params()
+    for master, part in zip(masters, parts, strict=True):
+        assert master.dtype == part.dtype and torch.equal(master, part)
+        master.data = part
 
 
 class OneDeviceZero(DeepSpeedZeroOptimizer):
