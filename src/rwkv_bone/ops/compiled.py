@@ -20,6 +20,7 @@ from torch import Tensor
 from rwkv_bone.ops import choice, native, sizes
 from rwkv_bone.ops.arguments import sequences
 from rwkv_bone.ops.launches import INPUTS
+from rwkv_bone.ops.register import define
 
 Result = TypeVar("Result")
 
@@ -186,22 +187,20 @@ def _register(operator: str) -> None:
     tensors = ", ".join(f"Tensor {name}" for name in INPUTS[operator])
     given = f"{tensors}, Tensor? state, Tensor? cu_seqlens"
     chosen = "str form, Tensor? w0" if operator == "wkv7" else "str form"
-    forward = torch.library.custom_op(
-        f"rwkv_bone::{operator}_forward",
+    define(
+        f"{operator}_forward",
+        f"({given}, bool save, {chosen}) -> (Tensor, Tensor, Tensor)",
         flat(_forward),
-        mutates_args=(),
-        schema=f"({given}, bool save, {chosen}) -> (Tensor, Tensor, Tensor)",
+        flat(_outputs),
     )
-    backward = torch.library.custom_op(
-        f"rwkv_bone::{operator}_backward",
-        flat(_backward),
-        mutates_args=(),
-        schema=f"({given}, Tensor saved, Tensor dy, Tensor? dlast, bool want_state, {chosen}) -> "
+    backward = define(
+        f"{operator}_backward",
+        f"({given}, Tensor saved, Tensor dy, Tensor? dlast, bool want_state, {chosen}) -> "
         f"({', '.join(['Tensor'] * (count + 1))})",
+        flat(_backward),
+        flat(_gradients),
     )
-    forward.register_fake(flat(_outputs))
-    backward.register_fake(flat(_gradients))
-    forward.register_autograd(differentiate, setup_context=keep_for_backward)
+    torch.library.register_autograd(f"rwkv_bone::{operator}_forward", differentiate, setup_context=keep_for_backward)
 
 
 for _operator in INPUTS:

@@ -231,7 +231,7 @@ class TrainingModule(LightningModule):
         tokens, signals, norms = zip(*(row[-3:] for row in rows), strict=True)
         self.signal_anywhere = int(max(signals))
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if self.trainer.model.optimizer.overflow:
+        if not all(map(math.isfinite, norms)):
             raise RunStopped(self._not_finite("loss" if bad else "gradient", bad or range(len(losses))))
         assert not bad, "DeepSpeed took a step on a gradient that is not finite"
         lr = learning_rate(self._step, self.total_steps, self.config)
