@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from timing import hardware  # noqa: E402
+from timing import append, hardware  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from rwkv_bone.ops.regions import compiled, twins  # noqa: E402
 
-SHAPES = ((2, 512, 768), (1, 2048, 2048))
+SHAPES = {"cpu": ((2, 512, 768), (1, 2048, 2048)), "cuda": ((1, 1024, 1024), (4, 4096, 2048))}
 QUICK = ((1, 64, 128),)
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 N, EPS = 64, 64e-5
@@ -203,19 +203,23 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--no_inductor", action="store_true", help="without torch.compile, which takes a minute or more"
+    )
+    parser.add_argument("--json", type=Path, help="append each row to this file")
     args = parser.parse_args()
     device, right = torch.device(args.device), True
     torch.set_num_threads(1)
     print(f"{hardware(device)}; nanoseconds a number, forward + backward")
     print(f"{'region':14}  {'[B, T, C]':15} {'type':9} {'eager':>7} {'inductor':>9} {'kernels':>8} {'error':>9}")
-    for shape in QUICK if args.quick else SHAPES:
+    for shape in QUICK if args.quick else SHAPES[device.type]:
         for dtype, limit in LIMITS.items():
             if problem := compiled.problem(device, dtype, N):
                 sys.exit(f"there are no compiled regions: {problem}")
             for name, region in regions(shape, dtype, device).items():
                 off = error(region)
                 right &= off <= limit
-                times = measure(region, device, args.repeat, with_inductor=not args.quick)
+                times = measure(region, device, args.repeat, with_inductor=not (args.quick or args.no_inductor))
                 row = [f"{times[form]:.2f}" if form in times else "-" for form in ("eager", "inductor", "kernels")]
                 sizes, kind = ", ".join(map(str, shape)), str(dtype).removeprefix("torch.")
                 verdict = "" if off <= limit else f"  more than {limit:.0e}"
@@ -224,6 +228,8 @@ def main() -> None:
                     f"{kind:9} {row[0]:>7} {row[1]:>9} {row[2]:>8} {off:9.1e}{verdict}",
                     flush=True,
                 )
+                found = {"region": name, "shape": shape, "dtype": kind, "ns": times, "error": off}
+                append(args.json, {"what": "region", "hardware": hardware(device), **found})
     sys.exit(0 if right else 1)
 
 

@@ -56,7 +56,7 @@ from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject  # noqa: E402
 from rwkv_bone.adapters.registry import split_key  # noqa: E402
 from rwkv_bone.config import ModelConfig  # noqa: E402
 from rwkv_bone.models import RWKV, architecture_from_scratch, build  # noqa: E402
-from rwkv_bone.ops import CHOICES, select_op  # noqa: E402
+from rwkv_bone.ops import CHOICES, regions, select_op  # noqa: E402
 
 
 class Size(NamedTuple):
@@ -407,8 +407,14 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
 def main() -> int:
     flags = parser()
     flags.add_argument("--json", type=Path, help="append the row to this file")
+    flags.add_argument(
+        "--regions", choices=("auto", "torch"), default="auto", help="torch: no kernels between projections, to compare"
+    )
     args = completed(flags.parse_args())
+    if args.regions == "torch":
+        regions.form = lambda *_: regions.twins
     row, broken = measure(args, torch.device(args.device))
+    row["regions"] = args.regions
     if broken:
         print(f"this step is wrong, so its speed is not shown: {'; '.join(broken)}", file=sys.stderr)
         return 1

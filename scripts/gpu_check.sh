@@ -15,7 +15,7 @@
 # Exit status: 0 all passed, 1 something failed, 2 nothing was run, 3 nothing failed but not everything was run.
 set -eu
 
-PARTS='environment build quick run wkv tests steps stages memcheck packed resume slow'
+PARTS='environment build quick run wkv regions tests steps stages memcheck packed resume slow'
 
 repo=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 tools=$repo/scripts/gpu_check
@@ -179,7 +179,7 @@ part_tests() {
     {
         pytest_check tests_models 90 $(workers load) "$models"
         pytest_check tests_others 180 $(workers loadfile) -k 'not 31_bits' \
-            $(gpu_files | grep -v -e ops/test_wkv7 -e ops/test_cuda_operators -e "$models")
+            $(gpu_files | grep -v -e ops/test_wkv7 -e ops/test_cuda_operators -e ops/test_cuda_regions -e "$models")
     }
     [ "$device" = cpu ] || pytest_check tests_31_bits 60 tests/ops -k 31_bits
 }
@@ -189,6 +189,7 @@ part_slow() {
     [ "$device" = cuda ] && has pytest hypothesis || return 0
     # shellcheck disable=SC2046 # lists of words
     pytest_check slow 300 $(workers load) $(gpu_files)
+    check regions_inductor 240 "$python" benchmarks/regions.py --device "$device" --json "$rows"
 }
 
 # train NAME FOLDER FLAGS...: run_bone.sh, whose held-out loss must fall.
@@ -266,6 +267,19 @@ part_packed() {
     fi
 }
 
+# What is between the projections: its kernels against their definitions, then their time.
+part_regions() {
+    if [ "$quick" = 1 ]; then
+        check regions 60 "$python" benchmarks/regions.py --device "$device" --quick --repeat 2 --json "$rows"
+        return 0
+    fi
+    # shellcheck disable=SC2046 # a list of words
+    if [ "$device" = cuda ] && has pytest; then
+        pytest_check regions_tests 120 $(workers load) -k 'not 31_bits' tests/ops/test_cuda_regions.py
+    fi
+    check regions 60 "$python" benchmarks/regions.py --device "$device" --no_inductor --json "$rows"
+}
+
 # step NAME LIMIT WORDS...: a training step with random weights.
 step() {
     step_name=$1 step_limit=$2
@@ -279,9 +293,12 @@ part_steps() {
         step step_toy_packed 30 --size tiny --bsz 2 --ctx 64 --r 16 --steps 2 --documents 4 --grad_cp 0
     else
         step step_0.4B 60 --size 0.4B
+        step step_0.4B_plain 60 --size 0.4B --regions torch
         step step_2.9B_8x4096 90 --size 2.9B --bsz 8 --ctx 4096 --steps 3
+        step step_2.9B_8x4096_plain 90 --size 2.9B --bsz 8 --ctx 4096 --steps 3 --regions torch
         step step_1.5B 60 --size 1.5B
         step step_2.9B_2x4096_nocp 60 --size 2.9B --bsz 2 --ctx 4096 --grad_cp 0 --steps 3
+        step step_2.9B_2x4096_wkv 60 --size 2.9B --bsz 2 --ctx 4096 --grad_cp wkv --steps 3
         step step_2.9B_packed 90 --size 2.9B --bsz 8 --ctx 4096 --documents 64 --steps 3
         step step_0.4B_torch 60 --size 0.4B --op torch --steps 2
     fi

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from rwkv_bone.ops import chunked_launches
+from rwkv_bone.ops.regions.trial import trial
 from rwkv_bone.ops.wkv6 import wkv5, wkv6
 from rwkv_bone.ops.wkv7 import wkv7
 
@@ -81,6 +82,11 @@ def main(device: str, only: str = "") -> None:
             for T, offsets in list(cases(device))[-1 if only else 0 :]:
                 once(operator, kind, T, offsets, device)
                 count += 1
+    # The regions: their trial has all of them, packed documents and carried rows too.
+    for dtype in (torch.bfloat16,) if only else (torch.bfloat16, torch.float32):
+        for N in (64,) if only else HEAD_SIZES:
+            trial(torch.device(device), dtype, N)
+            count += 1
     print(f"{count} problems, forward and backward, all finite")
 
 

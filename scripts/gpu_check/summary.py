@@ -77,8 +77,8 @@ def steps(rows: list[dict]) -> list[list[str]]:
     return [
         [
             f"{r['size']} {r['bsz']}x{r['ctx']}" + (f", {r['documents']} documents" if r["documents"] else ""),
-            f"{r['kind']} r{r['r']}" + ", grad_cp" * r["grad_cp"] + ", compiled" * r["compile"],
-            r["kernel"],
+            f"{r['kind']} r{r['r']}" + recomputed(r["grad_cp"]) + ", compiled" * r["compile"],
+            r["kernel"] + "; regions in PyTorch" * (r.get("regions") == "torch"),
             f"{r['tokens_per_s']:,.0f}",
             f"{r['seconds']:.4f}",
             f"{r['share_of_matmul']:.1%}",
@@ -90,6 +90,18 @@ def steps(rows: list[dict]) -> list[list[str]]:
         ]
         for r in rows
     ]
+
+
+def recomputed(grad_cp: bool | str) -> str:
+    return f", grad_cp {grad_cp}" if isinstance(grad_cp, str) else ", grad_cp" * grad_cp
+
+
+def regions(rows: list[dict]) -> list[list[str]]:
+    def row(r: dict) -> list[str]:
+        times = [number(r["ns"].get(form), ".4f") for form in ("eager", "inductor", "kernels")]
+        return [r["region"], "x".join(map(str, r["shape"])), r["dtype"], *times, f"{r['error']:.1e}"]
+
+    return [row(r) for r in rows]
 
 
 def runs(rows: list[dict]) -> list[list[str]]:
@@ -123,6 +135,8 @@ def markdown(rows: list[dict]) -> str:
     )
     lines += table(columns.split(","), wkv(of("wkv")))
     lines += table(["bar", "card", "at most ms", "ms", "state"], bars(of("wkv")))
+    columns = "region,shape,type,ns a number in PyTorch,by torch.compile,by kernels,error"
+    lines += table(columns.split(","), regions(of("region")))
     columns = "step,how,kernel,tokens/s,seconds,of matmul,of copy,allocated MB,reserved MB,launches,host syncs"
     lines += table(columns.split(","), steps(of("step")))
     columns = "run,steps,held-out loss,exact,ms a step,tokens/s,peak MB"

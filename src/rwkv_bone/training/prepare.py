@@ -22,7 +22,7 @@ from rwkv_bone.data.lost import WARNING
 from rwkv_bone.data.split import split_heldout
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import RWKV, architecture_from_scratch, build, init_from_scratch, load_base_into
-from rwkv_bone.ops import select_op
+from rwkv_bone.ops import regions, select_op
 from rwkv_bone.training import project
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.saving import Output
@@ -55,6 +55,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
     path = config.model.load_model
     arch, base, label, folder = _load_base(config)
     op, kernel = select_op(config.model.op, device, f"wkv{arch.version}", arch.head_size, dtype)
+    kernel += regions.obstacle(op, device.type, dtype, arch.head_size)
     if base:
         with torch.device("meta"):
             model = build(arch, op=op, dtype=dtype)

@@ -33,6 +33,14 @@ def form(op: str, x: Tensor, N: int = 1) -> ModuleType:
     return compiled
 
 
+def obstacle(op: str, device_type: str, dtype: torch.dtype, N: int) -> str:
+    """What the user should know, in words that follow those about `op`: nothing if the compiled regions are taken."""
+    if op in PLAIN:
+        return ""
+    reason = problem(device_type, dtype, 1) or problem(device_type, dtype, N)
+    return f"; PyTorch between the projections, slower than the kernels: {reason}" if reason else ""
+
+
 # Building and loading are not for torch.compile to trace.
 @assume_constant_result
 def problem(device_type: str, dtype: torch.dtype, N: int) -> str:
