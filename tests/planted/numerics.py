@@ -9,9 +9,9 @@ MODEL_TESTS, LAYER_TESTS = "tests/models/test_models.py", "tests/adapters/test_a
 FORMATS, OPTIMIZER = "tests/ops/test_number_formats.py", "tests/training/test_optimizer.py"
 ORACLE = f"{MODEL_TESTS} -k several_heads"
 THOUSANDS = f"{LAYER_TESTS} -k thousands"
-CROSS_ENTROPY = "tests/ops/test_cross_entropy.py"
 REGIONS, ROWS, SIMD = "cuda/cpu/regions.cpp", "cuda/cpu/regions_rows.h", "cuda/cpu/simd.h"
 NATIVE = "tests/ops/test_regions_native.py"
+CROSS_ENTROPY, LINEAR = "tests/ops/test_cross_entropy.py", "tests/ops/test_linear.py"
 
 BUGS = (
     # Rows of a long batch that are left out, or counted twice.
@@ -141,6 +141,46 @@ BUGS = (
         "softmax = (block - largest.to(block.dtype)).exp_()",
         CROSS_ENTROPY,
     ),
+    Bug(
+        f"{OPS}/cross_entropy.py",
+        "hidden, weight = hidden.detach(), weight.detach()",
+        "pass",
+        f"{CROSS_ENTROPY} -k evaluating",
+    ),
+    Bug(
+        "cuda/cpu/cross_entropy_rows.h",
+        "(largest - aimed) + float(std::log(total))",
+        "float(std::log(total) + double(largest)) - aimed",
+        f"{CROSS_ENTROPY} -k any_size",
+    ),
+    Bug(
+        "cuda/cpu/cross_entropy_rows.h",
+        "line[first] != largest) first++;",
+        "line[V - 1 - first] != largest) first++;\n    if (p.l2wrap != 0) first = V - 1 - first;",
+        f"{CROSS_ENTROPY} -k largest_logits",
+    ),
+    Bug("cuda/cpu/cross_entropy_rows.h", "most = x > most ? x : most;", "most = x;", f"{CROSS_ENTROPY} -k any_size"),
+    Bug(
+        "cuda/cpu/cross_entropy_rows.h",
+        "for (int64_t i = V; i < size; i++) line[i] = -INFINITY;",
+        "for (int64_t i = V; i < size; i++) line[i] = 0.0f;",
+        f"{CROSS_ENTROPY} -k each_row",
+    ),
+    Bug(
+        "cuda/cpu/cross_entropy_rows.h",
+        "if (!p.gradient) return;",
+        "",
+        f"{CROSS_ENTROPY} -k each_row",
+    ),
+    Bug("cuda/cpu/cross_entropy.cpp", "return BAD_TARGET;", "return OK;", f"{CROSS_ENTROPY} -k outside"),
+    # The product of one row.
+    Bug("cuda/cpu/gemv_row.h", "bits & ~0xffff", "bits", LINEAR),
+    Bug("cuda/cpu/gemv_row.h", "row[i] * x[i];", "row[i];", LINEAR),
+    Bug("cuda/cpu/gemv_row.h", "read_row(BFLOAT16, row + i, 0, n - i, tail);", "", LINEAR),
+    Bug("cuda/cpu/gemv_row.h", "(sums[0] + sums[1]) + (sums[2] + sums[3])", "(sums[0] + sums[1]) + sums[2]", LINEAR),
+    Bug("cuda/cpu/gemv.cpp", "begin + BLOCK < m ? begin + BLOCK : m", "begin + BLOCK - 1", LINEAR),
+    Bug(f"{OPS}/linear.py", "not torch.is_grad_enabled() and", "", LINEAR),
+    Bug(f"{OPS}/linear.py", " or not weight.is_contiguous()", "", LINEAR),
     Bug(f"{MODELS}/layers.py", "logits.amax(dim=1).square().sum()", "logits.amax().square()", CROSS_ENTROPY),
     # Adapters.
     Bug(
