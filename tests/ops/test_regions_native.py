@@ -1,12 +1,15 @@
 """The compiled regions of the step against their definitions in float64, on the sizes that hurt."""
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from rwkv_bone.ops import native
+from rwkv_bone.ops import build, native
 from rwkv_bone.ops.regions import compiled
+from tests.conftest import clean_environment, python_path
 from tests.ops import region_cases
 from tests.ops.region_cases import EPS, FIRST_PRE7, MIX, MIX6, POST7, PRE7, REGIONS, RELU_SQUARE, Case
 
@@ -276,7 +279,7 @@ def test_the_trial_finds_working_regions_and_says_what_is_wrong_with_others(monk
     assert problem(cpu, BF16, 12) == "the head size must be a multiple of 8 and at most 1024, found 12"
     assert problem(torch.device("mps"), BF16, 64) == "there are none for mps"
     right = compiled.post7_backward
-    monkeypatch.setattr(compiled, "post7_backward", lambda *given: (*right(*given)[1::-1], *right(*given)[2:]))
+    monkeypatch.setattr(compiled, "post7_backward", lambda *given: [1.1 * x for x in right(*given)])
     assert "a trial call of post7_backward gave wrong numbers" in problem(cpu, BF16, 64)
     assert problem(cpu, BF16, 1) == ""
 
@@ -285,3 +288,42 @@ def test_without_a_compiler_the_trial_says_so(monkeypatch):
     monkeypatch.setattr(native, "library", functools.cache(native.library.__wrapped__))
     monkeypatch.setattr("shutil.which", lambda *arguments, **others: None)
     assert "no C++ compiler was found" in compiled.problem.__wrapped__(torch.device("cpu"), BF16, 64)
+
+
+SANITIZED = """
+import ctypes
+from rwkv_bone.ops import native
+library = ctypes.CDLL({path!r})
+library.regions_error.restype = ctypes.c_char_p
+native.library = lambda name: library
+from tests.ops.test_regions_native import ALL, DTYPES, LEVELS, backward, case_of, forward
+for level in LEVELS.values():
+    if library.wkv_set_level(level) == level:
+        for region, size in ALL:
+            for dtypes in DTYPES:
+                case = case_of(region, dtypes, size)
+                for x in (*forward(region, case), *backward(region, case).values()):
+                    assert x.isfinite().all()
+print("all ran")
+"""
+
+
+@pytest.mark.slow
+def test_no_region_touches_memory_outside_its_tensors(tmp_path):
+    """Under AddressSanitizer."""
+    sanitize = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = [flag for flag in build.CPU_FLAGS if not flag.startswith("-O")]
+    path = tmp_path / "regions.so"
+    subprocess.run(["g++", *flags, *sanitize, build.SOURCES / "cpu/regions.cpp", "-o", path], check=True)
+    runtime = [
+        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    environment = clean_environment() | {
+        "LD_PRELOAD": " ".join(runtime),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": python_path(),
+    }
+    command = [sys.executable, "-c", SANITIZED.format(path=str(path))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "all ran" in result.stdout, result.stdout + result.stderr
