@@ -3,7 +3,7 @@
 from tests.planted.bug import Bug
 
 MODELS, ADAPTERS, OPS, TRAINING = (f"src/rwkv_bone/{part}" for part in ("models", "adapters", "ops", "training"))
-REGIONS = f"{OPS}/regions"
+STEP = f"{OPS}/regions"
 QUANTIZATION = "src/rwkv_bone/quantization.py"
 MODEL_TESTS, LAYER_TESTS = "tests/models/test_models.py", "tests/adapters/test_adapter_layers.py"
 FORMATS, OPTIMIZER = "tests/ops/test_number_formats.py", "tests/training/test_optimizer.py"
@@ -41,19 +41,19 @@ BUGS = (
     Bug(f"{ADAPTERS}/bat_col.py", "stop = min(start + step, count)", "stop = min(start + step, count - 1)", THOUSANDS),
     # The decay in bf16.
     Bug(
-        f"{REGIONS}/twins.py",
+        f"{STEP}/twins.py",
         "w = widened(w0, pw) + pw",
         "w = widened(w0.to(pw.dtype) + pw)",
         f"{MODEL_TESTS} -k decay",
     ),
     Bug(
-        f"{REGIONS}/time_mix6.py",
+        f"{STEP}/time_mix6.py",
         "w = widened(p.decay, x.r)",
         "w = widened(p.decay.to(x.r.dtype), x.r)",
         f"{MODEL_TESTS} -k decay",
     ),
     Bug(
-        f"{REGIONS}/time_mix6.py",
+        f"{STEP}/time_mix6.py",
         "w = w + widened(x.w @ p.decay_w2.to(x.w.dtype))",
         "w = (w + widened(x.w @ p.decay_w2.to(x.w.dtype))).to(x.r.dtype).float()",
         f"{MODEL_TESTS} -k decay",
@@ -209,7 +209,7 @@ BUGS = (
     # Models.
     Bug(f"{MODELS}/rwkv.py", "or (rows < sequences and not packed)", "", f"{MODEL_TESTS} -k fewer_rows"),
     Bug(f"{MODELS}/rwkv.py", "if part.shape != shape:", "if False:", f"{MODEL_TESTS} -k fewer_rows"),
-    Bug(f"{REGIONS}/twins.py", "(removal * rate).to(dtype)", "removal.to(dtype)", TWINS),
+    Bug(f"{STEP}/twins.py", "(removal * rate).to(dtype)", "removal.to(dtype)", TWINS),
     Bug(
         f"{MODELS}/v5.py",
         "1 - widened(self.time_mix_r, x))",
@@ -224,45 +224,45 @@ BUGS = (
     ),
     # The step between the projections.
     Bug(
-        f"{REGIONS}/twins.py",
+        f"{STEP}/twins.py",
         "return g.index_fill(1, starts, 0).roll(-1, dims=1), first",
         "return g.roll(-1, dims=1), first",
         TWINS,
     ),
-    Bug(f"{REGIONS}/twins.py", "widened(dk) + dk_bonus,", "widened(dk),", TWINS),
-    Bug(f"{REGIONS}/twins.py", "* (length >= SHORTEST)", "", f"{TWINS} -k zeros"),
-    Bug(f"{REGIONS}/twins.py", "dv0 = dv - dv_first", "dv0 = dv", TWINS),
-    Bug(f"{REGIONS}/twins.py", "share * (1 + g * (1 - share))", "share * (1 + g)", f"{TWINS} -k gated"),
-    Bug(f"{REGIONS}/time_mix7.py", "r=dr.flatten(-2) + dr_bonus", "r=dr.flatten(-2)", TIME_MIX),
+    Bug(f"{STEP}/twins.py", "widened(dk) + dk_bonus,", "widened(dk),", TWINS),
+    Bug(f"{STEP}/twins.py", "* (length >= SHORTEST)", "", f"{TWINS} -k zeros"),
+    Bug(f"{STEP}/twins.py", "dv0 = dv - dv_first", "dv0 = dv", TWINS),
+    Bug(f"{STEP}/twins.py", "share * (1 + g * (1 - share))", "share * (1 + g)", f"{TWINS} -k gated"),
+    Bug(f"{STEP}/time_mix7.py", "r=dr.flatten(-2) + dr_bonus", "r=dr.flatten(-2)", TIME_MIX),
     Bug(
-        f"{REGIONS}/time_mix7.py",
+        f"{STEP}/time_mix7.py",
         "v_first=None if x.v_first is None else dv_first",
         "v_first=None if x.v_first is None else torch.zeros_like(dv_first)",
         TIME_MIX,
     ),
     Bug(
-        f"{REGIONS}/time_mix7.py",
+        f"{STEP}/time_mix7.py",
         "want = need.r_k or need.ln_weight or need.ln_bias",
         "want = need.r_k and need.ln_weight and not need.ln_bias",
         TIME_MIX,
     ),
     Bug(
-        f"{REGIONS}/time_mix7.py",
+        f"{STEP}/time_mix7.py",
         'y, _, saved = recurrence.forward("wkv7", inputs, state,',
         'y, _, saved = recurrence.forward("wkv7", inputs, None,',
         TIME_MIX,
     ),
-    Bug(f"{REGIONS}/time_mix7.py", "keep = keep_wkv and torch.is_grad_enabled()", "keep = True", TIME_MIX),
+    Bug(f"{STEP}/time_mix7.py", "keep = keep_wkv and torch.is_grad_enabled()", "keep = True", TIME_MIX),
     Bug(
-        f"{REGIONS}/time_mix6.py",
+        f"{STEP}/time_mix6.py",
         "y, _, saved = recurrence.forward(operator, inputs, state,",
         "y, _, saved = recurrence.forward(operator, inputs, None,",
         TIME_MIX,
     ),
-    Bug(f"{REGIONS}/mix.py", "stacked([share], x))[0]", "stacked([shares[0]], x))[0]", KEPT_INPUTS),
-    Bug(f"{REGIONS}/mix.py", "w2[m : m + 1], x)", "w2[:1], x)", KEPT_INPUTS),
-    Bug(f"{REGIONS}/rebuild.py", "table.clear()", "pass", KEPT_INPUTS),
-    Bug(f"{REGIONS}/rebuild.py", "outer_pack(source.detach())", "source.detach()", KEPT_INPUTS),
+    Bug(f"{STEP}/mix.py", "stacked([share], x))[0]", "stacked([shares[0]], x))[0]", KEPT_INPUTS),
+    Bug(f"{STEP}/mix.py", "w2[m : m + 1], x)", "w2[:1], x)", KEPT_INPUTS),
+    Bug(f"{STEP}/rebuild.py", "table.clear()", "pass", KEPT_INPUTS),
+    Bug(f"{STEP}/rebuild.py", "outer_pack(source.detach())", "source.detach()", KEPT_INPUTS),
     Bug(f"{MODELS}/layers.py", "return trained or getattr", "return getattr", KEPT_INPUTS),
     Bug(f"{MODELS}/rwkv.py", "cu_seqlens, not recompute.wkv)", "cu_seqlens)", "tests/test_saved_page.py"),
     Bug(f"{MODELS}/v6.py", 'MIXED = "wkvrg"', 'MIXED = "wkvg"', ORACLE),
@@ -273,7 +273,7 @@ BUGS = (
         ORACLE,
     ),
     Bug(
-        f"{REGIONS}/twins.py",
+        f"{STEP}/twins.py",
         "index_copy_(1, starts, with_zeros(last.to(x.dtype), len(starts))[None])",
         "index_fill_(1, starts, 0)",
         "tests/models/test_packed_rows.py",
@@ -285,7 +285,7 @@ BUGS = (
         "tests/models/test_packed_rows.py",
     ),
     Bug(
-        f"{REGIONS}/twins.py",
+        f"{STEP}/twins.py",
         ").rsqrt()\n    return centred * scale, scale",
         ").rsqrt().bfloat16().float()\n    return centred * scale, scale",
         "tests/ops/test_norms.py",
