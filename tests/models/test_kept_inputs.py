@@ -30,6 +30,8 @@ CASES = [
 def adapted(version: int, kind: str, parts=()) -> nn.Module:
     """A bf16 model whose adapter is not zero; `full` trains everything."""
     model = random_model(seed=1, version=version)
+    for block in model.blocks:
+        block.att.op = block.ffn.op = "cpu"
     if kind != "full":
         settings = AdapterSettings(kind, 8, alpha=8.0) if kind == "lora" else AdapterSettings(kind, 8)
         inject(model, settings=settings, train_parts=list(parts), generator=torch.Generator().manual_seed(1))
