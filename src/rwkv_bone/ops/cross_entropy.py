@@ -10,15 +10,24 @@ Sizes: R rows, C channels, V vocabulary.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from rwkv_bone.ops import native
+from rwkv_bone.ops.build import BuildError
+from rwkv_bone.ops.driver import DriverError
+from rwkv_bone.ops.regions.launches import Unit, bits
+
 IGNORED_LABEL = -100  # a row without a label
 CHUNK_ROWS = 1024  # at a time where an adapter has replaced the head
-# Bytes of logits at a time. On a processor 256 rows of 65536 in bf16 make both products as fast as they get, and the
-# buffer is small beside the head. A GPU has more to fill: below 1,024 such rows it would wait for the head's memory.
-# So does a processor for the fp32 gradient of a trained head, which each chunk is added to.
-CHUNK_BYTES, LARGE_CHUNK_BYTES = 2**25, 2**27
+# Logits at a time. On a processor 256 rows of 65536 make both products as fast as they get, and the buffer is small
+# beside the head. A GPU has more to fill: below 1,024 such rows it would wait for the head's memory. So would a
+# processor for the fp32 gradient of a trained head, which each chunk is added to.
+CHUNK, LARGE_CHUNK = 2**24, 2**26
 # Bytes of wide numbers that the PyTorch form works on at a time: they stay in a processor's cache. On a GPU they are as
 # many as a quarter of a chunk, since each operation waits to be launched.
 BLOCK_BYTES, LARGE_BLOCK_BYTES = 2**21, 2**26
@@ -52,8 +61,11 @@ def linear_cross_entropy(
     differentiated once, in hidden and weight.
     """
     rows = labelled(labels) if label_rows is None else label_rows
+    # A function of autograd is not told that gradients are off.
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
     if chunk_rows is None:
-        chunk_rows = rows_at_a_time(len(weight), hidden.dtype, hidden.device.type, weight.requires_grad)
+        chunk_rows = rows_at_a_time(len(weight), hidden.device.type, weight.requires_grad)
     return _LinearCrossEntropy.apply(hidden, weight, labels, rows, chunk_rows, l2wrap, loss_scale)
 
 
@@ -62,12 +74,12 @@ def labelled(labels: Tensor) -> Tensor:
     return (labels != IGNORED_LABEL).nonzero().squeeze(1)
 
 
-def rows_at_a_time(vocabulary: int, dtype: torch.dtype, device_type: str, trained: bool) -> int:
+def rows_at_a_time(vocabulary: int, device_type: str, trained: bool) -> int:
     """How many rows of logits are there at once, unless the caller says so. trained: the head gets a gradient."""
-    size = CHUNK_BYTES if device_type == "cpu" and not trained else LARGE_CHUNK_BYTES
-    return max(1, size // (vocabulary * dtype.itemsize))
+    return max(1, (CHUNK if device_type == "cpu" and not trained else LARGE_CHUNK) // vocabulary)
 
 
+@torch.library.custom_op("rwkv_bone::softmax_gradient_", mutates_args=("logits",))
 def softmax_gradient_(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, gradient: bool = True) -> Tensor:
     """The cross-entropy of each row, and in place of the logits its gradient.
 
@@ -76,11 +88,20 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, grad
     logit, at its first place), rounded once to their own dtype; without `gradient` they stay as they are. A row with
     NaN gives NaN.
     """
-    return _softmax_gradient(logits, targets, l2wrap, gradient)
+    if logits.is_cpu and logits.dtype in native.DTYPES and _cpp_works():
+        return _cpp(logits, targets, l2wrap, gradient)
+    if logits.is_cuda and logits.dtype in native.DTYPES and _cuda_works(logits.device, logits.dtype):
+        return _cuda(logits, targets, l2wrap, gradient)
+    return softmax_gradient_twin_(logits, targets, l2wrap, gradient)
 
 
-def _softmax_gradient(logits: Tensor, targets: Tensor, l2wrap: float, gradient: bool) -> Tensor:
-    """The PyTorch form, a block of rows at a time."""
+@softmax_gradient_.register_fake
+def _losses(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, gradient: bool = True) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def softmax_gradient_twin_(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, gradient: bool = True) -> Tensor:
+    """`softmax_gradient_` in PyTorch, for any dtype and device: the definition. A block of rows at a time."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     size = BLOCK_BYTES if logits.is_cpu else LARGE_BLOCK_BYTES
     rows = max(1, size // (logits.shape[1] * wide.itemsize))
@@ -101,6 +122,62 @@ def _softmax_gradient(logits: Tensor, targets: Tensor, l2wrap: float, gradient: 
             softmax.scatter_add_(1, at, largest * l2wrap)
         block.copy_(softmax)
     return torch.cat(losses)
+
+
+def _cpp(logits: Tensor, targets: Tensor, l2wrap: float, gradient: bool) -> Tensor:
+    """The rows by cuda/cpu/cross_entropy.cpp."""
+    library, (R, V), targets = native.library("cross_entropy"), logits.shape, targets.contiguous()
+    losses = _losses(logits, targets)
+    code = library.cross_entropy_rows(
+        ctypes.c_int(native.DTYPES[logits.dtype]),
+        ctypes.c_int64(R),
+        ctypes.c_int64(V),
+        ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_void_p(targets.data_ptr()),
+        ctypes.c_float(l2wrap),
+        ctypes.c_int(gradient),
+        ctypes.c_void_p(losses.data_ptr()),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    if code:
+        words = library.cross_entropy_error(code).decode()
+        raise RuntimeError(f"the cross-entropy of {R} rows of {V} logits failed: {words}")
+    return losses
+
+
+def _cuda(logits: Tensor, targets: Tensor, l2wrap: float, gradient: bool) -> Tensor:
+    """The rows by cuda/cross_entropy.cuh. A label that is no token of the vocabulary makes its row's loss NaN."""
+    losses, unit = _losses(logits, targets), Unit("cross_entropy", native.NAMES[logits.dtype], 1)
+    sizes = (*logits.shape, bits(l2wrap), int(gradient))
+    if len(logits):
+        native.launch(unit, "forward", logits, sizes, None, logits, native.ready(targets), losses)
+    return losses
+
+
+@functools.cache
+def _cpp_works() -> bool:
+    """Whether the C++ form can be built, and agrees with the twin. Without it a step is slower by a few percent."""
+    return _works(_cpp, torch.device("cpu"), torch.float32)
+
+
+@functools.cache
+def _cuda_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """The same of the kernel on this card."""
+    return _works(_cuda, device, dtype)
+
+
+def _works(form: Callable[[Tensor, Tensor, float, bool], Tensor], device: torch.device, dtype: torch.dtype) -> bool:
+    targets = torch.tensor([0, 36, 5], device=device)
+    logits = (4 * torch.sin(torch.arange(3 * 37, device=device).view(3, 37).float())).to(dtype)
+    expected = logits.double()
+    try:
+        losses = form(logits, targets, 0.1, True)
+    except (BuildError, DriverError, torch.AcceleratorError):
+        return False
+    wanted, close = softmax_gradient_twin_(expected, targets, 0.1), 1e-4 if dtype == torch.float32 else 4e-3
+    return torch.allclose(losses.double(), wanted, rtol=1e-4, atol=1e-4) and torch.allclose(
+        logits.double(), expected, rtol=close, atol=1e-4
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
