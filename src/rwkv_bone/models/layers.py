@@ -22,6 +22,7 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone.ops.cross_entropy import CHUNK_ROWS, labelled, linear_cross_entropy
+from rwkv_bone.ops.linear import linear
 from rwkv_bone.ops.regions.rebuild import Recipe, rebuilt
 from rwkv_bone.ops.regions.twins import widened, with_zeros
 
@@ -33,7 +34,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
     def reset_parameters(self) -> None:
         """Nothing: weights come from a checkpoint or from `init_from_scratch`."""

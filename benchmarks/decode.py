@@ -1,0 +1,188 @@
+"""Speed of generation beside the `rwkv` package, on the processor, with random weights: no checkpoint is needed.
+
+    python benchmarks/decode.py                    an RWKV-7 of 0.1B in fp32 and bf16 (about 3 minutes)
+    python benchmarks/decode.py --size tiny        small enough for a test
+    python benchmarks/decode.py --json rows.jsonl  append the rows to a file
+
+decode      one token for each of --batch sequences, from their states
+prefill     a prompt of --prompt tokens, whose last logits and state are kept
+
+A row gives tokens per second of both, and ours as a multiple of the package's, which has no batch and reads one
+sequence at a time. Time is processor time, in rounds in which both take turns, so that a busy machine disturbs both
+alike; the median of --rounds (on such a machine set OMP_NUM_THREADS=1). The package is an optional peer: without it
+there are our own figures alone.
+
+Before a time is taken, logits are compared: those after the prompt and those of every token decoded after it, with the
+package's and with our own of the same text read at once. Exit status 1, and no row of that type, if they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY / "src"), str(REPOSITORY)]
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from benchmarks.timing import append, hardware  # noqa: E402
+from rwkv_bone.config import ModelConfig  # noqa: E402
+from rwkv_bone.models import RWKV, architecture_from_scratch, build  # noqa: E402
+from rwkv_bone.ops import select_op  # noqa: E402
+
+# layers, width, vocabulary
+SIZES = {"tiny": (2, 64, 256), "0.1B": (12, 768, 65536), "0.4B": (24, 1024, 65536)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Relative errors of logits. In bf16 each implementation rounds at other places, so each is off by as much.
+LIMITS = {"fp32": 1e-4, "bf16": 5e-2}
+COMPARED = 4  # tokens decoded after the prompt
+
+Step = Callable[[], object]
+
+
+@torch.no_grad()
+def random_model(size: str, dtype: torch.dtype) -> RWKV:
+    """A frozen RWKV-7 in eval mode. Projections keep the size of what goes through them."""
+    layers, width, vocabulary = SIZES[size]
+    arch = architecture_from_scratch(ModelConfig(n_layer=layers, n_embd=width, vocab_size=vocabulary))
+    op, _ = select_op("auto", torch.device("cpu"), "wkv7", arch.head_size, dtype)
+    model = build(arch, op=op, dtype=dtype).to(dtype).requires_grad_(False).eval()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            elif name in ("weight", "bias"):  # of a norm
+                parameter.fill_(float(name == "weight"))
+            else:
+                parameter.normal_(std=0.05)
+    return model
+
+
+def package(model: RWKV, dtype: str) -> Any | None:
+    """The same model in the `rwkv` package; None where that is not installed."""
+    os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")  # it reads them when it is imported
+    try:
+        from rwkv.model import RWKV as Package
+    except ImportError:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(model.state_dict(), f"{folder}/model.pth")
+        return Package(model=f"{folder}/model", strategy=f"cpu {dtype}")
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    return float(error.nan_to_num(torch.inf))
+
+
+@torch.no_grad()
+def disagreement(model: RWKV, peer: Any | None, ids: list[int], prompt: int) -> float:
+    """The largest relative error of our logits at positions from the end of the prompt on."""
+    whole = model(torch.tensor([ids]))[0]
+    logits, state = model(torch.tensor([ids[:prompt]]), return_state=True, last_only=True)
+    theirs, its_state = peer.forward(ids[:prompt], None) if peer else (whole[prompt - 1], None)
+    worst = 0.0
+    for at in range(prompt, len(ids) + 1):
+        worst = max(worst, relative_error(logits[0], theirs), relative_error(logits[0], whole[at - 1]))
+        if at < len(ids):
+            logits, state = model(torch.tensor([[ids[at]]]), state=state, return_state=True, last_only=True)
+            theirs, its_state = peer.forward(ids[at : at + 1], its_state) if peer else (whole[at], None)
+    return worst
+
+
+def seconds(works: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Processor time of each, the median of rounds in which they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        work()
+    for _ in range(rounds):
+        for name, work in works.items():
+            begin = time.process_time()
+            work()
+            times[name].append(time.process_time() - begin)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+@torch.no_grad()
+def works_of(model: RWKV, peer: Any | None, ids: list[int], prompt: int, batches: list[int]) -> list[tuple]:
+    """(what, batch, tokens of ours, {whose: what is timed}), in which the package makes one sequence's share."""
+    _, state = model(torch.tensor([ids[:prompt]]), return_state=True, last_only=True)
+    its_state = peer.forward(ids[:prompt], None)[1] if peer else None
+
+    def read(text: list[int]) -> Step:
+        return lambda: model(torch.tensor([text]), return_state=True, last_only=True)
+
+    def decode(batch: int) -> Step:
+        last = torch.tensor([[ids[prompt]]] * batch)
+        before = [type(layer)(*(part.repeat_interleave(batch, dim=0) for part in layer)) for layer in state]
+        return lambda: model(last, state=before, return_state=True, last_only=True)
+
+    rows: list[tuple] = []
+    for batch in batches:
+        works = {"ours": decode(batch)}
+        if peer:
+            works["rwkv"] = lambda: peer.forward(ids[prompt : prompt + 1], its_state)
+        rows.append(("decode", batch, batch, works))
+    works = {"ours": read(ids[:prompt])}
+    if peer:
+        works["rwkv"] = lambda: peer.forward(ids[:prompt], None)
+    return [*rows, ("prefill", 1, prompt, works)]
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace, dtype: str) -> list[dict]:
+    """The rows of a type; none if the logits are wrong."""
+    torch.manual_seed(0)
+    model = random_model(args.size, DTYPES[dtype])
+    peer = package(model, dtype)
+    if not peer:
+        print("rwkv package: skipped, it is not installed")
+    ids = torch.randint(1, SIZES[args.size][2], (args.prompt + COMPARED,)).tolist()
+    error = disagreement(model, peer, ids, args.prompt)
+    if not error < LIMITS[dtype]:
+        print(f"{dtype}: logits differ by {error:.1e} (limit {LIMITS[dtype]:.0e}): no speed is shown", file=sys.stderr)
+        return []
+    rows = []
+    for what, batch, tokens, works in works_of(model, peer, ids, args.prompt, args.batch):
+        spent = seconds(works, args.rounds)
+        one = tokens // batch  # what the package makes in a call
+        ours, theirs = tokens / spent["ours"], one / spent["rwkv"] if peer else None
+        row = {"what": what, "hardware": hardware(torch.device("cpu")), "torch": torch.__version__, "size": args.size}
+        row |= {"dtype": dtype, "batch": batch, "prompt": args.prompt, "tokens_per_s": ours}
+        rows.append(row | {"rwkv_tokens_per_s": theirs, "ratio": ours / theirs if theirs else None, "error": error})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="0.1B")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--prompt", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="append the rows to this file")
+    args = parser.parse_args()
+    wrong = False
+    for dtype in args.dtype:
+        rows = measure(args, dtype)
+        wrong |= not rows
+        for row in rows:
+            beside = (
+                f", {row['ratio']:.2f} of the rwkv package's {row['rwkv_tokens_per_s']:.1f}" if row["ratio"] else ""
+            )
+            print(f"{dtype} {row['what']:8} batch {row['batch']:3}: {row['tokens_per_s']:8.1f} tokens/s{beside}")
+            append(args.json, row)
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
