@@ -220,7 +220,7 @@ def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
     if run.chunk_ctx:
         state = 4 * arch.n_embd * (arch.head_size + 2)  # of one layer: the WKV state, and the last row of each mix
         around += -(-run.whole // run.length) * run.rows * layers * state
-    logits = min(run.tokens, rows_at_a_time(arch.vocab_size, DTYPES[run.precision], run.device, trained=False))
+    logits = min(run.tokens, rows_at_a_time(arch.vocab_size, run.device, trained=False))
     gradients = GRADIENT_BYTES * count.trained
     backward = in_backward(arch, count, run)
 
