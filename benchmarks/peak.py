@@ -33,10 +33,8 @@ from rwkv_bone.training.memory import Run, count, needs  # noqa: E402
 CPU = torch.device("cpu")
 MB = 2**20
 # size, layers (None: all of them), --quant, --grad_cp
-ROWS = (
-    *(("0.4B", None, quant, choice) for quant, choice in (("none", "1"), ("nf4", "1"), ("none", "wkv"), ("none", "0"))),
-    *((size, 4, quant, "1") for size in ("1.5B", "2.9B") for quant in ("none", "nf4")),
-)
+SHAPES = (("0.4B", None), ("1.5B", 3), ("2.9B", 2))
+ROWS = tuple((size, layers, quant, "1") for size, layers in SHAPES for quant in ("none", "nf4"))
 
 
 def peak_bytes(step: Callable[[], None]) -> int:

@@ -38,7 +38,7 @@ TABLES = {
     "fp4": tuple(sign * twelfths / 12 for sign in (1, -1) for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
 SMALLEST = 1e-38  # lower bound of what is divided by
-CHUNK_CPU, CHUNK_GPU = 2**18, 2**24  # values converted at once: in the cache, or enough to fill the device
+CHUNK_CPU, CHUNK_GPU = 2**18, 2**22  # values converted at once: in the cache, or enough to fill the device
 
 
 class Quantized(NamedTuple):

@@ -10,7 +10,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.data import Batch
-from rwkv_bone.models import build
+from rwkv_bone.models import NOTHING, build
 from rwkv_bone.training.gather import gather
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
@@ -34,6 +34,7 @@ def test_the_head_is_told_the_factor_that_its_loss_is_multiplied_by(world, accum
         plan=SimpleNamespace(accumulate=accumulate, world_size=world),
         config=OptimConfig(),
         running=ModelConfig("base.pth"),
+        recompute=NOTHING,
         first_step=0,
         global_rank=0,
         device=torch.device("cpu"),

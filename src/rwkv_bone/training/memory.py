@@ -29,8 +29,8 @@ from rwkv_bone.models import RWKV, Recompute
 from rwkv_bone.models.layers import keeps_input
 from rwkv_bone.models.rwkv import Block
 from rwkv_bone.ops.cross_entropy import rows_at_a_time
-from rwkv_bone.ops.sizes import saved_floats
-from rwkv_bone.quantization import BLOCK, CHUNK_GPU, QuantLinear, is_quantized
+from rwkv_bone.ops.sizes import CPU, EXACT, FLOAT, saved_floats, workspace_floats
+from rwkv_bone.quantization import BLOCK, CHUNK_CPU, CHUNK_GPU, QuantLinear, is_quantized
 from rwkv_bone.training.strategy import DTYPES
 
 GB = 2**30  # as cards are sold
@@ -38,7 +38,8 @@ TRAINED_BYTES, GRADIENT_BYTES, STEP_BYTES = 12, 4, 8
 GAPS, CUDA_BYTES = 0.10, 7 * 10**8
 
 SHELL_ROWS = 3  # rows of width C that the model keeps around its blocks, RWKV-7's v_first among them
-BACKWARD_ROWS = 3  # rows of width C + dim_ffn that a block's backward pass works in
+# Rows of width C that the backward pass of a time mix and of a channel mix work in, beside those of width dim_ffn.
+TIME_ROWS, CHANNEL_ROWS = 19, 3
 # Of each token a block keeps so many numbers of width C, besides relu squared's input of width dim_ffn: the inputs of
 # its two norms and what its projections gave; RWKV-6 and 5 also both factors of the channel mix's result, and RWKV-6
 # the input of its time mix.
@@ -183,11 +184,30 @@ def kept_by_layer(arch: Architecture, count: Counted, run: Run, wkv: bool = Fals
     scratch = 0
     if not wkv:
         numbers += C  # what the operator gave
-        kernels = "cpu" if run.device == "cpu" else "exact" if run.precision == "fp32" else "chunked32"
-        documents = -(-run.length // run.document) if run.document else 0
-        sizes = run.rows, run.length, arch.n_head, arch.head_size, documents
-        scratch = 4 * saved_floats(f"wkv{arch.version}", kernels, *sizes)
-    return numbers * run.width * run.tokens + scratch + 4 * SHARES[arch.version] * C
+        scratch = FLOAT * saved_floats(*operator_sizes(arch, run))
+    return numbers * run.width * run.tokens + scratch + FLOAT * SHARES[arch.version] * C
+
+
+def operator_sizes(arch: Architecture, run: Run) -> tuple[str, str, int, int, int, int, int]:
+    """A call of the WKV operator, as ops/sizes.py takes it. All chunked kernels of a GPU have about the same needs."""
+    kernels = CPU if run.device == "cpu" else EXACT if run.precision == "fp32" else "chunked32"
+    documents = -(-run.length // run.document) if run.document else 0
+    return f"wkv{arch.version}", kernels, run.rows, run.length, arch.n_head, arch.head_size, documents
+
+
+def in_backward(arch: Architecture, count: Counted, run: Run) -> float:
+    """Bytes that the backward pass of a block works in, beside what the block has kept."""
+    C, row = arch.n_embd, run.tokens * run.width
+    # The channel mix comes first: what it has kept is free again when the time mix works.
+    time = (TIME_ROWS * C - arch.dim_ffn) * row + FLOAT * workspace_floats(*operator_sizes(arch, run))
+    again = bool(count.inputs)  # relu squared is there once more where a projection needs its input
+    channel = (CHANNEL_ROWS * C + (2 + again) * arch.dim_ffn) * row
+    if run.quant == "none":
+        return max(time, channel)
+    chunk = 6 * min(CHUNK_GPU if run.device == "cuda" else CHUNK_CPU, count.largest)
+    # The largest projection is dequantised beside relu squared or its gradient.
+    dequantised = (2 * C + (1 + again) * arch.dim_ffn) * row + count.largest * run.width + chunk
+    return max(time, channel, dequantised)
 
 
 def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
@@ -200,11 +220,9 @@ def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
     if run.chunk_ctx:
         state = 4 * arch.n_embd * (arch.head_size + 2)  # of one layer: the WKV state, and the last row of each mix
         around += -(-run.whole // run.length) * run.rows * layers * state
-    logits = min(run.tokens, rows_at_a_time(arch.vocab_size, DTYPES[run.precision], run.device, trained=False))
+    logits = min(run.tokens, rows_at_a_time(arch.vocab_size, run.device, trained=False))
     gradients = GRADIENT_BYTES * count.trained
-    backward = BACKWARD_ROWS * (arch.n_embd + arch.dim_ffn) * row
-    if run.quant != "none":
-        backward += count.largest * run.width + (6 * CHUNK_GPU if run.device == "cuda" else 0)
+    backward = in_backward(arch, count, run)
 
     def kept_by(blocks: int) -> float:
         """Of the first blocks."""
