@@ -14,7 +14,9 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # A bar that is missed is shown and stops nothing.
 show() {
     printf '\n$ python benchmarks/%s\n' "$*"
-    python benchmarks/"$@" || printf '(exit status %s)\n' "$?"
+    program=$1
+    shift
+    python "benchmarks/$program" "$@" || printf '(exit status %s)\n' "$?"
 }
 
 for size in bundled 0.1B; do
