@@ -17,9 +17,8 @@ from rwkv_bone.models import (
     build,
     init_from_scratch,
     load_base_into,
-    v7,
 )
-from rwkv_bone.models.rwkv import GENERATIONS
+from rwkv_bone.ops.regions import recurrence
 from tests.conftest import random_model
 from tests.rwkv_oracle import logits as oracle_logits
 
@@ -64,13 +63,27 @@ def test_a_random_model_of_several_heads_equals_the_rwkv_package(tiny_checkpoint
     assert np.abs(got - oracle_logits(path, ids[0].tolist(), version)).max() < 1e-3
 
 
+def given_to_operators(monkeypatch) -> list[dict]:
+    """What the time mixes give to their operators from now on in forward, w and w0 of each call."""
+    given, plain = [], recurrence.forward
+
+    def forward(operator, inputs, state, cu_seqlens, save, form, w0=None):
+        given.append({"w": inputs[1], "w0": w0})
+        return plain(operator, inputs, state, cu_seqlens, save, "cpu", w0)
+
+    monkeypatch.setattr(recurrence, "forward", forward)
+    return given
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_operator_adds_the_decays_bias_where_it_is_not_trained_and_no_bit_changes(
+def test_a_gpus_operator_adds_the_decays_bias_where_it_is_not_trained_and_no_bit_changes(
     tiny_checkpoint, monkeypatch, dtype
 ):
     model, ids = load_model(tiny_checkpoint(version=7), op="cpu", dtype=dtype), ids_of(61, 37, batch=2)
-    given, plain = [], v7.wkv7
-    monkeypatch.setattr(v7, "wkv7", lambda **inputs: given.append(inputs) or plain(**inputs))
+    given, plain = given_to_operators(monkeypatch), recurrence.backward
+    # The operator of the processor adds w0, too, if it is given one.
+    monkeypatch.setattr(recurrence, "checked_form", lambda *_: "cuda")
+    monkeypatch.setattr(recurrence, "backward", lambda *args: plain(*args[:8], "cpu", *args[9:]))
 
     def run(trained: bool) -> list[torch.Tensor]:
         for block in model.blocks:
@@ -259,12 +272,12 @@ def test_over_thousands_of_tokens_a_state_decays_as_its_parameters_say_in_a_bf16
 @pytest.mark.parametrize("version", [6, 7])
 def test_the_networks_part_of_the_decay_is_added_to_the_bias_in_fp32(monkeypatch, version):
     """Of layer 0, whose inputs do not depend on the bias: the network's part alone is what a bias of zero gives."""
-    model, generation = random_model(version=version), GENERATIONS[version]
+    model = random_model(version=version)
+    for block in model.blocks:
+        block.att.op = "cpu"
     model.emb.dtype = torch.bfloat16
     bias = model.blocks[0].att.w0 if version == 7 else model.blocks[0].att.time_decay
-    given, operator = [], f"wkv{version}"
-    plain = getattr(generation, operator)
-    monkeypatch.setattr(generation, operator, lambda **inputs: given.append(inputs) or plain(**inputs))
+    given = given_to_operators(monkeypatch)
     values = bias.detach().clone()
     for now in (torch.zeros_like(values), values):
         with torch.no_grad():

@@ -213,6 +213,10 @@ def test_what_is_not_a_number_stays_so_and_does_not_spread():
     for dtype in (FP32, BF16):
         expected = torch.relu(h.to(dtype)).square()
         assert torch.equal(compiled.relu_square_forward(h.to(dtype)).nan_to_num(nan=-1), expected.nan_to_num(nan=-1))
+    # Every bit of this one is set: adding to it, as rounding does, makes it a zero.
+    shares = torch.full((24,), -1, dtype=torch.int32).view(FP32)[None]
+    (out,) = compiled.mix_forward(torch.ones(1, 2, 24, dtype=BF16), None, None, shares)
+    assert out.isnan().all()
     x = torch.ones(1, 70, 24)
     x[0, 40, 3] = float("nan")
     for out in compiled.mix_forward(x, None, None, torch.full((2, 24), 0.5)):

@@ -3,13 +3,17 @@
 from tests.planted.bug import Bug
 
 MODELS, ADAPTERS, OPS, TRAINING = (f"src/rwkv_bone/{part}" for part in ("models", "adapters", "ops", "training"))
-REGIONS = f"{OPS}/regions"
+STEP = f"{OPS}/regions"
 QUANTIZATION = "src/rwkv_bone/quantization.py"
 MODEL_TESTS, LAYER_TESTS = "tests/models/test_models.py", "tests/adapters/test_adapter_layers.py"
 FORMATS, OPTIMIZER = "tests/ops/test_number_formats.py", "tests/training/test_optimizer.py"
 ORACLE = f"{MODEL_TESTS} -k several_heads"
+TWINS, TIME_MIX = "tests/ops/test_regions.py", "tests/ops/test_time_mix.py"
+KEPT_INPUTS = "tests/models/test_kept_inputs.py"
 THOUSANDS = f"{LAYER_TESTS} -k thousands"
 CROSS_ENTROPY = "tests/ops/test_cross_entropy.py"
+REGIONS, ROWS, SIMD = "cuda/cpu/regions.cpp", "cuda/cpu/regions_rows.h", "cuda/cpu/simd.h"
+NATIVE = "tests/ops/test_regions_native.py"
 
 BUGS = (
     # Rows of a long batch that are left out, or counted twice.
@@ -44,22 +48,21 @@ BUGS = (
     Bug(f"{ADAPTERS}/bat_col.py", "stop = min(start + step, count)", "stop = min(start + step, count - 1)", THOUSANDS),
     # The decay in bf16.
     Bug(
-        f"{MODELS}/v7.py",
-        "w = widened(self.w0) + widened(w)",
-        "w = widened(cast(self.w0) + w)",
-        f"{MODEL_TESTS} -k decay",
-    ),
-    Bug(f"{MODELS}/v7.py", "else widened(self.w0).view", "else widened(cast(self.w0)).view", f"{MODEL_TESTS} -k decay"),
-    Bug(
-        f"{MODELS}/v6.py",
-        "widened(self.time_decay) + widened(low)",
-        "widened(cast(self.time_decay) + low)",
+        f"{STEP}/twins.py",
+        "w = widened(w0, pw) + pw",
+        "w = widened(w0.to(pw.dtype) + pw)",
         f"{MODEL_TESTS} -k decay",
     ),
     Bug(
-        f"{MODELS}/v6.py",
-        "widened(self.time_decay) + widened(low)",
-        "(widened(self.time_decay) + widened(low)).to(x.dtype).float()",
+        f"{STEP}/time_mix6.py",
+        "w = widened(p.decay, x.r)",
+        "w = widened(p.decay.to(x.r.dtype), x.r)",
+        f"{MODEL_TESTS} -k decay",
+    ),
+    Bug(
+        f"{STEP}/time_mix6.py",
+        "w = w + widened(x.w @ p.decay_w2.to(x.w.dtype))",
+        "w = (w + widened(x.w @ p.decay_w2.to(x.w.dtype))).to(x.r.dtype).float()",
         f"{MODEL_TESTS} -k decay",
     ),
     Bug(f"{OPS}/wkv.py", "w0 = w0.to(wide)", "w0 = w0.to(r.dtype).to(wide)", "tests/ops/test_wkv7.py -k constant_part"),
@@ -128,12 +131,17 @@ BUGS = (
     Bug(f"{OPS}/cross_entropy.py", "beta=0, alpha=loss_scale)", "beta=0).mul_(loss_scale)", CROSS_ENTROPY),
     Bug(
         f"{OPS}/cross_entropy.py",
-        "grad = grad.to(hidden.dtype)  #",
-        "grad = grad.mul_(loss_scale).to(hidden.dtype).div_(loss_scale)  #",
+        "logits, matrix, beta=0, alpha=loss_scale)",
+        "logits.mul_(loss_scale), matrix, beta=0)",
         CROSS_ENTROPY,
     ),
     Bug(f"{OPS}/cross_entropy.py", "largest * l2wrap", "largest.sign() * l2wrap", CROSS_ENTROPY),
-    Bug(f"{OPS}/cross_entropy.py", "(part @ matrix.T).float()", "part @ matrix.T", CROSS_ENTROPY),
+    Bug(
+        f"{OPS}/cross_entropy.py",
+        "softmax = (block - largest).exp_()",
+        "softmax = (block - largest.to(block.dtype)).exp_()",
+        CROSS_ENTROPY,
+    ),
     Bug(f"{MODELS}/layers.py", "logits.amax(dim=1).square().sum()", "logits.amax().square()", CROSS_ENTROPY),
     # Adapters.
     Bug(
@@ -208,19 +216,62 @@ BUGS = (
     # Models.
     Bug(f"{MODELS}/rwkv.py", "or (rows < sequences and not packed)", "", f"{MODEL_TESTS} -k fewer_rows"),
     Bug(f"{MODELS}/rwkv.py", "if part.shape != shape:", "if False:", f"{MODEL_TESTS} -k fewer_rows"),
-    Bug(
-        f"{MODELS}/v7.py",
-        "kk = F.normalize((k * cast(self.k_k)).view(heads)",
-        "kk = F.normalize((k * cast(self.k_a)).view(heads)",
-        ORACLE,
-    ),
-    Bug(f"{MODELS}/v7.py", "b=kk * a,", "b=kk,", ORACLE),
+    Bug(f"{STEP}/twins.py", "(removal * rate).to(dtype)", "removal.to(dtype)", TWINS),
     Bug(
         f"{MODELS}/v5.py",
-        "torch.lerp(previous, x, self.time_mix_r",
-        "torch.lerp(x, previous, self.time_mix_r",
+        "1 - widened(self.time_mix_r, x))",
+        "widened(self.time_mix_r, x))",
         ORACLE,
     ),
+    Bug(
+        f"{MODELS}/v5.py",
+        "shares = [1 - widened(share, x) for share in own]",
+        "shares = [1 - share.to(x.dtype) for share in own]",
+        f"{MODEL_TESTS} -k share",
+    ),
+    # The step between the projections.
+    Bug(
+        f"{STEP}/twins.py",
+        "return g.index_fill(1, starts, 0).roll(-1, dims=1), first",
+        "return g.roll(-1, dims=1), first",
+        TWINS,
+    ),
+    Bug(f"{STEP}/twins.py", "widened(dk) + dk_bonus,", "widened(dk),", TWINS),
+    Bug(f"{STEP}/twins.py", "* (length >= SHORTEST)", "", f"{TWINS} -k zeros"),
+    Bug(f"{STEP}/twins.py", "dv0 = dv - dv_first", "dv0 = dv", TWINS),
+    Bug(f"{STEP}/twins.py", "share * (1 + g * (1 - share))", "share * (1 + g)", f"{TWINS} -k gated"),
+    Bug(f"{STEP}/time_mix7.py", "r=dr.flatten(-2) + dr_bonus", "r=dr.flatten(-2)", TIME_MIX),
+    Bug(
+        f"{STEP}/time_mix7.py",
+        "v_first=None if x.v_first is None else dv_first",
+        "v_first=None if x.v_first is None else torch.zeros_like(dv_first)",
+        TIME_MIX,
+    ),
+    Bug(
+        f"{STEP}/time_mix7.py",
+        "want = need.r_k or need.ln_weight or need.ln_bias",
+        "want = need.r_k and need.ln_weight and not need.ln_bias",
+        TIME_MIX,
+    ),
+    Bug(
+        f"{STEP}/time_mix7.py",
+        'y, _, saved = recurrence.forward("wkv7", inputs, state,',
+        'y, _, saved = recurrence.forward("wkv7", inputs, None,',
+        TIME_MIX,
+    ),
+    Bug(f"{STEP}/time_mix7.py", "keep = keep_wkv and torch.is_grad_enabled()", "keep = True", TIME_MIX),
+    Bug(
+        f"{STEP}/time_mix6.py",
+        "y, _, saved = recurrence.forward(operator, inputs, state,",
+        "y, _, saved = recurrence.forward(operator, inputs, None,",
+        TIME_MIX,
+    ),
+    Bug(f"{STEP}/mix.py", "stacked([share], x))[0]", "stacked([shares[0]], x))[0]", KEPT_INPUTS),
+    Bug(f"{STEP}/mix.py", "w2[m : m + 1], x)", "w2[:1], x)", KEPT_INPUTS),
+    Bug(f"{STEP}/rebuild.py", "table.clear()", "pass", KEPT_INPUTS),
+    Bug(f"{STEP}/rebuild.py", "outer_pack(source.detach())", "source.detach()", KEPT_INPUTS),
+    Bug(f"{MODELS}/layers.py", "return trained or getattr", "return getattr", KEPT_INPUTS),
+    Bug(f"{MODELS}/rwkv.py", "cu_seqlens, not recompute.wkv)", "cu_seqlens)", "tests/test_saved_page.py"),
     Bug(f"{MODELS}/v6.py", 'MIXED = "wkvrg"', 'MIXED = "wkvg"', ORACLE),
     Bug(
         f"{MODELS}/v6.py",
@@ -229,7 +280,7 @@ BUGS = (
         ORACLE,
     ),
     Bug(
-        f"{REGIONS}/twins.py",
+        f"{STEP}/twins.py",
         "index_copy_(1, starts, with_zeros(last.to(x.dtype), len(starts))[None])",
         "index_fill_(1, starts, 0)",
         "tests/models/test_packed_rows.py",
@@ -241,10 +292,10 @@ BUGS = (
         "tests/models/test_packed_rows.py",
     ),
     Bug(
-        f"{MODELS}/layers.py",
-        "_for_norm(rows), widened(weight, rows), widened(bias, rows), T",
-        "rows, weight.to(rows.dtype), bias.to(rows.dtype), T",
-        "tests/models/test_head_norm.py",
+        f"{STEP}/twins.py",
+        ").rsqrt()\n    return centred * scale, scale",
+        ").rsqrt().bfloat16().float()\n    return centred * scale, scale",
+        "tests/ops/test_norms.py",
     ),
     # Operators and kernels.
     Bug(f"{OPS}/chunked.py", ".flip(3) - at_read", ".flip(3)", "tests/ops/test_wkv7.py -k 'chunked_form'"),
@@ -284,4 +335,41 @@ BUGS = (
         "return -expf(x) * expf(-expf(x));",
         "tests/ops/test_cuda_source.py -k 'wkv6'",
     ),
+    # The regions of the step on the processor.
+    Bug(REGIONS, "*first <= end;", "*first < end;", f"{NATIVE} -k 'AVX2 and mix'"),
+    Bug(REGIONS, "sum[i] += tile_sum[i]", "sum[i] = tile_sum[i]", f"{NATIVE} -k very_many"),
+    Bug(
+        REGIONS,
+        "each = (tiles + BLOCKS - 1) / BLOCKS;",
+        "each = (tiles + threads - 1) / threads;",
+        f"{NATIVE} -k number_of_threads",
+    ),
+    Bug(ROWS, "start < 0 ? passes : vec{}", "passes", f"{NATIVE} -k 'AVX2 and mix'"),
+    Bug(ROWS, "kept += g - g * share;", "kept += g;", f"{NATIVE} -k 'AVX2 and mix'"),
+    Bug(ROWS, "length < SHORTEST ? 0.0f : sum(along)", "sum(along)", f"{NATIVE} -k 'AVX2 and pre7'"),
+    Bug(ROWS, "sums + 4 * C, sums + C)", "sums + C, sums + 4 * C)", f"{NATIVE} -k 'AVX2 and pre7'"),
+    Bug(
+        ROWS,
+        "load(DTYPE, p.dv, at + i) + load(DTYPE, p.dv_bonus, at + i)",
+        "load(DTYPE, p.dv, at + i)",
+        f"{NATIVE} -k 'AVX2 and pre7'",
+    ),
+    Bug(ROWS, "sum(squares) / N + p.eps", "sum(squares) / N + 1e-5f", f"{NATIVE} -k 'AVX2 and post7'"),
+    Bug(ROWS, "x < 0.0f ? vec{} : x", "x > 0.0f ? x : vec{}", f"{NATIVE} -k not_a_number"),
+    Bug(ROWS, "(d[i / LANES] - mean - y", "(d[i / LANES] - y", f"{NATIVE} -k 'AVX2 and norm'"),
+    Bug(
+        SIMD,
+        "const uvec nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
+        "const uvec nearest_even = bits >> 16;",
+        f"{NATIVE} -k 'AVX2 and relu'",
+    ),
+    Bug(SIMD, "x == x ? nearest_even : 0x7fc0 + uvec{}", "nearest_even", f"{NATIVE} -k not_a_number"),
+    Bug(
+        f"{OPS}/regions/trial.py",
+        "if not error < LIMITS[dtype]",
+        "if error > 100 * LIMITS[dtype]",
+        f"{NATIVE} -k trial",
+    ),
+    # A constant part of WKV-7's decay that the kernel adds itself.
+    Bug("cuda/cpu/wkv7_head.h", "load(p.w0 + h * N + j)", "load(p.w0 + j)", "tests/ops/test_wkv7.py -k constant_part"),
 )

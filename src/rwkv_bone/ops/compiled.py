@@ -148,16 +148,16 @@ def _problem(
 
 
 def _decayed(label: str, inputs: Sequence[Tensor], w0: Tensor | None) -> Sequence[Tensor]:
-    """The inputs as these kernels take them: the chunked ones add w0 themselves."""
-    if w0 is None or sizes.chunking(label):
+    """The inputs as these kernels take them: CUDA's sequential ones do not add w0 themselves."""
+    if w0 is None or label != sizes.EXACT:
         return inputs
     r, w, *others = inputs
     return r, w.float() + w0, *others
 
 
 def _extra(operator: str, label: str, w0: Tensor | None) -> list[Tensor | None]:
-    """What WKV-7's chunked kernels take besides."""
-    return [native.ready(w0)] if operator == "wkv7" and sizes.chunking(label) else []
+    """What WKV-7's kernels take besides, but for CUDA's sequential ones."""
+    return [native.ready(w0)] if operator == "wkv7" and label != sizes.EXACT else []
 
 
 def _register(operator: str) -> None:

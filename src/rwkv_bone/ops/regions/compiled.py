@@ -26,6 +26,7 @@ from rwkv_bone.ops.build import BuildError
 from rwkv_bone.ops.driver import DriverError
 from rwkv_bone.ops.launches import HEAD_SIZES
 from rwkv_bone.ops.native import DTYPES, documents, ready
+from rwkv_bone.ops.regions import launches
 
 LIBRARY = "regions"
 LARGEST_HEAD = 1024  # LARGEST_N in cuda/cpu/regions.cpp
@@ -193,6 +194,8 @@ def _run(
     The activations' dtype and the device are those of `like`, the parameters' dtype that of `parameter`. `tensors` must
     live until this returns: see native.ready. Raises RuntimeError with the library's own words.
     """
+    if like.device.type != "cpu":
+        return _launch(name, like, parameter, sizes, tensors, eps)
     library = native.library(LIBRARY)
     code = getattr(library, f"region_{name}")(
         DTYPES[like.dtype],
@@ -205,6 +208,39 @@ def _run(
     if code:
         reason = library.regions_error(code).decode()
         raise RuntimeError(f"region_{name} failed on {like.device} with sizes {tuple(sizes)}: {reason}")
+
+
+def _launch(
+    name: str,
+    like: Tensor,
+    parameter: Tensor,
+    sizes: Sequence[int],
+    tensors: Sequence[Tensor | None],
+    eps: float = 0.0,
+) -> None:
+    """The same on CUDA: its kernels are launched on the current stream. See launches.Unit.plan."""
+    if not like.numel():
+        return
+    region, _, step = name.rpartition("_")
+    offsets, wide, C = None, int(parameter.dtype == torch.float32), like.shape[-1]
+    if region == "mix":
+        offsets, *tensors = tensors
+        region = "mix" if tensors[3] is None else "mix6"
+        size, sizes = sizes[4], (*sizes, wide)
+        wanted = step == "backward" and tensors[6] is not None
+    elif region == "relu_square":
+        size, wanted = 1, False
+    else:
+        rows, H, size, *codes = sizes
+        sizes = (rows, H, size, wide, *(1 - code for code in codes), *([launches.bits(eps)] if eps else []))
+        wanted = any(x is not None for x in tensors[-launches.TRAINED[region] :])
+    dtype, workspace = native.NAMES[like.dtype], None
+    if step == "backward" and region in launches.TRAINED:
+        if wanted:
+            floats = launches.workspace_floats(region, dtype, like.numel() // C, C, size)
+            workspace = like.new_empty(floats, dtype=torch.float32)
+        tensors = [*tensors, workspace]
+    native.launch(launches.Unit(region, dtype, size), step, like, tuple(sizes), offsets, *tensors)
 
 
 # What the operators are: a function that makes the results, not yet filled in (it serves torch.compile, too), and one
