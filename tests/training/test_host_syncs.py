@@ -19,10 +19,10 @@ from tests.conftest import clean_environment, python_path
 from tests.training import host_syncs
 
 OURS = {("rwkv_bone", "module.py", "tolist"): 1}
-# On one device stages 1 and 2 wait for nothing else (training/zero.py). What DeepSpeed 0.19.8 does in its fp32 mode with
-# clipping: at stages 1 and 2 on several devices it asks whether the norm is finite, once for the step and once for each
-# parameter group that it clips (utils.py:233), and puts a constant on the device for each group (utils.py:887). At stage
-# 3 it asks once, and puts a constant there for each group (stage3.py:2483).
+# On one device stages 1 and 2 wait for nothing else (training/zero.py). What DeepSpeed 0.19.8 does in its fp32 mode
+# with clipping: at stages 1 and 2 on several devices it asks whether the norm is finite, once for the step and once for
+# each parameter group that it clips (utils.py:233), and puts a constant on the device for each group (utils.py:887). At
+# stage 3 it asks once, and puts a constant there for each group (stage3.py:2483).
 # Not seen on a CPU: at stage 3 it waits for the reduction at the end of each backward pass (stage3.py:1414), and on
 # several GPUs at stages 1 and 2, with overlap_comm, at each bucket (stage_1_and_2.py:2413). With the optimiser's state
 # offloaded, stages 1 and 2 ask two questions for each trained tensor (stage_1_and_2.py:1792 and 1929).

@@ -84,4 +84,4 @@ def choose_form(operator: str, op: str, device_type: str, dtype: torch.dtype, N:
 
 # Building and loading are not for torch.compile to trace. This is torch.compiler.assume_constant_result, which would
 # import the compiler for it, at every start.
-choose_form._dynamo_marked_constant = True
+vars(choose_form)["_dynamo_marked_constant"] = True

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -64,17 +65,17 @@ def _standing_in(*modules: ModuleType) -> Iterator[None]:
 
 def _torchmetrics() -> ModuleType:
     """Its base classes, of which Lightning makes a subclass for what is logged with `LightningModule.log`: nothing."""
-    module = ModuleType("torchmetrics")
-    module.__version__ = version("torchmetrics")
-    module.__path__ = []
-    for name in ("Metric", "MetricCollection"):
-        setattr(module, name, type(name, (nn.Module,), {}))
-    return module
+    metrics = {name: type(name, (nn.Module,), {}) for name in ("Metric", "MetricCollection")}
+    return _module("torchmetrics", __version__=version("torchmetrics"), **metrics)
 
 
 def _dynamo() -> ModuleType:
     """What `torch.compile` makes of a module: Lightning looks whether the one it trains is such, which it never is."""
-    module = ModuleType("torch._dynamo")
-    module.OptimizedModule = type("OptimizedModule", (nn.Module,), {})
-    module.disable = lambda function, recursive=True, **_: function
+    compiled = type("OptimizedModule", (nn.Module,), {})
+    return _module("torch._dynamo", OptimizedModule=compiled, disable=lambda function, *_, **__: function)
+
+
+def _module(name: str, **content: Any) -> ModuleType:
+    module = ModuleType(name)
+    vars(module).update(content)
     return module

@@ -42,7 +42,7 @@ def parameter_groups(model: RWKV, weight_decay: float, lora_plus: float = 1.0) -
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, without the wrappers that keep torch.compile out: each imports the compiler when it is first called."""
+    """PyTorch's, without the wrappers that keep torch.compile out: each imports the compiler when first called."""
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))

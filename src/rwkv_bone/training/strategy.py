@@ -113,7 +113,7 @@ class CpuDeepSpeedStrategy(ZeroStrategy):
         return engine, zero_optimizer
 
 
-def is_light(zero) -> bool:
+def is_light(zero: object) -> bool:
     """Whether a ZeRO optimiser is the one for a single device, which needs nothing of DeepSpeed's engine but steps."""
     from rwkv_bone.training.zero import OneDeviceZero
 

@@ -51,7 +51,7 @@ class NoProfiler(PassThroughProfiler):
 
     _nothing = nullcontext()
 
-    def profile(self, action_name: str) -> nullcontext[None]:  # type: ignore[override] # Lightning's is a generator
+    def profile(self, action_name: str) -> nullcontext[None]:
         return self._nothing
 
 

@@ -1,9 +1,9 @@
 """DeepSpeed's ZeRO optimisers, without what fp32 parameters and a single device do not need.
 
-DeepSpeed keeps a master copy of the parameters in fp32, since it expects them in fewer bits; here they are fp32 already.
-And it reduces, partitions and gathers on one device as it does on many: gradients go through a bucket and two flat
-copies. Of the 24 to 28 bytes of a trained parameter 16 are left here on one device: value, gradient, two moments; at
-stage 3, where the gradient is flattened for the step, 20.
+DeepSpeed keeps a master copy of the parameters in fp32, since it expects them in fewer bits; ours are fp32 already. And
+it reduces, partitions and gathers on one device as it does on many: gradients go through a bucket and two flat copies.
+Of the 24 to 28 bytes of a trained parameter 16 are left here on one device: value, gradient, two moments; at stage 3,
+where the gradient is flattened for the step, 20.
 """
 
 from __future__ import annotations
