@@ -35,7 +35,7 @@ MODULES = {
     "console": set(),
     "commands": set(),
     "devices": {"config"},
-    "quantization": {"config", "checkpoints"},
+    "quantization": {"config", "checkpoints", "ops"},
 }
 
 
