@@ -4,9 +4,8 @@
 
 Each row is a process of its own, so that its peak is its own. Before any row, the chunked gradient is compared with
 the whole one at the shortest length; rows are printed only if they agree. On a CPU (Linux) the peak is that of resident
-memory above what the process held before the step, as a user's process has it: glibc's settings are left alone, so
-what it keeps of freed blocks counts, which in chunks is most of the peak. Called with MALLOC_MMAP_THRESHOLD_=131072 it
-gives them back at once, and the peak is that of the tensors. On CUDA the peak is the allocator's.
+memory above what the process held before the step, with the allocator set as train.py sets it (--plain leaves it as
+the C library has it), and seconds are of the processor. On CUDA the peak is that of PyTorch's allocator.
 """
 
 import argparse
@@ -77,14 +76,28 @@ def peak_bytes(device: str) -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def measure(path: str, tokens: int, chunk: int, device: str) -> dict:
+def measure(path: str, tokens: int, chunk: int, device: str, plain: bool) -> dict:
+    from rwkv_bone import allocator
+
     model = prepared(path, device)
+    if device == "cpu" and not plain:
+        allocator.keep()
     step(model, min(tokens, 256), chunk, device)  # builds the kernel, fills the allocator's pools
     before = reset_peak(device)
-    start = time.perf_counter()
+    start = clock(device)
     step(model, tokens, chunk, device)
-    seconds = time.perf_counter() - start
+    seconds = clock(device) - start
     return {"tokens": tokens, "chunk": chunk, "mb": (peak_bytes(device) - before) / 2**20, "seconds": seconds}
+
+
+def clock(device: str) -> float:
+    """Seconds: of the processor, all threads together, which other programs do not change; on CUDA of the clock."""
+    import torch
+
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def gradient_error(path: str, tokens: int, chunk: int, device: str) -> float:
@@ -105,24 +118,28 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--whole_up_to", type=int, default=16384, help="longest sequence also run whole")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--plain", action="store_true", help="the C library's allocator as it is")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
         tokens, chunk = map(int, options.row.split(","))
-        print(json.dumps(measure(options.model, tokens, chunk, options.device)))
+        print(json.dumps(measure(options.model, tokens, chunk, options.device, options.plain)))
         return
     error = gradient_error(options.model, min(options.tokens), options.chunk, options.device)
     print(f"gradient of {min(options.tokens)} tokens in chunks of {options.chunk} against whole: error {error:.1e}")
     if not error < TOLERANCE:
         sys.exit(f"more than {TOLERANCE}: no rows")
-    print(f"{'tokens':>8} {'chunk':>6} {'peak MB':>9} {'seconds':>8}")
+    print(f"{'tokens':>8} {'chunk':>6} {'peak MB':>9} {'seconds':>8} {'tokens/s':>9}")
     for tokens in options.tokens:
         for chunk in (0, options.chunk) if tokens <= options.whole_up_to else (options.chunk,):
             command = [sys.executable, __file__, "--model", options.model, "--device", options.device]
-            command += ["--row", f"{tokens},{chunk}"]
+            command += ["--row", f"{tokens},{chunk}", *["--plain"] * options.plain]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             row = json.loads(done.stdout.splitlines()[-1])
-            print(f"{tokens:>8} {chunk or 'whole':>6} {row['mb']:>9.0f} {row['seconds']:>8.1f}", flush=True)
+            speed = tokens / row["seconds"]
+            print(
+                f"{tokens:>8} {chunk or 'whole':>6} {row['mb']:>9.0f} {row['seconds']:>8.1f} {speed:>9.0f}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -201,8 +201,60 @@ def test_a_value_moves_by_half_a_step_at_most(kind, largest, typical):
     assert typical / 2 < difference.norm() / weight.norm() < typical
 
 
+@pytest.fixture
+def plainly(monkeypatch):
+    """PyTorch alone computes, as where there is no compiler."""
+    monkeypatch.setattr(quantization, "compiled", lambda: False)
+
+
+def test_the_cpp_kernel_gives_pytorchs_bits_with_every_instruction_set_and_number_of_threads(monkeypatch):
+    if not quantization.compiled():
+        pytest.skip("no C++ compiler")
+    every_half = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).view(256, 256)
+    every_half = torch.where(every_half.isfinite(), every_half, 0)
+    # Larger than what one thread takes at once.
+    many = torch.randn(300, 901, generator=torch.Generator().manual_seed(0))
+    cases = [every_half, many, many.bfloat16(), torch.full((2, 70), 1e-39), torch.full((3, 50), 3e38)]
+    cases += [weight for shape, dtype in product(SHAPES[1:-1], DTYPES) for weight in weights(shape, dtype)]
+    for x, m in straddling("nf4"):
+        cases += [torch.tensor([[x, m, 0.0]]), torch.tensor([[x, m] + [0.0] * 66])]
+    library, threads = quantization.native.library(quantization.LIBRARY), torch.get_num_threads()
+    for kind in QUANTISED:
+        with monkeypatch.context() as without:
+            without.setattr(quantization, "compiled", lambda: False)
+            expected = [quantize(weight, kind) for weight in cases]
+            values = [[dequantize(known, dtype) for dtype in DTYPES] for known in expected]
+        try:
+            for level, number in ((0, 1), (1, 3), (2, 1), (-1, 2)):
+                torch.set_num_threads(number)
+                if library.wkv_set_level(level) < 0:
+                    continue
+                for weight, known, back in zip(cases, expected, values, strict=True):
+                    found = quantize(weight, kind)
+                    assert torch.equal(found.codes, known.codes) and torch.equal(found.scales, known.scales)
+                    assert all(
+                        torch.equal(dequantize(found, dtype), value) for dtype, value in zip(DTYPES, back, strict=True)
+                    )
+        finally:
+            library.wkv_set_level(-1)
+            torch.set_num_threads(threads)
+
+
+def test_a_process_without_a_compiler_quantises_with_pytorch(monkeypatch):
+    def none(operator):
+        raise quantization.BuildError("no C++ compiler was found")
+
+    monkeypatch.setattr(quantization.native, "library", none)
+    quantization.compiled.cache_clear()
+    weight = torch.randn(65, 66, generator=torch.Generator().manual_seed(0))
+    without = [as_trained(weight, kind) for kind in QUANTISED]
+    monkeypatch.undo()
+    quantization.compiled.cache_clear()
+    assert all(torch.equal(as_trained(weight, kind), value) for kind, value in zip(QUANTISED, without, strict=True))
+
+
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_working_in_chunks_changes_nothing(kind, monkeypatch):
+def test_working_in_chunks_changes_nothing(kind, monkeypatch, plainly):
     weight = torch.randn(37, 201, generator=torch.Generator().manual_seed(0))
     whole = quantize(weight, kind)
     values = dequantize(whole)

@@ -4,8 +4,9 @@
     nf4, fp4   per block of 64 values of the flattened weight: w = table[code] * scale, scale = max |block|
 
 A byte holds two 4-bit codes, the first in its high half. Codes, scales and dequantised values of nf4 and fp4 equal
-those of bitsandbytes 0.50 bit for bit, and so do the codes of int8. They are computed with PyTorch alone and are the
-same on any device; on CUDA bitsandbytes' kernel dequantises, if it is installed.
+those of bitsandbytes 0.50 bit for bit, and so do the codes of int8. They are the same on any device and whoever
+computes them: PyTorch alone, on a CPU cuda/cpu/quantize.cpp if it can be compiled; on CUDA bitsandbytes' kernel
+dequantises, if it is installed.
 
 Codes and scales are buffers and not parameters, so that DeepSpeed neither partitions nor casts them: every device holds
 all of them, at ZeRO stage 3 too.
@@ -13,6 +14,7 @@ all of them, at ZeRO stage 3 too.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
@@ -25,6 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkv_bone.checkpoints import param_part
+from rwkv_bone.ops import native
+from rwkv_bone.ops.build import BuildError
 
 BLOCK = 64
 # bitsandbytes' tables. nf4: quantiles of a normal distribution. fp4: a sign, two bits of exponent, one of mantissa.
@@ -38,6 +42,8 @@ TABLES = {
     "fp4": tuple(sign * twelfths / 12 for sign in (1, -1) for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
 SMALLEST = 1e-38  # lower bound of what is divided by
+LIBRARY = "quantize"  # cuda/cpu/quantize.cpp
+SOURCES = {**native.DTYPES, torch.float16: 2}  # the dtypes that it quantises
 CHUNK_CPU, CHUNK_GPU = 2**18, 2**22  # values converted at once: in the cache, or enough to fill the device
 
 
@@ -64,6 +70,8 @@ def quantize(weight: Tensor, kind: str) -> Quantized:
     """weight [out, in] of any floating dtype, as int8, nf4 or fp4; no temporary is as large as the weight."""
     out_features, in_features = weight.shape
     count = weight.numel()
+    if weight.device.type == "cpu" and weight.dtype in SOURCES and count and compiled():
+        return _quantize_compiled(weight.contiguous(), kind)
     if kind == "int8":
         codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
         scales = weight.new_empty(out_features, dtype=torch.float32)
@@ -99,6 +107,59 @@ def quantize(weight: Tensor, kind: str) -> Quantized:
 @torch.no_grad()
 def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """[out, in]: products in fp32, rounded once to `dtype`; no temporary is as large as the result."""
+    codes, scales, kind, shape = weight
+    if codes.device.type == "cpu":
+        return torch.ops.rwkv_bone.dequantize(codes, scales, kind, *shape, dtype)
+    return _dequantize_plainly(weight, dtype)
+
+
+def _dequantize_cpu(codes: Tensor, scales: Tensor, kind: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    if dtype not in native.DTYPES or not compiled() or not rows * columns:
+        return _dequantize_plainly(Quantized(codes, scales, kind, (rows, columns)), dtype)
+    out = torch.empty(rows, columns, dtype=dtype)
+    table = None if kind == "int8" else _table(kind)
+    _call("inverse", native.DTYPES[dtype], (rows, columns), codes.contiguous(), scales.contiguous(), table, out)
+    return out
+
+
+def _quantize_compiled(weight: Tensor, kind: str) -> Quantized:
+    rows, columns = weight.shape
+    bounds, order = (None, None) if kind == "int8" else _bounds(kind, weight.device)
+    if bounds is None:
+        codes = torch.empty(rows, columns, dtype=torch.int8)
+        scales = torch.empty(rows)
+    else:
+        codes = torch.empty(-(-weight.numel() // 2), dtype=torch.uint8)
+        scales = torch.empty(-(-weight.numel() // BLOCK))
+    _call("weight", SOURCES[weight.dtype], (rows, columns), weight, bounds, order, codes, scales)
+    return Quantized(codes, scales, kind, (rows, columns))
+
+
+def _call(function: str, dtype: int, sizes: tuple[int, int], *tensors: Tensor | None) -> None:
+    """Runs quantize_<function> of the library with PyTorch's number of threads."""
+    library = native.library(LIBRARY)
+    code = getattr(library, f"{LIBRARY}_{function}")(
+        ctypes.c_int(dtype),
+        *map(ctypes.c_int64, sizes),
+        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    if code:
+        raise RuntimeError(f"{LIBRARY}_{function} failed: {getattr(library, f'{LIBRARY}_error')(code).decode()}")
+
+
+@cache
+def compiled() -> bool:
+    """Whether cuda/cpu/quantize.cpp can be had; compiles it if need be."""
+    try:
+        native.library(LIBRARY)
+    except (BuildError, OSError):
+        return False
+    return True
+
+
+def _dequantize_plainly(weight: Quantized, dtype: torch.dtype) -> Tensor:
+    """`dequantize` with PyTorch alone, or on CUDA with bitsandbytes' kernel."""
     codes, scales, kind, shape = weight
     device = codes.device
     if kind == "int8":
@@ -141,7 +202,9 @@ def describe(model: nn.Module, dtype: torch.dtype, device: str) -> str:
     weights = [module.quantized for module in model.modules() if isinstance(module, QuantLinear)]
     kept = sum(weight.nbytes for weight in weights) / 1e6
     plain = sum(math.prod(weight.shape) for weight in weights) * dtype.itemsize / 1e6
-    kernel = "bitsandbytes" if device == "cuda" and weights[0].kind != "int8" and has_bitsandbytes() else "PyTorch"
+    kernel = "the C++ kernel" if device == "cpu" and dtype in native.DTYPES and compiled() else "PyTorch"
+    if device == "cuda" and weights[0].kind != "int8" and has_bitsandbytes():
+        kernel = "bitsandbytes"
     return (
         f"{weights[0].kind}: {len(weights)} projections in {kept:,.2f} MB instead of {plain:,.2f} MB, whole on every "
         f"device; dequantised by {kernel}"
@@ -219,7 +282,21 @@ def _bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @cache
+def _table(kind: str) -> Tensor:
+    return torch.tensor(TABLES[kind])
+
+
+@cache
 def _pairs(kind: str, device: torch.device) -> Tensor:
     """[256] int64: for each byte the two fp32 values that it stands for, joined, so that one look-up finds both."""
     values, byte = torch.tensor(TABLES[kind]), torch.arange(256)
     return torch.stack((values[byte >> 4], values[byte & 15]), dim=1).view(torch.int64).view(-1).to(device)
+
+
+# An operator of PyTorch's, so that torch.compile takes it.
+torch.library.custom_op(
+    "rwkv_bone::dequantize",
+    _dequantize_cpu,
+    mutates_args=(),
+    schema="(Tensor codes, Tensor scales, str kind, int rows, int columns, ScalarType dtype) -> Tensor",
+).register_fake(lambda codes, scales, kind, rows, columns, dtype: codes.new_empty(rows, columns, dtype=dtype))

@@ -10,6 +10,7 @@ FORMATS, OPTIMIZER = "tests/ops/test_number_formats.py", "tests/training/test_op
 ORACLE = f"{MODEL_TESTS} -k several_heads"
 TWINS, TIME_MIX = "tests/ops/test_regions.py", "tests/ops/test_time_mix.py"
 KEPT_INPUTS = "tests/models/test_kept_inputs.py"
+PAGES, QUANTISED = "tests/checkpoints/test_pages.py", "tests/test_quantization.py"
 THOUSANDS = f"{LAYER_TESTS} -k thousands"
 REGIONS, ROWS, SIMD = "cuda/cpu/regions.cpp", "cuda/cpu/regions_rows.h", "cuda/cpu/simd.h"
 NATIVE = "tests/ops/test_regions_native.py"
@@ -338,6 +339,19 @@ BUGS = (
         ").rsqrt().bfloat16().float()\n    return centred * scale, scale",
         "tests/ops/test_norms.py",
     ),
+    # Mapped files and quantised weights.
+    Bug("src/rwkv_bone/checkpoints/pages.py", "(bits & OF_FILE != 0)", "(bits == bits)", f"{PAGES} -k never_lost"),
+    Bug("src/rwkv_bone/checkpoints/pages.py", "(bits & OF_FILE != 0)", "(bits == bits)", f"{PAGES} -k ordinary"),
+    Bug("src/rwkv_bone/checkpoints/numbers.py", "        give_back(tensor)\n", "", f"{PAGES} -k was_checked"),
+    Bug(
+        "src/rwkv_bone/models/load.py", "            checkpoints.give_back(tensor)\n", "", f"{PAGES} -k quantised_base"
+    ),
+    Bug("cuda/cpu/quantize_blocks.h", "x[i] /= scale", "x[i] *= 1.0f / scale", f"{QUANTISED} -k cut_short"),
+    Bug("cuda/cpu/quantize_blocks.h", "!(p.bounds[b] >= x[i])", "p.bounds[b] <= x[i]", f"{QUANTISED} -k cpp_kernel"),
+    Bug(
+        "src/rwkv_bone/allocator.py", "> self._least + SLACK", "< self._least", "tests/test_allocator.py -k looked_for"
+    ),
+    Bug("src/rwkv_bone/allocator.py", "name.startswith(SETTINGS)", "False", "tests/test_allocator.py -k user_has_set"),
     # Operators and kernels.
     Bug(f"{OPS}/chunked.py", ".flip(3) - at_read", ".flip(3)", "tests/ops/test_wkv7.py -k 'chunked_form'"),
     Bug(

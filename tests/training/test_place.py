@@ -11,7 +11,9 @@ import torch
 
 from rwkv_bone import checkpoints
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject
+from rwkv_bone.errors import UserError
 from rwkv_bone.models import build, load_base_into
+from rwkv_bone.training import fit
 from rwkv_bone.training.place import place
 from tests.conftest import clean_environment, python_path, random_model
 from tests.training.conftest import adapter_of, largest_difference, log_of
@@ -208,3 +210,17 @@ def test_each_parameter_is_partitioned_before_the_next_is_copied(mapped):
 
     place(model, torch.device("cpu"), torch.float32, partition)
     assert done == list(before)
+
+
+def test_a_run_on_the_cpu_settles_the_allocator_once_before_its_first_step(job, monkeypatch):
+    said = []
+
+    def steps(trainer, module):
+        said.append("steps")
+        raise UserError("enough")
+
+    monkeypatch.setattr(fit.allocator, "keep", lambda: said.append("keep"))
+    monkeypatch.setattr(fit, "run_steps", steps)
+    with pytest.raises(UserError, match="enough"):
+        job.run("settled")
+    assert said == ["keep", "steps"]

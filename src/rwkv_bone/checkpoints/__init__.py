@@ -1,4 +1,5 @@
-"""Checkpoints: read and written (`files.py`, `stream.py`, `pages.py`), their keys (`keys.py`), their model (`architecture.py`).
+"""Checkpoints: read and written (`files.py`, `stream.py`), their pages in memory (`pages.py`), their keys (`keys.py`),
+their model (`architecture.py`).
 
 A base model (`base.py`) may be several files (`model_files.py`) with a config.json (`model_config.py`), in one of
 several layouts (`layouts.py`); all of them become upstream's names and shapes (`shapes.py`).

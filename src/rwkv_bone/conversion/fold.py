@@ -25,7 +25,8 @@ def merged_tensors(
 
     Adapted weights are computed in fp32 and rounded once. Tensors that were trained themselves replace the base's. A
     trained initial state, which a base does not have, comes after the others, in fp32. quant: what the adapter was
-    trained on. When the next pair is asked for, no page of a mapped base stays resident for the last one. The adapter must fit the base, as `read_adapter` makes sure.
+    trained on. The adapter must fit the base, as `read_adapter` makes sure. No page of a mapped base stays resident
+    for a pair after the next one was asked for.
     """
     adapted = tensors_by_module(adapter)
     for key, tensor in base.items():

@@ -31,8 +31,9 @@ def load_base_into(
     dtype: what the tensors are converted to; None leaves them as they are, mapped and not copied, but for transposed
     views, which are copied. A trained initial state in the checkpoint is loaded too, always in fp32. quant: the
     projections are quantised one at a time, from the file's own values, and their layers become QuantLinear, so no more
-    than one of them is in memory in full. Pages of a mapped file stay resident for no tensor that was copied or quantised. device: where they are quantised and where their codes stay (None = the
-    tensors' own); all other tensors stay where they are. source: what messages call the checkpoint.
+    than one of them is in memory in full; no page of a mapped file stays resident for what was copied or quantised.
+    device: where they are quantised and where their codes stay (None = the tensors' own); all other tensors stay where
+    they are. source: what messages call the checkpoint.
     """
     if any(checkpoints.param_part(key) == "state" for key in state):
         model.add_time_state()

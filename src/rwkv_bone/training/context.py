@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rwkv_bone import allocator
 from rwkv_bone.models import LayerState
 from rwkv_bone.ops.cross_entropy import IGNORED_LABEL, labelled
 
@@ -62,6 +63,8 @@ def chunked_loss(
     def run(
         part: Tensor, targets: Tensor, where: Tensor, documents: Tensor | None, state: list[LayerState] | None
     ) -> tuple[Tensor, list[LayerState]]:
+        if not part.is_cuda:
+            allocator.trim()
         how = {"labels": targets, "label_rows": where, "cu_seqlens": documents}
         loss, after = model(part, **how, state=state, return_state=True, **options)
         if documents is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, seed_everything
 
-from rwkv_bone import console
+from rwkv_bone import allocator, console
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.training import project
@@ -89,6 +89,8 @@ def fit(config: TrainConfig) -> Path:
     if main:
         project.begin(folder, config)
         console.keep_lost_output(folder / project.OUTPUT)
+    if device == "cpu":
+        allocator.keep()
     run_steps(trainer, module)
     assert save.last_path
     if main:
