@@ -16,6 +16,7 @@ from rwkv_bone.errors import UserError
 PEFT_KINDS = ("none", "bone", "lora", "pissa", "state")
 BONE_MODES = ("bone", "bat", "bat-col")
 QUANTS = ("none", "int8", "nf4", "fp4")
+COMPILES = ("0", "1", "auto")
 TRAIN_PARTS = ("emb", "head", "ln", "time", "state")
 GENERATIONS = ("", "x050", "x051", "x052", "x060", "x070")
 OPERATORS = ("auto", "cuda", "cuda-exact", "cuda-chunked", "cuda-accurate", "cpu", "torch")
@@ -95,6 +96,12 @@ class ModelConfig:
         QUANTS,
     )
     grad_cp: bool = setting(False, "1 = recompute each block in backward: less memory, about a third more time")
+    compile: str = setting(
+        "0",
+        "torch.compile of each block: 1 = yes, refused if gradients differ; auto = on a GPU, in a run that is long "
+        "enough, if gradients agree; 0 = no",
+        COMPILES,
+    )
 
     def __post_init__(self):
         check_values(self)
