@@ -18,9 +18,10 @@ import argparse
 import sys
 
 import torch
-from adapters import MEGABYTE, hardware, peak, run, seconds
+from adapters import MEGABYTE, peak, run, timed
 from torch import Tensor, nn
 
+from benchmarks.timing import hardware
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings
 from rwkv_bone.config import QUANTS
 from rwkv_bone.quantization import QuantLinear, quantize
@@ -68,10 +69,10 @@ def rows(tokens: int, sizes: tuple[int, int], r: int, device: str, repeat: int):
         return
 
     times = {name: [] for name in layers}
-    peaks = {name: (seconds(layer, x, g), peak(layer, x, g))[1] for name, layer in layers.items()}
+    peaks = {name: (timed(layer, x, g), peak(layer, x, g))[1] for name, layer in layers.items()}
     for _ in range(repeat):
         for name, layer in layers.items():
-            times[name].append(seconds(layer, x, g))
+            times[name].append(timed(layer, x, g))
     for name in layers:
         kind, _, adapter = name.partition(" ")
         size = weight.nbytes if kind == "none" else bases[kind].quantized.nbytes
@@ -91,7 +92,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one small shape, correctness only")
     args = parser.parse_args()
-    print(f"{hardware(args.device)}, torch {torch.__version__}, bf16")
+    print(f"{hardware(torch.device(args.device))}, torch {torch.__version__}, bf16")
     wrong = []
     if not args.quick:
         print(HEADER)

@@ -42,7 +42,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.costs import cost  # noqa: E402
-from benchmarks.peers import PEERS, Missing, peer  # noqa: E402
+from benchmarks.peer_operators import PEERS, Missing, peer  # noqa: E402
 from benchmarks.timing import Ceilings, append, ceilings, elapsed, hardware, queued  # noqa: E402
 from rwkv_bone.errors import UserError  # noqa: E402
 from rwkv_bone.ops import choice, select_op  # noqa: E402
@@ -85,7 +85,7 @@ for name, function in (("wkv6", wkv6), ("wkv5", wkv5)):
 
 
 class Form(NamedTuple):
-    """A way to compute an operator. `prepare` and `restore` turn a case and the results of it; see peers.Peer."""
+    """A way to compute an operator. `prepare` and `restore` turn a case and its results; see peer_operators.Peer."""
 
     name: str
     run: Callable[..., tuple[Tensor, Tensor]]

@@ -32,7 +32,7 @@ accelerator=auto            # gpu, cpu, or auto: gpu if there is one
 devices=1                   # GPUs, or CPU processes
 strategy=deepspeed_stage_1  # ZeRO stage: _2 and _3 spread more over the devices; _offload uses the CPU's memory
 precision=bf16              # frozen weights and arithmetic; the adapter is always fp32
-grad_cp=0                   # 1: less memory, about a third more time
+grad_cp=auto                # computed again in backward: 0 nothing, 1 all (a third more time), auto as little as fits
 
 repo= # the repository's folder; set it only in a copy that lies, and is run, outside the repository
 

@@ -347,3 +347,44 @@ def test_a_real_card_is_taken_and_described():
     assert devices.pip_words(devices.look())
     line = devices.describe_devices("cuda", 1)
     assert torch.cuda.get_device_name() in line and f"CUDA {torch.version.cuda}" in line
+
+
+def system(root, available=None, groups="", **files):
+    """A made-up /proc and /sys: MemAvailable in kB, /proc/self/cgroup, and files below /sys/fs/cgroup (`__` is /)."""
+    (root / "proc/self").mkdir(parents=True, exist_ok=True)
+    if available is not None:
+        (root / "proc/meminfo").write_text(f"MemTotal:  99 kB\nMemAvailable:    {available} kB\n")
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name.replace("__", "/").replace("memory_", "memory.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    return root
+
+
+def test_free_memory_is_what_the_system_still_gives(tmp_path):
+    assert devices.free_memory(system(tmp_path, 1000)) == 1000 * 1024
+
+
+def test_free_memory_is_at_most_what_the_control_groups_of_either_version_leave(tmp_path):
+    stat = "anon 5\ninactive_file 300\nactive_file 200\ninactive_anon 7"
+    two = {"a__b__memory_max": "max", "a__b__memory_current": "5", "a__memory_max": 9000, "a__memory_current": 7000}
+    root = system(tmp_path / "2", 1000, "0::/a/b\n", **two, a__memory_stat=stat)
+    assert devices.free_memory(root) == 9000 - 7000 + 500  # files in memory would be given up
+    one = {"memory__c__memory_limit_in_bytes": 4000, "memory__c__memory_usage_in_bytes": 3000}
+    stat = "inactive_file 50\ntotal_inactive_file 300\ntotal_active_file 200"
+    root = system(tmp_path / "1", 1000, "4:cpu,memory:/c\n0::/\n", **one, memory__c__memory_stat=stat)
+    assert devices.free_memory(root) == 4000 - 3000 + 500
+
+
+def test_in_a_container_the_topmost_group_counts_and_a_full_one_leaves_nothing(tmp_path):
+    root = system(tmp_path, 1000, "0::/outside/of/it\n", memory_max=500, memory_current=700)
+    assert devices.free_memory(root) == 0
+
+
+def test_free_memory_is_unknown_where_nothing_tells(tmp_path):
+    assert devices.free_memory(tmp_path) is None
+
+
+def test_free_memory_of_this_machine_is_no_more_than_it_has():
+    assert 0 < devices.free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

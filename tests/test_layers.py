@@ -30,6 +30,7 @@ OPTIONAL = {"rwkv_bone.hf.peft_config", "rwkv_bone.hf.callbacks"}
 # The modules beside the rooms.
 MODULES = {
     "errors": set(),
+    "imports": set(),
     "signals": set(),
     "console": set(),
     "commands": set(),
@@ -87,6 +88,7 @@ def test_loading_a_model_reads_no_data_modules():
         "rwkv_bone.console",
         "rwkv_bone.devices",
         "rwkv_bone.errors",
+        "rwkv_bone.imports",
         "rwkv_bone.signals",
         "rwkv_bone.conversion.flags",
         "rwkv_bone.hf.flags",

@@ -253,7 +253,7 @@ def test_lines_that_a_user_adds_are_passed_exactly(shell, ready):
     given = arguments(ready.run(shell, ready.scripts / "run_bone.sh"))
     assert given[-2:] == ["--typed", "2"]
     del given[-2:]
-    added = given[given.index("--grad_cp=0") + 1 :]
+    added = given[given.index("--grad_cp=auto") + 1 :]
     assert added == [
         "--weight_decay=0.01",
         "--beta1=0.8",
@@ -295,7 +295,7 @@ def test_a_word_that_is_no_flag_is_refused(ready):
 def test_assignments_are_found_as_the_shell_reads_them(line, expected, ready):
     ready.edit("run_bone.sh", line)
     given = variables(ready.sh("run_bone.sh"))
-    assert given[given.index("--grad_cp=0") + 1 :] == expected
+    assert given[given.index("--grad_cp=auto") + 1 :] == expected
 
 
 def test_variables_of_the_environment_are_no_settings(ready):

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import costs, peers, timing
+from benchmarks import costs, peer_operators, timing
 from rwkv_bone.ops import arguments, cuda
 from rwkv_bone.ops.reference import wkv6_reference, wkv7_reference
 from tests.conftest import REPOSITORY
@@ -198,7 +198,7 @@ def test_a_peer_gets_log_decays_and_turned_states_and_is_compared_in_ours(wkv, m
     module = types.ModuleType(f"fla.ops.{name}")
     setattr(module, f"chunk_{name}", log_decay_reference(operator))
     monkeypatch.setitem(sys.modules, f"fla.ops.{name}", module)
-    other = peers.peer("fla", operator)
+    other = peer_operators.peer("fla", operator)
     form = wkv.Form("fla", other.run, prepare=other.prepare, restore=other.restore)
     assert wkv.error(operator, form, torch.float32, 16, CPU, packed=False) < 2e-5
     unturned = form._replace(prepare=lambda case: case | {"w": other.prepare(case)["w"]})
@@ -208,7 +208,7 @@ def test_a_peer_gets_log_decays_and_turned_states_and_is_compared_in_ours(wkv, m
 def test_a_peer_that_is_not_there_is_said_in_words(monkeypatch):
     for name in ("fla", "fla.ops", "fla.ops.rwkv7"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(peers.Missing, match="fla is not installed"):
-        peers.peer("fla", "wkv7")
-    with pytest.raises(peers.Missing, match="fla has no wkv5"):
-        peers.peer("fla", "wkv5")
+    with pytest.raises(peer_operators.Missing, match="fla is not installed"):
+        peer_operators.peer("fla", "wkv7")
+    with pytest.raises(peer_operators.Missing, match="fla has no wkv5"):
+        peer_operators.peer("fla", "wkv5")

@@ -3,7 +3,9 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t loose_halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 // Vectors worked on at once: with more, the accumulators do not fit in 32 (AVX-512) or 16 registers.
 constexpr int TILE_VECTORS = LANES == 16 ? 4 : 2;
@@ -12,6 +14,22 @@ constexpr int64_t TILE_FLOATS = TILE_VECTORS * LANES;
 INLINE vec load(const float* p) { return *reinterpret_cast<const loose_vec*>(p); }
 INLINE void store(float* p, vec x) { *reinterpret_cast<loose_vec*>(p) = x; }
 INLINE vec broadcast(float x) { return x - vec{}; }
+
+// The vector from place `at` on of a tensor of either type, to and from float.
+INLINE vec load(int dtype, const void* tensor, int64_t at) {
+    if (dtype == FLOAT32) return load(static_cast<const float*>(tensor) + at);
+    const loose_halves bits = *reinterpret_cast<const loose_halves*>(static_cast<const uint16_t*>(tensor) + at);
+    return reinterpret_cast<vec>(__builtin_convertvector(bits, uvec) << 16);
+}
+
+INLINE void store(int dtype, void* tensor, int64_t at, vec x) {
+    if (dtype == FLOAT32) return store(static_cast<float*>(tensor) + at, x);
+    const uvec bits = reinterpret_cast<uvec>(x);
+    const uvec nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const uvec rounded = x == x ? nearest_even : 0x7fc0 + uvec{};  // NaN stays NaN
+    *reinterpret_cast<loose_halves*>(static_cast<uint16_t*>(tensor) + at) =
+        __builtin_convertvector(rounded, loose_halves);
+}
 
 INLINE float sum(vec x) {
 #if LANES == 16

@@ -1,6 +1,6 @@
 // RWKV-7's recurrence on the processor: the C++ twin of cuda/wkv7.cuh behind a C interface, one thread per head
 // of one sequence at a time. Arithmetic and states are float; r, k, v, a, b, y, dy and their gradients are float or
-// bfloat16, w and dw float. All tensors are contiguous [B, T, H, N], states [B, H, N, N] (value, key), with documents
+// bfloat16, w and dw float; or, with w0 [H, N], of r's type, and the raw decay is w + w0. All tensors are contiguous [B, T, H, N], states [B, H, N, N] (value, key), with documents
 // [D, H, N, N]. N: a multiple of 8. The mathematics is in wkv7_head.h.
 
 #include <cstdint>
@@ -15,10 +15,8 @@ constexpr float DECAY_SCALE = 0.60653066f;  // exp(-1/2)
 
 struct Wkv7 : Sequences {
     int dtype;
-    const void* r;
-    const float* w;
-    const void *k, *v, *a, *b;
-    const float* s0;
+    const void *r, *w, *k, *v, *a, *b;
+    const float *s0, *w0;
 };
 
 struct Wkv7Forward {
@@ -30,9 +28,7 @@ struct Wkv7Backward {
     const float* saved;
     const void* dy;
     const float* dsT;
-    void* dr;
-    float* dw;
-    void *dk, *dv, *da, *db;
+    void *dr, *dw, *dk, *dv, *da, *db;
     float* ds0;
 };
 
@@ -64,18 +60,18 @@ int64_t wkv7_saved_floats(int64_t B, int64_t T, int64_t H, int64_t N, int64_t D)
 
 // There is no workspace and no stream.
 int wkv7_forward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
-                 const void* r, const float* w, const void* k, const void* v, const void* a, const void* b,
-                 const float* s0, void* y, float* sT, float* saved, int threads, void*) {
-    const Wkv7 p = {{B, T, H, N, D, offsets}, dtype, r, w, k, v, a, b, s0};
+                 const void* r, const void* w, const void* k, const void* v, const void* a, const void* b,
+                 const float* s0, void* y, float* sT, float* saved, const float* w0, int threads, void*) {
+    const Wkv7 p = {{B, T, H, N, D, offsets}, dtype, r, w, k, v, a, b, s0, w0};
     const Wkv7Forward f = {y, sT, saved};
     return for_each_head(p, f, threads, AT_LEVEL(forward_head, N));
 }
 
 int wkv7_backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t N, int64_t D, const int64_t* offsets,
-                  const void* r, const float* w, const void* k, const void* v, const void* a, const void* b,
-                  const float* s0, const float* saved, const void* dy, const float* dsT, float*, void* dr, float* dw,
-                  void* dk, void* dv, void* da, void* db, float* ds0, int threads, void*) {
-    const Wkv7 p = {{B, T, H, N, D, offsets}, dtype, r, w, k, v, a, b, s0};
+                  const void* r, const void* w, const void* k, const void* v, const void* a, const void* b,
+                  const float* s0, const float* saved, const void* dy, const float* dsT, const float* w0, float*,
+                  void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0, int threads, void*) {
+    const Wkv7 p = {{B, T, H, N, D, offsets}, dtype, r, w, k, v, a, b, s0, w0};
     const Wkv7Backward g = {saved, dy, dsT, dr, dw, dk, dv, da, db, ds0};
     return for_each_head(p, g, threads, AT_LEVEL(backward_head, N));
 }

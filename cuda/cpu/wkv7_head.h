@@ -21,9 +21,12 @@ struct Step {
     }
 };
 
-// Reads n steps from row `first` of the [B, T, H, N] tensors on, and leaves a step of zero a after them.
+// The type of w and dw.
+INLINE int decay_type(const Wkv7& p) { return p.w0 ? p.dtype : FLOAT32; }
+
+// Reads a head's n steps from row `first` of the [B, T, H, N] tensors on, and leaves a step of zero a after them.
 // slope = d decay / d w / decay.
-INLINE void read_segment(const Wkv7& p, int64_t first, int64_t n, const void* dy, float* steps) {
+INLINE void read_segment(const Wkv7& p, int64_t h, int64_t first, int64_t n, const void* dy, float* steps) {
     const int64_t N = p.N;
     for (int64_t t = 0; t < n; t++) {
         const int64_t row = first + t * p.H;
@@ -35,7 +38,8 @@ INLINE void read_segment(const Wkv7& p, int64_t first, int64_t n, const void* dy
         read_row(p.dtype, p.b, row, N, step.b);
         if (dy) read_row(p.dtype, dy, row, N, step.dy);
         for (int64_t j = 0; j < N; j += LANES) {
-            const vec e = exp(-load(p.w + row * N + j));
+            const vec w = load(decay_type(p), p.w, row * N + j);
+            const vec e = exp(p.w0 ? -w - load(p.w0 + h * N + j) : -w);
             const vec sigmoid = 1.0f / (1.0f + e);
             store(step.decay + j, exp(sigmoid * -DECAY_SCALE));
             store(step.slope + j, sigmoid * (e * sigmoid) * -DECAY_SCALE);
@@ -82,7 +86,7 @@ static void forward_head(const Wkv7& p, const Wkv7Forward& f, const Head& head, 
         memset(S, 0, N * N * sizeof(float));
     for (int64_t t0 = 0; t0 < head.tokens; t0 += SEGMENT) {
         const int64_t n = head.steps(t0), first = head.row(p, t0);
-        read_segment(p, first, n, nullptr, steps);
+        read_segment(p, head.h, first, n, nullptr, steps);
         if (f.saved) transpose(S, f.saved + head.state(p, t0), N);
         int64_t x = 0;
         for (; x + TILE_FLOATS <= N; x += TILE_FLOATS) forward_tile<TILE_VECTORS>(steps, n, N, x, S, y, sa);
@@ -171,7 +175,7 @@ static void backward_head(const Wkv7& p, const Wkv7Backward& g, const Head& head
     for (int64_t t0 = head.last_segment(); t0 >= 0; t0 -= SEGMENT) {
         const int64_t n = head.steps(t0), first = head.row(p, t0);
         const float* segment_sa = saved_sa(p, g.saved, head) + t0 * N;
-        read_segment(p, first, n, g.dy, steps);
+        read_segment(p, head.h, first, n, g.dy, steps);
         memcpy(states, g.saved + head.state(p, t0), N * N * sizeof(float));
         int64_t x = 0;
         for (; x + TILE_FLOATS <= N; x += TILE_FLOATS) remake_tile<TILE_VECTORS>(steps, segment_sa, n, N, x, states);
@@ -185,7 +189,7 @@ static void backward_head(const Wkv7& p, const Wkv7Backward& g, const Head& head
             for (; x < N; x += LANES) backward_keys<1>(step, N, x, before, after, sa, dsa, dS, keys);
             const int64_t row = first + t * p.H;
             write_row(p.dtype, g.dr, row, N, keys.dr);
-            write_row(FLOAT32, g.dw, row, N, keys.dw);
+            write_row(decay_type(p), g.dw, row, N, keys.dw);
             write_row(p.dtype, g.dk, row, N, keys.dk);
             write_row(p.dtype, g.dv, row, N, dv);
             write_row(p.dtype, g.da, row, N, keys.da);

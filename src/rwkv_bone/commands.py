@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from rwkv_bone.errors import exit_status
+from rwkv_bone.imports import uncollected
 
 
 def train(prog: str = "rwkv-bone-train") -> int:
@@ -18,7 +19,8 @@ def train(prog: str = "rwkv-bone-train") -> int:
         from rwkv_bone.config.flags import parse_train
 
         config = parse_train(sys.argv[1:], prog)
-        from rwkv_bone.training.fit import fit
+        with uncollected():
+            from rwkv_bone.training.fit import fit
 
         fit(config)
 

@@ -1,4 +1,4 @@
-"""The cores and NVIDIA cards of this machine, whether PyTorch can use them, and what to do if not.
+"""The cores, memory and NVIDIA cards of this machine, whether PyTorch can use them, and what to do if not.
 
 The machine is looked up in nvidia-smi and the driver's own files, PyTorch in its version.py. So this needs only the
 standard library, and scripts/setup.sh can ask it which PyTorch to install before there is one: `python -m
@@ -37,6 +37,41 @@ SMI_SECONDS = 60  # long, since the driver may have to wake eight cards first
 def usable_cores() -> int:
     """The cores of the CPU that this process may use, of which the machine may have more."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process can still take: of the machine's memory, and of what its control groups may have.
+
+    Pages of files that the system would give up count as free, as they do in MemAvailable. None where the system does
+    not tell. root: where /proc and /sys are.
+    """
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    free = [int(found[1]) * 1024] if found else []
+    # A line is `4:memory:/a/b` in version 1 and `0::/a/b` in version 2. The limits of the groups above count too. In a
+    # container the path may be that outside of it: then only the topmost group is there.
+    for controllers, path in re.findall(r"^\d+:([^:]*):(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE):
+        if not controllers:
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            top, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        group = top / path.strip("/")
+        while group.is_relative_to(top):
+            limit, used = (_text(group / name).strip() for name in names[:2])
+            if limit.isdecimal() and used.isdecimal():  # a group without a limit says "max"
+                files = re.findall(rf"^{names[2]}(?:in)?active_file (\d+)", _text(group / "memory.stat"), re.MULTILINE)
+                free.append(max(int(limit) - int(used) + sum(map(int, files)), 0))
+            group = group.parent
+    return min(free, default=None)
+
+
+def _text(path: Path) -> str:
+    """What a file of the system says; nothing if it is not there."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, LoraLinear, PissaLinear
+from rwkv_bone.adapters.blockwise import HAS_OUT_DTYPE, token_product
 from rwkv_bone.errors import UserError
 from rwkv_bone.quantization import QuantLinear, quantize
 from tests.conftest import REPOSITORY
@@ -392,6 +393,16 @@ def test_thousands_of_tokens_which_go_through_in_chunks_get_the_gradients_of_flo
     expected = torch.autograd.grad(y, (x, *(tensors[name] for name in layer.parameter_names)), g.double())
     for ours, exact in zip(found, (y.detach(), *expected), strict=True):
         assert (ours.double() - exact).norm() < 2e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_product_over_thousands_of_tokens_in_bf16_loses_less_than_by_rounding_it(device):
+    # With a part in common, as gradients have: partial products are smaller than their sum, and so is the rounding.
+    a, b = ((torch.randn(3001, n, device=device) + 0.3).bfloat16() for n in (64, 512))
+    exact = a.double().t() @ b.double()
+    rounded = (exact.bfloat16() - exact).norm() / exact.norm()
+    error = (token_product(a, b).double() - exact).norm() / exact.norm()
+    assert error < (0.6 * rounded if device == "cpu" or not HAS_OUT_DTYPE else 1e-5)
 
 
 def test_pissas_start_is_the_same_on_any_number_of_threads():

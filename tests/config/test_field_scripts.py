@@ -49,7 +49,7 @@ def test_the_field_script_for_bone_and_bat(capsys):
     assert (config.data.data_type, config.data.dataload, config.data.loss_mask) == ("binidx", "pad", "pad")
     assert (config.run.epoch_steps, config.run.epoch_count, config.run.devices) == (200, 3, 4)
     assert (config.optim.lr_init, config.optim.lr_final) == (2e-5, 1e-5)
-    assert config.model.grad_cp and config.run.wandb == "name" and config.run.strategy == "deepspeed_stage_1"
+    assert config.model.grad_cp == "1" and config.run.wandb == "name" and config.run.strategy == "deepspeed_stage_1"
     *ignored, curve = notes_of(capsys)
     assert [note.split(" is ignored")[0] for note in ignored] == ["note: --pre_ffn 0", "note: --head_qk 0"]
     assert "falls along a cosine" in curve and "--lr_schedule exp" in curve

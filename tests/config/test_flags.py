@@ -104,7 +104,7 @@ def test_config_file_is_the_start_and_flags_override_it(tmp_path):
     path.write_text(to_json(train("--bone_r", "32", "--lr_init", "1e-3", "--targets", "ffn", "--grad_cp")))
     config = flags.parse_train(["--config", str(path), "--lr_init", "5e-4", "--targets", "--grad_cp", "0"])
     assert (config.adapter.bone_r, config.optim.lr_init, config.adapter.targets) == (32, 5e-4, ())
-    assert config.model.load_model == "base.pth" and config.model.grad_cp is False
+    assert config.model.load_model == "base.pth" and config.model.grad_cp == "0"
 
 
 def test_config_file_of_an_older_version_gets_defaults_for_what_it_lacks():
@@ -124,7 +124,9 @@ def test_config_file_of_an_older_version_gets_defaults_for_what_it_lacks():
         ('{"adapter": {"bone_r": "64"}}', 'adapter.bone_r: expected a number, got "64"'),
         ('{"adapter": {"bone_r": true}}', "adapter.bone_r: expected a number, got true"),
         ('{"adapter": {"targets": "ffn"}}', "adapter.targets: expected a list of strings"),
-        ('{"model": {"grad_cp": 1}}', "model.grad_cp: expected true or false"),
+        ('{"run": {"overwrite": 1}}', "run.overwrite: expected true or false"),
+        ('{"model": {"grad_cp": 1}}', "model.grad_cp: expected a string, got 1"),
+        ('{"model": {"grad_cp": "all"}}', "--grad_cp all: expected one of 0, 1, wkv, auto"),
         ('{"model": {"n_layer": -1}}', "--n_layer -1: expected at least 0"),
     ],
 )
@@ -142,17 +144,28 @@ def test_missing_config_file_is_an_error():
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["--grad_cp"], True),
-        (["--grad_cp", "1"], True),
-        (["--grad_cp=true"], True),
-        (["--grad_cp", "True"], True),
-        (["--grad_cp", "0"], False),
-        (["--grad_cp", "false"], False),
-        (["--grad_cp", "1", "--grad_cp", "0"], False),
+        (["--grad_cp"], "1"),
+        (["--grad_cp", "1"], "1"),
+        (["--grad_cp=true"], "1"),
+        (["--grad_cp", "True"], "1"),
+        (["--grad_cp", "0"], "0"),
+        (["--grad_cp", "false"], "0"),
+        (["--grad_cp", "wkv"], "wkv"),
+        (["--grad_cp", "1", "--grad_cp", "0"], "0"),
+        (["--overwrite"], True),
+        (["--overwrite", "yes"], True),
+        (["--overwrite", "0"], False),
     ],
 )
 def test_switches_are_written_with_or_without_a_value(words, expected):
-    assert train(*words).model.grad_cp is expected
+    config, name = train(*words), words[0].removeprefix("--").partition("=")[0]
+    assert (vars(config.model) | vars(config.run))[name] == expected
+
+
+@pytest.mark.parametrize("saved, choice", [("false", "0"), ("true", "1"), ('"wkv"', "wkv")])
+def test_a_config_file_from_before_a_switch_had_other_choices_means_what_it_meant(saved, choice):
+    text = f'{{"model": {{"load_model": "a.pth", "grad_cp": {saved}}}, "data": {{"data_file": ["b"]}}}}'
+    assert from_json(text).model.grad_cp == choice
 
 
 @pytest.mark.parametrize(
@@ -195,7 +208,8 @@ def test_of_a_flag_given_twice_the_last_one_counts():
         (["--lr_init", "fast"], "--lr_init: expected a number, got 'fast'"),
         (["--lr_init", "nan"], "--lr_init: expected a number, got 'nan'"),
         (["--lr_init", "1e999"], "--lr_init inf: expected a finite number"),
-        (["--grad_cp", "maybe"], "--grad_cp: expected 1 or 0, got 'maybe'"),
+        (["--grad_cp", "maybe"], "--grad_cp maybe: expected one of 0, 1, wkv, auto"),
+        (["--overwrite", "maybe"], "--overwrite: expected 1 or 0, got 'maybe'"),
         (["--bone_r"], "--bone_r: expected one argument"),
         (["--bone_mode", "col"], "--bone_mode col: expected one of bone, bat"),
         (["--train_parts", "att"], "--train_parts att: expected one of emb, head, ln, time"),

@@ -8,6 +8,7 @@ from torch import nn
 from torch._dynamo import lookup_backend
 
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject
+from rwkv_bone.models import EVERY_BLOCK
 from tests.conftest import random_model
 from tests.models.test_packed_rows import documents, gradients, packed, worst_difference
 from tests.training.conftest import one_thread  # noqa: F401
@@ -108,7 +109,7 @@ def test_blocks_that_take_and_return_states_are_whole_too(version):
 
 
 def test_recomputed_blocks_have_the_same_two_graphs():
-    calls = [lambda model: model(**batch((9, 30), "packed"), grad_cp=True)]
+    calls = [lambda model: model(**batch((9, 30), "packed"), recompute=EVERY_BLOCK)]
     counts, difference = counts_and_differences(adapted_model(7, "bone"), calls)
     assert counts == [2]
     assert difference < 1e-6

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from rwkv_bone import checkpoints, load_model
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
-from rwkv_bone.models import LayerState, architecture_from_scratch, build, init_from_scratch, load_base_into, v7
+from rwkv_bone.models import (
+    EVERY_BLOCK,
+    LayerState,
+    architecture_from_scratch,
+    build,
+    init_from_scratch,
+    load_base_into,
+    v7,
+)
 from rwkv_bone.models.rwkv import GENERATIONS
 from tests.conftest import random_model
 from tests.rwkv_oracle import logits as oracle_logits
@@ -151,7 +159,7 @@ def test_recomputing_blocks_changes_no_gradient(version):
     model(ids, labels=labels).backward()
     expected = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
     model.zero_grad()
-    model(ids, labels=labels, grad_cp=True).backward()
+    model(ids, labels=labels, recompute=EVERY_BLOCK).backward()
     for key, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, expected[key]), key
 

@@ -6,6 +6,7 @@ import torch
 from rwkv_bone.adapters import AdapterSettings, inject
 from rwkv_bone.data import Batch
 from rwkv_bone.errors import UserError
+from rwkv_bone.models import EVERY_BLOCK, Recompute
 from rwkv_bone.training.context import chunked_loss
 from tests.conftest import random_model
 from tests.training.conftest import one_thread  # noqa: F401
@@ -74,7 +75,7 @@ def test_loss_and_every_gradient_are_the_sums_over_the_documents(version, kind, 
     ids, labels, cu_seqlens = packed(parts)
     ours = gradients(model, model(ids, labels=labels, cu_seqlens=cu_seqlens))
     assert worst_difference(ours, expected) < 1e-5
-    recomputed = gradients(model, model(ids, labels=labels, cu_seqlens=cu_seqlens, grad_cp=True))
+    recomputed = gradients(model, model(ids, labels=labels, cu_seqlens=cu_seqlens, recompute=EVERY_BLOCK))
     assert all(torch.equal(recomputed[key], ours[key]) for key in ours)
 
 
@@ -99,8 +100,8 @@ def test_chunks_of_a_packed_row_have_its_gradient(version, chunk):
     model, parts = noisy_model(version), documents()
     expected = one_by_one(model, parts)
     ids, labels, cu_seqlens = packed(parts)
-    for grad_cp in (False, True) if chunk == 16 else (False,):
-        loss = chunked_loss(model, ids, labels, chunk=chunk, cu_seqlens=cu_seqlens, grad_cp=grad_cp)
+    for recompute in (Recompute(), EVERY_BLOCK) if chunk == 16 else (Recompute(),):
+        loss = chunked_loss(model, ids, labels, chunk=chunk, cu_seqlens=cu_seqlens, recompute=recompute)
         assert worst_difference(gradients(model, loss), expected) < 1e-5
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.ops import wkv6_inputs, wkv_inputs
 
 # Shorter and longer than a chunk, a tile and a segment of any form, and exactly as long.
-LENGTHS = (1, 5, 16, 17, 64, 65, 3)
+LENGTHS = (1, 5, 16, 17, 64, 65, 3, 129)
 SHARED = {"wkv7": (), "wkv6": ("u",), "wkv5": ("u", "w")}  # what all documents have in common
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rwkv_bone.ops import chunked_launches, driver
 from rwkv_bone.ops.build import SOURCES
-from rwkv_bone.ops.cuda import Unit
+from rwkv_bone.ops.cuda import Kernels, Unit
 from rwkv_bone.ops.launches import ELEMENTS, HEAD_SIZES, Launch, source
 from rwkv_bone.ops.sizes import EXACT, forward_workspace_floats
 from tests.ops.wkv_abi import Case, Runner, pointer, poisoned
@@ -66,12 +66,19 @@ class ShimCalls:
 
     def __init__(self, folder: Path):
         self.folder, self.taken = folder, []
-        self.loaded: dict[Unit, tuple[driver.Driver, dict[str, driver.Kernel]]] = {}
+        self.loaded: dict[Kernels, tuple[driver.Driver, dict[str, driver.Kernel]]] = {}
 
-    def __call__(self, unit: Unit, step: str, device: int, sizes: tuple[int, ...], pointers: list[int | None]) -> None:
-        if unit not in self.loaded:
-            library = driver.Driver(str(build_once(unit.source(), self.folder, "-".join(map(str, unit)))))
+    def load(self, path: Path, *units: Kernels) -> None:
+        """Kernels that are compiled already."""
+        library = driver.Driver(str(path))
+        for unit in units:
             self.loaded[unit] = library, library.load(b"", unit.kernels(), device=0)
+
+    def __call__(
+        self, unit: Kernels, step: str, device: int, sizes: tuple[int, ...], pointers: list[int | None]
+    ) -> None:
+        if unit not in self.loaded:
+            self.load(build_once(unit.source(), self.folder, "-".join(map(str, unit))), unit)
         library, kernels = self.loaded[unit]
         offsets, *tensors = pointers
         self.taken.append((unit, step))

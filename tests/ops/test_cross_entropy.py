@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_bone.models.layers import Head, Linear, adapted_head_loss
-from rwkv_bone.ops.cross_entropy import linear_cross_entropy
+from rwkv_bone.ops import cross_entropy, native
+from rwkv_bone.ops.build import BuildError
+from rwkv_bone.ops.cross_entropy import linear_cross_entropy, softmax_gradient_, softmax_gradient_twin_
+from tests.live_bytes import LiveBytes
 from tests.training.host_syncs import HostSyncs
 
 
@@ -144,3 +147,185 @@ def test_a_scale_told_beforehand_changes_no_loss_and_another_factor_is_still_rig
     low = hidden.detach().bfloat16().requires_grad_()
     (once,) = torch.autograd.grad(linear_cross_entropy(low, weight.detach(), labels) * 0.3, low)
     assert abs(float((once.double() * d_hidden).sum() / d_hidden.square().sum()) - 1) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluating_a_trained_head_makes_no_gradient(dtype):
+    hidden, weight, labels = sample(rows=64, dtype=dtype)
+    expected = linear_cross_entropy(hidden, weight, labels).detach()
+    shapes = []
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func.__name__.startswith(("mm", "addmm")):
+                shapes.append(tuple(result.shape))
+            return result
+
+    with torch.no_grad(), Products():
+        loss = linear_cross_entropy(hidden, weight, labels)
+    assert torch.equal(loss, expected)
+    assert shapes == [(int((labels != -100).sum()), len(weight))]
+
+
+# Rows and their gradient: the C++ form at each level, and the definition.
+
+LEVELS = ("portable", "avx2", "avx512")
+
+
+@pytest.fixture(params=["twin", *LEVELS])
+def form(request):
+    """A form of softmax_gradient_, called directly."""
+    if request.param == "twin":
+        yield softmax_gradient_twin_
+        return
+    try:
+        library = native.library("cross_entropy")
+    except BuildError as problem:
+        pytest.skip(str(problem))
+    if library.wkv_set_level(LEVELS.index(request.param)) < 0:
+        pytest.skip("this processor lacks the instructions")
+    yield softmax_gradient_
+    library.wkv_set_level(-1)
+
+
+def rows_of(rows: int, vocab: int, dtype: torch.dtype, scale: float = 3.0):
+    generator = torch.Generator().manual_seed(rows + vocab)
+    logits = (torch.randn(rows, vocab, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return logits, torch.randint(0, vocab, (rows,), generator=generator)
+
+
+def exact_rows(logits, targets, l2wrap):
+    """(loss, gradient) in float64, by PyTorch's own functions."""
+    x = logits.double().clone().requires_grad_()
+    losses = F.cross_entropy(x, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(losses.sum(), x)
+    largest, at = logits.double().max(dim=1)
+    gradient[torch.arange(len(at)), at] += l2wrap * largest
+    return losses.detach(), gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("rows", "vocab"), [(5, 256), (1, 1), (3, 7), (2, 1009), (37, 33), (2, 65536)])
+@pytest.mark.parametrize("l2wrap", [0.0, 0.125])
+def test_each_row_has_its_loss_and_its_gradient(form, dtype, rows, vocab, l2wrap):
+    logits, targets = rows_of(rows, vocab, dtype)
+    losses, gradient = exact_rows(logits, targets, l2wrap)
+    kept, found = logits.clone(), form(logits, targets, l2wrap)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert found.dtype == wide and found.shape == (rows,) and logits.dtype == dtype
+    torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-6)
+    # Rounded once: by half of the last place, and what the arithmetic in fp32 is off by.
+    place = torch.finfo(dtype).eps / 2
+    wrong = (logits.double() - gradient).abs() - place * gradient.abs()
+    assert wrong.max() < (2e-7 if wide == torch.float32 else 1e-15)
+    again = kept.clone()
+    assert torch.equal(form(again, targets, l2wrap, False), found) and torch.equal(again, kept)
+
+
+def test_a_gradient_sums_to_zero_and_a_loss_keeps_its_digits_at_65536_tokens(form):
+    logits, targets = rows_of(4, 65536, torch.float32, scale=0.01)
+    losses, _ = exact_rows(logits, targets, 0.0)
+    found = form(logits, targets)
+    assert (found.double() - losses).abs().max() < 1e-6  # of 11.09, where one place of fp32 is 9.5e-7
+    assert logits.double().sum(dim=1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_any_size_are_right(form, dtype):
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [3e38, -3e38, 1.0], [88.5, 89.5, -700.0]], dtype=dtype)
+    targets = torch.tensor([1, 0, 0, 2])
+    losses, gradient = exact_rows(logits, targets, 0.0)
+    found = form(logits, targets)
+    torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits.double(), gradient, rtol=float(torch.finfo(dtype).eps), atol=1e-7)
+
+
+@pytest.mark.parametrize("place", [0, 5, 36])
+def test_nan_in_a_row_is_nan_in_its_loss_and_in_no_other(form, place):
+    logits, targets = rows_of(3, 37, torch.float32)
+    logits[1, place] = float("nan")
+    losses = form(logits, targets, 0.1)
+    assert losses.isnan().tolist() == [False, True, False]
+    assert logits[1].isnan().any() and not logits[[0, 2]].isnan().any()
+    assert linear_cross_entropy(logits, torch.eye(37), targets).isnan()
+
+
+def test_l2wrap_goes_to_the_first_of_several_largest_logits(form):
+    """In bf16 they are not rare."""
+    logits = torch.tensor([[1.0, 4.0, 4.0, 4.0, *[0.0] * 15, 4.0], [-2.0] * 20]).bfloat16()
+    targets, plain = torch.tensor([0, 0]), logits.clone()
+    form(logits, targets, 0.5)
+    form(plain, targets, 0.0)
+    changed = (logits - plain).float()
+    assert changed[0].nonzero().flatten().tolist() == [1] and changed[1].nonzero().flatten().tolist() == [0]
+    assert changed[0, 1] == 2.0 and changed[1, 0] == -1.0
+
+
+def test_a_label_outside_the_vocabulary_is_an_error_and_not_a_crash(form):
+    for target in (-1, 37):
+        logits, targets = rows_of(3, 37, torch.float32)
+        targets[2] = target
+        with pytest.raises((RuntimeError, IndexError), match="no token of the vocabulary|out of bounds"):
+            form(logits, targets)
+
+
+def test_rows_do_not_depend_on_the_number_of_threads_nor_on_their_neighbours():
+    logits, targets = rows_of(9, 1031, torch.bfloat16)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            made = logits.clone()
+            results.append((softmax_gradient_(made, targets, 0.1), made))
+    finally:
+        torch.set_num_threads(threads)
+    alone = [logits[row : row + 1].clone() for row in range(9)]
+    losses = torch.cat([softmax_gradient_(x, t, 0.1) for x, t in zip(alone, targets.split(1), strict=True)])
+    for other in (*results[1:], (losses, torch.cat(alone))):
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_compiler_the_head_has_the_same_loss_and_gradient(dtype, monkeypatch):
+    hidden, weight, labels = sample(dtype=dtype)
+
+    def result():
+        loss = linear_cross_entropy(hidden, weight, labels, l2wrap=1e-2, chunk_rows=5)
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    compiled = result()
+    monkeypatch.setattr(cross_entropy, "_cpp_works", lambda: False)
+    monkeypatch.setattr(cross_entropy, "_cpp", None)
+    for ours, theirs in zip(compiled, result(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+def test_the_head_is_one_graph_under_torch_compile():
+    hidden, weight, labels = sample(rows=64, dtype=torch.float32)
+    rows = (labels != -100).nonzero().squeeze(1)
+
+    def loss(hidden, weight):
+        return linear_cross_entropy(hidden, weight, labels, label_rows=rows, chunk_rows=32)
+
+    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_memory_beside_the_gradient_is_one_chunk_of_logits():
+    rows, vocab = 600, 4096
+    hidden, weight, labels = sample(rows=rows, vocab=vocab, dtype=torch.bfloat16, masked=False)
+    weight = weight.detach()
+    with LiveBytes() as live:
+        linear_cross_entropy(hidden, weight, labels, chunk_rows=50)
+    assert live.peak < 1.2 * 50 * vocab * 2 + 3 * hidden.nbytes
+
+
+def test_the_rows_at_a_time_follow_the_vocabulary_and_the_device():
+    assert cross_entropy.rows_at_a_time(65536, "cpu", trained=False) == 256
+    assert cross_entropy.rows_at_a_time(65536, "cpu", trained=True) == 1024
+    assert cross_entropy.rows_at_a_time(65536, "cuda", trained=False) == 1024
+    assert cross_entropy.rows_at_a_time(2**40, "cpu", trained=False) == 1

@@ -2,7 +2,7 @@
 
 No GPU is needed. `cuda/registers.json` holds, of every kernel, what it was compiled to and the nvcc that did it: the
 registers per thread, and of the kernels for tensor cores also the shared memory and how many of some instructions
-there are in the machine code. After a wanted change write it again:
+there are in the machine code. Of the regions there is one size. After a wanted change write it again:
 
     PYTHONPATH=src python -m tests.ops.test_cuda_compile
 
@@ -29,6 +29,7 @@ import pytest
 from rwkv_bone.ops import build, chunked_launches, launches
 from rwkv_bone.ops.launches import ELEMENTS
 from rwkv_bone.ops.launches import HEAD_SIZES as SIZES
+from rwkv_bone.ops.regions.launches import Unit as Region
 from rwkv_bone.ops.sizes import EXACT, chunking
 
 TABLE = build.SOURCES / "registers.json"
@@ -70,18 +71,27 @@ class Unit(NamedTuple):
     sizes: tuple[int, ...]
 
     def __str__(self) -> str:
-        return " ".join((self.operator, self.label, *(self.dtypes if self.label != EXACT else ())))
+        return " ".join((self.operator, self.label, *(self.dtypes if self.kind == "chunked" else ())))
+
+    @property
+    def kind(self) -> str:
+        """The part of the table that it is in."""
+        return {EXACT: "sequential", REGION: "regions"}.get(self.label, "chunked")
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        return SEQUENTIAL_ARCHITECTURES if self.label == EXACT else tuple(SHARED)
+        return tuple(SHARED) if self.kind == "chunked" else SEQUENTIAL_ARCHITECTURES
 
     def source(self) -> str:
+        if self.label == REGION:
+            return "".join(Region(self.operator, dtype, N).source() for dtype in self.dtypes for N in self.sizes)
         if self.label == EXACT:
             return launches.source(self.operator, self.dtypes, self.sizes)
         return chunked_launches.source(self.operator, self.label, self.dtypes, self.sizes)
 
     def kernels(self, dtype: str, N: int) -> list[str]:
+        if self.label == REGION:
+            return Region(self.operator, dtype, N).kernels()
         if self.label == EXACT:
             return launches.kernel_names(self.operator, dtype, N)
         return chunked_launches.kernel_names(self.operator, self.label, dtype, N)
@@ -90,9 +100,10 @@ class Unit(NamedTuple):
         """Of the table: {"wkv7 forward float32": the kernels of each head size}."""
         by_size = {dtype: [self.kernels(dtype, N) for N in self.sizes] for dtype in self.dtypes}
         ends = {dtype: f"_{dtype}_{self.sizes[0]}" for dtype in self.dtypes}
+        start = len(self.operator)
         steps = len(by_size[self.dtypes[0]][0])
         return {
-            f"{by_size[dtype][0][i].removesuffix(ends[dtype]).replace('_', ' ', 1)} {dtype}": [
+            f"{self.operator} {by_size[dtype][0][i].removesuffix(ends[dtype])[start + 1 :]} {dtype}": [
                 names[i] for names in by_size[dtype]
             ]
             for i in range(steps)
@@ -100,7 +111,12 @@ class Unit(NamedTuple):
         }
 
 
+REGION = "region"
+# Of each the most that a model asks for: six mixes of RWKV-7, five of RWKV-6, the head size of released models.
+REGIONS = {"mix": 6, "mix6": 5, "relu_square": 1, "pre7": 64, "post7": 64, "gated_norm": 64, "cross_entropy": 1}
+
 UNITS = [Unit(operator, EXACT, tuple(ELEMENTS), SIZES) for operator in launches.HEADERS]
+UNITS += [Unit(region, REGION, tuple(ELEMENTS), (size,)) for region, size in REGIONS.items()]
 
 
 def sizes_of(label: str, every: bool) -> tuple[int, ...]:
@@ -194,10 +210,10 @@ def instructions_of(body: str) -> Counter:
 
 
 def figures(unit: Unit, found: dict[str, Kernel]) -> dict[str, list]:
-    """The unit's rows of the table: of each head size the registers, or all COLUMNS."""
+    """The unit's rows of the table: of each size the registers, or all COLUMNS."""
     wanted = unit.rows()
     assert found.keys() == {name for names in wanted.values() for name in names}
-    if unit.label == EXACT:
+    if unit.kind != "chunked":
         return {row: [found[name].registers for name in names] for row, names in wanted.items()}
     return {row: [found[name].figures() for name in names] for row, names in wanted.items()}
 
@@ -234,14 +250,19 @@ def test_no_kernel_moves_registers_to_memory_and_every_one_loads_16_bytes_at_a_t
     unit, _ = compiled
     assert not {f"{at} {name}": count for at, name, kernel in each(compiled) if (count := kernel.count(SPILLS))}
     by_less = {f"{at} {name}" for at, name, kernel in each(compiled) if not kernel.count(LOADS)}
-    # The sequential ones load four numbers at a time, and a thread of `sums` those of one channel.
-    assert not {name for name in by_less if "_sums_" not in name and (unit.label != EXACT or "float32" in name)}
+    # The sequential ones load four numbers at a time, and a thread of `sums` or `totals` those of one channel.
+    single = ("_sums_", "_totals_")
+    assert not {
+        name
+        for name in by_less
+        if not any(part in name for part in single) and (unit.label != EXACT or "float32" in name)
+    }
 
 
 @needs_nvdisasm
 def test_the_kernels_for_tensor_cores_use_them_and_no_others_do(compiled):
     unit, _ = compiled
-    wanted = {name for _, name, _ in each(compiled) if unit.label != EXACT and not is_elementwise(name)}
+    wanted = {name for _, name, _ in each(compiled) if unit.kind == "chunked" and not is_elementwise(name)}
     for names in (PRODUCTS, OPERANDS):
         assert all(bool(kernel.count(names)) == (name in wanted) for _, name, kernel in each(compiled)), names
 
@@ -269,7 +290,7 @@ def test_no_kernel_needs_more_than_the_table_says(compiled, table):
         pytest.skip(f"{TABLE.name} was written with nvcc {table['nvcc']}, this is {nvcc_version()}")
     grown = {}
     for architecture, found in by_architecture.items():
-        expected = table["sequential" if unit.label == EXACT else "chunked"][architecture]
+        expected = table[unit.kind][architecture]
         for name, row in figures(unit, found).items():
             if any(grew(now, before) for now, before in zip(row, expected[name], strict=True)):
                 grown[f"{architecture} {name}"] = f"{expected[name]} -> {row}"
@@ -285,20 +306,23 @@ def grew(now, before) -> bool:
 
 def test_the_table_holds_every_kernel_and_no_other(table):
     assert table["head sizes"] == list(SIZES) and table["columns"] == COLUMNS
-    for kind, architectures in (("sequential", SEQUENTIAL_ARCHITECTURES), ("chunked", SHARED)):
-        wanted = [row for unit in UNITS if (unit.label == EXACT) == (kind == "sequential") for row in unit.rows()]
+    for kind, architectures in (
+        ("sequential", SEQUENTIAL_ARCHITECTURES),
+        ("regions", SEQUENTIAL_ARCHITECTURES),
+        ("chunked", SHARED),
+    ):
+        wanted = [row for unit in UNITS if unit.kind == kind for row in unit.rows()]
         assert {architecture: list(rows) for architecture, rows in table[kind].items()} == dict.fromkeys(
             architectures if wanted else (), wanted
         )
 
 
 def write_table() -> None:
-    kinds: dict[str, dict[str, dict]] = {"sequential": {}, "chunked": {}}
+    kinds: dict[str, dict[str, dict]] = {"sequential": {}, "regions": {}, "chunked": {}}
     for unit in UNITS:
         with tempfile.TemporaryDirectory() as folder:
             for architecture, found in compile_all(unit, Path(folder)).items():
-                kind = kinds["sequential" if unit.label == EXACT else "chunked"]
-                kind.setdefault(architecture, {}).update(figures(unit, found))
+                kinds[unit.kind].setdefault(architecture, {}).update(figures(unit, found))
     head = {"nvcc": nvcc_version(), "head sizes": SIZES, "columns": COLUMNS}
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     for kind, architectures in kinds.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import struct
+import sys
 import threading
 
 import pytest
@@ -132,6 +133,113 @@ def test_a_thread_without_a_context_launches_in_the_devices_own(shim_driver):
     thread.start()
     thread.join()
     assert tensors["y"].isfinite().all()
+
+
+PLACES = """
+#include "common.cuh"
+struct Words { int64_t* out; int64_t add; const int64_t* from; int64_t* second; };
+WKV_BYTES(note, Words)
+extern "C" void note(Words p) { p.out[0] = p.from[0] + p.add; if (p.second) p.second[0] = p.from[0]; }
+"""
+
+
+@pytest.fixture(scope="module")
+def note(tmp_path_factory):
+    return compile_on_shim(PLACES, tmp_path_factory.mktemp("note") / "note.so")
+
+
+@pytest.fixture
+def noting(note, monkeypatch):
+    """A unit of one kernel that adds 7, on the shim as device 0; and the sizes that it was planned for."""
+    library, planned = driver.Driver(str(note)), []
+
+    class Unit(cuda.Unit):
+        def plan(self, step, sizes, offsets, tensors):
+            planned.append(sizes)
+            out, second = tensors
+            if not out:
+                raise ValueError("out is missing")
+            if out % 16:
+                raise ValueError("out is not aligned")
+            words = [out + 8 * sizes[0], 7, offsets, second or 0]
+            return [launches.Launch("note", 1, 1, struct.pack("=4Q", *words))]
+
+    unit = Unit("note", "exact", "float32", 1)
+    kernels = library.load(b"", ["note"], device=0)
+    monkeypatch.setattr(cuda, "kernels", lambda unit, device: kernels)
+    monkeypatch.setattr(driver, "find", lambda: library)
+    monkeypatch.setattr(cuda, "_raw_stream", lambda device: 0)
+    cuda._prepared.cache_clear()
+    yield unit, planned
+    cuda._prepared.cache_clear()
+
+
+def aligned(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int64)
+
+
+@needs_compiler
+def test_calls_of_the_same_sizes_are_planned_once_and_each_has_its_own_pointers(noting):
+    unit, planned = noting
+    results = [aligned(8) for _ in range(5)]
+    for i, out in enumerate(results):
+        start = aligned(1) + 10 * i
+        cuda.call(unit, "forward", 0, (i % 2,), [start.data_ptr(), out.data_ptr(), None])
+        assert out.tolist() == [0] * (i % 2) + [10 * i + 7] + [0] * (7 - i % 2)
+    assert planned == [(0,), (1,)]
+    # Whether a tensor is there belongs to the plan; an empty one is not.
+    start, second = aligned(1) + 3, aligned(1)
+    cuda.call(unit, "forward", 0, (0,), [start.data_ptr(), results[0].data_ptr(), second.data_ptr()])
+    assert second.item() == 3 and planned == [(0,), (1,), (0,)]
+    cuda.call(unit, "forward", 0, (0,), [start.data_ptr(), results[0].data_ptr(), 0])
+    assert planned == [(0,), (1,), (0,)]
+
+
+@needs_compiler
+def test_what_no_kernel_takes_is_said_however_often_it_is_asked_for(noting):
+    unit, _ = noting
+    start, out = aligned(1), aligned(8)
+    for _ in range(2):
+        cuda.call(unit, "forward", 0, (0,), [start.data_ptr(), out.data_ptr(), None])
+        with pytest.raises(ValueError, match="out is missing"):
+            cuda.call(unit, "forward", 0, (0,), [start.data_ptr(), None, None])
+        with pytest.raises(ValueError, match="out is not aligned"):
+            cuda.call(unit, "forward", 0, (0,), [start.data_ptr(), out.data_ptr() + 8, None])
+
+
+@needs_compiler
+def test_threads_that_launch_at_once_do_not_mix_their_pointers(noting):
+    """Forward and backward of one model run on threads of their own, and a plan is theirs in common."""
+    unit, planned = noting
+    wrong = []
+
+    def many(number: int) -> None:
+        start, out = aligned(1) + number, aligned(1)
+        for _ in range(2000):
+            out.zero_()
+            cuda.call(unit, "forward", 0, (0,), [start.data_ptr(), out.data_ptr(), None])
+            wrong.extend([out.item()] if out.item() != number + 7 else [])
+
+    # The shim itself runs one launch at a time.
+    switch, interval = sys.setswitchinterval, sys.getswitchinterval()
+    lock, original = threading.Lock(), driver.Driver.put
+    switch(1e-6)
+    try:
+        threads = [threading.Thread(target=many, args=(100 * i,)) for i in range(3)]
+        with pytest.MonkeyPatch.context() as patch:
+
+            def one_at_a_time(self, *arguments):
+                with lock:
+                    original(self, *arguments)
+
+            patch.setattr(driver.Driver, "put", one_at_a_time)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
 
 
 SHARED = """

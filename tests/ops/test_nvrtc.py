@@ -12,6 +12,7 @@ import torch
 
 from rwkv_bone.ops import build, cuda, nvrtc
 from rwkv_bone.ops.launches import ELEMENTS, HEAD_SIZES, HEADERS, kernel_names, source
+from rwkv_bone.ops.regions.launches import Unit as Region
 from tests.conftest import python_path
 
 CARDS = (75, 80, 86, 89, 90, 100, 120)
@@ -98,6 +99,29 @@ USUAL = [
     cuda.Unit("wkv6", "chunked32", "bfloat16", 64),
     cuda.Unit("wkv5", "chunked32", "bfloat16", 64),
 ]
+
+
+def compile_region(unit: Region, major: int, card: int, folder: Path) -> None:
+    compiler = nvrtc.Nvrtc(LIBRARIES[major])
+    image = cuda.compiled(unit, compiler.target(divmod(card, 10)), compiler, folder).read_bytes()
+    for name in unit.kernels():
+        assert name.encode() + b"\0" in image, name
+
+
+@pytest.mark.parametrize("major", MAJORS)
+def test_a_region_compiles_without_a_compiler_on_the_machine(major, tmp_path):
+    for unit in (Region("relu_square", "bfloat16", 1), Region("cross_entropy", "bfloat16", 1)):
+        compile_region(unit, major, 75, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", (75, 90, 120))
+@pytest.mark.parametrize("major", MAJORS)
+def test_every_region_compiles_in_each_dtype(major, card, tmp_path):
+    sizes = {"mix": 6, "mix6": 5, "relu_square": 1, "pre7": 64, "post7": 64, "gated_norm": 64, "cross_entropy": 1}
+    for region, size in sizes.items():
+        for dtype in ELEMENTS:
+            compile_region(Region(region, dtype, size), major, card, tmp_path)
 
 
 def compile_chunked(unit: cuda.Unit, major: int, card: int, folder: Path) -> None:

@@ -236,8 +236,9 @@ def test_a_wrong_argument_is_named_with_what_was_expected(operator, change, sent
 def test_the_c_interface_reports_bad_offsets_instead_of_crashing(operator, offsets):
     case = packed_case(operator, torch.float32, lengths=(10,), N=8)
     inputs, offsets = (case[name] for name in wkv_abi.INPUTS[operator]), torch.tensor(offsets)
+    w0 = [None] if operator == "wkv7" else []
     with pytest.raises(RuntimeError, match="offsets that rise from 0 to the number of tokens"):
-        native.call(operator, "forward", case["r"], offsets, *inputs, None, case["dy"], None, None)
+        native.call(operator, "forward", case["r"], offsets, *inputs, None, case["dy"], None, None, *w0)
 
 
 @pytest.mark.gpu

@@ -201,9 +201,10 @@ def test_nothing_is_saved_when_no_gradient_is_wanted(op, monkeypatch):
     inputs = {name: case[name].requires_grad_() for name in INPUTS}
     wkv7(**inputs, op=op)  # tries the kernel, with calls of its own
     kept, plain = [], native.call
-    # The last argument of forward is what it leaves for backward.
+    # After y and the last state comes what forward leaves for backward.
+    saved = 4 + len(INPUTS) + 3
     monkeypatch.setattr(
-        native, "call", lambda *args, **label: kept.append(args[-1] is not None) or plain(*args, **label)
+        native, "call", lambda *args, **label: kept.append(args[saved] is not None) or plain(*args, **label)
     )
     with torch.no_grad():
         quiet = wkv7(**inputs, op=op)
@@ -262,6 +263,17 @@ def test_the_registered_operators_keep_pytorchs_rules(op):
     case = place(make_case(torch.float32, T=20, H=1), op)
     inputs = tuple(case[name].requires_grad_() for name in (*INPUTS, "state"))
     torch.library.opcheck(torch.ops.rwkv_bone.wkv7_forward.default, (*inputs, None, True, op, None))
+
+
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS, indirect=True)
+def test_the_cpp_kernel_adds_a_constant_part_of_the_decay_itself(level):
+    """w in bfloat16 and w0 in float32 give the bits of their float32 sum; only w's gradient is rounded."""
+    case = make_case(torch.bfloat16, T=130, H=3, N=16)
+    w, w0 = case["w"].bfloat16(), torch.linspace(-6, -1, 3 * 16).view(3, 16)
+    found, expected = level.run({**case, "w": w, "w0": w0}), level.run({**case, "w": w.float() + w0})
+    assert found["dw"].dtype == torch.bfloat16
+    expected["dw"] = expected["dw"].bfloat16()
+    assert all(map(torch.equal, found.values(), expected.values()))
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -325,7 +337,7 @@ def test_a_kernel_refuses_what_it_cannot_do_and_names_the_way_out():
 def test_the_c_interface_reports_a_bad_size_instead_of_crashing():
     x = torch.zeros(1, 1, 1, 12)
     with pytest.raises(RuntimeError, match="multiple of 8"):
-        native.call("wkv7", "forward", x, None, x, x, x, x, x, x, None, x, None, None)
+        native.call("wkv7", "forward", x, None, x, x, x, x, x, x, None, x, None, None, None)
 
 
 @pytest.mark.gpu

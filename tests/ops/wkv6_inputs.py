@@ -81,7 +81,7 @@ def cases(operator: str) -> dict[str, Callable[[torch.dtype], dict[str, Tensor |
         "raw_decay_from_minus_9_to_20": {"T": 65, "raw": (-9.0, 20.0)},
         "raw_decay_beyond_the_range_of_exp": {"T": 17, "raw": (80.0, 120.0)},
     }
-    named |= {f"length_{T}": {"T": T, "H": 1} for T in (1, 15, 17, 63, 65)}
+    named |= {f"length_{T}": {"T": T, "H": 1} for T in (1, 15, 17, 63, 65, 130)}
     named |= {f"head_size_{N}": {"T": 17, "N": N} for N in (8, 16, 32, 128)}
     return {name: partial(make_case, operator, seed=i, **sizes) for i, (name, sizes) in enumerate(named.items())}
 

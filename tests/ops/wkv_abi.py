@@ -86,9 +86,10 @@ class Library(Runner):
         self.raw = ctypes.CDLL(str(path))
         start = [INT, *[SIZE] * 5, *[POINTER] * (len(self.inputs) + 2)]  # dtype; B, T, H, N, D; offsets, inputs, s0
         end = [INT, POINTER]  # threads, unused
-        self.function("forward").argtypes = [*start, *[POINTER] * 3, *end]  # y sT saved
-        # saved dy dsT workspace, gradients of inputs and s0
-        self.function("backward").argtypes = [*start, *[POINTER] * (4 + len(self.inputs) + 1), *end]
+        constants = 1 if operator == "wkv7" else 0  # w0
+        self.function("forward").argtypes = [*start, *[POINTER] * (3 + constants), *end]  # y sT saved w0
+        # saved dy dsT w0 workspace, gradients of inputs and s0
+        self.function("backward").argtypes = [*start, *[POINTER] * (4 + constants + len(self.inputs) + 1), *end]
         self.function("saved_floats").argtypes, self.function("saved_floats").restype = [SIZE] * 5, SIZE
         self.function("error").restype = ctypes.c_char_p
 
@@ -99,6 +100,8 @@ class Library(Runner):
         return self.function("error")(code).decode()
 
     def call(self, name: str, case: Case, *tensors: Tensor | None) -> None:
+        if self.operator == "wkv7":
+            tensors = (*tensors[:3], case.get("w0"), *tensors[3:])
         code = self.function(name)(*self.problem(case), *map(pointer, tensors), 0, None)
         assert code == 0, self.error(code)
 

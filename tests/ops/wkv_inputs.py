@@ -81,7 +81,7 @@ def cases() -> dict[str, Callable[[torch.dtype], dict[str, Tensor | None]]]:
         "raw_decay_minus_9": {"raw": -9.0},
         "raw_decay_plus_8": {"T": 65, "raw": 8.0},
     }
-    named |= {f"length_{T}": {"T": T, "H": 1} for T in (1, 15, 17, 63, 65)}
+    named |= {f"length_{T}": {"T": T, "H": 1} for T in (1, 15, 17, 63, 65, 130)}
     named |= {f"head_size_{N}": {"T": 17, "N": N} for N in (8, 16, 32, 128)}
     return {name: partial(make_case, seed=i, **sizes) for i, (name, sizes) in enumerate(named.items())}
 

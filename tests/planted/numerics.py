@@ -3,12 +3,15 @@
 from tests.planted.bug import Bug
 
 MODELS, ADAPTERS, OPS, TRAINING = (f"src/rwkv_bone/{part}" for part in ("models", "adapters", "ops", "training"))
+REGIONS = f"{OPS}/regions"
 QUANTIZATION = "src/rwkv_bone/quantization.py"
 MODEL_TESTS, LAYER_TESTS = "tests/models/test_models.py", "tests/adapters/test_adapter_layers.py"
 FORMATS, OPTIMIZER = "tests/ops/test_number_formats.py", "tests/training/test_optimizer.py"
 ORACLE = f"{MODEL_TESTS} -k several_heads"
 THOUSANDS = f"{LAYER_TESTS} -k thousands"
 CROSS_ENTROPY = "tests/ops/test_cross_entropy.py"
+REGIONS, ROWS, SIMD = "cuda/cpu/regions.cpp", "cuda/cpu/regions_rows.h", "cuda/cpu/simd.h"
+NATIVE = "tests/ops/test_regions_native.py"
 
 BUGS = (
     # Rows of a long batch that are left out, or counted twice.
@@ -21,6 +24,13 @@ BUGS = (
     Bug(
         f"{ADAPTERS}/blockwise.py", "total += a[rows].t() @ b[rows]", "total = a[rows].t() @ b[rows].float()", THOUSANDS
     ),
+    Bug(
+        f"{ADAPTERS}/blockwise.py",
+        "a.shape[1] > b.shape[1] else b, 8)",
+        "a.shape[1] > b.shape[1] else b, 1)",
+        THOUSANDS,
+    ),
+    Bug(f"{ADAPTERS}/lora.py", "[b, b - b0]", "[b, b0 - b]", f"{LAYER_TESTS} -k 'dense or merged'"),
     Bug(
         f"{ADAPTERS}/bat.py",
         "grad_bone += grad_z.transpose(1, 2) @",
@@ -120,12 +130,17 @@ BUGS = (
     Bug(f"{OPS}/cross_entropy.py", "beta=0, alpha=loss_scale)", "beta=0).mul_(loss_scale)", CROSS_ENTROPY),
     Bug(
         f"{OPS}/cross_entropy.py",
-        "grad = grad.to(hidden.dtype)  #",
-        "grad = grad.mul_(loss_scale).to(hidden.dtype).div_(loss_scale)  #",
+        "logits, matrix, beta=0, alpha=loss_scale)",
+        "logits.mul_(loss_scale), matrix, beta=0)",
         CROSS_ENTROPY,
     ),
     Bug(f"{OPS}/cross_entropy.py", "largest * l2wrap", "largest.sign() * l2wrap", CROSS_ENTROPY),
-    Bug(f"{OPS}/cross_entropy.py", "(part @ matrix.T).float()", "part @ matrix.T", CROSS_ENTROPY),
+    Bug(
+        f"{OPS}/cross_entropy.py",
+        "softmax = (block - largest).exp_()",
+        "softmax = (block - largest.to(block.dtype)).exp_()",
+        CROSS_ENTROPY,
+    ),
     Bug(f"{MODELS}/layers.py", "logits.amax(dim=1).square().sum()", "logits.amax().square()", CROSS_ENTROPY),
     # Adapters.
     Bug(
@@ -221,7 +236,7 @@ BUGS = (
         ORACLE,
     ),
     Bug(
-        f"{MODELS}/layers.py",
+        f"{REGIONS}/twins.py",
         "index_copy_(1, starts, with_zeros(last.to(x.dtype), len(starts))[None])",
         "index_fill_(1, starts, 0)",
         "tests/models/test_packed_rows.py",
@@ -276,4 +291,41 @@ BUGS = (
         "return -expf(x) * expf(-expf(x));",
         "tests/ops/test_cuda_source.py -k 'wkv6'",
     ),
+    # The regions of the step on the processor.
+    Bug(REGIONS, "*first <= end;", "*first < end;", f"{NATIVE} -k 'AVX2 and mix'"),
+    Bug(REGIONS, "sum[i] += tile_sum[i]", "sum[i] = tile_sum[i]", f"{NATIVE} -k very_many"),
+    Bug(
+        REGIONS,
+        "each = (tiles + BLOCKS - 1) / BLOCKS;",
+        "each = (tiles + threads - 1) / threads;",
+        f"{NATIVE} -k number_of_threads",
+    ),
+    Bug(ROWS, "start < 0 ? passes : vec{}", "passes", f"{NATIVE} -k 'AVX2 and mix'"),
+    Bug(ROWS, "kept += g - g * share;", "kept += g;", f"{NATIVE} -k 'AVX2 and mix'"),
+    Bug(ROWS, "length < SHORTEST ? 0.0f : sum(along)", "sum(along)", f"{NATIVE} -k 'AVX2 and pre7'"),
+    Bug(ROWS, "sums + 4 * C, sums + C)", "sums + C, sums + 4 * C)", f"{NATIVE} -k 'AVX2 and pre7'"),
+    Bug(
+        ROWS,
+        "load(DTYPE, p.dv, at + i) + load(DTYPE, p.dv_bonus, at + i)",
+        "load(DTYPE, p.dv, at + i)",
+        f"{NATIVE} -k 'AVX2 and pre7'",
+    ),
+    Bug(ROWS, "sum(squares) / N + p.eps", "sum(squares) / N + 1e-5f", f"{NATIVE} -k 'AVX2 and post7'"),
+    Bug(ROWS, "x < 0.0f ? vec{} : x", "x > 0.0f ? x : vec{}", f"{NATIVE} -k not_a_number"),
+    Bug(ROWS, "(d[i / LANES] - mean - y", "(d[i / LANES] - y", f"{NATIVE} -k 'AVX2 and norm'"),
+    Bug(
+        SIMD,
+        "const uvec nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
+        "const uvec nearest_even = bits >> 16;",
+        f"{NATIVE} -k 'AVX2 and relu'",
+    ),
+    Bug(SIMD, "x == x ? nearest_even : 0x7fc0 + uvec{}", "nearest_even", f"{NATIVE} -k not_a_number"),
+    Bug(
+        f"{OPS}/regions/trial.py",
+        "if not error < LIMITS[dtype]",
+        "if error > 100 * LIMITS[dtype]",
+        f"{NATIVE} -k trial",
+    ),
+    # A constant part of WKV-7's decay that the kernel adds itself.
+    Bug("cuda/cpu/wkv7_head.h", "load(p.w0 + h * N + j)", "load(p.w0 + j)", "tests/ops/test_wkv7.py -k constant_part"),
 )

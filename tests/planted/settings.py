@@ -4,6 +4,8 @@ from tests.planted.bug import Bug
 
 ACTS, LAYERS, FIELDS = (f"src/rwkv_bone/config/{name}.py" for name in ("acts", "layers", "fields"))
 TESTS = "tests/config/test_acts.py"
+MEMORY, RECOMPUTE = (f"src/rwkv_bone/training/{name}.py" for name in ("memory", "recompute"))
+DEVICES, RECOMPUTE_TESTS = "src/rwkv_bone/devices.py", "tests/training/test_recompute.py"
 
 BUGS = (
     Bug(
@@ -92,5 +94,25 @@ BUGS = (
         "if alpha and metadata is None and kind not in",
         "if False and kind not in",
         "tests/conversion/test_without_effect.py",
+    ),
+    # What is computed again in backward.
+    Bug("src/rwkv_bone/config/saved.py", "value = str(int(value))", "value = str(value)", "tests/config/test_flags.py"),
+    Bug("src/rwkv_bone/config/flags.py", '"const": "1", "type": _switch', '"const": "1"', "tests/config/test_flags.py"),
+    Bug(RECOMPUTE, "yield Recompute()\n", "pass\n", RECOMPUTE_TESTS),
+    Bug(RECOMPUTE, "for blocks in range(layers + 1)", "for blocks in range(layers, -1, -1)", RECOMPUTE_TESTS),
+    Bug(RECOMPUTE, "free // processes", "free", RECOMPUTE_TESTS),
+    Bug(RECOMPUTE, "dist.ReduceOp.MAX", "dist.ReduceOp.MIN", f"{RECOMPUTE_TESTS} -k cautious"),
+    Bug(RECOMPUTE, "config.data.ctx_len if plan.pack else", "config.data.ctx_len if True else", RECOMPUTE_TESTS),
+    Bug(RECOMPUTE, "if bytes_for(changed) <= there]", "]", RECOMPUTE_TESTS),
+    Bug(MEMORY, "return 1 if self.document else self.micro_bsz", "return self.micro_bsz", RECOMPUTE_TESTS),
+    Bug(MEMORY, "if run.accumulate > 1 else gradients * ", "if run.accumulate > 9 else gradients * ", RECOMPUTE_TESTS),
+    Bug(MEMORY, "max(blocks - again, 0) * stays", "blocks * stays", "tests/test_memory_page.py -k keep_their_input"),
+    Bug(DEVICES, "sum(map(int, files))", "0", "tests/test_devices.py -k free_memory"),
+    Bug(DEVICES, "group = group.parent", "break", "tests/test_devices.py -k free_memory"),
+    Bug(
+        DEVICES,
+        '"memory.usage_in_bytes", "total_"',
+        '"memory.usage_in_bytes", ""',
+        "tests/test_devices.py -k free_memory",
     ),
 )

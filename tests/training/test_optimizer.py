@@ -116,5 +116,22 @@ def test_with_lora_plus_b_learns_faster_than_a_and_nothing_else_does(model, kind
 def test_the_optimiser_is_adamw_with_the_configured_numbers(model):
     config = OptimConfig(beta1=0.8, beta2=0.95, adam_eps=1e-7)
     optimizer = make_optimizer(parameter_groups(model, 0.0), config)
-    assert type(optimizer) is torch.optim.AdamW
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
     assert optimizer.defaults["betas"] == (0.8, 0.95) and optimizer.defaults["eps"] == 1e-7
+
+
+def test_our_adamw_takes_the_steps_of_pytorchs(model):
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    optimizers = [
+        make_optimizer([{"params": [ours], "lr": 0.1, "weight_decay": 0.1}], OptimConfig()),
+        torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.1, betas=(0.9, 0.99), eps=OptimConfig().adam_eps),
+    ]
+    hooked = []
+    optimizers[0].register_step_pre_hook(lambda *_: hooked.append(ours.detach().clone()))
+    assert optimizers[0].defaults["betas"] == (0.9, 0.99)
+    for number in range(3):
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = torch.arange(7.0) * (number - 1.5)
+            optimizer.step()
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-7) and len(hooked) == 3
+    assert torch.equal(hooked[0], torch.linspace(-1, 1, 7))

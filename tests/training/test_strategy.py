@@ -22,11 +22,14 @@ def zero_config(monkeypatch, device, trainable=3_000_000_000, **run):
 def test_one_device_overlaps_nothing_and_no_bucket_is_large(monkeypatch, strategy):
     one = zero_config(monkeypatch, "cuda", strategy=strategy)
     assert one["overlap_comm"] is False
-    assert one["reduce_bucket_size"] <= 20_000_000 and one["allgather_bucket_size"] <= 20_000_000
+    assert one["reduce_bucket_size"] == one["allgather_bucket_size"] == 1_000_000
     for several in ({"devices": 2}, {"num_nodes": 2}):
-        assert zero_config(monkeypatch, "cuda", strategy=strategy, **several)["overlap_comm"] is True
+        zero = zero_config(monkeypatch, "cuda", strategy=strategy, **several)
+        assert zero["overlap_comm"] is True
+        assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 20_000_000
     assert zero_config(monkeypatch, "cpu", strategy=strategy, devices=2)["overlap_comm"] is False
-    assert zero_config(monkeypatch, "cuda", trainable=2_000_000, strategy=strategy)["reduce_bucket_size"] == 2_000_000
+    small = zero_config(monkeypatch, "cuda", trainable=2_000_000, strategy=strategy, devices=2)
+    assert small["reduce_bucket_size"] == 2_000_000
 
 
 def test_deepspeed_is_handed_that_configuration(job, monkeypatch):

@@ -80,6 +80,7 @@ class BoneLinear(AdapterLinear):
     """y = x (W + tile(D^T))^T + bias, with D = `bone` [r, out]."""
 
     parameter_names = ("bone",)
+    keeps_input = False
 
     @staticmethod
     def shapes(in_features: int, out_features: int, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:

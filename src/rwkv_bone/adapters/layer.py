@@ -68,6 +68,7 @@ class AdapterLinear(nn.Linear):
     parameter_names: ClassVar[tuple[str, ...]]
     frozen_names: ClassVar[tuple[str, ...]] = ()
     r_flag: ClassVar[str] = "bone_r"
+    keeps_input: ClassVar[bool] = True  # whether backward needs the input itself
     needs_weight: ClassVar[bool] = False  # whether a base that can only be called is not enough: see `weight_of`
     base: Projection | None
 

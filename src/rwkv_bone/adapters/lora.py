@@ -42,26 +42,31 @@ EXACT_SVD = 512
 OVERSAMPLING, ITERATIONS = 8, 8
 
 
-def factors(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(A2 [k, in], B2 [out, k]) with B2 A2 = B A - B0 A0, or = B A without A0 and B0."""
-    if a0 is None or b0 is None:
-        return a, b
-    return torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1)
+def factor_a(a: Tensor, a0: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A2 [k, in] in dtype: with `factor_b`, B2 A2 = B A - B0 A0, or = B A without A0 and B0."""
+    # Each part is rounded before they are joined, so that nothing of A2's size is there in fp32.
+    return a.to(dtype) if a0 is None else torch.cat([(a - a0).to(dtype), a0.to(dtype)])
 
 
-def low_rank(x: Tensor, a2: Tensor, b2: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(x A2^T [T, k], s B2^T [k, out], h [T, r]): the product of the first two is the update, h is for backward."""
-    inner = x @ a2.to(x.dtype).t()
-    h = inner if inner.shape[1] == r else inner[:, :r] + inner[:, r:]
-    return inner, (b2 * scale).to(x.dtype).t(), h
+def factor_b(b: Tensor, b0: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    """s B2 [out, k] in dtype."""
+    parts = [b] if b0 is None else [b, b - b0]
+    scaled = [(part * scale).to(dtype) for part in parts]
+    return scaled[0] if b0 is None else torch.cat(scaled, dim=1)
+
+
+def low_rank(x: Tensor, a2: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """(x A2^T [T, k], h [T, r], which is for backward)."""
+    inner = x @ a2.t()
+    return inner, inner if inner.shape[1] == r else inner[:, :r] + inner[:, r:]
 
 
 def low_rank_backward(
     g: Tensor, x: Tensor, h: Tensor, b2: Tensor, scale: float, need_a: bool, need_b: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(s g B2 [T, k], dA or None, dB or None)."""
+    """(s g B2 [T, k], dA or None, dB or None), given s B2."""
     r = h.shape[1]
-    grad_inner = g @ (b2 * scale).to(g.dtype)
+    grad_inner = g @ b2
     grad_a = token_product(grad_inner[:, :r], x) if need_a else None
     grad_b = token_product(g, h).mul_(scale) if need_b else None
     return grad_inner, grad_a, grad_b
@@ -82,10 +87,9 @@ class LowRankFunction(torch.autograd.Function):
         a0: Tensor | None,
         b0: Tensor | None,
     ) -> Tensor:
-        a2, b2 = factors(a, b, a0, b0)
-        inner, b2, h = low_rank(x, a2, b2, len(a), scale)
+        inner, h = low_rank(x, factor_a(a, a0, x.dtype), len(a))
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        y.addmm_(inner, b2)
+        y.addmm_(inner, factor_b(b, b0, scale, x.dtype).t())
         ctx.save_for_backward(x, h, weight, bias, a, b, a0, b0)
         ctx.scale = scale
         return y
@@ -95,9 +99,10 @@ class LowRankFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, h, weight, bias, a, b, a0, b0 = ctx.saved_tensors
         need_x, need_weight, need_bias, _, need_a, need_b, _, _ = ctx.needs_input_grad
-        a2, b2 = factors(a, b, a0, b0)
+        b2 = factor_b(b, b0, ctx.scale, g.dtype)
         grad_inner, grad_a, grad_b = low_rank_backward(g, x, h, b2, ctx.scale, need_a, need_b)
-        grad_x = (g @ weight.to(g.dtype)).addmm_(grad_inner, a2.to(g.dtype)) if need_x else None
+        del b2
+        grad_x = (g @ weight.to(g.dtype)).addmm_(grad_inner, factor_a(a, a0, g.dtype)) if need_x else None
         grads = weight_grads(g, x, weight, bias, (need_weight, need_bias))
         return grad_x, *grads, None, grad_a, grad_b, None, None
 
@@ -116,19 +121,19 @@ class LowRankUpdateFunction(torch.autograd.Function):
         a0: Tensor | None,
         b0: Tensor | None,
     ) -> Tensor:
-        inner, b2, h = low_rank(x, *factors(a, b, a0, b0), len(a), scale)
+        inner, h = low_rank(x, factor_a(a, a0, x.dtype), len(a))
         ctx.save_for_backward(x, h, a, b, a0, b0)
         ctx.scale = scale
-        return torch.addmm(y, inner, b2)
+        return torch.addmm(y, inner, factor_b(b, b0, scale, x.dtype).t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, h, a, b, a0, b0 = ctx.saved_tensors
         need_y, need_x, _, need_a, need_b, _, _ = ctx.needs_input_grad
-        a2, b2 = factors(a, b, a0, b0)
+        b2 = factor_b(b, b0, ctx.scale, g.dtype)
         grad_inner, grad_a, grad_b = low_rank_backward(g, x, h, b2, ctx.scale, need_a, need_b)
-        grad_x = grad_inner @ a2.to(g.dtype) if need_x else None
+        grad_x = grad_inner @ factor_a(a, a0, g.dtype) if need_x else None
         return g if need_y else None, grad_x, None, grad_a, grad_b, None, None
 
 
@@ -164,7 +169,8 @@ class LoraLinear(AdapterLinear):
     @staticmethod
     def merged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
         dtype = compute_dtype(weight, *tensors.values())
-        a2, b2 = factors(*_in_order({name: tensor.to(dtype) for name, tensor in tensors.items()}))
+        a, b, a0, b0 = _in_order(tensors)
+        a2, b2 = factor_a(a, a0, dtype), factor_b(b, b0, 1.0, dtype)
         return torch.addmm(weight.to(dtype), b2, a2, alpha=settings.scale).to(weight.dtype)
 
 

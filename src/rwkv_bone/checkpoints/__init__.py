@@ -1,4 +1,4 @@
-"""Checkpoints: read and written (`files.py`, `stream.py`), their keys (`keys.py`), their model (`architecture.py`).
+"""Checkpoints: read and written (`files.py`, `stream.py`, `pages.py`), their keys (`keys.py`), their model (`architecture.py`).
 
 A base model (`base.py`) may be several files (`model_files.py`) with a config.json (`model_config.py`), in one of
 several layouts (`layouts.py`); all of them become upstream's names and shapes (`shapes.py`).
@@ -16,6 +16,7 @@ from rwkv_bone.checkpoints.files import (
 )
 from rwkv_bone.checkpoints.keys import fingerprint, match_keys, param_part
 from rwkv_bone.checkpoints.layouts import LAYOUTS, Layout, layout_of, to_upstream
+from rwkv_bone.checkpoints.pages import give_back, taken_over
 from rwkv_bone.checkpoints.stream import METADATA_RECORD
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "architecture_of",
     "atomic_path",
     "fingerprint",
+    "give_back",
     "layout_of",
     "load_base",
     "match_keys",
@@ -35,6 +37,7 @@ __all__ = [
     "read_record",
     "read_state",
     "save_tensors",
+    "taken_over",
     "to_upstream",
     "write_state",
 ]

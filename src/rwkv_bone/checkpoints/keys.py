@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_bone.checkpoints.pages import give_back
 from rwkv_bone.errors import UserError
 
 
@@ -56,4 +57,5 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         sample = flat[:: max(1, flat.numel() // 256)][:256].contiguous().cpu()
         digest.update(f"{key} {list(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
+        give_back(tensor)
     return digest.hexdigest()

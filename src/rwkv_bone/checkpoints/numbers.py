@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_bone.checkpoints.pages import give_back
 from rwkv_bone.checkpoints.stream import DTYPE_NAMES
 from rwkv_bone.errors import UserError
 
@@ -25,8 +26,13 @@ def check_dtypes(state: Mapping[str, Tensor], source: str | Path) -> None:
 
 
 def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
-    """UserError naming a tensor that holds NaN or infinity. One pass over all values, faster than their checksums."""
-    bad = [key for key, tensor in state.items() if not is_finite(tensor)]
+    """UserError naming a tensor that holds NaN or infinity. One pass over all values, faster than their checksums;
+    no page of a mapped file stays resident."""
+    bad = []
+    for key, tensor in state.items():
+        if not is_finite(tensor):
+            bad.append(key)
+        give_back(tensor)
     if bad:
         tensor = state[bad[0]].reshape(-1)
         count = sum(int((~piece.isfinite()).sum()) for piece in tensor.split(PIECE))

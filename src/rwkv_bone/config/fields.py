@@ -106,6 +106,11 @@ def doubtful(section: DataclassInstance) -> Iterator[str]:
             yield f"--{spec.name} {plain(value)} is unusually large: values above {plain(limit)} hardly ever work"
 
 
+def is_switch(spec: Field[Any]) -> bool:
+    """Whether 0 and 1 are two of a setting's choices: they may then be written as those of a boolean."""
+    return {"0", "1"} <= set(spec.metadata["choices"] or ())
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value of JSON is a number that a float can hold, which its whole numbers need not be."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max

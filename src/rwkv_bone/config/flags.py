@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rwkv_bone.config import MergeConfig, TrainConfig, acts, field_flags, translate
 from rwkv_bone.config.acts import Table
-from rwkv_bone.config.fields import check_value, doubtful
+from rwkv_bone.config.fields import check_value, doubtful, is_switch
 from rwkv_bone.config.layers import Layers, shown, split_argv
 from rwkv_bone.config.other_names import intended_flag
 from rwkv_bone.config.rates import doubtful_rates
@@ -233,6 +233,8 @@ def add_fields(
             options["metavar"] = METAVARS[float]
         if kind is bool:
             options |= {"nargs": "?", "const": True, "type": _boolean}
+        elif is_switch(spec):
+            options |= {"nargs": "?", "const": "1", "type": _switch}
         elif kind is tuple:
             options |= {"nargs": "*", "action": _Words}
         elif kind in (int, float):
@@ -245,6 +247,12 @@ def _boolean(text: str) -> bool:
     if text.lower() not in TRUE + FALSE:
         raise argparse.ArgumentTypeError(f"expected 1 or 0, got {text!r}")
     return text.lower() in TRUE
+
+
+def _switch(text: str) -> str:
+    """A choice of which 0 and 1 are two: they may be spelled as those of a boolean."""
+    word = text.lower()
+    return "1" if word in TRUE else "0" if word in FALSE else text
 
 
 def _number(kind: type[int] | type[float]) -> Callable[[str], float]:

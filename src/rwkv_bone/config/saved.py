@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_bone.config import sections
-from rwkv_bone.config.fields import is_number
+from rwkv_bone.config.fields import is_number, is_switch
 from rwkv_bone.config.sections import RunConfig, TrainConfig
 from rwkv_bone.errors import JSON_ERRORS, UserError
 
@@ -100,6 +100,8 @@ def _check_settings(text: str, source: str) -> dict[str, dict[str, Any]]:
         for key, value in values.items():
             if key not in specs:
                 raise UserError(f"{source}: unknown setting {name}.{key}; expected one of {', '.join(specs)}")
+            if is_switch(specs[key]) and isinstance(value, bool):
+                value = str(int(value))  # the setting had no other choices when this was written
             settings[name][key] = _of_type(type(specs[key].default), value, f"{source}: {name}.{key}")
     return settings
 

@@ -17,6 +17,7 @@ PEFT_KINDS = ("none", "bone", "lora", "pissa", "state")
 BONE_MODES = ("bone", "bat", "bat-col")
 QUANTS = ("none", "int8", "nf4", "fp4")
 COMPILES = ("0", "1", "auto")
+RECOMPUTATIONS = ("0", "1", "wkv", "auto")
 TRAIN_PARTS = ("emb", "head", "ln", "time", "state")
 GENERATIONS = ("", "x050", "x051", "x052", "x060", "x070")
 OPERATORS = ("auto", "cuda", "cuda-exact", "cuda-chunked", "cuda-accurate", "cpu", "torch")
@@ -95,7 +96,12 @@ class ModelConfig:
         "format of the frozen projections: 8 bits (int8), 4 bits (nf4, fp4), or none = the dtype of --precision",
         QUANTS,
     )
-    grad_cp: bool = setting(False, "1 = recompute each block in backward: less memory, about a third more time")
+    grad_cp: str = setting(
+        "auto",
+        "what is computed again in backward, to save memory: 0 = nothing; wkv = the WKV operator, for little time; 1 = "
+        "each block, for about a third more time; auto = of these, and of blocks, as little as fits in the free memory",
+        RECOMPUTATIONS,
+    )
     compile: str = setting(
         "0",
         "torch.compile of each block: 1 = yes, refused if gradients differ; auto = on a GPU, in a run that is long "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings
 from rwkv_bone.adapters.files import tensors_by_module
-from rwkv_bone.checkpoints import param_part
+from rwkv_bone.checkpoints import give_back, param_part
 from rwkv_bone.quantization import as_trained, is_quantized
 
 
@@ -25,7 +25,7 @@ def merged_tensors(
 
     Adapted weights are computed in fp32 and rounded once. Tensors that were trained themselves replace the base's. A
     trained initial state, which a base does not have, comes after the others, in fp32. quant: what the adapter was
-    trained on. The adapter must fit the base, as `read_adapter` makes sure.
+    trained on. When the next pair is asked for, no page of a mapped base stays resident for the last one. The adapter must fit the base, as `read_adapter` makes sure.
     """
     adapted = tensors_by_module(adapter)
     for key, tensor in base.items():
@@ -37,6 +37,7 @@ def merged_tensors(
             yield key, adapter[key].to(tensor.dtype)
         else:
             yield key, trained_weight(key, tensor, quant).to(tensor.dtype)
+        give_back(tensor)
     yield from initial_state(base, adapter).items()
 
 

@@ -58,6 +58,7 @@ def verify_tensors(
             changes.setdefault(target_name(module), []).append(
                 change / size if size else float("inf") if change else 0.0
             )
+        checkpoints.give_back(found)
     return changes
 
 
@@ -126,8 +127,18 @@ def _logits(
     model = assemble(arch, tensors_now, op="torch", quant=quant, adapter=adapter if adapter and adapter.state else None)
     for key in later:
         model.set_submodule(key.removesuffix(".weight"), _Stored(tensors, key))
+    for block in model.blocks:
+        block.register_forward_hook(_give_back_weights)
     ids = (torch.arange(1, CHECK_TOKENS + 1) * 7919 % arch.vocab_size)[None]
-    return model.eval()(ids)
+    logits = model.eval()(ids)
+    _give_back_weights(model)
+    return logits
+
+
+def _give_back_weights(module: nn.Module, *_: object) -> None:
+    """After a forward pass: no page of the files from which the weights are mapped stays resident."""
+    for parameter in module.parameters():
+        checkpoints.give_back(parameter)
 
 
 class _Stored(nn.Module):
@@ -138,4 +149,7 @@ class _Stored(nn.Module):
         self.tensors, self.key = tensors, key
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.tensors[self.key].to(x.dtype))
+        weight = self.tensors[self.key]
+        y = F.linear(x, weight.to(x.dtype))
+        checkpoints.give_back(weight)
+        return y

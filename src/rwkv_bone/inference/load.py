@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +56,8 @@ def load_model(
     model = assemble(
         arch, state, op=op, dtype=dtype, source=str(path), quant=quant or trained_on, device=device, adapter=trained
     )
-    return model.to(device).eval()
+    # Not `model.to(device)`, after which the pages of the whole file would be resident.
+    return model._apply(functools.partial(checkpoints.taken_over, device=device)).eval()
 
 
 def _dtype(stored: torch.dtype, device: torch.device, path: str | Path) -> torch.dtype:

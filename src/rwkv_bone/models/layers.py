@@ -12,16 +12,19 @@ Sizes: B batch, T tokens, C channels, V vocabulary, D documents.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone.ops.cross_entropy import CHUNK_ROWS, labelled, linear_cross_entropy
+from rwkv_bone.ops.linear import linear
+from rwkv_bone.ops.regions.rebuild import Recipe, rebuilt
+from rwkv_bone.ops.regions.twins import widened, with_zeros
 
 
 class Linear(nn.Linear):
@@ -31,7 +34,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
     def reset_parameters(self) -> None:
         """Nothing: weights come from a checkpoint or from `init_from_scratch`."""
@@ -45,53 +48,28 @@ class LayerNorm(nn.LayerNorm):
 
 
 class HeadNorm(nn.Module):
-    """`ln_x`: GroupNorm over each head. x [B, T, C] -> [B, T, C]."""
+    """The parameters of `ln_x`, a GroupNorm over each head: what uses them does other things in the same pass."""
 
-    def __init__(self, n_head: int, n_embd: int, eps: float):
+    def __init__(self, n_embd: int, eps: float):
         super().__init__()
-        self.n_head, self.eps = n_head, eps
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(n_embd))
         self.bias = nn.Parameter(torch.zeros(n_embd))
 
-    def forward(self, x: Tensor) -> Tensor:
-        # The kernels take contiguous rows. The output of the operator `torch` may be laid out in another way.
-        rows = x.flatten(0, 1).contiguous()
-        return _HeadNorm.apply(rows, self.weight, self.bias, self.n_head, self.eps).view(x.shape)
+
+def keeps_input(projection: nn.Module) -> bool:
+    """Whether a projection keeps its input for backward: its weight is trained, or its adapter needs it."""
+    weight = getattr(projection, "weight", None)
+    trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+    return trained or getattr(projection, "keeps_input", False)
 
 
-class _HeadNorm(torch.autograd.Function):
-    """rows [T, C], weight [C], bias [C] -> [T, C]: GroupNorm whose parameters, mean and scale are at least fp32.
+def inputs_again(wanted: bool, recipes: Callable[[], Sequence[Recipe]]) -> AbstractContextManager:
+    """Within, whatever is kept for backward of the recipes' tensors is made again there, if that is wanted.
 
-    PyTorch's own rounds mean and scale to the parameters' dtype, and its backward uses the rounded ones. In bf16 that
-    makes the error in the gradient of the rows 1.5 times as large. For backward the rows are kept in their own dtype.
+    A compiler decides for itself what is kept.
     """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, n_head: int, eps: float) -> Tensor:
-        ctx.n_head, ctx.bias_dtype = n_head, bias.dtype
-        T, C = rows.shape
-        y, mean, scale = torch.native_group_norm(
-            _for_norm(rows), widened(weight, rows), widened(bias, rows), T, C, 1, n_head, eps
-        )
-        ctx.save_for_backward(rows, weight, mean, scale)
-        return y.to(rows.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, mean, scale = ctx.saved_tensors
-        sizes = (*rows.shape, 1, ctx.n_head)
-        g, x = _for_norm(g.contiguous()), _for_norm(rows)
-        d_rows, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
-            g, x, mean, scale, widened(weight, rows), *sizes, list(ctx.needs_input_grad[:3])
-        )
-        cast = ((d_rows, rows.dtype), (d_weight, weight.dtype), (d_bias, ctx.bias_dtype))
-        return *(None if x is None else x.to(dtype) for x, dtype in cast), None, None
-
-
-def _for_norm(x: Tensor) -> Tensor:
-    """x in at least fp32; on the CPU unchanged, since PyTorch's kernel there takes bf16 with fp32 parameters."""
-    return x if x.is_cpu and not is_compiling() else widened(x)
+    return rebuilt(recipes()) if wanted and torch.is_grad_enabled() and not is_compiling() else nullcontext()
 
 
 class StatefulMix(nn.Module):
@@ -191,28 +169,3 @@ def adapted_head_loss(
     for part, target in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
         total = total + checkpoint(chunk_loss, part, target, use_reentrant=False)
     return total
-
-
-def token_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """x [B, T, C] moved one token on: each token's place holds the token before it.
-
-    In the first place of a sequence is its row of `last` [B, C], or zeros. Packed, x is [1, T, C] and `last` [k, C] has
-    a row for each of the first k documents; the others begin with zeros.
-    """
-    if cu_seqlens is None:
-        first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
-        return torch.cat([first, x[:, :-1]], dim=1)
-    starts = cu_seqlens[:-1]
-    if last is None:
-        return x.roll(1, dims=1).index_fill_(1, starts, 0)
-    return x.roll(1, dims=1).index_copy_(1, starts, with_zeros(last.to(x.dtype), len(starts))[None])
-
-
-def widened(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """x in float32; in float64 if `like` is float64 (`like` is x itself unless given)."""
-    return x.to(torch.promote_types((x if like is None else like).dtype, torch.float32))
-
-
-def with_zeros(rows: Tensor, count: int) -> Tensor:
-    """rows [k, ...] -> [count, ...], filled up with zeros at the end."""
-    return rows if len(rows) == count else torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])

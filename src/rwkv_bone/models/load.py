@@ -31,7 +31,7 @@ def load_base_into(
     dtype: what the tensors are converted to; None leaves them as they are, mapped and not copied, but for transposed
     views, which are copied. A trained initial state in the checkpoint is loaded too, always in fp32. quant: the
     projections are quantised one at a time, from the file's own values, and their layers become QuantLinear, so no more
-    than one of them is in memory in full. device: where they are quantised and where their codes stay (None = the
+    than one of them is in memory in full. Pages of a mapped file stay resident for no tensor that was copied or quantised. device: where they are quantised and where their codes stay (None = the
     tensors' own); all other tensors stay where they are. source: what messages call the checkpoint.
     """
     if any(checkpoints.param_part(key) == "state" for key in state):
@@ -42,10 +42,11 @@ def load_base_into(
     for key, tensor in items:
         if quant != "none" and is_quantized(key):
             model.set_submodule(key.removesuffix(".weight"), QuantLinear(quantize(tensor.to(device), quant)))
+            checkpoints.give_back(tensor)
             continue
         wanted = torch.float32 if checkpoints.param_part(key) == "state" else dtype
         # A view of another layout may be transposed: then it is copied, so that all sums have one order in all layouts.
-        tensors[key] = (tensor.to(wanted) if wanted else tensor).contiguous()
+        tensors[key] = checkpoints.taken_over(tensor, dtype=wanted)
     model.load_state_dict(tensors, strict=True, assign=True)
 
 

@@ -13,6 +13,7 @@ Sizes: B batch, T tokens, C channels, H heads, N head size, V vocabulary, D docu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,20 @@ class LayerState(NamedTuple):
     ffn_shift: Tensor  # [B, C] fp32, the last input row of the channel mix
 
 
+class Recompute(NamedTuple):
+    """What backward computes again, so that forward need not keep it. The results are the same numbers.
+
+    blocks: that many blocks, from the first on, are computed again whole: forward keeps their inputs alone. In the
+    other blocks it keeps what is costly; wkv: of the WKV operator's results nothing, so that this runs once more too.
+    """
+
+    blocks: int = 0
+    wkv: bool = False
+
+
+NOTHING, EVERY_BLOCK = Recompute(), Recompute(blocks=sys.maxsize)
+
+
 class Block(nn.Module):
     """Time mix and channel mix, each behind a norm and beside the residual stream x."""
 
@@ -47,7 +62,7 @@ class Block(nn.Module):
         self.ln1 = LayerNorm(arch.n_embd)
         self.ln2 = LayerNorm(arch.n_embd)
         self.att = generation.TimeMix(arch, layer, op)
-        self.ffn = generation.ChannelMix(arch, layer)
+        self.ffn = generation.ChannelMix(arch, layer, op)
         self.first = layer == 0  # not the number itself: torch.compile would make a graph for each
 
     def forward(
@@ -57,10 +72,13 @@ class Block(nn.Module):
         state: LayerState | None,
         return_state: bool,
         cu_seqlens: Tensor | None,
+        keep_wkv: bool = True,
+        rebuild: bool = True,
     ) -> tuple[Tensor, Tensor | None, LayerState | None]:
         """x [B, T, C] -> (x, shared, LayerState or None). `shared` is what a generation hands from block to block.
 
-        That is RWKV-7's v_first [B, T, C], and nothing in the others.
+        That is RWKV-7's v_first [B, T, C], and nothing in the others. keep_wkv: keep the WKV operator's results for
+        backward; otherwise they are computed again. rebuild: of what projections keep of their inputs, too.
         """
         if self.first:
             x = self.ln0(x)
@@ -68,7 +86,7 @@ class Block(nn.Module):
 
         # Mix over time: the only place where tokens see the past, but for the token shift of the channel mix.
         att_in = self.ln1(x)  # [B, T, C]
-        mixed, shared, wkv = self.att(att_in, shared, att_shift, wkv, return_state, cu_seqlens)
+        mixed, shared, wkv = self.att(att_in, shared, att_shift, wkv, return_state, cu_seqlens, keep_wkv, rebuild)
         x = x + mixed  # [B, T, C]
 
         # Mix over channels. The state is taken before it, on purpose: if a block saves anything for backward after its
@@ -78,7 +96,7 @@ class Block(nn.Module):
         if return_state:
             assert wkv is not None
             after = LayerState(_last(att_in, cu_seqlens), wkv, _last(ffn_in, cu_seqlens))
-        return x + self.ffn(ffn_in, ffn_shift, cu_seqlens), shared, after
+        return x + self.ffn(ffn_in, ffn_shift, cu_seqlens, rebuild), shared, after
 
 
 def _last(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -120,7 +138,7 @@ class RWKV(nn.Module):
         cu_seqlens: Tensor | None = None,
         l2wrap: float = 0.0,
         loss_scale: float = 1.0,
-        grad_cp: bool = False,
+        recompute: Recompute = NOTHING,
     ) -> Tensor | tuple[Tensor, list[LayerState]]:
         """Logits, or the summed loss, of token ids.
 
@@ -134,7 +152,7 @@ class RWKV(nn.Module):
         UserError for a state of other rows, or of another model.
         loss_scale: what the caller is going to multiply the loss by. The loss is not multiplied, but gradients are then
         rounded once less.
-        grad_cp recomputes each block in backward, to save memory.
+        recompute: what backward computes again, to save memory.
 
         Returns logits [B, T, V] in `self.dtype`; with last_only just those of each sequence's last position, [B, V] or
         packed [D, V]; with labels instead the fp32 sum of the cross-entropy over labelled positions. With return_state
@@ -153,10 +171,12 @@ class RWKV(nn.Module):
             blocks = self._compiled
         for layer, block in enumerate(blocks):
             before = state[layer] if state is not None else None
-            if grad_cp and torch.is_grad_enabled():
-                x, shared, new = checkpoint(block, x, shared, before, return_state, cu_seqlens, use_reentrant=False)
+            if layer < recompute.blocks and torch.is_grad_enabled():
+                # Only one block at a time holds what its backward needs: there it keeps everything.
+                how = (before, return_state, cu_seqlens, True, False)
+                x, shared, new = checkpoint(block, x, shared, *how, use_reentrant=False)
             else:
-                x, shared, new = block(x, shared, before, return_state, cu_seqlens)
+                x, shared, new = block(x, shared, before, return_state, cu_seqlens, not recompute.wkv)
             after.append(new)
 
         # Generation needs one row a sequence: dropping the others here saves most of the head's work.

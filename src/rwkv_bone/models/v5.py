@@ -13,12 +13,14 @@ Sizes: B batch, T tokens, C channels, H heads, N head size.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_bone.checkpoints import Architecture
-from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift
-from rwkv_bone.ops.wkv6 import wkv5
+from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, inputs_again, keeps_input
+from rwkv_bone.ops.regions.mix import mix, mix_recipes
+from rwkv_bone.ops.regions.relu_square import relu_square, relu_square_recipe
+from rwkv_bone.ops.regions.time_mix6 import Activations, Parameters, time_mix6
+from rwkv_bone.ops.regions.twins import widened
 
 # Upstream divides by 8 and then uses eps 1e-5, which is the same as eps 64e-5 without the division.
 GROUP_NORM_EPS = 64e-5
@@ -42,7 +44,7 @@ class TimeMix(StatefulMix):
         self.value = Linear(C, C)
         self.gate = Linear(C, C)
         self.output = Linear(C, C)
-        self.ln_x = HeadNorm(H, C, GROUP_NORM_EPS)
+        self.ln_x = HeadNorm(C, GROUP_NORM_EPS)
 
     def forward(
         self,
@@ -52,41 +54,42 @@ class TimeMix(StatefulMix):
         state: Tensor | None,
         return_state: bool,
         cu_seqlens: Tensor | None,
+        keep_wkv: bool,
+        rebuild: bool,
     ) -> tuple[Tensor, None, Tensor | None]:
         """x [B, T, C], last [B, C], state [B, H, N, N] -> (output [B, T, C], None, state)."""
-        B, T, C = x.shape
-        state = self.start(state, B if cu_seqlens is None else len(cu_seqlens) - 1)
-        heads = (B, T, self.n_head, self.head_size)
+        state = self.start(state, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
 
         # Token shift: each input sees its own mix, per channel, of the token before and the token itself.
-        previous = token_shift(x, last, cu_seqlens)  # [B, T, C]
-        shares = (self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g)
-        xk, xv, xr, xg = (torch.lerp(previous, x, share.to(x.dtype)) for share in shares)  # each [B, T, C]
+        own = (self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g)
+        shares = [1 - widened(share, x) for share in own]  # of the previous token
+        xk, xv, xr, xg = mixed = mix(x, last, cu_seqlens, shares, self.op)  # each [B, T, C]
 
-        # r: what is read from the state. k, v: the key and the value that are written into it. g: the output's gate.
-        r, k, v = (y.view(heads) for y in (self.receptance(xr), self.key(xk), self.value(xv)))  # each [B, T, H, N]
-        g = F.silu(self.gate(xg))  # [B, T, C]
+        keep = any(map(keeps_input, (self.receptance, self.key, self.value, self.gate)))
+        with inputs_again(rebuild and keep, lambda: mix_recipes(x, last, cu_seqlens, shares, mixed, self.op)):
+            # r: what is read from the state. k, v: the key and the value that are written into it.
+            r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # each [B, T, C]
+            gate = self.gate(xg)  # [B, T, C], the output's
 
-        # In each head: y = (state + v (u k)^T) r, then state <- state diag(decay) + v k^T. `time_decay` is not the
-        # decay itself: the operator turns it into exp(-exp(w)).
-        y, state = wkv5(
-            r=r,
-            w=self.time_decay,
-            k=k,
-            v=v,
-            u=self.time_faaaa,
-            state=state,
-            cu_seqlens=cu_seqlens,
-            output_state=True,
+        # The rest up to the output projection is one function. In each head: y = (state + v (u k)^T) r, then
+        # state <- state diag(decay) + v k^T; then norm and gate.
+        z, state = time_mix6(
+            Activations(r, k, v, gate, None),
+            Parameters(self.time_decay, None, self.time_faaaa, self.ln_x.weight, self.ln_x.bias),
+            state,
+            cu_seqlens,
+            N=self.head_size,
+            eps=self.ln_x.eps,
+            keep_wkv=keep_wkv,
             op=self.op,
-        )  # y [B, T, H, N]
-        y = self.ln_x(y.reshape(B, T, C))  # [B, T, C]
-        return self.output(y * g), None, state if return_state else None
+        )  # z [B, T, C]
+        return self.output(z), None, state if return_state else None
 
 
 class ChannelMix(nn.Module):
-    def __init__(self, arch: Architecture, layer: int):
+    def __init__(self, arch: Architecture, layer: int, op: str):
         super().__init__()
+        self.op = op
         C = arch.n_embd
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
@@ -94,13 +97,19 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C)
         self.value = Linear(arch.dim_ffn, C)
 
-    def forward(self, x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, rebuild: bool) -> Tensor:
         """x [B, T, C], last [B, C] -> [B, T, C]."""
-        previous = token_shift(x, last, cu_seqlens)  # [B, T, C]
-        xk = torch.lerp(previous, x, self.time_mix_k.to(x.dtype))
-        xr = torch.lerp(previous, x, self.time_mix_r.to(x.dtype))
+        shares = (1 - widened(self.time_mix_k, x), 1 - widened(self.time_mix_r, x))
+        mixed = mix(x, last, cu_seqlens, shares, self.op)
+        with inputs_again(
+            rebuild and (keeps_input(self.key) or keeps_input(self.receptance)),
+            lambda: mix_recipes(x, last, cu_seqlens, shares, mixed, self.op),
+        ):
+            h, gate = self.key(mixed[0]), self.receptance(mixed[1])
         # A gated MLP with relu squared, [B, T, dim_ffn] inside.
-        return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)).square())
+        squared = relu_square(h, self.op)
+        with inputs_again(rebuild and keeps_input(self.value), lambda: [relu_square_recipe(h, squared, self.op)]):
+            return torch.sigmoid(gate) * self.value(squared)
 
 
 def lr_scale(key: str) -> float:

@@ -14,12 +14,13 @@ Sizes: B batch, T tokens, C channels, H heads, N head size, M rank of the mix ne
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_bone.checkpoints import Architecture
-from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift, widened
-from rwkv_bone.ops.wkv6 import wkv6
+from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, inputs_again, keeps_input
+from rwkv_bone.ops.regions.mix import mix, mix6, mix6_recipes, mix_recipes
+from rwkv_bone.ops.regions.relu_square import relu_square, relu_square_recipe
+from rwkv_bone.ops.regions.time_mix6 import Activations, Parameters, time_mix6
 
 GROUP_NORM_EPS = 64e-5
 MIXED = "wkvrg"  # the five inputs, in their order in time_maa_w1 and time_maa_w2
@@ -49,7 +50,7 @@ class TimeMix(StatefulMix):
         self.value = Linear(C, C)
         self.gate = Linear(C, C)
         self.output = Linear(C, C)
-        self.ln_x = HeadNorm(H, C, GROUP_NORM_EPS)
+        self.ln_x = HeadNorm(C, GROUP_NORM_EPS)
 
     def forward(
         self,
@@ -59,11 +60,11 @@ class TimeMix(StatefulMix):
         state: Tensor | None,
         return_state: bool,
         cu_seqlens: Tensor | None,
+        keep_wkv: bool,
+        rebuild: bool,
     ) -> tuple[Tensor, None, Tensor | None]:
         """x [B, T, C], last [B, C], state [B, H, N, N] -> (output [B, T, C], None, state)."""
-        B, T, C = x.shape
-        state = self.start(state, B if cu_seqlens is None else len(cu_seqlens) - 1)
-        heads = (B, T, self.n_head, self.head_size)
+        state = self.start(state, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
 
         def cast(parameter: Tensor) -> Tensor:
             # A trained parameter is fp32, also where activations are bf16.
@@ -71,42 +72,45 @@ class TimeMix(StatefulMix):
 
         # Token shift, in two steps. A fixed mix of the token and the one before it goes through the mix network, which
         # says for each of the five inputs how much its own share of the previous token is to change.
-        delta = token_shift(x, last, cu_seqlens) - x  # [B, T, C]
-        mix = torch.tanh(torch.addcmul(x, delta, cast(self.time_maa_x)) @ cast(self.time_maa_w1))  # [B, T, 5 M]
-        mix = mix.view(B * T, len(MIXED), -1).transpose(0, 1)  # [5, B T, M]
-        mix = torch.bmm(mix, cast(self.time_maa_w2)).view(len(MIXED), B, T, C)
+        (seen,) = first = mix(x, last, cu_seqlens, (self.time_maa_x,), self.op)  # one [B, T, C]
+        with inputs_again(
+            rebuild and self.time_maa_w1.requires_grad,
+            lambda: mix_recipes(x, last, cu_seqlens, (self.time_maa_x,), first, self.op),
+        ):
+            changes = torch.tanh(seen @ cast(self.time_maa_w1))  # [B, T, 5 M]
+        changes = changes.view(-1, len(MIXED), self.time_maa_w2.shape[1]).transpose(0, 1)  # [5, B T, M]
         shares = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)  # as in MIXED
-        xw, xk, xv, xr, xg = (
-            torch.addcmul(x, delta, cast(share) + change) for share, change in zip(shares, mix, strict=True)
-        )  # each [B, T, C]
+        how = (x, last, cu_seqlens, shares, changes, self.time_maa_w2)
+        xw, xk, xv, xr, xg = mixed = mix6(*how, self.op)  # each [B, T, C]
 
-        # r: what is read from the state. k, v: the key and the value that are written into it. g: the output's gate.
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # each [B, T, C]
-        g = F.silu(self.gate(xg))  # [B, T, C]
-        # The operator turns this into the decay exp(-exp(w)). In fp32, since it is the exponent of an exponent.
-        low = torch.tanh(xw @ cast(self.time_decay_w1)) @ cast(self.time_decay_w2)
-        w = widened(self.time_decay) + widened(low)  # [B, T, C] fp32
+        keep = any(map(keeps_input, (self.receptance, self.key, self.value, self.gate)))
+        with inputs_again(
+            rebuild and (keep or self.time_decay_w1.requires_grad), lambda: mix6_recipes(*how, mixed, self.op)
+        ):
+            # r: what is read from the state. k, v: the key and the value that are written into it.
+            r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # each [B, T, C]
+            gate = self.gate(xg)  # [B, T, C], the output's
+            decay = torch.tanh(xw @ cast(self.time_decay_w1))  # [B, T, D]: the first half of the decay's network
 
-        # In each head: y = (state + v (u k)^T) r, then state <- state diag(decay) + v k^T.
-        r, w, k, v = (tensor.view(heads) for tensor in (r, w, k, v))  # each [B, T, H, N]
-        y, state = wkv6(
-            r=r,
-            w=w,
-            k=k,
-            v=v,
-            u=self.time_faaaa,
-            state=state,
-            cu_seqlens=cu_seqlens,
-            output_state=True,
+        # The rest up to the output projection is one function. In each head: y = (state + v (u k)^T) r, then
+        # state <- state diag(decay) + v k^T; then norm and gate.
+        z, state = time_mix6(
+            Activations(r, k, v, gate, decay),
+            Parameters(self.time_decay, self.time_decay_w2, self.time_faaaa, self.ln_x.weight, self.ln_x.bias),
+            state,
+            cu_seqlens,
+            N=self.head_size,
+            eps=self.ln_x.eps,
+            keep_wkv=keep_wkv,
             op=self.op,
-        )  # y [B, T, H, N]
-        y = self.ln_x(y.reshape(B, T, C))  # [B, T, C]
-        return self.output(y * g), None, state if return_state else None
+        )  # z [B, T, C]
+        return self.output(z), None, state if return_state else None
 
 
 class ChannelMix(nn.Module):
-    def __init__(self, arch: Architecture, layer: int):
+    def __init__(self, arch: Architecture, layer: int, op: str):
         super().__init__()
+        self.op = op
         C = arch.n_embd
         self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
@@ -114,13 +118,19 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C)
         self.value = Linear(arch.dim_ffn, C)
 
-    def forward(self, x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, rebuild: bool) -> Tensor:
         """x [B, T, C], last [B, C] -> [B, T, C]."""
-        delta = token_shift(x, last, cu_seqlens) - x  # [B, T, C]
-        xk = torch.addcmul(x, delta, self.time_maa_k.to(x.dtype))
-        xr = torch.addcmul(x, delta, self.time_maa_r.to(x.dtype))
+        shares = (self.time_maa_k, self.time_maa_r)
+        mixed = mix(x, last, cu_seqlens, shares, self.op)
+        with inputs_again(
+            rebuild and (keeps_input(self.key) or keeps_input(self.receptance)),
+            lambda: mix_recipes(x, last, cu_seqlens, shares, mixed, self.op),
+        ):
+            h, gate = self.key(mixed[0]), self.receptance(mixed[1])
         # A gated MLP with relu squared, [B, T, dim_ffn] inside.
-        return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)).square())
+        squared = relu_square(h, self.op)
+        with inputs_again(rebuild and keeps_input(self.value), lambda: [relu_square_recipe(h, squared, self.op)]):
+            return torch.sigmoid(gate) * self.value(squared)
 
 
 def lr_scale(key: str) -> float:

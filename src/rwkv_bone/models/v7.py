@@ -18,12 +18,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_bone.checkpoints import Architecture
-from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, token_shift, widened
-from rwkv_bone.ops.wkv7 import wkv7
+from rwkv_bone.models.layers import HeadNorm, Linear, StatefulMix, inputs_again, keeps_input
+from rwkv_bone.ops.regions.mix import mix, mix_recipes
+from rwkv_bone.ops.regions.relu_square import relu_square, relu_square_recipe
+from rwkv_bone.ops.regions.time_mix7 import Activations, Parameters, time_mix7
 
 GROUP_NORM_EPS = 64e-5  # for every head size: upstream's constant, not a formula
 
@@ -60,7 +61,7 @@ class TimeMix(StatefulMix):
         self.key = Linear(C, C)
         self.value = Linear(C, C)
         self.output = Linear(C, C)
-        self.ln_x = HeadNorm(H, C, GROUP_NORM_EPS)
+        self.ln_x = HeadNorm(C, GROUP_NORM_EPS)
 
     def forward(
         self,
@@ -70,83 +71,83 @@ class TimeMix(StatefulMix):
         state: Tensor | None,
         return_state: bool,
         cu_seqlens: Tensor | None,
+        keep_wkv: bool,
+        rebuild: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [B, T, C], v_first [B, T, C] of layer 0, last [B, C], state [B, H, N, N] -> (output, v_first, state)."""
-        B, T, C = x.shape
-        state = self.start(state, B if cu_seqlens is None else len(cu_seqlens) - 1)
-        heads = (B, T, self.n_head, self.head_size)
+        state = self.start(state, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
 
         def cast(parameter: Tensor) -> Tensor:
             # A trained parameter is fp32, also where activations are bf16.
             return parameter.to(x.dtype)
 
         # Token shift: each input sees its own mix, per channel, of the token and the one before it.
-        delta = token_shift(x, last, cu_seqlens) - x  # [B, T, C]
         shares = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, delta, cast(share)) for share in shares)  # each [B, T, C]
+        xr, xw, xk, xv, xa, xg = mixed = mix(x, last, cu_seqlens, shares, self.op)  # each [B, T, C]
 
-        # r: what is read from the state. k, v: the key and the value that are written into it.
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # each [B, T, C]
-        # The operator turns the sum into the decay exp(-exp(-0.5) sigmoid(w0 + w)). It is made in fp32, since rounding
-        # it to bf16 changes the decay of slow channels by up to 3 %. Where w0 is not trained the operator makes it:
-        # then w reaches it in bf16, half as many bytes.
-        w = torch.tanh(xw @ cast(self.w1)) @ cast(self.w2)  # [B, T, C]
-        w0 = None if self.w0.requires_grad else widened(self.w0).view(heads[2:])  # [H, N] fp32
-        if w0 is None:
-            w = widened(self.w0) + widened(w)  # [B, T, C] fp32
-        # The in-context learning rate: how much of what is stored under a key the new value replaces, from 0 to 1.
-        a = torch.sigmoid(cast(self.a0) + (xa @ cast(self.a1)) @ cast(self.a2))  # [B, T, C]
-        # The gate has no bias, and its sigmoid is inside the network.
-        g = torch.sigmoid(xg @ cast(self.g1)) @ cast(self.g2)  # [B, T, C]
+        keep = any(map(keeps_input, (self.receptance, self.key, self.value))) or self.w1.requires_grad
+        with inputs_again(rebuild and keep, lambda: mix_recipes(x, last, cu_seqlens, shares, mixed, self.op)):
+            # r: what is read from the state. k, v: the key and the value that are written into it.
+            r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # each [B, T, C]
+            # The first halves of the low-rank networks, each [B, T, D]. The gate has no bias, and its sigmoid is inside
+            # the network.
+            hidden = (
+                torch.tanh(xw @ cast(self.w1)),
+                xa @ cast(self.a1),
+                None if self.first else xv @ cast(self.v1),
+                torch.sigmoid(xg @ cast(self.g1)),
+            )
 
+        # The rest up to the output projection is one function: the second halves make of the hidden layers the decay,
+        # the in-context learning rate, the value mix and the gate; these and the key make what the operator takes; in
+        # each head state <- state (diag(decay) + a b^T) + v k^T and y = state r; then norm, bonus and gate.
         # Each value is mixed with the first layer's, which is closest to the token itself.
-        if self.first:
-            v_first = v
-        else:
-            assert v_first is not None
-            v = v + (v_first - v) * torch.sigmoid(cast(self.v0) + (xv @ cast(self.v1)) @ cast(self.v2))
-
-        # The removal key kk says what is removed. It is made of the key as it is before the next line changes it, and
-        # has length 1 in each head, so no more is removed than is there.
-        kk = F.normalize((k * cast(self.k_k)).view(heads), dim=-1)  # [B, T, H, N]
-        # The smaller the learning rate, the weaker the key under which the new value goes in.
-        k = k * (1 + (a - 1) * cast(self.k_a))  # [B, T, C]
-
-        # In each head: state <- state (diag(decay) + a b^T) + v k^T, then y = state r. Mind the names: the operator's a
-        # is -kk, and its b is kk times the a of here.
-        r, w, k, v, a = (tensor.view(heads) for tensor in (r, w, k, v, a))  # each [B, T, H, N]
-        y, state = wkv7(
-            r=r,
-            w=w,
-            k=k,
-            v=v,
-            a=-kk,
-            b=kk * a,
-            w0=w0,
-            state=state,
-            cu_seqlens=cu_seqlens,
-            output_state=True,
+        parameters = Parameters(
+            self.w0,
+            self.w2,
+            self.a0,
+            self.a2,
+            None if self.first else self.v0,
+            None if self.first else self.v2,
+            self.k_k,
+            self.k_a,
+            self.r_k,
+            self.g2,
+            self.ln_x.weight,
+            self.ln_x.bias,
+        )
+        z, state = time_mix7(
+            Activations(r, k, v, *hidden, v_first=v_first),
+            parameters,
+            state,
+            cu_seqlens,
+            N=self.head_size,
+            eps=self.ln_x.eps,
+            keep_wkv=keep_wkv,
             op=self.op,
-        )  # y [B, T, H, N]
-        y = self.ln_x(y.reshape(B, T, C))  # [B, T, C]
-
-        # The current token's own value once more, past norm and state, as much as r, k and r_k agree.
-        bonus = (r * k * cast(self.r_k)).sum(dim=-1, keepdim=True) * v  # [B, T, H, N]
-        return self.output((y + bonus.reshape(B, T, C)) * g), v_first, state if return_state else None
+        )  # z [B, T, C]
+        return self.output(z), v if v_first is None else v_first, state if return_state else None
 
 
 class ChannelMix(nn.Module):
-    def __init__(self, arch: Architecture, layer: int):
+    def __init__(self, arch: Architecture, layer: int, op: str):
         super().__init__()
+        self.op = op
         self.x_k = nn.Parameter(torch.empty(1, 1, arch.n_embd))
         self.key = Linear(arch.n_embd, arch.dim_ffn)
         self.value = Linear(arch.dim_ffn, arch.n_embd)
 
-    def forward(self, x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, rebuild: bool) -> Tensor:
         """x [B, T, C], last [B, C] -> [B, T, C]."""
-        mixed = torch.addcmul(x, token_shift(x, last, cu_seqlens) - x, self.x_k.to(x.dtype))  # [B, T, C]
+        mixed = mix(x, last, cu_seqlens, (self.x_k,), self.op)  # one [B, T, C]
+        with inputs_again(
+            rebuild and keeps_input(self.key), lambda: mix_recipes(x, last, cu_seqlens, (self.x_k,), mixed, self.op)
+        ):
+            h = self.key(mixed[0])
         # An MLP with relu squared, [B, T, dim_ffn] inside.
-        return self.value(torch.relu(self.key(mixed)).square())
+        squared = relu_square(h, self.op)
+        with inputs_again(rebuild and keeps_input(self.value), lambda: [relu_square_recipe(h, squared, self.op)]):
+            return self.value(squared)
 
 
 def lr_scale(key: str) -> float:

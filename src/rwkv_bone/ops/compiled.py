@@ -20,6 +20,7 @@ from torch import Tensor
 from rwkv_bone.ops import choice, native, sizes
 from rwkv_bone.ops.arguments import sequences
 from rwkv_bone.ops.launches import INPUTS
+from rwkv_bone.ops.register import define
 
 Result = TypeVar("Result")
 
@@ -148,16 +149,16 @@ def _problem(
 
 
 def _decayed(label: str, inputs: Sequence[Tensor], w0: Tensor | None) -> Sequence[Tensor]:
-    """The inputs as these kernels take them: the chunked ones add w0 themselves."""
-    if w0 is None or sizes.chunking(label):
+    """The inputs as these kernels take them: CUDA's sequential ones do not add w0 themselves."""
+    if w0 is None or label != sizes.EXACT:
         return inputs
     r, w, *others = inputs
     return r, w.float() + w0, *others
 
 
 def _extra(operator: str, label: str, w0: Tensor | None) -> list[Tensor | None]:
-    """What WKV-7's chunked kernels take besides."""
-    return [native.ready(w0)] if operator == "wkv7" and sizes.chunking(label) else []
+    """What WKV-7's kernels take besides, but for CUDA's sequential ones."""
+    return [native.ready(w0)] if operator == "wkv7" and label != sizes.EXACT else []
 
 
 def _register(operator: str) -> None:
@@ -186,22 +187,20 @@ def _register(operator: str) -> None:
     tensors = ", ".join(f"Tensor {name}" for name in INPUTS[operator])
     given = f"{tensors}, Tensor? state, Tensor? cu_seqlens"
     chosen = "str form, Tensor? w0" if operator == "wkv7" else "str form"
-    forward = torch.library.custom_op(
-        f"rwkv_bone::{operator}_forward",
+    define(
+        f"{operator}_forward",
+        f"({given}, bool save, {chosen}) -> (Tensor, Tensor, Tensor)",
         flat(_forward),
-        mutates_args=(),
-        schema=f"({given}, bool save, {chosen}) -> (Tensor, Tensor, Tensor)",
+        flat(_outputs),
     )
-    backward = torch.library.custom_op(
-        f"rwkv_bone::{operator}_backward",
-        flat(_backward),
-        mutates_args=(),
-        schema=f"({given}, Tensor saved, Tensor dy, Tensor? dlast, bool want_state, {chosen}) -> "
+    backward = define(
+        f"{operator}_backward",
+        f"({given}, Tensor saved, Tensor dy, Tensor? dlast, bool want_state, {chosen}) -> "
         f"({', '.join(['Tensor'] * (count + 1))})",
+        flat(_backward),
+        flat(_gradients),
     )
-    forward.register_fake(flat(_outputs))
-    backward.register_fake(flat(_gradients))
-    forward.register_autograd(differentiate, setup_context=keep_for_backward)
+    torch.library.register_autograd(f"rwkv_bone::{operator}_forward", differentiate, setup_context=keep_for_backward)
 
 
 for _operator in INPUTS:

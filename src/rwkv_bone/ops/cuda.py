@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -21,13 +21,45 @@ from rwkv_bone.ops.sizes import EXACT
 INCLUDE = re.compile(r'^#include "(\w+\.cuh)"', re.MULTILINE)
 
 
+CALLS = 1024  # plans that are kept: one for each length of a sequence, where lengths differ
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # cheaper than an object for it, where torch has it
+
+
+class Kernels(Protocol):
+    """What is compiled and loaded at a time. A NamedTuple, whose words make the name of its file."""
+
+    @property
+    def dynamic_shared(self) -> bool:
+        """Whether each of its kernels has to be told how much shared memory it gets."""
+
+    def __iter__(self) -> Iterator[object]: ...
+
+    def __hash__(self) -> int: ...
+
+    def source(self) -> str:
+        """C++ that makes the kernels."""
+
+    def kernels(self) -> list[str]:
+        """Their names."""
+
+    def plan(
+        self, step: str, sizes: Sequence[int], offsets: int | None, tensors: Sequence[int | None]
+    ) -> list[launches.Launch]:
+        """The launches of "forward" or "backward". Raises ValueError for what no kernel can take."""
+
+
 class Unit(NamedTuple):
-    """What is compiled and loaded at a time."""
+    """The kernels of a recurrence."""
 
     operator: str
     label: str  # see ops/sizes.py
     dtype: str  # of launches.ELEMENTS, or of chunked_launches.ELEMENTS
     N: int
+
+    @property
+    def dynamic_shared(self) -> bool:
+        """Of the chunked kernels."""
+        return self.label != EXACT
 
     def source(self) -> str:
         """C++ that makes the unit's kernels."""
@@ -53,7 +85,7 @@ class Unit(NamedTuple):
         return chunked_launches.launches(operator, step, label, dtype, sizes, offsets, tensors)
 
 
-def compiled(unit: Unit, target: str, compiler: nvrtc.Nvrtc, cache: Path | None = None) -> Path:
+def compiled(unit: Kernels, target: str, compiler: nvrtc.Nvrtc, cache: Path | None = None) -> Path:
     """The kernels of a unit for a target of `Nvrtc.target`, compiled if need be.
 
     The file's name holds everything that decides its content: sources, options, target, version of the compiler.
@@ -68,7 +100,7 @@ def compiled(unit: Unit, target: str, compiler: nvrtc.Nvrtc, cache: Path | None 
     def make(path: Path) -> None:
         path.write_bytes(compiler.compile(text, headers, target))
 
-    name = f"{unit.operator}-{unit.label}-{unit.dtype}-{unit.N}-{target}-{fingerprint}.{kind}"
+    name = f"{'-'.join(map(str, unit))}-{target}-{fingerprint}.{kind}"
     return build.kept(name, make, cache)
 
 
@@ -88,7 +120,7 @@ def read_headers(text: str) -> dict[str, str]:
 
 
 @functools.cache
-def kernels(unit: Unit, device: int) -> dict[str, driver.Kernel]:
+def kernels(unit: Kernels, device: int) -> dict[str, driver.Kernel]:
     """The unit's kernels on a device, compiled and loaded on first use. Raises BuildError or driver.DriverError."""
     compiler = nvrtc.find()
     target = compiler.target(torch.cuda.get_device_capability(device))
@@ -96,14 +128,25 @@ def kernels(unit: Unit, device: int) -> dict[str, driver.Kernel]:
     loaded = driver.find().load(image, unit.kernels(), device)
     for name, kernel in loaded.items():
         # Launched with too little, it would put an end to everything that this process does on the device.
-        if unit.label != EXACT and not kernel.shared:
+        if unit.dynamic_shared and not kernel.shared:
             raise driver.DriverError(f"the driver does not find {name}_shared in the compiled kernels")
     return loaded
 
 
-def call(unit: Unit, step: str, device: int, sizes: tuple[int, ...], pointers: list[int | None]) -> None:
-    """Puts "forward" or "backward" on the device's current stream. See launches.launches for the arguments."""
-    offsets, *tensors = pointers
+def call(unit: Kernels, step: str, device: int, sizes: tuple[int, ...], pointers: Sequence[int | None]) -> None:
+    """Puts "forward" or "backward" on the device's current stream; pointers are the offsets', then the tensors'.
+
+    See `plan` of the unit for the arguments, and for what raises ValueError. A plan is made once for all calls of the
+    same sizes.
+    """
+    if any([pointer % launches.ALIGNMENT for pointer in pointers if pointer]):
+        unit.plan(step, sizes, pointers[0], pointers[1:])  # which says of what
+    ready = _prepared(unit, step, device, sizes, tuple([not pointer for pointer in pointers]))
+    ready(pointers, _raw_stream(device) if _raw_stream else torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.lru_cache(CALLS)
+def _prepared(unit: Kernels, step: str, device: int, sizes: tuple[int, ...], null: tuple[bool, ...]) -> driver.Call:
+    offsets, *tensors = [None if missing else launches.stand_in(i) for i, missing in enumerate(null)]
     planned = unit.plan(step, sizes, offsets, tensors)
-    loaded = kernels(unit, device)
-    driver.find().launch(loaded, planned, device, torch.cuda.current_stream(device).cuda_stream)
+    return driver.find().prepare(kernels(unit, device), planned, device)

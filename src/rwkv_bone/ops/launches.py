@@ -27,6 +27,8 @@ BACKWARD = {
 LARGEST = 2**31 - 1  # of 32-bit token numbers, and of a grid
 COLUMNS = 8  # of the states that a block of WKV-5's and -6's backward_decay takes: kColumns
 ALIGNMENT = 16  # bytes; the kernels load vectors
+# Above the bits of an address, and of every size: so high up a stand-in has its number.
+STAND_IN_BITS = 48
 
 
 class Launch(NamedTuple):
@@ -34,6 +36,14 @@ class Launch(NamedTuple):
     blocks: int
     threads: int
     arguments: bytes  # the kernel's struct
+
+
+def stand_in(number: int) -> int:
+    """What a plan holds in place of the pointer of that number, 0 and up, which differs from call to call.
+
+    A plan may add to it, as to the pointer itself. `ops/driver.py` puts the pointers in.
+    """
+    return (number + 1) << STAND_IN_BITS
 
 
 def source(operator: str, dtypes: Iterable[str], head_sizes: Iterable[int]) -> str:

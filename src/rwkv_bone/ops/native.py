@@ -12,7 +12,8 @@ from rwkv_bone.ops import build, cuda
 from rwkv_bone.ops.launches import ALIGNMENT
 from rwkv_bone.ops.sizes import CPU
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as the processor's libraries know them
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # as CUDA's kernels are called
 
 
 @functools.cache
@@ -45,27 +46,45 @@ def call(
     threads. Raises RuntimeError with the driver's or the library's own words.
     """
     shape = (*like.shape, documents(cu_seqlens))
-    pointers = [None if x is None else x.data_ptr() for x in (cu_seqlens, *tensors)]
     if label != CPU:
         r, w, *_ = tensors
         assert r is not None and w is not None
-        dtype = str(r.dtype).removeprefix("torch.") + ("w" if w.dtype == torch.bfloat16 else "")
-        unit = cuda.Unit(operator, label, dtype, like.shape[-1])
-        try:
-            return cuda.call(unit, step, like.device.index, shape, pointers)
-        except ValueError as problem:
-            raise _failed(operator, step, like, problem) from problem
+        dtype = NAMES[r.dtype] + ("w" if w.dtype == torch.bfloat16 else "")
+        return launch(cuda.Unit(operator, label, dtype, shape[3]), step, like, shape, cu_seqlens, *tensors)
     loaded = library(operator)
     code = getattr(loaded, f"{operator}_{step}")(
         ctypes.c_int(DTYPES[like.dtype]),
         *map(ctypes.c_int64, shape),
-        *map(ctypes.c_void_p, pointers),
+        *map(ctypes.c_void_p, _pointers(cu_seqlens, *tensors)),
         ctypes.c_int(torch.get_num_threads()),
         None,
     )
     if code:
-        raise _failed(operator, step, like, getattr(loaded, f"{operator}_error")(code).decode())
+        raise _failed(operator, step, like, shape, getattr(loaded, f"{operator}_error")(code).decode())
 
 
-def _failed(operator: str, step: str, like: Tensor, reason: object) -> RuntimeError:
-    return RuntimeError(f"{operator}_{step} failed on {like.device} with sizes {tuple(like.shape)}: {reason}")
+def launch(
+    unit: cuda.Kernels,
+    step: str,
+    like: Tensor,
+    sizes: tuple[int, ...],
+    offsets: Tensor | None,
+    *tensors: Tensor | None,
+) -> None:
+    """Puts "forward" or "backward" of CUDA's kernels on the current stream of like's device; None = null pointer.
+
+    Sizes, offsets and tensors are those of the unit's `plan`. The tensors must be contiguous and aligned: see `ready`.
+    Raises RuntimeError.
+    """
+    try:
+        cuda.call(unit, step, like.device.index, sizes, _pointers(offsets, *tensors))
+    except ValueError as problem:
+        raise _failed(next(iter(unit)), step, like, sizes, problem) from problem
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if x is None else x.data_ptr() for x in tensors]
+
+
+def _failed(name: object, step: str, like: Tensor, sizes: tuple[int, ...], reason: object) -> RuntimeError:
+    return RuntimeError(f"{name}_{step} failed on {like.device} with sizes {sizes}: {reason}")

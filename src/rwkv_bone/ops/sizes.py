@@ -16,7 +16,7 @@ from typing import NamedTuple
 CPU, EXACT = "cpu", "exact"
 # Tokens between the states that a sequential kernel keeps: SEGMENT in cuda/cpu/sequences.h, kSegment in
 # cuda/common.cuh.
-SEGMENT = {CPU: 32, EXACT: 64}
+SEGMENT = {CPU: 128, EXACT: 64}
 # Bytes of a number that a chunked kernel hands to the next one: bf16, two bf16 whose sum counts, float.
 HANDED_OVER = {"chunked": 2, "accurate": 4, "debug": 4}
 FLOAT = 4  # bytes

@@ -50,7 +50,7 @@ def run(
     state = None if state is None else state.to(wide)
     if w0 is not None:
         w0 = w0.to(wide)
-        if form.startswith("cuda") and w.dtype == r.dtype and not w0.requires_grad:
+        if form.startswith(("cuda", "cpu")) and w.dtype == r.dtype and not w0.requires_grad:
             inputs["w"] = w  # which saves its float32 copy
         else:
             inputs["w"], w0 = inputs["w"] + w0, None

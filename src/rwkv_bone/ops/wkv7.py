@@ -35,7 +35,7 @@ def wkv7(
                     state, between 0.545 and 1. Computed with in float32; give it as float32 where you can, since
                     bfloat16 moves slow decays by up to 3 %, or give its largest part apart, as w0
     w0              [H, N], added to w in float32. None means zeros. In bfloat16 a constant w0, one that requires no
-                    gradient, saves a GPU reading and writing w in float32
+                    gradient, saves reading and writing w in float32
     state           [B, H, N, N], the state before the first token; rows are value indices, columns key indices. None
                     means zeros. Computed with in float32
     cu_seqlens      int64 [D + 1], rising from 0 to T: B is 1, and document d is tokens cu_seqlens[d] up to

@@ -32,7 +32,7 @@ def chunked_loss(
     cu_seqlens: Tensor | None = None,
     label_rows: Tensor | None = None,
     widest: int = 0,
-    **options: float | bool,
+    **options: object,
 ) -> Tensor:
     """The summed loss of `model(ids, labels=labels, cu_seqlens=cu_seqlens)`, with memory for one chunk of tokens.
 

@@ -20,10 +20,12 @@ from rwkv_bone.training import project
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.launchers import check_launcher
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
+from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.place import PlaceModel
 from rwkv_bone.training.prepare import count_parameters, load_data, plan_batches, prepare_heldout, prepare_model
 from rwkv_bone.training.progress import ProgressLines
+from rwkv_bone.training.recompute import Agree, decide, memory_there, run_of
 from rwkv_bone.training.report import header, program, report_results
 from rwkv_bone.training.resume import Saved
 from rwkv_bone.training.resume_file import RestoreMoments
@@ -42,6 +44,7 @@ def fit(config: TrainConfig) -> Path:
     check_launcher(run)
     device = choose_device(run.accelerator)
     threads = settle_threads(run.devices)
+    there = memory_there(device, run.devices)  # before this run takes any of it
     earlier = Saved.find(config) if run.resume else None
     folder = project.check_folder(config) if main else Path(run.proj_dir)
 
@@ -58,9 +61,12 @@ def fit(config: TrainConfig) -> Path:
         earlier.check(output.metadata)
         earlier.load_parameters(model, output.keys)
     first = earlier.step if earlier else 0
-    module = TrainingModule(model, plan, run.epoch_count, config.optim, config.model, first, adapter.lora_plus)
+    choice = decide(config.model.grad_cp, prepared.arch, count(model), run_of(config, plan, device), there)
+    module = TrainingModule(
+        model, plan, run.epoch_count, config.optim, config.model, first, adapter.lora_plus, choice.recompute
+    )
 
-    for line in header(config, prepared, module, device, threads, earlier, text):
+    for line in header(config, prepared, module, choice, device, threads, earlier, text):
         report(line)
     heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report)
     if earlier and first >= module.total_steps and not (heldout and heldout.interrupted(module.total_steps)):
@@ -74,8 +80,8 @@ def fit(config: TrainConfig) -> Path:
     go_on = program("train.py", "--resume", "1", "--proj_dir", str(folder))
     save = SaveTrained(output, folder, run, earlier=earlier, go_on=go_on, report=report)
     stop = StopOnSignal(save.save_step, lambda: f"interrupted; {save.state_of_things()}")
-    callbacks: list[Callback] = [stop, PlaceModel(prepared.dtype)]
-    # After PlaceModel: Lightning sets callbacks up in this order.
+    callbacks: list[Callback] = [stop, PlaceModel(prepared.dtype), Agree()]
+    # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
     callbacks += [heldout] if heldout else []
     callbacks += [log, ProgressLines(log), save]

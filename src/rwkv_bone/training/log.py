@@ -9,7 +9,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -99,7 +98,7 @@ class StepLog(Callback):
         seconds, self._begin = now - self._begin, now
         waited, self._waited = module.batches.waited - self._waited, module.batches.waited
         reserved = peak_reserved_mb(module.device)
-        record = asdict(module.window) | {
+        record = vars(module.window) | {
             "tokens_per_s": round(module.window.tokens / seconds, 1),
             "seconds": round(seconds, 6),
             "data_wait_ms": round(1000 * waited, 3),

@@ -25,7 +25,7 @@ from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.data import Batch, BatchPlan
 from rwkv_bone.data.prefetch import Prefetch
 from rwkv_bone.errors import UserError
-from rwkv_bone.models import RWKV
+from rwkv_bone.models import NOTHING, RWKV, Recompute
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
 from rwkv_bone.training.schedule import learning_rate
@@ -103,7 +103,7 @@ class TrainingModule(LightningModule):
     """Lightning's view of the model. Files hold the bare model's names, without any prefix of this class.
 
     first_step: how many optimiser steps an earlier process took, if this run continues one. lora_plus: see
-    `parameter_groups`.
+    `parameter_groups`. recompute: what backward computes again.
     """
 
     def __init__(
@@ -115,10 +115,12 @@ class TrainingModule(LightningModule):
         running: ModelConfig,
         first_step: int = 0,
         lora_plus: float = 1.0,
+        recompute: Recompute = NOTHING,
     ):
         super().__init__()
         self.model, self.plan, self.epochs, self.config = model, plan, epochs, config
         self.running, self.first_step, self.lora_plus = running, first_step, lora_plus
+        self.recompute = recompute
         self.total_steps = plan.total_steps(epochs)
         self.window: Window | None = None  # the last window whose step was taken
         self.signal = 0  # number of the signal to stop that this process has received; 0: none
@@ -180,7 +182,7 @@ class TrainingModule(LightningModule):
 
     def _loss(self, batch: Batch, scale: float) -> Tensor:
         """Sum over the trained tokens of one micro-batch. scale: what it is multiplied by before backward."""
-        options = {"l2wrap": self.config.l2wrap, "loss_scale": scale, "grad_cp": self.running.grad_cp}
+        options = {"l2wrap": self.config.l2wrap, "loss_scale": scale, "recompute": self.recompute}
         if self.running.chunk_ctx:
             assert batch.host
             return chunked_loss(
@@ -229,7 +231,7 @@ class TrainingModule(LightningModule):
         tokens, signals, norms = zip(*(row[-3:] for row in rows), strict=True)
         self.signal_anywhere = int(max(signals))
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if self.trainer.model.optimizer.overflow:
+        if not all(map(math.isfinite, norms)):
             raise RunStopped(self._not_finite("loss" if bad else "gradient", bad or range(len(losses))))
         assert not bad, "DeepSpeed took a step on a gradient that is not finite"
         lr = learning_rate(self._step, self.total_steps, self.config)

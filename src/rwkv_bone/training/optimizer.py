@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -39,6 +41,13 @@ def parameter_groups(model: RWKV, weight_decay: float, lora_plus: float = 1.0) -
     return [{"params": group, "lr": scale, "weight_decay": decay} for (scale, decay), group in groups.items()]
 
 
+class AdamW(torch.optim.AdamW):
+    """PyTorch's, without the wrappers that keep torch.compile out: each imports the compiler when it is first called."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def make_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW in PyTorch's fused form, which runs on the GPU and, where ZeRO offloads its state, on the CPU."""
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    return AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)

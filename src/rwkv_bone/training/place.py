@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from rwkv_bone.adapters.registry import split_key
-from rwkv_bone.checkpoints import param_part
+from rwkv_bone.checkpoints import param_part, taken_over
 from rwkv_bone.training.module import TrainingModule
 
 
@@ -50,7 +50,7 @@ def place(
         # The optimiser writes into what is trained, and the broadcast before a partition into every tensor. Each page
         # of a mapped file that is written to becomes memory of this process alone.
         written = parameter.requires_grad or partition is not None
-        parameter.data = parameter.data.to(device, dtype if base else torch.float32, copy=written)
+        parameter.data = taken_over(parameter.data, device, dtype if base else torch.float32, copy=written)
         if partition:
             partition(parameter)
     for buffer in model.buffers():

@@ -19,6 +19,7 @@ from rwkv_bone.training import project, resume_file
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.prepare import Prepared, count_parameters
+from rwkv_bone.training.recompute import Choice
 from rwkv_bone.training.resume import Saved
 from rwkv_bone.training.saving import unused_saves
 from rwkv_bone.training.strategy import DTYPES, offloads, zero_stage
@@ -30,6 +31,7 @@ def header(
     config: TrainConfig,
     prepared: Prepared,
     module: TrainingModule,
+    choice: Choice,
     device: str,
     threads: int,
     earlier: Saved | None,
@@ -37,7 +39,8 @@ def header(
 ) -> Iterator[str]:
     """What was found and what will be done, one fact a line.
 
-    device: `cuda` or `cpu`; threads: of a process; earlier: what this run continues; text: lines of `folder_text`.
+    choice: what backward computes again; device: `cuda` or `cpu`; threads: of a process; earlier: what this run
+    continues; text: lines of `folder_text`.
     """
     run, plan = config.run, module.plan
     offload = ", optimiser on the CPU" if offloads(run.strategy) else ""
@@ -69,6 +72,7 @@ def header(
     )
     if read < 1:
         yield f"          these steps read {percent(read)} of the trained tokens; a larger --epoch_count reads more"
+    yield f"memory    {choice.sentence}" if choice.fits else f"{WARNING}{choice.sentence}"
     for line in unused_saves(run, module.total_steps):
         yield f"{WARNING}{line}"
     if config.model.chunk_ctx:

@@ -19,13 +19,14 @@ from lightning.pytorch.strategies.ddp import DDPStrategy
 
 from rwkv_bone.config import RunConfig
 from rwkv_bone.errors import UserError
+from rwkv_bone.training.libraries import load_deepspeed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # How long a rank waits for another. While the main process writes a save, the others wait in a collective. A save has
 # 14 bytes for each trained parameter: with every weight of a 14B model it takes 2.7 hours on a disk of 20 MB/s. A rank
 # that fails does not let the others wait this long: its process ends them.
 TIMEOUT = timedelta(hours=12)
-BUCKET = 20_000_000  # elements
+LEAST_BUCKET, BUCKET = 1_000_000, 20_000_000  # elements
 
 
 class KeepDtypes(DeepSpeedPrecision):
@@ -41,12 +42,16 @@ class KeepDtypes(DeepSpeedPrecision):
         return data
 
     def backward(self, tensor, model, optimizer, *args, **kwargs):
+        zero = model.trainer.model.optimizer
+        if is_light(zero):
+            zero.backward(tensor)
+            return
         # Lightning has divided the loss by accumulate_grad_batches; DeepSpeed would do it a second time.
         model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's strategy, which gives DeepSpeed's own process group TIMEOUT as well."""
+    """Lightning's strategy, which gives DeepSpeed's own process group TIMEOUT as well, and lightens its optimiser."""
 
     def _init_deepspeed_distributed(self) -> None:
         from deepspeed.utils import groups
@@ -56,6 +61,22 @@ class ZeroStrategy(DeepSpeedStrategy):
         # NCCL, whatever the first group has. Time runs from when a rank asks for a collective: while the main process
         # writes the moments of the first parameter, the other ranks already ask for those of all parameters.
         dist.distributed_c10d._set_pg_timeout(self._timeout, groups._get_data_parallel_group())
+
+    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+        from rwkv_bone.training.zero import lighten
+
+        engine, zero = self._initialize(model, optimizer, lr_scheduler)
+        lighten(zero)
+        return engine, zero
+
+    def training_step(self, *args, **kwargs):
+        if is_light(self.model.optimizer):
+            # DeepSpeed's engine would add hooks for what is done elsewhere.
+            return self.lightning_module.training_step(*args, **kwargs)
+        return super().training_step(*args, **kwargs)
+
+    def _initialize(self, model, optimizer, lr_scheduler):
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
 
 class CpuDeepSpeedStrategy(ZeroStrategy):
@@ -74,11 +95,11 @@ class CpuDeepSpeedStrategy(ZeroStrategy):
         from deepspeed import ops
 
         # This operator makes collectives in shared memory faster, but compiles for most of a minute at first use.
-        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        ops.__compatible_ops__ = {}
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
-    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+    def _initialize(self, model, optimizer, lr_scheduler):
         import deepspeed
 
         engine, zero_optimizer, _, _ = deepspeed.initialize(
@@ -90,6 +111,13 @@ class CpuDeepSpeedStrategy(ZeroStrategy):
             dist_init_required=False,
         )
         return engine, zero_optimizer
+
+
+def is_light(zero) -> bool:
+    """Whether a ZeRO optimiser is the one for a single device, which needs nothing of DeepSpeed's engine but steps."""
+    from rwkv_bone.training.zero import OneDeviceZero
+
+    return isinstance(zero, OneDeviceZero)
 
 
 def zero_stage(strategy: str) -> int:
@@ -107,8 +135,9 @@ def make_strategy(config: RunConfig, device: str, trainable: int) -> DeepSpeedSt
         raise UserError(f"--devices {config.devices}: this machine has {torch.cuda.device_count()} CUDA devices")
     stage, world_size = zero_stage(config.strategy), config.devices * config.num_nodes
     # DeepSpeed allocates full buckets, by default of 0.8 GB, however small an adapter is. A tensor that is larger than
-    # a bucket is reduced on its own.
-    bucket = min(max(trainable, 1_000_000), BUCKET)
+    # a bucket is reduced on its own. On one device nothing is gained by reducing many at once.
+    bucket = min(max(trainable, LEAST_BUCKET), BUCKET) if world_size > 1 else LEAST_BUCKET
+    load_deepspeed()
     chosen = CpuDeepSpeedStrategy if device == "cpu" else ZeroStrategy
     strategy = chosen(
         stage=stage,

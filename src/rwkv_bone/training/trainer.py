@@ -5,12 +5,14 @@ from __future__ import annotations
 import atexit
 import signal
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rwkv_bone.config import TrainConfig
@@ -44,6 +46,15 @@ def settle_threads(devices: int) -> int:
     return torch.get_num_threads()
 
 
+class NoProfiler(PassThroughProfiler):
+    """Lightning asks its profiler a hundred times in each step, before and after everything; this one does nothing."""
+
+    _nothing = nullcontext()
+
+    def profile(self, action_name: str) -> nullcontext[None]:  # type: ignore[override] # Lightning's is a generator
+        return self._nothing
+
+
 def make_trainer(
     config: TrainConfig, device: str, trainable: int, logger: Logger | None, callbacks: Sequence[Callback]
 ) -> Trainer:
@@ -57,6 +68,7 @@ def make_trainer(
         accumulate_grad_batches=config.run.accumulate_grad_batches,
         gradient_clip_val=config.optim.grad_clip or None,  # passed on to DeepSpeed, which does the clipping
         logger=logger or False,
+        profiler=NoProfiler(),
         callbacks=list(callbacks),
         use_distributed_sampler=False,
         enable_checkpointing=False,

@@ -1,0 +1,227 @@
+"""How many bytes a training run needs, computed from the model's shape: for --grad_cp auto and the pages.
+
+For a run that trains an adapter on one device (ZeRO stage 1 or 2):
+
+    weights     every frozen tensor in --precision; with --quant the projections as codes and scales
+    trained     12 bytes a parameter: the parameter and AdamW's two moments, all fp32
+    kept        what autograd keeps of each layer and token for backward: `kept_by_layer`. Of a block that is computed
+                again only its input; with chunk_ctx of one chunk, and the state of each layer at each boundary
+    passing     the most that is there beside weights and trained: what is kept at one time, gradients so far, 4 bytes a
+                trained parameter, and what is worked in. Backward frees the one while it makes the other, so the most
+                is at its beginning, at its end, or where the blocks begin that are computed again; or in the head, with
+                its logits; or in the optimiser's step, 8 bytes a trained parameter
+    reserve     a tenth of all that for gaps between tensors, and 0.7 GB for CUDA itself and cuBLAS
+
+What only few runs have is estimated from above. tests/test_memory_page.py holds `kept_by_layer` to what autograd keeps
+on a processor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from rwkv_bone.adapters import AdapterLinear
+from rwkv_bone.adapters.registry import split_key
+from rwkv_bone.checkpoints import Architecture
+from rwkv_bone.models import RWKV, Recompute
+from rwkv_bone.models.layers import keeps_input
+from rwkv_bone.models.rwkv import Block
+from rwkv_bone.ops.cross_entropy import rows_at_a_time
+from rwkv_bone.ops.sizes import saved_floats
+from rwkv_bone.quantization import BLOCK, CHUNK_GPU, QuantLinear, is_quantized
+from rwkv_bone.training.strategy import DTYPES
+
+GB = 2**30  # as cards are sold
+TRAINED_BYTES, GRADIENT_BYTES, STEP_BYTES = 12, 4, 8
+GAPS, CUDA_BYTES = 0.10, 7 * 10**8
+
+SHELL_ROWS = 3  # rows of width C that the model keeps around its blocks, RWKV-7's v_first among them
+BACKWARD_ROWS = 3  # rows of width C + dim_ffn that a block's backward pass works in
+# Of each token a block keeps so many numbers of width C, besides relu squared's input of width dim_ffn: the inputs of
+# its two norms and what its projections gave; RWKV-6 and 5 also both factors of the channel mix's result, and RWKV-6
+# the input of its time mix.
+ROWS = {7: 2 + 3, 6: 2 + 4 + 2 + 1, 5: 2 + 4 + 2}
+NORMS = 4  # numbers of each token: mean and scale of the two norms
+SHARES = {7: 7, 6: 8, 5: 6}  # fp32 numbers of width C that do not depend on the tokens: how much each lerp mixes
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of train.py that memory depends on, besides the model and what is trained of it."""
+
+    ctx_len: int = 4096
+    micro_bsz: int = 1
+    quant: str = "none"
+    recompute: Recompute = Recompute()
+    chunk_ctx: int = 0
+    precision: str = "bf16"
+    device: str = "cuda"
+    accumulate: int = 1  # forward passes of a step
+    document: int = 0  # mean tokens of a document, where all rows are packed into one; 0: they are not
+
+    @property
+    def rows(self) -> int:
+        return 1 if self.document else self.micro_bsz
+
+    @property
+    def whole(self) -> int:
+        """Tokens of a row."""
+        return self.ctx_len * (self.micro_bsz if self.document else 1)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row that go through the model at once."""
+        return min(self.chunk_ctx or self.whole, self.whole)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model at once."""
+        return self.length * self.rows
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number of the frozen weights and of the activations."""
+        return DTYPES[self.precision].itemsize
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes."""
+
+    weights: float
+    trained: float
+    kept: float
+    passing: float
+
+    @property
+    def total(self) -> float:
+        """The most that tensors take."""
+        return self.weights + self.trained + self.passing
+
+    @property
+    def card(self) -> float:
+        """What the card must have."""
+        return self.total * (1 + GAPS) + CUDA_BYTES
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A model with its adapter, in numbers."""
+
+    projections: int  # weights of the frozen projections
+    rows: int  # of all of these: int8 has a scale for each
+    largest: int  # weights of the largest of them
+    others: int  # other frozen weights
+    trained: int
+    casts: int  # weights of trained matrices of the base, of which backward needs a copy in --precision
+    inputs: int  # rows of width C that a block keeps because projections or trained lerps need their input
+    products: int  # numbers of each token that a block's adapters keep of their own
+
+
+def count(model: RWKV) -> Counted:
+    """Count a model, which may be quantised, or have no memory yet (torch.device("meta"))."""
+    shapes, others, trained, casts = [], 0, 0, 0
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+            casts += parameter.numel() if parameter.dim() > 1 and not split_key(key) else 0
+        elif is_quantized(key):
+            shapes.append(tuple(parameter.shape))
+        else:
+            others += parameter.numel()
+    shapes += [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, QuantLinear)]
+    sizes = [rows * columns for rows, columns in shapes]
+    block = model.blocks[-1]
+    return Counted(
+        projections=sum(sizes),
+        rows=sum(rows for rows, _ in shapes),
+        largest=max(sizes, default=0),
+        others=others,
+        trained=trained,
+        casts=casts,
+        inputs=_inputs_kept(block, model.arch.version),
+        products=sum(_products(layer) for layer in block.modules() if isinstance(layer, AdapterLinear)),
+    )
+
+
+def _inputs_kept(block: nn.Module, version: int) -> int:
+    """See Counted. From the input of a mix all its lerps are made again, and relu squared from its own input."""
+    assert isinstance(block, Block)
+    kept = int(keeps_input(block.att.output))
+    for mix, last in ((block.att, block.att.output), (block.ffn, block.ffn.value)):
+        mixes = any(p.requires_grad for p in mix.parameters(recurse=False))
+        needed = mixes or any(keeps_input(layer) for layer in mix.children() if layer is not last)
+        kept += needed and not (version == 6 and mix is block.att)  # which is kept anyway
+    return kept
+
+
+def _products(layer: AdapterLinear) -> int:
+    """Bone keeps the folded input, LoRA its product with A; with dropout also the input that is left and a mask."""
+    r = 0 if "bat" in layer.settings.kind else layer.settings.r
+    return r + (2 * layer.in_features if layer.settings.dropout else 0)
+
+
+def weight_bytes(count: Counted, run: Run) -> float:
+    """Bytes of the frozen weights."""
+    codes = {
+        "none": count.projections * run.width,
+        "int8": count.projections + 4 * count.rows,
+        "nf4": count.projections * (0.5 + 4 / BLOCK),
+        "fp4": count.projections * (0.5 + 4 / BLOCK),
+    }
+    return count.others * run.width + codes[run.quant]
+
+
+def kept_by_layer(arch: Architecture, count: Counted, run: Run, wkv: bool = False) -> float:
+    """Bytes that autograd keeps of one layer, but the first, which keeps less. wkv: the operator is run again."""
+    C, rank = arch.n_embd, arch.low_rank
+    # The hidden layers of the low-rank networks.
+    hidden = {7: sum(rank.values()), 6: 5 * rank.get("mix", 0) + rank.get("decay", 0), 5: 0}[arch.version]
+    numbers = (ROWS[arch.version] + count.inputs) * C + arch.dim_ffn + NORMS + hidden + count.products
+    scratch = 0
+    if not wkv:
+        numbers += C  # what the operator gave
+        kernels = "cpu" if run.device == "cpu" else "exact" if run.precision == "fp32" else "chunked32"
+        documents = -(-run.length // run.document) if run.document else 0
+        sizes = run.rows, run.length, arch.n_head, arch.head_size, documents
+        scratch = 4 * saved_floats(f"wkv{arch.version}", kernels, *sizes)
+    return numbers * run.width * run.tokens + scratch + 4 * SHARES[arch.version] * C
+
+
+def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
+    """What a run needs of the memory that its device computes in."""
+    row = run.tokens * run.width  # bytes of one number a token
+    layers, again = arch.n_layer, min(run.recompute.blocks, arch.n_layer)
+    whole = kept_by_layer(arch, count, run)
+    stays = kept_by_layer(arch, count, run, run.recompute.wkv)
+    around = SHELL_ROWS * arch.n_embd * row
+    if run.chunk_ctx:
+        state = 4 * arch.n_embd * (arch.head_size + 2)  # of one layer: the WKV state, and the last row of each mix
+        around += -(-run.whole // run.length) * run.rows * layers * state
+    logits = min(run.tokens, rows_at_a_time(arch.vocab_size, DTYPES[run.precision], run.device, trained=False))
+    gradients = GRADIENT_BYTES * count.trained
+    backward = BACKWARD_ROWS * (arch.n_embd + arch.dim_ffn) * row
+    if run.quant != "none":
+        backward += count.largest * run.width + (6 * CHUNK_GPU if run.device == "cuda" else 0)
+
+    def kept_by(blocks: int) -> float:
+        """Of the first blocks."""
+        return around + min(blocks, again) * arch.n_embd * row + max(blocks - again, 0) * stays
+
+    def while_in(block: int) -> float:
+        """In the backward pass of this block, the first of which is 1."""
+        anew = whole if block <= again else whole - stays
+        made = gradients if run.accumulate > 1 else gradients * (1 - (block - 1) / layers)
+        return kept_by(block) + anew + made + backward
+
+    earlier = gradients if run.accumulate > 1 else 0
+    head = kept_by(layers) + arch.vocab_size * logits * run.width + earlier
+    blocks = {1, again, again + 1, layers} & set(range(1, layers + 1))
+    return Needs(
+        weights=weight_bytes(count, run) + (count.casts * run.width if run.precision != "fp32" else 0),
+        trained=TRAINED_BYTES * count.trained,
+        kept=kept_by(layers),
+        passing=max(head, STEP_BYTES * count.trained, *map(while_in, blocks)),
+    )

@@ -1,0 +1,93 @@
+"""DeepSpeed's ZeRO optimisers, without what fp32 parameters and a single device do not need.
+
+DeepSpeed keeps a master copy of the parameters in fp32, since it expects them in fewer bits; here they are fp32 already.
+And it reduces, partitions and gathers on one device as it does on many: gradients go through a bucket and two flat
+copies. Of the 24 to 28 bytes of a trained parameter 16 are left here on one device: value, gradient, two moments; at
+stage 3, where the gradient is flattened for the step, 20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+
+def lighten(zero: Any) -> None:
+    """Take from the ZeRO optimiser that `deepspeed.initialize` made what it need not have. What it computes stays.
+
+    One whose state is offloaded stays as it is: its master copy is on the CPU.
+    """
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        if not zero.offload_optimizer:
+            _share(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
+    elif not zero.cpu_offload:
+        rank = torch.distributed.get_rank(zero.dp_process_group)
+        _share(zero.single_partition_of_fp32_groups, [parts[rank] for parts in zero.parallel_partitioned_bit16_groups])
+        # Each parameter knows its place in the flat tensors: in the new ones.
+        zero._link_all_hp_params()
+        if zero.partition_count == [1] * len(zero.partition_count):
+            zero.__class__ = OneDeviceZero
+            zero.begin()
+
+
+def _share(masters: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    """Let what the optimiser updates be this rank's part of the flat parameters, instead of a copy of it.
+
+    After a step DeepSpeed copies the one to the other, now onto itself.
+    """
+    for master, part in zip(masters, parts, strict=True):
+        assert master.dtype == part.dtype and torch.equal(master, part)
+        master.data = part
+
+
+class OneDeviceZero(DeepSpeedZeroOptimizer):
+    """Stages 1 and 2 on one device, where both are the same: nothing is reduced, partitioned or gathered.
+
+    An optimiser that DeepSpeed has made becomes this by its class. Gradients are views of one flat tensor a group, to
+    which backward itself adds. A step is not taken where their norm is not a finite number; that is decided on the
+    device, for which nothing waits.
+    """
+
+    def begin(self) -> None:
+        """To be called once, when an optimiser has become this one."""
+        self._gradients: list[Tensor] = []  # of each group, from the first backward pass of a window to its step
+        for hook in self._grad_acc_hooks:  # those which would fill the bucket
+            hook.remove()
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Add the gradients of `loss` to those of the window, the first of which finds zeros."""
+        if not self._gradients:
+            flat = self.single_partition_of_fp32_groups
+            self._gradients = [torch.zeros_like(x, requires_grad=False) for x in flat]
+            for gradient, parameters in zip(self._gradients, self.round_robin_bit16_groups, strict=True):
+                for parameter, view in zip(parameters, self.unflatten(gradient, parameters), strict=True):
+                    parameter.grad = view
+        loss.backward(**kwargs)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        super().zero_grad(set_to_none=True)
+        self._gradients = []
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Clip, and have AdamW take its step. `overflow` stays False: `_global_grad_norm` says whether it was taken."""
+        flat, gradients = self.single_partition_of_fp32_groups, self._gradients
+        norms = [torch.linalg.vector_norm(x, dtype=torch.float64).square().float().sqrt() for x in gradients]
+        norm = self._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms))
+        if self.clip_grad:
+            torch._foreach_mul_(gradients, 1 / ((norm + 1e-6) / self.clip_grad).clamp(min=1.0))
+        for parameter, gradient in zip(flat, gradients, strict=True):
+            parameter.grad = gradient
+        # The fused step reads this flag, and then changes neither parameters nor moments nor the count of steps.
+        self.optimizer.found_inf = norm.isfinite().logical_not().float()
+        self.optimizer.step()
+        for parameter in flat:
+            parameter.grad = None
+        self.zero_grad()
+        self._lazy_init_hp_params_optimizer_state()
