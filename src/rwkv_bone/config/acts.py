@@ -76,6 +76,8 @@ TRAIN: dict[str, When] = {
     ),
     "bptt_chunks": given("chunk_ctx"),
     "quant": but("peft", "none"),
+    # At stage 3 DeepSpeed takes weights away between layers, which no compiled block expects.
+    "compile": but("strategy", "deepspeed_stage_3", "deepspeed_stage_3_offload"),
     "bone_mode": only("peft", "bone"),
     "bone_r": only("peft", "bone"),
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_rs", "lora_plus"), only("peft", "lora", "pissa")),
@@ -137,7 +139,7 @@ PREVIEW: dict[str, When] = {
     "show_tokens": When(("samples",), lambda count: count > 0, "with --samples above 0", "--samples 1")
 }
 # Values that ask for nothing, besides empty ones, 0 and auto: they are true also where the setting does not act.
-NOTHING: dict[str, Any] = {"eval_samples": 0, "epoch_save": 1, "lora_plus": 1.0, "quant": "none"}
+NOTHING: dict[str, Any] = {"eval_samples": 0, "epoch_save": 1, "lora_plus": 1.0, "quant": "none", "compile": "0"}
 # What describes the files of another setting: with other files given, it is left out unless it is given again.
 BELONGS = {"eval_data": "data_file", "data_weights": "data_file", "eval_path": "data_path"}
 

@@ -63,7 +63,6 @@ IGNORED_FLAGS = {
     **dict.fromkeys(("num_workers", "persistent_workers", "prefetch_factor"), Ignored(BATCHES)),
     "svd_niter": Ignored("how exact PiSSA's components are changes nothing else"),
     **dict.fromkeys(("lisa_r", "lisa_k", "lisa_config"), Ignored("only LISA reads it, which is not here")),
-    "compile": Ignored("nothing here is compiled by torch.compile"),
     "l2warp_sparse": Ignored("--l2wrap is the penalty's weight"),
     "avg_loss": Ignored("the loss of a step is the mean over all its trained tokens"),
     "ds_bucket_mb": Ignored("DeepSpeed's bucket size follows from what is trained"),
@@ -88,7 +87,7 @@ ERAS = {
     **dict.fromkeys(
         (*(EARLY_FLAGS.keys() - {"target_modules"}), "svd_niter", "lisa_r", "lisa_k", "lisa_config"), Y2023
     ),
-    **dict.fromkeys(("bone_config", "state_tune", "compile", "l2warp_sparse", "enable_progress_bar"), Y2024),
+    **dict.fromkeys(("bone_config", "state_tune", "l2warp_sparse", "enable_progress_bar"), Y2024),
     **dict.fromkeys(("disha_config", "op", "fused_kernel", "lr_schedule", "peft_checkpoint"), Y2025),
     **dict.fromkeys(("peft_config", "miss_config", "merge", "optimizer"), LATER),
     **dict.fromkeys(("num_workers", "persistent_workers", "prefetch_factor"), LATER),

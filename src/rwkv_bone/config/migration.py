@@ -72,6 +72,7 @@ SAME_FLAGS = {
     "adam_eps": Same("1e-8"),
     "weight_decay": Same("0", "there on every matrix, however small"),
     "grad_cp": Same("0"),
+    "compile": Same("0", "only in 2024, where it compiled the whole model"),
     "peft": Same("none", "left out on a command line of RWKV-PEFT or RWKV-LM, it is `none`, as there"),
     "train_parts": Same("time ln"),
     "quant": Same("none", "the adapter is merged into the quantised weights, on which it was trained"),

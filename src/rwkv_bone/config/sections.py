@@ -16,6 +16,7 @@ from rwkv_bone.errors import UserError
 PEFT_KINDS = ("none", "bone", "lora", "pissa", "state")
 BONE_MODES = ("bone", "bat", "bat-col")
 QUANTS = ("none", "int8", "nf4", "fp4")
+COMPILES = ("0", "1", "auto")
 RECOMPUTATIONS = ("0", "1", "wkv", "auto")
 TRAIN_PARTS = ("emb", "head", "ln", "time", "state")
 GENERATIONS = ("", "x050", "x051", "x052", "x060", "x070")
@@ -100,6 +101,12 @@ class ModelConfig:
         "what is computed again in backward, to save memory: 0 = nothing; wkv = the WKV operator, for little time; 1 = "
         "each block, for about a third more time; auto = of these, and of blocks, as little as fits in the free memory",
         RECOMPUTATIONS,
+    )
+    compile: str = setting(
+        "0",
+        "torch.compile of each block: 1 = yes, refused if gradients differ; auto = on a GPU, in a run that is long "
+        "enough, if gradients agree; 0 = no",
+        COMPILES,
     )
 
     def __post_init__(self):

@@ -17,7 +17,7 @@ from rwkv_bone.config.sections import AdapterConfig, DataConfig, OptimConfig, Ru
 SIZES = ("my_testing", "n_layer", "n_embd", "vocab_size", "dim_ffn", "head_size")
 # Names of theirs that other trainers have, too: by habit somebody may type them here.
 COMMON = {
-    *("compile", "dropout", "enable_progress_bar", "kernel", "merge", "num_workers", "optim", "optimizer"),
+    *("dropout", "enable_progress_bar", "kernel", "merge", "num_workers", "optim", "optimizer"),
     *("persistent_workers", "prefetch_factor", "target_modules"),
 }
 

@@ -14,7 +14,8 @@ Sizes: B batch, T tokens, C channels, H heads, N head size, V vocabulary, D docu
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +116,15 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(Block(arch, layer, op) for layer in range(arch.n_layer))
         self.ln_out = LayerNorm(arch.n_embd)
         self.head: nn.Module = Head(arch.n_embd, arch.vocab_size)
+        self._compiled: list[Callable[..., Any]] = []
+
+    def compile_blocks(self, on: bool = True, **options: Any) -> None:
+        """Have torch.compile make each block faster where gradients are recorded, or no longer. options: for it.
+
+        Two graphs are made, at first use: the first block's, and that of all others. Sizes are left open, so that other
+        batches need no more. Evaluation and generation run as they are: they would need graphs of their own.
+        """
+        self._compiled = [torch.compile(block, dynamic=True, **options) for block in self.blocks] if on else []
 
     def forward(
         self,
@@ -156,7 +166,10 @@ class RWKV(nn.Module):
 
         # The residual stream, through all blocks. Each returns its new state, None unless that is asked for.
         x, shared, after = self.emb(ids), None, []  # x [B, T, C]
-        for layer, block in enumerate(self.blocks):
+        blocks: Iterable[Callable[..., Any]] = self.blocks
+        if self._compiled and torch.is_grad_enabled():
+            blocks = self._compiled
+        for layer, block in enumerate(blocks):
             before = state[layer] if state is not None else None
             if layer < recompute.blocks and torch.is_grad_enabled():
                 # Only one block at a time holds what its backward needs: there it keeps everything.

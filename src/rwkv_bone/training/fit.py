@@ -17,6 +17,7 @@ from rwkv_bone import allocator, console
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.training import project
+from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.launchers import check_launcher
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.memory import count
@@ -80,6 +81,8 @@ def fit(config: TrainConfig) -> Path:
     save = SaveTrained(output, folder, run, earlier=earlier, go_on=go_on, report=report)
     stop = StopOnSignal(save.save_step, lambda: f"interrupted; {save.state_of_things()}")
     callbacks: list[Callback] = [stop, PlaceModel(prepared.dtype), Agree()]
+    # After those: what is compiled is placed, and knows what is computed again.
+    callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
     callbacks += [heldout] if heldout else []
     callbacks += [log, ProgressLines(log), save]
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []

@@ -25,7 +25,7 @@ from rwkv_bone.training.resume_file import check, layout
 from rwkv_bone.training.schedule import learning_rate
 
 # A continued run may change these settings. Those of the first group change no number beyond rounding.
-EQUIVALENT = {"op", "chunk_ctx", "grad_cp", "accelerator", "strategy"}
+EQUIVALENT = {"op", "chunk_ctx", "grad_cp", "compile", "accelerator", "strategy"}
 # The second group changes only what is written, measured or shown, and how long the run is.
 OUTSIDE_THE_STEPS = {"proj_dir", "overwrite", "resume", "cache_dir", "wandb", "eval_data", "eval_samples"}
 OUTSIDE_THE_STEPS |= {"max_lost", "epoch_begin", "epoch_count", "epoch_save", "save_steps"}
