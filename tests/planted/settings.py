@@ -5,7 +5,7 @@ from tests.planted.bug import Bug
 ACTS, LAYERS, FIELDS = (f"src/rwkv_bone/config/{name}.py" for name in ("acts", "layers", "fields"))
 TESTS = "tests/config/test_acts.py"
 MEMORY, RECOMPUTE = (f"src/rwkv_bone/training/{name}.py" for name in ("memory", "recompute"))
-DEVICES, RECOMPUTE_TESTS = "src/rwkv_bone/devices.py", "tests/training/test_recompute.py"
+DEVICES, RECOMPUTE_TESTS = "src/rwkv_bone/devices.py", "tests/training/test_recompute.py -k 'not writes and not bits'"
 
 BUGS = (
     Bug(
@@ -101,7 +101,7 @@ BUGS = (
     Bug(RECOMPUTE, "yield Recompute()\n", "pass\n", RECOMPUTE_TESTS),
     Bug(RECOMPUTE, "for blocks in range(layers + 1)", "for blocks in range(layers, -1, -1)", RECOMPUTE_TESTS),
     Bug(RECOMPUTE, "free // processes", "free", RECOMPUTE_TESTS),
-    Bug(RECOMPUTE, "dist.ReduceOp.MAX", "dist.ReduceOp.MIN", f"{RECOMPUTE_TESTS} -k cautious"),
+    Bug(RECOMPUTE, "dist.ReduceOp.MAX", "dist.ReduceOp.MIN", RECOMPUTE_TESTS),
     Bug(RECOMPUTE, "config.data.ctx_len if plan.pack else", "config.data.ctx_len if True else", RECOMPUTE_TESTS),
     Bug(RECOMPUTE, "if bytes_for(changed) <= there]", "]", RECOMPUTE_TESTS),
     Bug(MEMORY, "return 1 if self.document else self.micro_bsz", "return self.micro_bsz", RECOMPUTE_TESTS),

@@ -41,6 +41,10 @@ def test_less_memory_never_computes_less_again_and_all_levels_are_used(counted):
     assert {0, 1, len(order) - 1} <= set(chosen) and len(set(chosen)) > 16
 
 
+def test_with_room_enough_or_unknown_nothing_is_computed_again(counted):
+    assert choice_for(counted, BUDGETS[0]).recompute == choice_for(counted, None).recompute == Recompute()
+
+
 @pytest.mark.parametrize("there", BUDGETS)
 def test_what_is_chosen_fits_and_the_cheaper_levels_do_not(counted, there):
     found, order = choice_for(counted, there), list(levels(ARCH.n_layer))
