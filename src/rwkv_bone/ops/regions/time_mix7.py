@@ -106,8 +106,8 @@ class _TimeMix7(torch.autograd.Function):
     def forward(ctx: Any, N: int, eps: float, keep: bool, form: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         x, state, cu_seqlens, parameters = _parts(tensors)
         region = regions.form(form, x.r, N)
-        # Where the decay's bias is a constant a GPU takes the rest of it in the activations' dtype.
-        apart = form.startswith("cuda") and not parameters.w0.requires_grad
+        # Where the decay's bias is a constant the kernels take the rest of it in the activations' dtype.
+        apart = not parameters.w0.requires_grad
         _, _, inputs, w0 = _before(region, x, parameters, N, want_w=not apart)
         y, last, saved = recurrence.forward("wkv7", inputs, state, cu_seqlens, keep, form, w0)
         z = _after(region, x, parameters, inputs, y, N, eps)
