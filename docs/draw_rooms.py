@@ -37,6 +37,8 @@ GROUND = {
     "errors": "what a user can fix",
     "console": "output that never ends a run",
     "signals": "ends that save",
+    "allocator": "freed memory, kept or not",
+    "imports": "large libraries",
 }
 LEFT_OUT = {"__init__", "commands"}  # they only pass on
 

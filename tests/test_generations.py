@@ -125,11 +125,11 @@ def test_chunked_context_has_the_gradient_of_the_whole_sequence(version, kind):
     def worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
         return max(((ours[key] - theirs[key]).norm() / theirs[key].norm()).item() for key in theirs)
 
-    whole = gradients(model, model(ids, labels=labels))
-    # Where a random model is badly conditioned, fp32 loses more than 1e-5 in one piece too: up to 2e-5 for RWKV-6 here.
-    limit = max(1e-5, worst(whole, true))
+    # In float64 only the states between chunks are rounded, to fp32. In fp32 a random RWKV-6 loses up to 3e-5 whole,
+    # too, whatever its seed.
     for options in ({"chunk": 8}, {"chunk": 16, "recompute": EVERY_BLOCK}):
-        assert worst(gradients(model, chunked_loss(model, ids, labels, **options)), whole) < limit
+        assert worst(gradients(exact, chunked_loss(exact, ids, labels, **options)), true) < 1e-6
+        assert worst(gradients(model, chunked_loss(model, ids, labels, **options)), true) < 3e-5
 
 
 def test_a_truncated_gradient_is_another_one(version):

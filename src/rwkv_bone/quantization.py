@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_bone.checkpoints import param_part
 from rwkv_bone.ops import native
 from rwkv_bone.ops.build import BuildError
+from rwkv_bone.ops.register import define
 
 BLOCK = 64
 # bitsandbytes' tables. nf4: quantiles of a normal distribution. fp4: a sign, two bits of exponent, one of mantissa.
@@ -294,9 +295,9 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
 
 
 # An operator of PyTorch's, so that torch.compile takes it.
-torch.library.custom_op(
-    "rwkv_bone::dequantize",
+define(
+    "dequantize",
+    "(Tensor codes, Tensor scales, str kind, int rows, int columns, ScalarType dtype) -> Tensor",
     _dequantize_cpu,
-    mutates_args=(),
-    schema="(Tensor codes, Tensor scales, str kind, int rows, int columns, ScalarType dtype) -> Tensor",
-).register_fake(lambda codes, scales, kind, rows, columns, dtype: codes.new_empty(rows, columns, dtype=dtype))
+    lambda codes, scales, kind, rows, columns, dtype: codes.new_empty(rows, columns, dtype=dtype),
+)

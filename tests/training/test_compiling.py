@@ -136,7 +136,7 @@ def test_auto_leaves_blocks_as_they_are_on_a_cpu_and_in_short_runs(job, capsys):
 
 
 def test_stage_3_does_not_take_compiled_blocks(job):
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--compile 1 has no effect with --strategy deepspeed_stage_3"):
         job.run("stage-3", compile=1, strategy="deepspeed_stage_3")
 
 

@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 
 from rwkv_bone.errors import UserError
 from rwkv_bone.ops import select_op
+from rwkv_bone.ops.register import constant
 
 ANY_DTYPE = ("w", "w0", "u", "state")  # computed with in float32 whatever they come as
 
@@ -73,6 +74,7 @@ def _check_documents(operator: str, r: Tensor, cu_seqlens: Tensor) -> None:
             raise UserError(f"{operator}: cu_seqlens must rise from 0 to the number of tokens {T}, found {found}")
 
 
+@constant
 def choose_form(operator: str, op: str, device_type: str, dtype: torch.dtype, N: int) -> str:
     """The form of the operator that takes such arguments: see select_op. Raises UserError if `op` cannot take them."""
     if dtype == torch.float64:
@@ -80,8 +82,3 @@ def choose_form(operator: str, op: str, device_type: str, dtype: torch.dtype, N:
             raise UserError(f"--op {op} takes float32 and bfloat16, found float64: use --op torch")
         dtype, op = torch.float32, "torch" if op == "auto" else op
     return select_op(op, torch.device(device_type), operator, N, dtype)[0]
-
-
-# Building and loading are not for torch.compile to trace. This is torch.compiler.assume_constant_result, which would
-# import the compiler for it, at every start.
-vars(choose_form)["_dynamo_marked_constant"] = True

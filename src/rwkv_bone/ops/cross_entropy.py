@@ -21,6 +21,7 @@ from rwkv_bone.ops import native
 from rwkv_bone.ops.build import BuildError
 from rwkv_bone.ops.driver import DriverError
 from rwkv_bone.ops.regions.launches import Unit, bits
+from rwkv_bone.ops.register import define
 
 IGNORED_LABEL = -100  # a row without a label
 CHUNK_ROWS = 1024  # at a time where an adapter has replaced the head
@@ -79,7 +80,6 @@ def rows_at_a_time(vocabulary: int, device_type: str, trained: bool) -> int:
     return max(1, (CHUNK if device_type == "cpu" and not trained else LARGE_CHUNK) // vocabulary)
 
 
-@torch.library.custom_op("rwkv_bone::softmax_gradient_", mutates_args=("logits",))
 def softmax_gradient_(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, gradient: bool = True) -> Tensor:
     """The cross-entropy of each row, and in place of the logits its gradient.
 
@@ -88,16 +88,7 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, grad
     logit, at its first place), rounded once to their own dtype; without `gradient` they stay as they are. A row with
     NaN gives NaN.
     """
-    if logits.is_cpu and logits.dtype in native.DTYPES and _cpp_works():
-        return _cpp(logits, targets, l2wrap, gradient)
-    if logits.is_cuda and logits.dtype in native.DTYPES and _cuda_works(logits.device, logits.dtype):
-        return _cuda(logits, targets, l2wrap, gradient)
-    return softmax_gradient_twin_(logits, targets, l2wrap, gradient)
-
-
-@softmax_gradient_.register_fake
-def _losses(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, gradient: bool = True) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+    return _rows_op(logits, targets, l2wrap, gradient)
 
 
 def softmax_gradient_twin_(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, gradient: bool = True) -> Tensor:
@@ -178,6 +169,23 @@ def _works(form: Callable[[Tensor, Tensor, float, bool], Tensor], device: torch.
     return torch.allclose(losses.double(), wanted, rtol=1e-4, atol=1e-4) and torch.allclose(
         logits.double(), expected, rtol=close, atol=1e-4
     )
+
+
+def _rows(logits: Tensor, targets: Tensor, l2wrap: float, gradient: bool) -> Tensor:
+    if logits.is_cpu and logits.dtype in native.DTYPES and _cpp_works():
+        return _cpp(logits, targets, l2wrap, gradient)
+    if logits.is_cuda and logits.dtype in native.DTYPES and _cuda_works(logits.device, logits.dtype):
+        return _cuda(logits, targets, l2wrap, gradient)
+    return softmax_gradient_twin_(logits, targets, l2wrap, gradient)
+
+
+def _losses(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, gradient: bool = True) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+_rows_op = define(
+    "softmax_gradient_", "(Tensor(a!) logits, Tensor targets, float l2wrap, bool gradient) -> Tensor", _rows, _losses
+)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

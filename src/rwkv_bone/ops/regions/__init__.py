@@ -16,9 +16,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result
 
 from rwkv_bone.ops.regions import compiled, twins
+from rwkv_bone.ops.register import constant
 
 PLAIN = ("torch", "reference")  # forms of the WKV operators that are PyTorch, whose regions are so too
 
@@ -41,8 +41,7 @@ def obstacle(op: str, device_type: str, dtype: torch.dtype, N: int) -> str:
     return f"; PyTorch between the projections, slower than the kernels: {reason}" if reason else ""
 
 
-# Building and loading are not for torch.compile to trace.
-@assume_constant_result
+@constant
 def problem(device_type: str, dtype: torch.dtype, N: int) -> str:
     """Why the compiled regions cannot be used for such a model, in words; nothing if they can."""
     if dtype not in (torch.float32, torch.bfloat16):

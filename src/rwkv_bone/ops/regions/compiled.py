@@ -27,6 +27,7 @@ from rwkv_bone.ops.driver import DriverError
 from rwkv_bone.ops.launches import HEAD_SIZES
 from rwkv_bone.ops.native import DTYPES, documents, ready
 from rwkv_bone.ops.regions import launches
+from rwkv_bone.ops.register import define
 
 LIBRARY = "regions"
 LARGEST_HEAD = 1024  # LARGEST_N in cuda/cpu/regions.cpp
@@ -505,15 +506,8 @@ def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
 
-# Without autograd, torch.library.custom_op would only cost: as much time again as a small call takes.
-_OPERATORS = torch.library.Library("rwkv_bone", "FRAGMENT")
-
-
 def _register(name: str, arguments: str, returns: str, run: Callable, results: Callable) -> None:
-    _OPERATORS.define(f"region_{name}({arguments}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
-    for device in ("CPU", "CUDA"):
-        _OPERATORS.impl(f"region_{name}", run, device)
-    torch.library.register_fake(f"rwkv_bone::region_{name}", results, lib=_OPERATORS)
+    define(f"region_{name}", f"({arguments}) -> {returns}", run, results)
 
 
 _MIX = "Tensor? last, Tensor? cu_seqlens, Tensor shares"
