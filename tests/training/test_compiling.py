@@ -50,7 +50,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow if WAYS[way] else ()) for way in WAYS])
 def test_a_compiled_run_is_the_plain_run(job, plain, backend, way, capsys):
     flags = PACKED | WAYS[way]
     counters.clear()
@@ -71,6 +71,7 @@ def test_other_lengths_and_documents_need_no_other_graphs(job, backend):
     assert counters["frames"]["ok"] == counters["frames"]["total"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_compiles_what_the_first_one_did(job, backend):
     flags = PACKED | {"compile": 1, "epoch_count": 2}
     whole = job.run("whole", **flags)

@@ -76,8 +76,9 @@ def compile_and_compare(module: TrainingModule, device: torch.device) -> tuple[s
         try:
             found = _gradients(module, batch, list(trained.values()))
         except Exception as problem:  # of many kinds: of Dynamo, Inductor, Triton, a C++ compiler, the device
-            words = str(problem).strip().splitlines() or [""]
-            return f"compiling failed ({type(problem).__name__}: {words[0]})", torch.inf
+            # Dynamo's own words come first, and what went wrong on the second line.
+            words = " ".join(str(problem).split("\n\n")[0].splitlines()[:2])
+            return f"compiling failed ({type(problem).__name__}: {words})", torch.inf
         errors.append([_difference(now, was) for now, was in zip(found, expected, strict=True)])
     which, limit = LIMITS[model.dtype]
     worst, name = max(zip(map(which, zip(*errors, strict=True)), ("the loss", *trained), strict=True))
