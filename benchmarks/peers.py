@@ -37,6 +37,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.step import PRECISIONS, SIZES, Size, random_model, recomputing, switch, trained  # noqa: E402
 from benchmarks.timing import append, hardware, middle_difference, peak_bytes, seconds  # noqa: E402
+from rwkv_bone import allocator  # noqa: E402
 from rwkv_bone.adapters import AdapterSettings  # noqa: E402
 from rwkv_bone.adapters.peft_format import PARAMETERS, rwkv_name  # noqa: E402
 from rwkv_bone.checkpoints.layouts import LAYOUTS  # noqa: E402
@@ -353,6 +354,7 @@ def main() -> int:
     given = {name: value for name in ("bsz", "ctx", "r") if (value := getattr(args, name)) is not None}
     size, device = SIZES[args.size]._replace(**given), torch.device(args.device)
     wrong = []
+    allocator.keep()  # as train.py does
     print(f"{hardware(device)}, torch {torch.__version__}")
     titles = f"{'ours':>10} {'theirs':>10} {'ratio':>6} {'all rounds':>14} {'peak: ours, theirs, ratio':>28}"
     print(f"{'':>21} {titles}   difference: loss, gradients")

@@ -52,6 +52,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.timing import append, ceilings, elapsed, hardware, peak_bytes, seconds  # noqa: E402
+from rwkv_bone import allocator  # noqa: E402
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject  # noqa: E402
 from rwkv_bone.adapters.registry import split_key  # noqa: E402
 from rwkv_bone.config import ModelConfig  # noqa: E402
@@ -413,6 +414,7 @@ def main() -> int:
     args = completed(flags.parse_args())
     if args.regions == "torch":
         regions.form = lambda *_: regions.twins
+    allocator.keep()  # as train.py does
     row, broken = measure(args, torch.device(args.device))
     row["regions"] = args.regions
     if broken:
