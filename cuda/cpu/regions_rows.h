@@ -183,6 +183,117 @@ static void relu_square(const ReluSquare& p, int64_t begin, int64_t end, const R
                        : relu_square_tile<BFLOAT16, BACKWARD>(p, begin, end);
 }
 
+// ---- The residual stream and its LayerNorm
+
+constexpr int SUMS = 4;  // one alone would have each addition wait for the one before
+
+// Calls body(lanes, c, i) for all columns of a row: i says which of SUMS sums a column belongs to.
+template <class Body>
+INLINE void for_columns(int64_t C, const Body& body) {
+    int64_t c = 0;
+    for (; c + SUMS * LANES <= C; c += SUMS * LANES) {
+#pragma GCC unroll 4
+        for (int i = 0; i < SUMS; i++) body(Whole{}, c + i * LANES, i);
+    }
+    for (; c + LANES <= C; c += LANES) body(Whole{}, c, 0);
+    if (c < C) body(Part{C - c}, c, 0);
+}
+
+INLINE float sum(const vec* sums) { return sum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+
+// x, or its first numbers and zeros.
+INLINE vec only(Whole, vec x) { return x; }
+INLINE vec only(Part part, vec x) {
+    float numbers[LANES] = {};
+    write(part, FLOAT32, numbers, 0, x);
+    return load(numbers);
+}
+
+struct Moments {
+    float mean, scale;
+};
+
+// Of `line` [C], whose sum is known.
+INLINE Moments moments_of(const float* line, int64_t C, const vec* total, float eps) {
+    const float mean = sum(total) / C;
+    vec squares[SUMS] = {};
+    for_columns(C, [&](auto lanes, int64_t c, [[maybe_unused]] int i) __attribute__((always_inline)) {
+        const vec centred = only(lanes, read(lanes, FLOAT32, line, c) - mean);
+        squares[i] += centred * centred;
+    });
+    return {mean, 1.0f / __builtin_sqrtf(sum(squares) / C + eps)};
+}
+
+template <int DTYPE>
+INLINE void add_norm_forward_row(const AddNormForward& p, int64_t at, float* line) {
+    vec total[SUMS] = {};
+    for_columns(p.C, [&](auto lanes, int64_t c, [[maybe_unused]] int i) __attribute__((always_inline)) {
+        write(lanes, DTYPE, p.total, at + c, read(lanes, DTYPE, p.x, at + c) + read(lanes, DTYPE, p.branch, at + c));
+        const vec x = read(lanes, DTYPE, p.total, at + c);  // rounded: what goes on is what is normalised
+        write(lanes, FLOAT32, line, c, x);
+        total[i] += x;
+    });
+    const Moments m = moments_of(line, p.C, total, p.eps);
+    for_columns(p.C, [&](auto lanes, int64_t c, [[maybe_unused]] int i) __attribute__((always_inline)) {
+        const vec normal = (read(lanes, FLOAT32, line, c) - m.mean) * m.scale;
+        const vec weight = read(lanes, FLOAT32, p.weight, c);
+        write(lanes, DTYPE, p.norm, at + c, normal * weight + read(lanes, FLOAT32, p.bias, c));
+    });
+}
+
+// sums: of weight and bias.
+template <int DTYPE>
+INLINE void add_norm_backward_row(const AddNormBackward& p, int64_t at, float* line, float* sums) {
+    vec total[SUMS] = {}, reaching[SUMS] = {}, along[SUMS] = {};
+    for_columns(p.C, [&](auto lanes, int64_t c, [[maybe_unused]] int i) __attribute__((always_inline)) {
+        const vec x = read(lanes, DTYPE, p.total, at + c);
+        write(lanes, FLOAT32, line, c, x);
+        total[i] += x;
+    });
+    const Moments m = moments_of(line, p.C, total, p.eps);
+    for_columns(p.C, [&](auto lanes, int64_t c, [[maybe_unused]] int i) __attribute__((always_inline)) {
+        const vec normal = (read(lanes, FLOAT32, line, c) - m.mean) * m.scale;
+        const vec d_norm = read(lanes, DTYPE, p.d_norm, at + c), d = d_norm * read(lanes, FLOAT32, p.weight, c);
+        write(lanes, FLOAT32, line, c, normal);
+        reaching[i] += d;
+        along[i] += d * normal;
+        if (sums) {
+            float* d_bias = sums + p.C;
+            write(lanes, FLOAT32, sums, c, read(lanes, FLOAT32, sums, c) + d_norm * normal);
+            write(lanes, FLOAT32, d_bias, c, read(lanes, FLOAT32, d_bias, c) + d_norm);
+        }
+    });
+    const float mean = sum(reaching) / p.C, slope = sum(along) / p.C;
+    for_columns(p.C, [&](auto lanes, int64_t c, [[maybe_unused]] int i) __attribute__((always_inline)) {
+        const vec normal = read(lanes, FLOAT32, line, c);
+        const vec d = read(lanes, DTYPE, p.d_norm, at + c) * read(lanes, FLOAT32, p.weight, c);
+        const vec through = (d - mean - normal * slope) * m.scale;
+        write(lanes, DTYPE, p.dx, at + c, read(lanes, DTYPE, p.d_total, at + c) + through);
+    });
+}
+
+template <int DTYPE>
+INLINE void add_norm_forward_tile(const AddNormForward& all, int64_t begin, int64_t end, const Room& room) {
+    const AddNormForward p = all;
+    for (int64_t t = begin; t < end; t++) add_norm_forward_row<DTYPE>(p, t * p.C, room.line);
+}
+
+template <int DTYPE>
+INLINE void add_norm_backward_tile(const AddNormBackward& all, int64_t begin, int64_t end, const Room& room) {
+    const AddNormBackward p = all;
+    for (int64_t t = begin; t < end; t++) add_norm_backward_row<DTYPE>(p, t * p.C, room.line, room.sums);
+}
+
+static void add_norm_forward(const AddNormForward& p, int64_t begin, int64_t end, const Room& room) {
+    p.dtype == FLOAT32 ? add_norm_forward_tile<FLOAT32>(p, begin, end, room)
+                       : add_norm_forward_tile<BFLOAT16>(p, begin, end, room);
+}
+
+static void add_norm_backward(const AddNormBackward& p, int64_t begin, int64_t end, const Room& room) {
+    p.dtype == FLOAT32 ? add_norm_backward_tile<FLOAT32>(p, begin, end, room)
+                       : add_norm_backward_tile<BFLOAT16>(p, begin, end, room);
+}
+
 // ---- RWKV-7, before the operator
 
 // The removal key before it has length 1, and the in-context learning rate. Returns the key's length.
