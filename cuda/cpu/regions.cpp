@@ -58,24 +58,6 @@ struct ReluSquare {
     void* out;
 };
 
-// A row as a whole: the residual stream, and what a mix adds to it.
-struct AddNorm {
-    int dtype;
-    int64_t rows, C;
-    float eps;
-    const float *weight, *bias;
-};
-
-struct AddNormForward : AddNorm {
-    const void *x, *branch;
-    void *total, *norm;
-};
-
-struct AddNormBackward : AddNorm {
-    const void *total, *d_total, *d_norm;
-    void* dx;
-};
-
 struct Heads {
     int dtype;
     int64_t rows, H, N;
@@ -229,11 +211,6 @@ int check(const Heads& p, int parameters) {
     return are_types(p.dtype, parameters) ? OK : BAD_TYPE;
 }
 
-int check(const AddNorm& p, int parameters) {
-    if (p.rows < 1 || p.C < 1) return BAD_SHAPE;
-    return are_types(p.dtype, parameters) ? OK : BAD_TYPE;
-}
-
 int check(const Mix& p, int64_t dlast_rows, int parameters) {
     if (p.B < 1 || p.T < 1 || p.C < 1 || p.M < 1 || p.M > LARGEST_M) return BAD_SHAPE;
     if (!p.fit() || p.carried > p.count() || dlast_rows > p.count()) return BAD_DOCUMENTS;
@@ -323,36 +300,6 @@ REGION(relu_square_backward) {
     const ReluSquare p = {dtype, sizes[0], tensors[0], tensors[1], tensors[2]};
     if (!are_types(dtype, parameters)) return BAD_TYPE;
     return for_each_tile(p, (p.count + LINE - 1) / LINE, LINE, {}, threads, AT_LEVEL(relu_square<true>, ANY_N));
-}
-END_REGION
-
-// sizes: rows, C.
-REGION(add_norm_forward) {
-    AddNormForward p = {};
-    p.dtype = dtype, p.rows = sizes[0], p.C = sizes[1], p.eps = eps;
-    if (int code = check(p, parameters)) return code;
-    Tensors in(tensors);
-    Widened widened(parameters, p.C);
-    for (const void** x : {&p.x, &p.branch}) *x = in.next();
-    for (const float** x : {&p.weight, &p.bias}) *x = widened(in.next());
-    for (void** x : {&p.total, &p.norm}) *x = in.next();
-    return for_each_tile(p, p.rows, p.C, {}, threads, AT_LEVEL(add_norm_forward, ANY_N));
-}
-END_REGION
-
-REGION(add_norm_backward) {
-    AddNormBackward p = {};
-    p.dtype = dtype, p.rows = sizes[0], p.C = sizes[1], p.eps = eps;
-    if (int code = check(p, parameters)) return code;
-    Tensors in(tensors);
-    Widened widened(parameters, p.C);
-    p.total = in.next();
-    p.weight = widened(in.next());
-    for (const void** x : {&p.d_total, &p.d_norm}) *x = in.next();
-    p.dx = in.next();
-    float *d_weight = in.next_float(), *d_bias = in.next_float();
-    const auto sums = wanted({d_weight, d_bias});
-    return for_each_tile(p, p.rows, p.C, sums, threads, AT_LEVEL(add_norm_backward, ANY_N));
 }
 END_REGION
 

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_bone.ops.cross_entropy import CHUNK_ROWS, labelled, linear_cross_entropy
 from rwkv_bone.ops.linear import linear
-from rwkv_bone.ops.regions.add_norm import add_norm
 from rwkv_bone.ops.regions.rebuild import Recipe, rebuilt
 from rwkv_bone.ops.regions.twins import widened, with_zeros
 
@@ -46,17 +45,6 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-class ResidualNorm(LayerNorm):
-    """x and branch [..., C] -> (x + branch, LayerNorm of it), in one pass where there are kernels: see regions.form."""
-
-    def __init__(self, n_embd: int, op: str):
-        super().__init__(n_embd)
-        self.op = op
-
-    def forward(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return add_norm(x, branch, self.weight, self.bias, self.eps, self.op)
 
 
 class HeadNorm(nn.Module):

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import v5, v6, v7
-from rwkv_bone.models.layers import Embedding, Head, LayerNorm, ResidualNorm, StatefulMix, adapted_head_loss
+from rwkv_bone.models.layers import Embedding, Head, LayerNorm, StatefulMix, adapted_head_loss
 
 GENERATIONS = {5: v5, 6: v6, 7: v7}
 
@@ -60,7 +60,7 @@ class Block(nn.Module):
         if layer == 0:
             self.ln0 = LayerNorm(arch.n_embd)
         self.ln1 = LayerNorm(arch.n_embd)
-        self.ln2 = ResidualNorm(arch.n_embd, op)
+        self.ln2 = LayerNorm(arch.n_embd)
         self.att = generation.TimeMix(arch, layer, op)
         self.ffn = generation.ChannelMix(arch, layer, op)
         self.first = layer == 0  # not the number itself: torch.compile would make a graph for each
@@ -87,10 +87,11 @@ class Block(nn.Module):
         # Mix over time: the only place where tokens see the past, but for the token shift of the channel mix.
         att_in = self.ln1(x)  # [B, T, C]
         mixed, shared, wkv = self.att(att_in, shared, att_shift, wkv, return_state, cu_seqlens, keep_wkv, rebuild)
+        x = x + mixed  # [B, T, C]
 
         # Mix over channels. The state is taken before it, on purpose: if a block saves anything for backward after its
         # last layer, DeepSpeed's stage 3 takes that layer's weight away while the block is recomputed.
-        x, ffn_in = self.ln2(x, mixed)  # each [B, T, C]: the sum, and its norm
+        ffn_in = self.ln2(x)  # [B, T, C]
         after = None
         if return_state:
             assert wkv is not None

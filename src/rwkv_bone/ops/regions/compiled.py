@@ -181,20 +181,6 @@ def gated_norm_backward(
     return torch.ops.rwkv_bone.region_gated_norm_backward(y, gate, ln_weight, ln_bias, N, eps, dz, want)
 
 
-def add_norm_forward(
-    x: Tensor, branch: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(x + branch, LayerNorm of it), each [B, T, C]."""
-    return torch.ops.rwkv_bone.region_add_norm_forward(x, branch, ln_weight, ln_bias, eps)
-
-
-def add_norm_backward(
-    total: Tensor, ln_weight: Tensor, eps: float, d_total: Tensor, d_norm: Tensor, want: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, d_ln_weight, d_ln_bias): the last two [C] float32, empty without `want`. total: x + branch."""
-    return torch.ops.rwkv_bone.region_add_norm_backward(total, ln_weight, eps, d_total, d_norm, want)
-
-
 def _run(
     name: str,
     like: Tensor,
@@ -505,40 +491,6 @@ def _gated_norm_backward(y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return results
 
 
-def _add_norm_forward_results(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-def _add_norm_forward(
-    x: Tensor, branch: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    results = _add_norm_forward_results(x)
-    given = [*map(ready, (x, branch, ln_weight, ln_bias))]
-    _run("add_norm_forward", x, ln_weight, _row_sizes(x), (*given, *results), eps)
-    return results
-
-
-def _add_norm_backward_results(
-    total: Tensor, ln_weight: Tensor, eps: float, d_total: Tensor, d_norm: Tensor, want: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_weight, d_bias = (_wanted(total, total.shape[-1:], want) for _ in range(2))
-    return total.new_empty(total.shape), d_weight, d_bias
-
-
-def _add_norm_backward(
-    total: Tensor, ln_weight: Tensor, eps: float, d_total: Tensor, d_norm: Tensor, want: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    results = _add_norm_backward_results(total, ln_weight, eps, d_total, d_norm, want)
-    given = [*map(ready, (total, ln_weight, d_total, d_norm))]
-    _run("add_norm_backward", total, ln_weight, _row_sizes(total), (*given, *_not_empty(results)), eps)
-    return results
-
-
-def _row_sizes(x: Tensor) -> tuple[int, int]:
-    """(rows, channels)"""
-    return x.numel() // x.shape[-1], x.shape[-1]
-
-
 def _head_sizes(x: Tensor, N: int) -> tuple[int, int, int]:
     """(rows, heads, head size)"""
     C = x.shape[-1]
@@ -614,22 +566,6 @@ _register(
     _tensors(4),
     _gated_norm_backward,
     _gated_norm_backward_results,
-)
-
-
-_register(
-    "add_norm_forward",
-    "Tensor x, Tensor branch, Tensor ln_weight, Tensor ln_bias, float eps",
-    _tensors(2),
-    _add_norm_forward,
-    _add_norm_forward_results,
-)
-_register(
-    "add_norm_backward",
-    "Tensor total, Tensor ln_weight, float eps, Tensor d_total, Tensor d_norm, bool want",
-    _tensors(3),
-    _add_norm_backward,
-    _add_norm_backward_results,
 )
 
 

@@ -279,30 +279,6 @@ def gated_norm_backward(
     return dy.to(y.dtype), dgate.to(gate.dtype), d_weight, d_bias
 
 
-def add_norm_forward(
-    x: Tensor, branch: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(x + branch, LayerNorm of it): the residual stream, and what the next mix takes of it.
-
-    The sum is rounded first: what is normalised is what goes on.
-    """
-    total = x + branch
-    normal, _ = _normalized(total, total.shape[-1], eps)
-    return total, (normal * widened(ln_weight, x) + widened(ln_bias, x)).to(x.dtype)
-
-
-def add_norm_backward(
-    total: Tensor, ln_weight: Tensor, eps: float, d_total: Tensor, d_norm: Tensor, want: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, d_ln_weight, d_ln_bias), the last two only if they are wanted; dx is branch's gradient, too."""
-    C = total.shape[-1]
-    normal, scale = _normalized(total, C, eps)
-    d_norm = widened(d_norm)
-    dx = d_total + _normalized_backward(d_norm * widened(ln_weight, total), normal, scale, C)
-    trained = [over_tokens(x) if want else dx.new_empty(0) for x in (d_norm * normal, d_norm)]
-    return dx.to(total.dtype), trained[0], trained[1]
-
-
 def widened(x: Tensor, like: Tensor | None = None) -> Tensor:
     """x in float32; in float64 if `like` is float64 (`like` is x itself unless given)."""
     return x.to(torch.promote_types((x if like is None else like).dtype, torch.float32))
