@@ -12,6 +12,7 @@ import torch
 
 from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.data import Batch
+from rwkv_bone.models import NOTHING
 from rwkv_bone.ops import cross_entropy
 from rwkv_bone.training.module import Fetched, TrainingModule
 from rwkv_bone.training.signals import StopOnSignal
@@ -112,7 +113,8 @@ def test_a_step_reads_no_value_of_what_is_on_the_device(chunk, pack):
         loss = part.new_zeros((), dtype=torch.float32)
         return (loss, []) if chunk else loss
 
-    module = SimpleNamespace(model=model, config=OptimConfig(), running=ModelConfig("base.pth", chunk_ctx=chunk))
+    running = ModelConfig("base.pth", chunk_ctx=chunk)
+    module = SimpleNamespace(model=model, config=OptimConfig(), running=running, recompute=NOTHING)
     TrainingModule._loss(module, batch.to("meta"), 1 / 24)
     lengths = [part.shape[1] for part in (ids.split(chunk, 1) if chunk else [ids])]
     assert seen == [(length, True, pack) for length in lengths]

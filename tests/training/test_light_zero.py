@@ -126,6 +126,20 @@ def test_a_gradient_comes_into_being_when_its_first_one_arrives_and_is_gone_afte
     job.run("arrives", micro_bsz=2, accumulate_grad_batches=2)
 
 
+def test_a_parameter_without_a_gradient_is_stepped_as_one_with_zeros(job, monkeypatch):
+    def run(name, change):
+        def changed(self, closure=None):
+            change(self.bit16_groups[0][1])
+            step(self, closure)
+
+        monkeypatch.setattr(OneDeviceZero, "step", changed)
+        return checkpoints.read_state(job.run(name, weight_decay=0.1) / "resume.pth")
+
+    step = OneDeviceZero.step
+    without = run("without", lambda parameter: setattr(parameter, "grad", None))
+    assert largest_difference(without, run("zeros", lambda parameter: parameter.grad.zero_())) == 0
+
+
 def test_several_devices_share_the_master_copy_too(job, monkeypatch):
     """With another rank to gather from, the optimiser stays DeepSpeed's, and its part is one of the flat parameters."""
     found = []

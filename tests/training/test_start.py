@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from rwkv_bone.ops import arguments
+from rwkv_bone.ops import arguments, regions
 from rwkv_bone.training.libraries import TESTED
 from tests.conftest import REPOSITORY, clean_environment, python_path
 
@@ -62,4 +62,4 @@ def test_what_marks_a_constant_for_torch_compile_is_what_pytorch_marks():
         pass
 
     torch.compiler.assume_constant_result(function)
-    assert vars(function) == vars(arguments.choose_form)
+    assert vars(function) == vars(arguments.choose_form) == vars(regions.problem)

@@ -16,7 +16,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result
 
 from rwkv_bone.ops.regions import compiled, twins
 
@@ -41,10 +40,12 @@ def obstacle(op: str, device_type: str, dtype: torch.dtype, N: int) -> str:
     return f"; PyTorch between the projections, slower than the kernels: {reason}" if reason else ""
 
 
-# Building and loading are not for torch.compile to trace.
-@assume_constant_result
 def problem(device_type: str, dtype: torch.dtype, N: int) -> str:
     """Why the compiled regions cannot be used for such a model, in words; nothing if they can."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"they take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return compiled.problem(torch.device(device_type), dtype, N)
+
+
+# Building and loading are not for torch.compile to trace: see ops/arguments.py.
+vars(problem)["_dynamo_marked_constant"] = True
