@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rwkv_bone.ops import native
 from rwkv_bone.ops.build import BuildError
@@ -79,7 +80,6 @@ def rows_at_a_time(vocabulary: int, device_type: str, trained: bool) -> int:
     return max(1, (CHUNK if device_type == "cpu" and not trained else LARGE_CHUNK) // vocabulary)
 
 
-@torch.library.custom_op("rwkv_bone::softmax_gradient_", mutates_args=("logits",))
 def softmax_gradient_(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, gradient: bool = True) -> Tensor:
     """The cross-entropy of each row, and in place of the logits its gradient.
 
@@ -88,6 +88,10 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, grad
     logit, at its first place), rounded once to their own dtype; without `gradient` they stay as they are. A row with
     NaN gives NaN.
     """
+    return (_operator if is_compiling() else _softmax_gradient_)(logits, targets, l2wrap, gradient)
+
+
+def _softmax_gradient_(logits: Tensor, targets: Tensor, l2wrap: float, gradient: bool) -> Tensor:
     if logits.is_cpu and logits.dtype in native.DTYPES and _cpp_works():
         return _cpp(logits, targets, l2wrap, gradient)
     if logits.is_cuda and logits.dtype in native.DTYPES and _cuda_works(logits.device, logits.dtype):
@@ -95,7 +99,11 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, grad
     return softmax_gradient_twin_(logits, targets, l2wrap, gradient)
 
 
-@softmax_gradient_.register_fake
+# For torch.compile alone: such an operator imports the compiler when it is first called (see register.py).
+_operator = torch.library.custom_op("rwkv_bone::softmax_gradient_", _softmax_gradient_, mutates_args=("logits",))
+
+
+@_operator.register_fake
 def _losses(logits: Tensor, targets: Tensor, l2wrap: float = 0.0, gradient: bool = True) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
 
