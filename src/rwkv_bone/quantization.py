@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from rwkv_bone.checkpoints import param_part
 from rwkv_bone.ops import native
@@ -109,7 +110,8 @@ def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """[out, in]: products in fp32, rounded once to `dtype`; no temporary is as large as the result."""
     codes, scales, kind, shape = weight
     if codes.device.type == "cpu":
-        return torch.ops.rwkv_bone.dequantize(codes, scales, kind, *shape, dtype)
+        run = torch.ops.rwkv_bone.dequantize if is_compiling() else _dequantize_cpu
+        return run(codes, scales, kind, *shape, dtype)
     return _dequantize_plainly(weight, dtype)
 
 
@@ -293,7 +295,7 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
     return torch.stack((values[byte >> 4], values[byte & 15]), dim=1).view(torch.int64).view(-1).to(device)
 
 
-# An operator of PyTorch's, so that torch.compile takes it.
+# An operator of PyTorch's, so that torch.compile takes it; it imports the compiler when it is first called.
 torch.library.custom_op(
     "rwkv_bone::dequantize",
     _dequantize_cpu,

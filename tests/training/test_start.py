@@ -39,7 +39,8 @@ fit(parse_train(sys.argv[1:]))
 
 
 def test_a_run_has_not_imported_what_its_steps_do_not_use(job):
-    argv = job.argv({"proj_dir": job.folder / "imports", "op": "auto", "peft": "lora", "lora_dropout": 0.1})
+    flags = {"op": "auto", "peft": "lora", "lora_dropout": 0.1, "quant": "nf4"}
+    argv = job.argv(flags | {"proj_dir": job.folder / "imports"})
     environment = clean_environment() | {"PYTHONPATH": python_path()}
     command = [sys.executable, "-c", PROGRAM, *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
