@@ -453,6 +453,13 @@ BUGS = (
         "tests/training/test_optimizer.py",
     ),
     # What a start imports.
+    Bug(f"{OPS}/cross_entropy.py", "(_operator if is_compiling() else ", "(_operator or ", f"{START} -k not_imported"),
+    Bug(
+        "src/rwkv_bone/quantization.py",
+        "dequantize if is_compiling() else",
+        "dequantize or",
+        f"{START} -k not_imported",
+    ),
     Bug(
         f"{TRAINING}/libraries.py",
         "_standing_in(_torchmetrics(), _dynamo())",
