@@ -107,8 +107,8 @@ BUGS = (
     ),
     Bug(
         f"{TRAINING}/module.py",
-        "scale = per_token * self.plan.accumulate",
-        "scale = per_token",
+        "return loss * (per_token + 0",
+        "return loss * (per_token * self.plan.accumulate + 0",
         "tests/training/test_module.py",
     ),
     Bug(
@@ -434,11 +434,32 @@ BUGS = (
     Bug("cuda/cpu/wkv7_head.h", "load(p.w0 + h * N + j)", "load(p.w0 + j)", "tests/ops/test_wkv7.py -k constant_part"),
     # What our ZeRO optimisers leave out of DeepSpeed's.
     Bug(f"{TRAINING}/zero.py", ".clamp(min=1.0)", "", f"{ZERO} -k 'same_to_the_bit and accumulated'"),
-    Bug(f"{TRAINING}/zero.py", "        if not self._gradients:\n", "        if True:\n", f"{ZERO} -k 'accumulated'"),
-    Bug(f"{TRAINING}/zero.py", "norm.isfinite().logical_not().float()", "norm.new_zeros(())", f"{ZERO} -k not_taken"),
-    Bug(f"{TRAINING}/zero.py", "        master.data = part\n", "        pass\n", f"{ZERO} -k takes_20"),
-    Bug(f"{TRAINING}/zero.py", "        zero._link_all_hp_params()\n", "", f"{ZERO} -k takes_20"),
+    Bug(f"{TRAINING}/zero.py", "[torch.zeros_like(p) if", "[torch.ones_like(p) if", f"{ZERO} -k without_a_gradient"),
+    Bug(
+        f"{TRAINING}/zero.py",
+        "                parameter.grad = None\n",
+        "                pass\n",
+        f"{ZERO} -k gone_after",
+    ),
+    Bug(f"{TRAINING}/zero.py", "(norm * 0).ne(0).float()", "norm.new_zeros(())", f"{ZERO} -k not_taken"),
+    Bug(f"{TRAINING}/zero.py", "        master.data = part\n", "        pass\n", f"{ZERO} -k takes_12"),
+    Bug(f"{TRAINING}/zero.py", "        zero._link_all_hp_params()\n", "", f"{ZERO} -k takes_12"),
+    # The loop of steps.
+    Bug(f"{TRAINING}/strategy.py", "        elif window_finished:\n", "        else:\n", f"{ZERO} -k 'accumulated'"),
+    Bug(
+        f"{TRAINING}/module.py",
+        "        self._set_rates(optimizer)\n        # fill_",
+        "        # fill_",
+        "tests/training/test_optimizer.py",
+    ),
     # What a start imports.
+    Bug(f"{OPS}/cross_entropy.py", "(_operator if is_compiling() else ", "(_operator or ", f"{START} -k not_imported"),
+    Bug(
+        "src/rwkv_bone/quantization.py",
+        "dequantize if is_compiling() else",
+        "dequantize or",
+        f"{START} -k not_imported",
+    ),
     Bug(
         f"{TRAINING}/libraries.py",
         "_standing_in(_torchmetrics(), _dynamo())",

@@ -20,7 +20,7 @@ from tests.conftest import random_model
 
 @pytest.mark.parametrize(("world", "accumulate", "trained"), [(1, 1, 777), (3, 1, 3077), (2, 5, 999)])
 def test_the_head_is_told_the_factor_that_its_loss_is_multiplied_by(world, accumulate, trained):
-    """Lightning divides by `accumulate` what `training_step` returns. The head can then round its gradient once."""
+    """The head can then round its gradient once."""
     told, made = [], []
 
     def model(ids, *, labels, loss_scale, **_):
@@ -43,7 +43,7 @@ def test_the_head_is_told_the_factor_that_its_loss_is_multiplied_by(world, accum
     )
     module._loss = lambda *arguments: TrainingModule._loss(module, *arguments)
     for micro in range(accumulate):
-        (TrainingModule.training_step(module, batch, micro) / accumulate).backward()
+        TrainingModule.training_step(module, batch, micro).backward()
     for factor, loss in zip(told, made, strict=True):
         assert factor == world / trained
         assert loss.grad == pytest.approx(factor, rel=2e-7)

@@ -6,8 +6,10 @@ import torch
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject
 from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.models import architecture_from_scratch, build, init_from_scratch
+from rwkv_bone.training import optimizer as optimizer_file
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
 from tests.conftest import random_model
+from tests.training.conftest import log_of
 
 # What RWKV-LM trains how (its default, --layerwise_lr 1), for every key of every generation: a multiple of the learning
 # rate, and whether weight decay acts. `{}` is the layer; layer 0 alone has ln0. A state is RWKV-LM's `time_state`.
@@ -135,3 +137,16 @@ def test_our_adamw_takes_the_steps_of_pytorchs(model):
             optimizer.step()
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-7) and len(hooked) == 3
     assert torch.equal(hooked[0], torch.linspace(-1, 1, 7))
+
+
+def test_each_step_is_taken_at_the_rate_of_the_schedule_times_the_factor_of_the_group(job, monkeypatch):
+    taken, step = [], optimizer_file.AdamW.step
+
+    def look(self, *arguments):
+        taken.append({group["lr"] for group in self.param_groups})
+        return step(self, *arguments)
+
+    monkeypatch.setattr(optimizer_file.AdamW, "step", look)
+    folder = job.run("rates", peft="none", lr_schedule="linear", micro_bsz=2, accumulate_grad_batches=2)
+    rates = [line["lr"] for line in log_of(folder)]
+    assert taken == [{rate, 2 * rate} for rate in rates] and rates == pytest.approx([1e-2, 5.5e-3, 1e-3])

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from rwkv_bone.ops import arguments
+from rwkv_bone.ops import arguments, regions
 from rwkv_bone.training.libraries import TESTED
 from tests.conftest import REPOSITORY, clean_environment, python_path
 
@@ -39,7 +39,8 @@ fit(parse_train(sys.argv[1:]))
 
 
 def test_a_run_has_not_imported_what_its_steps_do_not_use(job):
-    argv = job.argv({"proj_dir": job.folder / "imports", "op": "auto", "peft": "lora", "lora_dropout": 0.1})
+    flags = {"op": "auto", "peft": "lora", "lora_dropout": 0.1, "quant": "nf4"}
+    argv = job.argv(flags | {"proj_dir": job.folder / "imports"})
     environment = clean_environment() | {"PYTHONPATH": python_path()}
     command = [sys.executable, "-c", PROGRAM, *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -62,4 +63,4 @@ def test_what_marks_a_constant_for_torch_compile_is_what_pytorch_marks():
         pass
 
     torch.compiler.assume_constant_result(function)
-    assert vars(function) == vars(arguments.choose_form)
+    assert vars(function) == vars(arguments.choose_form) == vars(regions.problem)

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from rwkv_bone.config import ModelConfig, OptimConfig
 from rwkv_bone.data import Batch, BatchPlan
@@ -146,17 +145,19 @@ class TrainingModule(LightningModule):
         if self.batches:
             self.batches.close()
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device)
-
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = parameter_groups(self.model, self.config.weight_decay, self.lora_plus)
         optimizer = make_optimizer(groups, self.config)
         optimizer.register_step_pre_hook(lambda *_: self._fetch())
-        schedule = LambdaLR(
-            optimizer, lambda step: learning_rate(self.first_step + step, self.total_steps, self.config)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        self._scales = [group["lr"] for group in groups]
+        self._set_rates(optimizer)
+        return optimizer
+
+    def _set_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give each group the learning rate of the next step."""
+        self._rate = learning_rate(self._step, self.total_steps, self.config)
+        for group, scale in zip(optimizer.param_groups, self._scales, strict=True):
+            group["lr"] = scale * self._rate
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         step, self._micro = divmod(index, self.plan.accumulate)
@@ -175,10 +176,9 @@ class TrainingModule(LightningModule):
         loss = self._loss(batch, per_token)
         self._table[self.global_rank, self._micro] = loss.detach()
         self._tokens += batch.tokens
-        scale = per_token * self.plan.accumulate  # Lightning divides by accumulate before backward
         # If the loss is not a finite number, this makes the scale and with it every gradient NaN. DeepSpeed then takes
-        # no step, and `optimizer_step` finds the reason.
-        return loss * (scale + 0 * loss.detach())
+        # no step, and `finish_window` finds the reason.
+        return loss * (per_token + 0 * loss.detach())
 
     def _loss(self, batch: Batch, scale: float) -> Tensor:
         """Sum over the trained tokens of one micro-batch. scale: what it is multiplied by before backward."""
@@ -200,9 +200,8 @@ class TrainingModule(LightningModule):
         return self.model(batch.ids, labels=batch.labels, **packed, **options)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """At the end of a window: give every rank the numbers of all ranks."""
-        if not self.window_finished():
-            return
+        """Give every rank the window's numbers of all ranks, and the optimiser its learning rate."""
+        self._set_rates(optimizer)
         # fill_ because an assignment would copy the number to the GPU and wait for that.
         self._table[self.global_rank, -3].fill_(self._tokens)
         self._table[self.global_rank, -2].fill_(self.signal)
@@ -216,14 +215,11 @@ class TrainingModule(LightningModule):
             self._table[:, -1] = norm.to(self._table, non_blocking=True)
             self._fetched = Fetched(self._table)
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Have DeepSpeed take its step, and then look at the window's numbers.
+    def finish_window(self) -> None:
+        """Look at the window's numbers, after DeepSpeed's step: `window`.
 
         DeepSpeed takes no step if the norm of the gradient over all ranks is not a finite number: RunStopped.
         """
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if not self.window_finished():
-            return
         self._fetch()  # nothing is fetched yet if DeepSpeed took no step
         assert self._fetched
         rows = self._fetched.tolist()
@@ -234,10 +230,9 @@ class TrainingModule(LightningModule):
         if not all(map(math.isfinite, norms)):
             raise RunStopped(self._not_finite("loss" if bad else "gradient", bad or range(len(losses))))
         assert not bad, "DeepSpeed took a step on a gradient that is not finite"
-        lr = learning_rate(self._step, self.total_steps, self.config)
         epoch, _ = self.plan.locate(self._step)
         loss = sum(losses) / self._trained
-        self.window = Window(self._step + 1, epoch, loss, lr, int(sum(tokens)), self._trained, norms[0])
+        self.window = Window(self._step + 1, epoch, loss, self._rate, int(sum(tokens)), self._trained, norms[0])
 
     def window_finished(self) -> bool:
         """Whether the micro-batch just done ended an optimiser step."""

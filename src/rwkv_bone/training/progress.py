@@ -38,6 +38,8 @@ class ProgressLines(Callback):
         assert window
         done, total, elapsed = window.step, module.total_steps, time.perf_counter() - self._begin
         ours = done - module.first_step
+        if self._bar is None and not (done == total or ours == 1 or done % -(-total // 20) == 0):
+            return
         # Averages over the last steps: the numbers of a single small batch jump too much to read.
         recent = self.step_log.records[-20:]
         loss = sum(r["loss"] for r in recent) / len(recent)
@@ -56,7 +58,7 @@ class ProgressLines(Callback):
             self._bar.update()
             if done == total:
                 self._close()
-        elif done == total or ours == 1 or done % -(-total // 20) == 0:
+        else:
             print("  ".join([step, epoch, *numbers.values(), left]), file=self.stream, flush=True)
 
     def on_exception(self, trainer: Trainer, module: TrainingModule, exception: BaseException) -> None:

@@ -30,9 +30,6 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
         # This replaces Lightning's handlers; its trainer restores the original ones at the end.
         self._listener.begin(trainer.is_global_zero)
-        # Lightning now hears no signal. So its ranks need not ask each other before each forward pass whether one has
-        # come, which would wait for the GPU.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_train_batch_start(self, trainer: Trainer, module: TrainingModule, batch: Any, index: int) -> None:
         self._listener.stepping = True

@@ -30,7 +30,7 @@ LEAST_BUCKET, BUCKET = 1_000_000, 20_000_000  # elements
 
 
 class KeepDtypes(DeepSpeedPrecision):
-    """Leave every tensor in the dtype it has, and let the gradient be divided by the accumulation exactly once."""
+    """Leave every tensor in the dtype it has, and the gradient undivided by the accumulation."""
 
     def __init__(self):
         super().__init__("32-true")
@@ -42,11 +42,10 @@ class KeepDtypes(DeepSpeedPrecision):
         return data
 
     def backward(self, tensor, model, optimizer, *args, **kwargs):
-        zero = model.trainer.model.optimizer
-        if is_light(zero):
-            zero.backward(tensor)
+        if is_light(model.trainer.model.optimizer):
+            tensor.backward(*args, **kwargs)
             return
-        # Lightning has divided the loss by accumulate_grad_batches; DeepSpeed would do it a second time.
+        # The loss is a window's already; DeepSpeed would divide it by accumulate_grad_batches once more.
         model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
 
@@ -74,6 +73,13 @@ class ZeroStrategy(DeepSpeedStrategy):
             # DeepSpeed's engine would add hooks for what is done elsewhere.
             return self.lightning_module.training_step(*args, **kwargs)
         return super().training_step(*args, **kwargs)
+
+    def take_step(self, window_finished: bool) -> None:
+        """To be called after each backward pass: the optimiser's step, if the pass was the last of a window."""
+        if not is_light(self.model.optimizer):
+            self.model.step()  # the engine counts the passes itself
+        elif window_finished:
+            self.model.optimizer.step()
 
     def _initialize(self, model, optimizer, lr_scheduler):
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
@@ -114,7 +120,7 @@ class CpuDeepSpeedStrategy(ZeroStrategy):
 
 
 def is_light(zero: object) -> bool:
-    """Whether a ZeRO optimiser is the one for a single device, which needs nothing of DeepSpeed's engine but steps."""
+    """Whether a ZeRO optimiser is the one for a single device, which needs nothing of DeepSpeed's engine."""
     from rwkv_bone.training.zero import OneDeviceZero
 
     return isinstance(zero, OneDeviceZero)

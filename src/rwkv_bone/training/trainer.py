@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.devices import select_device
 from rwkv_bone.errors import Interrupted
+from rwkv_bone.training.loop import use_step_loop
 from rwkv_bone.training.module import RunStopped, TrainingModule
 from rwkv_bone.training.strategy import leave_process_group, make_strategy
 
@@ -59,7 +60,7 @@ def make_trainer(
     config: TrainConfig, device: str, trainable: int, logger: Logger | None, callbacks: Sequence[Callback]
 ) -> Trainer:
     """Lightning's trainer on `cuda` or `cpu`, for this many trained parameters."""
-    return Trainer(
+    trainer = Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=config.run.devices,
         num_nodes=config.run.num_nodes,
@@ -75,6 +76,8 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    use_step_loop(trainer)
+    return trainer
 
 
 def run_steps(trainer: Trainer, module: TrainingModule) -> None:

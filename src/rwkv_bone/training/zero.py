@@ -2,8 +2,8 @@
 
 DeepSpeed keeps a master copy of the parameters in fp32, since it expects them in fewer bits; ours are fp32 already. And
 it reduces, partitions and gathers on one device as it does on many: gradients go through a bucket and two flat copies.
-Of the 24 to 28 bytes of a trained parameter 16 are left here on one device: value, gradient, two moments; at stage 3,
-where the gradient is flattened for the step, 20.
+Of the 24 to 28 bytes of a trained parameter 12 are left here on one device, its value and two moments, and 4 as soon
+as its gradient is there; at most 20 in the step, where gradients are flattened. At stage 3 backward begins with 16.
 """
 
 from __future__ import annotations
@@ -48,36 +48,31 @@ def _share(masters: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
 class OneDeviceZero(DeepSpeedZeroOptimizer):
     """Stages 1 and 2 on one device, where both are the same: nothing is reduced, partitioned or gathered.
 
-    An optimiser that DeepSpeed has made becomes this by its class. Gradients are views of one flat tensor a group, to
-    which backward itself adds. A step is not taken where their norm is not a finite number; that is decided on the
-    device, for which nothing waits.
+    An optimiser that DeepSpeed has made becomes this by its class. Autograd makes each gradient when its own first one
+    arrives, and adds the window's others to it; `step` joins those of a group. A step is not taken where their norm is
+    not a finite number; that is decided on the device, for which nothing waits.
     """
 
     def begin(self) -> None:
         """To be called once, when an optimiser has become this one."""
-        self._gradients: list[Tensor] = []  # of each group, from the first backward pass of a window to its step
         for hook in self._grad_acc_hooks:  # those which would fill the bucket
             hook.remove()
 
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Add the gradients of `loss` to those of the window, the first of which finds zeros."""
-        if not self._gradients:
-            flat = self.single_partition_of_fp32_groups
-            self._gradients = [torch.zeros_like(x, requires_grad=False) for x in flat]
-            for gradient, parameters in zip(self._gradients, self.round_robin_bit16_groups, strict=True):
-                for parameter, view in zip(parameters, self.unflatten(gradient, parameters), strict=True):
-                    parameter.grad = view
-        loss.backward(**kwargs)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        super().zero_grad(set_to_none=True)
-        self._gradients = []
+    def _joined(self) -> list[Tensor]:
+        """The gradients of each group in one flat tensor, zeros where none has come; those of parameters are freed."""
+        joined: list[Tensor] = []
+        for flat, parameters in zip(self.single_partition_of_fp32_groups, self.round_robin_bit16_groups, strict=True):
+            pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            pieces.append(flat.new_zeros(flat.numel() - sum(p.numel() for p in parameters)))
+            joined.append(self.flatten(pieces))
+            for parameter in parameters:
+                parameter.grad = None
+        return joined
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Clip, and have AdamW take its step. `overflow` stays False: `_global_grad_norm` says whether it was taken."""
-        flat, gradients = self.single_partition_of_fp32_groups, self._gradients
+        flat, gradients = self.single_partition_of_fp32_groups, self._joined()
         norms = [torch.linalg.vector_norm(x, dtype=torch.float64).square().float().sqrt() for x in gradients]
         norm = self._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.clip_grad:
@@ -85,9 +80,8 @@ class OneDeviceZero(DeepSpeedZeroOptimizer):
         for parameter, gradient in zip(flat, gradients, strict=True):
             parameter.grad = gradient
         # The fused step reads this flag, and then changes neither parameters nor moments nor the count of steps.
-        self.optimizer.found_inf = norm.isfinite().logical_not().float()
+        self.optimizer.found_inf = (norm * 0).ne(0).float()
         self.optimizer.step()
         for parameter in flat:
             parameter.grad = None
-        self.zero_grad()
         self._lazy_init_hp_params_optimizer_state()
