@@ -453,11 +453,16 @@ BUGS = (
         "tests/training/test_optimizer.py",
     ),
     # What a start imports.
-    Bug(f"{OPS}/cross_entropy.py", "(_operator if is_compiling() else ", "(_operator or ", f"{START} -k not_imported"),
     Bug(
-        "src/rwkv_bone/quantization.py",
-        "dequantize if is_compiling() else",
-        "dequantize or",
+        f"{OPS}/register.py",
+        'vars(function)["_dynamo_marked_constant"] = True',
+        "function = torch.compiler.assume_constant_result(function)",
+        f"{START} -k not_imported",
+    ),
+    Bug(
+        f"{OPS}/register.py",
+        'torch.library.impl(qualified, "default", function)',
+        'torch.library.impl(qualified, "default", torch.compiler.disable(function))',
         f"{START} -k not_imported",
     ),
     Bug(
