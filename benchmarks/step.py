@@ -52,12 +52,11 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.timing import append, ceilings, elapsed, hardware, peak_bytes, seconds  # noqa: E402
-from rwkv_bone import allocator  # noqa: E402
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject  # noqa: E402
 from rwkv_bone.adapters.registry import split_key  # noqa: E402
 from rwkv_bone.config import ModelConfig  # noqa: E402
 from rwkv_bone.models import RWKV, architecture_from_scratch, build  # noqa: E402
-from rwkv_bone.ops import CHOICES, regions, select_op  # noqa: E402
+from rwkv_bone.ops import CHOICES, select_op  # noqa: E402
 
 
 class Size(NamedTuple):
@@ -412,6 +411,10 @@ def main() -> int:
         "--regions", choices=("auto", "torch"), default="auto", help="torch: no kernels between projections, to compare"
     )
     args = completed(flags.parse_args())
+    # Of side_by_side.py, which runs this file beside older checkouts, these are no part.
+    from rwkv_bone import allocator
+    from rwkv_bone.ops import regions
+
     if args.regions == "torch":
         regions.form = lambda *_: regions.twins
     allocator.keep()  # as train.py does
