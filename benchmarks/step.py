@@ -191,8 +191,7 @@ class Step:
         self.model = random_model(self.size, op, AdapterSettings(args.kind, args.r), device, self.dtype)
         self.recompute = recomputing(args.grad_cp, self.size.layers)
         if args.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
         self.trained = trained(self.model)
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4, fused=True)
         self.batch = random_batch(self.size.vocabulary, args.bsz, args.ctx, args.documents, device)
