@@ -11,6 +11,8 @@ import torch
 
 from rwkv_bone import load_model
 from rwkv_bone.adapters import AdapterSettings, inject
+from rwkv_bone.checkpoints import Architecture
+from rwkv_bone.models.v5 import ChannelMix
 from tests.conftest import REPOSITORY
 from tests.models.test_packed_rows import gradients
 
@@ -47,3 +49,15 @@ def test_in_bf16_the_gradients_of_the_bundled_run_are_those_of_fp32(op):
         whole = sum(x**2 for x in off.values()) / sum(wanted.norm() ** 2 for wanted in expected.values())
         assert whole**0.5 < 0.02
         assert max(off[key] / wanted.norm() for key, wanted in expected.items()) < 0.2
+
+
+@torch.no_grad()
+def test_a_small_share_of_the_token_itself_is_not_rounded_away():
+    """RWKV-5's shares are the token's own, 2^-9 here: one minus that is 1 in bf16, and the token would be gone."""
+    mix = ChannelMix(Architecture(5, 1, 8, 1, 8, 8, 16, {}), 0, "torch").bfloat16()
+    for share in (mix.time_mix_k, mix.time_mix_r):
+        share.fill_(2**-9)
+    for weight, scale in ((mix.key.weight, 1.0), (mix.value.weight, 1.0), (mix.receptance.weight, 0.0)):
+        weight.copy_(scale * torch.eye(8))
+    x = torch.full((1, 1, 8), 1024.0, dtype=torch.bfloat16)  # the first token of a document
+    assert mix(x, None, None, False).tolist() == [[[0.5 * (1024 / 512) ** 2] * 8]]
