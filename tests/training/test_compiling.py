@@ -25,6 +25,7 @@ def backend(monkeypatch):
     def choose(chosen):
         monkeypatch.setattr(RWKV, "compile_blocks", lambda self, on=True: original(self, on, backend=chosen))
 
+    monkeypatch.setattr(compiling, "obstacle", lambda device: "")  # of the default
     choose("aot_eager")
     return choose
 
@@ -141,7 +142,17 @@ def test_stage_3_does_not_take_compiled_blocks(job):
         job.run("stage-3", compile=1, strategy="deepspeed_stage_3")
 
 
+def test_a_folder_that_the_compiler_does_not_take_is_named(job, monkeypatch):
+    monkeypatch.setattr(torch, "__file__", "/home/my name/torch/__init__.py")
+    with pytest.raises(
+        UserError, match="--compile 1: on a CPU .* does not take the space in /home/my name/torch: use --c"
+    ):
+        job.run("space", compile=1, **PACKED)
+    assert compiling.obstacle(torch.device("cuda")) == ""
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(bool(compiling.obstacle(torch.device("cpu"))), reason="PyTorch is in a folder with a space")
 def test_the_compiler_that_users_get_gives_the_same_run(job, plain):
     torch.compiler.reset()
     flags = PACKED | {"precision": "bf16"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -44,9 +45,10 @@ class CompileBlocks(Callback):
         if self.choice == "auto" and (reason := not_worth(module, device)):
             self.report(f"compile   no: {reason}")
             return
-        self.report("compile   every block is compiled and tried first: a minute or more, less if it was done before")
-        begin = perf_counter()
-        problem, difference = compile_and_compare(module, device)
+        begin, difference = perf_counter(), 0.0
+        if not (problem := obstacle(device)):
+            self.report("compile   blocks are compiled and tried first: a minute or more, less if it was done before")
+            problem, difference = compile_and_compare(module, device)
         if problem := _of_any_rank(problem):
             module.model.compile_blocks(False)
             if self.choice == "1":
@@ -63,6 +65,14 @@ def not_worth(module: TrainingModule, device: torch.device) -> str:
         return ON_A_CPU
     passes = (module.total_steps - module.first_step) * module.plan.accumulate
     return f"the run has {passes:,} forward passes, too few to win back the time ({WORTH:,})" if passes < WORTH else ""
+
+
+def obstacle(device: torch.device) -> str:
+    """What is known to stop PyTorch's compiler, in words; nothing if there is nothing."""
+    folder = str(Path(torch.__file__).parent)
+    # It writes the folder into the command line of a C++ compiler without quotes.
+    found = device.type == "cpu" and " " in folder
+    return f"on a CPU PyTorch's compiler does not take the space in {folder}" if found else ""
 
 
 def compile_and_compare(module: TrainingModule, device: torch.device) -> tuple[str, float]:
