@@ -116,10 +116,18 @@ def test_what_the_wkv7_operator_takes_is_upstreams_formula(first, want):
         close(twins.pre7_backward(*args), expected)
 
 
-def test_a_key_of_zeros_has_a_gradient_that_is_a_number():
+def test_the_decays_bias_is_added_in_fp32():
+    pw, pa, k0, v0 = (x.detach().bfloat16() for x in activations(4))
+    w0, a0, k_k, k_a = (x.detach().float() for x in vectors(4))
+    w = twins.pre7_forward(pw, pa, None, k0, v0, None, w0, a0, None, k_k, k_a, N, True)[0]
+    assert torch.equal(w, w0 + pw.float()) and not torch.equal(w, w.bfloat16().float())
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-14])
+def test_a_key_of_zeros_or_shorter_than_any_has_a_gradient_that_is_a_number(size):
     pw, pa, k0, v0 = activations(4)
     w0, a0, k_k, k_a = vectors(4)
-    k0 = torch.zeros_like(k0).requires_grad_()
+    k0 = (size * k0.detach()).requires_grad_()
     outputs = twins.pre7_forward(pw, pa, None, k0, v0, None, w0, a0, None, k_k, k_a, N, True)
     (expected,) = torch.autograd.grad(outputs[1:2] + outputs[3:], k0, [torch.ones_like(k0)] * 3)
     ones, none = torch.ones_like(k0), torch.zeros_like(k0)
