@@ -351,6 +351,26 @@ class RunConfig:
         at_least=0,
         at_most=STEPS,
     )
+    save_minutes: float = setting(
+        10.0,
+        "minutes between saves of the state that a run continues from; 0 = only together with adapters",
+        at_least=0,
+        at_most=10**5,
+    )
+    keep: int = setting(0, "number of adapters that stay, the newest; 0 = all", at_least=0, at_most=10**6)
+    save_state: bool = setting(True, "0 = save no state to continue from (12 bytes a trained parameter)")
+    max_minutes: float = setting(
+        0.0, "minutes after which the run saves and stops; 0 = when it is done", at_least=0, at_most=10**6
+    )
+    max_bad_steps: int = setting(
+        3,
+        "steps that may be left out because loss or gradient is no finite number, before the run stops",
+        at_least=0,
+        at_most=10**6,
+    )
+    rank_timeout: int = setting(
+        60, "seconds without a sign of life from a process of the run, after which it ends", at_least=5, at_most=10**5
+    )
     eval_samples: int = setting(
         100,
         "number of held-out prompts to answer before and after training, to count exact answers; 0 = none",
@@ -397,6 +417,7 @@ class MergeConfig:
     )
     shard_size: str = setting("", "largest file in a folder, such as 500MB; empty = 5GB")
     overwrite: bool = setting(False, "1 = replace the output if it exists; 0 = refuse to")
+    dry_run: bool = setting(False, "1 = check everything and say what would be written; write nothing")
     verify: bool = setting(True, "1 = keep the output only if its logits are those of base + adapter; 0 = do not check")
     peft: str = setting(
         "auto",
