@@ -91,7 +91,7 @@ def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Pat
 class RestoreMoments(Callback):
     """Give the optimiser, as soon as DeepSpeed has made it, the moments in the resume file at `path`.
 
-    step: how many optimiser steps were taken before.
+    step: how many optimiser steps were taken before, without those that were skipped.
     """
 
     def __init__(self, path: Path, step: int):
