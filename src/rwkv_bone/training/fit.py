@@ -62,7 +62,7 @@ def fit(config: TrainConfig) -> Path:
         earlier.load_parameters(model, output.keys)
     first = earlier.step if earlier else 0
     choice = decide(config.model.grad_cp, prepared.arch, count(model), run_of(config, plan, device), there)
-    bad_steps = read_bad_steps(earlier.metadata) if earlier else []
+    bad_steps = read_bad_steps(earlier.metadata, earlier.path) if earlier else []
     module = TrainingModule(
         model,
         plan,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -65,19 +66,16 @@ class BadStep(NamedTuple):
         return f"optimiser step {self.step}: the {self.what} is not a finite number, from {self.rows}"
 
 
-def read_bad_steps(metadata: Mapping) -> list[BadStep]:
-    """The steps that were skipped before a state with this metadata was saved.
+def read_bad_steps(metadata: Mapping, path: Path) -> list[BadStep]:
+    """The steps that were skipped before the state at `path`, with this metadata, was saved.
 
     The metadata's `bad_steps` is `TrainingModule.bad_steps` as JSON makes it; states of earlier versions have none.
-    ValueError for anything else.
+    UserError for anything else.
     """
-    kinds = (int, str, str)
     found = metadata.get("bad_steps", [])
-    if not isinstance(found, list):
-        raise ValueError("bad_steps is no list")
-    for one in found:
-        if not isinstance(one, list) or [type(part) for part in one] != [*kinds]:
-            raise ValueError(f"bad_steps holds {one!r}, which is no skipped step")
+    for one in found if isinstance(found, list) else [found]:
+        if not isinstance(one, list) or [type(part) for part in one] != [int, str, str]:
+            raise UserError(f"{path} is not the state of a run of this program: its bad_steps holds {one!r}")
     return [BadStep(*one) for one in found]
 
 
@@ -306,9 +304,9 @@ class TrainingModule(LightningModule):
         else:
             cause = "Look at these rows and at the base model"
         return (
-            f"{last}; the step was not taken{also}\n{cause}. Where rows were at fault, mend or remove them and go on with "
-            "the same command and --resume_with data_file. Where training diverged, go on with a lower --lr_init and "
-            "--resume_with lr_init, or begin anew with --precision fp32"
+            f"{last}; the step was not taken{also}\n{cause}. Where rows were at fault, mend or remove them and go on "
+            "with the same command and --resume_with data_file. Where training diverged, go on with a lower --lr_init "
+            "and --resume_with lr_init, or begin anew with --precision fp32"
         )
 
     def window_finished(self) -> bool:
