@@ -164,7 +164,8 @@ class TrainingModule(LightningModule):
         self.total_steps = plan.total_steps(epochs)
         self.window: Window | None = None  # the last window that is finished
         self.bad_steps, self.max_bad_steps, self.report = list(bad_steps), max_bad_steps, report
-        self._good = self.window, len(self.bad_steps)  # what they were after the last step that was taken
+        # What they were after the last step that was taken.
+        self._good: tuple[Window | None, int] = None, len(self.bad_steps)
         self.asks = dict.fromkeys(ASKS, 0)  # by this rank
         self.asked = dict.fromkeys(ASKS, 0)  # by any rank, as known at the end of the last window
         self.batches: MicroBatches | None = None
