@@ -40,6 +40,8 @@ def write(
     keep: this rank writes the file; the others only take part in the gathering. Returns what went wrong on the disk:
     it is not raised here because the other ranks know nothing of it.
     """
+    if not zero.optimizer.state:  # every step so far was skipped
+        _begin_moments(zero, 0)
     _link_moments(zero)
     tensors, problem = _tensors(parameters, keep), None
     if keep:
@@ -109,11 +111,7 @@ def restore_moments(
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     partitioned = hasattr(next(iter(parameters.values())), "ds_id")
-    flat_groups = zero.fp32_partitioned_groups_flat if partitioned else zero.single_partition_of_fp32_groups
-    for flat in flat_groups:
-        # The same entries as AdamW makes at its first step.
-        count = torch.tensor(float(step), device=flat.device)
-        zero.optimizer.state[flat] = {"step": count, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+    _begin_moments(zero, step)
     _link_moments(zero)
     for name, parameter in parameters.items():
         for moment in MOMENTS:
@@ -123,6 +121,14 @@ def restore_moments(
                 safe_set_local_optimizer_state(parameter, _part(value, part_size(parameter)), moment)
             else:
                 safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def _begin_moments(zero: ZeROOptimizer, step: int) -> None:
+    """Give AdamW the entries that it makes at its first step: moments of zero, and the count of its steps."""
+    parted = hasattr(zero, "fp32_partitioned_groups_flat")
+    for flat in zero.fp32_partitioned_groups_flat if parted else zero.single_partition_of_fp32_groups:
+        count = torch.tensor(float(step), device=flat.device)
+        zero.optimizer.state[flat] = {"step": count, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
 
 
 def _link_moments(zero: ZeROOptimizer) -> None:
