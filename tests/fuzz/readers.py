@@ -249,9 +249,9 @@ def evaluation(folder: Path) -> Path:
 
 
 def read_evaluation(path: Path) -> Any:
-    from rwkv_bone.training.heldout import read_measured
+    from rwkv_bone.training.heldout import read_measured, text_of
 
-    before, after = read_measured(path, "d")
+    before, after = read_measured(text_of(path) or "", path, "d")
     return [one.line() for one in (before, after) if one]
 
 

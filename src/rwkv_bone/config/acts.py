@@ -104,7 +104,9 @@ TRAIN: dict[str, When] = {
     **dict.fromkeys(("long_samples", "max_lost"), but("dataload", "get")),
     "lr_final": but("lr_schedule", "constant"),
     "overwrite": but("resume", "1"),
-    "resume": When(("resume", "overwrite"), lambda how, replace: how != "1" or not replace, "without --overwrite where it is 1"),
+    "resume": When(
+        ("resume", "overwrite"), lambda how, replace: how != "1" or not replace, "without --overwrite where it is 1"
+    ),
     "resume_with": When(
         ("resume", "overwrite"),
         lambda how, replace: how in ("auto", "1") and not replace,

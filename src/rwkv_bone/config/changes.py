@@ -24,12 +24,9 @@ FREE = EQUIVALENT | OUTSIDE_THE_STEPS | COMPARED
 
 # What --resume_with may name: none of these decides which values are trained, or how rows become samples.
 OPTIMISER = {spec.name for spec in fields(OptimConfig)} | {"lora_plus", "lora_dropout", "precision", "epoch_steps"}
-DATA = {"data_file", "data_weights", "data_type", "sft_split", "sft_field", "columns", "bad_rows", "eval_split"}
+DATA = {"data_file", "data_weights", "data_type", "sft_split", "sft_field", "columns", "bad_rows"}
 ON_PURPOSE = OPTIMISER | DATA
 SETTINGS = {spec.name for section in SECTIONS.values() for spec in fields(section)}
-
-# What the user of a run that stopped at bad rows does.
-AFTER_BAD_ROWS = "mend or remove these rows, then give the same command with --resume_with data_file"
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -324,14 +324,14 @@ class RunConfig:
     overwrite: bool = setting(False, "1 = replace what an earlier run left in proj_dir; 0 = keep it")
     resume: str = setting(
         "auto",
-        "auto = continue the run in proj_dir if an unfinished one of the same settings, base and data is there, else begin "
-        "one; 1 = continue it, with its own settings where none are given; never (or 0) = refuse a folder with results",
+        "auto = continue the run in proj_dir if one is there, of the same settings, base and data, else begin one; 1 = "
+        "continue it, with its own settings where none are given; never (or 0) = refuse a folder with results",
         RESUMES,
     )
     resume_with: tuple[str, ...] = setting(
         (),
-        "names of settings in which a continued run may differ from its beginning, such as lr_init lr_final, or data_file "
-        "after a row was mended; empty = none",
+        "settings in which a continued run may differ from its beginning, such as lr_init lr_final, or data_file after "
+        "a row was mended; empty = none",
     )
     random_seed: int = setting(42, "seed of the order of the data and of new weights", at_least=0, at_most=2**32 - 1)
     accelerator: str = setting("auto", "where to run; auto = on a GPU if there is one", ACCELERATORS)
