@@ -44,10 +44,10 @@ class StepLog(Callback):
     | field | of the step, on all devices |
     |---|---|
     | step, epoch | 1 is the first step of the run, 0 its first epoch |
-    | loss | mean over the trained tokens, nats, with the parameters before the step |
+    | loss | mean over the trained tokens, nats, with the parameters before the step; null if it is no finite number |
     | lr | learning rate, before a parameter's own multiple |
     | tokens, trained_tokens | input tokens, padding not counted; those that are targets |
-    | grad_norm | 2-norm of the gradient, before clipping |
+    | grad_norm | 2-norm of the gradient, before clipping; null if it is no finite number: the step was then skipped |
 
     | field | of this process, the main one |
     |---|---|

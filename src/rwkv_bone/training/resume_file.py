@@ -186,7 +186,7 @@ def _is_usable(key: str, tensor: Tensor) -> bool:
 class RestoreMoments(Callback):
     """Give the optimiser, as soon as DeepSpeed has made it, the moments in the resume file at `path`.
 
-    step: how many optimiser steps were taken before.
+    step: how many optimiser steps were taken before, without those that were skipped.
     """
 
     def __init__(self, path: Path, step: int):
