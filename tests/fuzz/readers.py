@@ -229,7 +229,8 @@ def read_resume(path: Path) -> Any:
     from rwkv_bone.training.resume import Saved
 
     saved, model = Saved.find(run_config(path.parent)), _model()
-    saved.check({"architecture": model.arch.to_dict(), "base": "b", "data": "d"})
+    assert saved
+    saved.check({"architecture": model.arch.to_dict(), "base": "b", "data": "d"}, run_config(path.parent))
     inject(model, settings=AdapterSettings("bone", R), targets=["att.key"])
     keys = tuple(key for key, parameter in model.named_parameters() if parameter.requires_grad)
     saved.load_parameters(model, keys)

@@ -58,7 +58,7 @@ BUGS = (
     Bug(DATA + "fingerprint.py", "mine + offset", "mine", f"{FINGERPRINT} -k which_files"),
     Bug(
         "src/rwkv_bone/training/resume.py",
-        "of_this_format(self.metadata[\"data\"]) and",
+        'of_this_format(self.metadata["data"]) and',
         "False and",
         "tests/training/test_data_lines.py -k character",
     ),

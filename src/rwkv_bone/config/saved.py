@@ -59,7 +59,7 @@ def build(settings: dict[str, dict[str, Any]]) -> TrainConfig:
 
 
 def earlier_settings(given: dict[str, Any]) -> tuple[Path | None, dict[str, dict[str, Any]], list[str]]:
-    """(the config.json that `given` starts from, its settings, notes): that of --config, or with --resume 1 of proj_dir.
+    """(the config.json that `given` starts from, its settings, notes): of --config, or with --resume 1 of proj_dir.
 
     One that a power cut has damaged does not keep a run from going on: the settings are then those that are given.
     """

@@ -22,13 +22,13 @@ from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.launchers import check_launcher
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.memory import count
-from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.module import TrainingModule, read_bad_steps
 from rwkv_bone.training.place import PlaceModel
 from rwkv_bone.training.prepare import count_parameters, load_data, plan_batches, prepare_heldout, prepare_model
 from rwkv_bone.training.progress import ProgressLines
 from rwkv_bone.training.recompute import Agree, decide, memory_there, run_of
 from rwkv_bone.training.report import complete, header, program, report_results
-from rwkv_bone.training.resume import look
+from rwkv_bone.training.resume import look, looked
 from rwkv_bone.training.resume_file import RestoreMoments
 from rwkv_bone.training.saving import SaveTrained
 from rwkv_bone.training.seeding import SeedBatches
@@ -51,11 +51,9 @@ def fit(config: TrainConfig) -> Path:
 def _fit(config: TrainConfig, folder: Path, main: bool) -> Path:
     run = config.run
     report: Callable[[str], None] = console.say if main else lambda line: None
-    earlier, measured = look(config)
-    if main and not earlier:
-        project.check_results(folder, config)
-        if not run.overwrite and project.has_remains(folder):
-            report(f"resume    a run in {folder} ended before it saved anything: this one begins anew")
+    earlier = looked(look(config), folder)
+    if main and not earlier and not run.overwrite and project.has_remains(folder):
+        report(f"resume    a run in {folder} ended before it saved anything: this one begins anew")
     device = choose_device(run.accelerator)
     threads = settle_threads(run.devices)
     there = memory_there(device, run.devices)  # before this run takes any of it
@@ -75,8 +73,19 @@ def _fit(config: TrainConfig, folder: Path, main: bool) -> Path:
             earlier.load_parameters(model, output.keys)
     first = earlier.step if earlier else 0
     choice = decide(config.model.grad_cp, prepared.arch, count(model), run_of(config, plan, device), there)
+    bad_steps = read_bad_steps(earlier.metadata, earlier.path) if earlier else []
     module = TrainingModule(
-        model, plan, run.epoch_count, config.optim, config.model, first, adapter.lora_plus, choice.recompute
+        model,
+        plan,
+        run.epoch_count,
+        config.optim,
+        config.model,
+        first,
+        adapter.lora_plus,
+        choice.recompute,
+        bad_steps=bad_steps,
+        max_bad_steps=run.max_bad_steps,
+        report=report,
     )
 
     for line in earlier.notes(config, plan, threads, output.metadata) if earlier else ():
@@ -85,11 +94,14 @@ def _fit(config: TrainConfig, folder: Path, main: bool) -> Path:
     if not taken:
         for line in header(config, prepared, module, choice, device, threads, text):
             report(line)
-    heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report, measured)
+    heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report, earlier.measured if earlier else None)
     if earlier and taken and not (heldout and heldout.interrupted(module.total_steps)):
-        for line in complete(config, folder, earlier, heldout):
+        trained = earlier.trained or folder / f"rwkv-{run.epoch_begin + plan.locate(first - 1)[0]}-s{first}.pth"
+        if main and not (trained.is_file() and trained.stat().st_size):
+            earlier.write_trained(trained, output.dtypes, output.metadata)
+        for line in complete(config, folder, trained, heldout):
             report(line)
-        return earlier.trained
+        return trained
 
     kept, missing = read_log(folder / project.LOG, first) if earlier and main else ([], "")
     if missing:
@@ -104,10 +116,12 @@ def _fit(config: TrainConfig, folder: Path, main: bool) -> Path:
     callbacks += [heldout] if heldout else []
     callbacks += [log, ProgressLines(log), save]
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
-    callbacks += [RestoreMoments(earlier.path, earlier.step)] if earlier else []
+    callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)
     trainer = make_trainer(config, device, trainable, wandb_logger(run.wandb, folder, report), callbacks)
     if main:
+        if earlier:
+            earlier.record(config, output.metadata)
         project.begin(folder, config, continued=earlier is not None)
         console.keep_lost_output(folder / project.OUTPUT)
     if device == "cpu":

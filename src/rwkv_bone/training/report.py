@@ -20,7 +20,6 @@ from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.prepare import Prepared, count_parameters
 from rwkv_bone.training.recompute import Choice
-from rwkv_bone.training.resume import Saved
 from rwkv_bone.training.saving import unused_saves
 from rwkv_bone.training.strategy import DTYPES, offloads, zero_stage
 
@@ -99,13 +98,13 @@ def report_results(
         report(line)
 
 
-def complete(config: TrainConfig, folder: Path, earlier: Saved, heldout: HeldOut | None) -> Iterator[str]:
+def complete(config: TrainConfig, folder: Path, trained: Path, heldout: HeldOut | None) -> Iterator[str]:
     """What a run that is done has left, and what to type next."""
     yield f"adapters  {', '.join(path.name for path in project.kept(folder))}"
     for when, one in (("before", heldout and heldout.before), ("after", heldout and heldout.after)):
         if one:
             yield f"{when:<10}{one.line()}"
-    yield from footer(config, folder, earlier.trained)
+    yield from footer(config, folder, trained)
     yield "          nothing is left to do; a larger --epoch_count trains longer"
 
 

@@ -8,10 +8,12 @@ data and the settings that it began with, but for those that --resume_with names
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from rwkv_bone import checkpoints
@@ -25,7 +27,7 @@ from rwkv_bone.data.fingerprint import of_this_format
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import project
 from rwkv_bone.training.heldout import text_of
-from rwkv_bone.training.resume_file import check, layout
+from rwkv_bone.training.resume_file import check, is_moment, layout, read_newest
 from rwkv_bone.training.schedule import learning_rate
 
 # What there is to do beside continuing a run.
@@ -36,34 +38,39 @@ ELSEWHERE = "another --proj_dir begins a new run, --overwrite 1 replaces this on
 class Saved:
     """What an earlier process saved of this run."""
 
-    path: Path  # the resume file
+    path: Path  # the state
     step: int  # optimiser steps taken
-    trained: Path  # the file of trained parameters that was saved with it
+    trained: Path | None  # the newest file of trained parameters, if there was one
     config: TrainConfig  # of files it has the names, without folders
     metadata: dict
+    measured: str | None = None  # what its `evaluation.json` holds
+    remarks: tuple[str, ...] = ()  # on the reading of it
 
     @classmethod
     def find(cls, config: TrainConfig) -> Saved | None:
-        """What this run continues of what `proj_dir` holds; None if it begins there. Nothing is changed.
+        """What this run continues of what `proj_dir` holds; None if it begins there. Only reads.
 
-        UserError if a run of other settings is there, or results without a state to continue from; and if there is no
-        state where --resume 1 or --resume_with asks for one.
+        UserError if what is there must be kept: a run of other settings, results without a state to continue from, or
+        any results with --resume never. And if there is no state where --resume 1 or --resume_with asks for one.
         """
         run, folder = config.run, Path(config.run.proj_dir)
         if run.resume == "1" and run.overwrite:
             raise UserError("--resume 1 continues the run in proj_dir and --overwrite replaces it: give one of them")
         if run.overwrite or run.resume in project.NEVER:
+            project.check_results(folder, config)
             return None
-        path = folder / project.RESUME_FILE
-        if path.is_file() and path.stat().st_size:
-            saved = cls.read(path)
+        # A power cut leaves empty files, which are none.
+        if any(path.is_file() and path.stat().st_size for path in (folder / name for name in project.STATES)):
+            found = read_newest(folder)
+            assert found
+            saved = cls.of(found.path, found.metadata, text_of(folder / project.EVALUATION), found.notes)
             saved.check_settings(config)
             return saved
         kept = project.kept(folder)
         if asking := "--resume 1" if run.resume == "1" else "--resume_with" if run.resume_with else "":
-            there = (
-                f"only {kept[-1].name}, to {_start_from(kept[-1])}" if kept else f"without {asking} a run begins there"
-            )
+            there = f"without {asking} a run begins there"
+            if kept:
+                there = f"only {kept[-1].name}, to {_start_from(kept[-1])}"
             raise UserError(f"{asking}: {folder} has no {project.RESUME_FILE}, so there is no run to continue: {there}")
         if kept:
             raise UserError(
@@ -71,22 +78,15 @@ class Saved:
                 f"{project.RESUME_FILE} to continue it from. They are kept: in another --proj_dir you can "
                 f"{_start_from(kept[-1])}; --overwrite 1 replaces them"
             )
+        project.check_results(folder, config)
         return None
 
     @classmethod
-    def read(cls, path: Path) -> Saved:
-        """What the resume file at `path` says of its run; UserError if it is none of ours."""
-        metadata = checkpoints.read_metadata(path) or {}
-        kinds = {"trained": str, "step": int, "config": dict, "architecture": dict, "base": str | None, "data": str}
-        if not all(name in metadata and isinstance(metadata[name], kind) for name, kind in kinds.items()):
-            raise UserError(f"--resume: {path} is not the state of a run of this program")
-        return cls.of(path, metadata)
-
-    @classmethod
-    def of(cls, path: Path, metadata: dict) -> Saved:
-        """The same, of metadata that was read already."""
+    def of(cls, path: Path, metadata: dict, measured: str | None = None, remarks: Sequence[str] = ()) -> Saved:
+        """The same, of a state whose metadata was read."""
         then = _shaping(from_json(json.dumps(metadata["config"]), str(path)))
-        return cls(path, metadata["step"], path.parent / metadata["trained"], then, metadata)
+        trained = path.parent / metadata["trained"] if metadata["trained"] else None
+        return cls(path, metadata["step"], trained, then, metadata, measured, tuple(remarks))
 
     def check_settings(self, now: TrainConfig) -> None:
         """UserError if `now` differs from the saved settings in what the steps depend on, and is not named."""
@@ -144,6 +144,7 @@ class Saved:
             yield f"the run in {folder} is complete: {self.step} of {counted(total_steps, 'optimiser step')}"
         else:
             yield f"continues the run in {folder} after step {self.step} of {total_steps}, from {self.path.name}"
+        yield from self.remarks
         yield from self._named(now, metadata)
         if not of_this_format(self.metadata["data"]):
             yield (
@@ -165,9 +166,23 @@ class Saved:
         for key in keys:
             parameters[key].data = state[key]
 
-    def changed_on_purpose(self, now: TrainConfig, metadata: Mapping) -> bool:
-        """Whether the run goes on with other settings or data than the state says, so that it must be recorded."""
-        return bool(self._changes(now)) or self._other_data(metadata)
+    def record(self, now: TrainConfig, metadata: Mapping) -> None:
+        """Have the state say with which settings and data the run goes on, where they are others than it says.
+
+        So the next start need not be told again. metadata: what this run will write.
+        """
+        if self._changes(now) or self._other_data(metadata):
+            state = checkpoints.read_state(self.path)
+            with checkpoints.atomic_path(self.path, overwrite=True) as temporary:
+                checkpoints.save_tensors(temporary, state, {**self.metadata, **metadata})
+
+    def write_trained(self, path: Path, dtypes: Mapping[str, torch.dtype], metadata: Mapping) -> None:
+        """Write the file of trained parameters that belongs to the state, which was lost. dtypes: as `Output` has them;
+        metadata: what this run will write."""
+        state = {key: tensor for key, tensor in checkpoints.read_state(self.path).items() if not is_moment(key)}
+        state = {key: tensor.to(dtypes.get(key, tensor.dtype)) for key, tensor in state.items()}
+        about = {**metadata, **{name: self.metadata[name] for name in ("step", "threads") if name in self.metadata}}
+        checkpoints.write_state(path, state, about, overwrite=True)
 
     def _changes(self, now: TrainConfig) -> dict[str, tuple[str, str]]:
         """{setting: (value then, value now)} of those that a run may not change unless they are named."""
@@ -245,10 +260,19 @@ class Cut:
         return f"{counted(self.devices, 'device')} x {passes} x micro_bsz {self.micro_bsz}"
 
 
-def look(config: TrainConfig) -> tuple[Saved | None, str | None]:
-    """(what this run continues, or None; what the `evaluation.json` of that run holds, or None)."""
+def look(config: TrainConfig) -> dict[str, Any] | None:
+    """`Saved.find` for the one process that reads proj_dir, in a form that the others can be sent: see `looked`."""
     saved = Saved.find(config)
-    return saved, text_of(saved.path.with_name(project.EVALUATION)) if saved else None
+    if saved is None:
+        return None
+    return {"name": saved.path.name, "metadata": saved.metadata, "measured": saved.measured, "remarks": saved.remarks}
+
+
+def looked(found: dict[str, Any] | None, folder: Path) -> Saved | None:
+    """What the main process has found in `folder`, on every rank."""
+    if found is None:
+        return None
+    return Saved.of(folder / found["name"], found["metadata"], found["measured"], found["remarks"])
 
 
 def _shaping(config: TrainConfig) -> TrainConfig:

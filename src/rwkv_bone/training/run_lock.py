@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from rwkv_bone.checkpoints import make_folder
 from rwkv_bone.errors import UserError
 from rwkv_bone.locks import NoLocks, Process, hold
 from rwkv_bone.training.project import not_writable
@@ -91,7 +92,7 @@ class _Lock:
     def _take(self) -> int:
         while True:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder)
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:
                 continue  # a run that was refused has just removed the folder that it had made

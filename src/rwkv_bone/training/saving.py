@@ -120,7 +120,7 @@ class SaveTrained(Callback):
             del state
         problem = trainer.strategy.broadcast(problem)
         if not problem:
-            metadata["trained"] = name
+            metadata |= {"trained": name, "bad_steps": module.bad_steps}
             resume_path, zero = self.folder / project.RESUME_FILE, trainer.model.optimizer
             problem = resume_file.write(resume_path, zero, parameters, metadata, keep=trainer.is_global_zero)
             problem = trainer.strategy.broadcast(problem)
