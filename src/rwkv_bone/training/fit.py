@@ -108,7 +108,7 @@ def _fit(config: TrainConfig, folder: Path, main: bool) -> Path:
         report(f"resume    {missing}")
     log = StepLog(folder / project.LOG, kept, report)
     go_on = program("train.py", "--resume", "1", "--proj_dir", str(folder))
-    save = SaveTrained(output, folder, run, earlier=earlier, go_on=go_on, report=report)
+    save = SaveTrained(output, folder, run, earlier=earlier, log=log, go_on=go_on, report=report)
     stop = StopOnSignal(save.save_step, lambda: f"interrupted; {save.state_of_things()}")
     callbacks: list[Callback] = [stop, PlaceModel(prepared.dtype), Agree()]
     # After those: what is compiled is placed, and knows what is computed again.

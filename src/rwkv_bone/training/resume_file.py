@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BYTES_PER_PARAMETER = 12  # of a trained one: its value and two moments, in fp32
 
 
 # The metadata that every state has.
