@@ -113,7 +113,7 @@ def test_more_epochs_continue_a_finished_run_and_the_new_schedule_is_said(job, h
     go_on(job, half, **halfway["flags"])
     assert_same_to_the_bit(half, halfway["whole"])
     said = capsys.readouterr().out
-    assert f"resume    after step 3 of 6, from {half}/resume.pth" in said
+    assert said.startswith(f"resume    continues the run in {half} after step 3 of 6, from resume.pth\n")
     assert "--epoch_count 1 became 2: the schedule now ends at step 6, so that the next learning rate is 0.01" in said
     assert "step 6/6  epoch 2/2" in said
 
