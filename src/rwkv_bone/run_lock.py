@@ -150,8 +150,8 @@ class _Lock:
             process = holder.process
             who = f"process {process.pid} on {process.host}, since {holder.since}"
         return UserError(
-            f"{self._flag} {self.folder} is in use by another run ({who}): wait until it has ended, or stop it; or give "
-            f"another {self._flag}{remedy}"
+            f"{self._flag} {self.folder} is in use by another run ({who}): wait until it has ended, or stop it; or "
+            f"give another {self._flag}{remedy}"
         )
 
     def _text(self) -> str:
