@@ -29,7 +29,6 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NUMBERS = [("1 in words: ", "one"), ("2 in words: ", "two"), ("3 in words: ", "three"), ("4 in words: ", "four")] * 4
 
 
 FLAGS = {f"--{field.name}" for field in fields(HfConfig)}
@@ -253,18 +252,6 @@ def test_the_limits_of_a_model_are_read_from_its_configuration():
         assert Limits.of(config) == Limits(100, positions), config
 
 
-@pytest.fixture
-def folder(make_model, tokenizer, tmp_path, monkeypatch):
-    """A model's folder, and rows to train on and to measure with."""
-    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
-    make_model("gemma").save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    for name, pairs in (("train.jsonl", NUMBERS), ("held.jsonl", NUMBERS[:4])):
-        lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
-        (tmp_path / name).write_text("\n".join(lines))
-    return tmp_path
-
-
 def flags(folder, output, **changes) -> dict[str, str]:
     usual = {
         "model_name_or_path": folder / "base",
@@ -352,8 +339,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_to_go_on_from(fold
         signal.signal(number, before)
     assert stopped.value.signum == number
     assert str(stopped.value) == (
-        f"stopped after step 2 of 4, which is saved in {folder}/out/checkpoint-2\n"
-        "the same command goes on"
+        f"stopped after step 2 of 4, which is saved in {folder}/out/checkpoint-2\nthe same command goes on"
     )
     first = measured(capsys.readouterr().out)
     finetune(parse(flags(folder, "out", deepspeed="none")))
