@@ -44,6 +44,7 @@ def changed_everywhere():
         "data_weights",
         "eval_data",
         "eval_field",
+        "save_minutes",
     }
     expected = {spec.name: other_value(spec) for spec in SPECS if spec.name not in unread}
     expected |= {"peft": "bone", "dataload": "get", "resume": False}  # there is no run to continue

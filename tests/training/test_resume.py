@@ -310,7 +310,7 @@ def test_a_kill_while_the_state_is_written_leaves_the_one_before(job, monkeypatc
     reference = job.run("state whole", **TWO_EPOCHS)
     with monkeypatch.context() as patch:
         failing_at(patch, 3, Killed())
-        patch.setattr(resume_file.Path, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
+        patch.setattr(os, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
         with pytest.raises(Killed):
             job.run("state killed", **TWO_EPOCHS)
     folder = job.folder / "state killed"
