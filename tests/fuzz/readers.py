@@ -229,7 +229,8 @@ def read_resume(path: Path) -> Any:
     from rwkv_bone.training.resume import Saved
 
     saved, model = Saved.find(run_config(path.parent)), _model()
-    saved.check({"architecture": model.arch.to_dict(), "base": "b", "data": "d"})
+    assert saved
+    saved.check({"architecture": model.arch.to_dict(), "base": "b", "data": "d"}, run_config(path.parent))
     inject(model, settings=AdapterSettings("bone", R), targets=["att.key"])
     keys = tuple(key for key, parameter in model.named_parameters() if parameter.requires_grad)
     saved.load_parameters(model, keys)
@@ -249,9 +250,9 @@ def evaluation(folder: Path) -> Path:
 
 
 def read_evaluation(path: Path) -> Any:
-    from rwkv_bone.training.heldout import read_measured
+    from rwkv_bone.training.heldout import read_measured, text_of
 
-    before, after = read_measured(path, "d")
+    before, after = read_measured(text_of(path) or "", path, "d")
     return [one.line() for one in (before, after) if one]
 
 

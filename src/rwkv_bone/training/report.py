@@ -21,7 +21,6 @@ from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.prepare import Prepared, count_parameters
 from rwkv_bone.training.recompute import Choice
-from rwkv_bone.training.resume import Saved
 from rwkv_bone.training.strategy import DTYPES, offloads, zero_stage
 
 COMMANDS = "rwkv-bone-"  # how the names of the installed commands begin; train.py is then rwkv-bone-train
@@ -34,13 +33,11 @@ def header(
     choice: Choice,
     device: str,
     threads: int,
-    earlier: Saved | None,
     text: Iterable[str] = (),
 ) -> Iterator[str]:
     """What was found and what will be done, one fact a line.
 
-    choice: what backward computes again; device: `cuda` or `cpu`; threads: of a process; earlier: what this run
-    continues; text: lines of `folder_text`.
+    choice: what backward computes again; device: `cuda` or `cpu`; threads: of a process; text: lines of `folder_text`.
     """
     run, plan = config.run, module.plan
     offload = ", optimiser on the CPU" if offloads(run.strategy) else ""
@@ -79,8 +76,6 @@ def header(
         cut = config.model.bptt_chunks
         gradient = f"cut after every {cut} (--bptt_chunks)" if cut else "exact"
         yield f"context   sequences run in chunks of {counted(config.model.chunk_ctx, 'token')}; gradient {gradient}"
-    for line in earlier.notes(config, plan, threads) if earlier else ():
-        yield f"resume    {line}"
 
 
 def report_results(
@@ -101,6 +96,16 @@ def report_results(
             draw_loss(temporary, records, heldout.points() if heldout else [])
     for line in footer(config, folder, trained):
         report(line)
+
+
+def complete(config: TrainConfig, folder: Path, trained: Path, heldout: HeldOut | None) -> Iterator[str]:
+    """What a run that is done has left, and what to type next."""
+    yield f"adapters  {', '.join(path.name for path in project.kept(folder))}"
+    for when, one in (("before", heldout and heldout.before), ("after", heldout and heldout.after)):
+        if one:
+            yield f"{when:<10}{one.line()}"
+    yield from footer(config, folder, trained)
+    yield "          nothing is left to do; a larger --epoch_count trains longer"
 
 
 def footer(config: TrainConfig, folder: Path, trained: Path) -> Iterator[str]:

@@ -183,10 +183,15 @@ def _is_usable(key: str, tensor: Tensor) -> bool:
     return not tensor.numel() or not bool(torch.stack(tensor.aminmax()).isnan().any())
 
 
+def is_moment(key: str) -> bool:
+    return key.endswith(tuple(f".{moment}" for moment in MOMENTS))
+
+
 class RestoreMoments(Callback):
     """Give the optimiser, as soon as DeepSpeed has made it, the moments in the resume file at `path`.
 
-    step: how many optimiser steps were taken before, without those that were skipped.
+    The main process alone reads it, since the other machines need not see its disk. step: how many optimiser steps were
+    taken before, without those that were skipped.
     """
 
     def __init__(self, path: Path, step: int):
@@ -194,13 +199,22 @@ class RestoreMoments(Callback):
 
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
         trained = {name: p for name, p in module.model.named_parameters() if p.requires_grad}
-        restore_moments(trainer.model.optimizer, trained, checkpoints.read_state(self.path), self.step)
+        state = checkpoints.read_state(self.path) if trainer.is_global_zero else None
+        restore_moments(trainer.model.optimizer, trained, state, self.step, module.device)
 
 
 def restore_moments(
-    zero: ZeROOptimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], step: int
+    zero: ZeROOptimizer,
+    parameters: Mapping[str, nn.Parameter],
+    state: Mapping[str, Tensor] | None,
+    step: int,
+    device: torch.device,
 ) -> None:
-    """Set AdamW's state of every parameter. zero: DeepSpeed's optimiser of stage 1 to 3, which wraps AdamW."""
+    """Set AdamW's state of every parameter. Every rank must call it.
+
+    zero: DeepSpeed's optimiser of stage 1 to 3, which wraps AdamW. state: on rank 0, whose values all ranks get
+    by way of `device`.
+    """
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     partitioned = hasattr(next(iter(parameters.values())), "ds_id")
@@ -208,7 +222,7 @@ def restore_moments(
     _link_moments(zero)
     for name, parameter in parameters.items():
         for moment in MOMENTS:
-            value = state[f"{name}.{moment}"]
+            value = _from_main(None if state is None else state[f"{name}.{moment}"], full_shape(parameter), device)
             if partitioned:
                 # The function for full values fails where a parameter does not divide evenly among the ranks.
                 safe_set_local_optimizer_state(parameter, _part(value, part_size(parameter)), moment)
@@ -226,6 +240,16 @@ def _begin_moments(zero: ZeROOptimizer, step: int, anew: bool = False) -> None:
         if anew or not zero.optimizer.state[flat]:
             count = torch.tensor(float(step), device=flat.device)
             zero.optimizer.state[flat] = {"step": count, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+
+
+def _from_main(value: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
+    """The fp32 tensor of rank 0 on every rank. value: None on the others."""
+    if dist.get_world_size() == 1:
+        assert value is not None
+        return value
+    value = torch.empty(shape, device=device) if value is None else value.to(device, copy=True)
+    dist.broadcast(value, 0)
+    return value
 
 
 def _link_moments(zero: ZeROOptimizer) -> None:
