@@ -94,9 +94,8 @@ def _fit(config: TrainConfig, folder: Path, main: bool) -> Path:
     if not taken:
         for line in header(config, prepared, module, choice, device, threads, text):
             report(line)
-    heldout = prepare_heldout(
-        reading, prepared.arch.vocab_size, split, folder, report, earlier.measured if earlier else None
-    )
+    measured = earlier.measured if earlier else None
+    heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report, measured)
     if earlier and taken and not (heldout and heldout.interrupted(module.total_steps)):
         trained = earlier.trained or folder / f"rwkv-{run.epoch_begin + plan.locate(first - 1)[0]}-s{first}.pth"
         if main and not (trained.is_file() and trained.stat().st_size):
