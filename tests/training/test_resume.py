@@ -338,7 +338,7 @@ def test_a_kill_while_the_state_is_written_leaves_the_one_before(job, monkeypatc
     folder = job.folder / "state killed"
     assert checkpoints.read_metadata(folder / "resume.pth")["step"] == 2
     assert (folder / "rwkv-0.pth").is_file()
-    (left,) = folder.glob(".*")
+    (left,) = folder.glob(".resume.*")
     left.rename(folder / ".resume.pth.1.partial.pth")  # of another process
     job.run(folder.name, resume=1, **TWO_EPOCHS)
     assert_same_to_the_bit(folder, reference)
