@@ -168,8 +168,8 @@ def test_another_stage_and_accumulation_continue_it_to_rounding(job, halfway, ha
         (
             {"lr_init": 2e-2, "bone_r": 4},
             "half holds a run of other settings: --bone_r was 8 and is now 4; --lr_init was 0.01 and is now 0.02. "
-            r"Nothing there was changed.*--resume_with lr_init goes on with the new values \(--bone_r cannot change in a "
-            r"run\); another --proj_dir begins a new run, --overwrite 1 replaces this one$",
+            r"Nothing there was changed.*--resume_with lr_init goes on with the new values \(--bone_r cannot change in "
+            r"a run\); another --proj_dir begins a new run, --overwrite 1 replaces this one$",
         ),
         ({"train_parts": "ln"}, "--train_parts was empty and is now ln"),
         ({"micro_bsz": 2}, "a step was 1 device x 1 forward pass x micro_bsz 4; now it is 1 .* x micro_bsz 2"),
