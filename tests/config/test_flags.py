@@ -44,6 +44,7 @@ def changed_everywhere():
         "data_weights",
         "eval_data",
         "eval_field",
+        "save_minutes",
         "resume_with",
     }
     expected = {spec.name: other_value(spec) for spec in SPECS if spec.name not in unread}

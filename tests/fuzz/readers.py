@@ -257,7 +257,9 @@ def read_evaluation(path: Path) -> Any:
 
 
 def train_log(folder: Path) -> Path:
-    lines = [{"step": step, "epoch": 0, "loss": 1.5, "lr": 1e-3, "tokens": 9, "seconds": 0.1} for step in range(1, 5)]
+    numbers = {"epoch": 0, "loss": 1.5, "lr": 1e-3, "tokens": 9, "trained_tokens": 5, "grad_norm": 0.5, "seconds": 0.1}
+    numbers |= {"tokens_per_s": 90.0, "data_wait_ms": 0.1, "peak_memory_mb": 9.5, "peak_reserved_mb": None}
+    lines = [{"step": step, **numbers} for step in range(1, 5)]
     (folder / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder / "train_log.jsonl"
 

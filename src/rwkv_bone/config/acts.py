@@ -114,7 +114,7 @@ TRAIN: dict[str, When] = {
         "--resume 1",
     ),
     "epoch_save": When(("epoch_count",), lambda count: count > 1, "with --epoch_count above 1", "--epoch_count 2"),
-    "save_minutes": given("save_state"),
+    "save_minutes": When(("save_state",), bool, "with --save_state 1", "--save_state 1"),
     "eval_samples": given("eval_data", "eval_split") & only("data_type", *CONVERSATIONS),
 }
 

@@ -64,7 +64,7 @@ def saving_lines(run: RunConfig, plan: BatchPlan, model: RWKV, output: Output, w
     stay = f", of which the newest {run.keep} stay (--keep)" if 0 < run.keep < count else ""
     folder = Path(run.proj_dir)
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
-    yield f"          {counted(count, what)} of {size(each)}{stay}; {size(free)} are free"
+    yield f"saving    {counted(count, what)} of {size(each)}{stay}; {size(free)} are free"
     needed = each * (min(count, run.keep + 1) if run.keep else count)
     if run.save_state:
         # The third is the one that is being written.

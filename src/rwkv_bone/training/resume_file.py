@@ -99,6 +99,7 @@ def write(
     order, and becomes the previous one. Returns what went wrong on the disk, or that a value cannot be trained on; it
     is not raised here because the other ranks know nothing of it.
     """
+    _begin_moments(zero, 0)  # every step so far may have been skipped
     _link_moments(zero)
     path, bad = folder / project.RESUME_FILE, list[str]()
     tensors, problem = _tensors(parameters, keep, bad), None
@@ -217,11 +218,7 @@ def restore_moments(
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     partitioned = hasattr(next(iter(parameters.values())), "ds_id")
-    flat_groups = zero.fp32_partitioned_groups_flat if partitioned else zero.single_partition_of_fp32_groups
-    for flat in flat_groups:
-        # The same entries as AdamW makes at its first step.
-        count = torch.tensor(float(step), device=flat.device)
-        zero.optimizer.state[flat] = {"step": count, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+    _begin_moments(zero, step, anew=True)
     _link_moments(zero)
     for name, parameter in parameters.items():
         for moment in MOMENTS:
@@ -231,6 +228,18 @@ def restore_moments(
                 safe_set_local_optimizer_state(parameter, _part(value, part_size(parameter)), moment)
             else:
                 safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def _begin_moments(zero: ZeROOptimizer, step: int, anew: bool = False) -> None:
+    """Give AdamW moments of zero: the same entries as it makes itself at its first step.
+
+    step: how many steps it has taken. anew: also where it has moments.
+    """
+    stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    for flat in zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups:
+        if anew or not zero.optimizer.state[flat]:
+            count = torch.tensor(float(step), device=flat.device)
+            zero.optimizer.state[flat] = {"step": count, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
 
 
 def _from_main(value: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
