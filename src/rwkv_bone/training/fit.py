@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, seed_everything
 
 from rwkv_bone import allocator, console
 from rwkv_bone.cluster.join import join
-from rwkv_bone.cluster.world import World
+from rwkv_bone.cluster.world import SAME_FILES, World
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.training import project
@@ -24,7 +24,14 @@ from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.place import PlaceModel
-from rwkv_bone.training.prepare import count_parameters, load_data, plan_batches, prepare_heldout, prepare_model
+from rwkv_bone.training.prepare import (
+    agree_on_files,
+    count_parameters,
+    load_data,
+    plan_batches,
+    prepare_heldout,
+    prepare_model,
+)
 from rwkv_bone.training.progress import ProgressLines
 from rwkv_bone.training.recompute import Agree, decide, memory_there, run_of
 from rwkv_bone.training.report import header, program, report_results
@@ -49,6 +56,7 @@ def fit(config: TrainConfig, world: World | None = None) -> Path:
     main, run = world.main, config.run
     report: Callable[[str], None] = console.say if main else lambda line: None
     device = choose_device(run.accelerator, world)
+    world.agree("the device of --accelerator", device)
     threads = settle_threads(run.devices)
     there = memory_there(device, run.devices)  # before this run takes any of it
     earlier = Saved.find(config) if run.resume else None
@@ -63,6 +71,7 @@ def fit(config: TrainConfig, world: World | None = None) -> Path:
     dataset, split = load_data(reading, prepared.arch.vocab_size, config.data)
     plan = plan_batches(config, dataset)
     output = prepared.output.with_data(dataset)
+    agree_on_files(world, config, model, output.metadata)
     if earlier:
         earlier.check(output.metadata)
         earlier.load_parameters(model, output.keys)
@@ -75,6 +84,8 @@ def fit(config: TrainConfig, world: World | None = None) -> Path:
     for line in header(config, prepared, module, choice, device, threads, earlier, text):
         report(line)
     heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report)
+    if heldout:
+        world.agree("held-out data", heldout.fingerprint, SAME_FILES)
     if earlier and first >= module.total_steps and not (heldout and heldout.interrupted(module.total_steps)):
         report(f"nothing is left to do: the run in {folder} is complete; a larger --epoch_count trains longer")
         return earlier.trained
