@@ -1,7 +1,7 @@
 """A training run, from its config to its last line of output: the only place that sees all the pieces.
 
-With several devices Lightning starts this program again for each of them, so everything here runs once per process;
-only the main process prints and touches the results folder.
+With several devices `join` starts this program again for each of them, so everything here runs once per process; only
+the main process prints and touches the results folder.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 
 from rwkv_bone import allocator, console
+from rwkv_bone.cluster.join import join
+from rwkv_bone.cluster.world import World
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.training import project
 from rwkv_bone.training.compiling import CompileBlocks
-from rwkv_bone.training.launchers import check_launcher
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule
@@ -33,16 +34,21 @@ from rwkv_bone.training.saving import SaveTrained
 from rwkv_bone.training.seeding import SeedBatches
 from rwkv_bone.training.signals import StopOnSignal
 from rwkv_bone.training.strategy import silence_libraries
-from rwkv_bone.training.trainer import choose_device, is_main_process, make_trainer, run_steps, settle_threads
+from rwkv_bone.training.trainer import choose_device, make_trainer, run_steps, settle_threads
 
 
-def fit(config: TrainConfig) -> Path:
-    """Train as `config` says and return the last file of trained parameters; UserError for what a user can fix."""
+def fit(config: TrainConfig, world: World | None = None) -> Path:
+    """Train as `config` says and return the last file of trained parameters; UserError for what a user can fix.
+
+    world: what `join(config)` returned, entered; None joins here.
+    """
+    if world is None:
+        with join(config) as world:
+            return fit(config, world)
     silence_libraries()
-    main, run = is_main_process(), config.run
+    main, run = world.main, config.run
     report: Callable[[str], None] = console.say if main else lambda line: None
-    check_launcher(run)
-    device = choose_device(run.accelerator)
+    device = choose_device(run.accelerator, world)
     threads = settle_threads(run.devices)
     there = memory_there(device, run.devices)  # before this run takes any of it
     earlier = Saved.find(config) if run.resume else None
@@ -88,7 +94,7 @@ def fit(config: TrainConfig) -> Path:
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
     callbacks += [RestoreMoments(earlier.path, earlier.step)] if earlier else []
     trainable = count_parameters(model, trained_only=True)
-    trainer = make_trainer(config, device, trainable, wandb_logger(run.wandb, folder, report), callbacks)
+    trainer = make_trainer(config, device, trainable, wandb_logger(run.wandb, folder, report), callbacks, world)
     if main:
         project.begin(folder, config)
         console.keep_lost_output(folder / project.OUTPUT)
