@@ -12,6 +12,7 @@ raised as StoppedAtOnce, and the program may live on.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ SIGNALS += tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2", "SIGXC
 ORDERS = (signal.SIGINT, signal.SIGTERM)
 # Seconds within which a launcher and the system may send the same signal each, to every process of a job.
 TOGETHER = 1.0
+PR_GET_PDEATHSIG = 2
 LAST_WORDS = 3.0  # seconds for what a process says when it leaves
 
 
@@ -97,6 +99,7 @@ class _Program:
         self.listener: Listener | None = None
         self.speaks = os.environ.get("LOCAL_RANK", "0") == "0"
         self.tell: list[Callable[[int, str], None]] = []  # called before this process ends: status, words
+        self.parent = os.getppid() if _dies_with_parent() else 0
         self.numbers = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
         self._reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -120,6 +123,10 @@ class _Program:
                     self._heard(number)
 
     def _heard(self, number: int) -> None:
+        if number == signal.SIGTERM and self.parent and os.getppid() != self.parent:
+            # The process that has started this one is dead. Whoever watches over both tells so.
+            time.sleep(LAST_WORDS)
+            leave(status_of(number))
         listener = self.listener
         if listener is None:
             self.leave(number, "interrupted before the first step: nothing was lost")
@@ -136,7 +143,16 @@ class _Program:
         leave(status, words if self.speaks else "")
 
 
+def _dies_with_parent() -> bool:
+    """Whether the system sends this process a signal when the one that has started it ends."""
+    found = ctypes.c_int()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_GET_PDEATHSIG, ctypes.byref(found))
+    return found.value != 0
+
+
 _program: _Program | None = None
+_leaving = threading.Lock()
 BEGAN = time.monotonic()  # about when the program was started
 
 
@@ -167,6 +183,8 @@ def stop_now(number: int, words: str) -> NoReturn:
 
 def leave(status: int, words: str = "") -> NoReturn:
     """End this process at once and with it all that it has started, whatever its main thread does. words: said last."""
+    if not _leaving.acquire(blocking=False):
+        time.sleep(2 * LAST_WORDS)  # another thread is about it
     # What is said may wait for a reader, or for a lock of the main thread.
     backstop = threading.Timer(LAST_WORDS, os._exit, [status])
     backstop.daemon = True

@@ -35,6 +35,7 @@ from rwkv_bone.training.seeding import SeedBatches
 from rwkv_bone.training.signals import StopOnSignal
 from rwkv_bone.training.strategy import silence_libraries
 from rwkv_bone.training.trainer import choose_device, make_trainer, run_steps, settle_threads
+from rwkv_bone.training.watch import ShowProgress, Watch
 
 
 def fit(config: TrainConfig, world: World | None = None) -> Path:
@@ -45,10 +46,16 @@ def fit(config: TrainConfig, world: World | None = None) -> Path:
     if world is None:
         with join(config) as world:
             return fit(config, world)
+    with Watch(world, config.run.rank_timeout) as watch:
+        return _fit(config, world, watch)
+
+
+def _fit(config: TrainConfig, world: World, watch: Watch) -> Path:
     silence_libraries()
     main, run = world.main, config.run
     report: Callable[[str], None] = console.say if main else lambda line: None
     device = choose_device(run.accelerator, world)
+    watch.spins(device == "cuda")
     threads = settle_threads(run.devices)
     there = memory_there(device, run.devices)  # before this run takes any of it
     earlier = Saved.find(config) if run.resume else None
@@ -85,8 +92,9 @@ def fit(config: TrainConfig, world: World | None = None) -> Path:
     log = StepLog(folder / project.LOG, kept, report)
     go_on = program("train.py", "--resume", "1", "--proj_dir", str(folder))
     save = SaveTrained(output, folder, run, earlier=earlier, go_on=go_on, report=report)
-    stop = StopOnSignal(save.save_step, lambda: f"interrupted; {save.state_of_things()}")
-    callbacks: list[Callback] = [stop, PlaceModel(prepared.dtype), Agree()]
+    watch.state = save.state_of_things
+    stop = StopOnSignal(save.save_step, save.state_of_things, run.max_minutes)
+    callbacks: list[Callback] = [stop, ShowProgress(), PlaceModel(prepared.dtype), Agree()]
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
     callbacks += [heldout] if heldout else []

@@ -1,8 +1,8 @@
 """Which of a run's processes has stopped or hangs, by what each tells of itself: rules without clocks and sockets.
 
 Each process (rank) tells in every beat how much it has done and whether it works. In a hanging run most ranks are
-healthy: they wait for the one that hangs. Waiting on a CPU (gloo) takes no processor time, waiting on a GPU (NCCL) takes
-a whole core.
+healthy: they wait for the one that hangs. Waiting on a CPU (gloo) takes no processor time, waiting on a GPU (NCCL)
+takes a whole core.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Judge:
     timeout: seconds without a sign of life. spins: ranks that wait for another take processor time.
     """
 
-    def __init__(self, ranks: range, timeout: float, spins: bool):
+    def __init__(self, ranks: range, timeout: float, spins: bool = False):
         self.timeout, self.spins = timeout, spins
         self.seen = {rank: Seen() for rank in ranks}
 
@@ -75,7 +75,8 @@ class Judge:
             seen.off_disk += seconds
             if seen.silent > self.timeout:
                 return Verdict(rank, f"has stopped, or its machine is gone: no sign of life for {seen.silent:.0f} s")
-        if len(self.seen) < 2 or not any(seen.life.running for seen in self.seen.values()):
+        # The main process may wait for a server when all others have done their part.
+        if self.seen.keys() <= {0} or not any(seen.life.running for seen in self.seen.values()):
             return None
         for everybody in (self._all_idle(), self._too_long()):
             if everybody:

@@ -28,9 +28,7 @@ class StopOnSignal(Callback):
     step; 0 = never. The clock is the main process's.
     """
 
-    def __init__(
-        self, save: Callable[[Trainer, TrainingModule], None], state: Callable[[], str], minutes: float = 0.0
-    ):
+    def __init__(self, save: Callable[[Trainer, TrainingModule], None], state: Callable[[], str], minutes: float = 0.0):
         self.save, self.state, self.minutes = save, state, minutes
         self._listener = signals.Listener(state)
 

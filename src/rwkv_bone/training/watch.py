@@ -66,6 +66,16 @@ def progress() -> None:
     _marks.last = now
 
 
+@contextlib.contextmanager
+def waiting_outside() -> Iterator[None]:
+    """In this context this process may wait long for something that is not of the run, such as a server."""
+    before, _marks.running = _marks.running, False
+    try:
+        yield
+    finally:
+        _marks.last, _marks.running = time.monotonic(), before
+
+
 def reported(items: Iterator[Any]) -> Iterator[Any]:
     """The items, each of which is progress once it is dealt with."""
     for item in items:
@@ -88,14 +98,14 @@ class Watch:
     """Watches over the processes of `world`; used as a context around all that the run does once they have met.
 
     What is raised within it ends the run: it is told once, and no process is left. timeout: seconds without a sign of
-    life of a rank. spins: waiting for other ranks takes processor time, as NCCL's does. state(): what is saved and how
-    to go on, in words; to be set once it is known. A run of one process needs none of this.
+    life of a rank. state(): what is saved and how to go on, in words; to be set once it is known. A run of one process
+    needs none of this.
     """
 
-    def __init__(self, world: World, timeout: float, spins: bool):
+    def __init__(self, world: World, timeout: float):
         self.world, self.timeout = world, timeout
         self.state: Callable[[], str] = str
-        self._judge = Judge(range(1, world.size) if world.rank == 0 else range(1), timeout, spins)
+        self._judge = Judge(range(world.size) if world.rank == 0 else range(1), timeout)
         self._own = Life()
         self._beat = min(BEAT, timeout / 5)
         self._events: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
@@ -106,13 +116,15 @@ class Watch:
         self._decide_at: float | None = None
         self._over = threading.Event()
 
+    def spins(self, spins: bool) -> None:
+        """Whether waiting for other ranks takes processor time, as NCCL's does."""
+        self._judge.spins = spins
+
     def __enter__(self) -> Watch:
         _marks.__init__()  # type: ignore[misc]
         if self.world.size > 1:
             self._main = threading.main_thread().ident
             self._connect()
-            if self.world.rank == 0:
-                self._judge.seen[0] = type(next(iter(self._judge.seen.values())))()
             signals.on_leaving(self._tell_signal)
             threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return self
@@ -145,10 +157,9 @@ class Watch:
             return
         told = json.loads(world.get(world.key("watch"), "the watch", 0))
         self._places[0] = told
-        while True:
+        while 0 not in self._links:
             try:
-                link = _Link(socket.create_connection((world.address, told["port"]), timeout=5))
-                break
+                self._links[0] = _Link(socket.create_connection((world.address, told["port"]), timeout=5))
             except OSError as error:
                 if time.monotonic() > end:
                     raise UserError(
@@ -156,8 +167,7 @@ class Watch:
                         f"({error.strerror or error}): a firewall must let these machines' connections pass"
                     ) from None
                 time.sleep(0.2)
-        link.send({"token": told["token"], "rank": world.rank, **_this_process()})
-        self._links[0] = link
+        self._links[0].send({"token": told["token"], "rank": world.rank, **_this_process()})
 
     def _accept(self, server: socket.socket, token: str, end: float) -> None:
         while len(self._links) < self.world.size - 1:
@@ -396,13 +406,16 @@ class _Sample:
         blocked = _read(f"{task}/stat").rpartition(b")")[2].split()[:1] == [b"D"]
         disk = blocked or amount > self._bytes
         self._used, self._when, self._bytes = used, now, amount
-        at, waits = ("", False) if now - _marks.last < timeout / 2 else _where(sys._current_frames().get(self._main or 0))
+        at, waits = (
+            ("", False) if now - _marks.last < timeout / 2 else _where(sys._current_frames().get(self._main or 0))
+        )
         return Life(_marks.done, _marks.running, busy, disk, _marks.longest, at, waits)
 
 
 def _where(frame: Any) -> tuple[str, bool]:
     """(the innermost line, and the innermost of ours; whether it is in a collective)."""
-    lines, waits = [], False
+    lines: list[str] = []
+    waits = False
     for depth, (inner, line) in enumerate(traceback.walk_stack(frame)):
         name = inner.f_code.co_filename
         folders = name.split(os.sep)
