@@ -74,7 +74,7 @@ class Judge:
             seen.idle += seconds
             seen.off_disk += seconds
             if seen.silent > self.timeout:
-                return Verdict(rank, f"has stopped, or its machine is gone: no sign of life for {seen.silent:.0f} s")
+                return self._silent(rank)
         # The main process may wait for a server when all others have done their part.
         if self.seen.keys() <= {0} or not any(seen.life.running for seen in self.seen.values()):
             return None
@@ -82,6 +82,10 @@ class Judge:
             if everybody:
                 return self._named()
         return None
+
+    def _silent(self, rank: int) -> Verdict:
+        seconds = self.seen[rank].silent
+        return Verdict(rank, f"has stopped, or its machine is gone: no sign of life for {seconds:.0f} s")
 
     def _all_idle(self) -> bool:
         """No rank makes progress, and none works; where ranks wait busily: one does not work."""
@@ -106,5 +110,8 @@ class Judge:
     def _named(self) -> Verdict:
         """Of the ranks without progress, one that does not wait for another, and of those the one that did least."""
         rank, seen = min(self.seen.items(), key=lambda item: (item[1].life.waits, item[1].life.done))
+        silent = max(self.seen, key=lambda rank: self.seen[rank].silent)
+        if self.seen[silent].silent > self.timeout / 2:
+            return self._silent(silent)
         where = f", at {seen.life.at}" if seen.life.at else ""
         return Verdict(rank, f"hangs: no progress for {seen.still:.0f} s{where}")

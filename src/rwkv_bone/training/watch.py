@@ -110,7 +110,7 @@ class Watch:
         self._beat = min(BEAT, timeout / 5)
         self._events: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
         self._links: dict[int, _Link] = {}  # rank -> the connection to it
-        self._places: dict[int, Message] = {}  # rank -> the process that it is
+        self._places: dict[int, Message] = {world.rank: _this_process()}  # rank -> the process that it is
         self._failed: dict[int, Message] = {}  # rank -> what it has raised
         self._dead: list[int] = []
         self._decide_at: float | None = None
@@ -151,7 +151,7 @@ class Watch:
             family = socket.AF_INET6 if both else socket.AF_INET
             with socket.create_server((here, 0), family=family, dualstack_ipv6=both, backlog=world.size) as server:
                 token = secrets.token_hex(16)
-                told = {"port": server.getsockname()[1], "token": token, **_this_process()}
+                told = {"port": server.getsockname()[1], "token": token, **self._places[0]}
                 world.store.set(world.key("watch"), json.dumps(told))
                 self._accept(server, token, end)
             return
@@ -167,7 +167,7 @@ class Watch:
                         f"({error.strerror or error}): a firewall must let these machines' connections pass"
                     ) from None
                 time.sleep(0.2)
-        self._links[0].send({"token": told["token"], "rank": world.rank, **_this_process()})
+        self._links[0].send({"token": told["token"], "rank": world.rank, **self._places[world.rank]})
 
     def _accept(self, server: socket.socket, token: str, end: float) -> None:
         while len(self._links) < self.world.size - 1:
