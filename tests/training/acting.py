@@ -4,10 +4,10 @@ The libraries are loaded once, which takes longer than these runs do; each proce
 started as torchrun starts them. FOLDER gets `results.json`: {name: {"statuses": [of each rank], "left": processes that
 have not ended, "output": of rank 0, "errors": of all ranks, "step": of the state that it left}}.
 
-A run is {"name", "argv", "proj_dir", "ranks", "after", "acts", "sends"}. after: the name of a run that must have ended. acts:
-[rank, place, what, value]; places are those of `PLACES`, with `step N` for after that step; what: `signal` (value: its
-number), `raise`, `mistake` (the text), `sleep`, `sleep in C`, `hold the lock`, `stop`, `die`. sends: [seconds after the
-first act, number of a signal, ranks].
+A run is {"name", "argv", "proj_dir", "ranks", "after", "acts", "sends", "ignored"}. after: the name of a run that must
+have ended. acts: [rank, place, what, value]; places: `load`, `data`, `before` (the measurement), `step N` (after it),
+`save`, `after`; what: `signal` (value: its number), `raise`, `mistake` (the text), `sleep`, `sleep in C`, `hold the
+lock`, `stop`, `die`. sends: [seconds after the first act, number of a signal, ranks]. ignored: signals, as by nohup.
 """
 
 from __future__ import annotations

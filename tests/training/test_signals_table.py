@@ -23,7 +23,7 @@ class Row:
 
     name: str
     acts: list[tuple[int, str, str, Any]]  # rank, place, what, value: tests/training/acting.py
-    status: int | tuple[int, ...]  # of each rank
+    status: Any  # one number, or for each rank one or a set of those that are right
     step: int  # of the state that it leaves, 0: none
     words: str  # on standard error
     ranks: int = 1
@@ -51,6 +51,11 @@ SAVED = "interrupted; the last step saved is {}, in "
 AT_ONCE = "stopped at once; the last step saved is {}, in "
 EACH = {"save_steps": 1}
 
+
+def twice(first, second) -> list:
+    return [(0, "step 2", "signal", first), (0, "step 2", "signal", second)]
+
+
 ONE = [
     # Before the first step there is nothing to save.
     Row("term while loading", [(0, "load", "signal", TERM)], 143, 0, NOTHING, lines=1),
@@ -67,9 +72,11 @@ ONE = [
     # The trained model is saved; the measurement is made up by the next run.
     Row("term while measuring after", [(0, "after", "signal", TERM)], 143, 3, SAVED.format(3)),
     # Twice.
-    Row("ctrl-c twice", [(0, "step 2", "signal", INT), (0, "step 2", "signal", INT)], 130, 1, AT_ONCE.format(1), flags=EACH),
-    Row("usr1, then term as a reminder", [(0, "step 2", "signal", USR1), (0, "step 2", "signal", TERM)], 138, 2, SAVED.format(2)),
-    Row("term twice at a time", [(0, "step 2", "signal", TERM), (0, "step 2", "signal", TERM)], 143, 2, SAVED.format(2)),
+    Row("ctrl-c twice", twice(INT, INT), 130, 1, AT_ONCE.format(1), flags=EACH),
+    Row("usr1, then term as a reminder", twice(USR1, TERM), 138, 2, SAVED.format(2)),
+    Row("term twice at a time", twice(TERM, TERM), 143, 2, SAVED.format(2)),
+    Row("hang-up twice", twice(HUP, HUP), 129, 2, SAVED.format(2)),
+    Row("term, then ctrl-c", twice(TERM, INT), 130, 1, AT_ONCE.format(1), flags=EACH),
     Row("ctrl-c twice in C", [(0, "step 2", "sleep in C", 0)], 130, 1, AT_ONCE.format(1), flags=EACH,
         sends=[(0.3, INT, [0]), (0.8, INT, [0])]),
     Row("term twice while it sleeps", [(0, "step 2", "sleep", 0)], 143, 1, AT_ONCE.format(1), flags=EACH,
@@ -81,31 +88,43 @@ ONE = [
         flags={"max_minutes": 0.001}),
 ]  # fmt: skip
 
-BOTH = {"ranks": 2}
+FIRST, SECOND = "rank 0 of 2 ({host})", "rank 1 of 2 ({host})"
+BEGUN = "interrupted; nothing was saved yet"
+KILLED = "error: {} has ended without a word: it was killed, perhaps by the system for lack of memory (see dmesg)"
+
+
+def both(what, place, value) -> list:
+    return [(0, place, what, value), (1, place, what, value)]
+
+
 TWO = [
-    Row("term to both while loading", [(0, "load", "signal", TERM), (1, "load", "signal", TERM)], 143, 0, "interrupted", **BOTH),
-    Row("term to the second while measuring", [(1, "before", "signal", TERM)], 143, 0, "interrupted; nothing was saved", **BOTH),
-    Row("ctrl-c to both in a step", [(0, "step 1", "signal", INT), (1, "step 1", "signal", INT)], 130, 2, SAVED.format(2), **BOTH),
-    Row("usr1 to the second in a step", [(1, "step 1", "signal", USR1)], 138, 2, SAVED.format(2), **BOTH),
-    Row("term to the first after training", [(0, "after", "signal", TERM)], 143, 3, SAVED.format(3), **BOTH),
-    Row("time is up for both", [], 124, 1, "--max_minutes 0.001 are over", flags={"max_minutes": 0.001}, **BOTH),
+    # Signals to one rank or to all.
+    Row("term to both while loading", both("signal", "load", TERM), 143, 0, NOTHING),
+    Row("term to the second while measuring", [(1, "before", "signal", TERM)], 143, 0, BEGUN),
+    Row("ctrl-c to both in a step", both("signal", "step 1", INT), 130, 2, SAVED.format(2)),
+    Row("usr1 to the second in a step", [(1, "step 1", "signal", USR1)], 138, 2, SAVED.format(2)),
+    Row("term to the first after training", [(0, "after", "signal", TERM)], (143, {0, 143}), 3, SAVED.format(3)),
+    Row("time is up for both", [], 124, 1, "--max_minutes 0.001 are over", flags={"max_minutes": 0.001}),
     Row("the second hangs, ctrl-c twice", [(1, "step 2", "sleep in C", 0)], 130, 1, AT_ONCE.format(1),
-        sends=[(0.5, INT, [0, 1]), (1.0, INT, [0, 1])], flags=EACH | {"rank_timeout": 100}, **BOTH),
+        sends=[(0.5, INT, [0, 1]), (1.0, INT, [0, 1])], flags=EACH | {"rank_timeout": 100}),
     # Ranks that cannot go on.
-    Row("the second stops", [(1, "step 2", "stop", 0)], (1, -9), 1, "error: rank 1 of 2 ({host}) has stopped", flags=EACH, **BOTH),
-    Row("the first stops", [(0, "step 2", "stop", 0)], (-9, 1), 1, "error: rank 0 of 2 ({host}) has stopped", flags=EACH, **BOTH),
-    Row("the second dies", [(1, "step 2", "die", 0)], (1, -9), 1, "error: rank 1 of 2 ({host}) has ended without a word", flags=EACH, **BOTH),
-    Row("the first dies", [(0, "step 2", "die", 0)], (-9, 1), 1, "error: rank 0 of 2 ({host}) has ended without a word", flags=EACH, **BOTH),
-    Row("the second sleeps", [(1, "step 2", "sleep", 0)], 1, 1, "error: rank 1 of 2 ({host}) hangs: no progress for", flags=EACH, **BOTH),
-    Row("the first sleeps", [(0, "step 2", "sleep", 0)], 1, 1, "error: rank 0 of 2 ({host}) hangs: no progress for", flags=EACH, **BOTH),
-    Row("the second holds the lock", [(1, "step 2", "hold the lock", 0)], (1, -9), 1, "error: rank 1 of 2 ({host}) has stopped", flags=EACH, **BOTH),
-    Row("the second raises", [(1, "step 2", "raise", "by nothing")], 1, 1, "rank 1 of 2 ({host}) failed:", flags=EACH, **BOTH),
-    Row("the first raises", [(0, "step 2", "raise", "by nothing")], 1, 1, "rank 0 of 2 ({host}) failed:", flags=EACH, **BOTH),
-    Row("a mistake on the second", [(1, "data", "mistake", "its data is missing")], 2, 0,
-        "error: rank 1 of 2 ({host}): its data is missing", lines=1, **BOTH),
-    Row("a mistake on both", [(0, "data", "mistake", "no data"), (1, "data", "mistake", "no data")], 2, 0, "error: no data",
-        lines=1, **BOTH),
+    Row("the second stops", [(1, "step 2", "stop", 0)], (1, -9), 1, f"error: {SECOND} has stopped", flags=EACH),
+    Row("the first stops", [(0, "step 2", "stop", 0)], (-9, 1), 1, f"error: {FIRST} has stopped", flags=EACH),
+    Row("the second holds the lock of Python", [(1, "step 2", "hold the lock", 0)], (1, -9), 1,
+        f"error: {SECOND} has stopped", flags=EACH),
+    Row("the second sleeps", [(1, "step 2", "sleep", 0)], 1, 1, f"error: {SECOND} hangs: no progress for", flags=EACH),
+    Row("the first sleeps", [(0, "step 2", "sleep", 0)], 1, 1, f"error: {FIRST} hangs: no progress for", flags=EACH),
+    Row("the second dies", [(1, "step 2", "die", 0)], (1, -9), 1, KILLED.format(SECOND), flags=EACH),
+    Row("the first dies", [(0, "step 2", "die", 0)], (-9, 1), 1, KILLED.format(FIRST), flags=EACH),
+    Row("the second dies while loading", [(1, "load", "die", 0)], (1, -9), 0, KILLED.format(SECOND), flags=EACH),
+    # Errors.
+    Row("the second raises", [(1, "step 2", "raise", "by nothing")], 1, 1, f"{SECOND} failed:", flags=EACH),
+    Row("the first raises", [(0, "step 2", "raise", "by nothing")], 1, 1, f"{FIRST} failed:", flags=EACH),
+    Row("a mistake on the second", [(1, "data", "mistake", "no rows")], 2, 0, f"error: {SECOND}: no rows", lines=1),
+    Row("a mistake on both", both("mistake", "data", "no rows"), 2, 0, "error: no rows", lines=1),
 ]  # fmt: skip
+for row in TWO:
+    row.ranks = 2
 
 RESUMED = {"the second dies", "the first stops", "the second sleeps", "term while measuring after"}
 
@@ -128,7 +147,8 @@ def test_a_run_ends_as_the_table_says(row, results):
     errors = result["errors"]
     assert result["left"] == [], errors
     expected = row.status if isinstance(row.status, tuple) else (row.status,) * row.ranks
-    assert tuple(result["statuses"]) == expected, errors
+    for status, wanted in zip(result["statuses"], expected, strict=True):
+        assert status in (wanted if isinstance(wanted, set) else {wanted}), errors
     first, _, rest = row.words.partition("{host}")
     begin = errors.index(first)
     assert rest in errors[begin:]

@@ -207,7 +207,7 @@ class Watch:
 
     def _tell_signal(self, status: int, words: str) -> None:
         """All ranks are to end because this one does, of its own will."""
-        told = {"end": status, "text": words, "culprit": None}
+        told = {"end": status, "text": words}
         for rank in self._links:
             self._send(rank, told)
 
@@ -301,12 +301,16 @@ class Watch:
             text = f"error: {text}"
         else:
             text = f"error: {self._name(rank)}: {text}"
-        return self._end_all({"end": 2 if first["mistake"] else 1, "text": text, "culprit": None})
+        return self._end_all({"end": 2 if first["mistake"] else 1, "text": text})
 
     def _end_by(self, verdict: Verdict) -> None:
         """End the run because of a rank that cannot tell why itself."""
         text = f"error: {self._name(verdict.rank)} {verdict.words}{self._state()}"
-        self._end_all({"end": 1, "text": text, "culprit": verdict.rank, "place": self._places.get(verdict.rank)})
+        seen = self._judge.seen[verdict.rank]
+        # A rank that hangs hears of the end, tells it and ends; one that is dead or has stopped does not.
+        stopped = self._places.get(verdict.rank) if seen.silent > self.timeout / 2 else None
+        gone = verdict.rank if stopped or verdict.rank in self._dead else None
+        self._end_all({"end": 1, "text": text, "gone": gone, "stopped": stopped})
 
     def _end_all(self, message: Message) -> None:
         if self.world.rank == 0:
@@ -315,11 +319,11 @@ class Watch:
         self._leave(message)
 
     def _leave(self, message: Message) -> None:
-        """End this process, and the one that cannot end itself if that is on this machine."""
-        culprit, place = message["culprit"], message.get("place")
-        if place and culprit != self.world.rank and _is_here(place):
-            signals.kill([place["pid"]])
-        next_to_it = self.world.local_rank == 1 and culprit == self.world.rank - 1
+        """End this process, and the one that has stopped if that is on this machine."""
+        gone, stopped = message.get("gone"), message.get("stopped")
+        if stopped and _is_here(stopped):
+            signals.kill([stopped["pid"]])
+        next_to_it = self.world.local_rank == 1 and gone == self.world.rank - 1
         signals.leave(message["end"], message["text"] if self.world.local_rank == 0 or next_to_it else "")
 
     def _how_it_ended(self, rank: int) -> str:
