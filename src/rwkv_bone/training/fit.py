@@ -42,6 +42,7 @@ from rwkv_bone.training.seeding import SeedBatches
 from rwkv_bone.training.signals import StopOnSignal
 from rwkv_bone.training.strategy import silence_libraries
 from rwkv_bone.training.trainer import choose_device, make_trainer, run_steps, settle_threads
+from rwkv_bone.training.watch import ShowProgress, Watch
 
 
 def fit(config: TrainConfig, world: World | None = None) -> Path:
@@ -53,16 +54,17 @@ def fit(config: TrainConfig, world: World | None = None) -> Path:
         with join(config) as world:
             return fit(config, world)
     silence_libraries()
-    folder = Path(config.run.proj_dir)
-    if not world.main:
-        return _fit(config, world, folder)
-    project.check_folder(config)
-    # Before anything there is read.
-    with run_lock.held(folder):
-        return _fit(config, world, folder)
+    with Watch(world, config.run.rank_timeout) as watch:
+        folder = Path(config.run.proj_dir)
+        if not world.main:
+            return _fit(config, world, watch, folder)
+        project.check_folder(config)
+        # Before anything there is read.
+        with run_lock.held(folder):
+            return _fit(config, world, watch, folder)
 
 
-def _fit(config: TrainConfig, world: World, folder: Path) -> Path:
+def _fit(config: TrainConfig, world: World, watch: Watch, folder: Path) -> Path:
     main, run = world.main, config.run
     report: Callable[[str], None] = console.say if main else lambda line: None
     earlier = looked(world.from_first("what is in --proj_dir", lambda: look(config)), folder)
@@ -70,6 +72,7 @@ def _fit(config: TrainConfig, world: World, folder: Path) -> Path:
         report(f"resume    a run in {folder} ended before it saved anything: this one begins anew")
     device = choose_device(run.accelerator, world)
     world.agree("the device of --accelerator", device)
+    watch.spins(device == "cuda")
     threads = settle_threads(run.devices)
     there = memory_there(device, run.devices)  # before this run takes any of it
 
@@ -128,8 +131,9 @@ def _fit(config: TrainConfig, world: World, folder: Path) -> Path:
     log = StepLog(folder / project.LOG, kept, report)
     go_on = program("train.py", "--resume", "1", "--proj_dir", str(folder))
     save = SaveTrained(output, folder, run, earlier=earlier, log=log, go_on=go_on, report=report)
-    stop = StopOnSignal(save.save_step, lambda: f"interrupted; {save.state_of_things()}")
-    callbacks: list[Callback] = [stop, PlaceModel(prepared.dtype), Agree()]
+    watch.state = save.state_of_things
+    stop = StopOnSignal(save.save_step, save.state_of_things, run.max_minutes)
+    callbacks: list[Callback] = [stop, ShowProgress(), PlaceModel(prepared.dtype), Agree()]
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
     callbacks += [heldout] if heldout else []
