@@ -16,7 +16,8 @@ from lightning.pytorch import Callback, seed_everything
 from rwkv_bone import allocator, console
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
-from rwkv_bone.training import project
+from rwkv_bone.errors import UserError
+from rwkv_bone.training import out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.launchers import check_launcher
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
@@ -49,7 +50,8 @@ def fit(config: TrainConfig) -> Path:
     folder = project.check_folder(config) if main else Path(run.proj_dir)
 
     seed_everything(run.random_seed, verbose=False)
-    prepared = prepare_model(config, torch.device(device))
+    with out_of_memory.told("while the base model was read"):
+        prepared = prepare_model(config, torch.device(device))
     model, adapter = prepared.model, config.adapter
     # Of what is written, config.json included, nothing changes: a user's `auto` stays `auto`.
     data, text = folder_text(prepared.folder, config.data)
@@ -61,7 +63,8 @@ def fit(config: TrainConfig) -> Path:
         earlier.check(output.metadata)
         earlier.load_parameters(model, output.keys)
     first = earlier.step if earlier else 0
-    choice = decide(config.model.grad_cp, prepared.arch, count(model), run_of(config, plan, device), there)
+    counted, running = count(model), run_of(config, plan, device)
+    choice = decide(config.model.grad_cp, prepared.arch, counted, running, there)
     module = TrainingModule(
         model, plan, run.epoch_count, config.optim, config.model, first, adapter.lora_plus, choice.recompute
     )
@@ -94,7 +97,12 @@ def fit(config: TrainConfig) -> Path:
         console.keep_lost_output(folder / project.OUTPUT)
     if device == "cpu":
         allocator.keep()
-    run_steps(trainer, module)
+    memory = out_of_memory.Plan(config, prepared.arch, counted, replace(running, recompute=choice.recompute), there)
+
+    def explain(error: BaseException) -> UserError | None:
+        return out_of_memory.explained(error, memory, out_of_memory.place_of(module), save.state_of_things())
+
+    run_steps(trainer, module, explain)
     assert save.last_path
     if main:
         report_results(config, folder, save.last_path, log.records, heldout, report)

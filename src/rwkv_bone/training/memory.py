@@ -36,6 +36,9 @@ from rwkv_bone.training.strategy import DTYPES
 GB = 2**30  # as cards are sold
 TRAINED_BYTES, GRADIENT_BYTES, STEP_BYTES = 12, 4, 8
 GAPS, CUDA_BYTES = 0.10, 7 * 10**8
+# What a process takes beside tensors once its free memory is looked at: on a GPU libraries and their kernels, on a CPU
+# also what the C library does not give back.
+RESERVE = {"cuda": GB // 4, "cpu": GB}
 
 SHELL_ROWS = 3  # rows of width C that the model keeps around its blocks, RWKV-7's v_first among them
 # Rows of width C that the backward pass of a time mix and of a channel mix work in, beside those of width dim_ffn.
@@ -61,6 +64,9 @@ class Run:
     device: str = "cuda"
     accumulate: int = 1  # forward passes of a step
     document: int = 0  # mean tokens of a document, where all rows are packed into one; 0: they are not
+    stage: int = 1  # of ZeRO
+    ranks: int = 1  # processes, on all machines
+    offload: bool = False  # the optimiser's state, and at stage 3 the weights, lie in the CPU's memory
 
     @property
     def rows(self) -> int:
@@ -116,6 +122,7 @@ class Counted:
     largest: int  # weights of the largest of them
     others: int  # other frozen weights
     trained: int
+    adapter: int  # of these, the adapter's, which are proportional to its r
     casts: int  # weights of trained matrices of the base, of which backward needs a copy in --precision
     inputs: int  # rows of width C that a block keeps because projections or trained lerps need their input
     products: int  # numbers of each token that a block's adapters keep of their own
@@ -123,10 +130,11 @@ class Counted:
 
 def count(model: RWKV) -> Counted:
     """Count a model, which may be quantised, or have no memory yet (torch.device("meta"))."""
-    shapes, others, trained, casts = [], 0, 0, 0
+    shapes, others, trained, adapter, casts = [], 0, 0, 0, 0
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             trained += parameter.numel()
+            adapter += parameter.numel() if split_key(key) else 0
             casts += parameter.numel() if parameter.dim() > 1 and not split_key(key) else 0
         elif is_quantized(key):
             shapes.append(tuple(parameter.shape))
@@ -141,6 +149,7 @@ def count(model: RWKV) -> Counted:
         largest=max(sizes, default=0),
         others=others,
         trained=trained,
+        adapter=adapter,
         casts=casts,
         inputs=_inputs_kept(block, model.arch.version),
         products=sum(_products(layer) for layer in block.modules() if isinstance(layer, AdapterLinear)),
@@ -173,6 +182,11 @@ def weight_bytes(count: Counted, run: Run) -> float:
         "fp4": count.projections * (0.5 + 4 / BLOCK),
     }
     return count.others * run.width + codes[run.quant]
+
+
+def needed(arch: Architecture, count: Counted, run: Run) -> float:
+    """Bytes that must be free at the start of this run."""
+    return needs(arch, count, run).total * (1 + GAPS) + RESERVE[run.device]
 
 
 def kept_by_layer(arch: Architecture, count: Counted, run: Run, wkv: bool = False) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.devices import select_device
-from rwkv_bone.errors import Interrupted
+from rwkv_bone.errors import Interrupted, UserError
 from rwkv_bone.training.loop import use_step_loop
 from rwkv_bone.training.module import RunStopped, TrainingModule
 from rwkv_bone.training.strategy import leave_process_group, make_strategy
@@ -80,8 +80,13 @@ def make_trainer(
     return trainer
 
 
-def run_steps(trainer: Trainer, module: TrainingModule) -> None:
-    """Take all optimiser steps. However the run ends, no process is left waiting for another."""
+def run_steps(
+    trainer: Trainer, module: TrainingModule, explain: Callable[[Exception], UserError | None] = lambda error: None
+) -> None:
+    """Take all optimiser steps. However the run ends, no process is left waiting for another.
+
+    explain: what is to be raised instead of an error, if it knows better; see out_of_memory.py.
+    """
     try:
         trainer.fit(module)
     except (RunStopped, Interrupted):
@@ -94,9 +99,11 @@ def run_steps(trainer: Trainer, module: TrainingModule) -> None:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise stop.__context__ from None  # in whose place Lightning ends the process with status 1
         raise
-    except Exception:
+    except Exception as error:
         # The others would wait for this process in their next collective.
         trainer.strategy.launcher.kill(signal.SIGTERM)
+        if better := explain(error):
+            raise better from error
         raise
     finally:
         module.close()
