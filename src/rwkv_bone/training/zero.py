@@ -22,12 +22,11 @@ NORM_PIECE = 2**22  # elements: in fp64, 32 MB
 def lighten(zero: Any) -> None:
     """Take from the ZeRO optimiser that `deepspeed.initialize` made what it need not have. What it computes stays.
 
-    Of one whose state is offloaded the master copy stays: it is on the CPU. But there is no second one to be rounded,
+    At stages 1 and 2 with offload the master copy stays, since it is on the CPU; but there is no second one, rounded,
     through which DeepSpeed would send it to the device.
     """
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-        if not zero.offload_optimizer:
-            _share(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
+        _share(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
     elif zero.cpu_offload:
         zero.param_buffer_of_bit16_for_cpu_offload_groups = list(zero.single_partition_of_fp32_groups)
     else:
@@ -47,7 +46,7 @@ def _share(masters: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
     """
     for master, part in zip(masters, parts, strict=True):
         assert master.dtype == part.dtype and torch.equal(master, part)
-        master.data = part
+        master.data = part  # at stage 3 with offload both are on the CPU
 
 
 def _norm(flat: Tensor) -> Tensor:
