@@ -189,8 +189,8 @@ def row(strategy: str, ranks: int, measured: dict[str, float], computed: dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--peft", default="none")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES[1:])

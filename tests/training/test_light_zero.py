@@ -4,6 +4,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from benchmarks.peak import peak_bytes
 from rwkv_bone import checkpoints
 from rwkv_bone.training import zero as zero_file
 from rwkv_bone.training.module import TrainingModule
@@ -184,3 +185,10 @@ def test_a_step_that_is_not_taken_changes_neither_moments_nor_the_count_of_steps
     with pytest.raises(Exception, match="optimiser step 3: the gradient is not a finite number"):
         job.run("untaken")
     assert kept == [3, 3, 3]
+
+
+def test_the_norm_of_a_gradient_is_taken_without_a_copy_of_it_in_fp64(monkeypatch):
+    monkeypatch.setattr(zero_file, "NORM_PIECE", 2**16)
+    gradient = torch.randn(16 * 2**16 + 3)
+    assert zero_file._norm(gradient) == pytest.approx(gradient.double().norm().item(), rel=1e-11)
+    assert peak_bytes(lambda: zero_file._norm(gradient)) < 1.1 * 8 * 2**16
