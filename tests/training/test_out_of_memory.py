@@ -15,7 +15,7 @@ from rwkv_bone.training import fit as fit_module
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.memory import GAPS, GB, RESERVE, Run, count, needs
 from rwkv_bone.training.module import TrainingModule
-from rwkv_bone.training.out_of_memory import Change, Plan, changes, explained, ran_out, size_text
+from rwkv_bone.training.out_of_memory import Change, Plan, changes, explained, ran_out, size_text, together
 from rwkv_bone.training.recompute import decide
 from tests.conftest import random_model
 from tests.test_memory_page import memory
@@ -133,6 +133,16 @@ def test_several_devices_are_told_of_the_stages_that_divide_more_and_one_of_offl
     assert strategies(stage=3, ranks=4) == ["deepspeed_stage_3_offload"]
     assert set(strategies()) == {"deepspeed_stage_2_offload", "deepspeed_stage_3_offload"}
     assert strategies(ranks=4, device="cpu") == ["deepspeed_stage_3", "deepspeed_stage_2"]
+
+
+def test_where_no_change_is_enough_alone_those_that_are_together_are_named():
+    plan = plan_of("--micro_bsz", "8", "--ctx_len", "2048", "--quant", "int8", there=8 * GB)
+    assert min(change.plan.size for change in changes(plan)) > 8 * GB
+    both = together(plan)
+    assert both.plan.size <= 8 * GB < plan.size and len(both.settings) > 2
+    assert f"Together: {both} needs {both.plan.size / GB:.1f} GB" in str(explained(MemoryError(), plan))
+    assert both.plan.run.micro_bsz * both.plan.run.accumulate == 8
+    assert "Together" not in str(explained(MemoryError(), replace(plan, there=38 * GB)))
 
 
 def test_a_run_that_fails_says_what_it_needs_and_the_same_command_goes_on_with_less(job, monkeypatch):

@@ -127,6 +127,20 @@ def changes(plan: Plan) -> list[Change]:
     return sorted(found, key=lambda change: change.plan.size)
 
 
+def together(plan: Plan) -> Change | None:
+    """Changes with which an unfinished run can be continued, one after another until it fits; None if there are none.
+
+    It may not fit even with all of them.
+    """
+    settings: dict[str, str | int] = {}
+    while plan.there is None or plan.size > plan.there:
+        exact = next((change for change in changes(plan) if change.continues), None)
+        if exact is None:
+            break
+        settings, plan = settings | exact.settings, exact.plan
+    return Change(settings, plan, True) if settings else None
+
+
 def _candidates(plan: Plan, goal: float) -> Iterator[Change]:
     config, run, count = plan.config, plan.run, plan.count
     data, cut = config.data, Cut.of(config)
@@ -148,9 +162,11 @@ def _candidates(plan: Plan, goal: float) -> Iterator[Change]:
         return change({"micro_bsz": rows, "accumulate_grad_batches": passes}, changed, continues=same)
 
     def smaller_r(flag: str, now: int, r: int) -> Change:
-        left = count.trained - round(count.adapter * (1 - r / now))
-        smaller = replace(count, trained=left, adapter=round(count.adapter * r / now))
-        return change({flag: r}, count=smaller)
+        adapter, products = count.adapter * r // now, count.products
+        if not config.adapter.lora_dropout:  # otherwise most of what an adapter keeps does not depend on r
+            products = products * r // now
+        trained = count.trained - count.adapter + adapter
+        return change({flag: r}, count=replace(count, trained=trained, adapter=adapter, products=products))
 
     if run.recompute.blocks < plan.arch.n_layer:
         yield change({"grad_cp": 1}, replace(run, recompute=EVERY_BLOCK), continues=True)
@@ -173,9 +189,9 @@ def _candidates(plan: Plan, goal: float) -> Iterator[Change]:
     for strategy in STRATEGIES:
         stage, offload = zero_stage(strategy), offloads(strategy)
         other = replace(run, stage=stage, offload=offload)
-        alone = run.ranks == 1 and not offload
+        useless = run.device == "cpu" if offload else run.ranks == 1
         barred = stage == 3 and (config.model.compile == "1" or "head" in config.adapter.targets)
-        if strategy != "auto" and (stage, offload) > (run.stage, run.offload) and not (alone or barred):
+        if strategy != "auto" and (stage, offload) > (run.stage, run.offload) and not (useless or barred):
             yield change({"strategy": strategy}, other, continues=True)
 
 
@@ -206,6 +222,8 @@ def _figures(plan: Plan) -> Iterator[str]:
     for one in found:
         note = "" if one.continues else "   (for a new run)"
         yield f"  {one!s:{width}}   {size_text(one.plan.size)}{note}"
+    if plan.there is not None and found[0].plan.size > plan.there and (several := together(plan)):
+        yield f"None of them is enough alone. Together: {several} needs {size_text(several.plan.size)}"
     if any(one.continues for one in found):
         yield "An unfinished run goes on with those without a note from the last state that it saved"
 
