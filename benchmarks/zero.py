@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,10 @@ def worker(argv: list[str]) -> None:
         return make_trainer(config, device, trainable, logger, [*callbacks, Meter()])
 
     def decided(choice: str, arch: Any, counted: Any, run: Any, there: Any) -> Any:
-        made = needs(arch, counted, run)
-        Path(f"{os.environ[OUTPUT]}.computed").write_text(json.dumps(vars(made) | {"parameters": counted.trained}))
-        return decide(choice, arch, counted, run, there)
+        chosen = decide(choice, arch, counted, run, there)
+        found = vars(needs(arch, counted, replace(run, recompute=chosen.recompute)))
+        Path(f"{os.environ[OUTPUT]}.computed").write_text(json.dumps(found | {"parameters": counted.trained}))
+        return chosen
 
     fit_module.make_trainer, fit_module.decide = metered, decided
     fit_module.fit(parse_train(argv))
