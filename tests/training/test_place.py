@@ -8,6 +8,7 @@ from dataclasses import replace
 import deepspeed
 import pytest
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from rwkv_bone import checkpoints
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject
@@ -15,6 +16,7 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.models import build, load_base_into
 from rwkv_bone.training import fit
 from rwkv_bone.training.place import place
+from rwkv_bone.training.strategy import KeepDtypes
 from tests.conftest import clean_environment, python_path, random_model
 from tests.training.conftest import adapter_of, largest_difference, log_of
 
@@ -224,3 +226,21 @@ def test_a_run_on_the_cpu_settles_the_allocator_once_before_its_first_step(job, 
     with pytest.raises(UserError, match="enough"):
         job.run("settled")
     assert said == ["keep", "steps"]
+
+
+def test_at_stage_3_no_more_than_two_blocks_are_whole_when_backward_begins(job, tmp_path, monkeypatch):
+    """By DeepSpeed's defaults the whole of every model below 10^9 parameters was."""
+    model = random_model(n_layer=6, n_embd=320, dim_ffn=960, head_size=64, vocab_size=256, dtype=torch.bfloat16)
+    checkpoints.write_state(tmp_path / "base.pth", model.state_dict())
+    found, backward = [], KeepDtypes.backward
+
+    def look(self, tensor, module, *rest, **options):
+        parts = [p for p in module.parameters() if not p.ds_persist]
+        found.append(sum(p.ds_numel for p in parts if p.ds_status == ZeroParamStatus.AVAILABLE))
+        backward(self, tensor, module, *rest, **options)
+
+    monkeypatch.setattr(KeepDtypes, "backward", look)
+    job.run("whole-blocks", load_model=tmp_path / "base.pth", strategy="deepspeed_stage_3", grad_cp=1, micro_bsz=2)
+    block = sum(p.numel() for p in model.blocks[1].parameters())
+    # The first step has no order of modules yet to fetch ahead by.
+    assert len(found) >= 3 and max(found) <= 2 * block

@@ -18,7 +18,8 @@ from rwkv_bone.cluster.join import join
 from rwkv_bone.cluster.world import SAME_FILES, World
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
-from rwkv_bone.training import project
+from rwkv_bone.errors import UserError
+from rwkv_bone.training import out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.memory import count
@@ -77,7 +78,8 @@ def _fit(config: TrainConfig, world: World, watch: Watch, folder: Path) -> Path:
     there = memory_there(device, run.devices)  # before this run takes any of it
 
     seed_everything(run.random_seed, verbose=False)
-    prepared = prepare_model(config, torch.device(device), continued=earlier is not None)
+    with out_of_memory.told("while the base model was read"):
+        prepared = prepare_model(config, torch.device(device), continued=earlier is not None)
     model, adapter = prepared.model, config.adapter
     # Of what is written, config.json included, nothing changes: a user's `auto` stays `auto`.
     data, text = folder_text(prepared.folder, config.data)
@@ -91,7 +93,8 @@ def _fit(config: TrainConfig, world: World, watch: Watch, folder: Path) -> Path:
         if main:
             earlier.load_parameters(model, output.keys)
     first = earlier.step if earlier else 0
-    choice = decide(config.model.grad_cp, prepared.arch, count(model), run_of(config, plan, device), there)
+    counted, running = count(model), run_of(config, plan, device)
+    choice = decide(config.model.grad_cp, prepared.arch, counted, running, there)
     bad_steps = read_bad_steps(earlier.metadata, earlier.path) if earlier else []
     module = TrainingModule(
         model,
@@ -149,7 +152,12 @@ def _fit(config: TrainConfig, world: World, watch: Watch, folder: Path) -> Path:
         console.keep_lost_output(folder / project.OUTPUT)
     if device == "cpu":
         allocator.keep()
-    run_steps(trainer, module)
+    memory = out_of_memory.Plan(config, prepared.arch, counted, replace(running, recompute=choice.recompute), there)
+
+    def explain(error: BaseException) -> UserError | None:
+        return out_of_memory.explained(error, memory, out_of_memory.place_of(module), save.state_of_things())
+
+    run_steps(trainer, module, explain)
     assert save.last_path
     if main:
         report_results(config, folder, save.last_path, log.records, heldout, report)

@@ -1,6 +1,6 @@
 """How many bytes a training run needs, computed from the model's shape: for --grad_cp auto and the pages.
 
-For a run that trains an adapter on one device (ZeRO stage 1 or 2):
+For a run that trains an adapter on one device (ZeRO stage 1 or 2; `share_of` says what several devices change):
 
     weights     every frozen tensor in --precision; with --quant the projections as codes and scales
     trained     12 bytes a parameter: the parameter and AdamW's two moments, all fp32
@@ -31,11 +31,16 @@ from rwkv_bone.models.rwkv import Block
 from rwkv_bone.ops.cross_entropy import rows_at_a_time
 from rwkv_bone.ops.sizes import CPU, EXACT, FLOAT, saved_floats, workspace_floats
 from rwkv_bone.quantization import BLOCK, CHUNK_CPU, CHUNK_GPU, QuantLinear, is_quantized
-from rwkv_bone.training.strategy import DTYPES
+from rwkv_bone.training.strategy import DTYPES, bucket_size
 
 GB = 2**30  # as cards are sold
-TRAINED_BYTES, GRADIENT_BYTES, STEP_BYTES = 12, 4, 8
+VALUE_BYTES, MOMENT_BYTES, GRADIENT_BYTES, STEP_BYTES = 4, 8, 4, 8
+TRAINED_BYTES = VALUE_BYTES + MOMENT_BYTES
+WHOLE_BLOCKS = 1.5  # at stage 3: the one in use, and what is fetched ahead (place.py)
 GAPS, CUDA_BYTES = 0.10, 7 * 10**8
+# What a process takes beside tensors once its free memory is looked at: on a GPU libraries and their kernels, on a CPU
+# also what the C library does not give back.
+RESERVE = {"cuda": GB // 4, "cpu": GB}
 
 SHELL_ROWS = 3  # rows of width C that the model keeps around its blocks, RWKV-7's v_first among them
 # Rows of width C that the backward pass of a time mix and of a channel mix work in, beside those of width dim_ffn.
@@ -61,6 +66,9 @@ class Run:
     device: str = "cuda"
     accumulate: int = 1  # forward passes of a step
     document: int = 0  # mean tokens of a document, where all rows are packed into one; 0: they are not
+    stage: int = 1  # of ZeRO
+    ranks: int = 1  # processes, on all machines
+    offload: bool = False  # the optimiser's state, and at stage 3 the weights, lie in the CPU's memory
 
     @property
     def rows(self) -> int:
@@ -116,6 +124,7 @@ class Counted:
     largest: int  # weights of the largest of them
     others: int  # other frozen weights
     trained: int
+    adapter: int  # of these, the adapter's, which are proportional to its r
     casts: int  # weights of trained matrices of the base, of which backward needs a copy in --precision
     inputs: int  # rows of width C that a block keeps because projections or trained lerps need their input
     products: int  # numbers of each token that a block's adapters keep of their own
@@ -123,10 +132,11 @@ class Counted:
 
 def count(model: RWKV) -> Counted:
     """Count a model, which may be quantised, or have no memory yet (torch.device("meta"))."""
-    shapes, others, trained, casts = [], 0, 0, 0
+    shapes, others, trained, adapter, casts = [], 0, 0, 0, 0
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             trained += parameter.numel()
+            adapter += parameter.numel() if split_key(key) else 0
             casts += parameter.numel() if parameter.dim() > 1 and not split_key(key) else 0
         elif is_quantized(key):
             shapes.append(tuple(parameter.shape))
@@ -141,6 +151,7 @@ def count(model: RWKV) -> Counted:
         largest=max(sizes, default=0),
         others=others,
         trained=trained,
+        adapter=adapter,
         casts=casts,
         inputs=_inputs_kept(block, model.arch.version),
         products=sum(_products(layer) for layer in block.modules() if isinstance(layer, AdapterLinear)),
@@ -173,6 +184,11 @@ def weight_bytes(count: Counted, run: Run) -> float:
         "fp4": count.projections * (0.5 + 4 / BLOCK),
     }
     return count.others * run.width + codes[run.quant]
+
+
+def needed(arch: Architecture, count: Counted, run: Run) -> float:
+    """Bytes that must be free at the start of this run."""
+    return needs(arch, count, run).total * (1 + GAPS) + RESERVE[run.device]
 
 
 def kept_by_layer(arch: Architecture, count: Counted, run: Run, wkv: bool = False) -> float:
@@ -210,6 +226,57 @@ def in_backward(arch: Architecture, count: Counted, run: Run) -> float:
     return max(time, channel, dequantised)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Bytes of a process for what ZeRO divides among processes."""
+
+    weights: float  # frozen
+    trained: float  # between steps
+    working: float  # in forward and backward: buckets, and at stage 3 what is whole at a time
+    gradients: float  # after backward
+    made_at_once: bool  # that memory is taken when backward begins
+    step: float  # in the optimiser's step, gradients included
+
+
+def share_of(arch: Architecture, count: Counted, run: Run) -> Share:
+    """What ZeRO leaves to each of `run.ranks` processes. In the stages' order more and more is a share.
+
+    Of what is offloaded a GPU holds nothing; on a CPU both parts lie in the same memory.
+    """
+    n, weights = run.ranks, weight_bytes(count, run)
+    values, gradients = VALUE_BYTES * count.trained, GRADIENT_BYTES * count.trained
+    hosted = run.offload and run.device == "cuda"  # the optimiser's state is in another memory
+    moments = 0 if hosted else MOMENT_BYTES * count.trained / n
+    largest = 4 * min(count.trained, arch.vocab_size * arch.n_embd)
+    bucket = 4 * bucket_size(count.trained, n)
+    buckets = (3 if run.device == "cuda" and n > 1 else 2) * bucket  # one is filled, one reduced, in a copy
+    if run.stage < 3 and not run.offload:
+        if n == 1:
+            return Share(weights, values + moments, 0, gradients, False, STEP_BYTES * count.trained)
+        # gloo gathers the new values in a copy.
+        step = max(STEP_BYTES * count.trained / n, values if run.device == "cpu" else 0)
+        if run.stage == 1:
+            return Share(weights, values + moments, bucket, gradients * (1 + 1 / n), run.accumulate > 1, step)
+        return Share(weights, values + moments, buckets, gradients / n, True, step)
+    if run.stage < 3:
+        # A second copy of the values, which is what AdamW steps on, and gradients, always.
+        master = 0 if hosted else (VALUE_BYTES + GRADIENT_BYTES) * count.trained / n
+        buffers = largest * (1 if hosted else 2)
+        step = values if run.device == "cpu" and n > 1 else 0
+        return Share(weights, values + moments + master + buffers, buckets, 0, True, step)
+    quantised = count.projections if run.quant != "none" else 0  # these are not divided
+    elements = count.others + count.projections - quantised + count.trained
+    divided = (elements - count.trained) * run.width
+    whole = weights - divided
+    shells = 2 * arch.vocab_size * arch.n_embd
+    one = max(WHOLE_BLOCKS * max(elements - shells, 0) / arch.n_layer, shells / 2)
+    at_a_time = one * (divided + values) / elements
+    if hosted:
+        return Share(whole, bucket, at_a_time + buckets, 0, True, 0)
+    kept = values / n + moments + gradients / n + bucket
+    return Share(whole + divided / n, kept, at_a_time + buckets, 0, True, gradients / n)
+
+
 def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
     """What a run needs of the memory that its device computes in."""
     row = run.tokens * run.width  # bytes of one number a token
@@ -221,7 +288,7 @@ def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
         state = 4 * arch.n_embd * (arch.head_size + 2)  # of one layer: the WKV state, and the last row of each mix
         around += -(-run.whole // run.length) * run.rows * layers * state
     logits = min(run.tokens, rows_at_a_time(arch.vocab_size, run.device, trained=False))
-    gradients = GRADIENT_BYTES * count.trained
+    share = share_of(arch, count, run)
     backward = in_backward(arch, count, run)
 
     def kept_by(blocks: int) -> float:
@@ -231,15 +298,18 @@ def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
     def while_in(block: int) -> float:
         """In the backward pass of this block, the first of which is 1."""
         anew = whole if block <= again else whole - stays
-        made = gradients if run.accumulate > 1 else gradients * (1 - (block - 1) / layers)
-        return kept_by(block) + anew + made + backward
+        made = share.gradients * (1 if at_once else 1 - (block - 1) / layers)
+        return kept_by(block) + anew + made + share.working + backward
 
-    earlier = gradients if run.accumulate > 1 else 0
+    at_once = share.made_at_once or run.accumulate > 1
+    earlier = share.working + (share.gradients if at_once else 0)
+    # Of the copies in --precision of trained matrices, those of blocks that are computed again are made again.
+    casts = count.casts * run.width * max(layers - again, 1) / layers if run.precision != "fp32" else 0
     head = kept_by(layers) + arch.vocab_size * logits * run.width + earlier
     blocks = {1, again, again + 1, layers} & set(range(1, layers + 1))
     return Needs(
-        weights=weight_bytes(count, run) + (count.casts * run.width if run.precision != "fp32" else 0),
-        trained=TRAINED_BYTES * count.trained,
+        weights=share.weights + casts,
+        trained=share.trained,
         kept=kept_by(layers),
-        passing=max(head, STEP_BYTES * count.trained, *map(while_in, blocks)),
+        passing=max(head, share.step, *map(while_in, blocks)),
     )

@@ -16,6 +16,7 @@ from torch import nn
 
 from rwkv_bone.adapters.registry import split_key
 from rwkv_bone.checkpoints import param_part, taken_over
+from rwkv_bone.models import RWKV
 from rwkv_bone.training.module import TrainingModule
 
 
@@ -29,8 +30,11 @@ class PlaceModel(Callback):
         self.dtype = dtype
 
     def setup(self, trainer: Trainer, module: TrainingModule, stage: str) -> None:
-        strategy = trainer.strategy
-        partition = partitioner(strategy.config["zero_optimization"]) if strategy.zero_stage_3 else None
+        strategy, partition = trainer.strategy, None
+        if strategy.zero_stage_3:
+            zero = strategy.config["zero_optimization"]
+            zero.update(whole_at_a_time(module.model))
+            partition = partitioner(zero)
         place(module.model, strategy.root_device, self.dtype, partition)
 
 
@@ -55,6 +59,21 @@ def place(
             partition(parameter)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
+
+
+def whole_at_a_time(model: RWKV) -> dict[str, int]:
+    """DeepSpeed's settings of stage 3 for how many elements of partitioned parameters are whole at a time.
+
+    By default it keeps what is needed again within 10^9 elements, and so the whole of a smaller model from its forward
+    pass to its backward. Here that is a block, which is needed again when it is computed again, and fetched ahead is
+    half a block.
+    """
+    block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
+    return {
+        "stage3_max_live_parameters": 2 * block,
+        "stage3_max_reuse_distance": block,
+        "stage3_prefetch_bucket_size": block // 2,
+    }
 
 
 def partitioner(zero: Mapping) -> Callable[[nn.Parameter], None]:

@@ -20,12 +20,10 @@ from rwkv_bone.config import TrainConfig
 from rwkv_bone.data import BatchPlan
 from rwkv_bone.devices import free_memory
 from rwkv_bone.models import EVERY_BLOCK, Recompute
-from rwkv_bone.training.memory import GAPS, GB, Counted, Run, needs
+from rwkv_bone.training.memory import GB, Counted, Run, needed
 from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.strategy import offloads, zero_stage
 
-# What a process takes beside tensors once its memory is looked at: on a GPU libraries and their kernels, on a CPU also
-# what the C library does not give back.
-RESERVE = {"cuda": GB // 4, "cpu": GB}
 CHUNK = 512  # of --chunk_ctx, where memory is short
 
 
@@ -61,12 +59,10 @@ def run_of(config: TrainConfig, plan: BatchPlan, device: str) -> Run:
         device=device,
         accumulate=config.run.accumulate_grad_batches,
         document=max(int(lengths.mean()), 1) if plan.pack else 0,
+        stage=zero_stage(config.run.strategy),
+        ranks=plan.world_size,
+        offload=offloads(config.run.strategy),
     )
-
-
-def needed(arch: Architecture, count: Counted, run: Run) -> float:
-    """Bytes that must be free at the start of this run."""
-    return needs(arch, count, run).total * (1 + GAPS) + RESERVE[run.device]
 
 
 def decide(choice: str, arch: Architecture, count: Counted, run: Run, there: float | None) -> Choice:

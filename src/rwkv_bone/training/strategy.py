@@ -28,6 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # that fails does not let the others wait this long: its process ends them.
 TIMEOUT = timedelta(hours=12)
 LEAST_BUCKET, BUCKET = 1_000_000, 20_000_000  # elements
+BUCKETS = 8  # that all gradients are reduced in, at least
 
 
 class KeepDtypes(DeepSpeedPrecision):
@@ -145,15 +146,23 @@ def offloads(strategy: str) -> bool:
     return strategy.endswith("_offload")
 
 
+def bucket_size(trainable: int, world_size: int) -> int:
+    """How many elements of gradients are reduced at once, so many trained parameters given.
+
+    DeepSpeed allocates full buckets, by default of 0.8 GB, however small an adapter is, and a copy of the one that it
+    reduces: with a single bucket for all gradients stage 2 would save nothing. A tensor that is larger than a bucket is
+    reduced on its own. On one device nothing is gained by reducing many at once.
+    """
+    return min(max(trainable // BUCKETS, LEAST_BUCKET), BUCKET) if world_size > 1 else LEAST_BUCKET
+
+
 def make_strategy(config: RunConfig, device: str, trainable: int, world: World | None = None) -> DeepSpeedStrategy:
     """The Lightning strategy of `--strategy` on `cuda` or `cpu`, for this many trained parameters.
 
     world: None is a single process.
     """
     stage, world_size = zero_stage(config.strategy), config.devices * config.num_nodes
-    # DeepSpeed allocates full buckets, by default of 0.8 GB, however small an adapter is. A tensor that is larger than
-    # a bucket is reduced on its own. On one device nothing is gained by reducing many at once.
-    bucket = min(max(trainable, LEAST_BUCKET), BUCKET) if world_size > 1 else LEAST_BUCKET
+    bucket = bucket_size(trainable, world_size)
     load_deepspeed()
     chosen = CpuDeepSpeedStrategy if device == "cpu" else ZeroStrategy
     strategy = chosen(

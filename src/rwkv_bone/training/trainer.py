@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -15,6 +15,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from rwkv_bone.cluster.world import World
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.devices import select_device
+from rwkv_bone.errors import UserError
 from rwkv_bone.training.launchers import card_of, read_no_checkpoints
 from rwkv_bone.training.loop import use_step_loop
 from rwkv_bone.training.module import TrainingModule
@@ -91,13 +92,22 @@ def leave_signals_alone(trainer: Trainer) -> None:
     connector.register_signal_handlers = remember
 
 
-def run_steps(trainer: Trainer, module: TrainingModule) -> None:
-    """Take all optimiser steps."""
+def run_steps(
+    trainer: Trainer, module: TrainingModule, explain: Callable[[Exception], UserError | None] = lambda error: None
+) -> None:
+    """Take all optimiser steps.
+
+    explain: what is to be raised instead of an error, if it knows better; see out_of_memory.py.
+    """
     try:
         trainer.fit(module)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise stop.__context__ from None  # in whose place Lightning ends the process with status 1
+        raise
+    except Exception as error:
+        if better := explain(error):
+            raise better from error
         raise
     finally:
         module.close()

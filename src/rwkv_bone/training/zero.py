@@ -16,16 +16,20 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+NORM_PIECE = 2**22  # elements: in fp64, 32 MB
+
 
 def lighten(zero: Any) -> None:
     """Take from the ZeRO optimiser that `deepspeed.initialize` made what it need not have. What it computes stays.
 
-    One whose state is offloaded stays as it is: its master copy is on the CPU.
+    At stages 1 and 2 with offload the master copy stays, since it is on the CPU; but there is no second one, rounded,
+    through which DeepSpeed would send it to the device.
     """
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-        if not zero.offload_optimizer:
-            _share(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
-    elif not zero.cpu_offload:
+        _share(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
+    elif zero.cpu_offload:
+        zero.param_buffer_of_bit16_for_cpu_offload_groups = list(zero.single_partition_of_fp32_groups)
+    else:
         rank = torch.distributed.get_rank(zero.dp_process_group)
         _share(zero.single_partition_of_fp32_groups, [parts[rank] for parts in zero.parallel_partitioned_bit16_groups])
         # Each parameter knows its place in the flat tensors: in the new ones.
@@ -42,7 +46,13 @@ def _share(masters: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
     """
     for master, part in zip(masters, parts, strict=True):
         assert master.dtype == part.dtype and torch.equal(master, part)
-        master.data = part
+        master.data = part  # at stage 3 with offload both are on the CPU
+
+
+def _norm(flat: Tensor) -> Tensor:
+    """The norm of a flat tensor, in fp64. Piece by piece, since PyTorch makes a copy in fp64 of what it gets."""
+    pieces = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in flat.split(NORM_PIECE)]
+    return torch.linalg.vector_norm(torch.stack(pieces))
 
 
 class OneDeviceZero(DeepSpeedZeroOptimizer):
@@ -73,7 +83,7 @@ class OneDeviceZero(DeepSpeedZeroOptimizer):
     def step(self, closure: Any = None) -> None:
         """Clip, and have AdamW take its step. `overflow` stays False: `_global_grad_norm` says whether it was taken."""
         flat, gradients = self.single_partition_of_fp32_groups, self._joined()
-        norms = [torch.linalg.vector_norm(x, dtype=torch.float64).square().float().sqrt() for x in gradients]
+        norms = [_norm(gradient).square().float().sqrt() for gradient in gradients]
         norm = self._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.clip_grad:
             torch._foreach_mul_(gradients, 1 / ((norm + 1e-6) / self.clip_grad).clamp(min=1.0))
