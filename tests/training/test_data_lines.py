@@ -12,7 +12,7 @@ from rwkv_bone.data import BatchPlan, load_dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import resume
-from rwkv_bone.training.saving import unused_saves
+from rwkv_bone.training.disk import unused_saves
 
 PAIR = {"prompt": "p", "response": "r" * 9}
 

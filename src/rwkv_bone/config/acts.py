@@ -106,6 +106,7 @@ TRAIN: dict[str, When] = {
     "lr_final": but("lr_schedule", "constant"),
     **EXCLUSIVE,
     "epoch_save": When(("epoch_count",), lambda count: count > 1, "with --epoch_count above 1", "--epoch_count 2"),
+    "save_minutes": given("save_state"),
     "eval_samples": given("eval_data", "eval_split") & only("data_type", *CONVERSATIONS),
 }
 

@@ -353,12 +353,15 @@ class RunConfig:
     )
     save_minutes: float = setting(
         10.0,
-        "minutes between saves of the state that a run continues from; 0 = only together with adapters",
+        "minutes between saves of resume.pth, and so what a kill can cost; longer where saving would take more than "
+        "2 % of the time; 0 = only together with adapters",
         at_least=0,
         at_most=10**5,
     )
-    keep: int = setting(0, "number of adapters that stay, the newest; 0 = all", at_least=0, at_most=10**6)
-    save_state: bool = setting(True, "0 = save no state to continue from (12 bytes a trained parameter)")
+    keep: int = setting(0, "number of adapters of this run that stay, the newest; 0 = all", at_least=0, at_most=10**6)
+    save_state: bool = setting(
+        True, "1 = save what a run continues from (12 bytes a trained parameter, twice); 0 = it cannot be continued"
+    )
     max_minutes: float = setting(
         0.0, "minutes after which the run saves and stops; 0 = when it is done", at_least=0, at_most=10**6
     )

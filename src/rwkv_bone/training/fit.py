@@ -21,7 +21,7 @@ from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.launchers import check_launcher
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.memory import count
-from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.module import TrainingModule, read_bad_steps
 from rwkv_bone.training.place import PlaceModel
 from rwkv_bone.training.prepare import count_parameters, load_data, plan_batches, prepare_heldout, prepare_model
 from rwkv_bone.training.progress import ProgressLines
@@ -62,8 +62,19 @@ def fit(config: TrainConfig) -> Path:
         earlier.load_parameters(model, output.keys)
     first = earlier.step if earlier else 0
     choice = decide(config.model.grad_cp, prepared.arch, count(model), run_of(config, plan, device), there)
+    bad_steps = read_bad_steps(earlier.metadata, earlier.path) if earlier else []
     module = TrainingModule(
-        model, plan, run.epoch_count, config.optim, config.model, first, adapter.lora_plus, choice.recompute
+        model,
+        plan,
+        run.epoch_count,
+        config.optim,
+        config.model,
+        first,
+        adapter.lora_plus,
+        choice.recompute,
+        bad_steps=bad_steps,
+        max_bad_steps=run.max_bad_steps,
+        report=report,
     )
 
     for line in header(config, prepared, module, choice, device, threads, earlier, text):
@@ -78,7 +89,7 @@ def fit(config: TrainConfig) -> Path:
         report(f"resume    {missing}")
     log = StepLog(folder / project.LOG, kept, report)
     go_on = program("train.py", "--resume", "1", "--proj_dir", str(folder))
-    save = SaveTrained(output, folder, run, earlier=earlier, go_on=go_on, report=report)
+    save = SaveTrained(output, folder, run, earlier=earlier, log=log, go_on=go_on, report=report)
     stop = StopOnSignal(save.save_step, lambda: f"interrupted; {save.state_of_things()}")
     callbacks: list[Callback] = [stop, PlaceModel(prepared.dtype), Agree()]
     # After those: what is compiled is placed, and knows what is computed again.
@@ -86,7 +97,7 @@ def fit(config: TrainConfig) -> Path:
     callbacks += [heldout] if heldout else []
     callbacks += [log, ProgressLines(log), save]
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
-    callbacks += [RestoreMoments(earlier.path, earlier.step)] if earlier else []
+    callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)
     trainer = make_trainer(config, device, trainable, wandb_logger(run.wandb, folder, report), callbacks)
     if main:

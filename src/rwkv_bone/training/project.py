@@ -14,12 +14,12 @@ from rwkv_bone.config.saved import to_json
 from rwkv_bone.errors import UserError
 
 CONFIG, LOG, PLOT, EVALUATION = "config.json", "train_log.jsonl", "loss.png", "evaluation.json"
-RESUME_FILE = "resume.pth"
+RESUME_FILE, PREVIOUS_FILE = "resume.pth", "resume.previous.pth"
 OUTPUT = "output.txt"  # what a run said that its terminal, pipe or disk could not take
 # With a number: rwkv-init.pth is what a run begins with, in RWKV-LM's way.
 SAVED = "rwkv-[0-9]*.pth"
-MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, OUTPUT, RESUME_FILE, SAVED, "rwkv-[0-9]*.json")
-RESULTS = (LOG, RESUME_FILE, SAVED)
+MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, OUTPUT, RESUME_FILE, PREVIOUS_FILE, SAVED, "rwkv-[0-9]*.json")
+RESULTS = (LOG, RESUME_FILE, PREVIOUS_FILE, SAVED)
 UNFINISHED = tuple(f".{name}.*.partial*" for name in MADE_HERE)  # what a killed run was writing
 
 

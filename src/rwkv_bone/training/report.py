@@ -15,13 +15,13 @@ from rwkv_bone.console import counted
 from rwkv_bone.data.lost import WARNING, percent
 from rwkv_bone.devices import describe_devices
 from rwkv_bone.quantization import describe
-from rwkv_bone.training import project, resume_file
+from rwkv_bone.training import project
+from rwkv_bone.training.disk import saving_lines, unused_saves
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.prepare import Prepared, count_parameters
 from rwkv_bone.training.recompute import Choice
 from rwkv_bone.training.resume import Saved
-from rwkv_bone.training.saving import unused_saves
 from rwkv_bone.training.strategy import DTYPES, offloads, zero_stage
 
 COMMANDS = "rwkv-bone-"  # how the names of the installed commands begin; train.py is then rwkv-bone-train
@@ -58,8 +58,6 @@ def header(
     else:
         trained, total = count_parameters(prepared.model, trained_only=True), count_parameters(prepared.model)
         yield f"trained   every weight: {trained:,} of {total:,} parameters"
-        size = trained * resume_file.BYTES_PER_PARAMETER / 2**30
-        yield f"          each save also replaces {project.RESUME_FILE}, for --resume: {size:,.1f} GB"
     yield from text
     for line in [*plan.dataset.summary_lines(), *plan.summary_lines()]:
         yield line if line.startswith(WARNING) else f"data      {line}"
@@ -73,6 +71,8 @@ def header(
     if read < 1:
         yield f"          these steps read {percent(read)} of the trained tokens; a larger --epoch_count reads more"
     yield f"memory    {choice.sentence}" if choice.fits else f"{WARNING}{choice.sentence}"
+    what = "adapter" if prepared.injection else "model"
+    yield from saving_lines(run, plan, prepared.model, prepared.output, what, module.first_step)
     for line in unused_saves(run, module.total_steps):
         yield f"{WARNING}{line}"
     if config.model.chunk_ctx:
