@@ -6,8 +6,10 @@ of its bytes is taken, in memory. What is read back from the disk must have this
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from rwkv_bone.adapters.inject import STATE, target_name
 from rwkv_bone.adapters.layer import Tensors
 from rwkv_bone.checkpoints import Base, param_part
 from rwkv_bone.checkpoints.numbers import is_finite
-from rwkv_bone.conversion.ahead import computed_ahead
+from rwkv_bone.conversion.ahead import computed_ahead, workers
 from rwkv_bone.conversion.fold import Fold, row_slices
 from rwkv_bone.conversion.output import ROUNDING, Output
 from rwkv_bone.errors import UserError
@@ -192,19 +194,20 @@ def _logits(
     arch = checkpoints.architecture_of(tensors_now)
     # The portable operator: a merge must not need a compiler.
     model = assemble(arch, tensors_now, op="torch", quant=quant, adapter=adapter if adapter and adapter.state else None)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, AdapterLinear):
-            if module.base is None and not module.needs_weight:
-                module.base = _InPieces(module.weight.detach)
-                module.weight = None
-        elif isinstance(module, nn.Linear):
-            key = f"{name}.weight"
-            model.set_submodule(name, _InPieces(lambda key=key: tensors[key]))
-    for block in model.blocks:
-        block.register_forward_hook(_give_back_weights)
-        block.register_forward_hook(lambda *_: passed())
-    ids = (torch.arange(1, CHECK_TOKENS + 1) * 7919 % arch.vocab_size)[None]
-    logits = model.eval()(ids)
+    with workers() as pool:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, AdapterLinear):
+                if module.base is None and not module.needs_weight:
+                    module.base = _InPieces(module.weight.detach, pool)
+                    module.weight = None
+            elif isinstance(module, nn.Linear):
+                stored = functools.partial(tensors.__getitem__, f"{name}.weight")
+                model.set_submodule(name, _InPieces(stored if module.weight.is_meta else module.weight.detach, pool))
+        for block in model.blocks:
+            block.register_forward_hook(_give_back_weights)
+            block.register_forward_hook(lambda *_: passed())
+        ids = (torch.arange(1, CHECK_TOKENS + 1) * 7919 % arch.vocab_size)[None]
+        logits = model.eval()(ids)
     _give_back_weights(model)
     return logits
 
@@ -219,14 +222,18 @@ class _InPieces(nn.Module):
     """A projection x [..., in] -> [..., out] whose weight is looked up whenever it is used, and converted to x's dtype
     piece by piece, in the processor's cache."""
 
-    def __init__(self, weight: Callable[[], Tensor]):
+    def __init__(self, weight: Callable[[], Tensor], pool: Executor):
         super().__init__()
-        self.weight = weight
+        self.weight, self.pool = weight, pool
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight()
         y = x.new_empty(*x.shape[:-1], len(weight))
-        for rows in row_slices(weight):
+
+        def compute(rows: slice) -> None:
             y[..., rows] = F.linear(x, weight[rows].to(x.dtype))
+
+        for _ in self.pool.map(compute, row_slices(weight)):
+            pass
         checkpoints.give_back(weight)
         return y
