@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from rwkv_bone.checkpoints import Architecture, Base
+from rwkv_bone.checkpoints.atomic import make_folder, sync_folder, temporary_beside
 from rwkv_bone.checkpoints.layouts import Layout
 from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.conversion.gguf_file import WORLD_TEMPLATE
@@ -273,21 +274,20 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         if strange or path.resolve() == Path.cwd():
             what = f"it also holds {strange[0]}" if strange else "it is the working directory"
             raise UserError(f"{path} exists and is not replaced, as {what}: give another name")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in (*temporary.iterdir(), temporary):
-            _flush(file)
-        if path.exists():
-            _exchange(temporary, path)
-        else:
-            os.rename(temporary, path)
-        _flush(path.parent)
+        make_folder(path.parent)
+        with temporary_beside(path, folder=True) as (temporary, descriptor):
+            yield temporary
+            for file in temporary.iterdir():
+                _flush(file)
+            os.fsync(descriptor)
+            if path.exists():
+                _exchange(temporary, path)
+            else:
+                os.rename(temporary, path)
+            sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_known(file: Path) -> bool:
