@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tests.faults.shim import Operation
@@ -170,20 +170,26 @@ class Disk:
                 new.pending.append({other: what})
                 old.pending.append(gone)
 
-    def write_after_cut(self, target: Path, seed: int) -> None:
-        """One state that a power cut now may leave, written to the new folder `target`. Equal seeds, equal states."""
-        self._write(self.top, target, random.Random(seed), {})
+    def after_cut(self, seed: int) -> dict[str, bytes | None]:
+        """One state that a power cut now may leave: {path: content, None for a folder}. Equal seeds, equal states."""
+        return dict(self._after_cut(self.top, "", random.Random(seed), {}))
 
-    def _write(self, folder: _Folder, target: Path, draw: random.Random, contents: dict[int, bytes]) -> None:
-        target.mkdir()
+    def _after_cut(self, folder: _Folder, above: str, draw: random.Random, contents: dict[int, bytes]) -> Iterator:
         for name, what in sorted(folder.after_cut(draw).items()):
             if isinstance(what, _Folder):
-                self._write(what, target / name, draw, contents)
+                yield above + name, None
+                yield from self._after_cut(what, f"{above}{name}/", draw, contents)
                 continue
             # A file with two names has one content.
             if id(what) not in contents:
                 contents[id(what)] = what.after_cut(draw)
-            (target / name).write_bytes(contents[id(what)])
+            yield above + name, contents[id(what)]
+
+    def write_after_cut(self, target: Path, seed: int) -> None:
+        """Make the new folder `target` hold such a state."""
+        target.mkdir()
+        for name, content in self.after_cut(seed).items():
+            (target / name).mkdir() if content is None else (target / name).write_bytes(content)
 
 
 def cut_at(disk: Disk, operations: Sequence[Operation]) -> Disk:

@@ -31,11 +31,12 @@ TIMEOUT = 120  # seconds
 
 @dataclass(frozen=True)
 class Setup:
-    """A command whose faults are tried. flags: of train.py; processes: how many devices; cached: data in the box, too."""
+    """A command whose faults are tried. flags: of train.py; base: its model, a file of the bench."""
 
     name: str
     flags: dict = field(default_factory=dict)
     processes: int = 1
+    base: str = "base.pth"
 
     def saved_before(self, line: int) -> int:
         """The last step whose save was over when the log got the line of this step; 0 if there is none."""
@@ -90,8 +91,8 @@ class Done:
 class Bench:
     """The box, the server, and the undisturbed runs, each made when it is first asked for."""
 
-    def __init__(self, work: Path):
-        self.work, self.box = work, work / "box"
+    def __init__(self, work: Path, draws: bool = False):
+        self.work, self.box, self.draws = work, work / "box", draws
         self.out, self.trace = work / "said.txt", work / "trace"
         self.library = compile_shim(work)
         self._files()
@@ -106,15 +107,16 @@ class Bench:
         from rwkv_bone import checkpoints
         from tests.conftest import random_model
 
-        model = random_model(vocab_size=128, n_layer=1, dtype=torch.bfloat16)
-        checkpoints.write_state(self.work / "base.pth", model.state_dict(), overwrite=True)
+        for name, sizes in {"base": {}, "wide": {"n_embd": 64, "head_size": 64}}.items():
+            model = random_model(vocab_size=128, n_layer=1, dtype=torch.bfloat16, **sizes)
+            checkpoints.write_state(self.work / f"{name}.pth", model.state_dict())
         lines = (json.dumps({"prompt": p, "response": r}) + "\n" for p, r in ROWS)
         (self.work / "rows.jsonl").write_text("".join(lines))
 
     def argv(self, setup: Setup, **more: object) -> list[str]:
         """The command line of a run in the box."""
         flags = {
-            "load_model": self.work / "base.pth", "data_file": self.work / "rows.jsonl", "proj_dir": self.box / "run",
+            "load_model": self.work / setup.base, "data_file": self.work / "rows.jsonl", "proj_dir": self.box / "run",
             "accelerator": "cpu", "precision": "fp32", "op": "torch", "peft": "bone", "tokenizer": "bytes",
             "dataload": "pad", "micro_bsz": 4, "ctx_len": 32, "lr_init": 1e-2, "lr_final": 1e-3, **EPOCHS,
             **setup.flags, **more,
@@ -165,7 +167,7 @@ class Bench:
                     "TORCHELASTIC_USE_AGENT_STORE": "False",
                 }  # fmt: skip
             jobs.append({
-                "program": program, "argv": argv, "output": str(self.out),
+                "program": program, "argv": argv, "output": str(self.out), "draws": self.draws,
                 "environment": {name: str(value) for name, value in environment.items()},
                 "faults": faults.to_dict() if faults and not rank else None,
             })  # fmt: skip
@@ -232,7 +234,7 @@ class Bench:
         assert reference
         done = self.go_on(setup)
         if not done.ended_well:
-            return f"does not go on: {done.statuses}{' (hangs)' * done.timed_out}: {_last_lines(done.said)}"
+            return f"does not go on: {done.statuses}{' (hangs)' * done.timed_out}: {last_lines(done.said)}"
         wrong = differences(self.box / "run", reference)
         if wrong:
             return "ends otherwise: " + "; ".join(wrong)
@@ -266,7 +268,7 @@ def kill(bench: Bench, setup: Setup, number: int, delay: int = -1) -> str:
     bench.empty_box()
     done = bench.train(setup, bench.faults(kill_at=number, delay=delay))
     if done.statuses[0] != -9 and not done.ended_well:
-        return f"was not killed: {done.statuses}: {_last_lines(done.said)}"
+        return f"was not killed: {done.statuses}: {last_lines(done.said)}"
     return bench.problem_after(setup, setup.saved_before(_last_line_of_log(bench.box / "run")))
 
 
@@ -284,7 +286,7 @@ def fail(bench: Bench, setup: Setup, number: int, error: str) -> str:
         wrong = [text for text in differences(folder, reference) if "warning" not in done.said or _matters(text)]
         return "ends well, but " + "; ".join(wrong) if wrong else ""
     if not done.refused_in_words:
-        return f"ends without a sentence: {done.statuses}: {_last_lines(done.said)}"
+        return f"ends without a sentence: {done.statuses}: {last_lines(done.said)}"
     return bench.problem_after(setup, setup.saved_before(_last_line_of_log(folder)))
 
 
@@ -362,7 +364,7 @@ def _step_it_went_on_from(said: str) -> int:
     return int(steps[0]) if steps else 0
 
 
-def _last_lines(said: str, many: int = 3) -> str:
+def last_lines(said: str, many: int = 3) -> str:
     return " / ".join(line.strip()[:300] for line in said.strip().splitlines()[-many:])
 
 
@@ -391,8 +393,9 @@ def _resumes_by_itself() -> bool:
 
 
 @contextmanager
-def bench_in(work: Path) -> Iterator[Bench]:
-    bench = Bench(work)
+def bench_in(work: Path, draws: bool = False) -> Iterator[Bench]:
+    """A bench in an empty folder; draws: its runs draw their loss curves, which takes as long as all the rest."""
+    bench = Bench(work, draws)
     try:
         yield bench
     finally:

@@ -2,8 +2,8 @@
 
     python -m tests.faults.server      (with the shim preloaded; one request and one answer a line, as JSON)
 
-A request is {"processes": [{"program", "argv", "environment", "faults", "output"}], "timeout"}: processes that run
-together, as a launcher starts them. When one is killed, so are the others, as on a machine that loses its power, unless
+A request is {"processes": [{"program", "argv", "environment", "faults", "output", "draws"}], "timeout"}: processes that
+run together, as a launcher starts them; draws: whether a loss curve is drawn. When one is killed, so are the others, as on a machine that loses its power, unless
 "alone" says that the others must find that out. The answer is {"statuses", "timed_out"}; a status below 0 is a signal.
 """
 
@@ -45,6 +45,8 @@ def child(job: dict) -> None:
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
         os.environ.update(job.get("environment") or {})
         _forget_rank()
+        if not job.get("draws"):
+            sys.modules["matplotlib"] = None  # type: ignore[assignment] # half of the time of a small run
         if job.get("faults"):
             from tests.faults.shim import Faults
 

@@ -94,6 +94,13 @@ static int resolve(int folder, const char *name, char *path) {
         else if (!getcwd(base, sizeof base)) return 0;
         snprintf(path, PATH_MAX, "%.2000s/%.2000s", base, name);
     }
+    if (strstr(path, "/../")) {
+        char above[PATH_MAX], *last = strrchr(path, '/');
+        *last = 0;
+        if (!realpath(path, above)) return 0;
+        *last = '/';
+        snprintf(path, PATH_MAX, "%.2000s/%.2000s", above, strrchr(name, '/') + 1);
+    }
     return is_below(path);
 }
 
