@@ -46,13 +46,17 @@ class _File:
                 kept[-1] = offset, data[: draw.randrange(len(data) + 1)]
             return _applied(self.safe, kept)
         size = len(whole)
-        pages = [self.safe[at : at + PAGE].ljust(min(PAGE, size - at), b"\0")[: size - at] for at in range(0, size, PAGE)]
+        pages = [
+            self.safe[at : at + PAGE].ljust(min(PAGE, size - at), b"\0")[: size - at] for at in range(0, size, PAGE)
+        ]
         if what == 3:  # the size and nothing else
             return b"".join(pages)
         if what == 4:  # the size, and pages up to some
             begin = draw.randrange(len(pages) + 1)
             return b"".join([whole[: begin * PAGE], *pages[begin:]])[:size]
-        return b"".join(whole[i * PAGE : (i + 1) * PAGE] if draw.random() < 0.7 else page for i, page in enumerate(pages))
+        return b"".join(
+            whole[i * PAGE : (i + 1) * PAGE] if draw.random() < 0.7 else page for i, page in enumerate(pages)
+        )
 
 
 def _applied(content: bytes, changes: Iterable[tuple[int, bytes | None]]) -> bytes:

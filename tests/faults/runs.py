@@ -6,11 +6,14 @@ Everything happens in one folder, the box, so that paths in files are the same i
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ OF_THE_MACHINE = {"seconds", "tokens_per_s", "data_wait_ms", "peak_memory_mb", "
 EPOCHS = {"epoch_count": 2, "save_steps": 1}
 # Responses of unequal length; 7 rows and 4 a step make two steps an epoch.
 ROWS = [(f"{n} -> ", str(n)[::-1] * (1 + n % 4)) for n in range(37, 44)]
+FILES = ("data_file", "eval_data", "cache_dir")
 TIMEOUT = 120  # seconds
 
 
@@ -60,6 +64,8 @@ SETUPS = [
     Setup("accumulated", {"micro_bsz": 2, "accumulate_grad_batches": 2}),
     Setup("saved by the minute", {"save_steps": 0, "save_minutes": 1e-6}),
     Setup("two kept", {"keep": 2}),
+    # Data of more than a megabyte is tokenised once, into a cache.
+    Setup("cached data", {"data_file": "many", "cache_dir": "cache", "epoch_steps": 2, "eval_data": "rows"}),
     Setup("two processes", {"devices": 2, "micro_bsz": 2}, 2),
     Setup("two processes, stage 2", {"devices": 2, "micro_bsz": 2, "strategy": "deepspeed_stage_2"}, 2),
     Setup(
@@ -112,6 +118,8 @@ class Bench:
             checkpoints.write_state(self.work / f"{name}.pth", model.state_dict())
         lines = (json.dumps({"prompt": p, "response": r}) + "\n" for p, r in ROWS)
         (self.work / "rows.jsonl").write_text("".join(lines))
+        many = (json.dumps({"text": f"{number} and no other number. " * 4}) + "\n" for number in range(10**4))
+        (self.work / "many.jsonl").write_text("".join(many))
 
     def argv(self, setup: Setup, **more: object) -> list[str]:
         """The command line of a run in the box."""
@@ -123,8 +131,8 @@ class Bench:
         }  # fmt: skip
         if flags["peft"] == "bone":
             flags |= {"bone_r": 8, "targets": "att.key ffn.value"}
-        if flags.get("eval_data") == "rows":
-            flags["eval_data"] = self.work / "rows.jsonl"
+        places = {"rows": self.work / "rows.jsonl", "many": self.work / "many.jsonl", "cache": self.box / "cache"}
+        flags |= {name: places.get(str(flags[name]), flags[name]) for name in FILES if name in flags}
         words = []
         for name, value in flags.items():
             words += [f"--{name}", *(value.split() if isinstance(value, str) and " " in value else [str(value)])]
@@ -185,6 +193,25 @@ class Bench:
     def faults(self, **what) -> Faults:
         return Faults(str(self.box), **what)
 
+    def start(self, setup: Setup, faults: Faults | None = None) -> tuple[Done, int]:
+        """As `train`, begun as users begin it; the launcher is ours. Also: how many processes outlived the first."""
+        environment = clean_environment() | {"OMP_NUM_THREADS": "1", "HOME": str(self.work)}
+        environment |= faults.environment(self.library) if faults else {}
+        command = [sys.executable, str(REPOSITORY / "train.py"), *self.argv(setup)]
+        with open(self.out, "w") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+            try:
+                status, late = process.wait(timeout=TIMEOUT), False
+            except subprocess.TimeoutExpired:
+                status, late = 1, True
+            deadline = time.monotonic() + TIMEOUT
+            while (left := _session(process.pid)) and time.monotonic() < deadline and not late:
+                time.sleep(0.05)
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+        return Done([status], late, self.out.read_text(errors="replace")), len(left)
+
     # --- the undisturbed run ---
 
     def empty_box(self) -> None:
@@ -230,8 +257,7 @@ class Bench:
         return self._ends[key]
 
     def _problem_after(self, setup: Setup, saved: int) -> str:
-        reference = self.reference(setup) if setup.name in self._references else None
-        assert reference
+        reference = self._references[setup.name]
         done = self.go_on(setup)
         if not done.ended_well:
             return f"does not go on: {done.statuses}{' (hangs)' * done.timed_out}: {last_lines(done.said)}"
@@ -269,6 +295,18 @@ def kill(bench: Bench, setup: Setup, number: int, delay: int = -1) -> str:
     done = bench.train(setup, bench.faults(kill_at=number, delay=delay))
     if done.statuses[0] != -9 and not done.ended_well:
         return f"was not killed: {done.statuses}: {last_lines(done.said)}"
+    return bench.problem_after(setup, setup.saved_before(_last_line_of_log(bench.box / "run")))
+
+
+def kill_started(bench: Bench, setup: Setup, number: int) -> str:
+    """As `kill`, of a run begun as users begin it, whose other processes must end by themselves."""
+    bench.reference(setup)
+    bench.empty_box()
+    done, orphans = bench.start(setup, bench.faults(kill_at=number))
+    if done.statuses[0] != -signal.SIGKILL:
+        return f"was not killed: {done.statuses}: {last_lines(done.said)}"
+    if orphans:
+        return f"{orphans} processes were there {TIMEOUT} s later"
     return bench.problem_after(setup, setup.saved_before(_last_line_of_log(bench.box / "run")))
 
 
@@ -324,7 +362,9 @@ def differences(folder: Path, reference: Path) -> list[str]:
     if ours != theirs:
         wrong.append(f"train_log.jsonl has steps {[line.get('step') for line in ours]}" if len(ours) != len(theirs)
                      else "train_log.jsonl differs")  # fmt: skip
-    wrong += [f"{path.name} is left over" for path in folder.rglob("*") if "partial" in path.name]
+    box = folder.parent if folder.name == "run" else folder
+    left = [path for path in box.rglob("*") if "partial" in path.name or (path.is_dir() and path.name[0] == ".")]
+    wrong += [f"{path.name} is left over" for path in left]
     return wrong
 
 
@@ -374,10 +414,26 @@ def _content(folder: Path) -> tuple:
     for path in sorted(folder.rglob("*")):
         name = re.sub(r"\.\d+\.", ".N.", path.relative_to(folder).as_posix())  # numbers of processes
         if path.name == "train_log.jsonl":
-            found.append((name, re.sub(rb'"(seconds|tokens_per_s|data_wait_ms|peak\w+)": [^,}]*', b"", path.read_bytes())))
+            found.append(
+                (name, re.sub(rb'"(seconds|tokens_per_s|data_wait_ms|peak\w+)": [^,}]*', b"", path.read_bytes()))
+            )
         else:
             found.append((name, path.read_bytes() if path.is_file() else None))
     return tuple(found)
+
+
+def _session(leader: int) -> list[int]:
+    """The processes of a session that are running."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(words[3]) == leader and words[0] not in "ZX":
+                found.append(int(entry.name))
+    return found
 
 
 def _free_port() -> int:

@@ -87,7 +87,10 @@ def test_a_swap_happens_whole_or_not_at_all(box):
 
 def test_a_line_that_was_appended_may_be_cut_and_those_synced_before_stay(box):
     file = os.stat(box / "name").st_ino
-    steps = [operation(box, "write", "name", data=b" line\n", offset=3, file=file), operation(box, "sync", "name", file=file)]
+    steps = [
+        operation(box, "write", "name", data=b" line\n", offset=3, file=file),
+        operation(box, "sync", "name", file=file),
+    ]
     steps += [operation(box, "write", "name", data=b"second\n", offset=9, file=file)]
     found = contents_of(states(box, steps))
     assert all(content.startswith(b"old line\n") for content in found)

@@ -78,7 +78,9 @@ def test_every_operation_below_the_folder_is_recorded_with_its_data(library, tmp
     assert (folder / "c").read_bytes() == (folder / "e").read_bytes() == CONTENT
     moved = operations[EXPECTED.index("rename")]
     assert (moved.path, moved.other) == (f"{folder}/a", f"{folder}/b")
-    assert len({operation.file for operation in operations if operation.path in (f"{folder}/a", f"{folder}/b")} - {0}) == 1
+    assert (
+        len({operation.file for operation in operations if operation.path in (f"{folder}/a", f"{folder}/b")} - {0}) == 1
+    )
 
 
 def test_it_kills_at_the_nth_operation_of_a_kind_and_half_way_through_a_write(library, tmp_path):
