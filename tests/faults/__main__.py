@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.faults.outputs import JOBS, Outputs
-from tests.faults.runs import SETUPS, Bench, Setup, Tally, bench_in, cut, fail, kill, kill_started, numbers_of
+from tests.faults.runs import SETUPS, Bench, Tally, bench_in, cut, fail, kill, kill_started, numbers_of
 from tests.faults.shim import CHANGES, KINDS, obstacle
 
 PARTS = ("kills", "starts", "failures", "cuts", "outputs", "flips")

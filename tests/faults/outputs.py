@@ -1,4 +1,4 @@
-"""Programs that write one output, merge and convert, over an older one: whatever happens, the older or the new is there.
+"""Merge and convert over an older output: whatever happens, the older or the new one is there.
 
 The box holds nothing but the output. The older output is there already, since what replaces can lose.
 """

@@ -349,7 +349,7 @@ def numbers_of(operations: Iterable[Operation], kinds: Iterable[str] = CHANGES) 
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
-    """What is not as in the folder of an undisturbed run: files to the byte, the log up to times; and what is left over."""
+    """What is not as after an undisturbed run: bytes of files, the log up to times; and what is left over."""
     wrong = []
     names = {path.name for path in reference.glob("rwkv-*")}
     if (found := {path.name for path in folder.glob("rwkv-*")}) != names:

@@ -2,9 +2,9 @@
 
     python -m tests.faults.server      (with the shim preloaded; one request and one answer a line, as JSON)
 
-A request is {"processes": [{"program", "argv", "environment", "faults", "output", "draws"}], "timeout"}: processes that
-run together, as a launcher starts them; draws: whether a loss curve is drawn. When one is killed, so are the others, as on a machine that loses its power, unless
-"alone" says that the others must find that out. The answer is {"statuses", "timed_out"}; a status below 0 is a signal.
+A request is {"processes": [{"program", "argv", "environment", "faults", "output", "draws"}], "timeout"}: processes
+that run together, as a launcher starts them; draws: whether a loss curve is drawn. When one is killed, so are the
+others, as on a machine that loses its power. The answer is {"statuses", "timed_out"}; a status below 0 is a signal.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import time
 import traceback
 
 WARM = (
-    "rwkv_bone.training.fit", "rwkv_bone.conversion.merge", "rwkv_bone.conversion.convert", "rwkv_bone.conversion.flags",
-    "rwkv_bone.commands", "torch._dynamo", "matplotlib.pyplot", "deepspeed", "safetensors.torch",
+    "rwkv_bone.training.fit", "rwkv_bone.conversion.merge", "rwkv_bone.conversion.convert",
+    "rwkv_bone.conversion.flags", "rwkv_bone.commands", "torch._dynamo", "matplotlib.pyplot", "deepspeed", "safetensors.torch",
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def serve_one(request: dict) -> dict:
                 if done:
                     statuses[pid] = os.waitstatus_to_exitcode(status)
         over = time.monotonic() > deadline
-        lost = not request.get("alone") and any(status < 0 for status in statuses.values())
+        lost = any(status < 0 for status in statuses.values())
         if over or lost:
             timed_out |= over
             for pid in pids:

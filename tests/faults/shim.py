@@ -72,7 +72,7 @@ class Faults:
         library.faults_set(os.fsencode(self.folder), *self._numbers, os.fsencode(self.trace))
 
     def environment(self, library: Path) -> dict[str, str]:
-        """For a process that is started: with these faults in it, and in none of those that it starts as other ranks."""
+        """For a process that is started: its own starts, as other ranks, have none."""
         assert not self.trace
         words = " ".join(map(str, self._numbers))
         return {"LD_PRELOAD": str(library), "FAULTS": f"{words} {self.folder}"}
@@ -82,7 +82,7 @@ class Faults:
 
 
 class Operation(NamedTuple):
-    """One that took place. number: among those that counted; file: the inode; offset: of data; of truncate, the size."""
+    """One that took place. number: among those that counted; file: inode; offset: of data; truncate: the size."""
 
     kind: str
     number: int

@@ -43,10 +43,10 @@ with open("../outside", "w") as file:
 print("done")
 """
 EXPECTED = (
-    "create write sync write open write write truncate rename write sync link unlink mkdir rmdir open write open create "
-    "write open sync"
+    "create write sync write open write write truncate rename write sync link unlink mkdir rmdir "
+    "open write open create write open sync"
 ).split()
-CONTENT = b"two!eoneo" + bytes(11) + b"e" + b"more"
+CONTENT = b"two!neone" + bytes(11) + b"e" + b"more"
 
 
 @pytest.fixture(scope="module")
