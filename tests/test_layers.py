@@ -32,6 +32,7 @@ MODULES = {
     "allocator": set(),
     "errors": set(),
     "imports": set(),
+    "locks": set(),
     "signals": set(),
     "console": set(),
     "commands": set(),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rwkv_bone import checkpoints
+from rwkv_bone.config import changes
 from rwkv_bone.config.flags import SECTIONS, parse_train
 from rwkv_bone.config.saved import from_json
 from rwkv_bone.errors import Interrupted, StoppedAtOnce, UserError
@@ -105,6 +106,11 @@ def half(halfway, tmp_path):
     return shutil.copytree(halfway["half"], tmp_path / "half")
 
 
+def first_line(said):
+    """Of what the run says: the notes on its command line come before."""
+    return next(line for line in said.splitlines() if not line.startswith("note: "))
+
+
 def go_on(job, folder, **flags):
     return job.run(folder, resume=1, **flags)
 
@@ -113,7 +119,7 @@ def test_more_epochs_continue_a_finished_run_and_the_new_schedule_is_said(job, h
     go_on(job, half, **halfway["flags"])
     assert_same_to_the_bit(half, halfway["whole"])
     said = capsys.readouterr().out
-    assert f"resume    after step 3 of 6, from {half}/resume.pth" in said
+    assert first_line(said) == f"resume    continues the run in {half} after step 3 of 6, from resume.pth"
     assert "--epoch_count 1 became 2: the schedule now ends at step 6, so that the next learning rate is 0.01" in said
     assert "step 6/6  epoch 2/2" in said
 
@@ -139,7 +145,7 @@ def test_the_folders_own_settings_serve_when_no_others_are_given(halfway, half):
 
     fit(parse_train(["--resume", "1", "--proj_dir", str(half), "--epoch_count", "2"]))
     assert_same_to_the_bit(half, halfway["whole"])
-    assert not from_json((half / "config.json").read_text()).run.resume
+    assert from_json((half / "config.json").read_text()).run.resume == "auto"
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
@@ -158,9 +164,14 @@ def test_another_stage_and_accumulation_continue_it_to_rounding(job, halfway, ha
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"lr_init": 2e-2, "bone_r": 4}, "--bone_r was 8 and is now 4; --lr_init was 0.01 and is now 0.02. A"),
+        (
+            {"lr_init": 2e-2, "bone_r": 4},
+            "half holds a run of other settings: --bone_r was 8 and is now 4; --lr_init was 0.01 and is now 0.02. Nothing "
+            r"there was changed.*--resume_with lr_init goes on with the new values \(--bone_r cannot change in a run\); "
+            "another --proj_dir begins a new run, --overwrite 1 replaces this one$",
+        ),
         ({"train_parts": "ln"}, "--train_parts was empty and is now ln"),
-        ({"micro_bsz": 2}, "a step was 1 device x 1 forward pass x micro_bsz 4 and is now 1 .* x micro_bsz 2"),
+        ({"micro_bsz": 2}, "a step was 1 device x 1 forward pass x micro_bsz 4; now it is 1 .* x micro_bsz 2"),
         ({"overwrite": 1}, "--overwrite 1 has no effect with --resume 1"),
     ],
 )  # fmt: skip
@@ -173,7 +184,7 @@ def test_what_determines_the_run_may_not_change(job, halfway, half, flags, messa
 
 def test_every_setting_that_is_free_to_change_exists():
     names = {spec.name for section in SECTIONS.values() for spec in fields(section)}
-    assert resume.FREE < names
+    assert changes.FREE | changes.ON_PURPOSE < names and not changes.FREE & changes.ON_PURPOSE - {"data_file"}
 
 
 def test_chunks_may_change_unless_they_cut_the_gradient(job):
@@ -181,9 +192,9 @@ def test_chunks_may_change_unless_they_cut_the_gradient(job):
         config = parse_train(job.argv(flags))
         return resume.Saved(job.folder / "resume.pth", 1, job.folder / "rwkv-0.pth", config, {})
 
-    saved(chunk_ctx=4)._check_settings(parse_train(job.argv({"chunk_ctx": 8})))
+    saved(chunk_ctx=4).check_settings(parse_train(job.argv({"chunk_ctx": 8})))
     with pytest.raises(UserError, match="--chunk_ctx was 4 and is now 8"):
-        saved(chunk_ctx=4, bptt_chunks=1)._check_settings(parse_train(job.argv({"chunk_ctx": 8, "bptt_chunks": 1})))
+        saved(chunk_ctx=4, bptt_chunks=1).check_settings(parse_train(job.argv({"chunk_ctx": 8, "bptt_chunks": 1})))
 
 
 @pytest.mark.parametrize("dataload, allowed", [("pad", True), ("pack", False), ("get", False)])
@@ -198,11 +209,15 @@ def test_other_data_and_another_base_are_refused(job, halfway, half, tmp_path):
     rows = [*ROWS[:-1], (ROWS[-1][0], "00")]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows))
-    with pytest.raises(UserError, match="--data_file holds other samples than the run in .*half had"):
+    with pytest.raises(
+        UserError, match="--data_file holds other samples .rows.jsonl, now rows.jsonl; fingerprint .*half began with"
+    ):
         go_on(job, half, **(halfway["flags"] | {"data_file": data}))
     state = {key: tensor + 1 for key, tensor in checkpoints.read_state(job.flags["load_model"]).items()}
     checkpoints.write_state(tmp_path / "base.pth", state)
-    with pytest.raises(UserError, match="--load_model holds other weights than the run in .*half had"):
+    with pytest.raises(
+        UserError, match="--load_model holds other weights .base.pth, now base.pth; fingerprint .*half began with"
+    ):
         go_on(job, half, **(halfway["flags"] | {"load_model": tmp_path / "base.pth"}))
 
 
@@ -218,17 +233,24 @@ def test_where_there_is_nothing_to_continue_it_says_what_there_is(job, halfway, 
         go_on(job, tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
     (half / "resume.pth").unlink()
-    with pytest.raises(UserError, match="half has no resume.pth.*: only rwkv-0.pth, to start a new run from with"):
+    with pytest.raises(
+        UserError, match="half has no resume.pth.*: only rwkv-0.pth, to start a new run from .* with --peft_load"
+    ):
         go_on(job, half, **halfway["flags"])
     (half / "rwkv-0.pth").unlink()
-    with pytest.raises(UserError, match="a run there ended before its first save; begin again with --overwrite 1"):
+    with pytest.raises(UserError, match="half has no resume.pth.*: without --resume 1 a run begins there"):
         go_on(job, half, **halfway["flags"])
 
 
 def test_a_complete_run_is_said_to_be_and_left_alone(job, halfway, half, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in half.iterdir()}
     go_on(job, half, **(halfway["flags"] | {"epoch_count": 1}))
-    assert f"nothing is left to do: the run in {half} is complete" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert first_line(said) == f"resume    the run in {half} is complete: 3 of 3 optimiser steps"
+    measured = json.loads((half / "evaluation.json").read_text())
+    assert f"after     loss {measured['after']['loss']:.4f} nats per token" in said
+    assert f"--peft_checkpoint {half}/rwkv-0.pth --output {half}/merged.pth" in said and "model     " not in said
+    assert said.endswith("nothing is left to do; a larger --epoch_count trains longer\n")
     assert {path.name: path.stat().st_mtime_ns for path in half.iterdir()} == before
 
 
@@ -310,13 +332,13 @@ def test_a_kill_while_the_state_is_written_leaves_the_one_before(job, monkeypatc
     reference = job.run("state whole", **TWO_EPOCHS)
     with monkeypatch.context() as patch:
         failing_at(patch, 3, Killed())
-        patch.setattr(resume_file.Path, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
+        patch.setattr(os, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
         with pytest.raises(Killed):
             job.run("state killed", **TWO_EPOCHS)
     folder = job.folder / "state killed"
     assert checkpoints.read_metadata(folder / "resume.pth")["step"] == 2
     assert (folder / "rwkv-0.pth").is_file()
-    (left,) = folder.glob(".*")
+    (left,) = folder.glob(".resume.*")
     left.rename(folder / ".resume.pth.1.partial.pth")  # of another process
     job.run(folder.name, resume=1, **TWO_EPOCHS)
     assert_same_to_the_bit(folder, reference)

@@ -19,7 +19,7 @@ class StopOnSignal(Callback):
 
     It must be the first callback: it has to hear signals before held-out data is measured, and it ends the run at the
     start of a step, when every callback has seen the end of the step before. The other ranks learn of the signal from
-    the numbers that ranks exchange anyway at the end of a step (`TrainingModule.signal`). `save(trainer, module)` is
+    the numbers that ranks exchange anyway at the end of a step (`TrainingModule.asks`). `save(trainer, module)` is
     called on every rank; `message()` is what the user then reads.
     """
 
@@ -34,13 +34,13 @@ class StopOnSignal(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: TrainingModule, batch: Any, index: int) -> None:
         self._listener.stepping = True
         if index % module.plan.accumulate == 0 and index:
-            received = module.signal_anywhere if module.plan.world_size > 1 else self._listener.received
+            received = module.asked["signal"] if module.plan.world_size > 1 else self._listener.received
             self._end_if(received, trainer, module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, module: TrainingModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        module.signal = self._listener.received
+        module.asks["signal"] = self._listener.received
 
     def on_train_end(self, trainer: Trainer, module: TrainingModule) -> None:
         self._listener.stepping = False
