@@ -98,8 +98,8 @@ def _fit(config: TrainConfig, folder: Path, main: bool) -> Path:
     heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report, measured)
     if earlier and taken and not (heldout and heldout.interrupted(module.total_steps)):
         trained = earlier.trained or folder / f"rwkv-{run.epoch_begin + plan.locate(first - 1)[0]}-s{first}.pth"
-        if main and not (trained.is_file() and trained.stat().st_size):
-            earlier.write_trained(trained, output.dtypes, output.metadata)
+        if main and earlier.mend(trained, output.dtypes, output.metadata):
+            report(f"resume    {trained.name} was lost or damaged: it is written again, from {earlier.path.name}")
         for line in complete(config, folder, trained, heldout):
             report(line)
         return trained
