@@ -33,6 +33,7 @@ MODULES = {
     "errors": set(),
     "imports": set(),
     "locks": set(),
+    "run_lock": set(),
     "signals": set(),
     "console": set(),
     "commands": set(),
