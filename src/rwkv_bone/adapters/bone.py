@@ -102,7 +102,12 @@ class BoneLinear(AdapterLinear):
     def merged(weight: Tensor, tensors: Tensors, settings: AdapterSettings) -> Tensor:
         bone = tensors["bone"]
         dtype = compute_dtype(weight, bone)
-        return tile_add_(weight.to(dtype, copy=True), bone.t().to(dtype)).to(weight.dtype)
+        tile = bone.t().to(dtype).contiguous()  # in the order in which it is read, again for every block
+        return tile_add_(weight.to(dtype, copy=True), tile).to(weight.dtype)
+
+    @staticmethod
+    def for_outputs(tensors: Tensors, outputs: slice) -> Tensors | None:
+        return {"bone": tensors["bone"][:, outputs]}
 
     @classmethod
     def check(cls, in_features: int, out_features: int, settings: AdapterSettings, name: str = "") -> None:

@@ -149,6 +149,14 @@ class AdapterLinear(nn.Linear):
         """The weight [out, in] of a plain linear equal to this layer: computed in fp32, rounded once to its dtype."""
         raise NotImplementedError
 
+    @staticmethod
+    def for_outputs(tensors: Tensors, outputs: slice) -> Tensors | None:
+        """The adapter's tensors for these outputs of the layer alone.
+
+        None where `merged` of a part of the weight need not give the same numbers, to the bit, as of the whole.
+        """
+        return None
+
     @classmethod
     def check(cls, in_features: int, out_features: int, settings: AdapterSettings, name: str = "") -> None:
         """UserError, naming the layer and its sizes, when r does not fit."""

@@ -81,7 +81,7 @@ def chosen_outtype(outtype: str, shapes: Mapping[str, Tensor]) -> str:
     """f32, f16, bf16 or q8_0: what `outtype` means for this model."""
     if outtype != "auto":
         return outtype
-    dtypes = {tensor.dtype for key, tensor in shapes.items() if _is_matrix(key)}
+    dtypes = {tensor.dtype for key, tensor in shapes.items() if is_matrix(key)}
     return next((name for name, dtype in DTYPES.items() if dtypes == {dtype}), "f32")
 
 
@@ -114,7 +114,7 @@ def write_gguf(
         for row in due[key]:
             shape = to_gguf(row.form, [torch.empty(shapes[name].shape, device="meta") for name in row.keys]).shape
             kind = _stored_type(key, shape, outtype)
-            if _is_matrix(key) and kind != outtype:
+            if is_matrix(key) and kind != outtype:
                 fallen_back.append(key)
             raw = gguf.GGMLQuantizationType[TYPE_NAMES[kind][0]]
             numbers, size = gguf.GGML_QUANT_SIZES[raw]
@@ -181,14 +181,14 @@ def _gguf_tensors(
     assert not waiting
 
 
-def _is_matrix(key: str) -> bool:
+def is_matrix(key: str) -> bool:
     """Whether a tensor is stored in the type that the user asks for."""
     return param_part(key) in ("emb", "head", "projection")
 
 
 def _stored_type(key: str, shape: torch.Size, outtype: str) -> str:
     """f32, f16, bf16 or q8_0."""
-    if not _is_matrix(key):
+    if not is_matrix(key):
         return "f32"
     return "f16" if outtype == "q8_0" and shape[-1] % BLOCK else outtype
 

@@ -1,14 +1,14 @@
 """Folding an adapter into its base: a plain checkpoint that no longer needs this project.
 
-`fold.py` is the arithmetic. `write_model` applies it to models of any size, one tensor at a time, and checks the
-result: it writes to a temporary name, reads that back, compares the tensors with a second computation and the logits
-with those of base + adapter, and only then gives the output its name. What is written is a plain model in the base's
+`fold.py` is the arithmetic. `write_model` applies it to models of any size, a few tensors at a time, and checks the
+result: it writes to a temporary name, reads that back, compares the tensors' checksums with those of what was to be
+written and the logits with those of base + adapter, and only then gives the output its name. What is written is a plain model in the base's
 dtypes, or in those that the form of the output has, never a quantised one but for GGUF's q8_0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,10 +20,10 @@ from rwkv_bone.adapters import AdapterFile, AdapterSettings, read_adapter
 from rwkv_bone.adapters.inject import STATE
 from rwkv_bone.checkpoints import Base, param_part
 from rwkv_bone.config import MergeConfig
-from rwkv_bone.console import counted, with_bar
-from rwkv_bone.conversion.fold import initial_state, merged_tensors
+from rwkv_bone.console import counted, progress_bar
+from rwkv_bone.conversion.fold import Fold
 from rwkv_bone.conversion.output import Output, output_named
-from rwkv_bone.conversion.verify import verify_logits, verify_tensors
+from rwkv_bone.conversion.verify import Checked, verify_logits
 from rwkv_bone.errors import UserError
 
 NO_ADAPTER = AdapterFile("", {}, AdapterSettings("none", 0), [], [], None)
@@ -34,7 +34,7 @@ class Written:
     """What is known of a model that has been written and checked."""
 
     output: Output
-    changes: Mapping[str, list[float]]  # as `verify_tensors` gives them
+    changes: Mapping[str, list[float]]  # as `Checked.changes` gives them
     logits: str  # how they compare, in words
     left_out: list[str]  # keys of the base that the output has no place for
 
@@ -82,17 +82,32 @@ def write_model(
     verify: compare the logits too. trained_on: see `verify_logits`. UserError, and no output, if the model has no such
     form, the name is taken, or a check fails.
     """
-    shapes = {**base.state, **initial_state(base.state, adapter.state)}
-    output = output.for_base(base, shapes)
-    with output.writing(overwrite) as temporary:
-        tensors = merged_tensors(base.state, adapter.state, adapter.settings, quant)
-        output.write(temporary, base, shapes, with_bar(tensors, len(shapes), f"writing {output.path.name}"))
+    fold = Fold(base.state, adapter.state, adapter.settings, quant)
+    output = output.for_base(base, fold.shapes)
+    checked = Checked(output, base, fold)
+    sizes = {key: tensor.nbytes for key, tensor in fold.shapes.items()}
+    passes = 2 + (verify and 2 + bool(adapter.state) + (trained_on != quant))
+    with (
+        output.writing(overwrite) as temporary,
+        progress_bar(passes * sum(sizes.values()), f"writing {output.path.name}") as bar,
+    ):
+
+        def told(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            for key, tensor in tensors:
+                yield key, tensor
+                bar.update(sizes[key])
+
+        output.write(temporary, base, fold.shapes, told(checked.tensors()))
+        bar.set_description_str("reading it back")
         found = output.read(temporary)
-        changes = verify_tensors(found, output, base, adapter, quant)
+        for key in checked.compare(found):
+            bar.update(sizes[key])
         logits = "not compared (--verify 0)"
         if verify:
-            logits = verify_logits(found, output, base, adapter, quant, trained_on)
-    return Written(output, changes, logits, [key for key in shapes if not output.keeps(key, base.arch)])
+            bar.set_description_str("comparing its logits")
+            layer = sum(sizes.values()) / base.arch.n_layer
+            logits = verify_logits(found, output, base, adapter, quant, trained_on, lambda: bar.update(layer))
+    return Written(output, checked.changes(), logits, [key for key in fold.shapes if key not in checked.kept])
 
 
 def trained_quant(adapter: AdapterFile, asked: str) -> str:

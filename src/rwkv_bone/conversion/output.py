@@ -113,10 +113,16 @@ class Output:
         """A tensor of the model in the dtype that the file is given it in; a GGUF file rounds by itself."""
         return tensor.half() if self.form == "st" else tensor
 
-    def agrees(self, expected: Tensor, found: Tensor) -> bool:
-        """Whether what was read back is what should be there: bit for bit, or as near as q8_0 must come."""
+    def exact(self, key: str, tensor: Tensor) -> Tensor | None:
+        """What reading back must give, bit for bit, for a tensor that was written; None where `agrees` has to say."""
         if self.form != "gguf":
-            return found.dtype == expected.dtype and torch.equal(found, expected)
+            return tensor
+        if not gguf_file.is_matrix(key) or self.outtype not in DTYPES:
+            return None
+        return tensor.to(DTYPES[self.outtype])
+
+    def agrees(self, expected: Tensor, found: Tensor) -> bool:
+        """Whether what was read back of a GGUF file has the values that it should, or comes as near as q8_0 must."""
         if found.shape != expected.shape:
             return False
         if torch.equal(found.float(), expected.to(found.dtype).float()):

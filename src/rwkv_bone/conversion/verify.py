@@ -1,73 +1,129 @@
-"""Whether what was written is the model that it should be: every tensor bit for bit, and the logits."""
+"""Whether what was written is the model that it should be: every tensor bit for bit, and the logits.
+
+Each tensor is computed once. Before it is written, its arithmetic is compared with the adapter layer's, and the checksum
+of its bytes is taken, in memory. What is read back from the disk must have this checksum.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_bone import checkpoints
-from rwkv_bone.adapters import ADAPTERS, AdapterFile, AdapterSettings
-from rwkv_bone.adapters.files import tensors_by_module
+from rwkv_bone.adapters import ADAPTERS, AdapterFile, AdapterLinear, AdapterSettings
 from rwkv_bone.adapters.inject import STATE, target_name
+from rwkv_bone.adapters.layer import Tensors
 from rwkv_bone.checkpoints import Base, param_part
 from rwkv_bone.checkpoints.numbers import is_finite
-from rwkv_bone.console import with_bar
-from rwkv_bone.conversion.fold import initial_state, merged_tensors, trained_weight
+from rwkv_bone.conversion.ahead import computed_ahead
+from rwkv_bone.conversion.fold import Fold, row_slices
 from rwkv_bone.conversion.output import ROUNDING, Output
 from rwkv_bone.errors import UserError
 from rwkv_bone.inference.load import assemble
-from rwkv_bone.quantization import is_quantized
 
-CHECK_TOKENS = 32
+CHECK_TOKENS = 16
+FORMULA_ROWS = 8
 FORMULA_TOLERANCE = 1e-5
 # Of the logits' norm: what fp32 arithmetic in another order explains, and how many times the relative change of the
 # weights that rounding causes may show there (26 on a model of 6 layers that was trained; it grows with the depth).
 ARITHMETIC, AMPLIFICATION = 1e-4, 60
 
 
-def verify_tensors(
-    written: Mapping[str, Tensor], output: Output, base: Base, adapter: AdapterFile, quant: str = "none"
-) -> dict[str, list[float]]:
-    """Compare what was read back with a second computation of it.
+class Checked:
+    """The tensors of a fold as an output is given them, checked before they are written and when they are read back."""
 
-    Returns for each target the relative change of its weights, |W' - W| / |W|, one number a layer.
-    """
-    adapted, settings = tensors_by_module(adapter.state), adapter.settings
-    keys = {*base.state, *initial_state(base.state, adapter.state)}
-    assert written.keys() == {key for key in keys if output.keeps(key, base.arch)}
-    changes: dict[str, list[float]] = {}
-    tensors = merged_tensors(base.state, adapter.state, settings, quant)
-    for key, tensor in with_bar(tensors, len(keys), "reading it back"):
-        if not output.keeps(key, base.arch):
-            continue
-        expected, found = output.stored(tensor), written[key]
-        for values in (expected, found):
-            if not is_finite(values):
-                name = str(values.dtype).removeprefix("torch.")
-                raise UserError(f"{key} would hold NaN or infinity as {name}: nothing was written")
-        if not output.agrees(expected, found):
-            raise UserError(f"{key} did not read back as it was written: nothing is kept; is the disk in order?")
-        module = key.removesuffix(".weight")
-        if module in adapted:
-            before = trained_weight(key, base.state[key], quant).float()
-            verify_formula(key, before, adapted[module], settings)
-            change, size = (tensor.float() - before).norm().item(), before.norm().item()
-            changes.setdefault(target_name(module), []).append(
-                change / size if size else float("inf") if change else 0.0
-            )
-        checkpoints.give_back(found)
-    return changes
+    def __init__(self, output: Output, base: Base, fold: Fold):
+        self.output, self.base, self.fold = output, base, fold
+        self.kept = [key for key in fold.shapes if output.keeps(key, base.arch)]
+        self._expected: dict[str, tuple[torch.Size, torch.dtype, int]] = {}  # of each tensor: shape, dtype, checksum
+        self._changes: dict[str, float] = {}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(key, tensor), in the fold's order, to be written. UserError for one that holds NaN or infinity."""
+        for key, tensor in computed_ahead(self._computed, self.fold.shapes):
+            yield key, tensor
+            self.fold.give_back(key)
+
+    def compare(self, found: Mapping[str, Tensor]) -> Iterator[str]:
+        """Compare what was read back with what was written, key by key. UserError for the first that differs."""
+        assert found.keys() == set(self.kept)
+
+        def compared(key: str) -> tuple[str, bool]:
+            tensor = found[key]
+            same = self._agrees(key, tensor)
+            checkpoints.give_back(tensor)
+            return key, same
+
+        for key, same in computed_ahead(compared, self.kept):
+            if not same:
+                raise UserError(f"{key} did not read back as it was written: nothing is kept; is the disk in order?")
+            yield key
+
+    def changes(self) -> dict[str, list[float]]:
+        """For each target the relative change of its weights, |W' - W| / |W|, one number a layer."""
+        changes: dict[str, list[float]] = {}
+        for key in self.kept:
+            if key in self._changes:
+                changes.setdefault(target_name(key.removesuffix(".weight")), []).append(self._changes[key])
+        return changes
+
+    def _computed(self, key: str) -> tuple[str, Tensor]:
+        if self.fold.adapts(key):
+            tensor, self._changes[key] = checked_weight(key, self.fold)
+        else:
+            tensor = self.fold.tensor(key)
+        tensor = self.output.stored(tensor)
+        if tensor is not self.base.state.get(key):  # whose values were looked at when it was read
+            _check_finite(key, tensor)
+        exact = self.output.exact(key, tensor)
+        if exact is not None:
+            self._expected[key] = exact.shape, exact.dtype, _checksum(exact)
+        return key, tensor
+
+    def _agrees(self, key: str, found: Tensor) -> bool:
+        if key in self._expected:
+            return (found.shape, found.dtype, _checksum(found)) == self._expected[key]
+        _check_finite(key, found)
+        return self.output.agrees(self.output.stored(self.fold.tensor(key)), found)
 
 
-def verify_formula(key: str, weight: Tensor, tensors: Mapping[str, Tensor], settings: AdapterSettings) -> None:
-    """Compare, in fp32 and before any rounding, what the merged weight and the adapter layer compute."""
-    x = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    layer, tensors = ADAPTERS[settings.kind], {name: tensor.float() for name, tensor in tensors.items()}
-    adapted = layer.forward_fused(x, weight, None, tensors, settings)
-    plain = x @ layer.merged(weight, tensors, settings).t()
+def _check_finite(key: str, tensor: Tensor) -> None:
+    if not is_finite(tensor):
+        name = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{key} would hold NaN or infinity as {name}: nothing was written")
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def checked_weight(key: str, fold: Fold) -> tuple[Tensor, float]:
+    """(merged weight, relative change) of a key that an adapter changes; the merge and the layer are compared."""
+    x = torch.randn(FORMULA_ROWS, fold.base[key].shape[1], generator=torch.Generator().manual_seed(0))
+    change = size = 0.0
+
+    def seen(before: Tensor, merged: Tensor, rounded: Tensor, tensors: Tensors) -> None:
+        nonlocal change, size
+        verify_formula(key, x.to(before.dtype), before, merged, tensors, fold.settings)
+        change += torch.sub(rounded.to(before.dtype), before).norm().item() ** 2
+        size += before.norm().item() ** 2
+
+    tensor = fold.tensor(key, seen)
+    change, size = change**0.5, size**0.5
+    return tensor, change / size if size else float("inf") if change else 0.0
+
+
+def verify_formula(
+    key: str, x: Tensor, before: Tensor, merged: Tensor, tensors: Tensors, settings: AdapterSettings
+) -> None:
+    """Compare, in fp32 and before any rounding, what the merged weight and the adapter layer compute of x."""
+    layer, tensors = ADAPTERS[settings.kind], {name: tensor.to(x.dtype) for name, tensor in tensors.items()}
+    adapted = layer.forward_fused(x, before, None, tensors, settings)
+    plain = x @ merged.t()
     assert (plain - adapted).norm() <= FORMULA_TOLERANCE * adapted.norm(), (
         f"{key}: merged weight and adapter layer differ"
     )
@@ -75,15 +131,22 @@ def verify_formula(key: str, weight: Tensor, tensors: Mapping[str, Tensor], sett
 
 @torch.no_grad()
 def verify_logits(
-    written: Mapping[str, Tensor], output: Output, base: Base, adapter: AdapterFile, quant: str, trained_on: str
+    written: Mapping[str, Tensor],
+    output: Output,
+    base: Base,
+    adapter: AdapterFile,
+    quant: str,
+    trained_on: str,
+    passed: Callable[[], object] = lambda: None,
 ) -> str:
     """Compare what was read back, as a model, with the base under the adapter. Returns what was found, in words.
 
     Both compute in fp32 on the weights as they are stored, the base quantised to `quant`. So they differ only by the
     rounding of the written weights, and need no memory but for the mapped files, the codes of a quantised base and one
-    layer. If the adapter was trained on another quantisation, the distance from its logits there is reported too.
+    piece of a weight. If the adapter was trained on another quantisation, the distance from its logits there is
+    reported too. passed: is called after every layer of every model.
     """
-    expected, found = _logits(base.state, quant, adapter), _logits(written, base=base)
+    expected, found = _logits(base.state, quant, adapter, passed=passed), _logits(written, base=base, passed=passed)
     difference = (found - expected).norm() / expected.norm()
     largest = (found - expected).abs().max().item()
     formats = output.number_formats(base.state["emb.weight"].dtype, computed=_changes_weights(adapter))
@@ -98,10 +161,10 @@ def verify_logits(
         )
     text += f" ({reason} explains up to {limit:.2%})"
     if adapter.state:
-        before = _logits(base.state, quant)
+        before = _logits(base.state, quant, passed=passed)
         text += f"; the adapter moves them by {(before - expected).norm() / expected.norm():.2%}"
     if trained_on != quant:
-        trained = _logits(base.state, trained_on, adapter)
+        trained = _logits(base.state, trained_on, adapter, passed=passed)
         text += f"; on {trained_on}, as trained, they were {(found - trained).norm() / trained.norm():.2%} away"
     return text
 
@@ -112,23 +175,34 @@ def _changes_weights(adapter: AdapterFile) -> bool:
 
 
 def _logits(
-    tensors: Mapping[str, Tensor], quant: str = "none", adapter: AdapterFile | None = None, base: Base | None = None
+    tensors: Mapping[str, Tensor],
+    quant: str = "none",
+    adapter: AdapterFile | None = None,
+    base: Base | None = None,
+    passed: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """[1, CHECK_TOKENS, V] of a fixed row of tokens, from these tensors quantised to `quant` and under an adapter.
 
     base: whose projections have the shapes of the tensors'. Given for a mapping whose tensors are computed when they
     are asked for: then no more than one projection is in memory.
     """
-    later = [key for key in tensors if base and is_quantized(key)]
+    later = [key for key in tensors if base and param_part(key) in ("projection", "head")]
     shapes = {key: torch.empty_like(base.state[key], device="meta") for key in later} if base else {}
     tensors_now = {key: shapes[key] if key in shapes else tensors[key] for key in tensors}
     arch = checkpoints.architecture_of(tensors_now)
     # The portable operator: a merge must not need a compiler.
     model = assemble(arch, tensors_now, op="torch", quant=quant, adapter=adapter if adapter and adapter.state else None)
-    for key in later:
-        model.set_submodule(key.removesuffix(".weight"), _Stored(tensors, key))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AdapterLinear):
+            if module.base is None and not module.needs_weight:
+                module.base = _InPieces(module.weight.detach)
+                module.weight = None
+        elif isinstance(module, nn.Linear):
+            key = f"{name}.weight"
+            model.set_submodule(name, _InPieces(lambda key=key: tensors[key]))
     for block in model.blocks:
         block.register_forward_hook(_give_back_weights)
+        block.register_forward_hook(lambda *_: passed())
     ids = (torch.arange(1, CHECK_TOKENS + 1) * 7919 % arch.vocab_size)[None]
     logits = model.eval()(ids)
     _give_back_weights(model)
@@ -141,15 +215,18 @@ def _give_back_weights(module: nn.Module, *_: object) -> None:
         checkpoints.give_back(parameter)
 
 
-class _Stored(nn.Module):
-    """A projection x [..., in] -> [..., out] whose weight is looked up whenever it is used."""
+class _InPieces(nn.Module):
+    """A projection x [..., in] -> [..., out] whose weight is looked up whenever it is used, and converted to x's dtype
+    piece by piece, in the processor's cache."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], key: str):
+    def __init__(self, weight: Callable[[], Tensor]):
         super().__init__()
-        self.tensors, self.key = tensors, key
+        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.tensors[self.key]
-        y = F.linear(x, weight.to(x.dtype))
+        weight = self.weight()
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        for rows in row_slices(weight):
+            y[..., rows] = F.linear(x, weight[rows].to(x.dtype))
         checkpoints.give_back(weight)
         return y
