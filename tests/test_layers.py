@@ -34,6 +34,7 @@ MODULES = {
     "allocator": set(),
     "errors": set(),
     "imports": set(),
+    "locks": set(),
     "launched": set(),
     "signals": set(),
     "console": set(),

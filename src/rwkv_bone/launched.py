@@ -56,7 +56,7 @@ def find(environment: Mapping[str, str] = os.environ) -> Launched:  # MASTER_ADD
         name = "NODE_RANK" if has("NODE_RANK") else "RANK"
         if not has("NODE_RANK") and _number(environment, "WORLD_SIZE", 1) == 1 and has("LOCAL_RANK"):
             return Launched()  # left by an earlier run in this process
-        port, said = _port(environment, PORT, "the default")
+        port, said = _port(environment, PORT, "the default is taken")
         return Launched(
             launcher=name,
             node=_number(environment, name),
@@ -81,7 +81,7 @@ def _by_rank(environment: Mapping[str, str]) -> Launched:
         raise UserError(
             f"{name} has started {size} processes, {devices} of them on this machine: each machine must have as many"
         )
-    port, said = _port(environment, PORT, "the default")
+    port, said = _port(environment, PORT, "the default is taken")
     return Launched(
         launcher=name,
         node=_number(environment, "GROUP_RANK", rank // devices),
@@ -109,7 +109,7 @@ def _by_slurm(environment: Mapping[str, str]) -> Launched:
     job = _number(environment, "SLURM_JOB_ID", 0)
     # Two steps of a job may run at once.
     default = 20000 + (job * 16 + _number(environment, "SLURM_STEP_ID", 0)) % 10000
-    port, said = _port(environment, default, "from SLURM_JOB_ID")
+    port, said = _port(environment, default, "made of SLURM_JOB_ID")
     cards = environment.get("SLURM_GPUS_ON_NODE", "")
     in_step = "SLURM_STEP_ID" in environment
     return Launched(

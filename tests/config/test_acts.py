@@ -79,6 +79,7 @@ OTHERS = {
     "eval_field": ("q", "a"),
     "loss_mask": "last",
     "epoch_save": 2,
+    "resume_with": ("lr_init",),
 }
 
 

@@ -44,9 +44,11 @@ def changed_everywhere():
         "data_weights",
         "eval_data",
         "eval_field",
+        "save_minutes",
+        "resume_with",
     }
     expected = {spec.name: other_value(spec) for spec in SPECS if spec.name not in unread}
-    expected |= {"peft": "bone", "dataload": "get", "resume": False}  # there is no run to continue
+    expected |= {"peft": "bone", "dataload": "get", "resume": "never"}  # there is no run to continue
     expected |= {"data_type": "sft", "lr_schedule": "linear", "loss_mask": "se", "my_testing": "x070"}
     words = []
     for name, value in expected.items():
@@ -73,7 +75,8 @@ def test_every_setting_is_a_flag():
     words, expected = changed_everywhere()
     unread = {spec.name: spec.default for spec in SPECS if spec.name not in expected}
     assert settings(flags.parse_train(words)) == expected | unread
-    others = {spec.name: other_value(spec) for spec in SPECS if spec.name in unread} | {"data_weights": ("0.5", "2")}
+    others = {spec.name: other_value(spec) for spec in SPECS if spec.name in unread}
+    others |= {"data_weights": ("0.5", "2"), "resume_with": ("lr_init", "data_file")}
     words = []
     for name, value in others.items():
         words += [f"--{name}", *(value if isinstance(value, tuple) else [str(value)])]

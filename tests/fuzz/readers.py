@@ -229,7 +229,8 @@ def read_resume(path: Path) -> Any:
     from rwkv_bone.training.resume import Saved
 
     saved, model = Saved.find(run_config(path.parent)), _model()
-    saved.check({"architecture": model.arch.to_dict(), "base": "b", "data": "d"})
+    assert saved
+    saved.check({"architecture": model.arch.to_dict(), "base": "b", "data": "d"}, run_config(path.parent))
     inject(model, settings=AdapterSettings("bone", R), targets=["att.key"])
     keys = tuple(key for key, parameter in model.named_parameters() if parameter.requires_grad)
     saved.load_parameters(model, keys)
@@ -249,14 +250,16 @@ def evaluation(folder: Path) -> Path:
 
 
 def read_evaluation(path: Path) -> Any:
-    from rwkv_bone.training.heldout import read_measured
+    from rwkv_bone.training.heldout import read_measured, text_of
 
-    before, after = read_measured(path, "d")
+    before, after = read_measured(text_of(path) or "", path, "d")
     return [one.line() for one in (before, after) if one]
 
 
 def train_log(folder: Path) -> Path:
-    lines = [{"step": step, "epoch": 0, "loss": 1.5, "lr": 1e-3, "tokens": 9, "seconds": 0.1} for step in range(1, 5)]
+    numbers = {"epoch": 0, "loss": 1.5, "lr": 1e-3, "tokens": 9, "trained_tokens": 5, "grad_norm": 0.5, "seconds": 0.1}
+    numbers |= {"tokens_per_s": 90.0, "data_wait_ms": 0.1, "peak_memory_mb": 9.5, "peak_reserved_mb": None}
+    lines = [{"step": step, **numbers} for step in range(1, 5)]
     (folder / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder / "train_log.jsonl"
 

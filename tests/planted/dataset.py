@@ -58,8 +58,8 @@ BUGS = (
     Bug(DATA + "fingerprint.py", "mine + offset", "mine", f"{FINGERPRINT} -k which_files"),
     Bug(
         "src/rwkv_bone/training/resume.py",
-        "not of_this_format(mine[key])",
-        "True",
+        'of_this_format(self.metadata["data"]) and',
+        "False and",
         "tests/training/test_data_lines.py -k character",
     ),
     # Which documents become which samples.

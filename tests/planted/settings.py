@@ -34,7 +34,7 @@ BUGS = (
         f"{TESTS} -k typed_value",
     ),
     Bug(LAYERS, "elif value != default:", "elif not default:", f"{TESTS} -k edited_variable"),
-    Bug(LAYERS, ' or self.typed.get("resume"):', ":", f"{TESTS} -k saved_run"),
+    Bug(LAYERS, ' or self.typed.get("resume") in (True, "1"):', ":", f"{TESTS} -k saved_run"),
     Bug(LAYERS, "if name in self.saved and when.met(saved):", "if name in self.saved:", f"{TESTS} -k saved_run"),
     Bug(
         LAYERS,

@@ -12,7 +12,7 @@ from rwkv_bone.data import BatchPlan, load_dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import resume
-from rwkv_bone.training.saving import unused_saves
+from rwkv_bone.training.disk import unused_saves
 
 PAIR = {"prompt": "p", "response": "r" * 9}
 
@@ -113,11 +113,11 @@ def test_one_changed_character_in_three_thousand_rows_is_noticed_every_time(save
         changed = [*rows[:place], rows[place] | {"response": f"Number {place}"}, *rows[place + 1 :]]
         write(tmp_path / "rows.jsonl", changed)
         earlier, now = saved(before, data_fingerprint(load_dataset(config, 256)))
-        with pytest.raises(UserError, match="--data_file holds other samples than the run in"):
-            earlier.check(now)
+        with pytest.raises(UserError, match="--data_file holds other samples .*not what the run in"):
+            earlier.check(now, parse_train(job.argv({})))
     write(tmp_path / "rows.jsonl", rows)
     earlier, now = saved(before, data_fingerprint(load_dataset(config, 256)))
-    earlier.check(now)
+    earlier.check(now, parse_train(job.argv({})))
 
 
 def test_a_run_of_version_0_2_0_goes_on_and_says_that_its_data_cannot_be_compared(saved, job):
@@ -127,9 +127,9 @@ def test_a_run_of_version_0_2_0_goes_on_and_says_that_its_data_cannot_be_compare
     said = {}
     for then in ("0123456789abcdef0123456789abcdef", now):
         earlier, metadata = saved(then, now)
-        earlier.check(metadata)
-        said[then] = [line for line in earlier.notes(config, plan, threads=1) if "cannot be compared" in line]
+        earlier.check(metadata, config)
+        said[then] = [line for line in earlier.notes(config, plan, 1, metadata) if "cannot be compared" in line]
     assert [len(lines) for lines in said.values()] == [1, 0]
     earlier, metadata = saved("0123456789abcdef0123456789abcdef", now)
     with pytest.raises(UserError, match="--load_model holds other weights"):
-        earlier.check(metadata | {"base": "other"})
+        earlier.check(metadata | {"base": "other"}, config)

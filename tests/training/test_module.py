@@ -12,7 +12,7 @@ from rwkv_bone.config.flags import parse_train
 from rwkv_bone.data import Batch
 from rwkv_bone.models import NOTHING, build
 from rwkv_bone.training.gather import gather
-from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.module import ASKS, TrainingModule
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
 from rwkv_bone.training.prepare import prepare_model
 from tests.conftest import random_model
@@ -39,7 +39,7 @@ def test_the_head_is_told_the_factor_that_its_loss_is_multiplied_by(world, accum
         global_rank=0,
         device=torch.device("cpu"),
         model=model,
-        _table=torch.zeros(world, accumulate + 3, dtype=torch.float64),
+        _table=torch.zeros(world, accumulate + 2 + len(ASKS), dtype=torch.float64),
     )
     module._loss = lambda *arguments: TrainingModule._loss(module, *arguments)
     for micro in range(accumulate):

@@ -18,7 +18,7 @@ from tests.training.conftest import log_of
 
 # Every line that a run of these tests may print begins with one of these.
 OURS = re.compile(
-    r"(model|device|kernel|memory|adapter|data|steps|held-out|before|after|results|next) {2,}\S"
+    r"(model|device|kernel|memory|adapter|data|steps|saving|held-out|before|after|results|next) {2,}\S"
     r"|step \d+/3  epoch 1/1  loss \d+\.\d{4}  lr \S+  [\d,]+ tokens/s  \d:\d\d left$"
     r"|  (prompt  |expected|before  |after   )  \""
     r"|$"

@@ -30,8 +30,8 @@ def memorised(job):
     kept = []
     original = fit_module.prepare_model
 
-    def keep(*args):
-        kept.append(original(*args))
+    def keep(*args, **options):
+        kept.append(original(*args, **options))
         return kept[0]
 
     fit_module.prepare_model = keep
@@ -120,7 +120,11 @@ def test_the_frozen_base_stays_bf16_and_unchanged_and_the_adapter_fp32(memorised
 
 def test_an_existing_folder_of_results_is_kept(memorised, job):
     before = {path.name: path.stat().st_mtime_ns for path in memorised[0].iterdir()}
-    with pytest.raises(UserError, match="memorised holds the results of an earlier run.*--overwrite"):
+    with pytest.raises(UserError, match="memorised holds the results of an earlier run.*--overwrite 1"):
+        job.run("memorised", resume="never")
+    with pytest.raises(
+        UserError, match="memorised holds a run of other settings: --lr_init was .*--precision was bf16"
+    ):
         job.run("memorised")
     assert {path.name: path.stat().st_mtime_ns for path in memorised[0].iterdir()} == before
 

@@ -1,14 +1,14 @@
-"""Checkpoints: read and written (`files.py`, `stream.py`), their pages in memory (`pages.py`), their keys (`keys.py`),
-their model (`architecture.py`).
+"""Checkpoints: read and written (`files.py`, `stream.py`, `atomic.py`), their pages in memory (`pages.py`), their keys
+(`keys.py`), their model (`architecture.py`).
 
 A base model (`base.py`) may be several files (`model_files.py`) with a config.json (`model_config.py`), in one of
 several layouts (`layouts.py`); all of them become upstream's names and shapes (`shapes.py`).
 """
 
 from rwkv_bone.checkpoints.architecture import Architecture, architecture_of
+from rwkv_bone.checkpoints.atomic import atomic_path, make_folder, sync_folder
 from rwkv_bone.checkpoints.base import Base, load_base
 from rwkv_bone.checkpoints.files import (
-    atomic_path,
     read_metadata,
     read_record,
     read_state,
@@ -32,12 +32,14 @@ __all__ = [
     "give_back",
     "layout_of",
     "load_base",
+    "make_folder",
     "match_keys",
     "param_part",
     "read_metadata",
     "read_record",
     "read_state",
     "save_tensors",
+    "sync_folder",
     "taken_over",
     "to_upstream",
     "write_state",

@@ -1,7 +1,6 @@
 """Reading and writing checkpoint files.
 
-Files are mapped into memory and not copied. They are written under a temporary name first, so that an interrupted write
-never leaves half a file under a good name.
+Files are mapped into memory and not copied. They are written whole or not at all (`atomic.py`).
 
 The metadata of our own files stands in a JSON beside them (`rwkv-0.json` for `rwkv-0.pth`) and once more inside the
 file, so that it is not lost when the file is copied alone.
@@ -9,19 +8,18 @@ file, so that it is not lost when the file is copied alone.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rwkv_bone.checkpoints import integrity
+from rwkv_bone.checkpoints.atomic import atomic_path
 from rwkv_bone.checkpoints.layouts import unwrapped
 from rwkv_bone.checkpoints.stream import METADATA_RECORD, write_tensors
 from rwkv_bone.config.names import check_name
@@ -86,28 +84,6 @@ def read_state(path: str | Path, verify: bool = True) -> dict[str, Tensor]:
                 f"{path} holds a tensor named {key[:80]!r} ({len(key):,} characters): no program names one so"
             )
     return state
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when the block ends well and vanishes when it does not.
-
-    UserError when `path` exists and `overwrite` is not set, or when the disk refuses the write.
-    """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists and is kept: give another name, or --overwrite")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_state(

@@ -76,7 +76,8 @@ def _write_pth(path: Path, layout: Mapping[str, Tensor], contents: Iterable[memo
     index = io.BytesIO()
     entries = {key: _Entry(_Storage(str(number), tensor)) for number, (key, tensor) in enumerate(layout.items())}
     _IndexPickler(index, protocol=2).dump(entries)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    # Opened here, because ZipFile tries again in another mode where an opening fails.
+    with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _write_record(archive, "data.pkl", index.getbuffer())
         _write_record(archive, "byteorder", b"little")
         for number, content in enumerate(contents):

@@ -24,6 +24,7 @@ from rwkv_bone.cluster.world import POLL, SAID_AFTER, SAID_EVERY, Failed, World
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.config.layers import shown
 from rwkv_bone.config.saved import FILES
+from rwkv_bone.console import counted
 from rwkv_bone.errors import UserError
 from rwkv_bone.launched import Launched
 
@@ -47,6 +48,12 @@ def meet(world: World, config: TrainConfig, found: Launched, listening: socket.s
     listening: of the process that is to hold the store, where it can be reached.
     """
     facts = facts_of(world, config, found)
+    if world.nodes > 1 and world.first_here:
+        port = f" (MASTER_PORT is not set: {found.port_from})" if found.port_from else ""
+        console.say(
+            f"node      {world.node} of {world.nodes} ({facts['host']}), {counted(world.devices, 'device')}; the machines "
+            f"meet at {world.address}:{world.port}{port}"
+        )
     world.store = _store(world, found, listening)
     index = world.store.add(world.key("met"), 1) - 1
     world.store.set(world.key("met", index), json.dumps(facts))

@@ -17,9 +17,10 @@ from rwkv_bone.errors import Interrupted, UserError
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
+SAME_FILES = "copy the same files to every machine"
 POLL = 0.05  # seconds
 SAID_AFTER, SAID_EVERY = 10.0, 60.0  # seconds of waiting before it is said for whom
-FAREWELL = 10.0  # seconds that the first process, which holds the store, waits for others to read why the run ends
+FAREWELL = 5.0  # seconds that the first process, which holds the store, waits for others to read why the run ends
 
 
 class Failed(UserError):
@@ -73,7 +74,7 @@ class World:
         return "/".join(map(str, (self.prefix, *parts)))
 
     def agree(self, name: str, value: str, remedy: str = "every machine must have the same") -> None:
-        """To be called on every rank: UserError on each of them if `value` differs anywhere.
+        """To be called on every rank, and once with each name: UserError on each of them if `value` differs anywhere.
 
         name: what it is of, such as `--data_file`. Waits for ranks that are not there yet, and says so.
         """
@@ -158,7 +159,7 @@ class World:
                     self.fail(str(error))
                 if isinstance(error, Exception) and not isinstance(error, Interrupted):
                     self._leave()
-        self.end_children(60.0 if error is None else FAREWELL)
+        self.end_children(60.0 if error is None else 0.0 if isinstance(error, Failed) else FAREWELL)
         if mistake and not self.first_here:
             raise SystemExit(2) from None
 

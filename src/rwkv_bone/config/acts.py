@@ -66,7 +66,6 @@ def listed(words: Any) -> str:
 ADAPTERS = ("bone", "lora", "pissa")
 CONVERSATIONS = ("auto", "sft", "table", "hf")  # values of --data_type with which rows may be conversations
 MARKED = ("qa", "se")  # masks that look for turns in the text of documents
-EXCLUSIVE = {"overwrite": without("resume"), "resume": without("overwrite")}
 
 TRAIN: dict[str, When] = {
     "chunk_ctx": When(
@@ -104,8 +103,18 @@ TRAIN: dict[str, When] = {
     "mask_id": only("loss_mask", "se"),
     **dict.fromkeys(("long_samples", "max_lost"), but("dataload", "get")),
     "lr_final": but("lr_schedule", "constant"),
-    **EXCLUSIVE,
+    "overwrite": but("resume", "1"),
+    "resume": When(
+        ("resume", "overwrite"), lambda how, replace: how != "1" or not replace, "without --overwrite where it is 1"
+    ),
+    "resume_with": When(
+        ("resume", "overwrite"),
+        lambda how, replace: how in ("auto", "1") and not replace,
+        "with --resume auto or 1, and without --overwrite",
+        "--resume 1",
+    ),
     "epoch_save": When(("epoch_count",), lambda count: count > 1, "with --epoch_count above 1", "--epoch_count 2"),
+    "save_minutes": When(("save_state",), bool, "with --save_state 1", "--save_state 1"),
     "eval_samples": given("eval_data", "eval_split") & only("data_type", *CONVERSATIONS),
 }
 
@@ -133,7 +142,8 @@ CONVERT: dict[str, When] = {
 HF: dict[str, When] = {
     "eval_field": given("eval_path"),
     "warmup_ratio": but("lr_scheduler_type", "constant"),
-    **EXCLUSIVE,
+    "overwrite": without("resume"),
+    "resume": without("overwrite"),
 }
 PREVIEW: dict[str, When] = {
     "show_tokens": When(("samples",), lambda count: count > 0, "with --samples above 0", "--samples 1")

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from rwkv_bone import launched
 from rwkv_bone.config import MergeConfig, TrainConfig, acts, field_flags, translate
 from rwkv_bone.config.acts import Table
+from rwkv_bone.config.changes import check_names
 from rwkv_bone.config.fields import check_value, doubtful, is_switch
 from rwkv_bone.config.layers import Layers, shown, split_argv
 from rwkv_bone.config.other_names import intended_flag
 from rwkv_bone.config.rates import doubtful_rates
-from rwkv_bone.config.saved import SECTIONS, build, config_file, read_config
+from rwkv_bone.config.saved import SECTIONS, build, earlier_settings
 from rwkv_bone.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def parse_train(argv: list[str], prog: str = "train.py") -> TrainConfig:
         add_fields(parser.add_argument_group(name), section, acts.TRAIN)
     settings, notes = read_train(parser, argv)
     config = build({name: of_section(settings, section) for name, section in SECTIONS.items()})
+    check_names(config.run.resume_with)
     print_notes(
         notes, [*(line for name in SECTIONS for line in doubtful(getattr(config, name))), *doubtful_rates(config)]
     )
@@ -101,8 +103,8 @@ def read_train(
     """
     script, typed = parser.read(argv)
     given, notes = translate.translate_train({**script, **typed}, trains)
-    source = config_file(given) if trains or "config" in given else None
-    saved = read_config(source) if source else {}
+    source, saved, read = earlier_settings(given if trains or "config" in given else {})
+    notes += read
     layers = _layers((*SECTIONS.values(), *([more] if more else [])), given, script, typed)
     layers.saved = {name: value for values in saved.values() for name, value in values.items()}
     layers.source, layers.config_in_script = str(source), "config" in script

@@ -81,7 +81,7 @@ class Layers:
     def _leave_out_what_belongs(self) -> None:
         """What describes other files than those that were typed."""
         for name, owner in BELONGS.items():
-            if owner not in self.typed or name in self.typed or self.typed.get("resume"):
+            if owner not in self.typed or name in self.typed or self.typed.get("resume") in (True, "1"):
                 continue
             for layer, told in ((self.script, self._of_script), (self.saved, self._of_saved)):
                 if owner in layer and layer.get(name) and layer[owner] != self.typed[owner]:
@@ -99,7 +99,7 @@ class Layers:
             if name in self.script:
                 self._leave_out(name, when, now, self.script, script, self._of_script)
                 return True
-            # A saved run may hold what had no effect in it either: it stays, as --resume compares it.
+            # A saved run may hold what had no effect in it either: it stays, as --resume 1 compares it.
             if name in self.saved and when.met(saved):
                 self._leave_out(name, when, now, self.saved, saved, self._of_saved)
                 return True

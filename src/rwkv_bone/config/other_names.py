@@ -58,7 +58,7 @@ OTHER_NAMES = {
     # The run.
     "proj_dir output_dir output": "out out_dir output_path save_dir save_path save_directory",
     "overwrite": "overwrite_output_dir force",
-    "resume": "resume_from_checkpoint auto_resume_from_checkpoints",
+    "resume": "resume_from_checkpoint auto_resume_from_checkpoints auto_resume continue",
     "random_seed seed": "data_seed",
     "devices": "gpus num_gpus n_gpu num_devices nproc_per_node num_processes",
     "num_nodes": "nnodes num_machines",

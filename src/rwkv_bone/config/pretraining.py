@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rwkv_bone.config.saved import STATES
 from rwkv_bone.config.sections import DataConfig, RunConfig
 from rwkv_bone.errors import UserError
 
@@ -68,11 +69,12 @@ def _base(given: dict[str, Any], newest: bool) -> list[str]:
         return []
     folder = Path(given.get("proj_dir", RunConfig.proj_dir))
     if named == "0" or newest:
-        if given.get("resume"):
+        if given.get("resume") == "1":
             given.pop("load_model", None)
             return []
         flag = f"--load_model {named}" if named else "no --load_model"
-        if saved := sorted(folder.glob("rwkv-[0-9]*.pth")):
+        goes_on = given.get("resume", "auto") == "auto" and any(folder.glob(STATES))
+        if not goes_on and (saved := sorted(folder.glob("rwkv-[0-9]*.pth"))):
             raise UserError(
                 f"{flag} goes on from the newest rwkv-N.pth in --proj_dir {folder}, such as {saved[0].name}: here add "
                 "--resume 1 to continue that run, or name the file in --load_model and another --proj_dir"

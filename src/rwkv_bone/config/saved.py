@@ -27,7 +27,8 @@ def to_json(config: TrainConfig) -> str:
 
 
 # Settings that say where a run works and how it starts there, not what comes out of it.
-PLACES = {"proj_dir", "cache_dir", "overwrite", "resume", "wandb"}
+PLACES = {"proj_dir", "cache_dir", "overwrite", "resume", "resume_with", "wandb"}
+STATES = "resume*.pth"  # what a run is continued from
 # Settings that name files. Which files they are, fingerprints say; their folders are of one machine.
 FILES = {"load_model", "peft_load", "data_file", "eval_data", "tokenizer", "template"}
 
@@ -57,19 +58,39 @@ def build(settings: dict[str, dict[str, Any]]) -> TrainConfig:
     return TrainConfig(**made)
 
 
-def config_file(given: dict[str, Any]) -> Path | None:
-    """The config.json that `given` starts from: that of --config, or of proj_dir with --resume; else None."""
+def earlier_settings(given: dict[str, Any]) -> tuple[Path | None, dict[str, dict[str, Any]], list[str]]:
+    """(the config.json that `given` starts from, its settings, notes): of --config, or with --resume 1 of proj_dir.
+
+    One that a power cut has damaged does not keep a run from going on: the settings are then those that are given.
+    """
     if "config" in given:
-        return Path(given["config"])
-    if not given.get("resume"):
-        return None
+        return Path(given["config"]), read_config(Path(given["config"])), []
+    if given.get("resume") != "1":
+        return None, {}, []
     folder = Path(given.get("proj_dir", RunConfig.proj_dir))
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"--resume: {folder} has no config.json, so there is no run to continue: check --proj_dir, or begin a run "
-            "without --resume"
-        )
-    return folder / "config.json"
+    path = folder / "config.json"
+    if path.is_file() and _whole(path):
+        return path, read_config(path), []
+    if any(folder.glob(STATES)):
+        wrong = "is damaged" if path.exists() else "is missing"
+        if "data_file" not in given:
+            raise UserError(
+                f"--resume 1: {path} {wrong}: give the settings of the run again, as in the command that began it"
+            )
+        return None, {}, [f"{path} {wrong}: settings that are not given have their defaults, which must be the run's"]
+    raise UserError(
+        f"--resume 1: {folder} has no config.json, so there is no run to continue: check --proj_dir, or begin a run "
+        "without --resume 1"
+    )
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file holds JSON, as one does that was not cut short."""
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, *JSON_ERRORS):
+        return False
+    return True
 
 
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
@@ -100,6 +121,8 @@ def _check_settings(text: str, source: str) -> dict[str, dict[str, Any]]:
         for key, value in values.items():
             if key not in specs:
                 raise UserError(f"{source}: unknown setting {name}.{key}; expected one of {', '.join(specs)}")
+            if key == "resume" and value is False:
+                continue  # of a version that wrote this into every file
             if is_switch(specs[key]) and isinstance(value, bool):
                 value = str(int(value))  # the setting had no other choices when this was written
             settings[name][key] = _of_type(type(specs[key].default), value, f"{source}: {name}.{key}")

@@ -38,6 +38,7 @@ LOSS_MASKS = ("response", "last", "none", "pad", "qa", "se")
 TOOL_FORMATS = ("auto", "g1", "hermes")
 LONG_SAMPLES = ("auto", "cut", "drop", "split")
 BAD_ROWS = ("stop", "skip")
+RESUMES = ("auto", "1", "never", "0")
 LAYOUTS = ("auto", "official", "fla")
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 # The largest numbers of several settings: what is above them is a slip of the hand, and would end in a lack of memory.
@@ -320,8 +321,18 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     proj_dir: str = setting("out", "folder for the results: adapters, settings, log and loss curve")
-    overwrite: bool = setting(False, "1 = replace what an earlier run left in proj_dir; 0 = refuse to")
-    resume: bool = setting(False, "1 = continue the run in proj_dir exactly where its last saved step left it")
+    overwrite: bool = setting(False, "1 = replace what an earlier run left in proj_dir; 0 = keep it")
+    resume: str = setting(
+        "auto",
+        "auto = continue the run in proj_dir if one is there, of the same settings, base and data, else begin one; 1 = "
+        "continue it, with its own settings where none are given; never (or 0) = refuse a folder with results",
+        RESUMES,
+    )
+    resume_with: tuple[str, ...] = setting(
+        (),
+        "settings in which a continued run may differ from its beginning, such as lr_init lr_final, or data_file after "
+        "a row was mended; empty = none",
+    )
     random_seed: int = setting(42, "seed of the order of the data and of new weights", at_least=0, at_most=2**32 - 1)
     accelerator: str = setting("auto", "where to run; auto = on a GPU if there is one", ACCELERATORS)
     devices: int = setting(1, "number of GPUs (or CPU processes) on each machine", at_least=1, at_most=128)
@@ -353,12 +364,15 @@ class RunConfig:
     )
     save_minutes: float = setting(
         10.0,
-        "minutes between saves of the state that a run continues from; 0 = only together with adapters",
+        "minutes between saves of resume.pth, and so what a kill can cost; longer where saving would take more than "
+        "2 % of the time; 0 = only together with adapters",
         at_least=0,
         at_most=10**5,
     )
-    keep: int = setting(0, "number of adapters that stay, the newest; 0 = all", at_least=0, at_most=10**6)
-    save_state: bool = setting(True, "0 = save no state to continue from (12 bytes a trained parameter)")
+    keep: int = setting(0, "number of adapters of this run that stay, the newest; 0 = all", at_least=0, at_most=10**6)
+    save_state: bool = setting(
+        True, "1 = save what a run continues from (12 bytes a trained parameter, twice); 0 = it cannot be continued"
+    )
     max_minutes: float = setting(
         0.0, "minutes after which the run saves and stops; 0 = when it is done", at_least=0, at_most=10**6
     )

@@ -89,7 +89,7 @@ def of_training(given: dict[str, Any], era: str, sign: str) -> list[str]:
     """As `of_data`, about what is trained and how; sets --peft, in place, where nothing names an adapter."""
     notes = []
     named = [spec.name for spec in fields(AdapterConfig) if spec.name in given and spec.name != "train_parts"]
-    if not named and not given.get("resume"):  # which goes on with what the run has
+    if not named and given.get("resume") != "1":  # which goes on with what the run has
         given["peft"] = "none"
         notes.append(
             f"a command line of RWKV-PEFT or RWKV-LM (it has {sign}) without --peft trains every weight: read as "

@@ -102,7 +102,7 @@ class BatchPlan:
 
     def steps_in(self, epoch: int) -> int:
         """The optimiser steps of an epoch."""
-        return self._fixed_steps or self._steps_in_pass(epoch)
+        return self._fixed_steps or self.steps_in_pass(epoch)
 
     def total_steps(self, epochs: int) -> int:
         """The optimiser steps of the first `epochs` epochs. Raises UserError if there is none."""
@@ -166,7 +166,7 @@ class BatchPlan:
         seen = np.zeros(len(dataset), dtype=bool)
         number = 0
         while steps > 0 and not seen.all():
-            order, taken = self._pass(number), self._steps_in_pass(number)
+            order, taken = self._pass(number), self.steps_in_pass(number)
             end = order.bounds[min(steps, taken) * self._per_window]
             seen[order.samples[:end]] = True
             number, steps = number + 1, steps - taken
@@ -174,7 +174,7 @@ class BatchPlan:
 
     def summary_lines(self) -> list[str]:
         """How full the micro-batches of the first pass are, for the user."""
-        if self.dataset.windows or not self._steps_in_pass(0):
+        if self.dataset.windows or not self.steps_in_pass(0):
             return []
         order = self._pass(0)
         lengths, counts = self.dataset.lengths[order.samples] - 1, np.diff(order.bounds)
@@ -191,11 +191,12 @@ class BatchPlan:
 
     def _locate_in_passes(self, step: int) -> tuple[int, int]:
         number = 0
-        while step >= (steps := self._steps_in_pass(number)):
+        while step >= (steps := self.steps_in_pass(number)):
             number, step = number + 1, step - steps
         return number, step
 
-    def _steps_in_pass(self, number: int) -> int:
+    def steps_in_pass(self, number: int) -> int:
+        """The optimiser steps of one pass over the data."""
         if number not in self._pass_steps:
             if self.dataset.windows:
                 micro_batches = -(-len(self.dataset.tokens) // (self._width * self.micro_bsz))

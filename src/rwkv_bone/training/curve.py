@@ -27,6 +27,7 @@ def draw_loss(path: Path, records: list[dict], heldout: Sequence[tuple[int, floa
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    records = [record for record in records if record["loss"] is not None]
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
     axes.plot(steps, smoothed(losses), color="tab:blue", label="moving average")

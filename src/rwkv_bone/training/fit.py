@@ -15,20 +15,27 @@ from lightning.pytorch import Callback, seed_everything
 
 from rwkv_bone import allocator, console
 from rwkv_bone.cluster.join import join
-from rwkv_bone.cluster.world import World
+from rwkv_bone.cluster.world import SAME_FILES, World
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
-from rwkv_bone.training import project
+from rwkv_bone.training import project, run_lock
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.memory import count
-from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.module import TrainingModule, read_bad_steps
 from rwkv_bone.training.place import PlaceModel
-from rwkv_bone.training.prepare import count_parameters, load_data, plan_batches, prepare_heldout, prepare_model
+from rwkv_bone.training.prepare import (
+    agree_on_files,
+    count_parameters,
+    load_data,
+    plan_batches,
+    prepare_heldout,
+    prepare_model,
+)
 from rwkv_bone.training.progress import ProgressLines
 from rwkv_bone.training.recompute import Agree, decide, memory_there, run_of
-from rwkv_bone.training.report import header, program, report_results
-from rwkv_bone.training.resume import Saved
+from rwkv_bone.training.report import complete, header, program, report_results
+from rwkv_bone.training.resume import look, looked
 from rwkv_bone.training.resume_file import RestoreMoments
 from rwkv_bone.training.saving import SaveTrained
 from rwkv_bone.training.seeding import SeedBatches
@@ -47,22 +54,30 @@ def fit(config: TrainConfig, world: World | None = None) -> Path:
         with join(config) as world:
             return fit(config, world)
     with Watch(world, config.run.rank_timeout) as watch:
-        return _fit(config, world, watch)
+        silence_libraries()
+        folder = Path(config.run.proj_dir)
+        if not world.main:
+            return _fit(config, world, watch, folder)
+        project.check_folder(config)
+        # Before anything there is read.
+        with run_lock.held(folder):
+            return _fit(config, world, watch, folder)
 
 
-def _fit(config: TrainConfig, world: World, watch: Watch) -> Path:
-    silence_libraries()
+def _fit(config: TrainConfig, world: World, watch: Watch, folder: Path) -> Path:
     main, run = world.main, config.run
     report: Callable[[str], None] = console.say if main else lambda line: None
+    earlier = looked(world.from_first("what is in --proj_dir", lambda: look(config)), folder)
+    if main and not earlier and not run.overwrite and project.has_remains(folder):
+        report(f"resume    a run in {folder} ended before it saved anything: this one begins anew")
     device = choose_device(run.accelerator, world)
     watch.spins(device == "cuda")
+    world.agree("the device of --accelerator", device)
     threads = settle_threads(run.devices)
     there = memory_there(device, run.devices)  # before this run takes any of it
-    earlier = Saved.find(config) if run.resume else None
-    folder = project.check_folder(config) if main else Path(run.proj_dir)
 
     seed_everything(run.random_seed, verbose=False)
-    prepared = prepare_model(config, torch.device(device))
+    prepared = prepare_model(config, torch.device(device), continued=earlier is not None)
     model, adapter = prepared.model, config.adapter
     # Of what is written, config.json included, nothing changes: a user's `auto` stays `auto`.
     data, text = folder_text(prepared.folder, config.data)
@@ -70,28 +85,52 @@ def _fit(config: TrainConfig, world: World, watch: Watch) -> Path:
     dataset, split = load_data(reading, prepared.arch.vocab_size, config.data)
     plan = plan_batches(config, dataset)
     output = prepared.output.with_data(dataset)
+    agree_on_files(world, config, model, output.metadata)
     if earlier:
-        earlier.check(output.metadata)
-        earlier.load_parameters(model, output.keys)
+        earlier.check(output.metadata, config)
+        if main:
+            earlier.load_parameters(model, output.keys)
     first = earlier.step if earlier else 0
     choice = decide(config.model.grad_cp, prepared.arch, count(model), run_of(config, plan, device), there)
+    bad_steps = read_bad_steps(earlier.metadata, earlier.path) if earlier else []
     module = TrainingModule(
-        model, plan, run.epoch_count, config.optim, config.model, first, adapter.lora_plus, choice.recompute
+        model,
+        plan,
+        run.epoch_count,
+        config.optim,
+        config.model,
+        first,
+        adapter.lora_plus,
+        choice.recompute,
+        bad_steps=bad_steps,
+        max_bad_steps=run.max_bad_steps,
+        report=report,
     )
 
-    for line in header(config, prepared, module, choice, device, threads, earlier, text):
-        report(line)
-    heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report)
-    if earlier and first >= module.total_steps and not (heldout and heldout.interrupted(module.total_steps)):
-        report(f"nothing is left to do: the run in {folder} is complete; a larger --epoch_count trains longer")
-        return earlier.trained
+    for line in earlier.notes(config, plan, threads, output.metadata) if earlier else ():
+        report(f"resume    {line}")
+    taken = first >= module.total_steps
+    if not taken:
+        for line in header(config, prepared, module, choice, device, threads, text):
+            report(line)
+    measured = earlier.measured if earlier else None
+    heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report, measured)
+    if heldout:
+        world.agree("held-out data", heldout.fingerprint, SAME_FILES)
+    if earlier and taken and not (heldout and heldout.interrupted(module.total_steps)):
+        trained = earlier.trained or folder / f"rwkv-{run.epoch_begin + plan.locate(first - 1)[0]}-s{first}.pth"
+        if main and earlier.mend(trained, output.dtypes, output.metadata):
+            report(f"resume    {trained.name} was lost or damaged: it is written again, from {earlier.path.name}")
+        for line in complete(config, folder, trained, heldout):
+            report(line)
+        return trained
 
-    kept, missing = read_log(folder / project.LOG, first) if earlier else ([], "")
+    kept, missing = read_log(folder / project.LOG, first) if earlier and main else ([], "")
     if missing:
         report(f"resume    {missing}")
     log = StepLog(folder / project.LOG, kept, report)
     go_on = program("train.py", "--resume", "1", "--proj_dir", str(folder))
-    save = SaveTrained(output, folder, run, earlier=earlier, go_on=go_on, report=report)
+    save = SaveTrained(output, folder, run, earlier=earlier, log=log, go_on=go_on, report=report)
     watch.state = save.state_of_things
     stop = StopOnSignal(save.save_step, save.state_of_things, run.max_minutes)
     callbacks: list[Callback] = [stop, ShowProgress(), PlaceModel(prepared.dtype), Agree()]
@@ -100,11 +139,13 @@ def _fit(config: TrainConfig, world: World, watch: Watch) -> Path:
     callbacks += [heldout] if heldout else []
     callbacks += [log, ProgressLines(log), save]
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
-    callbacks += [RestoreMoments(earlier.path, earlier.step)] if earlier else []
+    callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)
     trainer = make_trainer(config, device, trainable, wandb_logger(run.wandb, folder, report), callbacks, world)
     if main:
-        project.begin(folder, config)
+        if earlier:
+            earlier.record(config, output.metadata)
+        project.begin(folder, config, continued=earlier is not None)
         console.keep_lost_output(folder / project.OUTPUT)
     if device == "cpu":
         allocator.keep()

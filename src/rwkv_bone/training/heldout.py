@@ -70,7 +70,7 @@ class HeldOut(Callback):
 
     Every rank does the same, since at ZeRO stage 3 no rank can run the model alone. The loss is computed in chunks of
     `chunk` tokens as in training (0 = whole samples), so measuring needs no more memory than training. A continued run
-    (`resumed`) takes the measurement before training from the file at `path`, if the data is still the same.
+    takes the measurement before training from what the file at `path` held (`found`), if the data is still the same.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class HeldOut(Callback):
         micro_bsz: int,
         chunk: int,
         path: Path,
-        resumed: bool,
+        found: str | None,
         report: Callable[[str], None],
     ):
         self.dataset, self.pairs, self.tokenizer = dataset, pairs, tokenizer
@@ -91,11 +91,16 @@ class HeldOut(Callback):
         self.after: Measured | None = None
         measured = json.dumps([data_fingerprint(dataset), [list(pair) for pair in pairs]])
         self._data = blake2b(measured.encode(), digest_size=16).hexdigest()
-        if resumed and path.is_file():
+        if found is not None:
             try:
-                self.before, self.after = read_measured(path, self._data)
+                self.before, self.after = read_measured(found, path, self._data)
             except UserError:
                 report(f"held-out  {path} is damaged: what it held is measured again, as far as that is possible")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the samples and prompts."""
+        return self._data
 
     def interrupted(self, total_steps: int) -> bool:
         """Whether the run was measured before its first step and not after its last."""
@@ -159,16 +164,26 @@ class HeldOut(Callback):
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def read_measured(path: Path, data: str) -> tuple[Measured | None, Measured | None]:
-    """The measurements (before, after) in a file of an earlier process; None for what it does not hold of this `data`.
+def text_of(path: Path) -> str | None:
+    """What an earlier process's file holds; nothing of one that cannot be read; None if there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        return ""
 
-    UserError if the file is not one of ours.
+
+def read_measured(text: str, path: Path, data: str) -> tuple[Measured | None, Measured | None]:
+    """The measurements (before, after) in the text of an earlier process's file; None for what is not of this `data`.
+
+    path: the file, for the error. UserError if it is not one of ours.
     """
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = json.loads(text)
         found = {when: Measured.from_record(written[when]) for when in ("before", "after") if when in written}
         same = written["data"] == data
-    except (OSError, KeyError, TypeError, AttributeError, *JSON_ERRORS) as error:
+    except (KeyError, TypeError, AttributeError, *JSON_ERRORS) as error:
         raise UserError(
             f"{path} cannot be read as measurements of a run ({type(error).__name__}: {error}): restore or remove it"
         ) from None

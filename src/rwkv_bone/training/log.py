@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
+import os
 import resource
 import sys
 import time
@@ -42,10 +44,10 @@ class StepLog(Callback):
     | field | of the step, on all devices |
     |---|---|
     | step, epoch | 1 is the first step of the run, 0 its first epoch |
-    | loss | mean over the trained tokens, nats, with the parameters before the step |
+    | loss | mean over the trained tokens, nats, with the parameters before the step; null if it is no finite number |
     | lr | learning rate, before a parameter's own multiple |
     | tokens, trained_tokens | input tokens, padding not counted; those that are targets |
-    | grad_norm | 2-norm of the gradient, before clipping |
+    | grad_norm | 2-norm of the gradient, before clipping; null if it is no finite number: the step was then skipped |
 
     | field | of this process, the main one |
     |---|---|
@@ -88,6 +90,13 @@ class StepLog(Callback):
         with atomic_path(self.path, overwrite=True) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
 
+    def sync(self) -> None:
+        """Wait until every line so far is on the disk."""
+        if self._file and not self._incomplete:
+            with self._spared():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
     def on_train_batch_end(
         self, trainer: Trainer, module: TrainingModule, outputs: Any, batch: Any, index: int
     ) -> None:
@@ -126,20 +135,43 @@ class StepLog(Callback):
                 self.report(f"{self.path} could be written after all, with every line")
 
 
+# What every line of the log has: integers, and numbers.
+COUNTS = ("step", "epoch", "tokens", "trained_tokens")
+NUMBERS = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "data_wait_ms", "peak_memory_mb")
+MAY_BE_NULL = {"loss", "grad_norm"}  # of a step that was skipped
+
+
 def read_log(path: Path, steps: int) -> tuple[list[dict], str]:
-    """(the records of the first `steps` optimiser steps, as far as the log holds them; what is missing, in words)."""
+    """(the records of the first `steps` optimiser steps, as far as the log holds them; what is missing, in words).
+
+    A line that no run can have written is as good as missing, and so are the lines of a step that is there twice with
+    different numbers.
+    """
     found: dict[int, dict] = {}
+    torn: set[int] = set()
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(LookupError, TypeError, OverflowError, *JSON_ERRORS):
-                record = json.loads(line)
-                # What others compute with.
-                sum(float(record[name]) for name in ("loss", "tokens", "seconds"))
-                if type(record["step"]) is int and 1 <= record["step"] <= steps:
-                    found[record["step"]] = record
-    missing = steps - len(found)
+            record = _record(line)
+            if record and 1 <= record["step"] <= steps:
+                if found.setdefault(record["step"], record) != record:
+                    torn.add(record["step"])
+    kept = [found[step] for step in sorted(found.keys() - torn)]
+    missing = steps - len(kept)
     note = f"{path} lacks {counted(missing, 'step')} of {steps}: so does the loss curve" if missing else ""
-    return [found[step] for step in sorted(found)], note
+    return kept, note
+
+
+def _record(line: str) -> dict | None:
+    """A line of the log as a record; None if it is none."""
+    try:
+        record = json.loads(line)
+        counts = [record[name] for name in COUNTS]
+        numbers = [record[name] for name in NUMBERS if name not in MAY_BE_NULL or record[name] is not None]
+        right = all(type(count) is int and count >= 0 for count in counts)
+        right &= all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        return record if right and record["seconds"] > 0 else None
+    except (LookupError, TypeError, OverflowError, *JSON_ERRORS):
+        return None
 
 
 class BestEffort(Logger):

@@ -11,9 +11,10 @@ does, once in an optimiser step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,13 @@ from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
 from rwkv_bone.training.schedule import learning_rate
 
+# What ranks ask of one another at the end of a window: `TrainingModule.asks`, `TrainingModule.asked`.
+ASKS = (
+    "signal",  # the number of a signal to stop that has come; 0: none
+    "save",  # 1: the state is due to be saved
+    "time",  # 1: the time that the run was given is over
+)
+
 
 class RunStopped(UserError):
     """The run cannot go on. Every rank raises it, and the parameters are those before the failed step."""
@@ -36,15 +44,39 @@ class RunStopped(UserError):
 
 @dataclass(frozen=True)
 class Window:
-    """The numbers of one finished optimiser step, over all ranks."""
+    """The numbers of one finished optimiser step, over all ranks. What is not a finite number is None."""
 
     step: int  # 1 is the first of the run
     epoch: int  # 0 is the first of the run
-    loss: float  # mean over trained tokens, nats
+    loss: float | None  # mean over trained tokens, nats
     lr: float
     tokens: int  # input tokens, padding not counted
     trained_tokens: int
-    grad_norm: float  # before clipping
+    grad_norm: float | None  # before clipping; None: the step was skipped
+
+
+class BadStep(NamedTuple):
+    """An optimiser step that was skipped. The data and the learning rate go on as if it had been taken."""
+
+    step: int  # 1 is the first of the run
+    what: str  # "loss" or "gradient": what was not a finite number
+    rows: str  # from where, such as `mine.jsonl:17`
+
+    def __str__(self) -> str:
+        return f"optimiser step {self.step}: the {self.what} is not a finite number, from {self.rows}"
+
+
+def read_bad_steps(metadata: Mapping, path: Path) -> list[BadStep]:
+    """The steps that were skipped before the state at `path`, with this metadata, was saved.
+
+    The metadata's `bad_steps` is `TrainingModule.bad_steps` as JSON makes it; states of earlier versions have none.
+    UserError for anything else.
+    """
+    found = metadata.get("bad_steps", [])
+    for one in found if isinstance(found, list) else [found]:
+        if not isinstance(one, list) or [type(part) for part in one] != [int, str, str]:
+            raise UserError(f"{path} is not the state of a run of this program: its bad_steps holds {one!r}")
+    return [BadStep(*one) for one in found]
 
 
 class MicroBatches:
@@ -101,8 +133,13 @@ class Fetched:
 class TrainingModule(LightningModule):
     """Lightning's view of the model. Files hold the bare model's names, without any prefix of this class.
 
-    first_step: how many optimiser steps an earlier process took, if this run continues one. lora_plus: see
-    `parameter_groups`. recompute: what backward computes again.
+    first_step: the number of the last optimiser step of an earlier process, if this run continues one; bad_steps:
+    those among them that were skipped. max_bad_steps: how many may be, in the whole run; each is told to `report`.
+    lora_plus: see `parameter_groups`. recompute: what backward computes again.
+
+    At the end of each window the ranks exchange numbers, and any part of a run may have one exchanged. Before it, such
+    as in `on_before_optimizer_step`, a rank sets `asks[name]`, a name of ASKS; after it, such as in
+    `on_train_batch_end`, every rank finds the largest number of all ranks in `asked[name]`.
     """
 
     def __init__(
@@ -115,21 +152,28 @@ class TrainingModule(LightningModule):
         first_step: int = 0,
         lora_plus: float = 1.0,
         recompute: Recompute = NOTHING,
+        *,
+        bad_steps: Sequence[BadStep] = (),
+        max_bad_steps: int = 0,
+        report: Callable[[str], None] = print,
     ):
         super().__init__()
         self.model, self.plan, self.epochs, self.config = model, plan, epochs, config
         self.running, self.first_step, self.lora_plus = running, first_step, lora_plus
         self.recompute = recompute
         self.total_steps = plan.total_steps(epochs)
-        self.window: Window | None = None  # the last window whose step was taken
-        self.signal = 0  # number of the signal to stop that this process has received; 0: none
-        self.signal_anywhere = 0  # the same for all ranks together, as known at the end of the last window
+        self.window: Window | None = None  # the last window that is finished
+        self.bad_steps, self.max_bad_steps, self.report = list(bad_steps), max_bad_steps, report
+        # What they were after the last step that was taken.
+        self._good: tuple[Window | None, int] = None, len(self.bad_steps)
+        self.asks = dict.fromkeys(ASKS, 0)  # by this rank
+        self.asked = dict.fromkeys(ASKS, 0)  # by any rank, as known at the end of the last window
         self.batches: MicroBatches | None = None
         self._micro = self._trained = self._tokens = 0
         self._step = first_step
-        # The numbers of the current window. Each rank has a row: the loss of each of its micro-batches, then input
-        # tokens, signal and gradient norm.
-        self._table = torch.zeros(plan.world_size, plan.accumulate + 3, dtype=torch.float64)
+        # The numbers of the current window. Each rank has a row: the loss of each of its micro-batches, then what it
+        # asks, input tokens and gradient norm.
+        self._table = torch.zeros(plan.world_size, plan.accumulate + len(ASKS) + 2, dtype=torch.float64)
         self._fetched: Fetched | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,8 +220,8 @@ class TrainingModule(LightningModule):
         loss = self._loss(batch, per_token)
         self._table[self.global_rank, self._micro] = loss.detach()
         self._tokens += batch.tokens
-        # If the loss is not a finite number, this makes the scale and with it every gradient NaN. DeepSpeed then takes
-        # no step, and `finish_window` finds the reason.
+        # If the loss is not a finite number, this makes the scale and with it every gradient NaN, on every rank once
+        # they are reduced. DeepSpeed then takes no step, and `finish_window` finds the reason.
         return loss * (per_token + 0 * loss.detach())
 
     def _loss(self, batch: Batch, scale: float) -> Tensor:
@@ -203,8 +247,8 @@ class TrainingModule(LightningModule):
         """Give every rank the window's numbers of all ranks, and the optimiser its learning rate."""
         self._set_rates(optimizer)
         # fill_ because an assignment would copy the number to the GPU and wait for that.
-        self._table[self.global_rank, -3].fill_(self._tokens)
-        self._table[self.global_rank, -2].fill_(self.signal)
+        for place, number in enumerate([*self.asks.values(), self._tokens], self.plan.accumulate):
+            self._table[self.global_rank, place].fill_(number)
         if dist.is_initialized() and self.plan.world_size > 1:
             dist.all_reduce(self._table)
 
@@ -216,34 +260,59 @@ class TrainingModule(LightningModule):
             self._fetched = Fetched(self._table)
 
     def finish_window(self) -> None:
-        """Look at the window's numbers, after DeepSpeed's step: `window`.
+        """Look at the window's numbers, after DeepSpeed's step: `window` and `asked`.
 
-        DeepSpeed takes no step if the norm of the gradient over all ranks is not a finite number: RunStopped.
+        DeepSpeed takes no step if the norm of the gradient over all ranks is not a finite number. Then parameters,
+        moments and AdamW's count of steps are as before, and the number of the step is used up. RunStopped if there
+        were more such steps than may be: `window` and `bad_steps` are then those of the last step that was taken.
         """
         self._fetch()  # nothing is fetched yet if DeepSpeed took no step
         assert self._fetched
-        rows = self._fetched.tolist()
-        losses = [loss for row in rows for loss in row[:-3]]
-        tokens, signals, norms = zip(*(row[-3:] for row in rows), strict=True)
-        self.signal_anywhere = int(max(signals))
+        rows, accumulate = self._fetched.tolist(), self.plan.accumulate
+        losses = [loss for row in rows for loss in row[:accumulate]]
+        *asked, tokens, norms = zip(*(row[accumulate:] for row in rows), strict=True)
+        self.asked = {name: int(max(numbers)) for name, numbers in zip(ASKS, asked, strict=True)}
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if not all(map(math.isfinite, norms)):
-            raise RunStopped(self._not_finite("loss" if bad else "gradient", bad or range(len(losses))))
-        assert not bad, "DeepSpeed took a step on a gradient that is not finite"
+        skipped = not all(map(math.isfinite, norms))
+        assert skipped or not bad, "DeepSpeed took a step on a gradient that is not finite"
         epoch, _ = self.plan.locate(self._step)
-        loss = sum(losses) / self._trained
-        self.window = Window(self._step + 1, epoch, loss, self._rate, int(sum(tokens)), self._trained, norms[0])
+        loss, norm = None if bad else sum(losses) / self._trained, None if skipped else norms[0]
+        self.window = Window(self._step + 1, epoch, loss, self._rate, int(sum(tokens)), self._trained, norm)
+        if skipped:
+            self._skip(BadStep(self._step + 1, "loss" if bad else "gradient", self._rows(bad or range(len(losses)))))
+        else:
+            self._good = self.window, len(self.bad_steps)
+
+    def _skip(self, step: BadStep) -> None:
+        """Count a step that was not taken. RunStopped if it is one too many."""
+        self.bad_steps.append(step)
+        count, most = len(self.bad_steps), self.max_bad_steps
+        if count <= most:
+            self.report(f"{step}; the step was skipped ({count} of the {most} that --max_bad_steps allows)")
+            return
+        message = self._too_many()
+        self.window, good = self._good
+        del self.bad_steps[good:]
+        raise RunStopped(message)
+
+    def _too_many(self) -> str:
+        """Why the run stops: each of the bad steps, and the ways on."""
+        *earlier, last = self.bad_steps
+        before = "".join(f"\n{step}" for step in earlier)
+        also = f". It is one more than --max_bad_steps {self.max_bad_steps} allows, after{before}" if earlier else ""
+        if len(self.bad_steps) == self._step + 1:
+            cause = "No step of this run went well, so look first at the base model"
+        else:
+            cause = "Look at these rows and at the base model"
+        return (
+            f"{last}; the step was not taken{also}\n{cause}. Where rows were at fault, mend or remove them and go on "
+            "with the same command and --resume_with data_file. Where training diverged, go on with a lower --lr_init "
+            "and --resume_with lr_init, or begin anew with --precision fp32"
+        )
 
     def window_finished(self) -> bool:
         """Whether the micro-batch just done ended an optimiser step."""
         return self._micro + 1 == self.plan.accumulate
-
-    def _not_finite(self, what: str, micro_batches: Iterable[int]) -> str:
-        return (
-            f"optimiser step {self._step + 1}: the {what} is not a finite number, from {self._rows(micro_batches)}; "
-            "the step was not taken. Look at these rows and at the base model; a lower --lr_init or "
-            "--precision fp32 helps where training diverged"
-        )
 
     def _rows(self, micro_batches: Iterable[int] | None = None) -> str:
         """The origins of the samples in some micro-batches of the current window (None = all).

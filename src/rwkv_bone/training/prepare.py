@@ -14,6 +14,7 @@ import rwkv_bone
 from rwkv_bone import checkpoints
 from rwkv_bone.adapters import AdapterLinear, Injection, adapter_keys, inject, load_adapter_file, settings_of
 from rwkv_bone.checkpoints import Architecture
+from rwkv_bone.cluster.world import SAME_FILES, World
 from rwkv_bone.config import DataConfig, TrainConfig
 from rwkv_bone.config.saved import shaping
 from rwkv_bone.console import counted
@@ -44,10 +45,11 @@ class Prepared:
     dtype: torch.dtype  # of the frozen base, once it is placed
 
 
-def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
+def prepare_model(config: TrainConfig, device: torch.device, continued: bool = False) -> Prepared:
     """Map the base model, inject the adapter, and freeze everything that is not trained.
 
-    Tensors stay on the CPU until `place`; only quantised weights are put on `device` at once.
+    Tensors stay on the CPU until `place`; only quantised weights are put on `device` at once. continued: the values of
+    the adapter come from a saved state, and not from --peft_load.
     """
     kind, quant, dtype = config.adapter.kind, config.model.quant, DTYPES[config.run.precision]
     if kind == "none" and quant != "none":
@@ -82,7 +84,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> Prepared:
         return Prepared(
             model, arch, label, folder, kernel, None, Output(tuple(dtypes), metadata, dtypes), torch.float32
         )
-    injection = _inject_adapter(config, model, metadata["base"])
+    injection = _inject_adapter(config, model, metadata["base"], continued)
     output = Output(tuple(adapter_keys(model)), metadata | injection.metadata())
     return Prepared(model, arch, label, folder, kernel, injection, output, dtype)
 
@@ -102,7 +104,7 @@ def _load_base(config: TrainConfig) -> tuple[Architecture, dict[str, Tensor], st
     return architecture_from_scratch(config.model), {}, "from scratch", None
 
 
-def _inject_adapter(config: TrainConfig, model: RWKV, base: str) -> Injection:
+def _inject_adapter(config: TrainConfig, model: RWKV, base: str, continued: bool) -> Injection:
     """Inject the adapter, filled from --peft_load if that is given. base: the fingerprint of the base model."""
     injection = inject(
         model,
@@ -111,7 +113,7 @@ def _inject_adapter(config: TrainConfig, model: RWKV, base: str) -> Injection:
         train_parts=config.adapter.train_parts,
     )
     path, quant = config.adapter.peft_load, config.model.quant
-    if path and not config.run.resume:  # a resumed run has the values that became of those in the file
+    if path and not continued:  # a continued run has the values that became of those in the file
         adapter = load_adapter_file(model, path, injection, base=base, base_file=config.model.load_model)
         metadata = adapter.metadata
         trained_on = metadata.get("quant", "none") if metadata else quant
@@ -165,12 +167,29 @@ def plan_batches(config: TrainConfig, dataset: Dataset) -> BatchPlan:
     return plan
 
 
+def agree_on_files(world: World, config: TrainConfig, model: nn.Module, metadata: dict[str, Any]) -> None:
+    """UserError, on every machine, if their files of base, adapter or training data are not the same.
+
+    metadata: of `Output.with_data`.
+    """
+    world.agree("--load_model", str(metadata["base"]), SAME_FILES)
+    if config.adapter.peft_load:
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        world.agree("--peft_load", checkpoints.fingerprint(trained), SAME_FILES)
+    world.agree("--data_file", metadata["data"], SAME_FILES)
+
+
 def prepare_heldout(
-    config: TrainConfig, vocab_size: int, split: Dataset | None, folder: Path, report: Callable[[str], None]
+    config: TrainConfig,
+    vocab_size: int,
+    split: Dataset | None,
+    folder: Path,
+    report: Callable[[str], None],
+    found: str | None = None,
 ) -> HeldOut | None:
     """The measurement before and after training; None, with a line that says so, without held-out data.
 
-    split: what `load_data` took out of the training data.
+    split: what `load_data` took out of the training data. found: what `evaluation.json` of a continued run holds.
     """
     data, path, limit = config.data, config.data.eval_data, config.run.eval_samples
     if split is None and not path:
@@ -194,7 +213,7 @@ def prepare_heldout(
         micro_bsz=data.micro_bsz,
         chunk=config.model.chunk_ctx,
         path=folder / project.EVALUATION,
-        resumed=config.run.resume,
+        found=found,
         report=report,
     )
 

@@ -42,12 +42,13 @@ class ProgressLines(Callback):
             return
         # Averages over the last steps: the numbers of a single small batch jump too much to read.
         recent = self.step_log.records[-20:]
-        loss = sum(r["loss"] for r in recent) / len(recent)
+        losses = [r["loss"] for r in recent if r["loss"] is not None]
+        loss = f"loss {sum(losses) / len(losses):.4f}" if losses else "loss not finite"
         recent = recent[-ours:]
         speed = sum(r["tokens"] for r in recent) / sum(r["seconds"] for r in recent)
         step, epoch = f"step {done}/{total}", f"epoch {window.epoch + 1}/{module.epochs}"
         left = f"{clock(elapsed / ours * (total - done))} left"
-        numbers = {"loss": f"loss {loss:.4f}", "lr": f"lr {window.lr:.2e}", "speed": f"{speed:,.0f} tokens/s"}
+        numbers = {"loss": loss, "lr": f"lr {window.lr:.2e}", "speed": f"{speed:,.0f} tokens/s"}
         if self._bar is not None and not self.stream.isatty():
             # The terminal is gone: what is said from now on goes to a file.
             self._bar.disable, self._bar = True, None

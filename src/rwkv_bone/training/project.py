@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from rwkv_bone.checkpoints import atomic_path
-from rwkv_bone.config import TrainConfig
+from rwkv_bone.config import RunConfig, TrainConfig
 from rwkv_bone.config.saved import to_json
 from rwkv_bone.errors import UserError
 
 CONFIG, LOG, PLOT, EVALUATION = "config.json", "train_log.jsonl", "loss.png", "evaluation.json"
-RESUME_FILE = "resume.pth"
+RESUME_FILE, PREVIOUS_FILE = STATES = "resume.pth", "resume.previous.pth"
+NEVER = ("never", "0")  # values of --resume with which a folder of results is refused
 OUTPUT = "output.txt"  # what a run said that its terminal, pipe or disk could not take
 # With a number: rwkv-init.pth is what a run begins with, in RWKV-LM's way.
 SAVED = "rwkv-[0-9]*.pth"
-MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, OUTPUT, RESUME_FILE, SAVED, "rwkv-[0-9]*.json")
-RESULTS = (LOG, RESUME_FILE, SAVED)
+MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, OUTPUT, RESUME_FILE, PREVIOUS_FILE, SAVED, "rwkv-[0-9]*.json")
+RESULTS = (LOG, RESUME_FILE, PREVIOUS_FILE, SAVED)
 UNFINISHED = tuple(f".{name}.*.partial*" for name in MADE_HERE)  # what a killed run was writing
 
 
@@ -28,46 +30,66 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def check_folder(config: TrainConfig) -> Path:
-    """`proj_dir`, which can be made or written to; UserError if not, or if it holds results that must be kept.
-
-    With --resume it may hold results: those are continued. Nothing is made: a run that is refused leaves no folder.
-    """
+    """`proj_dir`; UserError if it can neither be made nor written to. Nothing is made."""
     folder = Path(config.run.proj_dir)
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise UserError(f"--proj_dir {folder} is not a writable folder: {error.strerror or error}") from error
-    if config.run.resume:
-        return folder
+        raise not_writable(folder, error) from error
+    return folder
+
+
+def not_writable(folder: Path, error: OSError) -> UserError:
+    """What to raise where the machine refuses `proj_dir`."""
+    return UserError(f"--proj_dir {folder} is not a writable folder: {error.strerror or error}")
+
+
+def check_results(folder: Path, config: TrainConfig) -> None:
+    """UserError if a run that begins in `folder` would replace what must be kept."""
     results = _matching(folder, RESULTS)
-    if results and not config.run.overwrite:
+    if results and config.run.resume in NEVER and not config.run.overwrite:
+        last = (kept(folder) or results)[-1].name
         raise UserError(
-            f"--proj_dir {folder} holds the results of an earlier run ({results[0].name}): they are kept; "
-            "continue it with --resume 1, choose another folder, or --overwrite"
+            f"--proj_dir {folder} holds the results of an earlier run ({last}), and --resume {config.run.resume} keeps "
+            "them: leave that out to continue it, choose another folder, or --overwrite 1"
         )
     needed = {Path(path).resolve() for path in (config.model.load_model, config.adapter.peft_load) if path}
     for path in _matching(folder, MADE_HERE):
         if path.resolve() in needed:
             raise UserError(f"--overwrite would remove {path}, which this run starts from: choose another --proj_dir")
-    return folder
 
 
-def begin(folder: Path, config: TrainConfig) -> None:
-    """Make the folder ready for the first step: make it, clear it, or for --resume tidy it, and write config.json.
+def kept(folder: Path) -> list[Path]:
+    """The files of trained parameters in `folder`, the last one last. A power cut leaves empty ones, which are none."""
+    files = [path for path in _matching(folder, (SAVED,)) if path.is_file() and path.stat().st_size]
+
+    def place(path: Path) -> tuple[int, int]:
+        epoch, step = re.match(r"rwkv-(\d+)(?:-s(\d+))?", path.name).groups()  # type: ignore[union-attr]
+        return int(epoch), int(step or 10**9)
+
+    return sorted(files, key=place)
+
+
+def has_remains(folder: Path) -> bool:
+    """Whether a run has begun in `folder`."""
+    return bool(_matching(folder, MADE_HERE + UNFINISHED))
+
+
+def begin(folder: Path, config: TrainConfig, continued: bool) -> None:
+    """Make the folder ready for the first step: clear it, or tidy it for a run that is `continued`; write config.json.
 
     Only files with names of ours are removed.
     """
-    left_over = UNFINISHED if config.run.resume else MADE_HERE + UNFINISHED
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in _matching(folder, left_over):
+        for path in _matching(folder, UNFINISHED if continued else MADE_HERE + UNFINISHED):
             path.unlink()
     except OSError as error:
-        raise UserError(f"--proj_dir {folder} is not a writable folder: {error.strerror or error}") from error
-    # These two flags say how this start treats the folder; a later start from config.json must not repeat that.
-    saved = replace(config, run=replace(config.run, resume=False, overwrite=False))
+        raise not_writable(folder, error) from error
+    # How this start treats the folder is nothing that a later start from config.json should repeat.
+    run = RunConfig()
+    saved = replace(config, run=replace(config.run, resume=run.resume, resume_with=(), overwrite=False))
     with atomic_path(folder / CONFIG, overwrite=True) as temporary:
         temporary.write_text(to_json(saved), encoding="utf-8")
 

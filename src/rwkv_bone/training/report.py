@@ -15,13 +15,12 @@ from rwkv_bone.console import counted
 from rwkv_bone.data.lost import WARNING, percent
 from rwkv_bone.devices import describe_devices
 from rwkv_bone.quantization import describe
-from rwkv_bone.training import project, resume_file
+from rwkv_bone.training import project
+from rwkv_bone.training.disk import saving_lines, unused_saves
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.prepare import Prepared, count_parameters
 from rwkv_bone.training.recompute import Choice
-from rwkv_bone.training.resume import Saved
-from rwkv_bone.training.saving import unused_saves
 from rwkv_bone.training.strategy import DTYPES, offloads, zero_stage
 
 COMMANDS = "rwkv-bone-"  # how the names of the installed commands begin; train.py is then rwkv-bone-train
@@ -34,13 +33,11 @@ def header(
     choice: Choice,
     device: str,
     threads: int,
-    earlier: Saved | None,
     text: Iterable[str] = (),
 ) -> Iterator[str]:
     """What was found and what will be done, one fact a line.
 
-    choice: what backward computes again; device: `cuda` or `cpu`; threads: of a process; earlier: what this run
-    continues; text: lines of `folder_text`.
+    choice: what backward computes again; device: `cuda` or `cpu`; threads: of a process; text: lines of `folder_text`.
     """
     run, plan = config.run, module.plan
     offload = ", optimiser on the CPU" if offloads(run.strategy) else ""
@@ -58,8 +55,6 @@ def header(
     else:
         trained, total = count_parameters(prepared.model, trained_only=True), count_parameters(prepared.model)
         yield f"trained   every weight: {trained:,} of {total:,} parameters"
-        size = trained * resume_file.BYTES_PER_PARAMETER / 2**30
-        yield f"          each save also replaces {project.RESUME_FILE}, for --resume: {size:,.1f} GB"
     yield from text
     for line in [*plan.dataset.summary_lines(), *plan.summary_lines()]:
         yield line if line.startswith(WARNING) else f"data      {line}"
@@ -73,14 +68,14 @@ def header(
     if read < 1:
         yield f"          these steps read {percent(read)} of the trained tokens; a larger --epoch_count reads more"
     yield f"memory    {choice.sentence}" if choice.fits else f"{WARNING}{choice.sentence}"
+    what = "adapter" if prepared.injection else "model"
+    yield from saving_lines(run, plan, prepared.model, prepared.output, what, module.first_step)
     for line in unused_saves(run, module.total_steps):
         yield f"{WARNING}{line}"
     if config.model.chunk_ctx:
         cut = config.model.bptt_chunks
         gradient = f"cut after every {cut} (--bptt_chunks)" if cut else "exact"
         yield f"context   sequences run in chunks of {counted(config.model.chunk_ctx, 'token')}; gradient {gradient}"
-    for line in earlier.notes(config, plan, threads) if earlier else ():
-        yield f"resume    {line}"
 
 
 def report_results(
@@ -101,6 +96,16 @@ def report_results(
             draw_loss(temporary, records, heldout.points() if heldout else [])
     for line in footer(config, folder, trained):
         report(line)
+
+
+def complete(config: TrainConfig, folder: Path, trained: Path, heldout: HeldOut | None) -> Iterator[str]:
+    """What a run that is done has left, and what to type next."""
+    yield f"adapters  {', '.join(path.name for path in project.kept(folder))}"
+    for when, one in (("before", heldout and heldout.before), ("after", heldout and heldout.after)):
+        if one:
+            yield f"{when:<10}{one.line()}"
+    yield from footer(config, folder, trained)
+    yield "          nothing is left to do; a larger --epoch_count trains longer"
 
 
 def footer(config: TrainConfig, folder: Path, trained: Path) -> Iterator[str]:

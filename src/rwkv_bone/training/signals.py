@@ -21,7 +21,7 @@ class StopOnSignal(Callback):
 
     It must be the first callback: it has to hear signals before held-out data is measured, and it ends the run at the
     start of a step, when every callback has seen the end of the step before. The other ranks learn of the signal from
-    the numbers that ranks exchange anyway at the end of a step (`TrainingModule.signal`). `save(trainer, module)` is
+    the numbers that ranks exchange anyway at the end of a step (`TrainingModule.asks`). `save(trainer, module)` is
     called on every rank; `state()` is then what the user reads: what is saved and how to go on.
 
     minutes: after so many since the program was started the run ends in the same way, but not before it has taken a
@@ -40,12 +40,12 @@ class StopOnSignal(Callback):
         if index % module.plan.accumulate == 0 and index:
             # In a run of one process a signal may have come since the step.
             alone = self._listener.received if module.plan.world_size == 1 else 0
-            self._end_if(alone or module.signal_anywhere, trainer, module)
+            self._end_if(alone or module.asked["signal"], trainer, module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, module: TrainingModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        module.signal = self._listener.received or self._time_up(trainer)
+        module.asks["signal"] = self._listener.received or self._time_up(trainer)
 
     def on_train_end(self, trainer: Trainer, module: TrainingModule) -> None:
         self._listener.stepping = False
