@@ -33,7 +33,7 @@ MODULES = {
     "errors": set(),
     "imports": set(),
     "locks": set(),
-    "run_lock": set(),
+    "run_lock": {"config", "checkpoints"},
     "signals": set(),
     "console": set(),
     "commands": set(),
