@@ -142,8 +142,8 @@ CONVERT: dict[str, When] = {
 HF: dict[str, When] = {
     "eval_field": given("eval_path"),
     "warmup_ratio": but("lr_scheduler_type", "constant"),
-    "overwrite": without("resume"),
-    "resume": without("overwrite"),
+    "overwrite": TRAIN["overwrite"],
+    "resume": TRAIN["resume"],
 }
 PREVIEW: dict[str, When] = {
     "show_tokens": When(("samples",), lambda count: count > 0, "with --samples above 0", "--samples 1")

@@ -378,7 +378,8 @@ class RunConfig:
     )
     max_bad_steps: int = setting(
         3,
-        "steps that may be left out because loss or gradient is no finite number, before the run stops",
+        "number of steps, of the whole run, that may be skipped because their loss or gradient is not a finite number; "
+        "one more stops the run",
         at_least=0,
         at_most=10**6,
     )

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, seed_everything
 
-from rwkv_bone import allocator, console
+from rwkv_bone import allocator, console, run_lock
 from rwkv_bone.cluster.join import join
 from rwkv_bone.cluster.world import SAME_FILES, World
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
-from rwkv_bone.training import project, run_lock
+from rwkv_bone.training import project
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.memory import count
