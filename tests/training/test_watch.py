@@ -11,7 +11,7 @@ import pytest
 
 from rwkv_bone.errors import Interrupted, exit_status
 from rwkv_bone.signals import SIGNALS, Listener, descendants
-from rwkv_bone.training import watch
+from rwkv_bone.training import signs, watch
 from rwkv_bone.training.hanging import PATIENCE, Judge, Life
 from tests.conftest import clean_environment, python_path
 
@@ -111,21 +111,21 @@ def test_where_a_thread_hangs_is_told_by_its_own_line_and_ours():
 
 
 def test_progress_counts_and_remembers_the_longest_time_between(monkeypatch):
-    marks = watch._Marks()
-    monkeypatch.setattr(watch, "_marks", marks)
+    marks = signs.Marks()
+    monkeypatch.setattr(signs, "marks", marks)
     now = marks.last
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    monkeypatch.setattr(signs.time, "monotonic", lambda: now)
     now += 100  # before the steps nothing is measured
-    watch.progress()
+    signs.progress()
     marks.running = True
     for gap in (3, 7, 2):
         now += gap
-        watch.progress()
-    with watch.waiting_outside():
+        signs.progress()
+    with signs.waiting_outside():
         assert not marks.running
         now += 50
     now += 1
-    watch.progress()
+    signs.progress()
     assert (marks.done, marks.longest, marks.running) == (5, 7, True)
 
 
