@@ -316,9 +316,8 @@ class Watch:
         return False
 
     def _name(self, rank: int) -> str:
-        place = self._places.get(rank, {})
-        where = f" ({place['host']}, process {place['pid']})" if place else ""
-        return f"rank {rank} of {self.world.size}{where}"
+        place, size = self._places.get(rank), self.world.size
+        return f"rank {rank} of {size} ({place['host']}, process {place['pid']})" if place else f"rank {rank} of {size}"
 
     def _state(self) -> str:
         state = self.state()
