@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import sys
 
+from rwkv_bone import signals
 from rwkv_bone.errors import exit_status
 from rwkv_bone.imports import uncollected
 
 
 def train(prog: str = "rwkv-bone-train") -> int:
     """Fine-tune an RWKV model."""
+    signals.hear()
 
     def body() -> None:
         from rwkv_bone.config.flags import parse_train
 
         config = parse_train(sys.argv[1:], prog)
-        with uncollected():
-            from rwkv_bone.training.fit import fit
+        from rwkv_bone.cluster.join import join
 
-        fit(config)
+        with join(config) as world:
+            with uncollected():
+                from rwkv_bone.training.fit import fit
+
+            fit(config, world)
 
     return exit_status(body)
 
