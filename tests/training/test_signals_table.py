@@ -135,7 +135,7 @@ def results(job):
     for row in ONE + TWO:
         if row.name in RESUMED:
             again = row.run(job) | {"name": f"{row.name}, resumed", "acts": [], "sends": [], "after": row.name}
-            again["argv"] += ["--resume", "1"]
+            # The same command: --resume auto.
             runs.append(again)
     return perform(runs, job.folder)
 

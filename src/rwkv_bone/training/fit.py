@@ -54,8 +54,8 @@ def fit(config: TrainConfig, world: World | None = None) -> Path:
     if world is None:
         with join(config) as world:
             return fit(config, world)
-    silence_libraries()
     with Watch(world, config.run.rank_timeout) as watch:
+        silence_libraries()
         folder = Path(config.run.proj_dir)
         if not world.main:
             return _fit(config, world, watch, folder)
@@ -72,8 +72,8 @@ def _fit(config: TrainConfig, world: World, watch: Watch, folder: Path) -> Path:
     if main and not earlier and not run.overwrite and project.has_remains(folder):
         report(f"resume    a run in {folder} ended before it saved anything: this one begins anew")
     device = choose_device(run.accelerator, world)
-    world.agree("the device of --accelerator", device)
     watch.spins(device == "cuda")
+    world.agree("the device of --accelerator", device)
     threads = settle_threads(run.devices)
     there = memory_there(device, run.devices)  # before this run takes any of it
 

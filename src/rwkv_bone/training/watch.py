@@ -29,6 +29,7 @@ from rwkv_bone import signals
 from rwkv_bone.errors import Interrupted, UserError, sentence, status_of
 from rwkv_bone.training.hanging import Judge, Life, Verdict
 from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.signs import marks, progress
 
 if TYPE_CHECKING:
     from rwkv_bone.cluster.world import World
@@ -46,48 +47,11 @@ KILLED = "perhaps by the system for lack of memory (see dmesg)"
 Message = dict[str, Any]
 
 
-class _Marks:
-    """What this process has done so far, for its beats."""
-
-    def __init__(self) -> None:
-        self.done, self.longest, self.running = 0, 0.0, False
-        self.last = time.monotonic()
-
-
-_marks = _Marks()
-
-
-def progress() -> None:
-    """Tell that this process has advanced: a micro-batch, a batch of a measurement, a tensor of a save."""
-    now = time.monotonic()
-    if _marks.running:
-        _marks.longest = max(_marks.longest, now - _marks.last)
-    _marks.done += 1
-    _marks.last = now
-
-
-@contextlib.contextmanager
-def waiting_outside() -> Iterator[None]:
-    """In this context this process may wait long for something that is not of the run, such as a server."""
-    before, _marks.running = _marks.running, False
-    try:
-        yield
-    finally:
-        _marks.last, _marks.running = time.monotonic(), before
-
-
-def reported(items: Iterator[Any]) -> Iterator[Any]:
-    """The items, each of which is progress once it is dealt with."""
-    for item in items:
-        yield item
-        progress()
-
-
 class ShowProgress(Callback):
     """Micro-batches and all other forward passes are progress."""
 
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
-        _marks.last, _marks.running = time.monotonic(), True
+        marks.last, marks.running = time.monotonic(), True
         module.register_forward_pre_hook(lambda *_: progress())
 
     def on_train_batch_start(self, trainer: Trainer, module: TrainingModule, batch: Any, index: int) -> None:
@@ -121,7 +85,7 @@ class Watch:
         self._judge.spins = spins
 
     def __enter__(self) -> Watch:
-        _marks.__init__()  # type: ignore[misc]
+        marks.__init__()  # type: ignore[misc]
         if self.world.size > 1:
             self._main = threading.main_thread().ident
             self._connect()
@@ -352,9 +316,8 @@ class Watch:
         return False
 
     def _name(self, rank: int) -> str:
-        place = self._places.get(rank, {})
-        where = f" ({place['host']}, process {place['pid']})" if place else ""
-        return f"rank {rank} of {self.world.size}{where}"
+        place, size = self._places.get(rank), self.world.size
+        return f"rank {rank} of {size} ({place['host']}, process {place['pid']})" if place else f"rank {rank} of {size}"
 
     def _state(self) -> str:
         state = self.state()
@@ -411,9 +374,9 @@ class _Sample:
         disk = blocked or amount > self._bytes
         self._used, self._when, self._bytes = used, now, amount
         at, waits = (
-            ("", False) if now - _marks.last < timeout / 2 else _where(sys._current_frames().get(self._main or 0))
+            ("", False) if now - marks.last < timeout / 2 else _where(sys._current_frames().get(self._main or 0))
         )
-        return Life(_marks.done, _marks.running, busy, disk, _marks.longest, at, waits)
+        return Life(marks.done, marks.running, busy, disk, marks.longest, at, waits)
 
 
 def _where(frame: Any) -> tuple[str, bool]:
