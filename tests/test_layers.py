@@ -11,7 +11,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "src" / "rwkv_bone"
 HEAVY = {"torch", "lightning", "deepspeed", "numpy", "matplotlib", "tokenizers"}
 TRAINERS = {"lightning", "deepspeed", "bitsandbytes", "transformers", "peft"}
-ROOMS = {"adapters", "checkpoints", "config", "conversion", "data", "hf", "inference", "models", "ops", "training"}
+ROOMS = {"adapters", "checkpoints", "cluster", "config", "conversion", "data", "hf", "inference", "models", "ops"}
+ROOMS |= {"training"}
 # For each room, the rooms that importing any of its modules may bring along.
 MAY_IMPORT = {
     "config": set(),
@@ -23,6 +24,7 @@ MAY_IMPORT = {
     "inference": {"config", "checkpoints", "ops", "models", "adapters", "data"},
     "conversion": {"config", "checkpoints", "ops", "models", "adapters", "inference"},
     "hf": {"config", "checkpoints", "adapters", "data"},
+    "cluster": {"config"},
     "training": ROOMS - {"hf", "conversion"},
 }
 # Imported where peft or transformers are in use: modules that are made of classes of theirs.
@@ -33,6 +35,7 @@ MODULES = {
     "errors": set(),
     "imports": set(),
     "locks": set(),
+    "launched": set(),
     "signals": set(),
     "console": set(),
     "commands": set(),
@@ -92,6 +95,8 @@ def test_loading_a_model_reads_no_data_modules():
         "rwkv_bone.devices",
         "rwkv_bone.errors",
         "rwkv_bone.imports",
+        "rwkv_bone.launched",
+        *modules("cluster"),
         "rwkv_bone.signals",
         "rwkv_bone.conversion.flags",
         "rwkv_bone.hf.flags",

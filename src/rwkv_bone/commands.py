@@ -19,10 +19,13 @@ def train(prog: str = "rwkv-bone-train") -> int:
         from rwkv_bone.config.flags import parse_train
 
         config = parse_train(sys.argv[1:], prog)
-        with uncollected():
-            from rwkv_bone.training.fit import fit
+        from rwkv_bone.cluster.join import join
 
-        fit(config)
+        with join(config) as world:
+            with uncollected():
+                from rwkv_bone.training.fit import fit
+
+            fit(config, world)
 
     return exit_status(body)
 

@@ -196,7 +196,7 @@ def progress_bar(
     from tqdm import tqdm
 
     stream = stream or sys.stderr
-    shown = stream.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
+    shown = stream.isatty() and os.environ.get("RANK", "0") == "0"
     known = not shown or _columns(stream) > 0
     return tqdm(
         total=total,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -84,7 +85,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(job, 
     reference = job.run(f"{name} whole", **flags)
     folder = killed(f"{name} killed", after=5, **flags)
     assert len(log_of(folder)) == 5 and checkpoints.read_metadata(folder / "resume.pth")["step"] == 4
-    job.run(folder.name, resume=1, **flags)
+    job.run(folder.name, **flags)
     assert_same_to_the_bit(folder, reference)
     assert_same_files(folder, reference)
 
@@ -166,9 +167,9 @@ def test_another_stage_and_accumulation_continue_it_to_rounding(job, halfway, ha
     [
         (
             {"lr_init": 2e-2, "bone_r": 4},
-            "half holds a run of other settings: --bone_r was 8 and is now 4; --lr_init was 0.01 and is now 0.02. Nothing "
-            r"there was changed.*--resume_with lr_init goes on with the new values \(--bone_r cannot change in a run\); "
-            "another --proj_dir begins a new run, --overwrite 1 replaces this one$",
+            "half holds a run of other settings: --bone_r was 8 and is now 4; --lr_init was 0.01 and is now 0.02. "
+            r"Nothing there was changed.*--resume_with lr_init goes on with the new values \(--bone_r cannot change in "
+            r"a run\); another --proj_dir begins a new run, --overwrite 1 replaces this one$",
         ),
         ({"train_parts": "ln"}, "--train_parts was empty and is now ln"),
         ({"micro_bsz": 2}, "a step was 1 device x 1 forward pass x micro_bsz 4; now it is 1 .* x micro_bsz 2"),
@@ -242,9 +243,10 @@ def test_where_there_is_nothing_to_continue_it_says_what_there_is(job, halfway, 
         go_on(job, half, **halfway["flags"])
 
 
-def test_a_complete_run_is_said_to_be_and_left_alone(job, halfway, half, capsys):
+@pytest.mark.parametrize("resume", ["auto", 1])
+def test_a_complete_run_is_said_to_be_and_left_alone(job, halfway, half, resume, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in half.iterdir()}
-    go_on(job, half, **(halfway["flags"] | {"epoch_count": 1}))
+    job.run(half, **(halfway["flags"] | {"epoch_count": 1, "resume": resume}))
     said = capsys.readouterr().out
     assert first_line(said) == f"resume    the run in {half} is complete: 3 of 3 optimiser steps"
     measured = json.loads((half / "evaluation.json").read_text())
@@ -252,6 +254,15 @@ def test_a_complete_run_is_said_to_be_and_left_alone(job, halfway, half, capsys)
     assert f"--peft_checkpoint {half}/rwkv-0.pth --output {half}/merged.pth" in said and "model     " not in said
     assert said.endswith("nothing is left to do; a larger --epoch_count trains longer\n")
     assert {path.name: path.stat().st_mtime_ns for path in half.iterdir()} == before
+
+
+@pytest.mark.parametrize("name, half_of_it", [("rwkv-0.pth", True), ("rwkv-0.pth", False), ("rwkv-0.json", True)])
+def test_the_adapter_of_a_complete_run_is_written_again_if_it_was_damaged(job, halfway, half, name, half_of_it, capsys):
+    before = (half / name).read_bytes()
+    (half / name).write_bytes(before[: len(before) // 2] if half_of_it else b"")
+    job.run(half, **(halfway["flags"] | {"epoch_count": 1}))
+    assert "resume    rwkv-0.pth was lost or damaged: it is written again, from resume.pth" in capsys.readouterr().out
+    assert (half / name).read_bytes() == before
 
 
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_3"])
@@ -263,6 +274,111 @@ def test_a_run_stopped_in_its_last_measurement_makes_it_up(job, halfway, half, s
     go_on(job, half, **(halfway["flags"] | {"epoch_count": 1, "strategy": strategy}))
     assert json.loads(path.read_text()) == report
     assert (half / "loss.png").is_file() and "\nresults " in capsys.readouterr().out
+
+
+@pytest.fixture
+def files(half):
+    """What the folder holds: {name: bytes}."""
+    return lambda: {path.name: path.read_bytes() for path in half.iterdir()}
+
+
+@pytest.mark.parametrize("left", ["log and config", "empty adapter and state"])
+def test_where_a_run_has_saved_nothing_the_next_one_begins_anew(job, halfway, half, left, capsys):
+    for name in ("resume.pth", "rwkv-0.pth"):
+        (half / name).unlink()
+        if left.startswith("empty"):
+            (half / name).touch()
+    (half / "mine.txt").write_text("mine")
+    job.run(half, **(halfway["flags"] | {"epoch_count": 1}))
+    said = capsys.readouterr().out
+    assert first_line(said) == f"resume    a run in {half} ended before it saved anything: this one begins anew"
+    assert_same_files(half, halfway["half"])
+    assert numbers(half) == numbers(halfway["half"]) and (half / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("resume", ["auto", "1"])
+def test_results_without_a_state_are_kept_and_it_is_said_what_can_be_done(job, halfway, half, files, resume):
+    shutil.copy(half / "rwkv-0.pth", half / "rwkv-10.pth")
+    (half / "resume.pth").unlink()
+    before, newest = files(), re.escape(str(half / "rwkv-10.pth"))
+    with pytest.raises(UserError, match=f"no resume.pth.*start a new run from {newest} with --peft_load"):
+        job.run(half, **(halfway["flags"] | {"resume": resume}))
+    assert files() == before
+
+
+@pytest.mark.parametrize("resume", ["never", 0, "false"])
+def test_with_never_a_folder_of_results_is_refused(job, halfway, half, files, resume):
+    before = files()
+    with pytest.raises(
+        UserError, match=r"holds the results of an earlier run \(rwkv-0.pth\), and --resume (never|0) keeps"
+    ):
+        job.run(half, **(halfway["flags"] | {"resume": resume}))
+    assert files() == before
+
+
+def test_overwrite_replaces_an_unfinished_run(job, halfway, half, capsys):
+    job.run(half, **(halfway["flags"] | {"epoch_count": 1, "overwrite": 1}))
+    assert "resume    " not in capsys.readouterr().out
+    assert_same_files(half, halfway["half"])
+
+
+def test_the_learning_rate_changes_on_purpose_and_stays_changed(job, halfway, half, killed, capsys):
+    flags = halfway["flags"] | {"lr_init": 5e-3}
+    with pytest.raises(UserError, match="--lr_init was 0.01 and is now 0.005.*--resume_with lr_init goes on"):
+        job.run(half, **flags)
+    killed(half, after=4, resume_with="[lr_init, grad_clip]", **flags)
+    said = capsys.readouterr().out
+    assert "resume    --lr_init 0.01 became 0.005, from step 4 on\n" in said
+    assert "resume    --resume_with grad_clip: it has not changed\n" in said
+    assert "so that the next learning rate is 0.005 instead of 0.01" in said
+    state = checkpoints.read_metadata(half / "resume.pth")
+    config = from_json((half / "config.json").read_text())
+    assert (state["step"], state["config"]["optim"]["lr_init"], config.optim.lr_init) == (3, 5e-3, 5e-3)
+    assert config.run.resume_with == ()
+    job.run(half, **flags)  # it need not be named again
+    assert [line["lr"] for line in log_of(half)] == [1e-2] * 3 + [5e-3] * 3
+    with pytest.raises(UserError, match="--lr_init was 0.005 and is now 0.01"):
+        job.run(half, **halfway["flags"])
+
+
+def test_a_mended_row_is_taken_up_and_the_next_start_need_not_be_told(job, halfway, half, killed, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    rows = [*ROWS[:-1], (ROWS[-1][0], "00")]
+    data.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows))
+    flags = halfway["flags"] | {"data_file": data}
+    with pytest.raises(UserError, match="--resume_with data_file goes on with these samples"):
+        job.run(half, **flags)
+    killed(half, after=4, resume_with="data_file", **flags)
+    assert (
+        "resume    --data_file holds other samples than before: from step 4 on the order is that of the new ones\n"
+        in (capsys.readouterr().out)
+    )
+    job.run(half, **flags)
+    assert [line["step"] for line in log_of(half)] == [1, 2, 3, 4, 5, 6]
+    # The mended row is read: the losses are those of the new samples.
+    assert [line["trained_tokens"] for line in log_of(half)] != [
+        line["trained_tokens"] for line in log_of(halfway["whole"])
+    ]
+
+
+def test_the_same_data_is_said_to_be_the_same(job, halfway, half, capsys):
+    job.run(half, **(halfway["flags"] | {"epoch_count": 1, "resume_with": "data_file"}))
+    assert "resume    --resume_with data_file: the samples have not changed\n" in capsys.readouterr().out
+
+
+def test_resume_with_needs_a_run_to_continue(job, halfway, tmp_path):
+    with pytest.raises(
+        UserError, match="--resume_with: .*new has no resume.pth.*without --resume_with a run begins there"
+    ):
+        job.run(tmp_path / "new", resume_with="lr_init", **halfway["flags"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_longer_epoch_on_purpose_repeats_no_sample(job, halfway, half, capsys):
+    """Epochs are counted in steps then; the order of the samples goes on through the passes as before."""
+    job.run(half, **(halfway["flags"] | {"epoch_count": 1, "epoch_steps": 6, "resume_with": "epoch_steps"}))
+    assert "resume    --epoch_steps 0 became 6, from step 4 on\n" in capsys.readouterr().out
+    assert largest_difference(adapter_of(half, "rwkv-0.pth"), adapter_of(halfway["whole"], "rwkv-1.pth")) == 0
 
 
 @pytest.mark.parametrize("damage", ["lines lost", "deleted", "not text"])

@@ -9,12 +9,12 @@ what a user typed from a script's variables, and refuses what cannot act.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from rwkv_bone import launched
 from rwkv_bone.config import MergeConfig, TrainConfig, acts, field_flags, translate
 from rwkv_bone.config.acts import Table
 from rwkv_bone.config.changes import check_names
@@ -108,6 +108,8 @@ def read_train(
     layers = _layers((*SECTIONS.values(), *([more] if more else [])), given, script, typed)
     layers.saved = {name: value for values in saved.values() for name, value in values.items()}
     layers.source, layers.config_in_script = str(source), "config" in script
+    if trains:
+        layers.count_processes(launched.find())
     return layers.settle({**acts.TRAIN, **(acts.PREVIEW if more else {})}), [*parser.notes, *notes, *layers.notes]
 
 
@@ -306,7 +308,7 @@ def of_section(given: dict[str, Any], section: type[DataclassInstance]) -> dict[
 
 def print_notes(notes: Iterable[str], warnings: Iterable[str] = ()) -> None:
     """Print what was translated, ignored or left out, and what is hardly meant, once."""
-    # Lightning starts the other processes of a run with the same command line; only one of them prints.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    # The processes of a run have the same command line; only one of them prints.
+    if launched.speaks():
         for line in [*(f"note: {note}" for note in notes), *(f"warning: {warning}" for warning in warnings)]:
             print(line, flush=True)

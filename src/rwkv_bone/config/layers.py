@@ -14,6 +14,7 @@ from typing import Any
 from rwkv_bone.config.acts import BELONGS, Table, When, asks
 from rwkv_bone.config.fields import plain
 from rwkv_bone.errors import UserError
+from rwkv_bone.launched import Launched
 
 # The scripts put this between their own variables, as flags, and what their user typed.
 TYPED = "--typed"
@@ -60,6 +61,22 @@ class Layers:
             if name in self.typed and asks(name, now[name], self.defaults[name]) and not when.met(now):
                 raise UserError(f"--{name} {shown(now[name])} {_no_effect(name, when, now)}: {_remedy(when)}")
         return {**self.saved, **self.script, **self.typed}
+
+    def count_processes(self, found: Launched) -> None:
+        """Take --devices and --num_nodes from the launcher where they were not typed, with notes."""
+        cards = found.cards if self.values()["accelerator"] != "cpu" else None
+        for name, number, what in (
+            ("devices", found.devices, f"{found.launcher} has started {found.devices} on each machine"),
+            ("devices", cards, f"{found.launcher} gives {cards} cards to this task"),
+            ("num_nodes", found.nodes, f"{found.launcher} has {found.nodes}"),
+        ):
+            # A number above 1 in a script was meant: the processes say, when they meet, that it does not fit.
+            if not number or name in self.typed or self.script.get(name, 1) > 1:
+                continue
+            for layer, told in ((self.script, self._of_script), (self.saved, self._of_saved)):
+                if name in layer and (value := layer.pop(name)) != number:
+                    self.notes.append(f"{told(name, value)} is left out: {what}")
+            self.script[name] = number
 
     def _leave_out_what_belongs(self) -> None:
         """What describes other files than those that were typed."""

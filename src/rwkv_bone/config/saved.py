@@ -73,6 +73,10 @@ def earlier_settings(given: dict[str, Any]) -> tuple[Path | None, dict[str, dict
         return path, read_config(path), []
     if any(folder.glob(STATES)):
         wrong = "is damaged" if path.exists() else "is missing"
+        if "data_file" not in given:
+            raise UserError(
+                f"--resume 1: {path} {wrong}: give the settings of the run again, as in the command that began it"
+            )
         return None, {}, [f"{path} {wrong}: settings that are not given have their defaults, which must be the run's"]
     raise UserError(
         f"--resume 1: {folder} has no config.json, so there is no run to continue: check --proj_dir, or begin a run "
@@ -117,6 +121,8 @@ def _check_settings(text: str, source: str) -> dict[str, dict[str, Any]]:
         for key, value in values.items():
             if key not in specs:
                 raise UserError(f"{source}: unknown setting {name}.{key}; expected one of {', '.join(specs)}")
+            if key == "resume" and value is False:
+                continue  # of a version that wrote this into every file
             if is_switch(specs[key]) and isinstance(value, bool):
                 value = str(int(value))  # the setting had no other choices when this was written
             settings[name][key] = _of_type(type(specs[key].default), value, f"{source}: {name}.{key}")

@@ -1,13 +1,12 @@
 """A training run, from its config to its last line of output: the only place that sees all the pieces.
 
-With several devices Lightning starts this program again for each of them, so everything here runs once per process;
-only the main process prints and touches the results folder.
+With several devices `join` starts this program again for each of them, so everything here runs once per process; only
+the main process prints and touches the results folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +14,24 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 
 from rwkv_bone import allocator, console
+from rwkv_bone.cluster.join import join
+from rwkv_bone.cluster.world import SAME_FILES, World
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.training import project, run_lock
 from rwkv_bone.training.compiling import CompileBlocks
-from rwkv_bone.training.launchers import check_launcher
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule, read_bad_steps
 from rwkv_bone.training.place import PlaceModel
-from rwkv_bone.training.prepare import count_parameters, load_data, plan_batches, prepare_heldout, prepare_model
+from rwkv_bone.training.prepare import (
+    agree_on_files,
+    count_parameters,
+    load_data,
+    plan_batches,
+    prepare_heldout,
+    prepare_model,
+)
 from rwkv_bone.training.progress import ProgressLines
 from rwkv_bone.training.recompute import Agree, decide, memory_there, run_of
 from rwkv_bone.training.report import complete, header, program, report_results
@@ -34,27 +41,35 @@ from rwkv_bone.training.saving import SaveTrained
 from rwkv_bone.training.seeding import SeedBatches
 from rwkv_bone.training.signals import StopOnSignal
 from rwkv_bone.training.strategy import silence_libraries
-from rwkv_bone.training.trainer import choose_device, is_main_process, make_trainer, run_steps, settle_threads
+from rwkv_bone.training.trainer import choose_device, make_trainer, run_steps, settle_threads
 
 
-def fit(config: TrainConfig) -> Path:
-    """Train as `config` says and return the last file of trained parameters; UserError for what a user can fix."""
+def fit(config: TrainConfig, world: World | None = None) -> Path:
+    """Train as `config` says and return the last file of trained parameters; UserError for what a user can fix.
+
+    world: what `join(config)` returned, entered; None joins here.
+    """
+    if world is None:
+        with join(config) as world:
+            return fit(config, world)
     silence_libraries()
-    main, run = is_main_process(), config.run
-    check_launcher(run)
-    folder = project.check_folder(config) if main else Path(run.proj_dir)
+    folder = Path(config.run.proj_dir)
+    if not world.main:
+        return _fit(config, world, folder)
+    project.check_folder(config)
     # Before anything there is read.
-    with run_lock.held(folder) if main else nullcontext():
-        return _fit(config, folder, main)
+    with run_lock.held(folder):
+        return _fit(config, world, folder)
 
 
-def _fit(config: TrainConfig, folder: Path, main: bool) -> Path:
-    run = config.run
+def _fit(config: TrainConfig, world: World, folder: Path) -> Path:
+    main, run = world.main, config.run
     report: Callable[[str], None] = console.say if main else lambda line: None
-    earlier = looked(look(config), folder)
+    earlier = looked(world.from_first("what is in --proj_dir", lambda: look(config)), folder)
     if main and not earlier and not run.overwrite and project.has_remains(folder):
         report(f"resume    a run in {folder} ended before it saved anything: this one begins anew")
-    device = choose_device(run.accelerator)
+    device = choose_device(run.accelerator, world)
+    world.agree("the device of --accelerator", device)
     threads = settle_threads(run.devices)
     there = memory_there(device, run.devices)  # before this run takes any of it
 
@@ -67,6 +82,7 @@ def _fit(config: TrainConfig, folder: Path, main: bool) -> Path:
     dataset, split = load_data(reading, prepared.arch.vocab_size, config.data)
     plan = plan_batches(config, dataset)
     output = prepared.output.with_data(dataset)
+    agree_on_files(world, config, model, output.metadata)
     if earlier:
         earlier.check(output.metadata, config)
         if main:
@@ -96,10 +112,12 @@ def _fit(config: TrainConfig, folder: Path, main: bool) -> Path:
             report(line)
     measured = earlier.measured if earlier else None
     heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report, measured)
+    if heldout:
+        world.agree("held-out data", heldout.fingerprint, SAME_FILES)
     if earlier and taken and not (heldout and heldout.interrupted(module.total_steps)):
         trained = earlier.trained or folder / f"rwkv-{run.epoch_begin + plan.locate(first - 1)[0]}-s{first}.pth"
-        if main and not (trained.is_file() and trained.stat().st_size):
-            earlier.write_trained(trained, output.dtypes, output.metadata)
+        if main and earlier.mend(trained, output.dtypes, output.metadata):
+            report(f"resume    {trained.name} was lost or damaged: it is written again, from {earlier.path.name}")
         for line in complete(config, folder, trained, heldout):
             report(line)
         return trained
@@ -119,7 +137,7 @@ def _fit(config: TrainConfig, folder: Path, main: bool) -> Path:
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
     callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)
-    trainer = make_trainer(config, device, trainable, wandb_logger(run.wandb, folder, report), callbacks)
+    trainer = make_trainer(config, device, trainable, wandb_logger(run.wandb, folder, report), callbacks, world)
     if main:
         if earlier:
             earlier.record(config, output.metadata)

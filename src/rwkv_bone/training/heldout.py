@@ -97,6 +97,11 @@ class HeldOut(Callback):
             except UserError:
                 report(f"held-out  {path} is damaged: what it held is measured again, as far as that is possible")
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the samples and prompts."""
+        return self._data
+
     def interrupted(self, total_steps: int) -> bool:
         """Whether the run was measured before its first step and not after its last."""
         return self.before is not None and not (self.after and self.after.step >= total_steps)

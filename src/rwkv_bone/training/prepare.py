@@ -14,6 +14,7 @@ import rwkv_bone
 from rwkv_bone import checkpoints
 from rwkv_bone.adapters import AdapterLinear, Injection, adapter_keys, inject, load_adapter_file, settings_of
 from rwkv_bone.checkpoints import Architecture
+from rwkv_bone.cluster.world import SAME_FILES, World
 from rwkv_bone.config import DataConfig, TrainConfig
 from rwkv_bone.config.saved import shaping
 from rwkv_bone.console import counted
@@ -164,6 +165,18 @@ def plan_batches(config: TrainConfig, dataset: Dataset) -> BatchPlan:
     )
     check_schedule(plan.total_steps(config.run.epoch_count), config.optim)
     return plan
+
+
+def agree_on_files(world: World, config: TrainConfig, model: nn.Module, metadata: dict[str, Any]) -> None:
+    """UserError, on every machine, if their files of base, adapter or training data are not the same.
+
+    metadata: of `Output.with_data`.
+    """
+    world.agree("--load_model", str(metadata["base"]), SAME_FILES)
+    if config.adapter.peft_load:
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        world.agree("--peft_load", checkpoints.fingerprint(trained), SAME_FILES)
+    world.agree("--data_file", metadata["data"], SAME_FILES)
 
 
 def prepare_heldout(

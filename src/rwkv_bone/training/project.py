@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -49,9 +50,10 @@ def check_results(folder: Path, config: TrainConfig) -> None:
     """UserError if a run that begins in `folder` would replace what must be kept."""
     results = _matching(folder, RESULTS)
     if results and config.run.resume in NEVER and not config.run.overwrite:
+        last = (kept(folder) or results)[-1].name
         raise UserError(
-            f"--proj_dir {folder} holds the results of an earlier run ({results[0].name}), and --resume "
-            f"{config.run.resume} keeps them: leave that out to continue it, choose another folder, or --overwrite 1"
+            f"--proj_dir {folder} holds the results of an earlier run ({last}), and --resume {config.run.resume} keeps "
+            "them: leave that out to continue it, choose another folder, or --overwrite 1"
         )
     needed = {Path(path).resolve() for path in (config.model.load_model, config.adapter.peft_load) if path}
     for path in _matching(folder, MADE_HERE):
@@ -60,9 +62,14 @@ def check_results(folder: Path, config: TrainConfig) -> None:
 
 
 def kept(folder: Path) -> list[Path]:
-    """The files of trained parameters in `folder`, the newest last. A power cut leaves empty ones, which are none."""
+    """The files of trained parameters in `folder`, the last one last. A power cut leaves empty ones, which are none."""
     files = [path for path in _matching(folder, (SAVED,)) if path.is_file() and path.stat().st_size]
-    return sorted(files, key=lambda path: path.stat().st_mtime)
+
+    def place(path: Path) -> tuple[int, int]:
+        epoch, step = re.match(r"rwkv-(\d+)(?:-s(\d+))?", path.name).groups()  # type: ignore[union-attr]
+        return int(epoch), int(step or 10**9)
+
+    return sorted(files, key=place)
 
 
 def has_remains(folder: Path) -> bool:

@@ -7,6 +7,7 @@ data and the settings that it began with, but for those that --resume_with names
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -24,7 +25,7 @@ from rwkv_bone.config.saved import from_json, shaping
 from rwkv_bone.console import counted
 from rwkv_bone.data import BatchPlan
 from rwkv_bone.data.fingerprint import of_this_format
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.training import project
 from rwkv_bone.training.heldout import text_of
 from rwkv_bone.training.resume_file import check, is_moment, layout, read_newest
@@ -111,7 +112,7 @@ class Saved:
     def check(self, metadata: Mapping, now: TrainConfig) -> None:
         """UserError unless base and data are those of the saved run. metadata: what this run will write."""
         mine, theirs = self.metadata, json.loads(json.dumps(dict(metadata)))
-        then, now = self.config, _shaping(now)
+        then, now_files = self.config, _shaping(now)
         other_data = self._other_data(theirs) and not DATA & set(now.run.resume_with)
         told = []
         if mine["architecture"] != theirs["architecture"]:
@@ -120,10 +121,10 @@ class Saved:
             sizes = [f"{name} was {old} and is now {new}" for name, (old, new) in pairs.items() if old != new]
             told.append(f"the model has another architecture: {', '.join(sizes)}")
         elif mine["base"] != theirs["base"]:
-            files = f"{then.model.load_model or 'none'}, now {now.model.load_model or 'none'}"
+            files = f"{then.model.load_model or 'none'}, now {now_files.model.load_model or 'none'}"
             told.append(f"--load_model holds other weights ({files}; fingerprint {mine['base']}, now {theirs['base']})")
         if other_data:
-            files = f"{shown(then.data.data_file)}, now {shown(now.data.data_file)}"
+            files = f"{shown(then.data.data_file)}, now {shown(now_files.data.data_file)}"
             told.append(f"--data_file holds other samples ({files}; fingerprint {mine['data']}, now {theirs['data']})")
         if told:
             folder = self.path.parent
@@ -176,13 +177,21 @@ class Saved:
             with checkpoints.atomic_path(self.path, overwrite=True) as temporary:
                 checkpoints.save_tensors(temporary, state, {**self.metadata, **metadata})
 
-    def write_trained(self, path: Path, dtypes: Mapping[str, torch.dtype], metadata: Mapping) -> None:
-        """Write the file of trained parameters that belongs to the state, which was lost. dtypes: as `Output` has them;
-        metadata: what this run will write."""
+    def mend(self, path: Path, dtypes: Mapping[str, torch.dtype], metadata: Mapping) -> bool:
+        """Write the file of trained parameters that belongs to the state, unless it is there and in order.
+
+        Returns whether it was written. dtypes: as `Output` has them; metadata: what this run will write.
+        """
+        if path.is_file():
+            with contextlib.suppress(UserError, OSError, *JSON_ERRORS):
+                checkpoints.read_state(path)
+                json.loads(path.with_suffix(".json").read_bytes())
+                return False
         state = {key: tensor for key, tensor in checkpoints.read_state(self.path).items() if not is_moment(key)}
         state = {key: tensor.to(dtypes.get(key, tensor.dtype)) for key, tensor in state.items()}
         about = {**metadata, **{name: self.metadata[name] for name in ("step", "threads") if name in self.metadata}}
         checkpoints.write_state(path, state, about, overwrite=True)
+        return True
 
     def _changes(self, now: TrainConfig) -> dict[str, tuple[str, str]]:
         """{setting: (value then, value now)} of those that a run may not change unless they are named."""

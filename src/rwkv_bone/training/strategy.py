@@ -17,8 +17,9 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.ddp import DDPStrategy
 
+from rwkv_bone.cluster.world import World
 from rwkv_bone.config import RunConfig
-from rwkv_bone.errors import UserError
+from rwkv_bone.training.launchers import WorldEnvironment
 from rwkv_bone.training.libraries import load_deepspeed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,6 +52,11 @@ class KeepDtypes(DeepSpeedPrecision):
 
 class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's strategy, which gives DeepSpeed's own process group TIMEOUT as well, and lightens its optimiser."""
+
+    @property
+    def root_device(self) -> torch.device:
+        """The card that `choose_device` has set, which srun may have made the only one that this process sees."""
+        return torch.device("cuda", torch.cuda.current_device())
 
     def _init_deepspeed_distributed(self) -> None:
         from deepspeed.utils import groups
@@ -87,6 +93,10 @@ class ZeroStrategy(DeepSpeedStrategy):
 
 class CpuDeepSpeedStrategy(ZeroStrategy):
     """DeepSpeed ZeRO over gloo on CPU processes: Lightning's strategy without its CUDA checks and device indices."""
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu")
 
     def setup_environment(self):
         from deepspeed.accelerator import set_accelerator
@@ -135,10 +145,11 @@ def offloads(strategy: str) -> bool:
     return strategy.endswith("_offload")
 
 
-def make_strategy(config: RunConfig, device: str, trainable: int) -> DeepSpeedStrategy:
-    """The Lightning strategy of `--strategy` on `cuda` or `cpu`, for this many trained parameters."""
-    if device == "cuda" and config.devices > torch.cuda.device_count():
-        raise UserError(f"--devices {config.devices}: this machine has {torch.cuda.device_count()} CUDA devices")
+def make_strategy(config: RunConfig, device: str, trainable: int, world: World | None = None) -> DeepSpeedStrategy:
+    """The Lightning strategy of `--strategy` on `cuda` or `cpu`, for this many trained parameters.
+
+    world: None is a single process.
+    """
     stage, world_size = zero_stage(config.strategy), config.devices * config.num_nodes
     # DeepSpeed allocates full buckets, by default of 0.8 GB, however small an adapter is. A tensor that is larger than
     # a bucket is reduced on its own. On one device nothing is gained by reducing many at once.
@@ -155,6 +166,7 @@ def make_strategy(config: RunConfig, device: str, trainable: int) -> DeepSpeedSt
         reduce_bucket_size=bucket,
         allgather_bucket_size=bucket,
         timeout=TIMEOUT,
+        cluster_environment=WorldEnvironment(world or World()),
         logging_batch_size_per_gpu=1,
         precision_plugin=KeepDtypes(),
         process_group_backend="gloo" if device == "cpu" else "nccl",

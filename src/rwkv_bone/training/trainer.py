@@ -1,4 +1,4 @@
-"""Lightning's part of a run: which process and device this is, the trainer, and how processes end together."""
+"""Lightning's part of a run: which device this is, the trainer, and how processes end together."""
 
 from __future__ import annotations
 
@@ -11,29 +11,24 @@ import torch
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from rwkv_bone.cluster.world import World
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.devices import select_device
 from rwkv_bone.errors import Interrupted
+from rwkv_bone.training.launchers import card_of, read_no_checkpoints
 from rwkv_bone.training.loop import use_step_loop
 from rwkv_bone.training.module import RunStopped, TrainingModule
 from rwkv_bone.training.strategy import leave_process_group, make_strategy
 
 
-def is_main_process() -> bool:
-    """Whether this is the process that reports, also before Lightning has started the others."""
-    return rank_zero_only.rank == 0 and LightningEnvironment().node_rank() == 0
-
-
-def choose_device(accelerator: str) -> str:
+def choose_device(accelerator: str, world: World) -> str:
     """`cuda` or `cpu`, as `--accelerator` says; UserError if that is not there."""
     device = select_device(accelerator)
     if device == "cuda":
         # Lightning chooses the same GPU, but later: weights are quantised before there is a trainer.
-        torch.cuda.set_device(LightningEnvironment().local_rank())
+        torch.cuda.set_device(card_of(world))
     return device
 
 
@@ -57,14 +52,20 @@ class NoProfiler(PassThroughProfiler):
 
 
 def make_trainer(
-    config: TrainConfig, device: str, trainable: int, logger: Logger | None, callbacks: Sequence[Callback]
+    config: TrainConfig,
+    device: str,
+    trainable: int,
+    logger: Logger | None,
+    callbacks: Sequence[Callback],
+    world: World,
 ) -> Trainer:
     """Lightning's trainer on `cuda` or `cpu`, for this many trained parameters."""
     trainer = Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
-        devices=config.run.devices,
+        # Of this process: srun may show it a single card.
+        devices=min(config.run.devices, torch.cuda.device_count()) if device == "cuda" else config.run.devices,
         num_nodes=config.run.num_nodes,
-        strategy=make_strategy(config.run, device, trainable),
+        strategy=make_strategy(config.run, device, trainable, world),
         max_epochs=1,  # TrainingModule's loader holds the batches of all our epochs
         accumulate_grad_batches=config.run.accumulate_grad_batches,
         gradient_clip_val=config.optim.grad_clip or None,  # passed on to DeepSpeed, which does the clipping
@@ -77,6 +78,7 @@ def make_trainer(
         enable_model_summary=False,
     )
     use_step_loop(trainer)
+    read_no_checkpoints(trainer)
     return trainer
 
 
