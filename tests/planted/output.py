@@ -106,8 +106,8 @@ BUGS = (
     Bug("src/rwkv_bone/hf/launch.py", "os.killpg(pid, number)", "pass", f"{HF} -m slow -k two_processes"),
     Bug("src/rwkv_bone/hf/launch.py", "or result.is_failed()", "", f"{HF} -m slow -k ends_the_others"),
     Bug(CALLBACKS, "args.save_steps > state.max_steps", "False", f"{HF} -k never_reaches"),
-    Bug(f"{TRAINING}/saving.py", "run.save_steps >= total_steps", "run.save_steps > total_steps", f"{SAVES}"),
-    Bug(f"{TRAINING}/saving.py", "run.epoch_save > run.epoch_count", "False", f"{SAVES}"),
+    Bug(f"{TRAINING}/disk.py", "run.save_steps >= total_steps", "run.save_steps > total_steps", f"{SAVES}"),
+    Bug(f"{TRAINING}/disk.py", "run.epoch_save > run.epoch_count", "False", f"{SAVES}"),
     Bug("src/rwkv_bone/config/names.py", "str(path).encode()", "pass", "tests/checkpoints/test_odd_files.py -k utf8"),
     Bug(
         f"{TRAINING}/trainer.py",

@@ -86,7 +86,7 @@ def test_two_processes_print_once_and_without_noise(stages, stage):
     assert done.stderr == ""
     starts = [line.split()[0] for line in done.stdout.splitlines() if line and not line.startswith(" ")]
     once = ["after", "device", "held-out", "kernel", "memory", "model", "next", "results", "steps"]
-    assert set(starts) == {*once, "adapter", "data", "before", "step"}
+    assert set(starts) == {*once, "adapter", "data", "saving", "before", "step"}
     assert sorted(start for start in starts if start in once) == once
 
 

@@ -2,8 +2,9 @@
 
 For every trained parameter a file holds its value, under its own name, and AdamW's moments, under `NAME.exp_avg` and
 `NAME.exp_avg_sq`: full tensors in fp32, whatever the ZeRO stage. The metadata holds the step, the configuration,
-fingerprints of base and data, and the name of the newest adapter. Everything in a file has a checksum, and nothing of
-it is used before all of them are compared: what is damaged is as good as missing, and the one before counts.
+fingerprints of base and data, and the name of the adapter that was saved with it, if one was. Everything in a file has
+a checksum, and nothing of it is used before all of them are compared: what is damaged is as good as missing, and the
+one before counts.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Pat
 
 def check_values(state: Mapping[str, Tensor], path: Path) -> None:
     """UserError if values or moments cannot be trained on."""
-    second = {key: tensor for key, tensor in state.items() if key.endswith(f".{MOMENTS[1]}")}
+    second = {key: tensor for key, tensor in state.items() if _is_square(key)}
     check_finite({key: tensor for key, tensor in state.items() if key not in second}, path)
     for key, tensor in second.items():
         if not _is_usable(key, tensor):
@@ -180,9 +181,13 @@ def diverged(keys: Sequence[str]) -> str:
 
 def _is_usable(key: str, tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite. The square of a large gradient may be infinite; a run goes on with that."""
-    if not key.endswith(f".{MOMENTS[1]}"):
+    if not _is_square(key):
         return is_finite(tensor)
     return not tensor.numel() or not bool(torch.stack(tensor.aminmax()).isnan().any())
+
+
+def _is_square(key: str) -> bool:
+    return key.endswith(f".{MOMENTS[1]}")
 
 
 def is_moment(key: str) -> bool:
