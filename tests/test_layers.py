@@ -36,6 +36,7 @@ MODULES = {
     "imports": set(),
     "locks": set(),
     "launched": set(),
+    "run_lock": {"config", "checkpoints"},
     "signals": set(),
     "console": set(),
     "commands": set(),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 
+from rwkv_bone import signals
 from rwkv_bone.errors import exit_status
 from rwkv_bone.imports import uncollected
 
 
 def train(prog: str = "rwkv-bone-train") -> int:
     """Fine-tune an RWKV model."""
+    signals.hear()
 
     def body() -> None:
         from rwkv_bone.config.flags import parse_train

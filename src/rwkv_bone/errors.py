@@ -13,6 +13,8 @@ from typing import Any
 from rwkv_bone import console
 
 SIGINT, SIGPIPE = 2, 13  # signal.SIGPIPE does not exist everywhere
+TIME_UP = 1000  # stands among the numbers of signals for the end of --max_minutes
+TIMED_OUT = 124  # the exit status of `timeout`
 
 
 # Why the machine refuses a file whose name the user gave: no rights, no room, no such name, a disk that fails.
@@ -34,9 +36,9 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A signal ended the run between two steps, with everything saved.
+    """A signal, or TIME_UP, ended the run between two steps, with everything saved.
 
-    The entry points print the message, if there is one, and exit with 128 + `signum`, as a shell reports it.
+    The entry points print the message, if there is one, and exit with `status_of(signum)`.
     """
 
     def __init__(self, message: str, signum: int):
@@ -52,11 +54,28 @@ class StoppedAtOnce(KeyboardInterrupt):
         self.signum = signum
 
 
+def status_of(number: int) -> int:
+    """The exit status of a program that signal `number` has ended, as a shell reports it; 124 for TIME_UP."""
+    return TIMED_OUT if number == TIME_UP else 128 + number
+
+
+def sentence(error: BaseException) -> str:
+    """What to tell a user whose mistake this error is; nothing if it is a defect of this project."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.errno in OF_THE_MACHINE:
+        name = str(error.filename)
+        name = name if len(name) <= SHOWN else f"{name[:SHOWN]}... ({len(name)} characters)"
+        return f"{name}: {error.strerror}"
+    return ""
+
+
 def exit_status(function: Callable[[], Any], shows: bool = False) -> int:
     """Call an entry point's body and return the exit status.
 
-    0; 2 for a user's mistake; 128 + N for signal N, which is also what a program ends with that `shows` (its output is
-    its result) and whose reader has gone, as `| head` does. Other programs go on without a reader.
+    0; 2 for a user's mistake; 124 for a run whose time was up; 128 + N for signal N, which is also what a program ends
+    with that `shows` (its output is its result) and whose reader has gone, as `| head` does. Other programs go on
+    without a reader.
     """
     console.guard(needed=shows)
     try:
@@ -65,26 +84,21 @@ def exit_status(function: Callable[[], Any], shows: bool = False) -> int:
         finally:
             sys.stdout.flush()
             console.tell_lost_output()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except console.OutputLost as error:
         if error.reader_left:
             return 128 + SIGPIPE
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.filename is None or error.errno not in OF_THE_MACHINE:
+    except (UserError, OSError) as error:
+        if not (words := sentence(error)):
             raise
-        name = str(error.filename)
-        name = name if len(name) <= SHOWN else f"{name[:SHOWN]}... ({len(name)} characters)"
-        print(f"error: {name}: {error.strerror}", file=sys.stderr)
+        print(f"error: {words}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         if str(stop):
             print(stop, file=sys.stderr)
-        return 128 + stop.signum
+        return status_of(stop.signum)
     except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        return 128 + getattr(stop, "signum", SIGINT)
+        return status_of(getattr(stop, "signum", SIGINT))
     return 0

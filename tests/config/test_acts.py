@@ -62,6 +62,8 @@ SAMPLES = {
     "adapter": ("", "a.pth"),
     "chunk_ctx": (0, 16, 512, 4096),
     "data_file": (("a",), ("a", "b")),
+    "devices": (1, 2),
+    "num_nodes": (1, 2),
     "ctx_len": (16, 512),
     "micro_bsz": (1, 8),
     "epoch_count": (1, 2),
@@ -79,6 +81,7 @@ OTHERS = {
     "eval_field": ("q", "a"),
     "loss_mask": "last",
     "epoch_save": 2,
+    "rank_timeout": 120,
     "resume_with": ("lr_init",),
 }
 

@@ -1,5 +1,7 @@
 """Small models of three architectures with random weights, and a tokenizer of bytes: nothing is downloaded."""
 
+import json
+
 import pytest
 import torch
 
@@ -26,6 +28,8 @@ CHAT = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# Rows to train on.
+NUMBERS = [("1 in words: ", "one"), ("2 in words: ", "two"), ("3 in words: ", "three"), ("4 in words: ", "four")] * 4
 
 
 @pytest.fixture
@@ -61,6 +65,18 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bytewise, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
+
+
+@pytest.fixture
+def folder(make_model, tokenizer, tmp_path, monkeypatch):
+    """A model's folder, and rows to train on and to measure with."""
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    make_model("gemma").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for name, pairs in (("train.jsonl", NUMBERS), ("held.jsonl", NUMBERS[:4])):
+        lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
+        (tmp_path / name).write_text("\n".join(lines))
+    return tmp_path
 
 
 def fill(model, seed: int = 0, std: float = 0.1):

@@ -29,7 +29,6 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NUMBERS = [("1 in words: ", "one"), ("2 in words: ", "two"), ("3 in words: ", "three"), ("4 in words: ", "four")] * 4
 
 
 FLAGS = {f"--{field.name}" for field in fields(HfConfig)}
@@ -253,18 +252,6 @@ def test_the_limits_of_a_model_are_read_from_its_configuration():
         assert Limits.of(config) == Limits(100, positions), config
 
 
-@pytest.fixture
-def folder(make_model, tokenizer, tmp_path, monkeypatch):
-    """A model's folder, and rows to train on and to measure with."""
-    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
-    make_model("gemma").save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    for name, pairs in (("train.jsonl", NUMBERS), ("held.jsonl", NUMBERS[:4])):
-        lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
-        (tmp_path / name).write_text("\n".join(lines))
-    return tmp_path
-
-
 def flags(folder, output, **changes) -> dict[str, str]:
     usual = {
         "model_name_or_path": folder / "base",
@@ -310,11 +297,16 @@ def test_a_run_learns_saves_for_peft_merges_and_resumes(folder, tokenizer, ids, 
     torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert transformers.AutoTokenizer.from_pretrained(folder / "out" / "merged").chat_template == CHAT
 
-    with pytest.raises(UserError, match="out is not empty and is kept: give another --output_dir, --resume or"):
-        finetune(config)
+    with pytest.raises(UserError, match="out is not empty and is kept: give another --output_dir, --resume 1 or"):
+        finetune(parse(flags(folder, "out", merge=1, deepspeed="none"), "--resume", "never"))
+    finetune(config)
+    assert capsys.readouterr().out.startswith("nothing is left to do: the run in ")
     saved = torch.load(folder / "out" / "checkpoint-4" / "optimizer.pt", weights_only=True)
     (folder / "out" / "checkpoint-4").rename(folder / "last")
-    finetune(parse(flags(folder, "out", deepspeed="none"), "--resume"))
+    # As if it had been killed before the last one.
+    record = folder / "out" / "run.json"
+    record.write_text(record.read_text().replace('"finished": true', '"finished": false'))
+    finetune(parse(flags(folder, "out", deepspeed="none")))
     assert measured(capsys.readouterr().out)[1:] == measured(text)[3:]  # the later steps, and the loss after them
     again = torch.load(folder / "out" / "checkpoint-4" / "optimizer.pt", weights_only=True)
     assert torch.equal(again["state"][0]["exp_avg"], saved["state"][0]["exp_avg"])
@@ -347,11 +339,10 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_to_go_on_from(fold
         signal.signal(number, before)
     assert stopped.value.signum == number
     assert str(stopped.value) == (
-        f"stopped after step 2 of 4, which is saved in {folder}/out/checkpoint-2\n"
-        "go on with: the same command and --resume 1"
+        f"stopped after step 2 of 4, which is saved in {folder}/out/checkpoint-2\nthe same command goes on"
     )
     first = measured(capsys.readouterr().out)
-    finetune(parse(flags(folder, "out", deepspeed="none"), "--resume"))
+    finetune(parse(flags(folder, "out", deepspeed="none")))
     assert [*first, *measured(capsys.readouterr().out)[1:]] == expected
 
 
@@ -481,7 +472,7 @@ def test_flags_that_cannot_be_meant_are_refused(folder, changes, message):
     "changes,message",
     [
         ({"model_name_or_path": "nowhere"}, "is no folder with a config.json"),
-        ({"resume": 1}, "holds no checkpoint-N"),
+        ({"resume": 1}, "--resume 1: .*out holds no run to continue; start without it"),
         ({"deepspeed": "zero4"}, "expected zero1, zero2, zero3, none or a JSON file"),
         ({"bone_r": 33}, "r 33 is larger than the 32 inputs"),
     ],

@@ -178,6 +178,5 @@ def test_a_step_that_is_not_taken_changes_neither_moments_nor_the_count_of_steps
         kept.append(len(state))
 
     monkeypatch.setattr(OneDeviceZero, "step", third_gradient_is_infinite)
-    with pytest.raises(Exception, match="optimiser step 3: the gradient is not a finite number"):
-        job.run("untaken")
+    job.run("untaken")
     assert kept == [3, 3, 3]

@@ -114,13 +114,13 @@ def _start(local_rank: int) -> subprocess.Popen:
 
 
 def _dies_with_this_process() -> Callable[[], None] | None:
-    """For a new process: have the system kill it when this one ends, however that happens. None but on Linux."""
+    """For a new process: have the system end it when this one ends, however that happens. None but on Linux."""
     if sys.platform != "linux":
         return None
     library, parent = ctypes.CDLL(None), os.getpid()
 
     def ask() -> None:
-        library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # not SIGKILL: one of them tells why
         if os.getppid() != parent:
             os._exit(1)
 

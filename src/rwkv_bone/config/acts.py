@@ -115,6 +115,12 @@ TRAIN: dict[str, When] = {
     ),
     "epoch_save": When(("epoch_count",), lambda count: count > 1, "with --epoch_count above 1", "--epoch_count 2"),
     "save_minutes": When(("save_state",), bool, "with --save_state 1", "--save_state 1"),
+    "rank_timeout": When(
+        ("devices", "num_nodes"),
+        lambda devices, nodes: devices * nodes > 1,
+        "with --devices or --num_nodes above 1",
+        "--devices 2",
+    ),
     "eval_samples": given("eval_data", "eval_split") & only("data_type", *CONVERSATIONS),
 }
 
@@ -142,8 +148,8 @@ CONVERT: dict[str, When] = {
 HF: dict[str, When] = {
     "eval_field": given("eval_path"),
     "warmup_ratio": but("lr_scheduler_type", "constant"),
-    "overwrite": without("resume"),
-    "resume": without("overwrite"),
+    "overwrite": TRAIN["overwrite"],
+    "resume": TRAIN["resume"],
 }
 PREVIEW: dict[str, When] = {
     "show_tokens": When(("samples",), lambda count: count > 0, "with --samples above 0", "--samples 1")

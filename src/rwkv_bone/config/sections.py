@@ -374,16 +374,23 @@ class RunConfig:
         True, "1 = save what a run continues from (12 bytes a trained parameter, twice); 0 = it cannot be continued"
     )
     max_minutes: float = setting(
-        0.0, "minutes after which the run saves and stops; 0 = when it is done", at_least=0, at_most=10**6
+        0.0,
+        "minutes from the start of the program after which it saves and stops, with exit status 124; 0 = never",
+        at_least=0,
+        at_most=10**6,
     )
     max_bad_steps: int = setting(
         3,
-        "steps that may be left out because loss or gradient is no finite number, before the run stops",
+        "number of steps, of the whole run, that may be skipped because their loss or gradient is not a finite number; "
+        "one more stops the run",
         at_least=0,
         at_most=10**6,
     )
     rank_timeout: int = setting(
-        60, "seconds without a sign of life from a process of the run, after which it ends", at_least=5, at_most=10**5
+        60,
+        "seconds without a sign of life from one of several processes, after which the run ends",
+        at_least=5,
+        at_most=10**5,
     )
     eval_samples: int = setting(
         100,

@@ -7,12 +7,14 @@ the dtype it is loaded in and the adapter stays fp32, so neither autocast nor De
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import json
 import logging
 import os
-import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -20,19 +22,22 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from rwkv_bone.checkpoints.keys import fingerprint
 from rwkv_bone.data.lost import check_lost
 from rwkv_bone.devices import select_device
 from rwkv_bone.errors import UserError
+from rwkv_bone.hf import saved
 from rwkv_bone.hf.config import BoneConfig
 from rwkv_bone.hf.data import IGNORED_LABEL, Limits, RowsOf, Samples, collate, load_samples
 from rwkv_bone.hf.flags import ZERO_STAGES, HfConfig
 from rwkv_bone.hf.model import TRAINER_WEIGHTS, BoneModel, get_bone_model
+from rwkv_bone.hf.saved import MERGED
+from rwkv_bone.run_lock import held
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-MERGED = "merged"
 ON_CPU = "put CUDA_VISIBLE_DEVICES= before the command"
 
 
@@ -40,9 +45,19 @@ def finetune(config: HfConfig) -> None:
     """Train, measure, save, and merge if asked. UserError, before anything is written, for what the user can fix."""
     device = select_device("auto", ON_CPU)
     transformers = _transformers()
-    from rwkv_bone.hf.callbacks import Reporter, StopOnSignal  # made of classes of transformers
+    source, output = _check_folders(config)
+    with held(output, "--output_dir") if _rank() == 0 else nullcontext():
+        _finetune(config, device, transformers, source, output)
 
-    source, output, checkpoint = _check_folders(config)
+
+def _finetune(config: HfConfig, device: str, transformers: ModuleType, source: str, output: Path) -> None:
+    from rwkv_bone.hf.callbacks import Checkpoints, Reporter, SkipBadSteps, StopOnSignal  # of classes of transformers
+
+    found = saved.look(config)
+    if found.complete:
+        if _rank() == 0:
+            _say_complete(output)
+        return
     deepspeed = _deepspeed(config, device)
     limits = _limits(transformers, source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -81,6 +96,9 @@ def finetune(config: HfConfig) -> None:
     )
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable()  # base is the model itself, now with adapters
+    run = saved.Run.of(config, _facts(base, train))
+    if found.run:
+        found.run.check(run, output)
     arguments = _arguments(transformers, config, deepspeed, device)
 
     def report(line: str) -> None:
@@ -92,14 +110,14 @@ def finetune(config: HfConfig) -> None:
             loss = held_out_loss(model, samples, pad, config.per_device_train_batch_size)
             report(f"{when:<8}held-out loss {loss:.4f} nats per token")
 
-    reporter = Reporter(report, measure)
-    trainer = reporter.trainer = transformers.Trainer(
+    reporter, skip = Reporter(report, measure), SkipBadSteps(report)
+    trainer = reporter.trainer = skip.trainer = transformers.Trainer(
         model=model,
         args=arguments,
         train_dataset=train,
         data_collator=functools.partial(collate, pad=pad),
         processing_class=tokenizer,
-        callbacks=[reporter, StopOnSignal()],
+        callbacks=[reporter, skip, Checkpoints(config.save_total_limit), StopOnSignal()],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     for samples, path in zip([train, *held_out], files, strict=True):
@@ -109,10 +127,15 @@ def finetune(config: HfConfig) -> None:
             report(one.line())
     trainable, total = model.get_nb_trainable_parameters()
     report(f"{config.mode} with r {config.bone_r}: {trainable:,} trainable of {total:,} parameters")
-    if arguments.process_index == 0 and config.overwrite:
-        for folder in (*output.glob("checkpoint-*"), output / MERGED):
-            shutil.rmtree(folder, ignore_errors=True)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    for line in _resume_lines(output, found):
+        report(line)
+    if arguments.process_index == 0:
+        if config.overwrite:
+            saved.clear(output)
+        for checkpoint, _ in found.broken:
+            saved.remove(checkpoint)
+        run.write(output)
+    trainer.train(resume_from_checkpoint=found.checkpoint and str(found.checkpoint))
     measure("after")
     trainer.save_model()
     trainer.save_state()
@@ -122,6 +145,7 @@ def finetune(config: HfConfig) -> None:
         if config.merge:
             merge(transformers, source, output, tokenizer)
             report(f"merged  {output / MERGED}")
+        run._replace(finished=True).write(output)
 
 
 def launches(config: HfConfig) -> bool:
@@ -136,7 +160,7 @@ def launches(config: HfConfig) -> bool:
         return False
     select_device("auto", ON_CPU)
     _check_folders(config)
-    return True
+    return not saved.look(config).complete
 
 
 def merge(transformers: ModuleType, source: str, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -199,22 +223,48 @@ def _limits(transformers: ModuleType, source: str) -> Limits:
         ) from None
 
 
-def _check_folders(config: HfConfig) -> tuple[str, Path, str | None]:
-    """(the base's folder, the output's, the checkpoint to resume from). UserError if earlier results would be lost."""
-    source, output, checkpoint = config.model_name_or_path, Path(config.output_dir), None
+def _rank() -> int:
+    """The number of this process among those of the run, before they have met."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0"))
+
+
+def _check_folders(config: HfConfig) -> tuple[str, Path]:
+    """(the base's folder, the output's). UserError if the one holds no model, or both are the same."""
+    source, output = config.model_name_or_path, Path(config.output_dir)
     if not (Path(source) / "config.json").is_file():
         raise UserError(f"--model_name_or_path {source} is no folder with a config.json: name a model on this machine")
     if output.exists() and output.samefile(source):
         raise UserError(f"--output_dir {output} is the base's own folder, where nothing is written: give another")
-    if config.resume:
-        found = {path: path.name.rpartition("-")[2] for path in output.glob("checkpoint-*")}
-        steps = {int(step): str(path) for path, step in found.items() if step.isdigit()}
-        if not steps:
-            raise UserError(f"--resume: {output} holds no checkpoint-N; start without it")
-        checkpoint = steps[max(steps)]
-    elif output.exists() and any(output.iterdir()) and not config.overwrite:
-        raise UserError(f"{output} is not empty and is kept: give another --output_dir, --resume or --overwrite")
-    return source, output, checkpoint
+    return source, output
+
+
+def _facts(base: torch.nn.Module, train: Samples) -> dict[str, str]:
+    """What a run and one that continues it must have in common, beside their settings."""
+    frozen = {name: p for name, p in base.named_parameters() if not p.requires_grad}
+    samples = hashlib.blake2b(json.dumps(train.rows).encode(), digest_size=16)
+    return {
+        "--model_name_or_path holds other weights": fingerprint(frozen),
+        "--data_path gives other samples": samples.hexdigest(),
+        "another number of processes": os.environ.get("WORLD_SIZE", "1"),
+    }
+
+
+def _resume_lines(output: Path, found: saved.Found) -> Iterator[str]:
+    """Where a run goes on, and what of the folder is of no use."""
+    for path, problem in found.broken:
+        yield f"warning: {path} is not whole ({problem}), and is removed"
+    if found.checkpoint:
+        yield f"resume  continues the run in {output} from {found.checkpoint.name}"
+    elif found.run:
+        yield f"resume  the run in {output} ended before it saved anything: this one begins anew"
+
+
+def _say_complete(output: Path) -> None:
+    print(
+        f"nothing is left to do: the run in {output} is complete; a larger --num_train_epochs trains longer, "
+        "--overwrite 1 begins anew",
+        flush=True,
+    )
 
 
 def _deepspeed(config: HfConfig, device: str) -> dict | None:
@@ -252,7 +302,7 @@ def _deepspeed(config: HfConfig, device: str) -> dict | None:
 def _arguments(transformers: ModuleType, config: HfConfig, deepspeed: dict | None, device: str) -> TrainingArguments:
     same = (
         "output_dir per_device_train_batch_size gradient_accumulation_steps num_train_epochs learning_rate "
-        "lr_scheduler_type weight_decay max_grad_norm save_total_limit logging_steps seed"
+        "lr_scheduler_type weight_decay max_grad_norm logging_steps seed"
     )
     return transformers.TrainingArguments(
         **{name: getattr(config, name) for name in same.split()},

@@ -8,6 +8,7 @@ from rwkv_bone.config.fields import check_given, check_values, setting
 from rwkv_bone.config.names import check_name
 from rwkv_bone.errors import UserError
 
+RESUMES = ("auto", "1", "never", "0")
 MODES = ("bone", "bat-col", "bat-row")
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
@@ -56,8 +57,13 @@ class HfConfig:
     output_dir: str = setting(
         "out/bone-hf", "folder for the results: the adapter, checkpoints and, in merged/, the merged model"
     )
-    overwrite: bool = setting(False, "1 = replace what an earlier run left in output_dir; 0 = refuse to")
-    resume: bool = setting(False, "1 = continue from the newest checkpoint in output_dir")
+    overwrite: bool = setting(False, "1 = replace what an earlier run left in output_dir; 0 = keep it")
+    resume: str = setting(
+        "auto",
+        "auto = continue the run in output_dir from its newest whole checkpoint if one is there, of the same settings, "
+        "base and data, else begin one; 1 = continue it; never (or 0) = refuse a folder with results",
+        RESUMES,
+    )
     merge: bool = setting(False, "1 = also write the merged model, base and adapter in one, to output_dir/merged")
     bone_r: int = setting(
         64, "block size r; the number of trained parameters is proportional to it", at_least=1, at_most=2**16

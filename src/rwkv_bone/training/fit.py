@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, seed_everything
 
-from rwkv_bone import allocator, console
+from rwkv_bone import allocator, console, run_lock
 from rwkv_bone.cluster.join import join
 from rwkv_bone.cluster.world import SAME_FILES, World
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
-from rwkv_bone.training import project, run_lock
+from rwkv_bone.training import project
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.memory import count
@@ -42,6 +42,7 @@ from rwkv_bone.training.seeding import SeedBatches
 from rwkv_bone.training.signals import StopOnSignal
 from rwkv_bone.training.strategy import silence_libraries
 from rwkv_bone.training.trainer import choose_device, make_trainer, run_steps, settle_threads
+from rwkv_bone.training.watch import ShowProgress, Watch
 
 
 def fit(config: TrainConfig, world: World | None = None) -> Path:
@@ -52,23 +53,25 @@ def fit(config: TrainConfig, world: World | None = None) -> Path:
     if world is None:
         with join(config) as world:
             return fit(config, world)
-    silence_libraries()
-    folder = Path(config.run.proj_dir)
-    if not world.main:
-        return _fit(config, world, folder)
-    project.check_folder(config)
-    # Before anything there is read.
-    with run_lock.held(folder):
-        return _fit(config, world, folder)
+    with Watch(world, config.run.rank_timeout) as watch:
+        silence_libraries()
+        folder = Path(config.run.proj_dir)
+        if not world.main:
+            return _fit(config, world, watch, folder)
+        project.check_folder(config)
+        # Before anything there is read.
+        with run_lock.held(folder):
+            return _fit(config, world, watch, folder)
 
 
-def _fit(config: TrainConfig, world: World, folder: Path) -> Path:
+def _fit(config: TrainConfig, world: World, watch: Watch, folder: Path) -> Path:
     main, run = world.main, config.run
     report: Callable[[str], None] = console.say if main else lambda line: None
     earlier = looked(world.from_first("what is in --proj_dir", lambda: look(config)), folder)
     if main and not earlier and not run.overwrite and project.has_remains(folder):
         report(f"resume    a run in {folder} ended before it saved anything: this one begins anew")
     device = choose_device(run.accelerator, world)
+    watch.spins(device == "cuda")
     world.agree("the device of --accelerator", device)
     threads = settle_threads(run.devices)
     there = memory_there(device, run.devices)  # before this run takes any of it
@@ -128,8 +131,9 @@ def _fit(config: TrainConfig, world: World, folder: Path) -> Path:
     log = StepLog(folder / project.LOG, kept, report)
     go_on = program("train.py", "--resume", "1", "--proj_dir", str(folder))
     save = SaveTrained(output, folder, run, earlier=earlier, log=log, go_on=go_on, report=report)
-    stop = StopOnSignal(save.save_step, lambda: f"interrupted; {save.state_of_things()}")
-    callbacks: list[Callback] = [stop, PlaceModel(prepared.dtype), Agree()]
+    watch.state = save.state_of_things
+    stop = StopOnSignal(save.save_step, save.state_of_things, run.max_minutes)
+    callbacks: list[Callback] = [stop, ShowProgress(), PlaceModel(prepared.dtype), Agree()]
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
     callbacks += [heldout] if heldout else []

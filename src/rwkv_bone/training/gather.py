@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from rwkv_bone.training.signs import progress
+
 
 def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
     """A context in which this rank has the full `parameter`. Every rank must enter it."""
@@ -39,4 +41,5 @@ def gather(parameters: Iterable[tuple[str, nn.Parameter]], keep: bool) -> dict[s
         with gathered(parameter):
             if keep:
                 state[name] = parameter.detach().to("cpu", copy=True)
+        progress()
     return state

@@ -23,6 +23,7 @@ from rwkv_bone.console import counted
 from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.project import LOG, spared
+from rwkv_bone.training.signs import waiting_outside
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -213,7 +214,7 @@ class BestEffort(Logger):
                 self._report(problem)
             self._failed = True
 
-        with spared(f"nothing more is sent to {self._name}; the run goes on", report):
+        with spared(f"nothing more is sent to {self._name}; the run goes on", report), waiting_outside():
             yield
 
 

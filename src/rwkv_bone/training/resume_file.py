@@ -27,6 +27,7 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.training import project
 from rwkv_bone.training.gather import full_shape, gathered, part_size
 from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.signs import progress
 
 if TYPE_CHECKING:
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -130,6 +131,7 @@ def _tensors(parameters: Mapping[str, nn.Parameter], keep: bool, bad: list[str])
             value = parameter.detach().to("cpu", torch.float32, copy=True) if keep else not_kept
         if not _is_usable(name, value):
             bad.append(name)
+        progress()
         yield name, value
         for moment in MOMENTS if parameter.requires_grad else ():
             full = safe_get_full_optimizer_state(parameter, moment)

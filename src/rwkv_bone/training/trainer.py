@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import signal
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -16,10 +15,9 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from rwkv_bone.cluster.world import World
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.devices import select_device
-from rwkv_bone.errors import Interrupted
 from rwkv_bone.training.launchers import card_of, read_no_checkpoints
 from rwkv_bone.training.loop import use_step_loop
-from rwkv_bone.training.module import RunStopped, TrainingModule
+from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.strategy import leave_process_group, make_strategy
 
 
@@ -78,27 +76,28 @@ def make_trainer(
         enable_model_summary=False,
     )
     use_step_loop(trainer)
+    leave_signals_alone(trainer)
     read_no_checkpoints(trainer)
     return trainer
 
 
+def leave_signals_alone(trainer: Trainer) -> None:
+    """Have Lightning hear no signal. It goes on giving back the handlers of before, at the end."""
+    connector = trainer._signal_connector
+
+    def remember() -> None:
+        connector._original_handlers = connector._get_current_signal_handlers()
+
+    connector.register_signal_handlers = remember
+
+
 def run_steps(trainer: Trainer, module: TrainingModule) -> None:
-    """Take all optimiser steps. However the run ends, no process is left waiting for another."""
+    """Take all optimiser steps."""
     try:
         trainer.fit(module)
-    except (RunStopped, Interrupted):
-        if trainer.local_rank > 0:
-            # Every rank stops for the same reason, which the main process reports. If another process ended with an
-            # error, Lightning would kill the main process before it has finished writing.
-            raise SystemExit(0) from None
-        raise
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise stop.__context__ from None  # in whose place Lightning ends the process with status 1
-        raise
-    except Exception:
-        # The others would wait for this process in their next collective.
-        trainer.strategy.launcher.kill(signal.SIGTERM)
         raise
     finally:
         module.close()

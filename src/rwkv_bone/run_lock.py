@@ -20,7 +20,6 @@ from typing import NamedTuple
 from rwkv_bone.checkpoints import make_folder
 from rwkv_bone.errors import UserError
 from rwkv_bone.locks import NoLocks, Process, hold
-from rwkv_bone.training.project import not_writable
 
 NAME = ".lock"
 MOUNTS = Path("/proc/self/mounts")
@@ -52,14 +51,14 @@ class Holder(NamedTuple):
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, flag: str = "--proj_dir") -> Iterator[None]:
     """Hold `folder` for this process, and make it if it is not there; it goes again if nothing is in it at the end.
 
-    UserError if another run holds it, or if the machine refuses the folder.
+    flag: by which the user named it. UserError if another run holds it, or if the machine refuses the folder.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        lock = _Lock(folder)
+        lock = _Lock(folder, flag)
         try:
             yield
         finally:
@@ -73,8 +72,9 @@ def held(folder: Path) -> Iterator[None]:
 class _Lock:
     """A lock that was taken. A process that is forked off does not have it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, flag: str):
         self.folder, self.path, self._mine = folder, folder / NAME, Holder.current()
+        self._flag = flag
         self._descriptor = self._take()
         _open.add(self._descriptor)
 
@@ -97,7 +97,8 @@ class _Lock:
             except FileNotFoundError:
                 continue  # a run that was refused has just removed the folder that it had made
             except OSError as error:
-                raise not_writable(self.folder, error) from error
+                reason = error.strerror or error
+                raise UserError(f"{self._flag} {self.folder} is not a writable folder: {reason}") from error
             try:
                 if self._hold(descriptor):
                     return descriptor
@@ -149,8 +150,8 @@ class _Lock:
             process = holder.process
             who = f"process {process.pid} on {process.host}, since {holder.since}"
         return UserError(
-            f"--proj_dir {self.folder} is in use by another run ({who}): wait until it has ended, or stop it; or give "
-            f"another --proj_dir{remedy}"
+            f"{self._flag} {self.folder} is in use by another run ({who}): wait until it has ended, or stop it; or "
+            f"give another {self._flag}{remedy}"
         )
 
     def _text(self) -> str:
