@@ -15,10 +15,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from rwkv_bone import run_lock
 from rwkv_bone.errors import UserError
 from rwkv_bone.locks import NoLocks, Process
-from rwkv_bone.training import run_lock
-from rwkv_bone.training.run_lock import held
+from rwkv_bone.run_lock import held
 
 # Forked, so that each test's processes are there at once; none of them uses a library with threads.
 context = multiprocessing.get_context("fork")
