@@ -51,8 +51,8 @@ def meet(world: World, config: TrainConfig, found: Launched, listening: socket.s
     if world.nodes > 1 and world.first_here:
         port = f" (MASTER_PORT is not set: {found.port_from})" if found.port_from else ""
         console.say(
-            f"node      {world.node} of {world.nodes} ({facts['host']}), {counted(world.devices, 'device')}; the machines "
-            f"meet at {world.address}:{world.port}{port}"
+            f"node      {world.node} of {world.nodes} ({facts['host']}), {counted(world.devices, 'device')}; the "
+            f"machines meet at {world.address}:{world.port}{port}"
         )
     world.store = _store(world, found, listening)
     index = world.store.add(world.key("met"), 1) - 1
