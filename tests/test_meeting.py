@@ -172,8 +172,10 @@ def test_a_port_of_another_program_is_named(monkeypatch):
     with socket.create_server((HERE, 0)) as other:
         port = other.getsockname()[1]
         held: list[socket.socket] = []
-        threading.Thread(target=lambda: [held.append(other.accept()[0]) for _ in range(2)], daemon=True).start()
+        threading.Thread(target=lambda: [held.append(other.accept()[0]) for _ in range(4)], daemon=True).start()
         first, second = together(lambda: process(port, 0), lambda: process(port, 1))
+        for connection in held:
+            connection.close()
     assert first.startswith(f"port {port} on this machine, where it would listen itself, belongs to another program")
     assert second.startswith(f"port {port} of {HERE} belongs to another program: set another MASTER_PORT")
 
