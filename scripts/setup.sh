@@ -7,12 +7,14 @@
 # PIP_INDEX_URL or PIP_EXTRA_INDEX_URL that ends in /cpu, /cu126 or the like chooses another build. --dev adds what the
 # tests need. Prints the path of the python to use on standard output, and what it does on standard error. Where it
 # cannot go on it says why and what to do, and ends with status 2; the next call then removes what is half made.
+# Several calls at once, also on machines that share the folder, make one .venv: the others wait, and say for whom.
 set -eu # With Windows line ends these two lines still run, thanks to their comments; the second reports the line ends.
 grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 repo=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0" 2> /dev/null || printf '%s\n' "$0")")/.." && pwd)
 venv=$repo/.venv
-unfinished=$venv/.unfinished # lies there, with the number of this process, while something is being installed
+unfinished=$venv/.unfinished # lies there while something is being installed
+lock=$venv.lock              # lies there, with process@machine, while a call is at work
 log=$venv/pip.log
 
 say() { printf '%s\n' "setup: $*" >&2; }
@@ -84,11 +86,41 @@ fi
 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 [ -z "$active" ] || say "not using the active environment $active: $missing"
 
-if [ -e "$unfinished" ]; then
-    read -r owner < "$unfinished" || true
-    if [ -n "$owner" ] && kill -0 "$owner" 2> /dev/null; then
-        die "another setup, process $owner, is at work in $venv: wait for it, or, if there is none, remove $unfinished"
+# is_complete: .venv has everything, and nobody is at work in it.
+is_complete() {
+    set -- "$venv"/lib/python3*/site-packages/rwkv_bone.pth
+    [ -e "$1" ] && [ ! -e "$unfinished" ] && [ ! -e "$lock" ] && recent "$venv/bin/python" &&
+        lacks "$venv/bin/python" "$requirements" > /dev/null
+}
+if is_complete; then
+    python=$venv/bin/python
+    report "the environment of this repository"
+fi
+
+trap 'say "interrupted. Run the same command again: it begins anew"; exit 130' INT
+trap 'say "interrupted. Run the same command again: it begins anew"; exit 143' TERM HUP
+machine=$(uname -n) waited=0 blank=0
+until (set -C && echo "$$@$machine" > "$lock") 2> /dev/null; do # makes the file only where there is none
+    owner=
+    { read -r owner < "$lock"; } 2> /dev/null || true
+    process=${owner%@*}
+    if [ -z "$owner" ]; then
+        # Just made, or just gone; or it cannot be written, and then what follows says why.
+        blank=$((blank + 1))
+        [ "$blank" -lt 3 ] || break
+    elif [ "${owner#*@}" = "$machine" ] && [ ! -d "/proc/$process" ] && ! kill -0 "$process" 2> /dev/null; then
+        say "removing $lock of process $process, which has ended"
+        rm -f -- "$lock"
+        continue
+    elif [ $((waited % 60)) -eq 0 ]; then
+        say "waiting for process $process on ${owner#*@}, which is making $venv ($waited seconds; if it is not at work" \
+            "there any more, remove $lock)"
     fi
+    waited=$((waited + 1))
+    sleep 1
+done
+trap 'rm -f -- "$lock"' EXIT
+if [ -e "$unfinished" ]; then
     say "removing $venv, whose installation was interrupted"
     rm -rf -- "$venv" || give_up "$venv could not be removed"
 fi
@@ -112,10 +144,8 @@ fi
 
 python=$venv/bin/python
 check=about
-trap 'say "interrupted. Run the same command again: it begins anew"; exit 130' INT
-trap 'say "interrupted. Run the same command again: it begins anew"; exit 143' TERM HUP
 if [ -n "$made" ]; then
-    echo "$$" > "$unfinished" || give_up "$venv cannot be written"
+    echo > "$unfinished" || give_up "$venv cannot be written"
     # First with sight of the packages of the Python below it, to learn whether that has a usable torch.
     "$base" -m venv --without-pip --system-site-packages "$venv" >&2 || give_up "$base could not make $venv"
     sees_base=
@@ -125,7 +155,7 @@ fi
 recent "$python" || die "$venv has $(version "$python"): remove that folder, and run the same command again"
 if ! missing=$(lacks "$python" "$requirements"); then
     say "$missing: installing (minutes, the first time)"
-    echo "$$" > "$unfinished" || give_up "$venv cannot be written"
+    echo > "$unfinished" || give_up "$venv cannot be written"
     if ! lacks "$python" "$repo/requirements.txt" torch > /dev/null; then
         torch=$(devices pip) || exit 2
         # shellcheck disable=SC2086 # several words: a version, perhaps an index

@@ -13,7 +13,16 @@ from rwkv_bone.config import ModelConfig
 from rwkv_bone.models import architecture_from_scratch, build, init_from_scratch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+RENDEZVOUS = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+)
 
 
 def python_path() -> str:

@@ -127,7 +127,7 @@ def test_help_is_instant_because_it_imports_nothing_heavy(program):
 
 def test_no_file_reads_the_environment_for_a_setting():
     allowed = {"XDG_CACHE_HOME", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "PIP_", "LOCAL_RANK", "CXX"}
-    allowed |= {"WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "TORCHELASTIC_"}  # of launchers
+    allowed |= {"WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "TORCHELASTIC_", "RANK", "TORCH_CPP"}  # of launchers
     allowed |= {"MALLOC_"}  # of the C library
     found = set()
     for path in PACKAGE.rglob("*.py"):

@@ -45,7 +45,7 @@ SETTINGS = {
 USES_NEWEST_ADAPTER = (*MERGE_SCRIPTS, "convert.sh")  # that of proj_dir
 SHELLS = ("dash", "bash")
 NOT_PASSED_ON = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_VISIBLE_DEVICES", "PIP_INDEX_URL")
-TOOLS = ("awk", "bash", "dash", "df", "dirname", "grep", "mkdir", "readlink", "rm", "sed", "sh", "tr")
+TOOLS = ("awk", "bash", "dash", "df", "dirname", "grep", "mkdir", "readlink", "rm", "sed", "sh", "sleep", "tr", "uname")
 ECHO = "import json, sys; print(json.dumps(sys.argv[1:]))\n"
 
 
@@ -691,7 +691,7 @@ case $* in
             while read -r line; do echo "$line"; done < "$PIP_FAILS" > "$2"
             exit 1
         fi
-        if [ -n "${PIP_WAITS:-}" ]; then : > "$PIP_WAITS"; exec sleep 100; fi
+        if [ -n "${PIP_WAITS:-}" ]; then : > "$PIP_WAITS"; while [ -e "$PIP_WAITS" ]; do sleep 0.1; done; fi
         : > "$0.complete" ;;
     *'import deepspeed'*) [ -z "${IMPORT_FAILS:-}" ] ;;
     *rwkv_bone.devices*) exec "$REAL_PYTHON" "$@" ;;
@@ -705,8 +705,7 @@ def maker(clone, monkeypatch):
 
     pip fails with the words in the file `pip fails` beside the clone, while that is there.
     """
-    for tool in ("chmod", "sleep"):
-        (clone.bin / tool).symlink_to(shutil.which(tool))
+    (clone.bin / "chmod").symlink_to(shutil.which("chmod"))
     clone.python(MAKES_ENVIRONMENTS)
     monkeypatch.setenv("REAL_PYTHON", sys.executable)
     monkeypatch.setenv("PIP_FAILS", f"{clone.elsewhere}/pip fails")
@@ -808,8 +807,6 @@ def test_an_installation_that_is_interrupted_says_so_and_begins_anew(shell, numb
     while not waits.exists():
         assert process.poll() is None
         time.sleep(0.01)
-    # Another call meanwhile does not take it for interrupted.
-    assert f"another setup, process {process.pid}, is at work" in sentence(maker.sh("setup.sh"))
     os.killpg(process.pid, number)
     out, err = process.communicate()
     assert (process.returncode, out) == (128 + number, "")
@@ -823,9 +820,54 @@ def test_an_installation_that_was_killed_begins_anew(maker):
     (maker.elsewhere / "pip fails").unlink()
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for owner in (f"{ended.pid}\n", ""):
-        (maker.root / ".venv" / ".unfinished").write_text(owner)
+    for owner in (f"{ended.pid}@{os.uname().nodename}\n", ""):
+        (maker.root / ".venv" / ".unfinished").touch()
+        (maker.root / ".venv.lock").write_text(owner)
         begins_anew(maker)
+        assert not (maker.root / ".venv.lock").exists()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_of_calls_at_once_on_two_machines_one_makes_the_environment_and_the_others_wait(shell, maker):
+    waits, other = maker.elsewhere / "pip waits", maker.elsewhere / "other machine"
+    other.mkdir()
+    write_program(other / "uname", "echo node2")
+    write_program(other / "sleep", f': > "$WAITED"; exec {shutil.which("sleep")} 0.1')
+    here = maker.environment() | {"PIP_WAITS": str(waits), "WAITED": str(maker.elsewhere / "waited")}
+    there = here | {"PATH": f"{other}:{here['PATH']}"}
+
+    def start(environment):
+        command = [shell, maker.scripts / "setup.sh"]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    first = start(here)
+    while not waits.exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = start(there)
+    while not (maker.elsewhere / "waited").exists():
+        assert second.poll() is None
+        time.sleep(0.01)
+    assert first.poll() is None
+    waits.unlink()
+    (out, err), (out2, err2) = first.communicate(), second.communicate()
+    assert (first.returncode, second.returncode) == (0, 0), err + err2
+    assert out == out2 == f"{maker.root}/.venv/bin/python\n"
+    owner = f"process {first.pid} on {os.uname().nodename}"
+    assert f"setup: waiting for {owner}, which is making {maker.root}/.venv (0 seconds; if it is not at" in err2
+    assert "installing" in err and "installing" not in err2 and "making" not in err2.replace("which is making", "")
+    assert not (maker.root / ".venv.lock").exists()
+
+
+def test_the_lock_of_another_machine_is_left_alone_and_what_to_do_is_said(maker):
+    lock = maker.root / ".venv.lock"
+    lock.write_text("1@node7\n")
+    write_program(maker.bin / "sleep", "exit 1")  # the script ends where it would wait, by set -e
+    result = maker.sh("setup.sh")
+    assert result.returncode == 1
+    assert "waiting for process 1 on node7" in result.stderr and f"there any more, remove {lock})" in result.stderr
+    assert lock.read_text() == "1@node7\n"
 
 
 def test_an_environment_whose_update_fails_is_kept(maker):

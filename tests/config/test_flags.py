@@ -241,7 +241,10 @@ def test_merge_says_what_is_missing_or_unknown():
 def test_notes_are_printed_by_the_first_process_only(capsys, monkeypatch):
     train("--head_chunk", "0", "--peft", "bone")
     assert "note: --head_chunk 0 is ignored: the head's loss is always computed in pieces\n" in capsys.readouterr().out
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
     train("--head_qk", "0")
     assert capsys.readouterr().out == ""
 

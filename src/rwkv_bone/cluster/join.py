@@ -102,6 +102,8 @@ def _set_variables(world: World) -> None:
         "MASTER_ADDR": world.address,
         "MASTER_PORT": str(world.port),
     }
+    # PyTorch prints a trace of its own code for each connection that ends; what it means is said here.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _start(local_rank: int) -> subprocess.Popen:

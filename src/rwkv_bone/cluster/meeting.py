@@ -6,11 +6,13 @@ them as they come. Whatever is unlike, it tells all of them, in a sentence that 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import socket
+import threading
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -51,8 +53,8 @@ def meet(world: World, config: TrainConfig, found: Launched, listening: socket.s
     if world.nodes > 1 and world.first_here:
         port = f" (MASTER_PORT is not set: {found.port_from})" if found.port_from else ""
         console.say(
-            f"node      {world.node} of {world.nodes} ({facts['host']}), {counted(world.devices, 'device')}; the machines "
-            f"meet at {world.address}:{world.port}{port}"
+            f"node      {world.node} of {world.nodes} ({facts['host']}), {counted(world.devices, 'device')}; the "
+            f"machines meet at {world.address}:{world.port}{port}"
         )
     world.store = _store(world, found, listening)
     index = world.store.add(world.key("met"), 1) - 1
@@ -201,13 +203,20 @@ def _store(world: World, found: Launched, listening: socket.socket | None) -> TC
     if listening:
         # PyTorch's own store of the same process and port is then the same one.
         options |= {"is_master": True, "multi_tenant": True, "master_listen_fd": listening.detach()}
-    try:
-        return TCPStore(world.address, world.port, **options)
-    except RuntimeError as error:
-        what = "on this machine, where it would listen itself," if world.main else f"of {world.address}"
-        raise UserError(
-            f"port {world.port} {what} belongs to another program: set another MASTER_PORT on all machines"
-        ) from error
+    made: list[TCPStore] = []
+
+    def make() -> None:
+        with contextlib.suppress(RuntimeError):
+            made.append(TCPStore(world.address, world.port, **options))
+
+    # In a thread: PyTorch waits without end for a program that takes the connection and says nothing.
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    thread.join(ANSWER)
+    if made:
+        return made[0]
+    what = "on this machine, where it would listen itself," if world.main else f"of {world.address}"
+    raise UserError(f"port {world.port} {what} belongs to another program: set another MASTER_PORT on all machines")
 
 
 def _reach(world: World, found: Launched) -> None:

@@ -87,7 +87,7 @@ class World:
             sentence = ""
             if unlike:
                 other = unlike[0]
-                sentence = f"{name}: {self.name(other)} has {found[other]}, and {self.name(0)} has {found[0]}: {remedy}"
+                sentence = f"{name}: {self.name(other)} has {found[other]}, {self.name(0)} has {found[0]}: {remedy}"
             self.store.set(self.key("agreed", name), sentence)
         sentence = self.get(self.key("agreed", name), name, 0)
         if sentence:
