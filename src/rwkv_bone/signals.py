@@ -30,7 +30,7 @@ SIGNALS += tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2", "SIGXC
 ORDERS = (signal.SIGINT, signal.SIGTERM)
 # Seconds within which a launcher and the system may send the same signal each, to every process of a job.
 TOGETHER = 1.0
-PR_GET_PDEATHSIG = 2
+PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
 LAST_WORDS = 3.0  # seconds for what a process says when it leaves
 
 
@@ -196,6 +196,14 @@ def leave(status: int, words: str = "") -> NoReturn:
             # A progress bar has no end of line.
             print(("\n" if sys.stderr.isatty() else "") + words, file=sys.stderr, flush=True)
     os._exit(status)
+
+
+def obey_parent() -> None:
+    """To be called by a worker process: no signal ends it but its parent, and the end of its parent."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def descendants() -> list[int]:

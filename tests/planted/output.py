@@ -5,6 +5,7 @@ from tests.planted.bug import Bug
 CONSOLE, ERRORS = "src/rwkv_bone/console.py", "src/rwkv_bone/errors.py"
 TRAINING, CONVERSION = "src/rwkv_bone/training", "src/rwkv_bone/conversion"
 INFERENCE = "src/rwkv_bone/inference"
+HANGING, WATCH = "src/rwkv_bone/training/hanging.py", "tests/training/test_watch.py"
 SIGNALS, CALLBACKS, HF = "src/rwkv_bone/signals.py", "src/rwkv_bone/hf/callbacks.py", "tests/hf/test_finetune.py"
 SAYS, LOG = "tests/test_console.py", "tests/training/test_log.py"
 RUNS, RESUME = "tests/training/test_output.py", "tests/training/test_resume.py"
@@ -99,7 +100,16 @@ BUGS = (
     ),
     # Runs.
     Bug(SIGNALS, "signal.SIGTERM, signal.SIGHUP)", "signal.SIGTERM)", f"{RESUME} -k several_signals"),
-    Bug(SIGNALS, "if self.received and number == signal.SIGHUP:", "if False:", f"{RESUME} -k several_signals"),
+    Bug(SIGNALS, "return number == signal.SIGHUP or together", "return together", f"{WATCH} -k two_signals"),
+    Bug(SIGNALS, "together = number != signal.SIGINT and", "together =", f"{WATCH} -k ctrl_c_twice"),
+    Bug(SIGNALS, "now - self._when[number] < TOGETHER", "False", f"{WATCH} -k both_send"),
+    Bug(SIGNALS, "os.register_at_fork(after_in_child=self._forget)", "pass", f"{WATCH} -k forked_process"),
+    Bug(SIGNALS, "    kill(descendants())\n", "", f"{WATCH} -k what_it_has_started"),
+    Bug(HANGING, "if seen.silent > self.timeout:", "if False:", f"{WATCH} -k silent_rank"),
+    Bug(HANGING, "if self.spins else all(idle)", "", f"{WATCH} -k works_or_writes"),
+    Bug(HANGING, "if self.seen.keys() <= {0} or", "if", f"{WATCH} -k first_alone"),
+    Bug(HANGING, "1 if prepared else PATIENCE", "1", f"{WATCH} -k loading_has_no_limit"),
+    Bug(HANGING, "(item[1].life.waits, item[1].life.done)", "item[0]", f"{WATCH} -k did_least"),
     Bug(SIGNALS, "if signal.getsignal(number) != signal.SIG_IGN:", "if True:", f"{RESUME} -k started_to_ignore"),
     Bug(CALLBACKS, "if self._received:\n            control", "if False:\n            control", f"{HF} -k signal"),
     Bug(CALLBACKS, "self._listener.end()", "pass", f"{HF} -k signal"),

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from rwkv_bone import signals
 from rwkv_bone.console import counted, progress_bar
 from rwkv_bone.data.conversations.conversation import Layout, conversation
 from rwkv_bone.data.conversations.remarks import Remarks
@@ -247,6 +248,7 @@ _encode: Callable[[Block], Encoded] | None = None
 
 def _start(settings: Settings) -> None:
     global _encode
+    signals.obey_parent()
     _encode = settings.encoder()
 
 
