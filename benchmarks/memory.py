@@ -4,6 +4,7 @@
     python benchmarks/memory.py --write                             put them there
     python benchmarks/memory.py --load_model my.pth --grad_cp 1     one run of this checkpoint, part by part
     python benchmarks/memory.py --size 7.2B --quant nf4             the same for a released model's shape
+    python benchmarks/memory.py --size 7.2B --kind none --strategy deepspeed_stage_3 --devices 4     of each device
 
 The formula is that of src/rwkv_bone/training/memory.py, by which --grad_cp auto decides.
 tests/test_memory_page.py holds it to what autograd keeps on a processor, and the page to this file.
@@ -27,10 +28,12 @@ import torch  # noqa: E402
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject  # noqa: E402
 from rwkv_bone.checkpoints import Architecture, load_base  # noqa: E402
 from rwkv_bone.config import QUANTS  # noqa: E402
+from rwkv_bone.config.sections import STRATEGIES  # noqa: E402
 from rwkv_bone.errors import exit_status  # noqa: E402
 from rwkv_bone.models import EVERY_BLOCK, NOTHING, Recompute, build  # noqa: E402
 from rwkv_bone.models.v7 import low_rank_sizes  # noqa: E402
 from rwkv_bone.training.memory import CUDA_BYTES, GB, Counted, Run, count, needs  # noqa: E402
+from rwkv_bone.training.strategy import offloads, zero_stage  # noqa: E402
 
 PAGE = REPOSITORY / "docs" / "memory-and-speed.md"
 BEGIN, END = "<!-- made by benchmarks/memory.py -->", "<!-- end -->"
@@ -62,7 +65,7 @@ def shape(version: int, layers: int, width: int, vocabulary: int) -> Architectur
 
 
 def counted(arch: Architecture, kind: str = "bone", r: int = 64) -> Counted:
-    """A model of this architecture with an adapter, in numbers."""
+    """A model of this architecture with an adapter, or (kind none) trained as a whole, in numbers."""
     return _counted(json.dumps(arch.to_dict()), kind, r)  # an architecture is no dictionary's key
 
 
@@ -70,7 +73,8 @@ def counted(arch: Architecture, kind: str = "bone", r: int = 64) -> Counted:
 def _counted(architecture: str, kind: str, r: int) -> Counted:
     with torch.device("meta"):
         model = build(Architecture(**json.loads(architecture)))
-        inject(model, settings=AdapterSettings(kind, r))
+        if kind != "none":
+            inject(model, settings=AdapterSettings(kind, r))
     return count(model)
 
 
@@ -190,17 +194,25 @@ def main() -> None:
     model.add_argument("--size", choices=RWKV7, help="compute one run of an RWKV-7 of this size")
     parser.add_argument("--ctx_len", type=int, default=4096)
     parser.add_argument("--micro_bsz", type=int, default=1)
-    parser.add_argument("--kind", choices=ADAPTERS, default="bone", help="adapter")
+    parser.add_argument("--kind", choices=(*ADAPTERS, "none"), default="bone", help="adapter; none: every weight")
     parser.add_argument("--r", type=int, default=64, help="its block size or rank")
     parser.add_argument("--quant", choices=QUANTS, default="none")
     parser.add_argument("--grad_cp", choices=LEVELS, default="0")
     parser.add_argument("--chunk_ctx", type=int, default=0)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="auto")
+    parser.add_argument("--devices", type=int, default=1, help="of the whole run, on all machines")
     options = parser.parse_args()
     if options.load_model or options.size:
         arch = load_base(options.load_model).arch if options.load_model else shape(7, *RWKV7[options.size])
         names = ("ctx_len", "micro_bsz", "quant", "chunk_ctx", "precision")
-        run = Run(**{name: getattr(options, name) for name in names}, recompute=LEVELS[options.grad_cp])
+        run = Run(
+            **{name: getattr(options, name) for name in names},
+            recompute=LEVELS[options.grad_cp],
+            stage=zero_stage(options.strategy),
+            ranks=options.devices,
+            offload=offloads(options.strategy),
+        )
         print("\n".join(one_run(arch, counted(arch, options.kind, options.r), run)))
     elif options.write:
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)

@@ -188,7 +188,8 @@ def row(strategy: str, ranks: int, measured: dict[str, float], computed: dict[st
     return [strategy.removeprefix("deepspeed_"), str(ranks), *numbers, f"{said / total - 1:+.0%}", f"{a_parameter:.1f}"]
 
 
-def main() -> None:
+def options(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """This program's own options, and the flags for train.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=512)
@@ -196,10 +197,14 @@ def main() -> None:
     parser.add_argument("--peft", default="none")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES[1:])
-    options, extra = parser.parse_known_args()
+    return parser.parse_known_args(words)
+
+
+def main() -> None:
+    chosen, rest = options()
     head = ["strategy", "processes", *KINDS, "gradients", "in a pass", "in the step", "most", "computed", "off by"]
     with tempfile.TemporaryDirectory() as folder:
-        for line in table([*head, "bytes a trained parameter"], rows(options, extra, Path(folder))):
+        for line in table([*head, "bytes a trained parameter"], rows(chosen, rest, Path(folder))):
             print(line, flush=True)
 
 

@@ -28,6 +28,8 @@ from rwkv_bone.adapters.settings import AdapterSettings
 from rwkv_bone.errors import UserError
 
 Tensors = Mapping[str, Tensor]  # an adapter's tensors for one projection, under their names
+Product = Callable[[Tensor], Tensor]
+Within = Callable[[Product, Tensor], Tensor]
 
 
 class Projection(Protocol):
@@ -105,7 +107,16 @@ class AdapterLinear(nn.Linear):
         """The adapter's own tensors under their names."""
         return {name: getattr(self, name) for name in (*self.parameter_names, *self.frozen_names)}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, within: Within | None = None) -> Tensor:
+        """x [..., in] -> y [..., out].
+
+        within: a function of this product and x, which may take products of parts of x, and whose result is returned.
+        To ZeRO's stage 3 that is one pass through the layer: its tensors are whole from its begin to its end.
+        """
+        return self.product(x) if within is None else within(self.product, x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in] -> y [..., out]."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rows, dropout = x.reshape(-1, self.in_features), self.settings.dropout if self.training else 0.0

@@ -156,8 +156,8 @@ def adapted_head_loss(
     rows = labelled(labels) if label_rows is None else label_rows
     hidden, labels = hidden[rows], labels[rows]
 
-    def chunk_loss(part: Tensor, target: Tensor) -> Tensor:
-        logits = head(part).float()
+    def chunk_loss(product: Callable[[Tensor], Tensor], part: Tensor, target: Tensor) -> Tensor:
+        logits = product(part).float()
         loss = F.cross_entropy(logits, target, reduction="sum")
         if l2wrap:
             # L2Wrap adds to the gradient and not to the loss: the gradient is that of half the largest logit squared.
@@ -165,7 +165,12 @@ def adapted_head_loss(
             loss = loss + penalty - penalty.detach()
         return loss
 
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for part, target in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
-        total = total + checkpoint(chunk_loss, part, target, use_reentrant=False)
-    return total
+    def loss(product: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        # Without a labelled row there is one chunk, without rows: every rank goes through the head.
+        for part, target in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
+            total = total + checkpoint(chunk_loss, product, part, target, use_reentrant=False)
+        return total
+
+    # Ranks have unequal numbers of chunks. At stage 3 all must gather the head equally often: once for all chunks.
+    return head(hidden, within=loss)

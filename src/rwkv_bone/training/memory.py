@@ -273,7 +273,11 @@ def share_of(arch: Architecture, count: Counted, run: Run) -> Share:
     at_a_time = one * (divided + values) / elements
     if hosted:
         return Share(whole, bucket, at_a_time + buckets, 0, True, 0)
+    if run.device == "cpu" and n > 1:
+        at_a_time, buckets = 2 * at_a_time, buckets + bucket  # gloo gathers and reduces in copies
     kept = values / n + moments + gradients / n + bucket
+    if run.offload:
+        return Share(whole + divided / n, kept + gradients / n, at_a_time + buckets, 0, True, 0)
     return Share(whole + divided / n, kept, at_a_time + buckets, 0, True, gradients / n)
 
 

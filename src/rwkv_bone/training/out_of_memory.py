@@ -190,7 +190,7 @@ def _candidates(plan: Plan, goal: float) -> Iterator[Change]:
         stage, offload = zero_stage(strategy), offloads(strategy)
         other = replace(run, stage=stage, offload=offload)
         useless = run.device == "cpu" if offload else run.ranks == 1
-        barred = stage == 3 and (config.model.compile == "1" or "head" in config.adapter.targets)
+        barred = stage == 3 and config.model.compile == "1"
         if strategy != "auto" and (stage, offload) > (run.stage, run.offload) and not (useless or barred):
             yield change({"strategy": strategy}, other, continues=True)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rwkv_bone
 from rwkv_bone import checkpoints
-from rwkv_bone.adapters import AdapterLinear, Injection, adapter_keys, inject, load_adapter_file, settings_of
+from rwkv_bone.adapters import Injection, adapter_keys, inject, load_adapter_file, settings_of
 from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.cluster.world import SAME_FILES, World
 from rwkv_bone.config import DataConfig, TrainConfig
@@ -28,7 +28,7 @@ from rwkv_bone.training import project
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.saving import Output
 from rwkv_bone.training.schedule import check_schedule
-from rwkv_bone.training.strategy import DTYPES, zero_stage
+from rwkv_bone.training.strategy import DTYPES
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,6 @@ def _inject_adapter(config: TrainConfig, model: RWKV, base: str, continued: bool
                 f"--peft_load {path} was trained with --quant {trained_on}, this run has --quant {quant}: give --quant "
                 f"{trained_on}"
             )
-    if isinstance(model.head, AdapterLinear) and zero_stage(config.run.strategy) == 3 and _world_size(config) > 1:
-        # An adapted head runs once for each group of trained tokens. Ranks have unequal numbers of these, but at stage
-        # 3 all ranks must gather a weight equally often.
-        raise UserError("--targets head does not work at ZeRO stage 3 on several devices: use deepspeed_stage_2")
     return injection
 
 
