@@ -122,9 +122,7 @@ def plan(output: Output, base: Base, fold: Fold) -> list[str]:
     size = output.expected_size(base, fold.shapes)
     free = output.check_room(size)
     adapted = [key for key in fold.shapes if fold.adapts(key)]
-    taken = (
-        f"the {'folder' if output.is_folder else 'file'} of this name is replaced" if name.exists() else "it is free"
-    )
+    kind = "folder" if output.is_folder else "file"
     return [
         f"would do  {counted(len(adapted), 'weight')} of {counted(len(fold.shapes), 'tensor')} merged",
         f"output    {name}, about {size:,} bytes: {output.describe()}",
