@@ -39,9 +39,14 @@ def merge(prog: str = "rwkv-bone-merge", kind: str = "") -> int:
         from rwkv_bone.config.flags import parse_merge
 
         config = parse_merge(sys.argv[1:], prog, kind)
-        from rwkv_bone.conversion.merge import merge_files
+        from rwkv_bone.conversion.stopping import stoppable
 
-        print("\n".join(merge_files(config)))
+        with stoppable():
+            from rwkv_bone import allocator
+            from rwkv_bone.conversion.merge import merge_files
+
+            allocator.keep()
+            print("\n".join(merge_files(config)))
 
     return exit_status(body)
 
@@ -53,9 +58,14 @@ def convert(prog: str = "rwkv-bone-convert") -> int:
         from rwkv_bone.conversion.flags import parse_convert
 
         config = parse_convert(sys.argv[1:], prog)
-        from rwkv_bone.conversion.convert import convert
+        from rwkv_bone.conversion.stopping import stoppable
 
-        print("\n".join(convert(config)))
+        with stoppable():
+            from rwkv_bone import allocator
+            from rwkv_bone.conversion.convert import convert
+
+            allocator.keep()
+            print("\n".join(convert(config)))
 
     return exit_status(body)
 

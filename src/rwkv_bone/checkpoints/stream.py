@@ -12,6 +12,8 @@ are the tensors', in the header's order.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import io
 import json
 import pickle
@@ -19,9 +21,9 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +39,8 @@ DTYPE_NAMES = {
     torch.float16: (torch.HalfStorage, "F16"),
     torch.bfloat16: (torch.BFloat16Storage, "BF16"),
 }
+SYNC_FILE_RANGE_WRITE = 2
+LEAST_WRITEBACK = 1 << 20  # bytes
 ALIGNMENT = 64  # bytes, as torch aligns records: vector instructions are fastest on mapped tensors that start there
 
 
@@ -82,6 +86,7 @@ def _write_pth(path: Path, layout: Mapping[str, Tensor], contents: Iterable[memo
         _write_record(archive, "byteorder", b"little")
         for number, content in enumerate(contents):
             _write_record(archive, f"data/{number}", content)
+            begin_writeback(archive.fp, content.nbytes)
         _write_record(archive, "version", b"3\n")
         if about is not None:
             _write_record(archive, METADATA_RECORD, about.encode())
@@ -124,6 +129,27 @@ class _IndexPickler(pickle.Pickler):
         return None
 
 
+def begin_writeback(file: IO[bytes] | None, size: int) -> None:
+    """Have the system begin to put the last `size` bytes on the disk, so that a later sync waits less. Linux alone."""
+    begin = _sync_file_range()
+    if begin is None or file is None or size < LEAST_WRITEBACK:
+        return
+    file.flush()
+    # What the system refuses is left to the sync.
+    begin(file.fileno(), file.tell() - size, size, SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """The C library's call of this name; None where there is none."""
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError, TypeError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
+
+
 def _write_safetensors(
     path: Path, layout: Mapping[str, Tensor], contents: Iterable[memoryview], about: str | None
 ) -> None:
@@ -153,6 +179,7 @@ def _write_safetensors(
         for key, content in zip(layout, contents, strict=True):
             file.seek(8 + len(blank) + starts[key])
             file.write(content)
+            begin_writeback(file, content.nbytes)
             sums[key] = zlib.crc32(content)
         file.seek(8)
         file.write(text([zlib.crc32(blank), *(sums[key] for key in order)]))

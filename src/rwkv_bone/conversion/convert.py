@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_bone import __version__, checkpoints
+from rwkv_bone import __version__, allocator, checkpoints
 from rwkv_bone.adapters import peft_format
 from rwkv_bone.adapters.files import AdapterFile, read_adapter
 from rwkv_bone.adapters.registry import split_key
@@ -46,6 +46,7 @@ from rwkv_bone.conversion.merge import (
     write_model,
 )
 from rwkv_bone.conversion.output import output_named
+from rwkv_bone.conversion.stopping import stoppable
 from rwkv_bone.errors import UserError, exit_status
 
 STATE_SUFFIX = ".st"
@@ -90,6 +91,7 @@ def convert_model(config: ConvertConfig) -> list[str]:
     """`convert` for the base model itself."""
     output = output_named(config.output, config.layout, config.outtype, config.shard_size)
     refuse_inputs(output, base_model=config.base_model)
+    output.check_name(config.overwrite)
     base = checkpoints.load_base(config.base_model)
     written = write_model(output, base, overwrite=config.overwrite, verify=config.verify)
     return [report_base(config.base_model, base), *report_output(config.output, base, written)]
@@ -257,7 +259,10 @@ def _directory_target(target: str, name: Callable[[str], str]) -> str:
 
 
 def main() -> None:
-    print("\n".join(convert(parse_convert(sys.argv[1:], "python -m rwkv_bone.conversion.convert"))))
+    config = parse_convert(sys.argv[1:], "python -m rwkv_bone.conversion.convert")
+    with stoppable():
+        allocator.keep()
+        print("\n".join(convert(config)))
 
 
 if __name__ == "__main__":

@@ -266,14 +266,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     A folder that stands there is kept until its name is the new one's. UserError when it exists and `overwrite` is not
     set, when it holds anything but a model and its tokenizer, or when the disk refuses the write.
     """
-    path = Path(path)
-    if path.exists():
-        if not overwrite:
-            raise UserError(f"{path} exists and is kept: give another name, or --overwrite")
-        strange = [file.name for file in sorted(path.iterdir()) if not _is_known(file)]
-        if strange or path.resolve() == Path.cwd():
-            what = f"it also holds {strange[0]}" if strange else "it is the working directory"
-            raise UserError(f"{path} exists and is not replaced, as {what}: give another name")
+    check_replaceable(path, overwrite)
     try:
         make_folder(path.parent)
         with temporary_beside(path, folder=True) as (temporary, descriptor):
@@ -288,6 +281,18 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """UserError if a folder stands at `path` and may not be replaced."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{path} exists and is kept: give another name, or --overwrite")
+    strange = [file.name for file in sorted(path.iterdir()) if not _is_known(file)]
+    if strange or path.resolve() == Path.cwd():
+        what = f"it also holds {strange[0]}" if strange else "it is the working directory"
+        raise UserError(f"{path} exists and is not replaced, as {what}: give another name")
 
 
 def _is_known(file: Path) -> bool:

@@ -34,6 +34,7 @@ TYPE_NAMES = {
 }
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 BLOCK = 32  # numbers of q8_0 that share a scale
+BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / BLOCK}  # of a number
 # The largest number that a type holds. One of q8_0 is an integer up to 127 times a scale, and the scale is fp16.
 LARGEST = {name: torch.finfo(dtype).max for name, dtype in DTYPES.items()}
 LARGEST["q8_0"] = 127 * LARGEST["f16"]

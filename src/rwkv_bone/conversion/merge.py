@@ -2,8 +2,8 @@
 
 `fold.py` is the arithmetic. `write_model` applies it to models of any size, a few tensors at a time, and checks the
 result: it writes to a temporary name, reads that back, compares the tensors' checksums with those of what was to be
-written and the logits with those of base + adapter, and only then gives the output its name. What is written is a plain model in the base's
-dtypes, or in those that the form of the output has, never a quantised one but for GGUF's q8_0.
+written and the logits with those of base + adapter, and only then gives the output its name. What is written is a plain
+model in the base's dtypes, or in those that the form of the output has, never a quantised one but for GGUF's q8_0.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def merge_files(config: MergeConfig) -> list[str]:
     """
     output = output_named(config.output, config.layout, config.outtype, config.shard_size)
     refuse_inputs(output, base_model=config.base_model, peft_checkpoint=config.peft_checkpoint)
-    base = checkpoints.load_base(config.base_model)
+    output.check_name(config.overwrite)
+    base = checkpoints.load_base(config.base_model, verify=not config.dry_run)
     adapter = read_adapter(
         config.peft_checkpoint,
         base.state,
@@ -63,6 +64,9 @@ def merge_files(config: MergeConfig) -> list[str]:
             "remove it"
         )
     quant = trained_on if config.merge_base == "trained" else "none"
+    if config.dry_run:
+        about = [report_base(config.base_model, base), report_adapter(adapter)]
+        return [*about, *plan(output, base, Fold(base.state, adapter.state, adapter.settings, quant))]
     written = write_model(output, base, adapter, quant, trained_on, overwrite=config.overwrite, verify=config.verify)
     return [*_report(config, base, adapter, trained_on, written), *report_output(config.output, base, written)]
 
@@ -84,6 +88,7 @@ def write_model(
     """
     fold = Fold(base.state, adapter.state, adapter.settings, quant)
     output = output.for_base(base, fold.shapes)
+    output.check_room(output.expected_size(base, fold.shapes))
     checked = Checked(output, base, fold)
     sizes = {key: tensor.nbytes for key, tensor in fold.shapes.items()}
     passes = 2 + (verify and 2 + bool(adapter.state) + (trained_on != quant))
@@ -108,6 +113,24 @@ def write_model(
             layer = sum(sizes.values()) / base.arch.n_layer
             logits = verify_logits(found, output, base, adapter, quant, trained_on, lambda: bar.update(layer))
     return Written(output, checked.changes(), logits, [key for key in fold.shapes if key not in checked.kept])
+
+
+def plan(output: Output, base: Base, fold: Fold) -> list[str]:
+    """What writing the fold would do, line by line; UserError if it could not be written."""
+    name = output.path
+    output = output.for_base(base, fold.shapes)
+    size = output.expected_size(base, fold.shapes)
+    free = output.check_room(size)
+    adapted = [key for key in fold.shapes if fold.adapts(key)]
+    kind = "folder" if output.is_folder else "file"
+    return [
+        f"would do  {counted(len(adapted), 'weight')} of {counted(len(fold.shapes), 'tensor')} merged",
+        f"output    {name}, about {size:,} bytes: {output.describe()}",
+        f"name      {f'the {kind} of this name is replaced' if name.exists() else 'it is free'}",
+        f"room      {free:,} bytes are free",
+        "nothing was written (--dry_run 1); of the base the names, shapes and fingerprint were looked at, and neither "
+        "its checksums nor its numbers",
+    ]
 
 
 def trained_quant(adapter: AdapterFile, asked: str) -> str:

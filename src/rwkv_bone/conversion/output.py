@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from rwkv_bone import checkpoints
 from rwkv_bone.checkpoints import Architecture, Base, param_part
+from rwkv_bone.checkpoints.atomic import leftovers
 from rwkv_bone.checkpoints.layouts import LAYOUTS, Layout
 from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.config.names import suffix_of
@@ -48,6 +50,7 @@ UNITS = {"": 1, "B": 1} | {f"{unit}{b}": base**power for b, base in (("B", 1000)
 ROUNDING = {"f32": 0.0, "bf16": 0.41 * 2**-8, "f16": 0.41 * 2**-11, "q8_0": 0.005}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 Q8_BLOCK = 32
+BYTES_ABOUT_A_TENSOR = 512  # its name, shape, place and checksum, whatever the form
 ROWS_AT_ONCE = 1024  # compared, since the numbers in between take several times their memory
 
 
@@ -149,6 +152,41 @@ class Output:
         replacing = folder.atomic_folder if self.is_folder else checkpoints.atomic_path
         with replacing(self.path, overwrite) as temporary:
             yield temporary
+            self.check_name(overwrite)  # which somebody else may have taken meanwhile
+
+    def check_name(self, overwrite: bool) -> None:
+        """UserError if something stands at `path` that is not to be replaced."""
+        if self.is_folder:
+            folder.check_replaceable(self.path, overwrite)
+        elif self.path.exists() and not overwrite:
+            raise UserError(f"{self.path} exists and is kept: give another name, or --overwrite")
+
+    def expected_size(self, base: Base, shapes: Mapping[str, Tensor]) -> int:
+        """About the number of bytes that a model with these tensors takes in this form."""
+        total = sum(
+            tensor.numel() * self._bytes_each(key, tensor)
+            for key, tensor in shapes.items()
+            if self.keeps(key, base.arch)
+        )
+        return int(total) + BYTES_ABOUT_A_TENSOR * len(shapes)
+
+    def _bytes_each(self, key: str, tensor: Tensor) -> float:
+        if self.form == "gguf":
+            return gguf_file.BYTES[self.outtype if gguf_file.is_matrix(key) else "f32"]
+        return self.stored(torch.empty(0, dtype=tensor.dtype)).element_size()
+
+    def check_room(self, needed: int) -> int:
+        """The bytes that are free for the output on its disk; UserError if they are fewer than it needs."""
+        place = next(folder for folder in self.path.absolute().parents if folder.is_dir())
+        # What dead merges have left under this name is removed before anything is written.
+        left = [file for path in leftovers(self.path) for file in (path.iterdir() if path.is_dir() else [path])]
+        free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in left)
+        if needed > free:
+            raise UserError(
+                f"--output {self.path} needs about {needed:,} bytes, and {place} has {free:,} free: make room, or give "
+                "a name on another disk"
+            )
+        return free
 
     def write(
         self, path: Path, base: Base, shapes: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]

@@ -1,7 +1,7 @@
 """Whether what was written is the model that it should be: every tensor bit for bit, and the logits.
 
-Each tensor is computed once. Before it is written, its arithmetic is compared with the adapter layer's, and the checksum
-of its bytes is taken, in memory. What is read back from the disk must have this checksum.
+Each tensor is computed once. Before it is written, its arithmetic is compared with the adapter layer's, and the
+checksum of its bytes is taken, in memory. What is read back must have this checksum.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from rwkv_bone import checkpoints
 from rwkv_bone.adapters import ADAPTERS, AdapterFile, AdapterLinear, AdapterSettings
 from rwkv_bone.adapters.inject import STATE, target_name
-from rwkv_bone.adapters.layer import Tensors
+from rwkv_bone.adapters.layer import Projection, Tensors
 from rwkv_bone.checkpoints import Base, param_part
 from rwkv_bone.checkpoints.numbers import is_finite
 from rwkv_bone.conversion.ahead import computed_ahead, workers
@@ -100,7 +101,7 @@ def _check_finite(key: str, tensor: Tensor) -> None:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def checked_weight(key: str, fold: Fold) -> tuple[Tensor, float]:
@@ -198,8 +199,8 @@ def _logits(
         for name, module in list(model.named_modules()):
             if isinstance(module, AdapterLinear):
                 if module.base is None and not module.needs_weight:
-                    module.base = _InPieces(module.weight.detach, pool)
-                    module.weight = None
+                    module.base = cast(Projection, _InPieces(module.weight.detach, pool))
+                    module.register_parameter("weight", None)
             elif isinstance(module, nn.Linear):
                 stored = functools.partial(tensors.__getitem__, f"{name}.weight")
                 model.set_submodule(name, _InPieces(stored if module.weight.is_meta else module.weight.detach, pool))
