@@ -343,6 +343,11 @@ def cut(bench: Bench, setup: Setup, states: Iterable[tuple[int, int]]) -> Iterat
         yield at, seed, bench.problem_after(setup, setup.saved_before(line))
 
 
+def error_of(kind: str, number: int) -> str:
+    """What an operation of a kind fails with, in turn."""
+    return "EMFILE" if kind in ("open", "create") and number % 2 else ("ENOSPC", "EIO")[number % 2]
+
+
 def numbers_of(operations: Iterable[Operation], kinds: Iterable[str] = CHANGES) -> dict[str, list[int]]:
     """{kind: the numbers of its operations}."""
     return {kind: found for kind in kinds if (found := [o.number for o in operations if o.kind == kind and o.number])}
