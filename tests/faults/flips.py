@@ -62,6 +62,7 @@ def outcome(reader: Reader, content: bytes, good: Any) -> tuple[str, str]:
     heard = _Heard()
     log = logging.getLogger("rwkv_bone")
     log.addHandler(heard)
+    propagates, log.propagate = log.propagate, False
     try:
         found, said = reader.read()
     except UserError as error:
@@ -70,6 +71,7 @@ def outcome(reader: Reader, content: bytes, good: Any) -> tuple[str, str]:
         return "crash", f"{type(error).__name__}: {error}"
     finally:
         log.removeHandler(heard)
+        log.propagate = propagates
     if _equal(found, good):
         return "same", ""
     return ("said" if said or heard.warnings else "silent"), repr(found)[:300]

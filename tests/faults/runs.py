@@ -113,8 +113,9 @@ class Bench:
         from rwkv_bone import checkpoints
         from tests.conftest import random_model
 
-        for name, sizes in {"base": {}, "wide": {"n_embd": 64, "head_size": 64}}.items():
-            model = random_model(vocab_size=128, n_layer=1, dtype=torch.bfloat16, **sizes)
+        wide = {"n_embd": 64, "head_size": 64, "vocab_size": 256}
+        for name, sizes in {"base": {"vocab_size": 128}, "wide": wide}.items():
+            model = random_model(n_layer=1, dtype=torch.bfloat16, **sizes)
             checkpoints.write_state(self.work / f"{name}.pth", model.state_dict())
         lines = (json.dumps({"prompt": p, "response": r}) + "\n" for p, r in ROWS)
         (self.work / "rows.jsonl").write_text("".join(lines))
