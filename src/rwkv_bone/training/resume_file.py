@@ -2,8 +2,9 @@
 
 For every trained parameter a file holds its value, under its own name, and AdamW's moments, under `NAME.exp_avg` and
 `NAME.exp_avg_sq`: full tensors in fp32, whatever the ZeRO stage. The metadata holds the step, the configuration,
-fingerprints of base and data, and the name of the newest adapter. Everything in a file has a checksum, and nothing of
-it is used before all of them are compared: what is damaged is as good as missing, and the one before counts.
+fingerprints of base and data, and the name of the adapter that was saved with it, if one was. Everything in a file has
+a checksum, and nothing of it is used before all of them are compared: what is damaged is as good as missing, and the
+one before counts.
 """
 
 from __future__ import annotations

@@ -64,12 +64,13 @@ class SaveTrained(Callback):
     ):
         self.output, self.folder, self.config, self.report = output, folder, config, report
         metadata = earlier.metadata if earlier else {}
-        self._named = metadata.get("trained", "")  # the adapter that the state names
+        self._named = metadata.get("trained", "")  # the adapter that was saved with the state
         self.last_path = folder / self._named if self._named else None
         # The adapters of this run that are still there, the newest last. Nothing but names of ours is ever removed.
         named = metadata.get("adapters", [])
         self._adapters = [name for name in named if fnmatch(name, project.SAVED) and Path(name).name == name]
-        self._adapter_step = self._state_step = earlier.step if earlier else 0
+        self._state_step = earlier.step if earlier else 0
+        self._adapter_step = self._state_step if self._named else 0
         self._go_on, self._log, self._clock = go_on, log, clock
         # A state that is damaged never takes the place of the one before it.
         self._rotate = earlier is not None and earlier.path.name == project.RESUME_FILE
@@ -124,7 +125,7 @@ class SaveTrained(Callback):
         said = f"the last step saved is {step}, in {newest or self.folder / project.RESUME_FILE}"
         if self._state_step and self.config.save_state:
             return f"{said}\ngo on with: {self._go_on}"
-        return f"{said}; without a state (--save_state 0) only a new run can start from it, with --peft_load"
+        return f"{said}; without a state (--save_state 0) only a new run can begin with it"
 
     def on_exception(self, trainer: Trainer, module: TrainingModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
@@ -182,7 +183,8 @@ class SaveTrained(Callback):
         self, trainer: Trainer, module: TrainingModule, parameters: dict[str, nn.Parameter], metadata: dict
     ) -> None:
         main, begin = trainer.is_global_zero, self._clock()
-        metadata = metadata | {"trained": self.last_path.name if self.last_path else "", "bad_steps": module.bad_steps}
+        trained = self.last_path.name if self.last_path and self._adapter_step == metadata["step"] else ""
+        metadata = metadata | {"trained": trained, "bad_steps": module.bad_steps}
         if self.config.keep:
             metadata["adapters"] = self._adapters
         problem = None
@@ -205,7 +207,7 @@ class SaveTrained(Callback):
             raise SaveFailed(f"after step {step}: {problem}; {self.state_of_things()}")
 
     def _remove_older(self) -> None:
-        """Remove adapters of this run that are not among the newest --keep, nor the one that the state names."""
+        """Remove adapters of this run that are not among the newest --keep, nor the one that was saved with the state."""
         older = self._adapters[: -self.config.keep] if self.config.keep else []
         for name in older:
             if name == self._named:
