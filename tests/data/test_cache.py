@@ -10,7 +10,9 @@ import shutil
 import struct
 import sys
 import termios
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -386,3 +388,32 @@ def test_no_mask_is_kept_where_every_token_is_trained(write_jsonl, config, tmp_p
         dataset = load_dataset(config(write_jsonl(*ROWS), loss_mask="none"), 256)
         assert dataset[3].trained.tolist() == [False] + [True] * (len(dataset[3].ids) - 1)
     assert not (entries(tmp_path / "cache")[0] / "trained").exists()
+
+
+def test_what_a_killed_process_has_left_is_removed_and_nothing_of_a_living_one(tmp_path):
+    key = Cache.key({"of": "this"})
+    dead, other = tmp_path / f".{key[:8]}.dead", tmp_path / ".01234567.other"
+    for folder in (dead, other):
+        folder.mkdir()
+        (folder / "tokens").write_bytes(bytes(1000))
+    begun, done = threading.Event(), threading.Event()
+
+    def build(arrays):
+        arrays.append(ids=np.arange(3))
+        begun.set()
+        assert done.wait(10)
+        return {}
+
+    def entry():
+        return Cache(tmp_path / "rows.jsonl", str(tmp_path)).entry({"of": "this"}, build)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(entry)
+        assert begun.wait(10)
+        (living,) = tmp_path.glob(f".{key[:8]}.*")
+        second = pool.submit(entry)  # waits for the first, whose folder it leaves alone
+        time.sleep(0.1)
+        assert living.is_dir() and not dead.exists() and other.is_dir()
+        done.set()
+        assert first.result()[0]["ids"].tolist() == second.result()[0]["ids"].tolist() == [0, 1, 2]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(f".{key[:8]}")] == []

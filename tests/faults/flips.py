@@ -25,7 +25,7 @@ from rwkv_bone.config.flags import parse_train
 from rwkv_bone.data.cache import Cache
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import project
-from rwkv_bone.training.heldout import read_measured
+from rwkv_bone.training.heldout import read_measured, text_of
 from rwkv_bone.training.log import read_log
 from rwkv_bone.training.resume import Saved
 
@@ -62,6 +62,7 @@ def outcome(reader: Reader, content: bytes, good: Any) -> tuple[str, str]:
     heard = _Heard()
     log = logging.getLogger("rwkv_bone")
     log.addHandler(heard)
+    propagates, log.propagate = log.propagate, False
     try:
         found, said = reader.read()
     except UserError as error:
@@ -70,6 +71,7 @@ def outcome(reader: Reader, content: bytes, good: Any) -> tuple[str, str]:
         return "crash", f"{type(error).__name__}: {error}"
     finally:
         log.removeHandler(heard)
+        log.propagate = propagates
     if _equal(found, good):
         return "same", ""
     return ("said" if said or heard.warnings else "silent"), repr(found)[:300]
@@ -112,21 +114,9 @@ def readers(run: Path, base: Path, work: Path) -> list[Reader]:
     state = checkpoints.read_state(adapter)
     steps = len((folder / project.LOG).read_text().splitlines())
     measured = json.loads((folder / project.EVALUATION).read_text())["data"]
-    previous = folder / "resume.previous.pth"
 
     def with_metadata(path: Path) -> Callable[[], tuple[Any, bool]]:
         return lambda: ((dict(checkpoints.read_state(path)), checkpoints.read_metadata(path)), False)
-
-    def saved() -> tuple[Any, bool]:
-        config = parse_train(["--resume", "1", "--proj_dir", str(folder)])
-        found = Saved.find(config)
-        assert found
-        # Which file it is, is said in the first line of the run.
-        return (found.step, found.metadata, dict(checkpoints.read_state(found.path))), found.path.name != "resume.pth"
-
-    def earlier() -> tuple[Any, bool]:
-        (folder / "resume.pth").unlink(missing_ok=True)
-        return saved()[0], False
 
     def settings() -> tuple[Any, bool]:
         config = parse_train(["--resume", "1", "--proj_dir", str(folder)])
@@ -139,13 +129,17 @@ def readers(run: Path, base: Path, work: Path) -> list[Reader]:
 
     def evaluation() -> tuple[Any, bool]:
         # A measurement of other data is made again, and says so by being made.
-        before, after = read_measured(folder / project.EVALUATION, measured)
+        path = folder / project.EVALUATION
+        text = text_of(path)
+        if text is None:
+            return None, True
+        before, after = read_measured(text, path, measured)
         return (before, after), before is None or after is None
 
     found = [
         Reader("rwkv-N.pth", adapter, with_metadata(adapter)),
         Reader("rwkv-N.json", adapter.with_suffix(".json"), with_metadata(adapter)),
-        Reader("resume.pth", folder / "resume.pth", saved),
+        Reader("resume.pth", folder / "resume.pth", _state_of(folder)),
         Reader("config.json", folder / project.CONFIG, settings),
         Reader("train_log.jsonl", folder / project.LOG, log),
         Reader("evaluation.json", folder / project.EVALUATION, evaluation),
@@ -158,22 +152,21 @@ def readers(run: Path, base: Path, work: Path) -> list[Reader]:
         else:
             checkpoints.write_state(path, state, checkpoints.read_metadata(adapter))
             found.append(Reader(name, path, with_metadata(path)))
-    if previous.exists():
-        alone = Path(shutil.copytree(folder, work / "previous"))
-        found.append(_previous(alone))
+    alone = Path(shutil.copytree(folder, work / "previous"))
+    (alone / project.RESUME_FILE).unlink()
+    found.append(Reader("resume.previous.pth", alone / project.PREVIOUS_FILE, _state_of(alone)))
     return found + cache_readers(work / "cache")
 
 
-def _previous(folder: Path) -> Reader:
-    """resume.previous.pth where there is no resume.pth: the last thing that a run can go on from."""
-    (folder / "resume.pth").unlink()
+def _state_of(folder: Path) -> Callable[[], tuple[Any, bool]]:
+    """Reads what the run in a folder goes on from. Which file that is, is said where it is not the newest."""
 
     def read() -> tuple[Any, bool]:
-        found = Saved.find(parse_train(["--resume", "1", "--proj_dir", str(folder)]))
-        assert found
-        return (found.step, found.metadata, dict(checkpoints.read_state(found.path))), False
+        saved = Saved.find(parse_train(["--resume", "1", "--proj_dir", str(folder)]))
+        assert saved
+        return (saved.step, saved.metadata, dict(checkpoints.read_state(saved.path))), bool(saved.remarks)
 
-    return Reader("resume.previous.pth", folder / "resume.previous.pth", read)
+    return read
 
 
 def cache_readers(folder: Path) -> list[Reader]:

@@ -113,8 +113,9 @@ class Bench:
         from rwkv_bone import checkpoints
         from tests.conftest import random_model
 
-        for name, sizes in {"base": {}, "wide": {"n_embd": 64, "head_size": 64}}.items():
-            model = random_model(vocab_size=128, n_layer=1, dtype=torch.bfloat16, **sizes)
+        wide = {"n_embd": 64, "head_size": 64, "vocab_size": 256}
+        for name, sizes in {"base": {"vocab_size": 128}, "wide": wide}.items():
+            model = random_model(n_layer=1, dtype=torch.bfloat16, **sizes)
             checkpoints.write_state(self.work / f"{name}.pth", model.state_dict())
         lines = (json.dumps({"prompt": p, "response": r}) + "\n" for p, r in ROWS)
         (self.work / "rows.jsonl").write_text("".join(lines))
@@ -341,6 +342,11 @@ def cut(bench: Bench, setup: Setup, states: Iterable[tuple[int, int]]) -> Iterat
         shutil.rmtree(bench.box)
         disk.write_after_cut(bench.box, seed)
         yield at, seed, bench.problem_after(setup, setup.saved_before(line))
+
+
+def error_of(kind: str, number: int) -> str:
+    """What an operation of a kind fails with, in turn."""
+    return "EMFILE" if kind in ("open", "create") and number % 2 else ("ENOSPC", "EIO")[number % 2]
 
 
 def numbers_of(operations: Iterable[Operation], kinds: Iterable[str] = CHANGES) -> dict[str, list[int]]:

@@ -19,7 +19,8 @@ import traceback
 
 WARM = (
     "rwkv_bone.training.fit", "rwkv_bone.conversion.merge", "rwkv_bone.conversion.convert",
-    "rwkv_bone.conversion.flags", "rwkv_bone.commands", "torch._dynamo", "matplotlib.pyplot", "deepspeed", "safetensors.torch",
+    "rwkv_bone.conversion.flags", "rwkv_bone.commands", "torch._dynamo", "matplotlib.pyplot",
+    "deepspeed", "safetensors.torch",
 )  # fmt: skip
 
 

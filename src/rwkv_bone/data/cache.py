@@ -143,7 +143,9 @@ class Cache:
         key = self.key(made_from)
         if found := self._read(key):
             return found
-        with self._lock(key):
+        with self._lock(key) as alone:
+            for left in self.folder.glob(f".{key[:8]}.*") if alone else ():
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
             return self._read(key) or self._build(key, build)
 
     @staticmethod
@@ -199,14 +201,16 @@ class Cache:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     @contextmanager
-    def _lock(self, key: str) -> Iterator[None]:
+    def _lock(self, key: str) -> Iterator[bool]:
+        """Wait until no other process makes this entry. False on a file system without locks: one may."""
         path = self.folder / f".{key}.lock"
-        file = None
+        file, alone = None, False
         try:
             with suppress(OSError):
                 file = open(path, "w")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+                alone = True
+            yield alone
         finally:
             with suppress(OSError):
                 path.unlink()
