@@ -207,7 +207,7 @@ class SaveTrained(Callback):
             raise SaveFailed(f"after step {step}: {problem}; {self.state_of_things()}")
 
     def _remove_older(self) -> None:
-        """Remove adapters of this run that are not among the newest --keep, nor the one that was saved with the state."""
+        """Remove adapters of this run but the newest --keep, and the one that was saved with the state."""
         older = self._adapters[: -self.config.keep] if self.config.keep else []
         for name in older:
             if name == self._named:
