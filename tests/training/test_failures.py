@@ -301,8 +301,3 @@ def test_a_warmup_longer_than_the_run_is_refused_before_training(job):
 def test_an_adapter_without_a_base_is_refused(job):
     with pytest.raises(UserError, match="--load_model is empty: an adapter needs a base model"):
         job.run("no-base", load_model="", n_layer=2, n_embd=32, vocab_size=256, head_size=16)
-
-
-def test_an_adapted_head_is_refused_where_ranks_would_wait_for_each_other(job):
-    with pytest.raises(UserError, match="--targets head does not work at ZeRO stage 3 on several devices"):
-        job.run("head", targets="head", strategy="deepspeed_stage_3", devices=2)
