@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
+from rwkv_bone import signals
 from rwkv_bone.config.acts import HF
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.errors import exit_status
@@ -16,11 +17,13 @@ def main() -> None:
     config = parse_section("train_hf.py", description, HfConfig, sys.argv[1:], IGNORED_FLAGS, EXAMPLES, HF)
     # Imported late: --help and mistakes in the flags are answered at once.
     from rwkv_bone.hf.finetune import finetune, launches
-    from rwkv_bone.hf.launch import launch
+    from rwkv_bone.hf.launch import end_with_launcher, launch
 
     if launches(config):
         launch(sys.argv, config.devices)
     else:
+        signals.hear()
+        end_with_launcher()
         finetune(config)
 
 

@@ -19,7 +19,7 @@ from rwkv_bone.config.flags import parse_section
 from rwkv_bone.data.conversations.conversation import Conversation, Turn
 from rwkv_bone.data.lost import check_lost
 from rwkv_bone.errors import Interrupted, UserError
-from rwkv_bone.hf import BoneModel
+from rwkv_bone.hf import BoneModel, saved
 from rwkv_bone.hf.data import IGNORED_LABEL, OWN_FLAGS, Limits, RowsOf, collate, load_samples, render
 from rwkv_bone.hf.flags import IGNORED_FLAGS, HfConfig
 from tests.conftest import clean_environment
@@ -375,12 +375,16 @@ def test_the_script_trains_under_deepspeed_with_the_same_losses(folder, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", ["none", "zero2"])
-def test_a_signal_to_a_run_of_two_processes_saves_once_and_the_run_goes_on(folder, deepspeed):
-    def start(*more: str):
-        given = flags(folder, "out", deepspeed=deepspeed, devices=2, num_train_epochs=40, save_steps=1000, eval_path="")
+@pytest.mark.parametrize(
+    "deepspeed, number", [("none", signal.SIGINT), ("zero2", signal.SIGUSR1), ("none", signal.SIGKILL)]
+)
+def test_a_signal_to_a_run_of_two_processes_ends_all_and_the_same_command_goes_on(folder, deepspeed, number):
+    """SIGKILL, which only the process that has started the others gets, leaves the last checkpoint."""
+
+    def start():
+        given = flags(folder, "out", deepspeed=deepspeed, devices=2, num_train_epochs=20, save_steps=3, eval_path="")
         words = [word for name, value in given.items() for word in (f"--{name}", value)]
-        command = [sys.executable, REPOSITORY / "train_hf.py", *words, *more]
+        command = [sys.executable, REPOSITORY / "train_hf.py", *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         # As a terminal starts it: a shell that starts tests in the background has them ignore Ctrl-C.
         return subprocess.Popen(
@@ -393,17 +397,21 @@ def test_a_signal_to_a_run_of_two_processes_saves_once_and_the_run_goes_on(folde
 
     run = start()
     said = iter(run.stdout.readline, "")
-    next(line for line in said if line.startswith("step "))
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-    _, errors = run.communicate(timeout=300)
-    assert run.returncode == 128 + signal.SIGINT, errors
-    assert errors.count("stopping after this step") == errors.count("stopped after step ") == 1, errors
+    next(line for line in said if line.startswith("step     4 "))
+    (run.send_signal if number == signal.SIGKILL else lambda number: os.killpg(run.pid, number))(number)
+    _, errors = run.communicate(timeout=300)  # which ends when no process is left that could write
     assert "Traceback" not in errors
-    checkpoint = Path(re.search(r"is saved in (.*)\n", errors).group(1))
-    step = int(checkpoint.name.removeprefix("checkpoint-"))
-    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == step < 40
+    if number == signal.SIGKILL:
+        whole = [path for path in (folder / "out").glob("checkpoint-*") if not saved.damage(path)]
+        step = max(int(path.name.removeprefix("checkpoint-")) for path in whole)
+    else:
+        assert run.returncode == 128 + number, errors
+        assert errors.count("stopping after this step") == errors.count("stopped after step ") == 1, errors
+        checkpoint = Path(re.search(r"is saved in (.*)\n", errors).group(1))
+        step = int(checkpoint.name.removeprefix("checkpoint-"))
+        assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == step < 20
 
-    run = start("--resume", "1")
+    run = start()
     text, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
     steps = [int(number) for number in re.findall(r"step +(\d+) of", text)]

@@ -128,8 +128,8 @@ class StopOnSignal(TrainerCallback):
     It must come after a callback that measures before the first step, during which a signal ends the run at once.
     """
 
-    def __init__(self) -> None:
-        self._listener = Listener()
+    def __init__(self, output: Path) -> None:
+        self._listener = Listener(lambda: f"the same command goes on from the newest checkpoint in {output}")
         self._received = 0  # by any process
 
     def on_train_begin(

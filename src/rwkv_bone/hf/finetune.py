@@ -117,7 +117,7 @@ def _finetune(config: HfConfig, device: str, transformers: ModuleType, source: s
         train_dataset=train,
         data_collator=functools.partial(collate, pad=pad),
         processing_class=tokenizer,
-        callbacks=[reporter, skip, Checkpoints(config.save_total_limit), StopOnSignal()],
+        callbacks=[reporter, skip, Checkpoints(config.save_total_limit), StopOnSignal(output)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     for samples, path in zip([train, *held_out], files, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from rwkv_bone.devices import usable_cores
 from rwkv_bone.errors import Interrupted, UserError
 from rwkv_bone.signals import SIGNALS
 
+PR_SET_PDEATHSIG = 1
 FIRST = "127.0.0.1"  # the address of the first process
 
 
@@ -56,6 +58,15 @@ def launch(argv: list[str], devices: int) -> None:
         if received:
             raise Interrupted("", received[0])
         raise UserError("a process has failed; its message is above")
+
+
+def end_with_launcher() -> None:
+    """Have the system end this process, if a launcher has started it, when the launcher ends, even by SIGKILL.
+
+    Works on Linux alone.
+    """
+    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_port() -> int:
