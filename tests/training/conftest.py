@@ -67,12 +67,14 @@ class Job:
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(results.read_text())
 
-    def launch(self, name: str, **flags) -> subprocess.Popen:
-        """Start `python train.py` and do not wait for it."""
+    def launch(self, name: str, environment: dict[str, str] | None = None, **flags) -> subprocess.Popen:
+        """Start `python train.py` and do not wait for it. environment: variables beside those of a clean one."""
         argv = self.argv({**flags, "proj_dir": self.folder / name})
         command = [sys.executable, REPOSITORY / "train.py", *argv]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=clean_environment())
+        return subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, env=clean_environment() | (environment or {})
+        )
 
     def start(self, name: str, **flags) -> tuple[Path, subprocess.CompletedProcess]:
         """Train with `python train.py`; returns proj_dir and what the program printed."""

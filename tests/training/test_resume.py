@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 from dataclasses import fields
 
@@ -36,6 +37,12 @@ def killed(job):
         return job.folder / name
 
     return train
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def numbers(folder):
@@ -595,6 +602,28 @@ def test_two_processes_continue_as_if_they_had_not_been_stopped(job, terminated,
     extra.unlink()
     assert_same_to_the_bit(folder, not_terminated, "rwkv-7.pth")
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_a_machine_that_does_not_see_the_folder_continues_the_run_with_the_one_that_does(
+    job, terminated, not_terminated, tmp_path
+):
+    """Parameters, moments, settings and measurement all come from the first machine."""
+    folder, nowhere = shutil.copytree(terminated[0], tmp_path / "terminated"), tmp_path / "nowhere"
+    flags = LONG | {"devices": 1, "num_nodes": 2}
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    nodes = [job.launch(path, environment=there | {"NODE_RANK": str(rank)}, **flags)
+             for rank, path in enumerate((folder, nowhere))]  # fmt: skip
+    try:
+        said = [node.communicate(timeout=300) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert f"resume    continues the run in {folder} after step " in said[0][0] and not nowhere.exists()
+    (extra,) = folder.glob("rwkv-*-s*.pth")
+    extra.unlink()
+    assert_same_to_the_bit(folder, not_terminated, "rwkv-7.pth")
 
 
 def test_one_process_continues_what_two_began_to_rounding(terminated, not_terminated, tmp_path, killed):
