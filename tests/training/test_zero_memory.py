@@ -68,4 +68,4 @@ def test_the_plan_of_two_processes_is_what_they_measure(tmp_path):
     off = {strategy: int(re.sub("[+%]", "", row[-2])) for strategy, row in found.items()}
     each = {strategy: float(row[-1]) for strategy, row in found.items()}
     assert all(abs(percent) <= 15 for percent in off.values()), json.dumps(found)
-    assert each["stage_2"] < 13.5 and each["stage_3"] < each["stage_2"], json.dumps(found)
+    assert max(each.values()) < 13.5, json.dumps(found)  # one device: 20
