@@ -435,7 +435,15 @@ def test_keep_removes_what_a_kill_has_left_of_it(job, tmp_path):
 
 
 def test_a_state_has_nothing_removed_but_adapters_of_its_folder(tmp_path):
-    kept = ["rwkv-1.pth", "../rwkv-2.pth", "notes.txt", "rwkv-init.pth", "/etc/rwkv-3.pth", "rwkv-4.pth"]
+    kept = [
+        "rwkv-1.pth",
+        "../rwkv-2.pth",
+        "notes.txt",
+        "rwkv-init.pth",
+        "/etc/rwkv-3.pth",
+        "rwkv-5/../../x.pth",
+        "rwkv-4.pth",
+    ]
     earlier = SimpleNamespace(
         metadata=ABOUT | {"adapters": kept, "trained": "rwkv-4.pth"}, step=4, path=tmp_path / STATE
     )
