@@ -430,6 +430,9 @@ def test_keep_removes_what_a_kill_has_left_of_it(job, tmp_path):
     folder = job.folder / "kept"
     assert checkpoints.read_metadata(folder / STATE)["adapters"] == ["rwkv-0-s2.pth", "rwkv-0.pth"]
     checkpoints.write_state(folder / "rwkv-0-s2.pth", {"a": torch.ones(1)}, {})  # as if it had died before
+    with dying_after(5), pytest.raises(Killed):
+        job.run("kept", save_steps=1, keep=1, epoch_count=2)
+    assert checkpoints.read_metadata(folder / STATE)["adapters"] == ["rwkv-0.pth", "rwkv-1-s4.pth"]
     job.run("kept", save_steps=1, keep=1, epoch_count=2)
     assert {path.name for path in folder.glob("rwkv-*")} == {"rwkv-1.pth", "rwkv-1.json"}
 
