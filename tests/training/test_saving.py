@@ -508,9 +508,11 @@ def test_lines_that_no_run_can_have_written_are_no_lines(tmp_path):
     for name in right:
         if name not in ("step", "peak_reserved_mb"):
             wrong += [{"step": 3, name: "much"}, {"step": 3, name: [1]}]
+    # Each is of another step, so that none is left out as one that is there twice.
+    wrong = [change | {"step": 10 + i} if len(change) > 1 else change for i, change in enumerate(wrong)]
     lines = [right, skipped, *(right | change for change in wrong), right | {"step": 5}, right | {"step": 5, "loss": 9}]
     lines.append({name: value for name, value in right.items() if name != "lr"} | {"step": 4})
     path = tmp_path / "log"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    records, note = read_log(path, 6)
-    assert records == [right, skipped] and note.startswith(f"{path} lacks 4 steps of 6")
+    records, note = read_log(path, 100)
+    assert records == [right, skipped] and note.startswith(f"{path} lacks 98 steps of 100")
