@@ -430,12 +430,23 @@ def test_keep_removes_what_a_kill_has_left_of_it(job, tmp_path):
     folder = job.folder / "kept"
     assert checkpoints.read_metadata(folder / STATE)["adapters"] == ["rwkv-0-s2.pth", "rwkv-0.pth"]
     checkpoints.write_state(folder / "rwkv-0-s2.pth", {"a": torch.ones(1)}, {})  # as if it had died before
+    with dying_after(5), pytest.raises(Killed):
+        job.run("kept", save_steps=1, keep=1, epoch_count=2)
+    assert checkpoints.read_metadata(folder / STATE)["adapters"] == ["rwkv-0.pth", "rwkv-1-s4.pth"]
     job.run("kept", save_steps=1, keep=1, epoch_count=2)
     assert {path.name for path in folder.glob("rwkv-*")} == {"rwkv-1.pth", "rwkv-1.json"}
 
 
 def test_a_state_has_nothing_removed_but_adapters_of_its_folder(tmp_path):
-    kept = ["rwkv-1.pth", "../rwkv-2.pth", "notes.txt", "rwkv-init.pth", "/etc/rwkv-3.pth", "rwkv-4.pth"]
+    kept = [
+        "rwkv-1.pth",
+        "../rwkv-2.pth",
+        "notes.txt",
+        "rwkv-init.pth",
+        "/etc/rwkv-3.pth",
+        "rwkv-5/../../x.pth",
+        "rwkv-4.pth",
+    ]
     earlier = SimpleNamespace(
         metadata=ABOUT | {"adapters": kept, "trained": "rwkv-4.pth"}, step=4, path=tmp_path / STATE
     )
@@ -497,9 +508,11 @@ def test_lines_that_no_run_can_have_written_are_no_lines(tmp_path):
     for name in right:
         if name not in ("step", "peak_reserved_mb"):
             wrong += [{"step": 3, name: "much"}, {"step": 3, name: [1]}]
+    # Each is of another step, so that none is left out as one that is there twice.
+    wrong = [change | {"step": 10 + i} if len(change) > 1 else change for i, change in enumerate(wrong)]
     lines = [right, skipped, *(right | change for change in wrong), right | {"step": 5}, right | {"step": 5, "loss": 9}]
     lines.append({name: value for name, value in right.items() if name != "lr"} | {"step": 4})
     path = tmp_path / "log"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    records, note = read_log(path, 6)
-    assert records == [right, skipped] and note.startswith(f"{path} lacks 4 steps of 6")
+    records, note = read_log(path, 100)
+    assert records == [right, skipped] and note.startswith(f"{path} lacks 98 steps of 100")
