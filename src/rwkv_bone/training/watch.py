@@ -165,11 +165,10 @@ class Watch:
 
     def _finish(self) -> None:
         """This rank has done its part. Rank 0 waits for the others, which are judged until then."""
-        self._events.put((self.world.rank, {"bye": True}))
-        if self.world.rank == 0:
-            self._over.wait()
-        else:
+        if self.world.rank:
             self._send(0, {"bye": True})
+        self._events.put((self.world.rank, {"bye": True}))  # with which the thread of another rank ends
+        self._over.wait()
 
     def _tell_signal(self, status: int, words: str) -> None:
         """All ranks are to end because this one does, of its own will."""
@@ -185,10 +184,16 @@ class Watch:
         except Exception:
             # A run that nobody watches over goes on.
             traceback.print_exc()
+        finally:
+            for link in self._links.values():
+                link.socket.close()
             self._over.set()
 
     def _run(self) -> None:
-        selector = selectors.DefaultSelector()
+        with selectors.DefaultSelector() as selector:
+            self._loop(selector)
+
+    def _loop(self, selector: selectors.BaseSelector) -> None:
         for rank, link in self._links.items():
             link.socket.settimeout(5)
             selector.register(link.socket, selectors.EVENT_READ, rank)
@@ -224,7 +229,7 @@ class Watch:
                 return True
         except (OSError, ValueError):
             pass
-        self._links.pop(rank)
+        self._links.pop(rank).socket.close()
         if rank in self._judge.seen and not (self.world.rank and 0 not in self._judge.seen):
             self._dead.append(rank)
             self._decide_within(GRACE / 2)
