@@ -12,9 +12,11 @@ lock`, `stop`, `die`. sends: [seconds after the first act, number of a signal, r
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -127,15 +129,22 @@ def start(run: dict, rank: int, port: int, folder: Path) -> int:
         os._exit(status)
 
 
+def free_port() -> int:
+    """One that no connection of another program is given in the meantime."""
+    for port in random.sample(range(30000, 32000), 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
+
+
 class Running:
     """A run under way."""
 
     def __init__(self, run: dict, folder: Path):
         self.run, self.folder = run, folder
         folder.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.processes = [start(run, rank, port, folder) for rank in range(run["ranks"])]
         self.statuses: list[int | None] = [None] * run["ranks"]
         self.sends = list(run.get("sends", ()))

@@ -34,7 +34,12 @@ class Row:
 
     def run(self, job) -> dict:
         data = {"eval_data": job.flags["data_file"], "eval_samples": 2, "micro_bsz": 4 // self.ranks}
-        flags = data | TIMEOUT | self.flags | {"proj_dir": job.folder / self.name, "devices": self.ranks}
+        flags = (
+            data
+            | (TIMEOUT if self.ranks > 1 else {})
+            | self.flags
+            | {"proj_dir": job.folder / self.name, "devices": self.ranks}
+        )
         return {
             "name": self.name,
             "argv": [str(word) for word in job.argv(flags)],

@@ -11,6 +11,10 @@ class Marks:
     """What this process has done so far. running: within the steps, where ranks wait for one another."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """As at the beginning of a run."""
         self.done, self.longest, self.running = 0, 0.0, False  # longest: seconds between two reports, while running
         self.last = time.monotonic()
 

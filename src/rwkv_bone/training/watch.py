@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from rwkv_bone.cluster.world import World
 
 BEAT = 1.0  # seconds from one beat to the next
-BUSY = 0.05  # the part of the time in which a process that works uses a processor
-CONNECTING = 60.0  # seconds for the connections between all ranks
+BUSY = 0.01  # the part of the time in which a process that works uses a processor, on a crowded machine too
+CONNECTING = 600.0  # seconds for the connections between all ranks: some load the libraries from a slower disk
 # Seconds in which a better reason may come than the first: a rank that dies has the others raise errors of their own.
 GRACE = 1.0
 MESSAGE = 1 << 20  # bytes; a longer one is none of ours
@@ -70,7 +70,6 @@ class Watch:
         self.world, self.timeout = world, timeout
         self.state: Callable[[], str] = str
         self._judge = Judge(range(world.size) if world.rank == 0 else range(1), timeout)
-        self._own = Life()
         self._beat = min(BEAT, timeout / 5)
         self._events: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
         self._links: dict[int, _Link] = {}  # rank -> the connection to it
@@ -85,7 +84,7 @@ class Watch:
         self._judge.spins = spins
 
     def __enter__(self) -> Watch:
-        marks.__init__()  # type: ignore[misc]
+        marks.reset()
         if self.world.size > 1:
             self._main = threading.main_thread().ident
             self._connect()
@@ -134,21 +133,24 @@ class Watch:
         self._links[0].send({"token": told["token"], "rank": world.rank, **self._places[world.rank]})
 
     def _accept(self, server: socket.socket, token: str, end: float) -> None:
-        while len(self._links) < self.world.size - 1:
-            server.settimeout(max(end - time.monotonic(), 0.01))
-            try:
+        """Take the connection of every other rank."""
+        server.settimeout(1)
+        while missing := sorted(set(range(1, self.world.size)) - self._links.keys()):
+            self.world.stop_if_failed()
+            for rank, child in enumerate(self.world.children, 1):
+                if child.poll() is not None and rank in missing:
+                    raise UserError(f"{self._name(rank)} {self._how_it_ended(rank)}")
+            if time.monotonic() > end:
+                raise UserError(f"{self._name(missing[0])} did not connect within {CONNECTING:.0f} s")
+            # Whoever connects and is none of ours is sent away.
+            with contextlib.suppress(OSError, ValueError):
                 link = _Link(server.accept()[0])
                 link.socket.settimeout(5)
                 hello = next(iter(link.receive()), {})
-            except TimeoutError:
-                missing = sorted(set(range(1, self.world.size)) - self._links.keys())
-                raise UserError(f"{self._name(missing[0])} did not connect within {CONNECTING:.0f} s") from None
-            except OSError:
-                continue
-            if hello.get("token") == token:
-                self._links[hello["rank"]], self._places[hello["rank"]] = link, hello
-            else:
-                link.socket.close()
+                if hello.get("token") == token:
+                    self._links[hello["rank"]], self._places[hello["rank"]] = link, hello
+                else:
+                    link.socket.close()
 
     def _fail(self, error: BaseException) -> None:
         """Tell rank 0 what this rank has raised, and wait for the end."""
@@ -163,11 +165,10 @@ class Watch:
 
     def _finish(self) -> None:
         """This rank has done its part. Rank 0 waits for the others, which are judged until then."""
-        self._events.put((self.world.rank, {"bye": True}))
-        if self.world.rank == 0:
-            self._over.wait()
-        else:
+        if self.world.rank:
             self._send(0, {"bye": True})
+        self._events.put((self.world.rank, {"bye": True}))  # with which the thread of another rank ends
+        self._over.wait()
 
     def _tell_signal(self, status: int, words: str) -> None:
         """All ranks are to end because this one does, of its own will."""
@@ -183,10 +184,16 @@ class Watch:
         except Exception:
             # A run that nobody watches over goes on.
             traceback.print_exc()
+        finally:
+            for link in self._links.values():
+                link.socket.close()
             self._over.set()
 
     def _run(self) -> None:
-        selector = selectors.DefaultSelector()
+        with selectors.DefaultSelector() as selector:
+            self._loop(selector)
+
+    def _loop(self, selector: selectors.BaseSelector) -> None:
         for rank, link in self._links.items():
             link.socket.settimeout(5)
             selector.register(link.socket, selectors.EVENT_READ, rank)
@@ -222,7 +229,7 @@ class Watch:
                 return True
         except (OSError, ValueError):
             pass
-        self._links.pop(rank)
+        self._links.pop(rank).socket.close()
         if rank in self._judge.seen and not (self.world.rank and 0 not in self._judge.seen):
             self._dead.append(rank)
             self._decide_within(GRACE / 2)
