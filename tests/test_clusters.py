@@ -194,7 +194,7 @@ def job(tmp_path, port, short):
     (tmp_path / "job.sh").write_text(text)
 
     def run(nodes: int, tasks: int, *flags: str, **variables: str) -> None:
-        (tmp_path / "job.sh").write_text(text.replace("--eval_data=", shlex.join([*flags, "--eval_data="])))
+        (tmp_path / "job.sh").write_text(text.replace(" || status", f" {shlex.join(flags)} || status"))
         slurm = {"SLURM_JOB_ID": "77", "SLURM_NNODES": str(nodes), "SLURM_NTASKS": str(tasks), "MASTER_PORT": port}
         slurm |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NAME": "train"}
         slurm |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path), **variables}
@@ -216,11 +216,12 @@ def test_the_script_for_slurm_trains_the_same_with_a_task_for_each_node_or_devic
 
 def test_a_job_whose_time_is_over_is_requeued_and_then_continues(job, tmp_path):
     """The second start of the same script goes on where the first was stopped, and ends as if it had not been."""
-    steps = ["--save_minutes", "0", "--micro_bsz", "4"]
+    # The later value counts; three steps would be over before the signal is sent.
+    steps = ["--epoch_steps", "40"]
     job(2, 2, *steps, SIGNALLED="1")
     assert (tmp_path / "requeued").read_text() == "requeue 77\n"
     first = (tmp_path / "task0").read_text()
-    assert "step 3/3" not in first
-    job(2, 2, "--save_minutes", "0")
-    assert "step 3/3" in (tmp_path / "task0").read_text() and "step 1/3" not in (tmp_path / "task0").read_text()
+    assert "step 40/40" not in first
+    job(2, 2, *steps)
+    assert "step 40/40" in (tmp_path / "task0").read_text() and "step 1/40" not in (tmp_path / "task0").read_text()
     assert (tmp_path / "requeued").read_text() == "requeue 77\n"
