@@ -96,7 +96,11 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(models, tmp_pat
     told = merge(models["bone"], f"{tmp_path}/{name}", dry_run=True)
     assert names(tmp_path) == set()
     expected = int(told.split("about ")[1].split(" bytes")[0].replace(",", ""))
-    assert re.search(r"18 weights of [0-9]+ tensors merged", told) and "name      it is free" in told and "(--dry_run 1)" in told
+    assert (
+        re.search(r"18 weights of [0-9]+ tensors merged", told)
+        and "name      it is free" in told
+        and "(--dry_run 1)" in told
+    )
     report = merge(models["bone"], f"{tmp_path}/{name}")
     written = int(report.split(f"{name}, ")[1].split(" bytes")[0].replace(",", ""))
     assert abs(expected - written) < 70_000  # headers, and the texts of a folder
