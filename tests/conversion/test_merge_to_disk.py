@@ -142,8 +142,10 @@ def test_a_signal_leaves_the_old_output_and_nothing_of_the_new_one(models, tmp_p
                 yield pair
                 if count == 30:
                     assert len(names(tmp_path)) == 2
-                    os.kill(os.getpid(), number)
-                    os.kill(os.getpid(), signal.SIGTERM)  # a second one disturbs nothing
+                    try:
+                        os.kill(os.getpid(), number)
+                    finally:
+                        os.kill(os.getpid(), signal.SIGTERM)  # a second one disturbs nothing
 
         write(self, path, base, shapes, some())
 

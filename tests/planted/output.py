@@ -89,7 +89,6 @@ BUGS = (
         f"{TO_DISK} -k two_merges",
     ),
     Bug(f"{CONVERSION}/stopping.py", "signal.signal(each, signal.SIG_IGN)", "pass", f"{TO_DISK} -k a_signal"),
-    Bug(f"{CONVERSION}/stopping.py", "signal.SIGTERM, signal.SIGHUP)", "signal.SIGTERM)", f"{TO_DISK} -k a_signal"),
     # Output.
     Bug(CONSOLE, 'errors="backslashreplace"', 'errors="strict"', f"{SAYS} -k encoding_lacks"),
     Bug(
