@@ -96,8 +96,11 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(models, tmp_pat
     told = merge(models["bone"], f"{tmp_path}/{name}", dry_run=True)
     assert names(tmp_path) == set()
     expected = int(told.split("about ")[1].split(" bytes")[0].replace(",", ""))
-    assert re.search(r"18 weights of [0-9]+ tensors merged", told)
-    assert "name      it is free" in told and "(--dry_run 1)" in told
+    assert (
+        re.search(r"18 weights of [0-9]+ tensors merged", told)
+        and "name      it is free" in told
+        and "(--dry_run 1)" in told
+    )
     report = merge(models["bone"], f"{tmp_path}/{name}")
     written = int(report.split(f"{name}, ")[1].split(" bytes")[0].replace(",", ""))
     assert abs(expected - written) < 70_000  # headers, and the texts of a folder
@@ -139,8 +142,10 @@ def test_a_signal_leaves_the_old_output_and_nothing_of_the_new_one(models, tmp_p
                 yield pair
                 if count == 30:
                     assert len(names(tmp_path)) == 2
-                    os.kill(os.getpid(), number)
-                    os.kill(os.getpid(), signal.SIGTERM)  # a second one disturbs nothing
+                    try:
+                        os.kill(os.getpid(), number)
+                    finally:
+                        os.kill(os.getpid(), signal.SIGTERM)  # a second one disturbs nothing
 
         write(self, path, base, shapes, some())
 

@@ -9,7 +9,7 @@ HANGING, WATCH = "src/rwkv_bone/training/hanging.py", "tests/training/test_watch
 SIGNALS, CALLBACKS, HF = "src/rwkv_bone/signals.py", "src/rwkv_bone/hf/callbacks.py", "tests/hf/test_finetune.py"
 SAYS, LOG = "tests/test_console.py", "tests/training/test_log.py"
 RUNS, RESUME = "tests/training/test_output.py", "tests/training/test_resume.py"
-MERGE = "tests/conversion/test_merge.py"
+MERGE, TO_DISK = "tests/conversion/test_merge.py", "tests/conversion/test_merge_to_disk.py"
 
 SAVES = "tests/training/test_data_lines.py -k never_reaches"
 
@@ -73,6 +73,23 @@ BUGS = (
         "if False and",
         f"{MERGE} -k continues_from",
     ),
+    Bug(
+        f"{CONVERSION}/verify.py",
+        "return (found.shape, found.dtype, _checksum(found)) == self._expected[key]",
+        "return True",
+        f"{MERGE} -k reads_back_differently",
+    ),
+    Bug(f"{CONVERSION}/verify.py", "if tensor is not self.base", "if False and self.base", f"{MERGE} -k overflows"),
+    Bug(f"{CONVERSION}/ahead.py", "> AHEAD:", "> 9:", f"{TO_DISK} -k computed_ahead"),
+    Bug("src/rwkv_bone/adapters/bone.py", '["bone"][:, outputs]', '["bone"]', f"{TO_DISK} -k in_pieces"),
+    Bug(f"{CONVERSION}/output.py", "if needed > free:", "if False:", f"{TO_DISK} -k without_room"),
+    Bug(
+        f"{CONVERSION}/output.py",
+        "            self.check_name(overwrite)  # which",
+        "            # which",
+        f"{TO_DISK} -k two_merges",
+    ),
+    Bug(f"{CONVERSION}/stopping.py", "signal.signal(each, signal.SIG_IGN)", "pass", f"{TO_DISK} -k a_signal"),
     # Output.
     Bug(CONSOLE, 'errors="backslashreplace"', 'errors="strict"', f"{SAYS} -k encoding_lacks"),
     Bug(
