@@ -145,7 +145,7 @@ class Bench:
         if self._server is None or self._server.poll() is not None:
             environment = clean_environment() | {
                 "LD_PRELOAD": str(self.library), "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1",
-                "MPLCONFIGDIR": str(self.work / "matplotlib"), "HOME": str(self.work),
+                "MPLCONFIGDIR": str(self.work / "matplotlib"),
             }  # fmt: skip
             command = [sys.executable, "-m", "tests.faults.server"]
             errors = open(self.work / "server.txt", "w")  # noqa: SIM115
@@ -196,7 +196,7 @@ class Bench:
 
     def start(self, setup: Setup, faults: Faults | None = None) -> tuple[Done, int]:
         """As `train`, begun as users begin it; the launcher is ours. Also: how many processes outlived the first."""
-        environment = clean_environment() | {"OMP_NUM_THREADS": "1", "HOME": str(self.work)}
+        environment = clean_environment() | {"OMP_NUM_THREADS": "1"}
         environment |= faults.environment(self.library) if faults else {}
         command = [sys.executable, str(REPOSITORY / "train.py"), *self.argv(setup)]
         with open(self.out, "w") as out:
