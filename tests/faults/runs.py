@@ -25,7 +25,7 @@ from tests.faults.disk import Disk
 from tests.faults.shim import CHANGES, Faults, Operation, compile_shim, read_trace
 
 # The fields of a log's line that depend on the machine.
-OF_THE_MACHINE = {"seconds", "tokens_per_s", "data_wait_ms", "peak_memory_mb", "peak_reserved_mb"}
+OF_THE_MACHINE = {"seconds", "tokens_per_s", "data_wait_ms", "peak_memory_mb", "peak_reserved_mb", "crc32"}
 EPOCHS = {"epoch_count": 2, "save_steps": 1}
 # Responses of unequal length; 7 rows and 4 a step make two steps an epoch.
 ROWS = [(f"{n} -> ", str(n)[::-1] * (1 + n % 4)) for n in range(37, 44)]
@@ -424,7 +424,7 @@ def _content(folder: Path) -> tuple:
         name = re.sub(r"\.\d+\.", ".N.", path.relative_to(folder).as_posix())  # numbers of processes
         if path.name == "train_log.jsonl":
             found.append(
-                (name, re.sub(rb'"(seconds|tokens_per_s|data_wait_ms|peak\w+)": [^,}]*', b"", path.read_bytes()))
+                (name, re.sub(rb'"(seconds|tokens_per_s|data_wait_ms|peak\w+|crc32)": [^,}]*', b"", path.read_bytes()))
             )
         else:
             found.append((name, path.read_bytes() if path.is_file() else None))
