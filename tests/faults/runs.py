@@ -373,6 +373,8 @@ def differences(folder: Path, reference: Path) -> list[str]:
                      else "train_log.jsonl differs")  # fmt: skip
     box = folder.parent if folder.name == "run" else folder
     left = [path for path in box.rglob("*") if "partial" in path.name or (path.is_dir() and path.name[0] == ".")]
+    # A run that is complete is left alone, with what a cut left of the picture that it ends with.
+    left = [path for path in left if not path.name.startswith(".loss.png.")]
     wrong += [f"{path.name} is left over" for path in left]
     return wrong
 
