@@ -38,6 +38,8 @@ class Loop:
 
     def count(self, what: str, case: str, problem: str) -> None:
         self.tally.count(what, case, problem)
+        if sum(self.tally.tried.values()) % 50 == 0:
+            print(f"{time.monotonic() - self._began:.0f} s: {'; '.join(self.tally.lines())}", flush=True)
         if problem:
             print(f"FAILED {what}, {case}: {problem}", flush=True)
 

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from rwkv_bone import checkpoints
+from rwkv_bone.config import flags
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.data.cache import Cache
 from rwkv_bone.errors import UserError
@@ -119,9 +121,10 @@ def readers(run: Path, base: Path, work: Path) -> list[Reader]:
         return lambda: ((dict(checkpoints.read_state(path)), checkpoints.read_metadata(path)), False)
 
     def settings() -> tuple[Any, bool]:
-        config = parse_train(["--resume", "1", "--proj_dir", str(folder)])
+        with mock.patch.object(flags, "print_notes") as printed:
+            config = parse_train(["--resume", "1", "--proj_dir", str(folder)])
         Saved.find(config)
-        return config, False
+        return config, any(map(list, printed.call_args.args))
 
     def log() -> tuple[Any, bool]:
         records, missing = read_log(folder / project.LOG, steps)

@@ -94,6 +94,7 @@ class Operation(NamedTuple):
 
 
 def read_trace(path: Path) -> list[Operation]:
+    """The operations in their order. Before a sync stands a write of all that the file holds, which has no number."""
     content, place, found = path.read_bytes(), 0, []
 
     def take(size: int) -> bytes:

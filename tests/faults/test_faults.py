@@ -31,7 +31,7 @@ def problems(cases) -> list[str]:
     return [f"{case}: {problem}" for case, problem in cases if problem]
 
 
-@pytest.mark.parametrize("name, many", [("bone, evaluated", 10), ("full", 4), ("two processes, stage 2", 3)])
+@pytest.mark.parametrize("name, many", [("bone, evaluated", 8), ("full", 4), ("two processes, stage 2", 3)])
 def test_a_killed_run_goes_on_to_the_same_bytes(bench, name, many):
     setup = NAMED[name]
     numbers = spread(of_every_kind(bench.operations(setup), 3), many)
@@ -41,7 +41,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(bench, name, many):
 def test_a_run_killed_within_a_step_goes_on_to_the_same_bytes(bench):
     setup = NAMED["bone, evaluated"]
     renames = numbers_of(bench.operations(setup))["rename"]
-    cases = [(at, delay) for at in spread(renames, 3) for delay in (500, 15000)]
+    cases = list(zip(spread(renames, 4), (500, 5000, 15000, 1), strict=True))
     assert not problems((f"{delay} us after {at}", kill(bench, setup, at, delay)) for at, delay in cases)
 
 
@@ -57,19 +57,19 @@ def test_a_power_cut_costs_no_step_that_was_saved(bench, name, many):
 
 def test_an_operation_that_fails_once_loses_nothing(bench):
     setup = NAMED["bone, evaluated"]
-    numbers = of_every_kind(bench.operations(setup), 4, KINDS)
+    numbers = of_every_kind(bench.operations(setup), 3, KINDS)
     kinds = {operation.number: operation.kind for operation in bench.operations(setup)}
     cases = [(at, error_of(kinds[at], at)) for at in numbers]
     assert not problems((f"{kinds[at]} {at} with {error}", fail(bench, setup, at, error)) for at, error in cases)
 
 
-@pytest.mark.parametrize("name", ["merge to .pth", "merge to a folder", "convert to .safetensors"])
+@pytest.mark.parametrize("name", ["merge to .pth", "merge to a folder"])
 def test_an_output_is_the_older_or_the_new_one_whatever_happens(bench, name):
     outputs, job = Outputs(bench), OUTPUTS[name]
     operations = outputs.operations(job)
-    killed = [(f"killed at {at}", outputs.kill(job, at)) for at in spread(of_every_kind(operations, 1), 3)]
-    failed = [(f"{at} failed", outputs.fail(job, at, "EIO")) for at in spread(of_every_kind(operations, 1, KINDS), 4)]
-    states = [(at, seed) for seed, at in enumerate(spread(list(range(1, len(operations) + 1))[-8:], 4))]
+    killed = [(f"killed at {at}", outputs.kill(job, at)) for at in spread(of_every_kind(operations, 1), 2)]
+    failed = [(f"{at} failed", outputs.fail(job, at, "EIO")) for at in spread(of_every_kind(operations, 1, KINDS), 3)]
+    states = [(at, seed) for seed, at in enumerate(spread(list(range(1, len(operations) + 1))[-8:], 3))]
     cuts = [(f"cut after {at}, #{seed}", problem) for at, seed, problem in outputs.cut(job, states)]
     assert not problems(killed + failed + cuts)
 
@@ -80,7 +80,7 @@ def flipped(bench, work, many):
 
 
 def test_no_flipped_bit_is_read_in_silence(bench, tmp_path):
-    assert not flipped(bench, tmp_path, 35)
+    assert not flipped(bench, tmp_path, 34)
 
 
 @pytest.mark.slow

@@ -68,7 +68,8 @@ def run(library, faults):
 def test_every_operation_below_the_folder_is_recorded_with_its_data(library, tmp_path):
     folder, trace = tmp_path / "box", tmp_path / "trace"
     assert run(library, Faults(str(folder), trace=str(trace))).returncode == 0
-    operations = read_trace(trace)
+    everything = read_trace(trace)
+    operations = [operation for operation in everything if operation.number]
     assert [operation.kind for operation in operations] == EXPECTED
     assert [operation.number for operation in operations] == list(range(1, len(EXPECTED) + 1))
     writes = [(operation.offset, operation.data) for operation in operations if operation.kind == "write"]
@@ -81,6 +82,20 @@ def test_every_operation_below_the_folder_is_recorded_with_its_data(library, tmp
     assert (
         len({operation.file for operation in operations if operation.path in (f"{folder}/a", f"{folder}/b")} - {0}) == 1
     )
+
+
+def test_what_is_written_unseen_is_recorded_when_it_is_synced(library, tmp_path):
+    program = (
+        "import mmap, os; m = mmap.mmap(fd := os.open('a', os.O_RDWR), 5); m[1:3] = b'xy'; os.fsync(fd); m.close()"
+    )
+    (tmp_path / "box").mkdir()
+    (tmp_path / "box" / "a").write_bytes(b"01234")
+    faults = Faults(str(tmp_path / "box"), trace=str(tmp_path / "trace"))
+    begin = f"from tests.faults.shim import Faults; Faults(**{faults.to_dict()!r}).begin()\n"
+    environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": python_path()}
+    subprocess.run([sys.executable, "-c", begin + program], check=True, env=environment, cwd=faults.folder)
+    found = [(operation.kind, operation.number, operation.data) for operation in read_trace(tmp_path / "trace")]
+    assert found == [("open", 1, b""), ("write", 0, b"0xy34"), ("sync", 2, b"")]
 
 
 def test_it_kills_at_the_nth_operation_of_a_kind_and_half_way_through_a_write(library, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_bone.config import sections
+from rwkv_bone.config.checksum import KEY, is_intact, sealed
 from rwkv_bone.config.fields import is_number, is_switch
 from rwkv_bone.config.sections import RunConfig, TrainConfig
 from rwkv_bone.errors import JSON_ERRORS, UserError
@@ -22,8 +23,8 @@ SECTIONS: dict[str, type[DataclassInstance]] = {
 
 
 def to_json(config: TrainConfig) -> str:
-    """The text of `config.json`: {section: {setting: value}}."""
-    return json.dumps(asdict(config), indent=2) + "\n"
+    """The text of `config.json`: {section: {setting: value}}, and a checksum of that."""
+    return json.dumps(sealed(asdict(config)), indent=2) + "\n"
 
 
 # Settings that say where a run works and how it starts there, not what comes out of it.
@@ -64,13 +65,14 @@ def earlier_settings(given: dict[str, Any]) -> tuple[Path | None, dict[str, dict
     One that a power cut has damaged does not keep a run from going on: the settings are then those that are given.
     """
     if "config" in given:
-        return Path(given["config"]), read_config(Path(given["config"])), []
+        path = Path(given["config"])
+        return path, read_config(path), _changed(path)
     if given.get("resume") != "1":
         return None, {}, []
     folder = Path(given.get("proj_dir", RunConfig.proj_dir))
     path = folder / "config.json"
     if path.is_file() and _whole(path):
-        return path, read_config(path), []
+        return path, read_config(path), _changed(path)
     if any(folder.glob(STATES)):
         wrong = "is damaged" if path.exists() else "is missing"
         if "data_file" not in given:
@@ -82,6 +84,14 @@ def earlier_settings(given: dict[str, Any]) -> tuple[Path | None, dict[str, dict
         f"--resume 1: {folder} has no config.json, so there is no run to continue: check --proj_dir, or begin a run "
         "without --resume 1"
     )
+
+
+def _changed(path: Path) -> list[str]:
+    """A note on a config.json, one that could be read, that is not as a run wrote it: by hand, or by a failing disk."""
+    written = json.loads(path.read_bytes())
+    if is_intact(written, SECTIONS):
+        return []
+    return [f"{path} was changed after a run wrote it: the settings are those that it holds now"]
 
 
 def _whole(path: Path) -> bool:
@@ -110,6 +120,8 @@ def _check_settings(text: str, source: str) -> dict[str, dict[str, Any]]:
         saved = json.loads(text)
     except JSON_ERRORS as error:
         raise UserError(f"{source}: not JSON ({error})") from None
+    if isinstance(saved, dict):
+        saved.pop(KEY, None)  # `earlier_settings` compares it
     if not isinstance(saved, dict) or not all(isinstance(values, dict) for values in saved.values()):
         raise UserError(f"{source}: expected an object of sections ({', '.join(SECTIONS)}), as train.py writes it")
     settings: dict[str, dict[str, Any]] = {}

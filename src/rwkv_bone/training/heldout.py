@@ -12,6 +12,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, Trainer
 
 from rwkv_bone.checkpoints import atomic_path
+from rwkv_bone.config.checksum import is_intact, sealed
 from rwkv_bone.config.fields import is_number
 from rwkv_bone.console import counted
 from rwkv_bone.data import Dataset
@@ -158,7 +159,7 @@ class HeldOut(Callback):
         measured = {"before": self.before, "after": self.after}
         content = {"data": self._data} | {when: one.record() for when, one in measured.items() if one}
         with project.spared("the measurement is only shown here", self.report):
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps(sealed(content), indent=2, ensure_ascii=False) + "\n"
             with atomic_path(self.path, overwrite=True) as temporary:
                 # Half of a character outside the basic plane, which JSON can hold, is written as its number.
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -183,6 +184,8 @@ def read_measured(text: str, path: Path, data: str) -> tuple[Measured | None, Me
         written = json.loads(text)
         found = {when: Measured.from_record(written[when]) for when in ("before", "after") if when in written}
         same = written["data"] == data
+        if not is_intact(written, ("data", "before", "after")):
+            raise TypeError("its checksum is not that of its content")
     except (KeyError, TypeError, AttributeError, *JSON_ERRORS) as error:
         raise UserError(
             f"{path} cannot be read as measurements of a run ({type(error).__name__}: {error}): restore or remove it"

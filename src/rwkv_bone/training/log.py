@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from rwkv_bone.checkpoints import atomic_path
+from rwkv_bone.config.checksum import KEY, is_intact, sealed
 from rwkv_bone.console import counted
 from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.training.module import TrainingModule
@@ -58,6 +59,10 @@ class StepLog(Callback):
     | peak_memory_mb | so far, in MiB: `peak_memory_mb` |
     | peak_reserved_mb | so far, in MiB: `peak_reserved_mb`; null on a CPU |
 
+    | field | |
+    |---|---|
+    | crc32 | checksum of the others: a damaged line is as good as missing |
+
     kept: the lines of an earlier process, of the steps that a continued run does not repeat. A log that cannot be
     written is reported once and costs no more than its lines; at the end of the run it is tried again, whole.
     """
@@ -89,7 +94,7 @@ class StepLog(Callback):
 
     def _write_whole(self) -> None:
         with atomic_path(self.path, overwrite=True) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+            temporary.write_text("".join(map(_line, self.records)), encoding="utf-8")
 
     def sync(self) -> None:
         """Wait until every line so far is on the disk."""
@@ -118,7 +123,7 @@ class StepLog(Callback):
         self.records.append(record)
         if self._file and not self._incomplete:
             with self._spared():
-                self._file.write(json.dumps(record) + "\n")
+                self._file.write(_line(record))
                 self._file.flush()
         if trainer.logger:
             numbers = {name: value for name, value in record.items() if value is not None}
@@ -140,6 +145,10 @@ class StepLog(Callback):
 COUNTS = ("step", "epoch", "tokens", "trained_tokens")
 NUMBERS = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "data_wait_ms", "peak_memory_mb")
 MAY_BE_NULL = {"loss", "grad_norm"}  # of a step that was skipped
+
+
+def _line(record: dict) -> str:
+    return json.dumps(sealed(record)) + "\n"
 
 
 def read_log(path: Path, steps: int) -> tuple[list[dict], str]:
@@ -170,7 +179,9 @@ def _record(line: str) -> dict | None:
         numbers = [record[name] for name in NUMBERS if name not in MAY_BE_NULL or record[name] is not None]
         right = all(type(count) is int and count >= 0 for count in counts)
         right &= all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-        return record if right and record["seconds"] > 0 else None
+        right &= is_intact(record, {*COUNTS, *NUMBERS}) and record["seconds"] > 0
+        record.pop(KEY, None)
+        return record if right else None
     except (LookupError, TypeError, OverflowError, *JSON_ERRORS):
         return None
 

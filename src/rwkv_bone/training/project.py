@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from rwkv_bone.checkpoints import atomic_path
+from rwkv_bone.checkpoints import atomic_path, sync_folder
 from rwkv_bone.config import RunConfig, TrainConfig
 from rwkv_bone.config.saved import to_json
 from rwkv_bone.errors import UserError
@@ -18,6 +18,8 @@ CONFIG, LOG, PLOT, EVALUATION = "config.json", "train_log.jsonl", "loss.png", "e
 RESUME_FILE, PREVIOUS_FILE = STATES = "resume.pth", "resume.previous.pth"
 NEVER = ("never", "0")  # values of --resume with which a folder of results is refused
 OUTPUT = "output.txt"  # what a run said that its terminal, pipe or disk could not take
+# Lies there from the beginning of a run until it has saved a state: what adapters there are, the run makes again.
+BEGUN = ".begun"
 # With a number: rwkv-init.pth is what a run begins with, in RWKV-LM's way.
 SAVED = "rwkv-[0-9]*.pth"
 MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, OUTPUT, RESUME_FILE, PREVIOUS_FILE, SAVED, "rwkv-[0-9]*.json")
@@ -83,6 +85,9 @@ def begin(folder: Path, config: TrainConfig, continued: bool) -> None:
     Only files with names of ours are removed.
     """
     try:
+        if not continued:
+            (folder / BEGUN).touch() if config.run.save_state else (folder / BEGUN).unlink(missing_ok=True)
+            sync_folder(folder)
         for path in _matching(folder, UNFINISHED if continued else MADE_HERE + UNFINISHED):
             path.unlink()
     except OSError as error:

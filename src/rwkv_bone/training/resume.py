@@ -68,6 +68,8 @@ class Saved:
             saved.check_settings(config)
             return saved
         kept = project.kept(folder)
+        if (folder / project.BEGUN).exists() and not run.resume_with and run.resume != "1":
+            kept = []  # a run has made them that was cut off before its first state, and makes them again
         if asking := "--resume 1" if run.resume == "1" else "--resume_with" if run.resume_with else "":
             there = f"without {asking} a run begins there"
             if kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -199,6 +200,9 @@ class SaveTrained(Callback):
         problem = resume_file.write(self.folder, zero, parameters, metadata, keep=main, rotate=self._rotate)
         self._raise_if(trainer.strategy.broadcast(problem), metadata["step"])
         self._state_step, self._named, self._rotate = metadata["step"], metadata["trained"], True
+        if main:
+            with contextlib.suppress(OSError):  # beside a state it means nothing
+                (self.folder / project.BEGUN).unlink(missing_ok=True)
         self._last_time = self._clock()
         self._seconds = self._last_time - begin
 
