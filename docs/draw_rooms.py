@@ -29,6 +29,8 @@ ROOMS = {
     "quantization": (2, "frozen projections in 8 or 4 bits"),
     "ops": (3, "WKV and cross-entropy: kernels and PyTorch"),
     "checkpoints": (1, "files in and out, and what they say"),
+    "cluster": (3, "a run's processes find one another"),
+    "run_lock": (0, "one run to a results folder"),
 }
 PROGRAMS = {"train.py": "training", "merge.py": "conversion", "train_hf.py": "hf"}
 GROUND = {
@@ -39,6 +41,8 @@ GROUND = {
     "signals": "ends that save",
     "allocator": "freed memory, kept or not",
     "imports": "large libraries",
+    "launched": "which process",
+    "locks": "files in use",
 }
 LEFT_OUT = {"__init__", "commands"}  # they only pass on
 
