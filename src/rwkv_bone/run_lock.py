@@ -119,8 +119,9 @@ class _Lock:
             return True
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, self._mine.text().encode(), 0)
+                with contextlib.suppress(OSError):  # it only tells others who has the lock
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, self._mine.text().encode(), 0)
                 return True
         return False
 
