@@ -5,7 +5,7 @@ from tests.planted.bug import Bug
 CONSOLE, ERRORS = "src/rwkv_bone/console.py", "src/rwkv_bone/errors.py"
 TRAINING, CONVERSION = "src/rwkv_bone/training", "src/rwkv_bone/conversion"
 INFERENCE = "src/rwkv_bone/inference"
-HANGING, WATCH = "src/rwkv_bone/training/hanging.py", "tests/training/test_watch.py"
+HANGING, WATCH = "src/rwkv_bone/cluster/hanging.py", "tests/training/test_watch.py"
 SIGNALS, CALLBACKS, HF = "src/rwkv_bone/signals.py", "src/rwkv_bone/hf/callbacks.py", "tests/hf/test_finetune.py"
 SAYS, LOG = "tests/test_console.py", "tests/training/test_log.py"
 RUNS, RESUME = "tests/training/test_output.py", "tests/training/test_resume.py"

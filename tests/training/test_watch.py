@@ -9,10 +9,10 @@ import time
 
 import pytest
 
+from rwkv_bone.cluster import links, process, signs
+from rwkv_bone.cluster.hanging import PATIENCE, Judge, Life
 from rwkv_bone.errors import Interrupted, exit_status
 from rwkv_bone.signals import SIGNALS, Listener, descendants
-from rwkv_bone.training import signs, watch
-from rwkv_bone.training.hanging import PATIENCE, Judge, Life
 from tests.conftest import clean_environment, python_path
 
 TIMEOUT = 60.0
@@ -106,7 +106,7 @@ def test_ranks_that_are_done_are_not_judged_nor_is_the_first_alone(clock):
 
 
 def test_where_a_thread_hangs_is_told_by_its_own_line_and_ours():
-    where, in_collective = watch._where(sys._getframe())
+    where, in_collective = signs._where(sys._getframe())
     assert where.startswith("test_where_a_thread_hangs") and not in_collective
 
 
@@ -229,7 +229,7 @@ def test_a_program_in_c_ends_at_once_with_what_it_has_started(number):
     assert program.returncode == 128 + number
     assert errors == "interrupted before the first step: nothing was lost\n"
     end = time.monotonic() + 60
-    while os.path.exists(f"/proc/{child}") and b") Z" not in watch._read(f"/proc/{child}/stat"):
+    while os.path.exists(f"/proc/{child}") and b") Z" not in process.read(f"/proc/{child}/stat"):
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -255,11 +255,7 @@ def test_a_message_that_comes_in_pieces_is_read_whole():
 
     one, other = socket.socketpair(socket.AF_UNIX)
 
-    class Plain(watch._Link):
-        def __init__(self, connection):
-            self.socket, self.closed, self._buffer = connection, False, b""
-
-    link, text = Plain(other), json.dumps({"failed": "x" * 1000}).encode()
+    link, text = links.Link(other), json.dumps({"failed": "x" * 1000}).encode()
     one.sendall(text[:400])
     assert list(link.receive()) == []
     one.sendall(text[400:] + b"\n" + b'{"bye": true}\n')
