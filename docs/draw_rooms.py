@@ -22,15 +22,15 @@ ROOMS = {
     "hf": (0, "Bone and Bat in transformers models"),
     "training": (1, "a run: prepared, stepped, saved, continued"),
     "conversion": (2, "adapter + base to one file; formats of others"),
-    "inference": (1.5, "load a model, write text, measure it"),
+    "inference": (1, "load a model, write text, measure it"),
     "models": (2, "RWKV-5, 6, 7: blocks, time mix, channel mix"),
     "data": (0, "files to batches of token ids"),
     "adapters": (1, "Bone, Bat, LoRA, PiSSA around a projection"),
     "quantization": (2, "frozen projections in 8 or 4 bits"),
     "ops": (3, "WKV and cross-entropy: kernels and PyTorch"),
     "checkpoints": (1, "files in and out, and what they say"),
-    "cluster": (3, "a run's processes find one another"),
-    "run_lock": (0, "one run to a results folder"),
+    "cluster": (2, "a run's processes find one another"),
+    "run_lock": (3, "one run to a results folder"),
 }
 PROGRAMS = {"train.py": "training", "merge.py": "conversion", "train_hf.py": "hf"}
 GROUND = {

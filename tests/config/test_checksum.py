@@ -42,9 +42,9 @@ def test_settings_that_were_changed_after_a_run_wrote_them_are_used_and_that_is_
     path = tmp_path / "config.json"
     given = [*flags, str(path if flags == ["--config"] else tmp_path)]
     path.write_text(to_json(config))
-    assert parse_train(given).data == config.data and "was changed" not in capsys.readouterr().err
+    assert parse_train(given).data == config.data and "was changed" not in capsys.readouterr().out
     path.write_text(to_json(config).replace('"max_lost": 0.5', '"max_lost": 0.7'))
     assert parse_train(given).data.max_lost == 0.7
     assert (
-        f"{path} was changed after a run wrote it: the settings are those that it holds now" in capsys.readouterr().err
+        f"{path} was changed after a run wrote it: the settings are those that it holds now" in capsys.readouterr().out
     )
