@@ -15,11 +15,12 @@ import pytest
 from rwkv_bone.cluster import join as join_file
 from rwkv_bone.cluster import meeting
 from rwkv_bone.cluster.join import join
-from rwkv_bone.cluster.meeting import code_hash, facts_of, unlike
+from rwkv_bone.cluster.meeting import code_hash, facts_of, unlike, unlike_launcher
 from rwkv_bone.cluster.world import World
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.errors import UserError
 from rwkv_bone.launched import HERE, Launched
+from tests.test_launched import SLURM, TORCHRUN
 
 CONFIG = parse_train(["--load_model", "here/m.pth", "--data_file", "d.jsonl", "--num_nodes", "2"])
 FIRST = facts_of(World(0, size=2, nodes=2), CONFIG, Launched())
@@ -190,5 +191,33 @@ def test_several_machines_need_something_that_says_which_one_this_is(monkeypatch
     alone = replace(CONFIG, run=replace(CONFIG.run, num_nodes=1))
     with pytest.raises(UserError, match="NODE_RANK=1 says that this is machine 2, and --num_nodes is 1: give"):
         join(alone)
-    monkeypatch.setenv("NODE_RANK", "0")
+
+
+def test_variables_of_several_machines_are_not_used_by_a_run_on_one_and_that_is_said(monkeypatch, capsys):
+    for name in (*TORCHRUN, *SLURM, "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    alone = replace(CONFIG, run=replace(CONFIG.run, num_nodes=1))
+    assert join(alone) == World() and capsys.readouterr().out == ""
+    # Of another machine: two processes of this one must not look for each other there.
+    for name, value in {"NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}.items():
+        monkeypatch.setenv(name, value)
     assert join(alone) == World()
+    note = "note: NODE_RANK, MASTER_ADDR, MASTER_PORT of the environment: not used, since --num_nodes is 1\n"
+    assert capsys.readouterr().out == note
+    met: list[World] = []
+    monkeypatch.setattr(join_file, "_start", lambda local_rank: None)
+    monkeypatch.setattr(join_file, "_set_variables", lambda world: None)
+    monkeypatch.setattr(meeting, "meet", lambda world, config, found, listening: listening.close() or met.append(world))
+    join(replace(alone, run=replace(alone.run, devices=2)))
+    assert (met[0].address, met[0].port != 29400, capsys.readouterr().out) == (HERE, True, note)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as an earlier run of this process leaves them
+    monkeypatch.setenv("RANK", "0")
+    assert join(alone) == World() and capsys.readouterr().out == ""
+
+
+def test_a_launcher_that_has_started_another_number_is_named():
+    assert unlike_launcher(Launched("torchrun", 0, 2, 0, 2), 2, 2) == ""
+    for devices in (1, 3):
+        sentence = unlike_launcher(Launched("torchrun", 0, 2, 0, 2), devices, 2)
+        assert sentence.startswith(f"--devices {devices}, and torchrun has started 2 on each machine: leave")
+    assert unlike_launcher(Launched("Slurm", 0, 2), 4, 3) == "--num_nodes 3, and Slurm has 2: leave the flag out"

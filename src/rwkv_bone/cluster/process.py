@@ -32,9 +32,6 @@ class Process(NamedTuple):
         """Whether it is on this machine and still there."""
         return bool(self.here) and self.here == _here() and self.began == _began(self.pid)
 
-    def __str__(self) -> str:
-        return f"{self.host}, process {self.pid}"
-
 
 class Got(NamedTuple):
     """What the threads of a process got of the processors in some time."""

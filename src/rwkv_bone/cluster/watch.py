@@ -255,7 +255,9 @@ class Watch:
 
     def _name(self, rank: int) -> str:
         process = self._processes.get(rank)
-        return f"rank {rank} of {self.world.size}" + (f" ({process})" if process else "")
+        if process is None:
+            return f"rank {rank} of {self.world.size}"
+        return f"rank {rank} of {self.world.size} ({process.host}, process {process.pid})"
 
     def _state(self) -> str:
         state = self.state()
