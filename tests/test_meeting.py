@@ -3,17 +3,19 @@
 Here they are threads of one process, at a real store; tests/test_clusters.py starts real ones.
 """
 
+import json
 import socket
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from rwkv_bone.cluster import join as join_file
-from rwkv_bone.cluster import meeting
+from rwkv_bone.cluster import links, meeting
 from rwkv_bone.cluster.join import join
 from rwkv_bone.cluster.meeting import code_hash, facts_of, unlike, unlike_launcher
 from rwkv_bone.cluster.world import World
@@ -89,6 +91,29 @@ def test_every_process_is_told_what_is_unlike(port):
     assert found[0] == found[1] and "are both rank 0: give each machine its own number" in found[0]
     found = together(lambda: process(port, 0), lambda: process(port, 1, nodes=3))
     assert found[0] == found[1] and "--num_nodes 3 --devices 1, node 0" in found[0]
+
+
+def test_a_process_that_is_lost_as_soon_as_it_has_met_the_others_is_named_to_all(port, monkeypatch):
+    worlds = together(*(lambda node=node: process(port, node, nodes=3) for node in range(3)))
+    now, connected = [0.0], threading.Event()
+    monkeypatch.setattr(links, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
+
+    def second():
+        link = links.connect(worlds[1])[0]
+        connected.set()
+        return next(iter(link.receive()))
+
+    def somebody_else():
+        told = json.loads(worlds[1].get(worlds[1].key("watch"), "a test", 0))
+        connected.wait()
+        with socket.create_connection((HERE, told["port"])) as stranger:
+            stranger.sendall(b'{"token": "guessed", "rank": 2, "process": []}\n')
+            assert stranger.recv(1) == b""
+        now[0] = links.CONNECTING + 1
+
+    first, told, _ = together(lambda: links.connect(worlds[0]), second, somebody_else)
+    assert first == f"node 2 ({socket.gethostname()}) has met the others, and then was not heard of again"
+    assert told == {"end": 2, "text": f"error: {first}"}
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,15 @@ def connect(world: World) -> dict[int, Link]:
         token = secrets.token_hex(16)
         told = {"port": server.getsockname()[1], "token": token, "process": Process.this()}
         world.store.set(key, json.dumps(told))
-        return _accept(world, server, token, end)
+        links: dict[int, Link] = {}
+        try:
+            _accept(world, server, token, end, links)
+        except UserError as error:
+            for link in links.values():
+                with contextlib.suppress(OSError):
+                    link.send({"end": 2, "text": f"error: {error}"})
+            raise
+        return links
 
 
 def _reach(world: World, port: int, end: float) -> socket.socket:
@@ -83,9 +91,8 @@ def _reach(world: World, port: int, end: float) -> socket.socket:
             time.sleep(0.2)
 
 
-def _accept(world: World, server: socket.socket, token: str, end: float) -> dict[int, Link]:
-    """The connections of all other ranks."""
-    links: dict[int, Link] = {}
+def _accept(world: World, server: socket.socket, token: str, end: float, links: dict[int, Link]) -> None:
+    """Add the connections of all other ranks to `links`."""
     server.settimeout(1)
     while missing := sorted(set(range(1, world.size)) - links.keys()):
         world.stop_if_failed()
@@ -104,4 +111,3 @@ def _accept(world: World, server: socket.socket, token: str, end: float) -> dict
                 links[hello["rank"]] = link
             else:
                 link.socket.close()
-    return links
