@@ -101,12 +101,13 @@ def test_a_process_that_is_lost_as_soon_as_it_has_met_the_others_is_named_to_all
     def second():
         link = links.connect(worlds[1])[0]
         connected.set()
+        link.socket.settimeout(30)
         return next(iter(link.receive()))
 
     def somebody_else():
         told = json.loads(worlds[1].get(worlds[1].key("watch"), "a test", 0))
         connected.wait()
-        with socket.create_connection((HERE, told["port"])) as stranger:
+        with socket.create_connection((HERE, told["port"]), timeout=30) as stranger:
             stranger.sendall(b'{"token": "guessed", "rank": 2, "process": []}\n')
             assert stranger.recv(1) == b""
         now[0] = links.CONNECTING + 1

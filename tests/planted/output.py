@@ -144,7 +144,8 @@ BUGS = (
         ", Watch(world, config.run.rank_timeout) as watch:\n            with uncollected():\n"
         "                from rwkv_bone.training.fit import fit\n\n            fit(config, watch)\n",
         ":\n            with uncollected():\n"
-        "                from rwkv_bone.training.fit import fit\n\n            fit(config, Watch(world, 5).__enter__())\n",
+        "                from rwkv_bone.training.fit import fit\n\n"
+        "            fit(config, Watch(world, 5).__enter__())\n",
         f"{TABLE} -k importing",
     ),
     Bug(
