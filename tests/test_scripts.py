@@ -320,7 +320,9 @@ def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
         "output_dir peft_checkpoint peft_load pissa_init proj_dir"
     ).split()
     files = ["data_file", "input"]
-    words = "columns data_weights dataset_field eval_field sft_field target_modules targets train_parts".split()
+    words = (
+        "columns data_weights dataset_field eval_field resume_with sft_field target_modules targets train_parts".split()
+    )
     names = ["deepspeed", "template", "tokenizer"]  # or files
     texts = "dataset_split field hf_base mask_id my_testing sft_split shard_size wandb".split()
     known = {spec.name: spec for specs in SETTINGS.values() for spec in specs}

@@ -20,7 +20,7 @@ from tests.training.conftest import ROWS, adapter_of, largest_difference, log_of
 
 FIELDS = {
     "step", "epoch", "loss", "lr", "tokens", "trained_tokens", "grad_norm", "tokens_per_s", "seconds", "data_wait_ms",
-    "peak_memory_mb", "peak_reserved_mb",
+    "peak_memory_mb", "peak_reserved_mb", "crc32",
 }  # fmt: skip
 
 

@@ -217,7 +217,7 @@ def test_each_parameter_is_partitioned_before_the_next_is_copied(mapped):
 def test_a_run_on_the_cpu_settles_the_allocator_once_before_its_first_step(job, monkeypatch):
     said = []
 
-    def steps(trainer, module):
+    def steps(trainer, module, explain):
         said.append("steps")
         raise UserError("enough")
 

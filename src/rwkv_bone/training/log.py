@@ -145,6 +145,7 @@ class StepLog(Callback):
 COUNTS = ("step", "epoch", "tokens", "trained_tokens")
 NUMBERS = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "data_wait_ms", "peak_memory_mb")
 MAY_BE_NULL = {"loss", "grad_norm"}  # of a step that was skipped
+WITHOUT_CHECKSUM = {*COUNTS, *NUMBERS, "peak_reserved_mb"}  # the fields of a line by an earlier version
 
 
 def _line(record: dict) -> str:
@@ -179,7 +180,7 @@ def _record(line: str) -> dict | None:
         numbers = [record[name] for name in NUMBERS if name not in MAY_BE_NULL or record[name] is not None]
         right = all(type(count) is int and count >= 0 for count in counts)
         right &= all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-        right &= is_intact(record, {*COUNTS, *NUMBERS}) and record["seconds"] > 0
+        right &= is_intact(record, WITHOUT_CHECKSUM) and record["seconds"] > 0
         record.pop(KEY, None)
         return record if right else None
     except (LookupError, TypeError, OverflowError, *JSON_ERRORS):
