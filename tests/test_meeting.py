@@ -3,23 +3,26 @@
 Here they are threads of one process, at a real store; tests/test_clusters.py starts real ones.
 """
 
+import json
 import socket
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from rwkv_bone.cluster import join as join_file
-from rwkv_bone.cluster import meeting
+from rwkv_bone.cluster import links, meeting
 from rwkv_bone.cluster.join import join
-from rwkv_bone.cluster.meeting import code_hash, facts_of, unlike
+from rwkv_bone.cluster.meeting import code_hash, facts_of, unlike, unlike_launcher
 from rwkv_bone.cluster.world import World
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.errors import UserError
 from rwkv_bone.launched import HERE, Launched
+from tests.test_launched import SLURM, TORCHRUN
 
 CONFIG = parse_train(["--load_model", "here/m.pth", "--data_file", "d.jsonl", "--num_nodes", "2"])
 FIRST = facts_of(World(0, size=2, nodes=2), CONFIG, Launched())
@@ -88,6 +91,30 @@ def test_every_process_is_told_what_is_unlike(port):
     assert found[0] == found[1] and "are both rank 0: give each machine its own number" in found[0]
     found = together(lambda: process(port, 0), lambda: process(port, 1, nodes=3))
     assert found[0] == found[1] and "--num_nodes 3 --devices 1, node 0" in found[0]
+
+
+def test_a_process_that_is_lost_as_soon_as_it_has_met_the_others_is_named_to_all(port, monkeypatch):
+    worlds = together(*(lambda node=node: process(port, node, nodes=3) for node in range(3)))
+    now, connected = [0.0], threading.Event()
+    monkeypatch.setattr(links, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
+
+    def second():
+        link = links.connect(worlds[1])[0]
+        connected.set()
+        link.socket.settimeout(30)
+        return next(iter(link.receive()))
+
+    def somebody_else():
+        told = json.loads(worlds[1].get(worlds[1].key("watch"), "a test", 0))
+        connected.wait()
+        with socket.create_connection((HERE, told["port"]), timeout=30) as stranger:
+            stranger.sendall(b'{"token": "guessed", "rank": 2, "process": []}\n')
+            assert stranger.recv(1) == b""
+        now[0] = links.CONNECTING + 1
+
+    first, told, _ = together(lambda: links.connect(worlds[0]), second, somebody_else)
+    assert first == f"node 2 ({socket.gethostname()}) has met the others, and then was not heard of again"
+    assert told == {"end": 2, "text": f"error: {first}"}
 
 
 @pytest.mark.parametrize(
@@ -190,5 +217,33 @@ def test_several_machines_need_something_that_says_which_one_this_is(monkeypatch
     alone = replace(CONFIG, run=replace(CONFIG.run, num_nodes=1))
     with pytest.raises(UserError, match="NODE_RANK=1 says that this is machine 2, and --num_nodes is 1: give"):
         join(alone)
-    monkeypatch.setenv("NODE_RANK", "0")
+
+
+def test_variables_of_several_machines_are_not_used_by_a_run_on_one_and_that_is_said(monkeypatch, capsys):
+    for name in (*TORCHRUN, *SLURM, "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    alone = replace(CONFIG, run=replace(CONFIG.run, num_nodes=1))
+    assert join(alone) == World() and capsys.readouterr().out == ""
+    # Of another machine: two processes of this one must not look for each other there.
+    for name, value in {"NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}.items():
+        monkeypatch.setenv(name, value)
     assert join(alone) == World()
+    note = "note: NODE_RANK, MASTER_ADDR, MASTER_PORT of the environment: not used, since --num_nodes is 1\n"
+    assert capsys.readouterr().out == note
+    met: list[World] = []
+    monkeypatch.setattr(join_file, "_start", lambda local_rank: None)
+    monkeypatch.setattr(join_file, "_set_variables", lambda world: None)
+    monkeypatch.setattr(meeting, "meet", lambda world, config, found, listening: listening.close() or met.append(world))
+    join(replace(alone, run=replace(alone.run, devices=2)))
+    assert (met[0].address, met[0].port != 29400, capsys.readouterr().out) == (HERE, True, note)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as an earlier run of this process leaves them
+    monkeypatch.setenv("RANK", "0")
+    assert join(alone) == World() and capsys.readouterr().out == ""
+
+
+def test_a_launcher_that_has_started_another_number_is_named():
+    assert unlike_launcher(Launched("torchrun", 0, 2, 0, 2), 2, 2) == ""
+    for devices in (1, 3):
+        sentence = unlike_launcher(Launched("torchrun", 0, 2, 0, 2), devices, 2)
+        assert sentence.startswith(f"--devices {devices}, and torchrun has started 2 on each machine: leave")
+    assert unlike_launcher(Launched("Slurm", 0, 2), 4, 3) == "--num_nodes 3, and Slurm has 2: leave the flag out"

@@ -22,12 +22,14 @@ def train(prog: str = "rwkv-bone-train") -> int:
 
         config = parse_train(sys.argv[1:], prog)
         from rwkv_bone.cluster.join import join
+        from rwkv_bone.cluster.watch import Watch
 
-        with join(config) as world:
+        # From here on a process that is lost is noticed, also while another loads the libraries.
+        with join(config) as world, Watch(world, config.run.rank_timeout) as watch:
             with uncollected():
                 from rwkv_bone.training.fit import fit
 
-            fit(config, world)
+            fit(config, watch)
 
     return exit_status(body)
 

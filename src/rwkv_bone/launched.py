@@ -14,6 +14,7 @@ from rwkv_bone.errors import UserError
 
 HERE = "127.0.0.1"
 PORT = 29500  # torchrun's own
+BY_HAND = ("NODE_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT")  # what a person sets on each of several machines
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ def speaks() -> bool:
     except UserError:
         return True
     return not found.node and found.local_rank == 0
+
+
+def by_hand(environment: Mapping[str, str] = os.environ) -> list[str]:  # MASTER_ADDR and others
+    """Those of BY_HAND that are set, unless an earlier run of this process has left them."""
+    return [name for name in BY_HAND if name in environment and "LOCAL_RANK" not in environment]
 
 
 def find(environment: Mapping[str, str] = os.environ) -> Launched:  # MASTER_ADDR and others, of launchers

@@ -5,7 +5,9 @@ from tests.planted.bug import Bug
 CONSOLE, ERRORS = "src/rwkv_bone/console.py", "src/rwkv_bone/errors.py"
 TRAINING, CONVERSION = "src/rwkv_bone/training", "src/rwkv_bone/conversion"
 INFERENCE = "src/rwkv_bone/inference"
-HANGING, WATCH = "src/rwkv_bone/training/hanging.py", "tests/training/test_watch.py"
+CLUSTER, HANGING = "src/rwkv_bone/cluster", "src/rwkv_bone/cluster/hanging.py"
+WATCH, MEETING, CARDS = "tests/training/test_watch.py", "tests/test_meeting.py", "tests/training/test_launchers.py"
+TABLE = "tests/training/test_signals_table.py -m slow"
 SIGNALS, CALLBACKS, HF = "src/rwkv_bone/signals.py", "src/rwkv_bone/hf/callbacks.py", "tests/hf/test_finetune.py"
 SAYS, LOG = "tests/test_console.py", "tests/training/test_log.py"
 RUNS, RESUME = "tests/training/test_output.py", "tests/training/test_resume.py"
@@ -126,6 +128,34 @@ BUGS = (
     Bug(HANGING, "if self.spins else all(idle)", "", f"{WATCH} -k works_or_writes"),
     Bug(HANGING, "if self.seen.keys() <= {0} or", "if", f"{WATCH} -k first_alone"),
     Bug(HANGING, "1 if prepared else PATIENCE", "1", f"{WATCH} -k loading_has_no_limit"),
+    Bug(HANGING, "own = seconds * seen.life.share", "own = seconds", f"{WATCH} -k hardly_comes"),
+    Bug(f"{CLUSTER}/process.py", "self._owed.get(thread, 0.0) + waited", "waited", f"{WATCH} -k told_at_its_end"),
+    Bug(f"{CLUSTER}/process.py", "min(all_of_it, seconds)", "0.0", f"{WATCH} -k crowded_processor"),
+    Bug(f"{CLUSTER}/links.py", 'if hello.get("token") == token:', "if True:", f"{MEETING} -k lost_as_soon"),
+    Bug(
+        f"{CLUSTER}/links.py",
+        "if time.monotonic() > end:\n            raise UserError(f",
+        "if False:\n            raise UserError(f",
+        f"{MEETING} -k lost_as_soon",
+    ),
+    Bug(f"{CLUSTER}/join.py", "        found = Launched()\n", "", f"{MEETING} -k run_on_one"),
+    Bug(
+        "src/rwkv_bone/commands.py",
+        ", Watch(world, config.run.rank_timeout) as watch:\n            with uncollected():\n"
+        "                from rwkv_bone.training.fit import fit\n\n            fit(config, watch)\n",
+        ":\n            with uncollected():\n"
+        "                from rwkv_bone.training.fit import fit\n\n"
+        "            fit(config, Watch(world, 5).__enter__())\n",
+        f"{TABLE} -k importing",
+    ),
+    Bug(
+        f"{TRAINING}/saving.py",
+        'elif module.asked["save"]:',
+        'elif module.asks["save"]:',
+        f"{TABLE} -k 'by and minute'",
+    ),
+    Bug(f"{TRAINING}/launchers.py", "there == 1 and world.devices > 1 and world.launched", "False", f"{CARDS} -k srun"),
+    Bug(f"{TRAINING}/launchers.py", " and world.launched:", ":", f"{CARDS} -k too_few"),
     Bug(HANGING, "(item[1].life.waits, item[1].life.done)", "item[0]", f"{WATCH} -k did_least"),
     Bug(SIGNALS, "if signal.getsignal(number) != signal.SIG_IGN:", "if True:", f"{RESUME} -k started_to_ignore"),
     Bug(CALLBACKS, "if self._received:\n            control", "if False:\n            control", f"{HF} -k signal"),

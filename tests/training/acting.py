@@ -5,9 +5,10 @@ started as torchrun starts them. FOLDER gets `results.json`: {name: {"statuses":
 have not ended, "output": of rank 0, "errors": of all ranks, "step": of the state that it left}}.
 
 A run is {"name", "argv", "proj_dir", "ranks", "after", "acts", "sends", "ignored"}. after: the name of a run that must
-have ended. acts: [rank, place, what, value]; places: `load`, `data`, `before` (the measurement), `step N` (after it),
-`save`, `after`; what: `signal` (value: its number), `raise`, `mistake` (the text), `sleep`, `sleep in C`, `hold the
-lock`, `stop`, `die`. sends: [seconds after the first act, number of a signal, ranks]. ignored: signals, as by nohup.
+have ended. acts: [rank, place, what, value]; places: `import` (of the libraries), `load`, `data`, `before` (the
+measurement), `step N` (after it), `save`, `after`; what: `signal` (value: its number), `raise`, `mistake` (the text),
+`sleep`, `sleep in C`, `hold the lock`, `stop`, `die`. sends: [seconds after the first act, number of a signal, ranks].
+ignored: signals, as by nohup.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def act(what: str, value: Any, marker: Path) -> None:
 
 def arrange(acts: list[tuple[int, str, str, Any]], rank: int, folder: Path) -> None:
     """Have this rank do what the acts say."""
+    from rwkv_bone import commands
     from rwkv_bone.training import fit, heldout, log, saving
 
     def at(place: str) -> None:
@@ -76,6 +78,7 @@ def arrange(acts: list[tuple[int, str, str, Any]], rank: int, folder: Path) -> N
 
         mock.patch.object(holder, name, wrapped).start()
 
+    before(commands, "uncollected", "import")
     before(fit, "prepare_model", "load")
     before(fit, "load_data", "data")
     before(heldout.HeldOut, "_measure", "before", lambda self, module, step: step == 0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rwkv_bone import checkpoints
 from tests.training.acting import perform
 from tests.training.conftest import log_of
 
@@ -110,6 +111,9 @@ TWO = [
     Row("usr1 to the second in a step", [(1, "step 1", "signal", USR1)], 138, 2, SAVED.format(2)),
     Row("term to the first after training", [(0, "after", "signal", TERM)], (143, {0, 143}), 3, SAVED.format(3)),
     Row("time is up for both", [], 124, 1, "--max_minutes 0.001 are over", flags={"max_minutes": 0.001}),
+    # The ranks agree on a save by the clock of the first; 0.001 milliseconds are over when the first step is.
+    Row("the second dies after a save by the minute", [(1, "step 2", "die", 0)], (1, -9), 1, KILLED.format(SECOND),
+        flags={"save_minutes": 1e-6}),
     Row("the second hangs, ctrl-c twice", [(1, "step 2", "sleep in C", 0)], 130, 1, AT_ONCE.format(1),
         sends=[(0.5, INT, [0, 1]), (1.0, INT, [0, 1])], flags=EACH | {"rank_timeout": 100}),
     # Ranks that cannot go on.
@@ -122,6 +126,10 @@ TWO = [
     Row("the second dies", [(1, "step 2", "die", 0)], (1, -9), 1, KILLED.format(SECOND), flags=EACH),
     Row("the first dies", [(0, "step 2", "die", 0)], (-9, 1), 1, KILLED.format(FIRST), flags=EACH),
     Row("the second dies while loading", [(1, "load", "die", 0)], (1, -9), 0, KILLED.format(SECOND), flags=EACH),
+    # They are watched from the moment they have met.
+    Row("the second dies while importing", [(1, "import", "die", 0)], (1, -9), 0, KILLED.format(SECOND)),
+    Row("the first dies while importing", [(0, "import", "die", 0)], (-9, 1), 0, KILLED.format(FIRST)),
+    Row("the second stops while importing", [(1, "import", "stop", 0)], (1, -9), 0, f"error: {SECOND} has stopped"),
     # Errors.
     Row("the second raises", [(1, "step 2", "raise", "by nothing")], 1, 1, f"{SECOND} failed:", flags=EACH),
     Row("the first raises", [(0, "step 2", "raise", "by nothing")], 1, 1, f"{FIRST} failed:", flags=EACH),
@@ -132,15 +140,18 @@ for row in TWO:
     row.ranks = 2
 
 RESUMED = {"the second dies", "the first stops", "the second sleeps", "term while measuring after"}
+RESUMED |= {"the second dies after a save by the minute", "time is up for both"}
+UNDISTURBED = [Row(f"undisturbed, {ranks}", [], 0, STEPS, "", ranks, flags={"save_minutes": 0}) for ranks in (1, 2)]
 
 
 @pytest.fixture(scope="module")
 def results(job):
-    runs = [row.run(job) for row in TWO + ONE]
+    runs = [row.run(job) for row in TWO + ONE + UNDISTURBED]
     for row in ONE + TWO:
         if row.name in RESUMED:
             again = row.run(job) | {"name": f"{row.name}, resumed", "acts": [], "sends": [], "after": row.name}
-            # The same command: --resume auto.
+            # The same command: --resume auto. But not for another thousandth of a minute.
+            again["argv"] += ["--max_minutes", "0"] if "max_minutes" in row.flags else []
             runs.append(again)
     return perform(runs, job.folder)
 
@@ -164,8 +175,17 @@ def test_a_run_ends_as_the_table_says(row, results):
     assert result["step"] == row.step
 
 
+def bits_of(folder) -> dict[str, bytes]:
+    """What a complete run has left: adapter and state."""
+    files = {name: checkpoints.read_state(folder / name) for name in ("rwkv-0.pth", "resume.pth")}
+    return {f"{name} {key}": bytes(value.untyped_storage()) for name in files for key, value in files[name].items()}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(RESUMED))
-def test_what_is_left_goes_on(name, results, job):
-    assert set(results[f"{name}, resumed"]["statuses"]) == {0}, results[f"{name}, resumed"]["errors"]
-    assert len(log_of(job.folder / name)) == STEPS
+@pytest.mark.parametrize("row", [row for row in ONE + TWO if row.name in RESUMED], ids=lambda row: row.name)
+def test_what_is_left_goes_on_to_the_bits_of_an_undisturbed_run(row, results, job):
+    again = results[f"{row.name}, resumed"]
+    assert set(again["statuses"]) == {0}, again["errors"]
+    assert len(log_of(job.folder / row.name)) == STEPS
+    found, expected = (bits_of(job.folder / name) for name in (row.name, f"undisturbed, {row.ranks}"))
+    assert len(found) > 3 and found == expected

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
+from rwkv_bone.cluster import links, process, signs
+from rwkv_bone.cluster.hanging import PATIENCE, Judge, Life
 from rwkv_bone.errors import Interrupted, exit_status
 from rwkv_bone.signals import SIGNALS, Listener, descendants
-from rwkv_bone.training import signs, watch
-from rwkv_bone.training.hanging import PATIENCE, Judge, Life
 from tests.conftest import clean_environment, python_path
 
 TIMEOUT = 60.0
@@ -84,6 +84,23 @@ def test_on_gpus_no_progress_for_much_longer_than_ever_ends_a_run_of_busy_ranks(
     assert took == pytest.approx(TIMEOUT * PATIENCE, abs=2)
 
 
+@pytest.mark.parametrize("longest", [1.0, 20.0])
+def test_a_rank_that_hardly_comes_to_run_is_waited_for_as_much_longer(clock, longest):
+    """A crowded machine: it gets half a percent of a processor, and is not busy by that."""
+    share = 0.005
+    starved = {"running": True, "share": share, "longest": longest}
+    spins = waits(clock)
+    limit = max(TIMEOUT, PATIENCE * longest) if clock.judge.spins else TIMEOUT
+    assert clock.run(int(TIMEOUT / share) - 10, starved, spins, spins) is None
+    # If it hangs there, in the end it is found.
+    assert clock.run(int(limit / share), starved, spins, spins)[0] == 0
+    # Also where it gets more than nothing, all steps take that much longer.
+    clock = Clock(clock.judge.spins)
+    crowded = WORKING | {"share": 0.02, "longest": longest}
+    limit = max(TIMEOUT, PATIENCE * longest)
+    assert clock.run(int(limit / 0.02) - 10, *[crowded] * 3) is None
+
+
 def test_the_rank_that_did_least_is_named_where_all_seem_alike():
     lives = [waits(Clock()) | {"done": 7}, waits(Clock()) | {"done": 6}, waits(Clock()) | {"done": 7}]
     assert Clock().run(1000, *lives)[0] == 1
@@ -106,7 +123,7 @@ def test_ranks_that_are_done_are_not_judged_nor_is_the_first_alone(clock):
 
 
 def test_where_a_thread_hangs_is_told_by_its_own_line_and_ours():
-    where, in_collective = watch._where(sys._getframe())
+    where, in_collective = signs._where(sys._getframe())
     assert where.startswith("test_where_a_thread_hangs") and not in_collective
 
 
@@ -127,6 +144,58 @@ def test_progress_counts_and_remembers_the_longest_time_between(monkeypatch):
     now += 1
     signs.progress()
     assert (marks.done, marks.longest, marks.running) == (5, 7, True)
+
+
+BESIDE = """
+import os, sys, threading, time
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+def work():
+    while True:
+        pass
+threading.Thread(target=work if sys.argv[1] == "works" else lambda: time.sleep(1000), daemon=True).start()
+print("ready", flush=True)
+work() if sys.argv[1] == "crowds" else time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(not process.read("/proc/self/schedstat"), reason="this system does not tell who waits")
+def test_who_works_on_a_crowded_processor_is_told_from_who_sleeps():
+    """A thread that always wants a processor runs or waits, however crowded the machine is."""
+    kinds = ("works", "sleeps", "crowds", "crowds", "crowds")
+    programs = [subprocess.Popen([sys.executable, "-c", BESIDE, kind], stdout=subprocess.PIPE) for kind in kinds]
+    try:
+        for program in programs:
+            program.stdout.readline()
+        works, sleeps = (process.Threads(program.pid) for program in programs[:2])
+        time.sleep(0.3)
+        works.look(), sleeps.look()
+        # As often as it takes for some turns.
+        used = waited = seconds = idle = 0.0
+        for _ in range(300):
+            if used > 0.05 and waited > used:
+                break
+            time.sleep(0.1)
+            got, of_sleeper = works.look(), sleeps.look()
+            assert 0 <= got.waited <= got.seconds
+            used, waited, seconds = used + got.used, waited + got.waited, seconds + got.seconds
+            idle += of_sleeper.used + of_sleeper.waited
+        assert waited > used  # four on one processor
+        assert used + waited > 0.5 * seconds and idle < 0.1 * seconds
+    finally:
+        for program in programs:
+            program.kill()
+            program.communicate()
+
+
+def test_a_long_wait_that_is_told_at_its_end_counts_for_the_time_since(monkeypatch):
+    now, told = [0.0], [0.0]
+    monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(process.Threads, "_read", lambda self: {"7": (0.0, told[0])})
+    threads, waits = process.Threads(1), []
+    for second in range(1, 7):
+        now[0], told[0] = second, 2.5 if second >= 3 else 0.0
+        waits.append(threads.look().waited)
+    assert waits == [0, 0, 1, 1, 0.5, 0]
 
 
 # Listeners, without a program.
@@ -229,7 +298,7 @@ def test_a_program_in_c_ends_at_once_with_what_it_has_started(number):
     assert program.returncode == 128 + number
     assert errors == "interrupted before the first step: nothing was lost\n"
     end = time.monotonic() + 60
-    while os.path.exists(f"/proc/{child}") and b") Z" not in watch._read(f"/proc/{child}/stat"):
+    while os.path.exists(f"/proc/{child}") and b") Z" not in process.read(f"/proc/{child}/stat"):
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -255,11 +324,7 @@ def test_a_message_that_comes_in_pieces_is_read_whole():
 
     one, other = socket.socketpair(socket.AF_UNIX)
 
-    class Plain(watch._Link):
-        def __init__(self, connection):
-            self.socket, self.closed, self._buffer = connection, False, b""
-
-    link, text = Plain(other), json.dumps({"failed": "x" * 1000}).encode()
+    link, text = links.Link(other), json.dumps({"failed": "x" * 1000}).encode()
     one.sendall(text[:400])
     assert list(link.receive()) == []
     one.sendall(text[400:] + b"\n" + b'{"bye": true}\n')

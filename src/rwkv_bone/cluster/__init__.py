@@ -1,1 +1,1 @@
-"""The processes of a run: how they find one another, and what they tell each other before they train together."""
+"""The processes of a run: how they find one another, what they must agree on, and how they watch over one another."""

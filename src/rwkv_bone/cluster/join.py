@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from rwkv_bone import launched
+from rwkv_bone import console, launched
 from rwkv_bone.cluster import meeting
 from rwkv_bone.cluster.world import World
 from rwkv_bone.config import TrainConfig
@@ -31,6 +31,10 @@ def join(config: TrainConfig) -> World:
     run, found = config.run, launched.find()
     if wrong := _impossible(found, run.devices, run.num_nodes):
         raise UserError(wrong)
+    if run.num_nodes == 1 and found.devices is None and found.nodes is None:
+        if unused := launched.by_hand():
+            console.say(f"note: {', '.join(unused)} of the environment: not used, since --num_nodes is 1")
+        found = Launched()
     # Of a launcher's numbers and others in the settings the meeting tells every machine.
     devices, nodes = found.devices or run.devices, found.nodes or run.num_nodes
     if devices * nodes == 1:

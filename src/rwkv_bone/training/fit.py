@@ -15,7 +15,8 @@ from lightning.pytorch import Callback, seed_everything
 
 from rwkv_bone import allocator, console, run_lock
 from rwkv_bone.cluster.join import join
-from rwkv_bone.cluster.world import SAME_FILES, World
+from rwkv_bone.cluster.watch import Watch
+from rwkv_bone.cluster.world import SAME_FILES
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.errors import UserError
@@ -43,30 +44,30 @@ from rwkv_bone.training.seeding import SeedBatches
 from rwkv_bone.training.signals import StopOnSignal
 from rwkv_bone.training.strategy import silence_libraries
 from rwkv_bone.training.trainer import choose_device, make_trainer, run_steps, settle_threads
-from rwkv_bone.training.watch import ShowProgress, Watch
+from rwkv_bone.training.watched import ShowProgress
 
 
-def fit(config: TrainConfig, world: World | None = None) -> Path:
+def fit(config: TrainConfig, watch: Watch | None = None) -> Path:
     """Train as `config` says and return the last file of trained parameters; UserError for what a user can fix.
 
-    world: what `join(config)` returned, entered; None joins here.
+    watch: over the world that `join(config)` returned, both entered; None joins here.
     """
-    if world is None:
-        with join(config) as world:
-            return fit(config, world)
-    with Watch(world, config.run.rank_timeout) as watch:
-        silence_libraries()
-        folder = Path(config.run.proj_dir)
-        if not world.main:
-            return _fit(config, world, watch, folder)
-        project.check_folder(config)
-        # Before anything there is read.
-        with run_lock.held(folder):
-            return _fit(config, world, watch, folder)
+    if watch is None:
+        with join(config) as world, Watch(world, config.run.rank_timeout) as watch:
+            return fit(config, watch)
+    silence_libraries()
+    folder = Path(config.run.proj_dir)
+    if not watch.world.main:
+        return _fit(config, watch, folder)
+    project.check_folder(config)
+    # Before anything there is read.
+    with run_lock.held(folder):
+        return _fit(config, watch, folder)
 
 
-def _fit(config: TrainConfig, world: World, watch: Watch, folder: Path) -> Path:
-    main, run = world.main, config.run
+def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
+    world, run = watch.world, config.run
+    main = world.main
     report: Callable[[str], None] = console.say if main else lambda line: None
     earlier = looked(world.from_first("what is in --proj_dir", lambda: look(config)), folder)
     if main and not earlier and not run.overwrite and project.has_remains(folder):

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from rwkv_bone.training.signs import progress
+from rwkv_bone.cluster.signs import progress
 
 
 def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:

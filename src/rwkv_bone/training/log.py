@@ -19,12 +19,12 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from rwkv_bone.checkpoints import atomic_path
+from rwkv_bone.cluster.signs import waiting_outside
 from rwkv_bone.config.checksum import KEY, is_intact, sealed
 from rwkv_bone.console import counted
 from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.project import LOG, spared
-from rwkv_bone.training.signs import waiting_outside
 
 
 def peak_memory_mb(device: torch.device) -> float:

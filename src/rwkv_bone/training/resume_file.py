@@ -23,12 +23,12 @@ from rwkv_bone import checkpoints
 from rwkv_bone.checkpoints import atomic_path, give_back
 from rwkv_bone.checkpoints.numbers import check_finite, is_finite
 from rwkv_bone.checkpoints.stream import write_tensors
+from rwkv_bone.cluster.signs import progress
 from rwkv_bone.console import with_bar
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import project
 from rwkv_bone.training.gather import full_shape, gathered, part_size
 from rwkv_bone.training.module import TrainingModule
-from rwkv_bone.training.signs import progress
 
 if TYPE_CHECKING:
     from deepspeed.runtime.base_optimizer import ZeROOptimizer

@@ -3,6 +3,9 @@
 Each process (rank) tells in every beat how much it has done and whether it works. In a hanging run most ranks are
 healthy: they wait for the one that hangs. Waiting on a CPU (gloo) takes no processor time, waiting on a GPU (NCCL)
 takes a whole core.
+
+On a crowded machine a healthy rank may hardly come to run. So of the time in which one of its threads waits for a
+processor, nothing counts against it.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ class Life(NamedTuple):
     longest: float = 0.0  # seconds between two reports, while running
     at: str = ""  # where its main thread is, once it is without progress for a while
     waits: bool = False  # its main thread is in a collective
+    share: float = 1.0  # the part of the time in which none of its threads waited for a processor
 
 
 class Verdict(NamedTuple):
@@ -34,7 +38,11 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Seen:
-    """What is known of a rank. Seconds count from when it was heard, made progress, was busy, used a file."""
+    """What is known of a rank.
+
+    Seconds count from when it was heard, made progress, was busy, used a file; but for the first only as far as it
+    could run.
+    """
 
     life: Life = field(default_factory=Life)
     silent: float = 0.0
@@ -69,10 +77,11 @@ class Judge:
     def judge(self, seconds: float) -> Verdict | None:
         """To be asked again and again. seconds: since the last time, in which the caller itself has run."""
         for rank, seen in self.seen.items():
+            own = seconds * seen.life.share
             seen.silent += seconds
-            seen.still += seconds
-            seen.idle += seconds
-            seen.off_disk += seconds
+            seen.still += own
+            seen.idle += own
+            seen.off_disk += own
             if seen.silent > self.timeout:
                 return self._silent(rank)
         # The main process may wait for a server when all others have done their part.
