@@ -306,8 +306,9 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_is_written(files, tin
 def test_a_file_that_reads_back_differently_is_not_kept(files, monkeypatch):
     paths = files()
 
-    def damaged(path, layout, tensors, **options):
-        write_tensors(path, layout, ((key, tensor + (key == "head.weight")) for key, tensor in tensors), **options)
+    def damaged(path, layout, tensors, format, checksums):
+        # With checksums that are right for what is written.
+        write_tensors(path, layout, ((key, tensor + (key == "head.weight")) for key, tensor in tensors), format=format)
 
     monkeypatch.setattr(output, "write_tensors", damaged)
     with pytest.raises(UserError, match="head.weight did not read back"):

@@ -136,7 +136,7 @@ def test_a_signal_leaves_the_old_output_and_nothing_of_the_new_one(models, tmp_p
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     write = output.Output.write
 
-    def stopped(self, path, base, shapes, tensors):
+    def stopped(self, path, base, shapes, tensors, checksums):
         def some():
             for count, pair in enumerate(tensors):
                 yield pair
@@ -147,7 +147,7 @@ def test_a_signal_leaves_the_old_output_and_nothing_of_the_new_one(models, tmp_p
                     finally:
                         os.kill(os.getpid(), signal.SIGTERM)  # a second one disturbs nothing
 
-        write(self, path, base, shapes, some())
+        write(self, path, base, shapes, some(), checksums)
 
     monkeypatch.setattr(output.Output, "write", stopped)
     monkeypatch.setattr(allocator, "keep", lambda: None)

@@ -1,7 +1,8 @@
 """Whether what was written is the model that it should be: every tensor bit for bit, and the logits.
 
 Each tensor is computed once. Before it is written, its arithmetic is compared with the adapter layer's, and the
-checksum of its bytes is taken, in memory. What is read back must have this checksum.
+checksum of its bytes is taken, in memory. What is read back must have this checksum, whether the file states it and was
+found to have it, or it is counted again.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Checked:
     def __init__(self, output: Output, base: Base, fold: Fold):
         self.output, self.base, self.fold = output, base, fold
         self.kept = [key for key in fold.shapes if output.keeps(key, base.arch)]
-        self._expected: dict[str, tuple[torch.Size, torch.dtype, int]] = {}  # of each tensor: shape, dtype, checksum
+        self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self.checksums: dict[str, int] = {}  # of each tensor's bytes, when it has been computed
         self._changes: dict[str, float] = {}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -51,13 +53,16 @@ class Checked:
             yield key, tensor
             self.fold.give_back(key)
 
-    def compare(self, found: Mapping[str, Tensor]) -> Iterator[str]:
-        """Compare what was read back with what was written, key by key. UserError for the first that differs."""
+    def compare(self, found: Mapping[str, Tensor], checksums: Mapping[str, int]) -> Iterator[str]:
+        """Compare what was read back with what was written, key by key. UserError for the first that differs.
+
+        checksums: of those tensors whose bytes were compared with them when they were read.
+        """
         assert found.keys() == set(self.kept)
 
         def compared(key: str) -> tuple[str, bool]:
             tensor = found[key]
-            same = self._agrees(key, tensor)
+            same = self._agrees(key, tensor, checksums.get(key) if tensor.is_contiguous() else None)
             checkpoints.give_back(tensor)
             return key, same
 
@@ -84,12 +89,13 @@ class Checked:
             _check_finite(key, tensor)
         exact = self.output.exact(key, tensor)
         if exact is not None:
-            self._expected[key] = exact.shape, exact.dtype, _checksum(exact)
+            self._expected[key], self.checksums[key] = (exact.shape, exact.dtype), _checksum(exact)
         return key, tensor
 
-    def _agrees(self, key: str, found: Tensor) -> bool:
+    def _agrees(self, key: str, found: Tensor, checksum: int | None) -> bool:
         if key in self._expected:
-            return (found.shape, found.dtype, _checksum(found)) == self._expected[key]
+            checksum = _checksum(found) if checksum is None else checksum
+            return (found.shape, found.dtype) == self._expected[key] and checksum == self.checksums[key]
         _check_finite(key, found)
         return self.output.agrees(self.output.stored(self.fold.tensor(key)), found)
 
