@@ -198,6 +198,22 @@ def test_of_two_merges_to_one_name_one_gives_the_output_and_the_other_is_refused
     assert len(files) == 2 and all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
 
 
+@pytest.mark.parametrize("name", ["x.pth", "fla/"])
+def test_an_output_that_appeared_during_the_last_sync_is_kept(models, tmp_path, monkeypatch, name):
+    path, sync = tmp_path / name, os.fsync
+    another = path / "model.safetensors" if name == "fla/" else path
+
+    def taken(descriptor):
+        sync(descriptor)
+        another.parent.mkdir(exist_ok=True)
+        another.write_bytes(b"another's")
+
+    monkeypatch.setattr(os, "fsync", taken)
+    with pytest.raises(UserError, match="exists and is kept"):
+        merge(models["bone"], f"{tmp_path}/{name}", verify=False)
+    assert another.read_bytes() == b"another's" and names(tmp_path) == {path.name}
+
+
 @pytest.mark.parametrize("suffix", [".pth", ""])
 @pytest.mark.parametrize("letter", ["a", "é", "模"])
 def test_a_name_may_be_as_long_as_the_disk_allows(models, tmp_path, letter, suffix):
