@@ -77,10 +77,11 @@ BUGS = (
     ),
     Bug(
         f"{CONVERSION}/verify.py",
-        "return (found.shape, found.dtype, _checksum(found)) == self._expected[key]",
-        "return True",
+        "== self._expected[key] and checksum == self.checksums[key]",
+        "== self._expected[key]",
         f"{MERGE} -k reads_back_differently",
     ),
+    Bug(f"{CONVERSION}/folder.py", "if overwrite and path.exists()", "if path.exists()", f"{TO_DISK} -k last_sync"),
     Bug(f"{CONVERSION}/verify.py", "if tensor is not self.base", "if False and self.base", f"{MERGE} -k overflows"),
     Bug(f"{CONVERSION}/ahead.py", "> AHEAD:", "> 9:", f"{TO_DISK} -k computed_ahead"),
     Bug("src/rwkv_bone/adapters/bone.py", '["bone"][:, outputs]', '["bone"]', f"{TO_DISK} -k in_pieces"),

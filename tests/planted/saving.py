@@ -29,6 +29,7 @@ BUGS = (
         "if False:",
         f"{FILES} -k took_the",
     ),
+    Bug(ATOMIC, "    if not overwrite:\n        try:", "    if False:\n        try:", f"{FILES} -k during_the_last"),
     Bug(ATOMIC, "return hold(descriptor) and", "return True and", f"{FILES} -k killed_writer"),
     Bug(ATOMIC, "    for left in leftovers(path):\n        _remove(left)\n", "", f"{FILES} -k killed_writer"),
     Bug(ATOMIC, "(made_here or ", "(True or ", f"{FILES} -k another_machine"),
