@@ -81,6 +81,13 @@ BUGS = (
         "== self._expected[key]",
         f"{MERGE} -k reads_back_differently",
     ),
+    Bug(f"{CONVERSION}/verify.py", "forward_wrapped(base, x[1]", "forward_wrapped(base, x[0]", f"{MERGE} -k one_pass"),
+    Bug(
+        f"{CONVERSION}/verify.py",
+        "return torch.stack((*without, adapted))",
+        "return torch.stack((adapted, adapted))",
+        f"{MERGE} -k one_pass",
+    ),
     Bug(f"{CONVERSION}/folder.py", "if overwrite and path.exists()", "if path.exists()", f"{TO_DISK} -k last_sync"),
     Bug(f"{CONVERSION}/verify.py", "if tensor is not self.base", "if False and self.base", f"{MERGE} -k overflows"),
     Bug(f"{CONVERSION}/ahead.py", "> AHEAD:", "> 9:", f"{TO_DISK} -k computed_ahead"),
