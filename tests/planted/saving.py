@@ -6,7 +6,7 @@ ATOMIC, LOCKS = "src/rwkv_bone/checkpoints/atomic.py", "src/rwkv_bone/locks.py"
 SAVING, STATE = "src/rwkv_bone/training/saving.py", "src/rwkv_bone/training/resume_file.py"
 LOG, DISK = "src/rwkv_bone/training/log.py", "src/rwkv_bone/training/disk.py"
 FILES, SAVES = "tests/checkpoints/test_atomic.py", "tests/training/test_saving.py"
-REPLACE = "            os.replace(temporary, path)\n"
+NAMED = "            _name(temporary, path, overwrite)\n"
 
 BUGS = (
     Bug(
@@ -15,7 +15,7 @@ BUGS = (
         "            if previous",
         f"{FILES} -k synced",
     ),
-    Bug(ATOMIC, f"{REPLACE}            sync_folder(path.parent)\n", REPLACE, f"{FILES} -k synced"),
+    Bug(ATOMIC, f"{NAMED}            sync_folder(path.parent)\n", NAMED, f"{FILES} -k synced"),
     Bug(ATOMIC, "os.replace(path, previous)", "path.unlink()", f"{FILES} -k synced"),
     Bug(
         ATOMIC,
