@@ -119,6 +119,41 @@ def test_a_file_that_took_the_place_of_the_temporary_one_is_not_passed_off_as_it
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [None, errno.EPERM, errno.ENOSYS])
+def test_a_name_that_was_taken_during_the_last_sync_is_kept(tmp_path, monkeypatch, error):
+    """error: of a file system that has no links."""
+    path, sync = tmp_path / "a.txt", os.fsync
+
+    def taken(descriptor):
+        sync(descriptor)
+        path.write_text("another's")
+
+    def refused(*_):
+        raise OSError(error, os.strerror(error))
+
+    if error:
+        monkeypatch.setattr(os, "link", refused)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", taken)
+        with pytest.raises(UserError, match="a.txt exists and is kept"), atomic_path(path) as temporary:
+            temporary.write_text("mine")
+    assert path.read_text() == "another's" and list(tmp_path.iterdir()) == [path]
+    path.unlink()
+    with atomic_path(path) as temporary:
+        temporary.write_text("mine")
+    assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_that_the_disk_refuses_fails_the_write(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(UserError, match="a.txt could not be written: No space left"), atomic_path(tmp_path / "a.txt"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def killed_while_writing(path: Path) -> Path:
     """The temporary file that a process leaves when it is killed within atomic_path."""
 

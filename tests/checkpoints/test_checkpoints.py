@@ -2,11 +2,13 @@
 
 import os
 import zipfile
+import zlib
 
 import pytest
 import torch
 
 from rwkv_bone import checkpoints
+from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.errors import UserError
 
@@ -112,6 +114,33 @@ def test_tensors_and_metadata_come_back_and_metadata_travels_inside_the_file(tmp
         plain = torch.load(path, weights_only=True)
         assert set(plain) == set(state)
         assert zipfile.ZipFile(path).testzip() is None
+
+
+@pytest.mark.parametrize("limit", [2**31 - 1, 5000, 100])
+def test_a_file_has_the_bytes_that_zipfile_writes(tmp_path, monkeypatch, limit):
+    """limit: the size and place in a file from which a zip needs wider numbers."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
+    state = {f"{'x' * (7 * n)}.weight": torch.randn(5 * n, 3).to(torch.float16 if n % 2 else None) for n in range(40)}
+    sums = {key: zlib.crc32(tensor.numpy().tobytes()) for key, tensor in list(state.items())[::3]}
+    path, expected = tmp_path / "a.pth", tmp_path / "expected.zip"
+    write_tensors(path, state, state.items(), {"kind": "bone"}, checksums=sums)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(expected, "w") as other:
+        assert archive.testzip() is None
+        for info in archive.infolist():
+            record = zipfile.ZipInfo(info.filename)
+            # The field of the wider numbers, which comes first, is left out, as zipfile writes it itself.
+            record.extra = info.extra[4 + info.extra[2] if info.extra[:2] == b"\1\0" else 0 :]
+            with other.open(record, "w", force_zip64=True) as file:
+                file.write(archive.read(info))
+    assert path.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_checksum_that_was_given_wrong_is_found_on_reading(tmp_path, suffix):
+    path, state = tmp_path / f"a{suffix}", {"a": torch.ones(3), "b": torch.ones(3)}
+    write_tensors(path, state, state.items(), checksums={"b": 1})
+    with pytest.raises(UserError, match="is damaged: b does not have the checksum"):
+        checkpoints.read_state(path)
 
 
 def test_a_file_without_metadata_has_none(tiny_checkpoint):

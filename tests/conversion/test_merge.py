@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rwkv_bone import checkpoints, load_model
-from rwkv_bone.adapters import ADAPTERS, AdapterSettings, BoneLinear, inject
+from rwkv_bone.adapters import ADAPTERS, AdapterSettings, BoneLinear, inject, read_adapter
 from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.conversion import merge as merging
@@ -306,8 +306,9 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_is_written(files, tin
 def test_a_file_that_reads_back_differently_is_not_kept(files, monkeypatch):
     paths = files()
 
-    def damaged(path, layout, tensors, **options):
-        write_tensors(path, layout, ((key, tensor + (key == "head.weight")) for key, tensor in tensors), **options)
+    def damaged(path, layout, tensors, format, checksums):
+        # With checksums that are right for what is written.
+        write_tensors(path, layout, ((key, tensor + (key == "head.weight")) for key, tensor in tensors), format=format)
 
     monkeypatch.setattr(output, "write_tensors", damaged)
     with pytest.raises(UserError, match="head.weight did not read back"):
@@ -330,6 +331,23 @@ def test_a_merge_whose_logits_differ_is_not_kept(files, monkeypatch):
     with pytest.raises(UserError, match="more than the .* that arithmetic in fp32 explains"):
         merge_files(config(paths))
     assert left_behind(paths) == set()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quant", ["none", "int8"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_one_pass_over_the_base_gives_the_logits_with_the_adapter_and_without(files, kind, quant):
+    alpha = {"alpha": 16.0} if kind in ("lora", "pissa") else {}
+    paths = files(kind, quant=quant, **alpha)
+    base = checkpoints.load_base(paths[0])
+    adapter = read_adapter(str(paths[1]), base.state)
+    found = verify._logits(base.state, quant, adapter)
+    ids = (torch.arange(1, verify.CHECK_TOKENS + 1) * 7919 % base.arch.vocab_size)[None]
+    expected = [load_model(paths[0], adapter=file, op="torch", quant=quant)(ids)[0] for file in (None, paths[1])]
+    assert (expected[1] - expected[0]).norm() > 0.01 * expected[0].norm()
+    assert len(found) == 2 - ADAPTERS[kind].needs_weight
+    for row, wanted in zip(found, expected[-len(found) :], strict=True):
+        assert (row - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def perturbed(monkeypatch, size):

@@ -136,7 +136,7 @@ def test_a_signal_leaves_the_old_output_and_nothing_of_the_new_one(models, tmp_p
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     write = output.Output.write
 
-    def stopped(self, path, base, shapes, tensors):
+    def stopped(self, path, base, shapes, tensors, checksums):
         def some():
             for count, pair in enumerate(tensors):
                 yield pair
@@ -147,7 +147,7 @@ def test_a_signal_leaves_the_old_output_and_nothing_of_the_new_one(models, tmp_p
                     finally:
                         os.kill(os.getpid(), signal.SIGTERM)  # a second one disturbs nothing
 
-        write(self, path, base, shapes, some())
+        write(self, path, base, shapes, some(), checksums)
 
     monkeypatch.setattr(output.Output, "write", stopped)
     monkeypatch.setattr(allocator, "keep", lambda: None)
@@ -196,6 +196,22 @@ def test_of_two_merges_to_one_name_one_gives_the_output_and_the_other_is_refused
     merge(models["lora"], f"{tmp_path}/expected{'/' if name == 'fla/' else '.pth'}")
     files = [sorted(found.rglob("*")) or [found] for found in sorted(tmp_path.iterdir())]
     assert len(files) == 2 and all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
+
+
+@pytest.mark.parametrize("name", ["x.pth", "fla/"])
+def test_an_output_that_appeared_during_the_last_sync_is_kept(models, tmp_path, monkeypatch, name):
+    path, sync = tmp_path / name, os.fsync
+    another = path / "model.safetensors" if name == "fla/" else path
+
+    def taken(descriptor):
+        sync(descriptor)
+        another.parent.mkdir(exist_ok=True)
+        another.write_bytes(b"another's")
+
+    monkeypatch.setattr(os, "fsync", taken)
+    with pytest.raises(UserError, match="exists and is kept"):
+        merge(models["bone"], f"{tmp_path}/{name}", verify=False)
+    assert another.read_bytes() == b"another's" and names(tmp_path) == {path.name}
 
 
 @pytest.mark.parametrize("suffix", [".pth", ""])

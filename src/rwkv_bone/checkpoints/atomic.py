@@ -25,6 +25,7 @@ from rwkv_bone.locks import NoLocks, hold
 LONGEST_NAME = 255  # bytes, where the system does not say
 LONGEST_SUFFIX = 16  # bytes; what is longer is no suffix that a program goes by
 DAY = 24 * 3600  # seconds without a change after which a file of another machine's process was left behind
+NO_LINKS = {errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 NOT_SYNCED = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM}
 
 
@@ -39,7 +40,7 @@ def atomic_path(path: str | Path, overwrite: bool = False, previous: Path | None
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists and is kept: give another name, or --overwrite")
+        raise _kept(path)
     try:
         make_folder(path.parent)
         with temporary_beside(path) as (temporary, descriptor):
@@ -51,10 +52,33 @@ def atomic_path(path: str | Path, overwrite: bool = False, previous: Path | None
             os.fsync(descriptor)
             if previous and path.exists():
                 os.replace(path, previous)
-            os.replace(temporary, path)
+            _name(temporary, path, overwrite)
             sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def _name(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Rename a temporary file to `path`. UserError if something stands there and `overwrite` is not set."""
+    if not overwrite:
+        try:
+            # Unlike a renaming, it fails where somebody has taken the name since it was looked at.
+            os.link(temporary, path)
+        except FileExistsError:
+            raise _kept(path) from None
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            if os.path.lexists(path):
+                raise _kept(path) from None
+        else:
+            os.unlink(temporary)
+            return
+    os.replace(temporary, path)
+
+
+def _kept(path: Path) -> UserError:
+    return UserError(f"{path} exists and is kept: give another name, or --overwrite")
 
 
 @contextlib.contextmanager

@@ -71,9 +71,24 @@ def verify_file(path: Path) -> None:
     _verified.add(identity)
 
 
+def tensor_checksums(path: Path) -> dict[str, int]:
+    """The CRC-32 of each tensor's bytes as a file of ours states it. `verify_file` says whether the bytes have it."""
+    if is_safetensors(path):
+        return {piece.name: piece.checksum for piece in tensor_pieces(path)}
+    records = zip_records(path)
+    root = _root(records)
+    entries = _tensors_in(read_piece(path, records[f"{root}/data.pkl"]))
+    return {key: records[f"{root}/data/{entry.record}"].checksum for key, entry in entries.items()}
+
+
+def _root(records: Iterable[str]) -> str:
+    """The folder that all records of a .pth file are in."""
+    return next(iter(records), "").split("/")[0]
+
+
 def _verify_zip(path: Path) -> None:
     records = zip_records(path)
-    root = next(iter(records), "").split("/")[0]
+    root = _root(records)
     index = records.pop(f"{root}/data.pkl", None)
     if index is None:
         raise damaged(path, "it has no data.pkl, which lists its tensors")

@@ -50,12 +50,15 @@ def write_tensors(
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping | None = None,
     format: str = "",
+    checksums: Mapping[str, int] | None = None,
 ) -> None:
     """Write (key, tensor) pairs, with the keys, order, shapes and dtypes of `layout`, and metadata, which becomes JSON.
 
     Each pair is taken from the iterable, written and dropped. `layout` may be mapped: its values are not read. Tensors
     may be views of any strides, on any device. format: pth or safetensors; empty = by the suffix of `path`, pth unless
-    it is .safetensors. UserError for a dtype that checkpoints do not have, such as an integer.
+    it is .safetensors. checksums: the CRC-32 of tensors' bytes, by key, as far as they are known when a tensor comes;
+    they are taken at their word, and a wrong one is found when the file is read. UserError for a dtype that checkpoints
+    do not have, such as an integer.
     """
     for key, tensor in layout.items():
         if tensor.dtype not in DTYPE_NAMES:
@@ -64,43 +67,59 @@ def write_tensors(
     writers = {"pth": _write_pth, "safetensors": _write_safetensors}
     writer = writers[format or ("safetensors" if path.suffix == ".safetensors" else "pth")]
     about = None if metadata is None else json.dumps(metadata)
-    writer(path, layout, _contents(layout, tensors), about)
+    writer(path, layout, _contents(layout, tensors, checksums or {}), about)
 
 
-def _contents(layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[memoryview]:
-    """The bytes of each tensor, which must be what the layout says."""
+def _contents(
+    layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], checksums: Mapping[str, int]
+) -> Iterator[tuple[memoryview, int]]:
+    """(bytes, CRC-32) of each tensor, which must be what the layout says."""
     for (key, model), (name, tensor) in zip(layout.items(), tensors, strict=True):
         expected, found = (key, model.shape, model.dtype), (name, tensor.shape, tensor.dtype)
         assert expected == found, f"the layout has {expected}, but {found} came to be written"
-        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        known = checksums.get(key)
+        yield content, zlib.crc32(content) if known is None else known
 
 
-def _write_pth(path: Path, layout: Mapping[str, Tensor], contents: Iterable[memoryview], about: str | None) -> None:
+Contents = Iterable[tuple[memoryview, int]]
+
+
+def _write_pth(path: Path, layout: Mapping[str, Tensor], contents: Contents, about: str | None) -> None:
     """A zip of uncompressed records: the pickled dictionary, and one record of bytes for each tensor's storage."""
     index = io.BytesIO()
     entries = {key: _Entry(_Storage(str(number), tensor)) for number, (key, tensor) in enumerate(layout.items())}
     _IndexPickler(index, protocol=2).dump(entries)
     # Opened here, because ZipFile tries again in another mode where an opening fails.
     with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        _write_record(archive, "data.pkl", index.getbuffer())
-        _write_record(archive, "byteorder", b"little")
-        for number, content in enumerate(contents):
-            _write_record(archive, f"data/{number}", content)
-            begin_writeback(archive.fp, content.nbytes)
-        _write_record(archive, "version", b"3\n")
+
+        def write(name: str, content: bytes | memoryview) -> None:
+            _write_record(archive, file, name, content, zlib.crc32(content))
+
+        write("data.pkl", index.getbuffer())
+        write("byteorder", b"little")
+        for number, (content, checksum) in enumerate(contents):
+            _write_record(archive, file, f"data/{number}", content, checksum)
+            begin_writeback(file, content.nbytes)
+        write("version", b"3\n")
         if about is not None:
-            _write_record(archive, METADATA_RECORD, about.encode())
+            write(METADATA_RECORD, about.encode())
 
 
-def _write_record(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
-    assert archive.fp is not None  # it is open
+def _write_record(
+    archive: zipfile.ZipFile, file: IO[bytes], name: str, content: bytes | memoryview, checksum: int
+) -> None:
+    """What `archive.open(record, "w", force_zip64=True)` writes, which would count the checksum once more."""
     record = zipfile.ZipInfo(f"archive/{name}")  # its time is 1980-01-01
+    record.header_offset, record.CRC, record.external_attr = file.tell(), checksum, 0o600 << 16
+    record.file_size = record.compress_size = memoryview(content).nbytes
     # A local header is 30 bytes, the name and the extra fields; zipfile adds one of 20 bytes for sizes beyond 4 GB.
-    header = 30 + len(record.filename) + 20 + 4
-    padding = -(archive.fp.tell() + header) % ALIGNMENT
+    padding = -(record.header_offset + 30 + len(record.filename) + 20 + 4) % ALIGNMENT
     record.extra = struct.pack("<HH", 0x4246, padding) + bytes(padding)
-    with archive.open(record, "w", force_zip64=True) as file:
-        file.write(content)
+    file.write(record.FileHeader(zip64=True))
+    file.write(content)
+    archive.filelist.append(record)
+    archive.start_dir = file.tell()  # where the directory is written when the archive is closed
 
 
 class _Storage(NamedTuple):
@@ -129,10 +148,10 @@ class _IndexPickler(pickle.Pickler):
         return None
 
 
-def begin_writeback(file: IO[bytes] | None, size: int) -> None:
+def begin_writeback(file: IO[bytes], size: int) -> None:
     """Have the system begin to put the last `size` bytes on the disk, so that a later sync waits less. Linux alone."""
     begin = _sync_file_range()
-    if begin is None or file is None or size < LEAST_WRITEBACK:
+    if begin is None or size < LEAST_WRITEBACK:
         return
     file.flush()
     # What the system refuses is left to the sync.
@@ -150,9 +169,7 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     return function
 
 
-def _write_safetensors(
-    path: Path, layout: Mapping[str, Tensor], contents: Iterable[memoryview], about: str | None
-) -> None:
+def _write_safetensors(path: Path, layout: Mapping[str, Tensor], contents: Contents, about: str | None) -> None:
     """The header's length, the header as JSON, and the tensors' bytes without gaps, wide dtypes first for alignment.
 
     The header is written first, to know where the tensors begin, and once more when their checksums are known.
@@ -176,10 +193,10 @@ def _write_safetensors(
     sums: dict[str, int] = {}
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(blank)) + blank)
-        for key, content in zip(layout, contents, strict=True):
+        for key, (content, checksum) in zip(layout, contents, strict=True):
             file.seek(8 + len(blank) + starts[key])
             file.write(content)
             begin_writeback(file, content.nbytes)
-            sums[key] = zlib.crc32(content)
+            sums[key] = checksum
         file.seek(8)
         file.write(text([zlib.crc32(blank), *(sums[key] for key in order)]))

@@ -20,7 +20,7 @@ from rwkv_bone.adapters.layer import Tensors, compute_dtype
 from rwkv_bone.checkpoints import give_back, param_part
 from rwkv_bone.quantization import as_trained, is_quantized
 
-PIECE = 1 << 20  # numbers of a weight that are computed together: what a processor's cache holds in fp32
+PIECE = 1 << 18  # numbers of a weight that are computed together: what a core's cache holds in fp32
 
 
 class Fold:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fnmatch
 import json
 import os
@@ -274,10 +275,10 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             for file in temporary.iterdir():
                 _flush(file)
             os.fsync(descriptor)
-            if path.exists():
+            if overwrite and path.exists():
                 _exchange(temporary, path)
             else:
-                os.rename(temporary, path)
+                _rename(temporary, path)
             sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}") from error
@@ -305,6 +306,16 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _rename(new: Path, path: Path) -> None:
+    """Give a folder its name; UserError if something has come to stand there meanwhile."""
+    try:
+        os.rename(new, path)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            check_replaceable(path, overwrite=False)
+        raise
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -102,10 +102,10 @@ def write_model(
                 yield key, tensor
                 bar.update(sizes[key])
 
-        output.write(temporary, base, fold.shapes, told(checked.tensors()))
+        output.write(temporary, base, fold.shapes, told(checked.tensors()), checked.checksums)
         bar.set_description_str("reading it back")
         found = output.read(temporary)
-        for key in checked.compare(found):
+        for key in checked.compare(found, output.checksums(temporary)):
             bar.update(sizes[key])
         logits = "not compared (--verify 0)"
         if verify:

@@ -24,6 +24,7 @@ from torch import Tensor
 from rwkv_bone import checkpoints
 from rwkv_bone.checkpoints import Architecture, Base, param_part
 from rwkv_bone.checkpoints.atomic import leftovers
+from rwkv_bone.checkpoints.integrity import tensor_checksums
 from rwkv_bone.checkpoints.layouts import LAYOUTS, Layout
 from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.config.names import suffix_of
@@ -189,11 +190,17 @@ class Output:
         return free
 
     def write(
-        self, path: Path, base: Base, shapes: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]
+        self,
+        path: Path,
+        base: Base,
+        shapes: Mapping[str, Tensor],
+        tensors: Iterable[tuple[str, Tensor]],
+        checksums: Mapping[str, int] | None = None,
     ) -> None:
         """Write a model under a name: shapes and (key, tensor) pairs in the same order, under upstream's keys.
 
-        base: whose sizes the model has, and whose folder's tokenizer and template go along.
+        base: whose sizes the model has, and whose folder's tokenizer and template go along. checksums: the CRC-32 of
+        each tensor's bytes, as far as they are known when it comes.
         """
         arch = base.arch
         if self.form == "gguf":
@@ -205,7 +212,8 @@ class Output:
         if self.is_folder:
             folder.write_folder(path, base, self.layout, self.shard_size, shapes, tensors)
         else:
-            write_tensors(path, shapes, tensors, format="pth" if self.form == "pth" else "safetensors")
+            format = "pth" if self.form == "pth" else "safetensors"
+            write_tensors(path, shapes, tensors, format=format, checksums=checksums if self._as_upstream else None)
 
     def _theirs(self, tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in tensors:
@@ -215,6 +223,15 @@ class Output:
     def read(self, path: Path) -> Mapping[str, Tensor]:
         """What was written, under upstream's names and in upstream's shapes, whatever its values are."""
         return gguf_file.read_gguf(path) if self.form == "gguf" else checkpoints.load_base(path, finite=False).state
+
+    @property
+    def _as_upstream(self) -> bool:
+        """Whether the file holds the bytes of upstream's tensors under upstream's keys."""
+        return self.form in ("pth", "safetensors")
+
+    def checksums(self, path: Path) -> dict[str, int]:
+        """The CRC-32 of tensors' bytes that `read` has compared with the file; {} where the file holds other bytes."""
+        return tensor_checksums(path) if self._as_upstream else {}
 
     def describe(self) -> str:
         """A few words for the user: what it is, and for whom."""

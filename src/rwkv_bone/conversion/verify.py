@@ -1,7 +1,8 @@
 """Whether what was written is the model that it should be: every tensor bit for bit, and the logits.
 
 Each tensor is computed once. Before it is written, its arithmetic is compared with the adapter layer's, and the
-checksum of its bytes is taken, in memory. What is read back must have this checksum.
+checksum of its bytes is taken, in memory. What is read back must have this checksum, whether the file states it and was
+found to have it, or it is counted again.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Checked:
     def __init__(self, output: Output, base: Base, fold: Fold):
         self.output, self.base, self.fold = output, base, fold
         self.kept = [key for key in fold.shapes if output.keeps(key, base.arch)]
-        self._expected: dict[str, tuple[torch.Size, torch.dtype, int]] = {}  # of each tensor: shape, dtype, checksum
+        self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self.checksums: dict[str, int] = {}  # of each tensor's bytes, when it has been computed
         self._changes: dict[str, float] = {}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -51,13 +53,16 @@ class Checked:
             yield key, tensor
             self.fold.give_back(key)
 
-    def compare(self, found: Mapping[str, Tensor]) -> Iterator[str]:
-        """Compare what was read back with what was written, key by key. UserError for the first that differs."""
+    def compare(self, found: Mapping[str, Tensor], checksums: Mapping[str, int]) -> Iterator[str]:
+        """Compare what was read back with what was written, key by key. UserError for the first that differs.
+
+        checksums: of those tensors whose bytes were compared with them when they were read.
+        """
         assert found.keys() == set(self.kept)
 
         def compared(key: str) -> tuple[str, bool]:
             tensor = found[key]
-            same = self._agrees(key, tensor)
+            same = self._agrees(key, tensor, checksums.get(key) if tensor.is_contiguous() else None)
             checkpoints.give_back(tensor)
             return key, same
 
@@ -84,12 +89,13 @@ class Checked:
             _check_finite(key, tensor)
         exact = self.output.exact(key, tensor)
         if exact is not None:
-            self._expected[key] = exact.shape, exact.dtype, _checksum(exact)
+            self._expected[key], self.checksums[key] = (exact.shape, exact.dtype), _checksum(exact)
         return key, tensor
 
-    def _agrees(self, key: str, found: Tensor) -> bool:
+    def _agrees(self, key: str, found: Tensor, checksum: int | None) -> bool:
         if key in self._expected:
-            return (found.shape, found.dtype, _checksum(found)) == self._expected[key]
+            checksum = _checksum(found) if checksum is None else checksum
+            return (found.shape, found.dtype) == self._expected[key] and checksum == self.checksums[key]
         _check_finite(key, found)
         return self.output.agrees(self.output.stored(self.fold.tensor(key)), found)
 
@@ -112,7 +118,7 @@ def checked_weight(key: str, fold: Fold) -> tuple[Tensor, float]:
     def seen(before: Tensor, merged: Tensor, rounded: Tensor, tensors: Tensors) -> None:
         nonlocal change, size
         verify_formula(key, x.to(before.dtype), before, merged, tensors, fold.settings)
-        change += torch.sub(rounded.to(before.dtype), before).norm().item() ** 2
+        change += rounded.to(before.dtype, copy=True).sub_(before).norm().item() ** 2
         size += before.norm().item() ** 2
 
     tensor = fold.tensor(key, seen)
@@ -149,7 +155,10 @@ def verify_logits(
     piece of a weight. If the adapter was trained on another quantisation, the distance from its logits there is
     reported too. passed: is called after every layer of every model.
     """
-    expected, found = _logits(base.state, quant, adapter, passed=passed), _logits(written, base=base, passed=passed)
+    expected = _logits(base.state, quant, adapter, passed=passed)
+    found = _logits(written, base=base, passed=passed)[0]
+    # Without the adapter, if it was computed beside, and with it.
+    before, expected = expected[0] if len(expected) > 1 else None, expected[-1]
     difference = (found - expected).norm() / expected.norm()
     largest = (found - expected).abs().max().item()
     formats = output.number_formats(base.state["emb.weight"].dtype, computed=_changes_weights(adapter))
@@ -164,10 +173,11 @@ def verify_logits(
         )
     text += f" ({reason} explains up to {limit:.2%})"
     if adapter.state:
-        before = _logits(base.state, quant, passed=passed)
+        if before is None:
+            before = _logits(base.state, quant, passed=passed)[0]
         text += f"; the adapter moves them by {(before - expected).norm() / expected.norm():.2%}"
     if trained_on != quant:
-        trained = _logits(base.state, trained_on, adapter, passed=passed)
+        trained = _logits(base.state, trained_on, adapter, passed=passed)[-1]
         text += f"; on {trained_on}, as trained, they were {(found - trained).norm() / trained.norm():.2%} away"
     return text
 
@@ -184,8 +194,9 @@ def _logits(
     base: Base | None = None,
     passed: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """[1, CHECK_TOKENS, V] of a fixed row of tokens, from these tensors quantised to `quant` and under an adapter.
+    """[B, CHECK_TOKENS, V] of a fixed row of tokens, from these tensors quantised to `quant` and under an adapter.
 
+    B is 1, or 2 where the same pass over the weights also gives the logits without the adapter, which then come first.
     base: whose projections have the shapes of the tensors'. Given for a mapping whose tensors are computed when they
     are asked for: then no more than one projection is in memory.
     """
@@ -194,20 +205,30 @@ def _logits(
     tensors_now = {key: shapes[key] if key in shapes else tensors[key] for key in tensors}
     arch = checkpoints.architecture_of(tensors_now)
     # The portable operator: a merge must not need a compiler.
-    model = assemble(arch, tensors_now, op="torch", quant=quant, adapter=adapter if adapter and adapter.state else None)
+    adapter = adapter if adapter and adapter.state else None
+    model = assemble(arch, tensors_now, op="torch", quant=quant, adapter=adapter)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
+    both = bool(adapter and layers and not adapter.extra) and not any(layer.needs_weight for layer in layers.values())
+
+    def told(*_: object) -> None:
+        for _model in range(1 + both):
+            passed()
+
     with workers() as pool:
         for name, module in list(model.named_modules()):
             if isinstance(module, AdapterLinear):
                 if module.base is None and not module.needs_weight:
                     module.base = cast(Projection, _InPieces(module.weight.detach, pool))
                     module.register_parameter("weight", None)
+                if both:
+                    model.set_submodule(name, _Beside(module))
             elif isinstance(module, nn.Linear):
                 stored = functools.partial(tensors.__getitem__, f"{name}.weight")
                 model.set_submodule(name, _InPieces(stored if module.weight.is_meta else module.weight.detach, pool))
         for block in model.blocks:
             block.register_forward_hook(_give_back_weights)
-            block.register_forward_hook(lambda *_: passed())
-        ids = (torch.arange(1, CHECK_TOKENS + 1) * 7919 % arch.vocab_size)[None]
+            block.register_forward_hook(told)
+        ids = (torch.arange(1, CHECK_TOKENS + 1) * 7919 % arch.vocab_size).expand(1 + both, -1)
         logits = model.eval()(ids)
     _give_back_weights(model)
     return logits
@@ -217,6 +238,26 @@ def _give_back_weights(module: nn.Module, *_: object) -> None:
     """After a forward pass: no page of the files from which the weights are mapped stays resident."""
     for parameter in module.parameters():
         checkpoints.give_back(parameter)
+
+
+class _Beside(nn.Module):
+    """A projection x [2, T, in] -> [2, T, out] with the base's weight for both rows, and its adapter for the second."""
+
+    def __init__(self, layer: AdapterLinear):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        without: list[Tensor] = []
+
+        def base(rows: Tensor) -> Tensor:
+            assert self.layer.base is not None
+            plain, under = self.layer.base(torch.cat((x[0], rows))).split((len(x[0]), len(rows)))
+            without.append(plain)
+            return under
+
+        adapted = self.layer.forward_wrapped(base, x[1], self.layer.tensors(), self.layer.settings, 0.0)
+        return torch.stack((*without, adapted))
 
 
 class _InPieces(nn.Module):
