@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from rwkv_bone import signals
 from rwkv_bone.checkpoints import make_folder
 from rwkv_bone.errors import UserError
 from rwkv_bone.locks import NoLocks, Process, hold
@@ -57,16 +58,27 @@ def held(folder: Path, flag: str = "--proj_dir") -> Iterator[None]:
     flag: by which the user named it. UserError if another run holds it, or if the machine refuses the folder.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        lock = _Lock(folder, flag)
-        try:
-            yield
-        finally:
-            lock.release()
-    finally:
+
+    def remove_made() -> None:
         for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+    def leave_nothing() -> None:
+        # The main thread may still write: the lock itself is held until this process has ended.
+        if missing and [path.name for path in folder.iterdir()] == [NAME]:
+            (folder / NAME).unlink()
+            remove_made()
+
+    try:
+        lock = _Lock(folder, flag)
+        try:
+            with signals.cleaned_by(leave_nothing):
+                yield
+        finally:
+            lock.release()
+    finally:
+        remove_made()
 
 
 class _Lock:

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -153,6 +153,7 @@ def _dies_with_parent() -> bool:
 
 _program: _Program | None = None
 _leaving = threading.Lock()
+_clean: list[Callable[[], None]] = []  # called by `leave`
 BEGAN = time.monotonic()  # about when the program was started
 
 
@@ -181,6 +182,16 @@ def stop_now(number: int, words: str) -> NoReturn:
     raise StoppedAtOnce(number)
 
 
+@contextlib.contextmanager
+def cleaned_by(clean: Callable[[], None]) -> Iterator[None]:
+    """In this context, `leave` calls clean() in whatever thread it runs, since no `finally` does anything then."""
+    _clean.append(clean)
+    try:
+        yield
+    finally:
+        _clean.remove(clean)
+
+
 def leave(status: int, words: str = "") -> NoReturn:
     """End this process at once and with it all that it has started, whatever its main thread does. words: said last."""
     if not _leaving.acquire(blocking=False):
@@ -190,6 +201,9 @@ def leave(status: int, words: str = "") -> NoReturn:
     backstop.daemon = True
     backstop.start()
     kill(descendants())
+    for clean in _clean:
+        with contextlib.suppress(Exception):
+            clean()
     if words:
         with contextlib.suppress(Exception):
             sys.stdout.flush()

@@ -105,7 +105,7 @@ BUGS = (
     Bug(RECOMPUTE, "config.data.ctx_len if plan.pack else", "config.data.ctx_len if True else", RECOMPUTE_TESTS),
     Bug(RECOMPUTE, "if bytes_for(changed) <= there]", "]", RECOMPUTE_TESTS),
     Bug(MEMORY, "return 1 if self.document else self.micro_bsz", "return self.micro_bsz", RECOMPUTE_TESTS),
-    Bug(MEMORY, "run.accumulate > 1, step)", "run.accumulate > 9, step)", RECOMPUTE_TESTS),
+    Bug(MEMORY, "made_at_once or run.accumulate > 1", "made_at_once or run.accumulate > 9", RECOMPUTE_TESTS),
     Bug(MEMORY, "max(blocks - again, 0) * stays", "blocks * stays", "tests/test_memory_page.py -k keep_their_input"),
     Bug(DEVICES, "sum(map(int, files))", "0", "tests/test_devices.py -k free_memory"),
     Bug(DEVICES, "group = group.parent", "break", "tests/test_devices.py -k free_memory"),
