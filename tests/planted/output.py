@@ -153,7 +153,7 @@ BUGS = (
         "                from rwkv_bone.training.fit import fit\n\n            fit(config, watch)\n",
         ":\n            with uncollected():\n"
         "                from rwkv_bone.training.fit import fit\n\n"
-        "            fit(config, Watch(world, 5).__enter__())\n",
+        "            with Watch(world, config.run.rank_timeout) as watch:\n                fit(config, watch)\n",
         f"{TABLE} -k importing",
     ),
     Bug(
