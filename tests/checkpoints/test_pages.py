@@ -205,13 +205,13 @@ def test_a_merge_keeps_neither_its_base_nor_its_output_resident(model_file, monk
     path, files = model_file
     base = checkpoints.load_base(path)
     seen = []
-    replaced = checkpoints.atomic.os.replace
+    named = checkpoints.atomic.os.link
 
     def look(source, target):
         if str(target).endswith("merged.safetensors"):
             seen.append((resident_share(files), resident_share([source])))
-        replaced(source, target)
+        named(source, target)
 
-    monkeypatch.setattr(checkpoints.atomic.os, "replace", look)
+    monkeypatch.setattr(checkpoints.atomic.os, "link", look)
     write_model(output_named(str(path.parent / "merged.safetensors")), base)
     assert seen and max(seen[0]) < 0.25

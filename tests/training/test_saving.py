@@ -44,7 +44,7 @@ def recorded(before=lambda call: None):
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("fsync", "replace", "unlink"):
+        for name in ("fsync", "replace", "link", "unlink"):
             patch.setattr(os, name, recording(name, getattr(os, name)))
         yield made
 
@@ -77,7 +77,7 @@ def test_adapter_log_and_folder_are_on_the_disk_before_the_state_that_tells_of_t
     begin = shown_calls.index(("fsync", "new rwkv-0-s2"))
     assert shown_calls[begin : begin + 13] == [
         ("fsync", "new rwkv-0-s2"),
-        ("replace", "new rwkv-0-s2", "rwkv-0-s2.pth"),
+        ("link", "new rwkv-0-s2", "rwkv-0-s2.pth"),
         ("fsync", "the folder"),
         ("fsync", "new rwkv-0-s2"),
         ("replace", "new rwkv-0-s2", "rwkv-0-s2.json"),
@@ -155,6 +155,11 @@ def test_the_newest_state_is_found_and_a_folder_without_one_has_none(tmp_path):
     assert found.notes == (f"{PREVIOUS} is used, the state before: {tmp_path / STATE} is missing",)
 
 
+def unmapped(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that is to be written over."""
+    return {key: tensor.clone() for key, tensor in checkpoints.read_state(path).items()}
+
+
 def spoil(path: Path, how: str) -> None:
     content = path.read_bytes()
     if how == "empty":
@@ -164,13 +169,13 @@ def spoil(path: Path, how: str) -> None:
     elif how == "zeros":
         path.write_bytes(content[:300] + bytes(len(content) - 300))
     elif how == "not a number":
-        state = dict(checkpoints.read_state(path))
+        state = unmapped(path)
         checkpoints.save_tensors(path, state | {"b": torch.full((5, 3), float("nan"))}, ABOUT)
     elif how == "moment":
-        state = dict(checkpoints.read_state(path))
+        state = unmapped(path)
         checkpoints.save_tensors(path, state | {"b.exp_avg": torch.full((5, 3), float("inf"))}, ABOUT)
     elif how == "no metadata":
-        checkpoints.save_tensors(path, checkpoints.read_state(path))
+        checkpoints.save_tensors(path, unmapped(path))
     elif how == "no data":
         write_state(path, data=3)
     elif how == "folder":

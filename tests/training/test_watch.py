@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -309,7 +310,7 @@ def test_signals_to_a_forked_process_are_not_the_programs():
 
 
 def test_descendants_are_found_over_generations():
-    inner = f"{sys.executable} -c 'import time; time.sleep(1000)' & echo $!; wait"
+    inner = f"{shlex.quote(sys.executable)} -c 'import time; time.sleep(1000)' & echo $!; wait"
     outer = subprocess.Popen(["sh", "-c", inner], stdout=subprocess.PIPE, text=True)
     grandchild = int(outer.stdout.readline())
     try:
