@@ -36,6 +36,13 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
 
 
+@pytest.fixture(autouse=True)
+def no_run_to_join():
+    """Each test begins as if no launcher had started it, whatever runs in this process have left."""
+    for name in RENDEZVOUS:
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Third-party checkpoints and data; tests/assets/README.md says where they come from."""
