@@ -187,10 +187,12 @@ def job(tmp_path, port, short):
     """A function: a job by the page's script, with so many nodes and tasks, ended well."""
     write_program(tmp_path / "srun", SRUN)
     write_program(tmp_path / "scontrol", 'echo "$@" >> "$OUT/requeued"')
-    text = blocks()["#!/bin/sh"].replace("scripts/run_bone.sh", str(REPOSITORY / "scripts" / "run_bone.sh"))
+    text = blocks()["#!/bin/sh"].replace("scripts/run_bone.sh", shlex.quote(str(REPOSITORY / "scripts/run_bone.sh")))
     for name, path in FILES.items():
-        text = text.replace(name, str(REPOSITORY / path))
-    text = text.replace("--proj_dir out/cluster", f"--proj_dir {tmp_path}/out --eval_data= {shlex.join(short)}")
+        text = text.replace(name, shlex.quote(str(REPOSITORY / path)))
+    text = text.replace(
+        "--proj_dir out/cluster", f"--proj_dir {shlex.quote(str(tmp_path))}/out --eval_data= {shlex.join(short)}"
+    )
     (tmp_path / "job.sh").write_text(text)
 
     def run(nodes: int, tasks: int, *flags: str, **variables: str) -> None:
