@@ -265,7 +265,7 @@ def test_a_value_that_is_no_finite_number_is_never_saved_and_the_state_before_st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "calls_of_a_save"), [("fsync", 8), ("replace", 4)])
+@pytest.mark.parametrize(("name", "calls_of_a_save"), [("fsync", 8), ("replace", 3), ("link", 1)])
 def test_a_disk_that_fails_once_in_a_save_stops_the_run_and_loses_no_state(job, monkeypatch, name, calls_of_a_save):
     """Whichever call of the last save it is; but for the sync of the log, which the run does without."""
     real, write_adapter = getattr(os, name), SaveTrained._write_adapter
