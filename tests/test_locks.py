@@ -61,6 +61,10 @@ def test_a_process_is_told_from_a_later_one_of_its_number_and_from_those_of_othe
     assert current._replace(start="another boot:1").is_dead() is True
     assert current._replace(start="").is_dead() is False
     assert current._replace(host="elsewhere").is_dead() is None
+    boot, container, ticks = current.start.split()
+    # A process of another container may have any number here.
+    assert current._replace(start=f"{boot} pid:[1] {ticks}", pid=2**22 + 1).is_dead() is None
+    assert current.is_here() and not current._replace(start=f"{boot} {container} 1").is_here()
     with forked(lambda ready: (ready(), time.sleep(60))) as pid:
         other = locks.Process(current.host, pid, locks.started(pid))
         assert other.start and other.is_dead() is False

@@ -45,19 +45,26 @@ def hold(file: int | HasDescriptor) -> bool:
 
 
 class Process(NamedTuple):
-    """A process, told apart from a later one of the same number; for files that say who made them."""
+    """Which process of which machine, told apart from a later one of the same number."""
 
-    host: str
-    pid: int
-    start: str  # when it started: the machine's boot and the clock ticks since then; "" where that is not known
+    host: str = ""
+    pid: int = 0
+    start: str = ""  # the machine's boot, the container, and the clock ticks at its start; "" where that is not known
 
     @classmethod
     def current(cls) -> Process:
         return cls(socket.gethostname(), os.getpid(), started(os.getpid()))
 
+    def is_here(self) -> bool:
+        """Whether it is known to be on this machine and still there."""
+        return bool(self.start) and self.start == started(self.pid)
+
     def is_dead(self) -> bool | None:
-        """Whether it has ended; None if that cannot be known from this machine."""
+        """Whether it has ended; None if that cannot be known from here: another machine, another container."""
         if self.host != socket.gethostname():
+            return None
+        (boot, container), (boot_now, container_now) = _place(self.start), _place(started(os.getpid()))
+        if boot == boot_now and container != container_now:
             return None
         try:
             os.kill(self.pid, 0)
@@ -74,5 +81,11 @@ def started(pid: int) -> str:
     with contextlib.suppress(OSError, LookupError):
         # The second field, in brackets, is the program's name, which may have brackets and spaces.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return f"{BOOT_ID.read_text().strip()}:{fields[19]}"
+        return f"{BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')} {fields[19]}"
     return ""
+
+
+def _place(start: str) -> tuple[str, str]:
+    """(boot, container) of what `started` gives."""
+    boot, container, *_ = *start.split(), "", ""
+    return boot, container

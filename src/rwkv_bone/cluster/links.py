@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rwkv_bone.cluster.process import Process, how_it_ended
+from rwkv_bone.cluster.process import how_it_ended
 from rwkv_bone.errors import UserError
+from rwkv_bone.locks import Process
 
 if TYPE_CHECKING:
     from rwkv_bone.cluster.world import World
@@ -57,14 +58,14 @@ def connect(world: World) -> dict[int, Link]:
         told = json.loads(world.get(key, "the watch", 0))
         link = Link(_reach(world, told["port"], end))
         link.process = Process(*told["process"])
-        link.send({"token": told["token"], "rank": world.rank, "process": Process.this()})
+        link.send({"token": told["token"], "rank": world.rank, "process": Process.current()})
         return {0: link}
     here = "127.0.0.1" if world.nodes == 1 else ""
     both = world.nodes > 1 and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     with socket.create_server((here, 0), family=family, dualstack_ipv6=both, backlog=world.size) as server:
         token = secrets.token_hex(16)
-        told = {"port": server.getsockname()[1], "token": token, "process": Process.this()}
+        told = {"port": server.getsockname()[1], "token": token, "process": Process.current()}
         world.store.set(key, json.dumps(told))
         links: dict[int, Link] = {}
         try:

@@ -1,4 +1,4 @@
-"""Processes as Linux shows them: whether one is of this machine, and what its threads get of the processors.
+"""Processes of this machine as Linux shows them: how they ended, and what their threads get of the processors.
 
 Elsewhere nothing is known of them, and what is asked here says so.
 """
@@ -8,29 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import time
 from typing import NamedTuple
 
 KILLED = "perhaps by the system for lack of memory (see dmesg)"
-
-
-class Process(NamedTuple):
-    """Which process of which machine."""
-
-    host: str = ""
-    pid: int = 0
-    here: str = ""  # machine and container: process numbers mean the same where this is the same; "" = not known
-    began: int = 0  # when it was started, in ticks: numbers are used again
-
-    @classmethod
-    def this(cls) -> Process:
-        pid = os.getpid()
-        return cls(socket.gethostname(), pid, _here(), _began(pid))
-
-    def is_here(self) -> bool:
-        """Whether it is on this machine and still there."""
-        return bool(self.here) and self.here == _here() and self.began == _began(self.pid)
 
 
 class Got(NamedTuple):
@@ -100,15 +81,3 @@ def read(path: str) -> bytes:
             return file.read()
     except OSError:
         return b""
-
-
-def _here() -> str:
-    with contextlib.suppress(OSError):
-        boot = read("/proc/sys/kernel/random/boot_id").decode().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}" if boot else ""
-    return ""
-
-
-def _began(pid: int) -> int:
-    fields = read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-    return int(fields[19]) if len(fields) > 19 else 0

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 from rwkv_bone import signals
 from rwkv_bone.cluster.hanging import PATIENCE, Judge, Life, Verdict
 from rwkv_bone.cluster.links import Link, Message, connect
-from rwkv_bone.cluster.process import Process, Threads, how_it_ended, on_disk
+from rwkv_bone.cluster.process import Threads, how_it_ended, on_disk
 from rwkv_bone.cluster.signs import BUSY, Sample, marks
 from rwkv_bone.errors import Interrupted, sentence, status_of
+from rwkv_bone.locks import Process
 
 if TYPE_CHECKING:
     from rwkv_bone.cluster.world import World
@@ -57,7 +58,7 @@ class Watch:
         self._beat = min(BEAT, timeout / 5)
         self._events: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
         self._links: dict[int, Link] = {}  # rank -> the connection to it
-        self._processes = {world.rank: Process.this()}  # of those that are known, by rank
+        self._processes = {world.rank: Process.current()}  # of those that are known, by rank
         self._mute: dict[int, _Mute] = {}  # silent ranks of this machine
         self._failed: dict[int, Message] = {}  # rank -> what it has raised
         self._dead: list[int] = []
