@@ -231,7 +231,7 @@ def test_variables_of_several_machines_are_not_used_by_a_run_on_one_and_that_is_
     note = "note: NODE_RANK, MASTER_ADDR, MASTER_PORT of the environment: not used, since --num_nodes is 1\n"
     assert capsys.readouterr().out == note
     met: list[World] = []
-    monkeypatch.setattr(join_file, "_start", lambda local_rank: None)
+    monkeypatch.setattr(join_file, "_start", lambda first, local_rank: None)
     monkeypatch.setattr(join_file, "_set_variables", lambda world: None)
     monkeypatch.setattr(meeting, "meet", lambda world, config, found, listening: listening.close() or met.append(world))
     join(replace(alone, run=replace(alone.run, devices=2)))

@@ -49,7 +49,7 @@ def join(config: TrainConfig) -> World:
     world.prefix += os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     _set_variables(world)
     if found.devices is None:
-        world.children = tuple(_start(local_rank) for local_rank in range(1, devices))
+        world.children = tuple(_start(rank, local_rank) for local_rank in range(1, devices))
     try:
         meeting.meet(world, config, found, listening)
     except BaseException:
@@ -110,10 +110,9 @@ def _set_variables(world: World) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def _start(local_rank: int) -> subprocess.Popen:
-    """This command once more, for another device of this machine."""
-    rank = int(os.environ["RANK"]) + local_rank
-    own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+def _start(first: int, local_rank: int) -> subprocess.Popen:
+    """This command once more, for another device of this machine. first: the rank of this process."""
+    own = {"RANK": str(first + local_rank), "LOCAL_RANK": str(local_rank)}
     command = [sys.executable, *sys.orig_argv[1:]]
     environment = {**os.environ, **own}  # with LOCAL_RANK
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=_dies_with_this_process())
