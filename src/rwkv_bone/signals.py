@@ -164,11 +164,6 @@ def hear() -> None:
         _program = _Program()
 
 
-def heard_by_thread() -> bool:
-    """Whether `hear` was called, so that signals end this process without an exception."""
-    return _program is not None
-
-
 def on_leaving(tell: Callable[[int, str], None]) -> None:
     """Call tell(status, words) before a signal ends this process at once, so that other processes learn of it."""
     if _program:

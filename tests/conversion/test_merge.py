@@ -15,7 +15,7 @@ from rwkv_bone.checkpoints.stream import write_tensors
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.conversion import merge as merging
 from rwkv_bone.conversion import output, verify
-from rwkv_bone.conversion.fold import merged_tensors
+from rwkv_bone.conversion.fold import Fold
 from rwkv_bone.conversion.merge import merge_files
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import load_base_into
@@ -75,7 +75,8 @@ def config(paths, **changes):
 def merged(paths, kind="bone", **options):
     """The tensors of a merge, in memory."""
     base, adapter = map(checkpoints.read_state, paths[:2])
-    return dict(merged_tensors(base, adapter, AdapterSettings(kind, 8), **options))
+    fold = Fold(base, adapter, AdapterSettings(kind, 8), **options)
+    return {key: fold.tensor(key) for key in fold.shapes}
 
 
 def left_behind(paths):
@@ -138,7 +139,8 @@ def test_the_output_has_the_keys_order_shapes_and_dtypes_of_the_base(files, suff
     base["blocks.0.att.k_a"] = base["blocks.0.att.k_a"][..., :31].bfloat16()
     adapter = checkpoints.read_state(paths[1])
     output = paths[2].with_suffix(suffix)
-    write_tensors(output, base, merged_tensors(base, adapter, AdapterSettings("bone", 8)))
+    fold = Fold(base, adapter, AdapterSettings("bone", 8))
+    write_tensors(output, base, ((key, fold.tensor(key)) for key in fold.shapes))
     written = checkpoints.read_state(output)
     if suffix == ".pth":
         assert list(written) == list(base)

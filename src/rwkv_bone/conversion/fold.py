@@ -101,14 +101,3 @@ def row_slices(weight: Tensor) -> Iterator[slice]:
     """Slices of a matrix's rows, together all of them, with about PIECE numbers each."""
     step = max(1, PIECE // weight.shape[1])
     return (slice(first, first + step) for first in range(0, len(weight), step))
-
-
-def merged_tensors(
-    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], settings: AdapterSettings, quant: str = "none"
-) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor) of a `Fold`, one at a time. No page of a mapped base stays resident for a pair after the next one
-    was asked for."""
-    fold = Fold(base, adapter, settings, quant)
-    for key in fold.shapes:
-        yield key, fold.tensor(key)
-        fold.give_back(key)
