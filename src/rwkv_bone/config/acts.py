@@ -122,6 +122,7 @@ TRAIN: dict[str, When] = {
         "--devices 2",
     ),
     "eval_samples": given("eval_data", "eval_split") & only("data_type", *CONVERSATIONS),
+    **dict.fromkeys(("eval_general", "eval_steps", "early_stop", "sample_prompts"), given("eval_data", "eval_split")),
 }
 
 FOLDER = When(("output",), lambda name: not suffix_of(name), "with a folder as --output")

@@ -15,6 +15,7 @@ EQUIVALENT = {"op", "chunk_ctx", "grad_cp", "compile", "accelerator", "strategy"
 # The second group changes only what is written, measured or shown, and how long the run is.
 OUTSIDE_THE_STEPS = {"proj_dir", "overwrite", "resume", "resume_with", "cache_dir", "wandb", "eval_data"}
 OUTSIDE_THE_STEPS |= {"eval_samples", "max_lost", "epoch_begin", "epoch_count", "epoch_save", "save_steps"}
+OUTSIDE_THE_STEPS |= {"eval_general", "eval_steps", "early_stop", "sample_prompts", "report_to", "plan", "cards"}
 OUTSIDE_THE_STEPS |= {"save_minutes", "keep", "save_state", "max_minutes", "max_bad_steps", "rank_timeout"}
 # The third group is compared by its effects: fingerprints of base and data, architecture, samples of a step.
 OF_THE_BASE = {"load_model", "n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size", "my_testing"}

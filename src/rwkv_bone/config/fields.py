@@ -63,13 +63,16 @@ def setting(
     below: float | None = None,
     warn_above: float | None = None,
     repeats: bool = False,
+    auto: int | None = None,
 ) -> T:
     """A field with its default, the help text of its flag and what its values may be.
 
     choices: the only values, or words of a list. The numbers are `Bounds`. repeats: a word of a list may occur twice.
+    auto: the number that stands for the word auto, whatever the bounds; command lines and files hold the word.
     """
     bounds = Bounds(at_least, at_most, above, below, warn_above)
-    return field(default=default, metadata={"help": text, "choices": choices, "bounds": bounds, "repeats": repeats})
+    metadata = {"help": text, "choices": choices, "bounds": bounds, "repeats": repeats, "auto": auto}
+    return field(default=default, metadata=metadata)
 
 
 def check_values(section: DataclassInstance) -> None:
@@ -87,6 +90,8 @@ def check_value(spec: Field[Any], value: Any) -> None:
             raise UserError(f"--{spec.name} {word}: expected one of {expected}")
         if isinstance(value, tuple) and not spec.metadata["repeats"] and value.count(word) > 1:
             raise UserError(f"--{spec.name} names {word} {value.count(word)} times: name it once")
+    if spec.metadata["auto"] is not None and value == spec.metadata["auto"]:
+        return
     if type(value) in (int, float) and (fault := spec.metadata["bounds"].fault(value)):
         raise UserError(f"--{spec.name} {plain(value)}: {fault}")
 
@@ -109,6 +114,11 @@ def doubtful(section: DataclassInstance) -> Iterator[str]:
 def is_switch(spec: Field[Any]) -> bool:
     """Whether 0 and 1 are two of a setting's choices: they may then be written as those of a boolean."""
     return {"0", "1"} <= set(spec.metadata["choices"] or ())
+
+
+def worded(spec: Field[Any], value: Any) -> Any:
+    """A setting's value as files hold it: the word auto instead of the number that stands for it."""
+    return "auto" if spec.metadata["auto"] is not None and value == spec.metadata["auto"] else value
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -18,7 +18,7 @@ from rwkv_bone import launched
 from rwkv_bone.config import MergeConfig, TrainConfig, acts, field_flags, translate
 from rwkv_bone.config.acts import Table
 from rwkv_bone.config.changes import check_names
-from rwkv_bone.config.fields import check_value, doubtful, is_switch
+from rwkv_bone.config.fields import check_value, doubtful, is_switch, worded
 from rwkv_bone.config.layers import Layers, shown, split_argv
 from rwkv_bone.config.other_names import intended_flag
 from rwkv_bone.config.rates import doubtful_rates
@@ -227,7 +227,8 @@ def add_fields(
         kind, choices, text = type(spec.default), spec.metadata["choices"], spec.metadata["help"]
         if table and spec.name in table:
             text += f"; acts {table[spec.name].words}"
-        about = [] if spec.default in ("", ()) else [f"default: {shown(spec.default)}"]
+        auto = spec.metadata["auto"]
+        about = [] if spec.default in ("", ()) else [f"default: {shown(worded(spec, spec.default))}"]
         about += [str(spec.metadata["bounds"])] if kind in (int, float) and str(spec.metadata["bounds"]) else []
         text += f" ({'; '.join(about)})" if about else ""
         options: dict[str, Any] = {"help": text.replace("%", "%%"), "dest": spec.name}
@@ -242,7 +243,9 @@ def add_fields(
         elif kind is tuple:
             options |= {"nargs": "*", "action": _Words}
         elif kind in (int, float):
-            options |= {"type": _number(kind)}
+            options |= {"type": _number(kind, auto)}
+            if auto is not None:
+                options["metavar"] = f"{METAVARS[kind]}|auto"
         names = [name for name in (spec.name, ALIASES.get(spec.name)) if name]
         group.add_argument(*(f"--{name}" for name in names), **options)
 
@@ -259,10 +262,14 @@ def _switch(text: str) -> str:
     return "1" if word in TRUE else "0" if word in FALSE else text
 
 
-def _number(kind: type[int] | type[float]) -> Callable[[str], float]:
+def _number(kind: type[int] | type[float], auto: int | None = None) -> Callable[[str], float]:
+    """A reader of a number; of the word auto, too, if a number stands for it."""
+
     def convert(text: str) -> float:
+        if auto is not None and text.strip().lower() == "auto":
+            return auto
         if not re.fullmatch(NUMBERS[kind], text.strip()):
-            expected = "a whole number" if kind is int else "a number"
+            expected = ("a whole number" if kind is int else "a number") + (" or auto" if auto is not None else "")
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return kind(text)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rwkv_bone.config import sections
 from rwkv_bone.config.checksum import KEY, is_intact, sealed
-from rwkv_bone.config.fields import is_number, is_switch
+from rwkv_bone.config.fields import is_number, is_switch, worded
 from rwkv_bone.config.sections import RunConfig, TrainConfig
 from rwkv_bone.errors import JSON_ERRORS, UserError
 
@@ -24,14 +24,23 @@ SECTIONS: dict[str, type[DataclassInstance]] = {
 
 def to_json(config: TrainConfig) -> str:
     """The text of `config.json`: {section: {setting: value}}, and a checksum of that."""
-    return json.dumps(sealed(asdict(config)), indent=2) + "\n"
+    return json.dumps(sealed(as_written(config)), indent=2) + "\n"
+
+
+def as_written(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """{section: {setting: value}} as files hold them."""
+    specs = {spec.name: spec for section in SECTIONS.values() for spec in fields(section)}
+    return {
+        section: {name: worded(specs[name], value) for name, value in values.items()}
+        for section, values in asdict(config).items()
+    }
 
 
 # Settings that say where a run works and how it starts there, not what comes out of it.
-PLACES = {"proj_dir", "cache_dir", "overwrite", "resume", "resume_with", "wandb"}
+PLACES = {"proj_dir", "cache_dir", "overwrite", "resume", "resume_with", "wandb", "report_to", "plan", "cards"}
 STATES = "resume*.pth"  # what a run is continued from
 # Settings that name files. Which files they are, fingerprints say; their folders are of one machine.
-FILES = {"load_model", "peft_load", "data_file", "eval_data", "tokenizer", "template"}
+FILES = {"load_model", "peft_load", "data_file", "eval_data", "eval_general", "sample_prompts", "tokenizer", "template"}
 
 
 def shaping(config: TrainConfig) -> dict[str, dict[str, Any]]:
@@ -40,7 +49,7 @@ def shaping(config: TrainConfig) -> dict[str, dict[str, Any]]:
     So runs of equal settings write equal files wherever they work.
     """
     kept: dict[str, dict[str, Any]] = {}
-    for section, values in asdict(config).items():
+    for section, values in as_written(config).items():
         kept[section] = {name: value for name, value in values.items() if name not in PLACES}
         for name in FILES & kept[section].keys():
             value = kept[section][name]
@@ -137,6 +146,8 @@ def _check_settings(text: str, source: str) -> dict[str, dict[str, Any]]:
                 continue  # of a version that wrote this into every file
             if is_switch(specs[key]) and isinstance(value, bool):
                 value = str(int(value))  # the setting had no other choices when this was written
+            if value == "auto" and specs[key].metadata["auto"] is not None:
+                value = specs[key].metadata["auto"]
             settings[name][key] = _of_type(type(specs[key].default), value, f"{source}: {name}.{key}")
     return settings
 

@@ -40,9 +40,11 @@ LONG_SAMPLES = ("auto", "cut", "drop", "split")
 BAD_ROWS = ("stop", "skip")
 RESUMES = ("auto", "1", "never", "0")
 LAYOUTS = ("auto", "official", "fla")
+LOGGERS = ("tensorboard", "wandb", "swanlab", "csv")
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 # The largest numbers of several settings: what is above them is a slip of the hand, and would end in a lack of memory.
 STEPS, TOKENS, WIDTH = 10**9, 10**7, 2**16
+AUTO = -1  # stands for the word auto where 0 has another meaning
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,11 @@ class DataConfig:
         "", "part of the rows to use, such as [:1000], [5%:] or train[:1000]; empty = all rows (of the split train)"
     )
     eval_data: str = setting("", "held-out data, in the same formats; empty = none, or what --eval_split takes")
+    eval_general: str = setting(
+        "auto",
+        "text whose loss shows what the model forgets while it learns: a file, in the formats of data_file; auto = "
+        "bundled English prose, in runs that measure held-out data; none = not measured",
+    )
     eval_split: float = setting(
         0.0, "share of the samples to hold out of training, such as 0.02; 0 = none", at_least=0, below=1
     )
@@ -251,9 +258,11 @@ class DataConfig:
     )
     micro_bsz: int = setting(
         8,
-        "samples per device and forward pass; with --dataload pack a batch has up to micro_bsz x ctx_len tokens",
+        "samples per device and forward pass; with --dataload pack a batch has up to micro_bsz x ctx_len tokens; auto "
+        "= as many as the free memory takes, with --accumulate_grad_batches lowered so that a step keeps its tokens",
         at_least=1,
         at_most=WIDTH,
+        auto=0,
     )
 
     def __post_init__(self):
@@ -335,7 +344,14 @@ class RunConfig:
     )
     random_seed: int = setting(42, "seed of the order of the data and of new weights", at_least=0, at_most=2**32 - 1)
     accelerator: str = setting("auto", "where to run; auto = on a GPU if there is one", ACCELERATORS)
-    devices: int = setting(1, "number of GPUs (or CPU processes) on each machine", at_least=1, at_most=128)
+    devices: int = setting(
+        1,
+        "number of GPUs (or CPU processes) on each machine; auto = all GPUs; numbers such as 2,3 = these GPUs",
+        at_least=1,
+        at_most=128,
+        auto=0,
+    )
+    cards: str = setting("", "numbers of the GPUs to use, such as 2,3, which --devices 2,3 sets; empty = the first")
     num_nodes: int = setting(1, "number of machines", at_least=1, at_most=10**4)
     strategy: str = setting(
         "auto", "DeepSpeed ZeRO stage; offload uses the CPU's memory too; auto = deepspeed_stage_1", STRATEGIES
@@ -392,13 +408,38 @@ class RunConfig:
         at_least=5,
         at_most=10**5,
     )
+    eval_steps: int = setting(
+        AUTO,
+        "optimiser steps between measurements of the held-out data; 0 = only before and after training; auto = about "
+        "ten in a run, or fewer where they would take more than 5 % of its time",
+        at_least=0,
+        at_most=STEPS,
+        auto=AUTO,
+    )
+    early_stop: int = setting(
+        0,
+        "measurements of the held-out loss without a new lowest one, after which the run ends; 0 = never",
+        at_least=0,
+        at_most=10**6,
+    )
+    sample_prompts: str = setting(
+        "",
+        "file of prompts to answer at each measurement, one a line, or rows with a prompt; empty = the first held-out "
+        "prompts",
+    )
     eval_samples: int = setting(
         100,
         "number of held-out prompts to answer before and after training, to count exact answers; 0 = none",
         at_least=0,
         at_most=10**7,
     )
-    wandb: str = setting("", "Weights & Biases project to log to; empty = no logging there")
+    report_to: tuple[str, ...] = setting(
+        (), "programs that also get every step and measurement: tensorboard, wandb, swanlab, csv; empty = none", LOGGERS
+    )
+    wandb: str = setting("", "Weights & Biases project to log to, as with --report_to wandb; empty = rwkv-bone there")
+    plan: bool = setting(
+        False, "1 = say what the run would take, in memory, disk and time, from a few timed steps; write nothing"
+    )
 
     def __post_init__(self):
         check_values(self)
