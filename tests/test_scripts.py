@@ -459,8 +459,8 @@ def test_the_best_adapter_and_another_folder_can_be_asked_for(script, ready, tmp
     assert adapter(f"--proj_dir={tmp_path}/of mine", "--best") == f"{tmp_path}/of mine/rwkv-best.pth"
     (ready.root / "out" / kind / "rwkv-best.pth").unlink()
     assert sentence(ready.sh(script, "--best")) == (
-        f"error: --best: no rwkv-best.pth in {ready.root}/out/{kind}; a run with held-out data makes one (--eval_data or "
-        "--eval_split)"
+        f"error: --best: no rwkv-best.pth in {ready.root}/out/{kind}; a run with held-out data makes one (--eval_data "
+        "or --eval_split)"
     )
     named = sentence(ready.sh(script, "--best", f"--{flag}", "mine.pth"))
     assert named.startswith("error: an adapter is named: leave out --best and --proj_dir")

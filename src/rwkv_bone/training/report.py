@@ -113,9 +113,12 @@ def footer(config: TrainConfig, folder: Path, trained: Path) -> Iterator[str]:
     beside = [path for path in (folder / project.LOG, folder / project.PLOT) if path.exists()]
     yield f"\nresults   {', '.join(map(str, [trained, *beside]))}"
     if config.adapter.kind == "none":
+        yield f"chat      {script('chat.sh', '--load_model', str(trained))}"
         return
-    merge = ["--base_model", config.model.load_model, "--peft_checkpoint", str(trained)]
+    base = config.model.load_model
+    merge = ["--base_model", base, "--peft_checkpoint", str(trained)]
     yield f"next      {program('merge.py', *merge, '--output', str(folder / 'merged.pth'))}"
+    yield f"chat      {script('chat.sh', '--load_model', base, '--adapter', str(trained))}"
 
 
 def program(name: str, *arguments: str) -> str:
@@ -128,6 +131,16 @@ def program(name: str, *arguments: str) -> str:
     # The bare name will do where the shell finds this very command.
     bare = found is not None and Path(found).resolve() == command.resolve()
     return shlex.join([command.name if bare else from_here(command), *arguments])
+
+
+def script(name: str, *arguments: str) -> str:
+    """The command line that runs a script of this project, such as chat.sh, or the installed command in its place."""
+    running = Path(sys.argv[0])
+    if running.name.startswith(COMMANDS):
+        return program(name, *arguments)
+    path = running.parent / "scripts" / name
+    command = ["sh", from_here(path)] if path.exists() else [from_here(sys.executable), "-m", f"rwkv_bone.{path.stem}"]
+    return shlex.join([*command, *arguments])
 
 
 def from_here(path: str | Path) -> str:
