@@ -56,6 +56,6 @@ def heldout_lines(measured: Sequence[dict]) -> list[dict]:
     best = [one for one in measured if one["best"]]
     if best:
         step, loss = best[-1]["step"], best[-1]["sets"][best[-1]["main"]]["loss"]
-        look = {"marker": "*", "markersize": 14, "linestyle": "", "color": "tab:red"}
-        lines.append({"steps": [step], "losses": [loss], "label": f"best, step {step}", **look})
+        star = {"marker": "*", "markersize": 14, "linestyle": "", "color": "tab:red"}
+        lines.append({"steps": [step], "losses": [loss], "label": f"best, step {step}", **star})
     return lines

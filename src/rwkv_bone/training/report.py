@@ -93,7 +93,7 @@ def report_results(
         from rwkv_bone.training.curve import draw_loss
 
         with atomic_path(drawn, overwrite=True) as temporary:
-            draw_loss(temporary, records, heldout.points() if heldout else [])
+            draw_loss(temporary, records, heldout.records if heldout else [])
     for line in footer(config, folder, trained):
         report(line)
 
