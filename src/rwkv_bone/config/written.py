@@ -76,6 +76,8 @@ def _read_yaml(path: Path, text: str) -> list[Entry]:
         root = yaml.compose(text, yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_place(error)}: not YAML ({_reason(error)})") from None
+    except ValueError as error:  # a character's number that is none
+        raise UserError(f"{path}: not YAML ({error})") from None
     except RecursionError:
         raise UserError(f"{path}: not settings: its lists and sections are too deep") from None
     if root is None:
