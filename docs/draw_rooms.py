@@ -35,7 +35,8 @@ ROOMS = {
 PROGRAMS = {"train.py": "training", "merge.py": "conversion", "train_hf.py": "hf"}
 GROUND = {
     "config": "every setting",
-    "devices": "the cards",
+    "cards": "which GPUs",
+    "devices": "the machine",
     "errors": "what a user can fix",
     "console": "output that never ends a run",
     "signals": "ends that save",

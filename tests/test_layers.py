@@ -32,6 +32,7 @@ OPTIONAL = {"rwkv_bone.hf.peft_config", "rwkv_bone.hf.callbacks"}
 # The modules beside the rooms.
 MODULES = {
     "allocator": set(),
+    "cards": set(),
     "errors": set(),
     "imports": set(),
     "locks": set(),
@@ -91,6 +92,7 @@ def test_loading_a_model_reads_no_data_modules():
         "rwkv_bone",
         *modules("config"),
         "rwkv_bone.allocator",
+        "rwkv_bone.cards",
         "rwkv_bone.commands",
         "rwkv_bone.console",
         "rwkv_bone.devices",
@@ -129,6 +131,7 @@ def test_no_file_reads_the_environment_for_a_setting():
     allowed = {"XDG_CACHE_HOME", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "PIP_", "LOCAL_RANK", "CXX"}
     allowed |= {"WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "TORCHELASTIC_", "RANK", "TORCH_CPP"}  # of launchers
     allowed |= {"MALLOC_"}  # of the C library
+    allowed |= {"CUDA_DEVICE_ORDER", "RWKV_BONE_CARDS"}  # which cards were chosen, for the processes that are started
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

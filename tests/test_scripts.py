@@ -325,7 +325,7 @@ def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
         "columns data_weights dataset_field eval_field resume_with sft_field target_modules targets train_parts".split()
     )
     names = ["deepspeed", "template", "tokenizer"]  # or files
-    texts = "dataset_split field hf_base mask_id my_testing sft_split shard_size wandb".split()
+    texts = "cards dataset_split field hf_base mask_id my_testing sft_split shard_size wandb".split()
     known = {spec.name: spec for specs in SETTINGS.values() for spec in specs}
     textual = {
         name for name, spec in known.items() if type(spec.default) in (str, tuple) and not spec.metadata["choices"]

@@ -18,9 +18,10 @@ def train(prog: str = "rwkv-bone-train") -> int:
     signals.hear()
 
     def body() -> None:
+        from rwkv_bone import cards
         from rwkv_bone.config.flags import parse_train
 
-        config = parse_train(sys.argv[1:], prog)
+        config = cards.settled(parse_train(sys.argv[1:], prog))
         from rwkv_bone.cluster.join import join
         from rwkv_bone.cluster.watch import Watch
 

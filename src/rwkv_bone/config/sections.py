@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rwkv_bone.cards import check_cards
 from rwkv_bone.config.fields import check_given, check_values, setting
 from rwkv_bone.config.names import check_name
 from rwkv_bone.errors import UserError
@@ -446,6 +447,7 @@ class RunConfig:
         if not self.proj_dir:
             raise UserError("--proj_dir is empty: name a folder for the results")
         check_name(self.proj_dir, "--proj_dir")
+        check_cards(self.cards, self.devices)
 
 
 @dataclass(frozen=True)

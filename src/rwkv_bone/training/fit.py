@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, seed_everything
 
-from rwkv_bone import allocator, console, run_lock
+from rwkv_bone import allocator, cards, console, run_lock
 from rwkv_bone.cluster.join import join
 from rwkv_bone.cluster.watch import Watch
 from rwkv_bone.cluster.world import SAME_FILES
@@ -53,6 +53,7 @@ def fit(config: TrainConfig, watch: Watch | None = None) -> Path:
     watch: over the world that `join(config)` returned, both entered; None joins here.
     """
     if watch is None:
+        config = cards.settled(config)
         with join(config) as world, Watch(world, config.run.rank_timeout) as watch:
             return fit(config, watch)
     silence_libraries()
