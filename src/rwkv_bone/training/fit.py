@@ -19,12 +19,14 @@ from rwkv_bone.cluster.watch import Watch
 from rwkv_bone.cluster.world import SAME_FILES
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
+from rwkv_bone.devices import describe_devices
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule, read_bad_steps
+from rwkv_bone.training.page import RenewPage, environment
 from rwkv_bone.training.place import PlaceModel
 from rwkv_bone.training.prepare import (
     agree_on_files,
@@ -36,7 +38,7 @@ from rwkv_bone.training.prepare import (
 )
 from rwkv_bone.training.progress import ProgressLines
 from rwkv_bone.training.recompute import Agree, decide, memory_there, run_of
-from rwkv_bone.training.report import complete, header, program, report_results
+from rwkv_bone.training.report import complete, following, header, program, report_results
 from rwkv_bone.training.resume import look, looked
 from rwkv_bone.training.resume_file import RestoreMoments
 from rwkv_bone.training.saving import SaveTrained
@@ -141,7 +143,9 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
     callbacks += [heldout] if heldout else []
-    callbacks += [log, ProgressLines(log), save]
+    about = environment(device=describe_devices(device, plan.world_size), kernel=prepared.kernel)
+    renew = RenewPage(folder, data, prepared.arch.vocab_size, environment=about, go_on=go_on, report=report)
+    callbacks += [log, ProgressLines(log), save, renew]
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
     callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)
@@ -162,4 +166,5 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     assert save.last_path
     if main:
         report_results(config, folder, save.last_path, log.records, heldout, report)
+        renew.done(list(following(config, folder, save.last_path)))
     return save.last_path
