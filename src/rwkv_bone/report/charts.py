@@ -29,7 +29,7 @@ NAMES = {"peak_memory_mb": "in use", "peak_reserved_mb": "reserved by PyTorch"}
 
 def charts_of(runs: Sequence[Run], labels: Sequence[str]) -> list[dict[str, Any]]:
     """The loss and the columns of OTHERS. labels: of the runs, as legends name them; one run needs none."""
-    most = max(POINTS // len(runs), 200)
+    most = max(POINTS // len(runs), 40)
     alone = len(runs) == 1
     charts = [_loss(runs, labels, most)]
     for column, (title, unit) in OTHERS.items():
@@ -54,20 +54,14 @@ def _loss(runs: Sequence[Run], labels: Sequence[str], most: int) -> dict[str, An
         for place, name in enumerate(dict.fromkeys(name for one in run.measurements for name in one.sets), start=1):
             if not alone and name != run.main:
                 continue  # the table has these
-            points = run.losses(name)
-            series.append(
-                {
-                    "name": name if alone else f"{label}, {name}",
-                    "kind": "points",
-                    "color": (place if alone else number) % COLORS,
-                    "x": [step for step, _ in points],
-                    "y": [_finite(loss) for _, loss in points],
-                }
-            )
+            losses = np.array(run.losses(name))
+            kept = extremes(losses[:, 1], span(len(losses), most))
+            color = place if alone else number
+            series.append(_series(name if alone else f"{label}, {name}", "points", color, *losses[kept].T))
         if alone and (best := run.best()):
-            series.append({"name": "best", "kind": "mark", "color": 1, "x": [best[0]], "y": [best[1]]})
+            series.append(_series("best", "mark", 1, [best[0]], [best[1]]))
         skipped += int(np.count_nonzero(~np.isfinite(run.columns.get("loss", np.zeros(0)))))
-    note = _note(runs, most)
+    note = _note(runs, most) if alone else "Training loss is drawn as its moving average, over a twentieth of a run."
     if skipped:
         note += f" Not drawn: {counted(skipped, 'step')} with a loss that is no finite number."
     return {
@@ -86,13 +80,7 @@ def _line(run: Run, column: str, name: str, color: int, most: int, kind: str = "
     if not np.isfinite(values).any():
         return None
     kept = extremes(values, span(len(values), most))
-    return {
-        "name": name,
-        "kind": kind,
-        "color": color % COLORS,
-        "x": run.steps[kept].astype(int).tolist(),
-        "y": list(map(_finite, values[kept].tolist())),
-    }
+    return _series(name, kind, color, run.steps[kept], values[kept])
 
 
 def _average(run: Run, name: str, color: int, most: int, alone: bool) -> dict[str, Any] | None:
@@ -100,19 +88,14 @@ def _average(run: Run, name: str, color: int, most: int, alone: bool) -> dict[st
     finite = np.isfinite(values)
     if not finite.any():
         return None
-    steps, average = run.steps[finite].astype(int), smoothed(values[finite].tolist())
+    steps, average = run.steps[finite], smoothed(values[finite].tolist())
     kept = ends(len(average), span(len(average), most))
-    return {
-        "name": name,
-        "kind": "line" if alone else "faint",
-        "color": color % COLORS,
-        "x": steps[kept].tolist(),
-        "y": [float(f"{average[i]:.6g}") for i in kept],
-    }
+    return _series(name, "line" if alone else "faint", color, steps[kept], [float(f"{average[i]:.6g}") for i in kept])
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _series(name: str, kind: str, color: int, x: Iterable[float], y: Iterable[float]) -> dict[str, Any]:
+    values = [float(value) if math.isfinite(value) else None for value in y]
+    return {"name": name, "kind": kind, "color": color % COLORS, "x": [int(step) for step in x], "y": values}
 
 
 def _note(runs: Iterable[Run], most: int) -> str:

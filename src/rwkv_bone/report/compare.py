@@ -153,7 +153,9 @@ def of_runs(runs: Sequence[Run], labels: Sequence[str], now: float) -> str:
     differing = differing_data(runs, labels)
     tables = join(
         *(
-            sections.details(f"Numbers of {label}", sections.measured(run), sections.curve_tables(run))
+            sections.details(
+                f"Numbers of {label}", sections.measured(run), sections.curve_tables(run, max(20 // len(runs), 5))
+            )
             for run, label in zip(runs, labels, strict=True)
         )
     )
@@ -232,7 +234,9 @@ def differing_data(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
         parts = "; ".join(", ".join(group) for group in groups.values())
         lines.append(f"the held-out data differ ({parts}): losses and exact answers cannot be compared between these")
     if unknown and (groups or len(unknown) > 1):
-        lines.append(f"on which held-out data {', '.join(unknown)} was measured is not known: compare with care")
+        lines.append(
+            f"on which held-out data these were measured is not known, compare with care: {', '.join(unknown)}"
+        )
     return lines
 
 

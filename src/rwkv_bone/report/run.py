@@ -70,7 +70,9 @@ class Run:
     problems: list[str] = field(default_factory=list)
 
     def setting(self, name: str, otherwise: Any = "") -> Any:
-        return next((values[name] for values in self.config.values() if name in values), otherwise)
+        """A setting of config.json; `otherwise` if it is not there, or of another type."""
+        found = next((values[name] for values in self.config.values() if name in values), otherwise)
+        return found if type(found) is type(otherwise) else otherwise
 
     @property
     def steps(self) -> np.ndarray:
@@ -114,7 +116,8 @@ def read(folder: Path) -> Run:
     run = Run(folder)
     config = _document(run, CONFIG, "the settings are not known")
     run.config = {name: values for name, values in config.items() if isinstance(values, dict)}
-    run.preview = _document(run, PREVIEW, "a sample of the data, the environment and the run's state are not known")
+    unknown = "a sample of the data, the environment and the run's state are not known"
+    run.preview = _document(run, PREVIEW, unknown, by_hand=False)
     _read_log(run)
     measures = not run.config or bool(run.setting("eval_data") or run.setting("eval_split"))
     evaluation = _document(run, EVALUATION, "" if run.state != DONE or not measures else "its answers are not known")
@@ -207,8 +210,8 @@ def _take_evaluation(run: Run, evaluation: dict) -> None:
             run.main = "heldout"
 
 
-def _document(run: Run, name: str, without: str) -> dict[str, Any]:
-    """The object in a JSON file. without: what its lack means; empty: it may be missing."""
+def _document(run: Run, name: str, without: str, by_hand: bool = True) -> dict[str, Any]:
+    """The object in a JSON file. without: what its lack means; empty: it may be missing. by_hand: may be changed so."""
     try:
         content = json.loads((run.folder / name).read_bytes())
         if not isinstance(content, dict):
@@ -220,8 +223,10 @@ def _document(run: Run, name: str, without: str) -> dict[str, Any]:
     except (OSError, *JSON_ERRORS):
         run.problems.append(f"{name} cannot be read" + (f": {without}" if without else ""))
         return {}
-    if KEY in content and not is_intact(content, ()):
-        run.problems.append(f"{name} was changed after the run wrote it, or is damaged: it is shown as it is")
+    if not is_intact(content, content if by_hand else ()):
+        shown = "it is shown as it is" if by_hand else without
+        run.problems.append(f"{name} was changed after the run wrote it, or is damaged: {shown}")
+        content = content if by_hand else {}
     content.pop(KEY, None)
     return content
 

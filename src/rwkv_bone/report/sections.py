@@ -55,9 +55,9 @@ def what(run: Run) -> str:
     if not kind:
         return "A run"
     if kind == "bone":
-        words = f"{str(run.setting('bone_mode', 'bone')).capitalize()} r {run.setting('bone_r')}"
+        words = f"{str(run.setting('bone_mode', 'bone')).capitalize()} r {run.setting('bone_r', 0)}"
     else:
-        words = WORDS.get(kind, kind) + (f" r {run.setting('lora_r')}" if kind in ("lora", "pissa") else "")
+        words = WORDS.get(kind, kind) + (f" r {run.setting('lora_r', 0)}" if kind in ("lora", "pissa") else "")
     base = str(run.setting("load_model"))
     return f"{words} on {Path(base).name}" if base else f"{words}, from scratch"
 
@@ -72,7 +72,7 @@ def progress(run: Run) -> str:
 
 def head(run: Run, now: Html) -> Html:
     """The head line: what, on what, how far, and as of when."""
-    files = run.setting("data_file") or []
+    files = run.setting("data_file", [])
     trained_on = ", ".join(Path(str(name)).name for name in files[:3]) + f", {len(files) - 3} more" * (len(files) > 3)
     state = STATES.get(run.state, run.state)
     lines = [
@@ -167,8 +167,8 @@ def curves(drawn: Sequence[dict[str, Any]], tables: Html) -> Html:
     return section("curves", "Curves", script, tag("div", *figures, class_="figures with-script"), help_, tables)
 
 
-def curve_tables(run: Run) -> Html:
-    """The held-out measurements, and the columns of the log in stretches."""
+def curve_tables(run: Run, most: int = 20) -> Html:
+    """The columns of the log in at most `most` stretches."""
     parts = []
     columns = {
         "loss": ("Training loss", "loss"),
@@ -177,7 +177,7 @@ def curve_tables(run: Run) -> Html:
     for column, (title, _) in columns.items():
         rows = [
             [f"{first:,.0f} to {last:,.0f}", *(number(value, 5) for value in values)]
-            for first, last, *values in charts.rows_of(run, column)
+            for first, last, *values in charts.rows_of(run, column, most)
         ]
         if rows:
             parts.append(details(title, table(["steps", "mean", "lowest", "highest"], rows, title)))
