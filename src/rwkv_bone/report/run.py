@@ -142,10 +142,12 @@ def _read_log(run: Run) -> None:
 
 
 def _step(record: dict) -> tuple[float, ...]:
-    numbers = [_float(record[name]) for name in NEEDED] + [_float(record.get(name)) for name in OPTIONAL]
-    if type(record["step"]) is not int or record["step"] < 1:
-        raise ValueError("no step")
-    return tuple(numbers)
+    found = [record[name] for name in NEEDED] + [record.get(name) for name in OPTIONAL]
+    numbers = [math.nan if value is None else value for value in found]
+    # Of a hundred thousand steps every microsecond counts here.
+    if not {*map(type, numbers)} <= {int, float} or type(record["step"]) is not int or record["step"] < 1:
+        raise TypeError("no step")
+    return tuple(map(float, numbers))
 
 
 def _float(value: Any) -> float:
@@ -258,7 +260,7 @@ def _lines(run: Run, name: str, make: Callable[[dict], Any], without: str) -> It
 
 def _record(line: bytes) -> dict[str, Any]:
     """The object of a line; ValueError if its checksum is not that of its content."""
-    record = json.loads(line)
+    record = json.loads(line.decode())
     if not isinstance(record, dict):
         raise ValueError("no object")
     if KEY in record:
