@@ -54,7 +54,7 @@ def _loss(runs: Sequence[Run], labels: Sequence[str], most: int) -> dict[str, An
         for place, name in enumerate(dict.fromkeys(name for one in run.measurements for name in one.sets), start=1):
             if not alone and name != run.main:
                 continue  # the table has these
-            losses = np.array(run.losses(name))
+            losses = np.array(run.losses(name)).reshape(-1, 2)
             kept = extremes(losses[:, 1], span(len(losses), most))
             color = place if alone else number
             series.append(_series(name if alone else f"{label}, {name}", "points", color, *losses[kept].T))

@@ -92,8 +92,9 @@ class Run:
         return str(self.preview.get("state", ""))
 
     def losses(self, name: str) -> list[tuple[int, float]]:
-        """(step, loss) of a set's measurements, in order of steps."""
-        return [(one.step, one.sets[name].loss) for one in self.measurements if name in one.sets]
+        """(step, loss) of a set's measurements, in order of steps, but of those that are no finite number."""
+        losses = [(one.step, one.sets[name].loss) for one in self.measurements if name in one.sets]
+        return [(step, loss) for step, loss in losses if math.isfinite(loss)]
 
     def best(self) -> tuple[int, float] | None:
         """(step, loss) of the lowest held-out loss after training began."""

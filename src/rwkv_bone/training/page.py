@@ -51,7 +51,7 @@ class RenewPage(Callback):
         self._go_on, self._renewed = go_on, 0
         self._content: dict[str, Any] = {"environment": environment}
 
-    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
+    def on_fit_start(self, trainer: Trainer, module: TrainingModule) -> None:
         self._renewed = module.first_step
         if not trainer.is_global_zero:
             return
@@ -64,7 +64,8 @@ class RenewPage(Callback):
     def measured(self, record: dict[str, Any]) -> None:
         """After a measurement, as a listener of `HeldOut`, on the main process."""
         self._renewed = record["step"]
-        self._renew()
+        if "state" in self._content:  # a run whose last measurement alone was left has not begun here
+            self._renew()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: TrainingModule, outputs: Any, batch: Any, index: int
