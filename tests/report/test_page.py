@@ -59,7 +59,7 @@ def test_the_numbers_that_matter_are_in_the_text(shown, folder):
     said = " ".join(shown.text.split())
     assert "Bone r 64 on rwkv7-tiny.pth" in said and "step 300 of 300" in said and "done" in said
     assert f"before{first['heldout']['loss']:.4f}held-out loss, step 0" in said
-    assert f"after{last['heldout']['loss']:.4f}step 300" in said
+    assert f"after{last['heldout']['loss']:.4f}held-out loss, step 300" in said
     assert f"forgetting{last['general']['loss'] - first['general']['loss']:+.4f}" in said
     log = lines(folder / "train_log.jsonl")
     assert f"tokens{sum(one['tokens'] for one in log):,}" in said and "time20 s" in said and "640 MiB" in said

@@ -94,6 +94,13 @@ def test_a_line_of_a_version_without_checksums_counts(folder):
     assert read(folder).steps.tolist() == [1, 2]
 
 
+def test_a_loss_that_is_no_finite_number_is_never_the_best(folder):
+    bad = measurement(20, 0.5, 2.0)
+    bad["sets"]["heldout"]["loss"] = None
+    write_lines(folder / "measurements.jsonl", [measurement(0, 1.0, 2.0), bad, measurement(40, 0.7, 2.0)])
+    assert read(folder).best() == (40, 0.7) and len(read(folder).measurements) == 3
+
+
 def test_a_step_that_was_skipped_is_no_number(folder):
     write_lines(
         folder / "train_log.jsonl", [step_record(1), step_record(2) | {"loss": None, "grad_norm": None}, step_record(3)]
@@ -110,6 +117,18 @@ def test_a_run_that_measured_before_and_after_alone_has_these_two(folder):
     run = read(folder)
     assert run.losses(run.main) == [(0, 2.0), (40, 0.5)] and run.data == "abc"
     assert [one.right for one in run.answers] == [True, True]
+
+
+def test_before_and_after_are_those_of_the_whole_set_where_a_part_is_measured_while_training(folder):
+    one = {"tokens": 4 * 6970, "exact_match": 1.0, "answers": []}
+    content = {"data": "abc", "before": one | {"step": 0, "loss": 2.5}, "after": one | {"step": 40, "loss": 0.5}}
+    (folder / "evaluation.json").write_text(json.dumps(sealed(content)))
+    run = read(folder)
+    assert (run.first(), run.last(), run.share_measured()) == ((0, 2.5), (40, 0.5), 0.25)
+    assert len(run.losses("heldout")) == 5 and {one.prompt for one in run.answers} == {PROMPT, "41 in words: "}
+    content["after"]["step"] = 30
+    (folder / "evaluation.json").write_text(json.dumps(sealed(content)))
+    assert read(folder).last() == run.losses("heldout")[-1]
 
 
 def test_settings_that_were_changed_by_hand_are_told(folder):

@@ -107,10 +107,6 @@ class Measure(NamedTuple):
     heldout: bool = False  # means nothing between runs whose held-out data differ
 
 
-def _loss_at(place: int) -> Callable[[Run], float | None]:
-    return lambda run: losses[place][1] if (losses := run.losses(run.main)) else None
-
-
 def _exact(run: Run) -> float | None:
     shares = [one.sets[run.main].exact for one in run.measurements if run.main in one.sets]
     return shares[-1] if shares else None
@@ -135,9 +131,9 @@ def _memory(run: Run) -> float | None:
 
 MEASURES = (
     Measure("steps", lambda run: run.last_step, lambda value: f"{value:,.0f}"),
-    Measure("loss before", _loss_at(0), loss, None, True),
+    Measure("loss before", lambda run: first[1] if (first := run.first()) else None, loss, None, True),
     Measure("best loss", lambda run: best[1] if (best := run.best()) else None, loss, min, True),
-    Measure("loss after", _loss_at(-1), loss, min, True),
+    Measure("loss after", lambda run: last[1] if (last := run.last()) else None, loss, min, True),
     Measure("exact answers", _exact, percent, max, True),
     Measure("forgetting", lambda run: run.forgotten(), change, min),
     Measure("time", _sum("seconds"), duration, min),

@@ -63,6 +63,8 @@ class Run:
     measurements: list[Measurement] = field(default_factory=list)
     main: str = ""  # the set that says what was learnt; empty: none was measured
     general: str = ""  # the set that says what was forgotten; empty: none was measured
+    # Of the whole main set, with its step; while training a part of it may be measured. Keys: before, after.
+    whole: dict[str, tuple[int, Measured]] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)
     data: str = ""  # fingerprint of the held-out data
@@ -96,6 +98,26 @@ class Run:
         losses = [(one.step, one.sets[name].loss) for one in self.measurements if name in one.sets]
         return [(step, loss) for step, loss in losses if math.isfinite(loss)]
 
+    def first(self) -> tuple[int, float] | None:
+        """(step, loss) of the main set before training, of all of it if that was measured."""
+        losses = self.losses(self.main)
+        return self._whole("before") or (losses[0] if losses else None)
+
+    def last(self) -> tuple[int, float] | None:
+        """(step, loss) of the main set at its newest measurement after the first, of all of it if that was measured."""
+        losses, whole = self.losses(self.main)[1:], self._whole("after")
+        return whole if whole and not (losses and losses[-1][0] > whole[0]) else (losses[-1] if losses else None)
+
+    def _whole(self, when: str) -> tuple[int, float] | None:
+        step, measured = self.whole.get(when, (0, None))
+        return (step, measured.loss) if measured and math.isfinite(measured.loss) else None
+
+    def share_measured(self) -> float:
+        """The share of the main set's tokens that is measured while training."""
+        tokens = [one.sets[self.main].tokens for one in self.measurements if self.main in one.sets]
+        whole = [measured.tokens for _, measured in self.whole.values()]
+        return min(tokens[-1] / whole[-1], 1.0) if tokens and whole and whole[-1] else 1.0
+
     def best(self) -> tuple[int, float] | None:
         """(step, loss) of the lowest held-out loss after training began."""
         after = [(loss, step) for step, loss in self.losses(self.main) if step > 0]
@@ -124,8 +146,7 @@ def read(folder: Path) -> Run:
     evaluation = _document(run, EVALUATION, "" if run.state != DONE or not measures else "its answers are not known")
     run.data = str(evaluation.get("data", ""))
     _read_measurements(run, measures)
-    if not run.measurements:
-        _take_evaluation(run, evaluation)
+    _take_evaluation(run, evaluation)
     run.warnings = list(_lines(run, WARNINGS, _warning, ""))
     return run
 
@@ -200,7 +221,8 @@ def _warning(record: dict) -> dict[str, Any]:
 
 
 def _take_evaluation(run: Run, evaluation: dict) -> None:
-    """The measurements before and after training, of a run that made no others."""
+    """The measurements before and after training, with their answers where there are no others."""
+    alone, answered = not run.measurements, bool(run.answers)
     for when in ("before", "after"):
         with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
             one = evaluation[when]
@@ -208,9 +230,11 @@ def _take_evaluation(run: Run, evaluation: dict) -> None:
             answers = [
                 Answer(step, "heldout", str(a["prompt"]), str(a["expected"]), str(a["got"])) for a in one["answers"]
             ]
-            run.measurements.append(Measurement(step, {"heldout": measured}))
-            run.answers += answers
-            run.main = "heldout"
+            run.whole[when] = step, measured
+            run.answers += [] if answered else answers
+            if alone:
+                run.measurements.append(Measurement(step, {"heldout": measured}))
+                run.main = "heldout"
 
 
 def _document(run: Run, name: str, without: str, by_hand: bool = True) -> dict[str, Any]:

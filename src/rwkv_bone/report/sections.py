@@ -84,13 +84,14 @@ def head(run: Run, now: Html) -> Html:
 
 def figures(run: Run) -> list[tuple[str, str, str]]:
     """(name, figure, what it is) of the numbers that matter."""
-    losses, best, found = run.losses(run.main), run.best(), []
-    if losses:
-        found.append(("before", loss(losses[0][1]), f"held-out loss, step {losses[0][0]:,}"))
+    first, best, last, found = run.first(), run.best(), run.last(), []
+    if first:
+        found.append(("before", loss(first[1]), f"held-out loss, step {first[0]:,}"))
     if best:
-        found.append(("best", loss(best[1]), f"held-out loss, step {best[0]:,}"))
-    if len(losses) > 1:
-        found.append(("after" if run.state == DONE else "newest", loss(losses[-1][1]), f"step {losses[-1][0]:,}"))
+        part = f", on {run.share_measured():.0%} of it" if run.share_measured() < 1 else ""
+        found.append(("best", loss(best[1]), f"held-out loss, step {best[0]:,}{part}"))
+    if last:
+        found.append(("after" if run.state == DONE else "newest", loss(last[1]), f"held-out loss, step {last[0]:,}"))
     exact = [(one.step, one.sets[run.main].exact) for one in run.measurements if run.main in one.sets]
     exact = [(step, share) for step, share in exact if share is not None]
     if exact:
@@ -100,7 +101,7 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
         found.append(
             ("forgetting", change(forgotten), f"general text: {loss(general[0][1])} to {loss(general[-1][1])}")
         )
-    if not losses and len(run.steps):
+    if not first and len(run.steps):
         rows = charts.rows_of(run, "loss")
         if rows:
             found.append(
@@ -224,13 +225,14 @@ def path_of(run: Run, label: str = "", color: int = 0) -> plane.Path | None:
 
 def in_words(run: Run) -> str:
     """What was learnt and what was forgotten, in a sentence each."""
-    losses, best = run.losses(run.main), run.best()
-    if len(losses) < 2 or best is None:
+    first, best, last = run.first(), run.best(), run.last()
+    if not (first and best and last):
         return ""
-    first, last = losses[0], losses[-1]
     words = f"Held-out loss {_went(first[1], last[1])} by step {last[0]:,}"
     if best[0] != last[0]:
         words += f"; it was lowest at step {best[0]:,}, {loss(best[1])}"
+    if run.share_measured() < 1:
+        words += f". While training {run.share_measured():.0%} of the held-out tokens are measured, always the same"
     general = run.losses(run.general)
     if len(general) < 2:
         return f"{words}. What was forgotten was not measured: see --eval_general."
