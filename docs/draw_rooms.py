@@ -31,6 +31,7 @@ ROOMS = {
     "checkpoints": (1, "files in and out, and what they say"),
     "cluster": (2, "a run's processes find one another"),
     "run_lock": (3, "one run to a results folder"),
+    "report": (0, "a run, or several, as one page"),
 }
 PROGRAMS = {"train.py": "training", "merge.py": "conversion", "train_hf.py": "hf"}
 GROUND = {

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "src" / "rwkv_bone"
 HEAVY = {"torch", "lightning", "deepspeed", "numpy", "matplotlib", "tokenizers"}
 TRAINERS = {"lightning", "deepspeed", "bitsandbytes", "transformers", "peft"}
 ROOMS = {"adapters", "checkpoints", "cluster", "config", "conversion", "data", "hf", "inference", "models", "ops"}
-ROOMS |= {"training"}
+ROOMS |= {"report", "training"}
 # For each room, the rooms that importing any of its modules may bring along.
 MAY_IMPORT = {
     "config": set(),
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "conversion": {"config", "checkpoints", "ops", "models", "adapters", "inference"},
     "hf": {"config", "checkpoints", "adapters", "data"},
     "cluster": {"config"},
+    "report": {"config"},
     "training": ROOMS - {"hf", "conversion"},
 }
 # Imported where peft or transformers are in use: modules that are made of classes of theirs.

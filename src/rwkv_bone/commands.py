@@ -82,3 +82,11 @@ def preview(prog: str = "rwkv-bone-preview") -> int:
         main(prog)
 
     return exit_status(body, shows=True)
+
+
+def compare(prog: str = "rwkv-bone-compare") -> int:
+    """Make one page of several runs."""
+
+    from rwkv_bone.report.compare import main
+
+    return main(prog)

@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-
-def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average over about a twentieth of the values, at most 50, corrected for its start."""
-    weight = 1 - 1 / min(max(len(values) / 20, 2), 50)
-    out, mean = [], 0.0
-    for i, value in enumerate(values, start=1):
-        mean = weight * mean + (1 - weight) * value
-        out.append(mean / (1 - weight**i))
-    return out
+from rwkv_bone.report.series import smoothed
 
 
 def draw_loss(path: Path, records: list[dict], measured: Sequence[dict]) -> None:

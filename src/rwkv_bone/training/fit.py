@@ -19,24 +19,28 @@ from rwkv_bone.cluster.watch import Watch
 from rwkv_bone.cluster.world import SAME_FILES
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
+from rwkv_bone.devices import describe_devices
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
+from rwkv_bone.training.heldout_sets import prepare_heldout
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
+from rwkv_bone.training.measurements import read_measurements, read_samples
+from rwkv_bone.training.measuring import MeasureWhileTraining
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule, read_bad_steps
+from rwkv_bone.training.page import RenewPage, environment
 from rwkv_bone.training.place import PlaceModel
 from rwkv_bone.training.prepare import (
     agree_on_files,
     count_parameters,
     load_data,
     plan_batches,
-    prepare_heldout,
     prepare_model,
 )
 from rwkv_bone.training.progress import ProgressLines
 from rwkv_bone.training.recompute import Agree, decide, memory_there, run_of
-from rwkv_bone.training.report import complete, header, program, report_results
+from rwkv_bone.training.report import complete, following, header, program, report_results
 from rwkv_bone.training.resume import look, looked
 from rwkv_bone.training.resume_file import RestoreMoments
 from rwkv_bone.training.saving import SaveTrained
@@ -119,10 +123,15 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         for line in header(config, prepared, module, choice, device, threads, text):
             report(line)
     measured = earlier.measured if earlier else None
-    heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report, measured)
+    kept = world.from_first("measurements", lambda: [read(folder, first) for read in (read_measurements, read_samples)])
+    kept = tuple(kept) if earlier else ((), ())
+    heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, plan, folder, report, measured, kept)
     if heldout:
         world.agree("held-out data", heldout.fingerprint, SAME_FILES)
-    if earlier and taken and not (heldout and heldout.interrupted(module.total_steps)):
+        if heldout.stopped(first):
+            module.steps_left = 0
+    taken = not module.steps_left
+    if earlier and taken and not (heldout and heldout.interrupted(first)):
         trained = earlier.trained or folder / f"rwkv-{run.epoch_begin + plan.locate(first - 1)[0]}-s{first}.pth"
         if main and earlier.mend(trained, output.dtypes, output.metadata):
             report(f"resume    {trained.name} was lost or damaged: it is written again, from {earlier.path.name}")
@@ -141,8 +150,14 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     callbacks: list[Callback] = [stop, ShowProgress(), PlaceModel(prepared.dtype), Agree()]
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
-    callbacks += [heldout] if heldout else []
+    about = environment(device=describe_devices(device, plan.world_size), kernel=prepared.kernel)
+    renew = RenewPage(folder, data, prepared.arch.vocab_size, environment=about, go_on=go_on, report=report)
+    if heldout:
+        heldout.listeners += [log.measured, renew.measured]
+        callbacks.append(heldout)
     callbacks += [log, ProgressLines(log), save]
+    callbacks += [MeasureWhileTraining(heldout, log, save, run, report)] if heldout else []
+    callbacks.append(renew)
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
     callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)
@@ -163,4 +178,5 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     assert save.last_path
     if main:
         report_results(config, folder, save.last_path, log.records, heldout, report)
+        renew.done(list(following(config, folder, save.last_path)))
     return save.last_path

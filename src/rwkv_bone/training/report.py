@@ -110,15 +110,21 @@ def complete(config: TrainConfig, folder: Path, trained: Path, heldout: HeldOut 
 
 def footer(config: TrainConfig, folder: Path, trained: Path) -> Iterator[str]:
     """Where the results are and what to type next."""
-    beside = [path for path in (folder / project.LOG, folder / project.PLOT) if path.exists()]
+    beside = [path for name in (project.LOG, project.PLOT, project.PAGE) if (path := folder / name).exists()]
     yield f"\nresults   {', '.join(map(str, [trained, *beside]))}"
+    for number, (what, command) in enumerate(following(config, folder, trained)):
+        yield f"{what if number else 'next':<10}{command}"
+
+
+def following(config: TrainConfig, folder: Path, trained: Path) -> Iterator[tuple[str, str]]:
+    """(what it does, the command) of what can be done with the result."""
     if config.adapter.kind == "none":
-        yield f"chat      {script('chat.sh', '--load_model', str(trained))}"
+        yield "chat", script("chat.sh", "--load_model", str(trained))
         return
     base = config.model.load_model
     merge = ["--base_model", base, "--peft_checkpoint", str(trained)]
-    yield f"next      {program('merge.py', *merge, '--output', str(folder / 'merged.pth'))}"
-    yield f"chat      {script('chat.sh', '--load_model', base, '--adapter', str(trained))}"
+    yield "merge", program("merge.py", *merge, "--output", str(folder / "merged.pth"))
+    yield "chat", script("chat.sh", "--load_model", base, "--adapter", str(trained))
 
 
 def program(name: str, *arguments: str) -> str:
