@@ -22,7 +22,8 @@ from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
-from rwkv_bone.training.log import StepLog, read_log, wandb_logger
+from rwkv_bone.training.log import StepLog, read_log
+from rwkv_bone.training.loggers import SendEverything, Sent, make_senders
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule, read_bad_steps
 from rwkv_bone.training.place import PlaceModel
@@ -44,6 +45,7 @@ from rwkv_bone.training.seeding import SeedBatches
 from rwkv_bone.training.signals import StopOnSignal
 from rwkv_bone.training.strategy import silence_libraries
 from rwkv_bone.training.trainer import choose_device, make_trainer, run_steps, settle_threads
+from rwkv_bone.training.warn import WarnOnce, kept_warnings
 from rwkv_bone.training.watched import ShowProgress
 
 
@@ -117,6 +119,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     if not taken:
         for line in header(config, prepared, module, choice, device, threads, text):
             report(line)
+    sent = Sent.read(folder) if earlier and main else Sent()  # before what is repeated is taken away
     measured = earlier.measured if earlier else None
     heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report, measured)
     if heldout:
@@ -141,11 +144,23 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
     callbacks += [heldout] if heldout else []
-    callbacks += [log, ProgressLines(log), save]
+    warn = WarnOnce(
+        folder / project.WARNINGS,
+        log,
+        config,
+        width=prepared.arch.n_embd,
+        vocab_size=prepared.arch.vocab_size,
+        kept=kept_warnings(folder / project.WARNINGS, first) if earlier and main else (),
+        report=report,
+    )
+    send = SendEverything(list(make_senders(run, folder, first, sent, report)) if main else [], log, (), config)
+    progress = ProgressLines(log)
+    # What watches comes after the log, whose last line it reads.
+    callbacks += [log, warn, send, progress, save]
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
     callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)
-    trainer = make_trainer(config, device, trainable, wandb_logger(run.wandb, folder, report), callbacks, world)
+    trainer = make_trainer(config, device, trainable, callbacks, world)
     if main:
         if earlier:
             earlier.record(config, output.metadata)
