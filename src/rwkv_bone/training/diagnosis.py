@@ -151,7 +151,7 @@ def loss_unchanged(records: Sequence[dict], measurements: Sequence[dict], total_
     """After a third of the run, and 100 steps, the loss of the last quarter of the steps is that of the first quarter.
 
     Their means differ by less than 1 %, also at the ends of the 95 % confidence interval: where the noise would hide
-    such a change, nothing is said. Held-out data, which is the same each time, is asked too: half a percent is a change.
+    such a change, nothing is said. Held-out data is asked too: it is the same each time, so half a percent is a change.
     """
     if len(records) < max(100, total_steps // 3):
         return None

@@ -23,7 +23,7 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.training import out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.log import StepLog, read_log
-from rwkv_bone.training.loggers import SendEverything, Sent, make_senders
+from rwkv_bone.training.loggers import SendEverything, Sent
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule, read_bad_steps
 from rwkv_bone.training.place import PlaceModel
@@ -44,6 +44,7 @@ from rwkv_bone.training.saving import SaveTrained
 from rwkv_bone.training.seeding import SeedBatches
 from rwkv_bone.training.signals import StopOnSignal
 from rwkv_bone.training.strategy import silence_libraries
+from rwkv_bone.training.summary import table
 from rwkv_bone.training.trainer import choose_device, make_trainer, run_steps, settle_threads
 from rwkv_bone.training.warn import WarnOnce, kept_warnings
 from rwkv_bone.training.watched import ShowProgress
@@ -144,6 +145,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
     callbacks += [heldout] if heldout else []
+    measurements: list[dict] = getattr(heldout, "records", [])
     warn = WarnOnce(
         folder / project.WARNINGS,
         log,
@@ -151,10 +153,13 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         width=prepared.arch.n_embd,
         vocab_size=prepared.arch.vocab_size,
         kept=kept_warnings(folder / project.WARNINGS, first) if earlier and main else (),
+        measurements=measurements,
         report=report,
     )
-    send = SendEverything(list(make_senders(run, folder, first, sent, report)) if main else [], log, (), config)
-    progress = ProgressLines(log)
+    send = SendEverything(config, folder, log, first_step=first, sent=sent, measurements=measurements, report=report)
+    progress = ProgressLines(log, measurements=measurements)
+    if heldout:
+        heldout.listeners += [progress.measured, warn.measured, send.measured]
     # What watches comes after the log, whose last line it reads.
     callbacks += [log, warn, send, progress, save]
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
@@ -173,7 +178,12 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     def explain(error: BaseException) -> UserError | None:
         return out_of_memory.explained(error, memory, out_of_memory.place_of(module), save.state_of_things())
 
-    run_steps(trainer, module, explain)
+    try:
+        run_steps(trainer, module, explain)
+    finally:
+        with project.spared("there is no table of what the run did", report):
+            for line in table(log.records, measurements, warn.given, module.total_steps) if module.window else ():
+                report(line)
     assert save.last_path
     if main:
         report_results(config, folder, save.last_path, log.records, heldout, report)

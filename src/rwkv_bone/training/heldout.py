@@ -88,6 +88,8 @@ class HeldOut(Callback):
     ):
         self.dataset, self.pairs, self.tokenizer = dataset, pairs, tokenizer
         self.micro_bsz, self.chunk, self.path, self.report = micro_bsz, chunk, path, report
+        self.records: list[dict] = []
+        self.listeners: list[Callable[[dict], None]] = []
         self.before: Measured | None = None
         self.after: Measured | None = None
         measured = json.dumps([data_fingerprint(dataset), [list(pair) for pair in pairs]])

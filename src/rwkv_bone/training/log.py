@@ -182,7 +182,7 @@ def _record(line: str) -> dict | None:
 
 
 def sealed_lines(path: Path) -> list[dict]:
-    """The intact lines of a file of sealed JSON objects, such as `warnings.jsonl`; none of a file that cannot be read."""
+    """The intact lines of a file of sealed JSON objects, such as `warnings.jsonl`; none of one that cannot be read."""
     found = []
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -47,7 +47,9 @@ class Sent:
     @classmethod
     def read(cls, folder: Path) -> Sent:
         """From the files there, before a continued run takes away what it repeats."""
-        steps, measured = ([line.get("step", 0) for line in sealed_lines(folder / name)] for name in (LOG, MEASUREMENTS))
+        steps, measured = (
+            [line.get("step", 0) for line in sealed_lines(folder / name)] for name in (LOG, MEASUREMENTS)
+        )
         return cls(max(steps, default=0), max(measured, default=-1))
 
 
@@ -114,26 +116,38 @@ class Sender:
 
 
 class SendEverything(Callback):
-    """Each line of the log and each measurement to all `senders`, which only the main process has.
+    """Each line of the log and each measurement to all senders, which only the main process has.
 
-    measurements: those of earlier processes of this run.
+    first_step, sent: as of `make_senders`; measurements: those of earlier processes of this run.
     """
 
-    def __init__(self, senders: Sequence[Sender], log: StepLog, measurements: Sequence[dict], config: TrainConfig):
-        self.senders, self.log, self.config = senders, log, config
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        step_log: StepLog,
+        *,
+        first_step: int,
+        sent: Sent,
+        measurements: Sequence[dict] = (),
+        report: Callable[[str], None] = print,
+    ):
+        self.config, self.step_log, self.senders = config, step_log, list[Sender]()
+        self._make = partial(make_senders, config.run, folder, first_step, sent, report)
         self._measurements = list(measurements)
 
     def on_fit_start(self, trainer: Trainer, module: TrainingModule) -> None:
+        self.senders = list(self._make()) if trainer.is_global_zero else []
         for sender in self.senders:
             sender.begin(hyper_parameters(self.config))
-            for record in [*self._measurements, *self.log.records] if sender.again else ():
+            for record in [*self._measurements, *self.step_log.records] if sender.again else ():
                 sender.send(numbers_of(record), record["step"])
 
     def on_train_batch_end(
         self, trainer: Trainer, module: TrainingModule, outputs: Any, batch: Any, index: int
     ) -> None:
         if self.senders and module.window_finished():
-            record = self.log.records[-1]
+            record = self.step_log.records[-1]
             self._send(record, lambda sent: sent.step)
 
     def measured(self, record: dict) -> None:
@@ -181,13 +195,17 @@ def _ids(folder: Path, first_step: int) -> dict[str, str]:
         found = json.loads((folder / RUN_IDS).read_text(encoding="utf-8")) if first_step else {}
     except (OSError, UnicodeDecodeError, *JSON_ERRORS):
         return {}
-    return {name: found[name] for name in SERVERS if isinstance(found.get(name), str)} if isinstance(found, dict) else {}
+    return (
+        {name: found[name] for name in SERVERS if isinstance(found.get(name), str)} if isinstance(found, dict) else {}
+    )
 
 
 def _keep_ids(folder: Path, ids: dict[str, str], report: Callable[[str], None]) -> None:
-    with spared("a continued run is another run there", report):
-        with atomic_path(folder / RUN_IDS, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(ids) + "\n", encoding="utf-8")
+    with (
+        spared("where this run is continued, it will be another run there", report),
+        atomic_path(folder / RUN_IDS, overwrite=True) as temporary,
+    ):
+        temporary.write_text(json.dumps(ids) + "\n", encoding="utf-8")
 
 
 def wanted(run: RunConfig) -> tuple[str, ...]:
@@ -219,9 +237,9 @@ def _wandb(place: Place) -> Logger:
     import wandb
 
     # It would ask on the terminal for a key.
-    if wandb.setup().settings.mode not in ("offline", "disabled", "dryrun") and not wandb.login(prompt=False):
-        raise UserError("no API key: `wandb login`, or WANDB_MODE=offline and later `wandb sync`")
     settings = wandb.Settings(console="off", silent=True)
+    if wandb.setup(settings).settings.mode not in ("offline", "disabled", "dryrun") and not wandb.login(prompt=False):
+        raise UserError("no API key: `wandb login`, or WANDB_MODE=offline and later `wandb sync`")
     name = place.folder.absolute().name
     return WandbLogger(
         name=name, project=place.project, save_dir=place.folder, id=place.id, resume="allow", settings=settings
@@ -254,15 +272,14 @@ def _where(name: str, folder: Path, logger: Any) -> str:
         return str(folder / "csv" / "metrics.csv")
     if name == "tensorboard":
         return f"look at it with: tensorboard --logdir {folder}"
-    try:
-        url = logger.experiment.url
-    except ValueError:
-        url = None
-    return url or f"offline, in {folder / name}: `{name} sync` sends it"
+    online = not logger.experiment.offline if name == "wandb" else logger.experiment.mode == "online"
+    return logger.experiment.url if online else f"offline, in {folder / name}: `{name} sync` sends it"
 
 
 MAKE: dict[str, Callable[[Place], Logger]]
 MAKE = {"tensorboard": _tensorboard, "csv": _csv, "wandb": _wandb, "swanlab": _swanlab}
+
+
 def _finish(logger: Any) -> None:
     logger.experiment.finish()
 

@@ -24,6 +24,7 @@ OUTPUT = "output.txt"  # what a run said that its terminal, pipe or disk could n
 BEGUN = ".begun"
 # With a number: rwkv-init.pth is what a run begins with, in RWKV-LM's way.
 SAVED = "rwkv-[0-9]*.pth"
+MADE_HERE: tuple[str, ...]
 MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, OUTPUT, RESUME_FILE, PREVIOUS_FILE, SAVED, "rwkv-[0-9]*.json")
 MADE_HERE += (WARNINGS, RUN_IDS)
 RESULTS = (LOG, RESUME_FILE, PREVIOUS_FILE, SAVED)

@@ -37,7 +37,7 @@ class WarnOnce(Callback):
     def __init__(
         self,
         path: Path,
-        log: StepLog,
+        step_log: StepLog,
         config: TrainConfig,
         *,
         width: int,
@@ -46,7 +46,7 @@ class WarnOnce(Callback):
         measurements: Sequence[dict] = (),
         report: Callable[[str], None] = print,
     ):
-        self.path, self.log, self.config, self.report = path, log, config, report
+        self.path, self.step_log, self.config, self.report = path, step_log, config, report
         self.width, self.vocab_size = width, vocab_size
         self.given = list(kept)
         self._measurements = list(measurements)
@@ -72,15 +72,15 @@ class WarnOnce(Callback):
         self, trainer: Trainer, module: TrainingModule, outputs: Any, batch: Any, index: int
     ) -> None:
         if self._look and module.window_finished():
-            step = self.log.records[-1]["step"]
+            step = self.step_log.records[-1]["step"]
             if step % EVERY == 0 or step == module.total_steps:
                 with spared("the run goes on, and is not watched for signs of trouble", self.report):
-                    self._give(step, self._look(self.log.records, self._measurements))
+                    self._give(step, self._look(self.step_log.records, self._measurements))
 
     def measured(self, record: dict) -> None:
         """Listens to the measurements of held-out data."""
         self._measurements.append(record)
-        self._give(record["step"], diagnosis.of_measurements(self._measurements, self.log.records))
+        self._give(record["step"], diagnosis.of_measurements(self._measurements, self.step_log.records))
 
     def _give(self, step: int, found: Iterable[Advice]) -> None:
         for advice in found:
