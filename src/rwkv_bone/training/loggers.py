@@ -12,6 +12,7 @@ import importlib.util
 import json
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,7 +34,7 @@ from rwkv_bone.training.project import LOG, MEASUREMENTS, RUN_IDS, spared
 PROJECT = "rwkv-bone"  # in Weights & Biases and SwanLab, where --wandb names none
 # Any one of these will do.
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "swanlab": ("swanlab",), "csv": ()}
-WAIT = 20.0  # seconds that the end of a run waits for what is still to be sent
+WAIT = 15.0  # seconds that the end of a run waits for what is still to be sent
 MOST = 50_000  # calls that may wait to be sent: more means that nothing is taken any more
 
 
@@ -89,15 +90,16 @@ class Sender:
         if not self._failed:
             self._calls.put(lambda logger: logger.log_metrics(numbers, step))
 
-    def close(self, seconds: float = WAIT) -> None:
-        """Send the rest, for so many seconds at most."""
-        if not self._thread.is_alive():
-            return
+    def end(self) -> None:
+        """Nothing more will come."""
         self._calls.put(None)
+
+    def wait(self, until: float) -> None:
+        """Until the rest is sent, or the time `until` of the monotonic clock has come."""
         with waiting_outside():
-            self._thread.join(seconds)
+            self._thread.join(max(until - time.monotonic(), 0))
         if self._thread.is_alive():
-            self._fail(f"warning: {self.name} has not taken everything in {seconds:g} seconds, and the run ends")
+            self._fail(f"warning: {self.name} was too slow to take everything; the run ends without waiting longer")
 
     def _work(self) -> None:
         with spared(f"nothing more is sent to {self.name}; the run goes on", self._fail):
@@ -160,13 +162,19 @@ class SendEverything(Callback):
                 sender.send(numbers_of(record), record["step"])
 
     def teardown(self, trainer: Trainer, module: TrainingModule, stage: str) -> None:
-        for sender in self.senders:
-            sender.close()
+        self.close(WAIT)
 
     def on_exception(self, trainer: Trainer, module: TrainingModule, exception: BaseException) -> None:
         # Whoever has pressed Ctrl-C twice does not wait.
-        for sender in self.senders:
-            sender.close(0 if isinstance(exception, KeyboardInterrupt) else WAIT)
+        self.close(0 if isinstance(exception, KeyboardInterrupt) else WAIT)
+
+    def close(self, seconds: float) -> None:
+        """Send the rest, for so many seconds at most."""
+        until, senders, self.senders = time.monotonic() + seconds, self.senders, []
+        for sender in senders:
+            sender.end()
+        for sender in senders:
+            sender.wait(until)
 
 
 def numbers_of(record: dict) -> dict[str, float]:

@@ -68,7 +68,7 @@ def forgotten(measurements: Sequence[dict]) -> Iterator[str]:
         return
     how = "a little" if rise < LITTLE else "something" if rise < MUCH else "much"
     times = f"{math.exp(rise):.3g} times" if rise < 20 else "immensely"
-    yield f"forgotten {how}: a token of the general text is {times} less likely than before"
+    yield f"forgotten {how}: tokens of the general text are {times} less likely"
     if rise >= LITTLE:
         yield "          (a lower --lr_init, fewer steps, or general rows in the data keep more)"
 

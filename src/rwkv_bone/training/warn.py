@@ -64,7 +64,7 @@ class WarnOnce(Callback):
             from_scratch=not self.config.model.load_model,
             process_began=module.first_step,
         )
-        if self.path.exists():
+        if module.first_step and self.path.exists():
             self._write_whole()  # without the lines of steps that are repeated
         self._give(module.first_step, of_start(self.config, module.plan.dataset, self.width))
 
