@@ -18,7 +18,7 @@ def measured(step, loss, general=None, exact=None, more=None):
 
     sets = {"heldout": one(loss, exact)} | ({"other-name-that-is-far-too-long.jsonl": one(more)} if more else {})
     sets |= {"general": one(general)} if general else {}
-    return {"step": step, "sets": sets, "main": "heldout", "general": "general" if general else None}
+    return {"step": step, "seconds": 2.0, "sets": sets, "main": "heldout", "general": "general" if general else None}
 
 
 def cells(records=(), measurements=(), warnings=(), total=100):
@@ -41,8 +41,8 @@ def test_a_whole_run_with_several_sets():
     assert found[3][1:] == ["3.0000", "2.0000", "50", "2.5000", "-0.5000"] and "..." in found[3][0]
     assert found[4] == ["general", "1.2000", "1.5000", "+0.3000"]
     assert " ".join(found[5]).startswith("forgotten something: tokens of the general text are 1.35 times less likely")
-    assert found[7] == "took 0:50 for 100 steps; 100,000 tokens, 2,000 tokens/s".split()
-    assert found[8] == "memory 500 MiB at most".split()
+    assert found[7] == "took 0:58 for 100 steps, 0:08 of it for measurements".split()
+    assert found[8] == "tokens 100,000; 2,000 a second in the steps; peak memory 500 MiB".split()
 
 
 def test_numbers_stand_under_their_heads():
@@ -52,12 +52,12 @@ def test_numbers_stand_under_their_heads():
 
 
 def test_without_held_out_data_there_is_what_it_took():
-    assert [row[0] for row in cells(log(10))] == ["took", "memory"]
+    assert [row[0] for row in cells(log(10))] == ["took", "tokens"]
     assert cells() == []
 
 
 def test_a_run_that_ended_early_says_how_far_it_came():
-    assert cells(log(40), total=100)[0] == "took 0:20 for 40 of 100 steps; 40,000 tokens, 2,000 tokens/s".split()
+    assert cells(log(40), total=100)[0] == "took 0:20 for 40 of 100 steps".split()
     # Interrupted before anything was measured but the base.
     found = cells(log(40), [measured(0, 2.0, 1.2, exact=0.1)])
     assert found[1] == ["heldout", "2.0000"] and found[2] == ["exact", "answers", "10.0%"]
@@ -65,7 +65,7 @@ def test_a_run_that_ended_early_says_how_far_it_came():
 
 def test_steps_that_a_damaged_log_lacks_are_counted():
     found = cells(log(10, missing=(3, 4)), total=10)
-    assert found[0][:5] == ["took", "0:04", "for", "10", "steps;"]
+    assert found[0] == ["took", "0:04", "for", "10", "steps"]
     assert found[1] == "(without 2 steps that the log lacks)".split()
 
 
@@ -75,7 +75,7 @@ def test_warnings_are_counted_and_placed():
 
 def test_the_memory_of_a_gpu_is_what_was_reserved():
     records = [{**line, "peak_reserved_mb": 12345.0} for line in log(2)]
-    assert cells(records)[1] == "memory 12,345 MiB at most".split()
+    assert cells(records)[1][-4:] == "peak memory 12,345 MiB".split()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,12 @@ def test_the_memory_of_a_gpu_is_what_was_reserved():
 )
 def test_forgetting_is_said_in_words(rise, words):
     assert next(forgotten([measured(0, 2.0, 1.2), measured(9, 1.0, 1.2 + rise)])) == words
+
+
+def test_a_loss_that_is_no_finite_number_is_no_best_and_breaks_no_line():
+    found = cells(log(10), [measured(0, None), measured(5, 1.0, 2.0), measured(10, None)])
+    assert found[1] == ["heldout", "1.0000", "1.0000", "5"]
+    assert cells([], [measured(0, None)])[1] == ["heldout", "not", "finite"]
 
 
 def test_one_measurement_tells_nothing_of_forgetting():

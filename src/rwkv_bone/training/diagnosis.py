@@ -222,8 +222,18 @@ def _last_seconds(records: Sequence[dict], seconds: float) -> int:
 
 
 def main_losses(measurements: Sequence[dict]) -> list[tuple[int, float]]:
-    """(step, loss) of the main held-out set, of each measurement that has it."""
-    return [(one["step"], one["sets"][one["main"]]["loss"]) for one in measurements if one["main"] in one["sets"]]
+    """(step, loss) of the main held-out set, of each measurement in which it is a finite number."""
+    return _losses(measurements, "main")
+
+
+def general_losses(measurements: Sequence[dict]) -> list[tuple[int, float]]:
+    """The same, of the general text."""
+    return _losses(measurements, "general")
+
+
+def _losses(measurements: Sequence[dict], which: str) -> list[tuple[int, float]]:
+    points = [(one["step"], one["sets"].get(one[which], {}).get("loss")) for one in measurements]
+    return [(step, loss) for step, loss in points if loss is not None]
 
 
 def of_measurements(measurements: Sequence[dict], records: Sequence[dict]) -> list[Advice]:

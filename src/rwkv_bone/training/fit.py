@@ -22,8 +22,11 @@ from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
+from rwkv_bone.training.heldout_sets import prepare_heldout
 from rwkv_bone.training.log import StepLog, read_log
 from rwkv_bone.training.loggers import SendEverything, Sent
+from rwkv_bone.training.measurements import read_measurements, read_samples
+from rwkv_bone.training.measuring import MeasureWhileTraining
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule, read_bad_steps
 from rwkv_bone.training.place import PlaceModel
@@ -32,7 +35,6 @@ from rwkv_bone.training.prepare import (
     count_parameters,
     load_data,
     plan_batches,
-    prepare_heldout,
     prepare_model,
 )
 from rwkv_bone.training.progress import ProgressLines
@@ -122,10 +124,15 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
             report(line)
     sent = Sent.read(folder) if earlier and main else Sent()  # before what is repeated is taken away
     measured = earlier.measured if earlier else None
-    heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report, measured)
+    kept = world.from_first("measurements", lambda: [read(folder, first) for read in (read_measurements, read_samples)])
+    kept = tuple(kept) if earlier else ((), ())
+    heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, plan, folder, report, measured, kept)
     if heldout:
         world.agree("held-out data", heldout.fingerprint, SAME_FILES)
-    if earlier and taken and not (heldout and heldout.interrupted(module.total_steps)):
+        if heldout.stopped(first):
+            module.steps_left = 0
+    taken = not module.steps_left
+    if earlier and taken and not (heldout and heldout.interrupted(first)):
         trained = earlier.trained or folder / f"rwkv-{run.epoch_begin + plan.locate(first - 1)[0]}-s{first}.pth"
         if main and earlier.mend(trained, output.dtypes, output.metadata):
             report(f"resume    {trained.name} was lost or damaged: it is written again, from {earlier.path.name}")
@@ -144,8 +151,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     callbacks: list[Callback] = [stop, ShowProgress(), PlaceModel(prepared.dtype), Agree()]
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
-    callbacks += [heldout] if heldout else []
-    measurements: list[dict] = getattr(heldout, "records", [])
+    measured_before = heldout.records if heldout else []
     warn = WarnOnce(
         folder / project.WARNINGS,
         log,
@@ -153,15 +159,17 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         width=prepared.arch.n_embd,
         vocab_size=prepared.arch.vocab_size,
         kept=kept_warnings(folder / project.WARNINGS, first) if earlier and main else (),
-        measurements=measurements,
+        measurements=measured_before,
         report=report,
     )
-    send = SendEverything(config, folder, log, first_step=first, sent=sent, measurements=measurements, report=report)
-    progress = ProgressLines(log, measurements=measurements)
+    send = SendEverything(config, folder, log, first_step=first, sent=sent, measurements=measured_before, report=report)
+    progress = ProgressLines(log, measurements=measured_before)
     if heldout:
-        heldout.listeners += [progress.measured, warn.measured, send.measured]
+        heldout.listeners += [log.measured, progress.measured, warn.measured, send.measured]
+        callbacks.append(heldout)
     # What watches comes after the log, whose last line it reads.
     callbacks += [log, warn, send, progress, save]
+    callbacks += [MeasureWhileTraining(heldout, log, save, run, report)] if heldout else []
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
     callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)
@@ -182,6 +190,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         run_steps(trainer, module, explain)
     finally:
         with project.spared("there is no table of what the run did", report):
+            measurements = heldout.records if heldout else []
             for line in table(log.records, measurements, warn.given, module.total_steps) if module.window else ():
                 report(line)
     assert save.last_path

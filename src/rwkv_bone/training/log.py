@@ -69,6 +69,7 @@ class StepLog(Callback):
         self.records = list(kept)
         self._file: TextIO | None = None
         self._incomplete = False  # a line could not be written
+        self._begin, self._waited = time.perf_counter(), 0.0
 
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
         if trainer.is_global_zero:
@@ -122,6 +123,10 @@ class StepLog(Callback):
             with self._spared():
                 self._file.write(_line(record))
                 self._file.flush()
+
+    def measured(self, record: dict) -> None:
+        """Leave the seconds of a measurement of held-out data out of those of the next step."""
+        self._begin += record["seconds"]
 
     def teardown(self, trainer: Trainer, module: TrainingModule, stage: str) -> None:
         if self._file:

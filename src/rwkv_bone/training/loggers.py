@@ -13,7 +13,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -137,6 +137,7 @@ class SendEverything(Callback):
         self.config, self.step_log, self.senders = config, step_log, list[Sender]()
         self._make = partial(make_senders, config.run, folder, first_step, sent, report)
         self._measurements = list(measurements)
+        self._last: dict = {}  # the last measurement
 
     def on_fit_start(self, trainer: Trainer, module: TrainingModule) -> None:
         self.senders = list(self._make()) if trainer.is_global_zero else []
@@ -154,12 +155,16 @@ class SendEverything(Callback):
 
     def measured(self, record: dict) -> None:
         """Listens to the measurements of held-out data."""
-        self._send(record, lambda sent: sent.measured)
+        # The end of a run may measure once more, with more: what is there already is not sent again.
+        known = numbers_of(self._last) if self._last.get("step") == record["step"] else {}
+        self._last = record
+        self._send(record, lambda sent: sent.measured, without=known)
 
-    def _send(self, record: dict, last: Callable[[Sent], int]) -> None:
+    def _send(self, record: dict, last: Callable[[Sent], int], without: Collection[str] = ()) -> None:
+        numbers = {name: number for name, number in numbers_of(record).items() if name not in without}
         for sender in self.senders:
-            if record["step"] > last(sender.sent):
-                sender.send(numbers_of(record), record["step"])
+            if numbers and record["step"] > last(sender.sent):
+                sender.send(numbers, record["step"])
 
     def teardown(self, trainer: Trainer, module: TrainingModule, stage: str) -> None:
         self.close(WAIT)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lightning.pytorch import Callback, Trainer
 
 from rwkv_bone.console import UNKNOWN_WIDTH, columns, progress_bar
-from rwkv_bone.training.diagnosis import main_losses
+from rwkv_bone.training.diagnosis import general_losses, main_losses
 from rwkv_bone.training.log import StepLog
+from rwkv_bone.training.measurements import added
 from rwkv_bone.training.module import TrainingModule
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class ProgressLines(Callback):
 
     def measured(self, record: dict) -> None:
         """Listens to the measurements of held-out data."""
-        self._measurements.append(record)
+        self._measurements = added(self._measurements, record)
         self._held_out = heldout_words(self._measurements)
 
     def on_train_batch_end(
@@ -119,9 +120,8 @@ def heldout_words(measurements: Sequence[dict]) -> dict[str, str]:
     after = [(loss, step) for step, loss in losses if step]
     if after and min(after)[1] != losses[-1][0]:
         words["best"] = "best {:.4f} at {}".format(*min(after))
-    general = [one["sets"][one["general"]]["loss"] for one in measurements if one["general"] in one["sets"]]
-    if general:
-        words["general"] = f"general {_with_trend(general)}"
+    if general := general_losses(measurements):
+        words["general"] = f"general {_with_trend([loss for _, loss in general])}"
     return words
 
 

@@ -15,7 +15,8 @@ from rwkv_bone.config.saved import to_json
 from rwkv_bone.errors import UserError
 
 CONFIG, LOG, PLOT, EVALUATION = "config.json", "train_log.jsonl", "loss.png", "evaluation.json"
-MEASUREMENTS, WARNINGS = "measurements.jsonl", "warnings.jsonl"
+MEASUREMENTS, SAMPLES, WARNINGS = "measurements.jsonl", "samples.jsonl", "warnings.jsonl"
+BEST = "rwkv-best.pth"  # the trained parameters with the lowest held-out loss
 RUN_IDS = "report_to.json"  # of this run in the programs of --report_to
 RESUME_FILE, PREVIOUS_FILE = STATES = "resume.pth", "resume.previous.pth"
 NEVER = ("never", "0")  # values of --resume with which a folder of results is refused
@@ -24,10 +25,11 @@ OUTPUT = "output.txt"  # what a run said that its terminal, pipe or disk could n
 BEGUN = ".begun"
 # With a number: rwkv-init.pth is what a run begins with, in RWKV-LM's way.
 SAVED = "rwkv-[0-9]*.pth"
-MADE_HERE: tuple[str, ...]
-MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, OUTPUT, RESUME_FILE, PREVIOUS_FILE, SAVED, "rwkv-[0-9]*.json")
-MADE_HERE += (WARNINGS, RUN_IDS)
-RESULTS = (LOG, RESUME_FILE, PREVIOUS_FILE, SAVED)
+MADE_HERE = (
+    *(CONFIG, LOG, PLOT, EVALUATION, MEASUREMENTS, SAMPLES, OUTPUT, RESUME_FILE, PREVIOUS_FILE, SAVED),
+    *("rwkv-[0-9]*.json", BEST, "rwkv-best.json", WARNINGS, RUN_IDS),
+)
+RESULTS = (LOG, RESUME_FILE, PREVIOUS_FILE, SAVED, BEST)
 UNFINISHED = tuple(f".{name}.*.partial*" for name in MADE_HERE)  # what a killed run was writing
 
 

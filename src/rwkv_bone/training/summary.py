@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from rwkv_bone.console import counted
+from rwkv_bone.training.diagnosis import general_losses
 from rwkv_bone.training.progress import clock
 
 NAME, CELL = 24, 11  # columns of a set's name, and of each of the five numbers: 79 in all
@@ -26,7 +27,7 @@ def table(
             yield from _of_set(name, [one for one in measurements if name in one["sets"]])
     yield from forgotten(measurements)
     if records:
-        yield from _took(records, total_steps)
+        yield from _took(records, measurements, total_steps)
     if warnings:
         steps = ", ".join(f"{line['step']:,}" for line in warnings)
         yield f"warnings  {len(warnings)} above, at step {steps}"
@@ -39,7 +40,10 @@ def _row(name: str, *cells: str) -> str:
 
 def _of_set(name: str, measurements: Sequence[dict]) -> Iterator[str]:
     """Its losses, and the share of exact answers if they were counted. A general set has no best: none is learnt."""
-    points = [(one["step"], one["sets"][name]) for one in measurements]
+    points = [(one["step"], one["sets"][name]) for one in measurements if one["sets"][name]["loss"] is not None]
+    if not points:
+        yield _row(name, "not finite")
+        return
     trained = [] if name == measurements[-1]["general"] else [(one["loss"], step) for step, one in points if step]
     loss, step = min(trained, default=(None, None))
     best = ("", "") if loss is None else (f"{loss:.4f}", f"{step:,}")
@@ -59,7 +63,7 @@ def _before_after(values: Sequence[float], best: tuple[str, str], number: str, c
 
 def forgotten(measurements: Sequence[dict]) -> Iterator[str]:
     """What the general set tells, in words."""
-    losses = [one["sets"][one["general"]]["loss"] for one in measurements if one["general"] in one["sets"]]
+    losses = [loss for _, loss in general_losses(measurements)]
     if len(losses) < 2:
         return
     rise = losses[-1] - losses[0]
@@ -70,16 +74,17 @@ def forgotten(measurements: Sequence[dict]) -> Iterator[str]:
     times = f"{math.exp(rise):.3g} times" if rise < 20 else "immensely"
     yield f"forgotten {how}: tokens of the general text are {times} less likely"
     if rise >= LITTLE:
-        yield "          (a lower --lr_init, fewer steps, or general rows in the data keep more)"
+        yield "          (a lower --lr_init, fewer steps or general rows in the data keep more)"
 
 
-def _took(records: Sequence[dict], total_steps: int) -> Iterator[str]:
+def _took(records: Sequence[dict], measurements: Sequence[dict], total_steps: int) -> Iterator[str]:
     seconds, tokens = (sum(record[name] for record in records) for name in ("seconds", "tokens"))
+    measuring = sum(one["seconds"] for one in measurements)
     done = records[-1]["step"]
     of = f" of {total_steps:,}" if done != total_steps else ""
-    speed = f"{tokens / seconds:,.0f} tokens/s"
-    yield f"took      {clock(seconds)} for {done:,}{of} steps; {counted(tokens, 'token')}, {speed}"
+    also = f", {clock(measuring)} of it for measurements" if measuring else ""
+    yield f"took      {clock(seconds + measuring)} for {done:,}{of} steps{also}"
     if lost := done - len(records):
         yield f"          (without {counted(lost, 'step')} that the log lacks)"
     peak = max(record.get("peak_reserved_mb") or record["peak_memory_mb"] for record in records)
-    yield f"memory    {peak:,.0f} MiB at most"
+    yield f"tokens    {tokens:,}; {tokens / seconds:,.0f} a second in the steps; peak memory {peak:,.0f} MiB"

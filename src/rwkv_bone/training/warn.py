@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,18 +9,18 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from rwkv_bone.checkpoints import atomic_path
 from rwkv_bone.config import TrainConfig
-from rwkv_bone.config.checksum import sealed
 from rwkv_bone.config.rates import unusual_rate
 from rwkv_bone.data import Dataset
 from rwkv_bone.data.lost import WARNING
 from rwkv_bone.training import diagnosis
 from rwkv_bone.training.diagnosis import Advice
-from rwkv_bone.training.log import StepLog, sealed_lines
+from rwkv_bone.training.log import StepLog
+from rwkv_bone.training.measurements import Lines, added, read_lines
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.project import spared
 
+LINE = {"step": int, **dict.fromkeys(Advice._fields, str)}  # of warnings.jsonl
 EVERY = 20  # steps between two looks at the log
 
 
@@ -46,15 +44,19 @@ class WarnOnce(Callback):
         measurements: Sequence[dict] = (),
         report: Callable[[str], None] = print,
     ):
-        self.path, self.step_log, self.config, self.report = path, step_log, config, report
+        self.step_log, self.config, self.report = step_log, config, report
         self.width, self.vocab_size = width, vocab_size
-        self.given = list(kept)
+        self._lines = Lines(path, kept, report)
         self._measurements = list(measurements)
         self._look: Callable[..., list[Advice]] | None = None
-        self._incomplete = False  # a line could not be written
+
+    @property
+    def given(self) -> list[dict]:
+        """The lines of the file."""
+        return self._lines.records
 
     def on_fit_start(self, trainer: Trainer, module: TrainingModule) -> None:
-        if not trainer.is_global_zero or module.first_step >= module.total_steps:
+        if not trainer.is_global_zero or not module.steps_left:
             return
         self._look = partial(
             diagnosis.of_steps,
@@ -64,8 +66,7 @@ class WarnOnce(Callback):
             from_scratch=not self.config.model.load_model,
             process_began=module.first_step,
         )
-        if module.first_step and self.path.exists():
-            self._write_whole()  # without the lines of steps that are repeated
+        self._lines.begin()
         self._give(module.first_step, of_start(self.config, module.plan.dataset, self.width))
 
     def on_train_batch_end(
@@ -79,32 +80,16 @@ class WarnOnce(Callback):
 
     def measured(self, record: dict) -> None:
         """Listens to the measurements of held-out data."""
-        self._measurements.append(record)
+        self._measurements = added(self._measurements, record)
         self._give(record["step"], diagnosis.of_measurements(self._measurements, self.step_log.records))
 
     def _give(self, step: int, found: Iterable[Advice]) -> None:
         for advice in found:
-            if any(line.get("kind") == advice.kind for line in self.given):
+            if any(line["kind"] == advice.kind for line in self.given):
                 continue
             self.report(f"{WARNING}{advice.warning}; {advice.remedy}")
-            self.given.append({"step": step, **advice._asdict()})
-            if self._incomplete:
-                self._write_whole()
-                continue
-            with self._spared(), open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(sealed(self.given[-1])) + "\n")
-
-    @contextlib.contextmanager
-    def _spared(self) -> Iterator[None]:
-        with spared(f"the run goes on, and {self.path} lacks lines", self.report):
-            self._incomplete = True
-            yield
-            self._incomplete = False
-
-    def _write_whole(self) -> None:
-        with self._spared(), atomic_path(self.path, overwrite=True) as temporary:
-            lines = (json.dumps(sealed(line)) + "\n" for line in self.given)
-            temporary.write_text("".join(lines), encoding="utf-8")
+            now = [line for line in self.given if line["step"] == step]
+            self._lines.add([*now, {"step": step, **advice._asdict()}])
 
 
 def of_start(config: TrainConfig, dataset: Dataset, width: int) -> Iterator[Advice]:
@@ -117,4 +102,4 @@ def of_start(config: TrainConfig, dataset: Dataset, width: int) -> Iterator[Advi
 
 def kept_warnings(path: Path, step: int) -> list[dict]:
     """The warnings that earlier processes of a run gave up to `step`, after which it is continued."""
-    return [line for line in sealed_lines(path) if line.keys() >= {"step", *Advice._fields} and line["step"] <= step]
+    return read_lines(path, LINE, step)
