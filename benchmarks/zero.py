@@ -124,8 +124,8 @@ def worker(argv: list[str]) -> None:
     """A process of a run: train.py with a Meter."""
     make_trainer, decide = fit_module.make_trainer, fit_module.decide
 
-    def metered(config: Any, device: str, trainable: int, logger: Any, callbacks: Any, world: Any) -> Any:
-        return make_trainer(config, device, trainable, logger, [*callbacks, Meter()], world)
+    def metered(config: Any, device: str, trainable: int, callbacks: Any, world: Any) -> Any:
+        return make_trainer(config, device, trainable, [*callbacks, Meter()], world)
 
     def decided(choice: str, arch: Any, counted: Any, run: Any, there: Any) -> Any:
         chosen = decide(choice, arch, counted, run, there)

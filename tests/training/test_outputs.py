@@ -11,7 +11,6 @@ from rwkv_bone.config.flags import parse_train
 from rwkv_bone.config.saved import from_json, to_json
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import fit as fit_module
-from rwkv_bone.training import log as log_module
 from rwkv_bone.training.place import place
 from rwkv_bone.training.prepare import prepare_model
 from tests.conftest import random_model
@@ -208,13 +207,6 @@ def test_training_from_scratch_on_windows_of_text_gives_a_loadable_bf16_model(jo
     assert (arch.n_layer, arch.n_embd, arch.vocab_size, arch.head_size) == (2, 32, 256, 16)
     lines = log_of(folder)
     assert len(lines) == 12 and lines[-1]["loss"] < lines[0]["loss"] - 1
-
-
-def test_a_missing_wandb_is_said_and_the_run_goes_on(job, monkeypatch, capsys):
-    monkeypatch.setattr(log_module.importlib.util, "find_spec", lambda name: None)
-    folder = job.run("wandb", wandb="project")
-    assert f"wandb     not installed, so nothing is sent; {folder}/train_log.jsonl" in capsys.readouterr().out
-    assert len(log_of(folder)) == 3
 
 
 def test_a_gpu_that_is_not_there_is_said(job):

@@ -24,7 +24,8 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.training import out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.heldout_sets import prepare_heldout
-from rwkv_bone.training.log import StepLog, read_log, wandb_logger
+from rwkv_bone.training.log import StepLog, read_log
+from rwkv_bone.training.loggers import SendEverything, Sent
 from rwkv_bone.training.measurements import read_measurements, read_samples
 from rwkv_bone.training.measuring import MeasureWhileTraining
 from rwkv_bone.training.memory import count
@@ -47,7 +48,9 @@ from rwkv_bone.training.saving import SaveTrained
 from rwkv_bone.training.seeding import SeedBatches
 from rwkv_bone.training.signals import StopOnSignal
 from rwkv_bone.training.strategy import silence_libraries
+from rwkv_bone.training.summary import table
 from rwkv_bone.training.trainer import choose_device, make_trainer, run_steps, settle_threads
+from rwkv_bone.training.warn import WarnOnce, kept_warnings
 from rwkv_bone.training.watched import ShowProgress
 
 
@@ -122,6 +125,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     if not taken:
         for line in header(config, prepared, module, choice, device, threads, text):
             report(line)
+    sent = Sent.read(folder) if earlier and main else Sent()  # before what is repeated is taken away
     measured = earlier.measured if earlier else None
     kept = world.from_first("measurements", lambda: [read(folder, first) for read in (read_measurements, read_samples)])
     kept = tuple(kept) if earlier else ((), ())
@@ -152,16 +156,30 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
     about = environment(device=describe_devices(device, plan.world_size), kernel=prepared.kernel)
     renew = RenewPage(folder, data, prepared.arch.vocab_size, environment=about, go_on=go_on, report=report)
+    measured_before = heldout.records if heldout else []
+    warn = WarnOnce(
+        folder / project.WARNINGS,
+        log,
+        config,
+        width=prepared.arch.n_embd,
+        vocab_size=prepared.arch.vocab_size,
+        kept=kept_warnings(folder / project.WARNINGS, first) if earlier and main else (),
+        measurements=measured_before,
+        report=report,
+    )
+    send = SendEverything(config, folder, log, first_step=first, sent=sent, measurements=measured_before, report=report)
+    progress = ProgressLines(log, measurements=measured_before)
     if heldout:
-        heldout.listeners += [log.measured, renew.measured]
+        heldout.listeners += [log.measured, progress.measured, warn.measured, send.measured, renew.measured]
         callbacks.append(heldout)
-    callbacks += [log, ProgressLines(log), save]
+    # What watches comes after the log, whose last line it reads.
+    callbacks += [log, warn, send, progress, save]
     callbacks += [MeasureWhileTraining(heldout, log, save, run, report)] if heldout else []
     callbacks.append(renew)
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
     callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)
-    trainer = make_trainer(config, device, trainable, wandb_logger(run.wandb, folder, report), callbacks, world)
+    trainer = make_trainer(config, device, trainable, callbacks, world)
     if main:
         if earlier:
             earlier.record(config, output.metadata)
@@ -174,7 +192,13 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     def explain(error: BaseException) -> UserError | None:
         return out_of_memory.explained(error, memory, out_of_memory.place_of(module), save.state_of_things())
 
-    run_steps(trainer, module, explain)
+    try:
+        run_steps(trainer, module, explain)
+    finally:
+        with project.spared("there is no table of what the run did", report):
+            measurements = heldout.records if heldout else []
+            for line in table(log.records, measurements, warn.given, module.total_steps) if module.window else ():
+                report(line)
     assert save.last_path
     if main:
         report_results(config, folder, save.last_path, log.records, heldout, report)

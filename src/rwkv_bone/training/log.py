@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -16,15 +15,13 @@ from typing import Any, TextIO
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import Logger
 
 from rwkv_bone.checkpoints import atomic_path
-from rwkv_bone.cluster.signs import waiting_outside
 from rwkv_bone.config.checksum import KEY, is_intact, sealed
 from rwkv_bone.console import counted
 from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.training.module import TrainingModule
-from rwkv_bone.training.project import LOG, spared
+from rwkv_bone.training.project import spared
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -41,7 +38,7 @@ def peak_reserved_mb(device: torch.device) -> float | None:
 
 
 class StepLog(Callback):
-    """One JSON line per optimiser step in `train_log.jsonl`, and to Lightning's logger if there is one.
+    """One JSON line per optimiser step in `train_log.jsonl`.
 
     | field | of the step, on all devices |
     |---|---|
@@ -126,9 +123,6 @@ class StepLog(Callback):
             with self._spared():
                 self._file.write(_line(record))
                 self._file.flush()
-        if trainer.logger:
-            numbers = {name: value for name, value in record.items() if value is not None}
-            trainer.logger.log_metrics(numbers, step=record["step"])
 
     def measured(self, record: dict) -> None:
         """Leave the seconds of a measurement of held-out data out of those of the next step."""
@@ -192,59 +186,14 @@ def _record(line: str) -> dict | None:
         return None
 
 
-class BestEffort(Logger):
-    """A logger that sends what `make()` makes it with. What fails there is reported once, and nothing more is sent."""
-
-    def __init__(self, name: str, make: Callable[[], Logger], report: Callable[[str], None]):
-        super().__init__()
-        self._name, self._make, self._report = name, make, report
-        self._logger: Logger | None = None
-        self._failed = False
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.json has them."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if self._failed:
-            return
-        with self._spared():
-            self._logger = self._logger or self._make()
-            self._logger.log_metrics(metrics, step)
-
-    def finalize(self, status: str) -> None:
-        with self._spared():
-            if self._logger:
-                self._logger.finalize(status)
-
-    @contextlib.contextmanager
-    def _spared(self) -> Iterator[None]:
-        def report(problem: str) -> None:
-            if not self._failed:
-                self._report(problem)
-            self._failed = True
-
-        with spared(f"nothing more is sent to {self._name}; the run goes on", report), waiting_outside():
-            yield
-
-
-def wandb_logger(project: str, folder: Path, report: Callable[[str], None]) -> Logger | None:
-    """Lightning's Weights & Biases logger for `--wandb project`, which cannot end the run.
-
-    None without a project, or (reported) without wandb.
-    """
-    if not project:
-        return None
-    if importlib.util.find_spec("wandb") is None:
-        report(f"wandb     not installed, so nothing is sent; {folder / LOG} has everything")
-        return None
-    from lightning.pytorch.loggers import WandbLogger
-
-    return BestEffort("wandb", lambda: WandbLogger(project=project, save_dir=folder), report)
+def sealed_lines(path: Path) -> list[dict]:
+    """The intact lines of a file of sealed JSON objects, such as `warnings.jsonl`; none of one that cannot be read."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(TypeError, *JSON_ERRORS):
+                record = json.loads(line)
+                if isinstance(record, dict) and is_intact(record, ()):
+                    record.pop(KEY)
+                    found.append(record)
+    return found

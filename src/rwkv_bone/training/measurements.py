@@ -56,7 +56,7 @@ class Lines:
 
     def begin(self) -> None:
         """Write what is kept, and nothing else."""
-        if self.records:
+        if self.records or self.path.exists():
             self._write()
 
     def add(self, records: Sequence[dict]) -> None:
@@ -82,6 +82,11 @@ class Lines:
                     text = "".join(map(_line, self.records))
                     temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
             self._whole = True
+
+
+def added(records: Sequence[dict], record: dict) -> list[dict]:
+    """The records with one more, which replaces one of the same step: the end of a run may measure once more."""
+    return [*(one for one in records if one["step"] != record["step"]), record]
 
 
 def _line(record: dict) -> str:

@@ -16,8 +16,9 @@ from rwkv_bone.errors import UserError
 
 CONFIG, LOG, PLOT, EVALUATION = "config.json", "train_log.jsonl", "loss.png", "evaluation.json"
 PAGE, PREVIEW = "report.html", "preview.json"
-MEASUREMENTS, SAMPLES = "measurements.jsonl", "samples.jsonl"
+MEASUREMENTS, SAMPLES, WARNINGS = "measurements.jsonl", "samples.jsonl", "warnings.jsonl"
 BEST = "rwkv-best.pth"  # the trained parameters with the lowest held-out loss
+RUN_IDS = "report_to.json"  # of this run in the programs of --report_to
 RESUME_FILE, PREVIOUS_FILE = STATES = "resume.pth", "resume.previous.pth"
 NEVER = ("never", "0")  # values of --resume with which a folder of results is refused
 OUTPUT = "output.txt"  # what a run said that its terminal, pipe or disk could not take
@@ -27,7 +28,7 @@ BEGUN = ".begun"
 SAVED = "rwkv-[0-9]*.pth"
 MADE_HERE = (
     *(CONFIG, LOG, PLOT, PAGE, PREVIEW, EVALUATION, MEASUREMENTS, SAMPLES, OUTPUT, RESUME_FILE, PREVIOUS_FILE, SAVED),
-    *("rwkv-[0-9]*.json", BEST, "rwkv-best.json"),
+    *("rwkv-[0-9]*.json", BEST, "rwkv-best.json", WARNINGS, RUN_IDS),
 )
 RESULTS = (LOG, RESUME_FILE, PREVIOUS_FILE, SAVED, BEST)
 UNFINISHED = tuple(f".{name}.*.partial*" for name in MADE_HERE)  # what a killed run was writing

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 import torch
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from rwkv_bone.cluster.world import World
@@ -54,7 +53,6 @@ def make_trainer(
     config: TrainConfig,
     device: str,
     trainable: int,
-    logger: Logger | None,
     callbacks: Sequence[Callback],
     world: World,
 ) -> Trainer:
@@ -68,7 +66,7 @@ def make_trainer(
         max_epochs=1,  # TrainingModule's loader holds the batches of all our epochs
         accumulate_grad_batches=config.run.accumulate_grad_batches,
         gradient_clip_val=config.optim.grad_clip or None,  # passed on to DeepSpeed, which does the clipping
-        logger=logger or False,
+        logger=False,
         profiler=NoProfiler(),
         callbacks=list(callbacks),
         use_distributed_sampler=False,
