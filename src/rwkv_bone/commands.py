@@ -26,13 +26,16 @@ def train(prog: str = "rwkv-bone-train") -> int:
 
         # From here on a process that is lost is noticed, also while another loads the libraries.
         with join(config) as world, Watch(world, config.run.rank_timeout) as watch:
-            with uncollected():
-                if config.run.plan:
-                    from rwkv_bone.planning.plan import plan as work
-                else:
-                    from rwkv_bone.training.fit import fit as work
+            if config.run.plan:
+                with uncollected():
+                    from rwkv_bone.planning.plan import plan
 
-            work(config, watch)
+                plan(config, watch)
+                return
+            with uncollected():
+                from rwkv_bone.training.fit import fit
+
+            fit(config, watch)
 
     return exit_status(body)
 

@@ -67,9 +67,10 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
 
 def total_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory and swap that a process can have at most, whatever else runs; None where the system does not tell.
+    """Bytes of memory and swap that a process can have at most, with nothing else there.
 
-    That is what the machine has, or less where control groups limit it. root: where /proc and /sys are.
+    That is what the machine has, or less where control groups limit it. None where the system does not tell. root:
+    where /proc and /sys are.
     """
     sizes = dict(re.findall(r"^(MemTotal|SwapTotal):\s*(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
     if "MemTotal" not in sizes:

@@ -64,10 +64,10 @@ def time_taken(config: TrainConfig, module: TrainingModule, timed: Timed) -> Ite
     """Seconds of a step and of the whole run. module: of the whole run."""
     plan, steps = module.plan, module.total_steps
     step = timed.steps.step(plan)
-    speed = positions_of_a_step(plan) * plan.world_size / step
+    speed, what = positions_of_a_step(plan) * plan.world_size / step, "tokens" if plan.pack else "positions"
     yield (
-        f"time      {seconds_text(step)} a step, {speed:,.0f} {'tokens' if plan.pack else 'positions'}/s: the median of "
-        f"{_timed(timed.steps.steps)}, half of them within {timed.steps.spread:.0%}"
+        f"time      {seconds_text(step)} a step, {speed:,.0f} {what}/s: the median of {_timed(timed.steps.steps)}, "
+        f"half of them within {timed.steps.spread:.0%}"
     )
     held = ""
     total = timed.start + timed.steps.warm_up + steps * step
@@ -80,10 +80,8 @@ def time_taken(config: TrainConfig, module: TrainingModule, timed: Timed) -> Ite
         total += measuring
         while_training = f", {counted(count, 'loss', 'losses')} while training" if count else ""
         held = f", {clock(measuring)} to measure held-out data (before and after{while_training})"
-    yield (
-        f"time      {clock(total)} in all: {clock(timed.start + timed.steps.warm_up)} to start, {clock(steps * step)} for "
-        f"{counted(steps, 'step')}{held}"
-    )
+    start = clock(timed.start + timed.steps.warm_up)
+    yield f"time      {clock(total)} in all: {start} to start, {clock(steps * step)} for {counted(steps, 'step')}{held}"
     limit = 60 * config.run.max_minutes
     if limit and total > limit:
         done = max(limit - (total - steps * step), 0) / step
@@ -106,10 +104,7 @@ def folder_state(config: TrainConfig, steps: int) -> Iterator[str]:
         yield f"resume    the run in {folder} is complete; the plan is of a run like it, from its beginning"
     else:
         left = counted(steps - saved.step, "step")
-        yield (
-            f"resume    the run in {folder} would go on after step {saved.step:,}, with {left} left; the plan is of the "
-            "whole run"
-        )
+        yield f"resume    the run in {folder} has {left} left, after step {saved.step:,}; the plan is of the whole run"
 
 
 def seconds_text(seconds: float) -> str:

@@ -14,6 +14,7 @@ import torch
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.devices import total_memory
 from rwkv_bone.errors import UserError
+from rwkv_bone.models import EVERY_BLOCK, NOTHING
 from rwkv_bone.training.memory import Run, count
 from rwkv_bone.training.out_of_memory import Plan, advice, size_text
 from rwkv_bone.training.prepare import Prepared
@@ -42,7 +43,7 @@ def check(plan: Plan, total: float | None) -> None:
         return
     device = "the GPU has" if run.device == "cuda" else "this machine has, swap included,"
     each = f" for each of {run.ranks} processes" if run.ranks > 1 and run.device == "cpu" else ""
-    first = f"this run cannot fit: it needs {size_text(plan.size)}, and {device} {size_text(total)}{each}"
+    first = f"this run cannot fit: it needs {size_text(plan.parts.total)}, and {device} {size_text(total)}{each}"
     raise UserError("\n  ".join([first, *advice(plan)]))
 
 
@@ -59,6 +60,7 @@ def check_new_model(config: TrainConfig, outline: Prepared, device: str, total: 
     """
     run = Run(
         1,
+        recompute=EVERY_BLOCK if config.model.grad_cp in ("auto", "1") else NOTHING,
         precision=config.run.precision,
         device=device,
         stage=zero_stage(config.run.strategy),

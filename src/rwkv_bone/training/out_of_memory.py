@@ -175,7 +175,8 @@ def _candidates(plan: Plan, goal: float) -> Iterator[Change]:
             products = products * r // now
         trained = count.trained - count.adapter + adapter
         counted = replace(count, trained=trained, adapter=adapter, products=products)
-        return change({flag: r}, count=counted, config=replace(config, adapter=replace(config.adapter, **{flag: r})))
+        adapted = replace(config.adapter, bone_r=r) if flag == "bone_r" else replace(config.adapter, lora_r=r)
+        return change({flag: r}, count=counted, config=replace(config, adapter=adapted))
 
     if run.recompute.blocks < plan.arch.n_layer:
         yield change({"grad_cp": 1}, replace(run, recompute=EVERY_BLOCK), continues=True)
