@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rwkv_bone.config import sections
 from rwkv_bone.config.checksum import KEY, is_intact, sealed
 from rwkv_bone.config.fields import is_number, is_switch, worded
+from rwkv_bone.config.heldout import split_name
 from rwkv_bone.config.sections import RunConfig, TrainConfig
 from rwkv_bone.errors import JSON_ERRORS, UserError
 
@@ -53,8 +54,14 @@ def shaping(config: TrainConfig) -> dict[str, dict[str, Any]]:
         kept[section] = {name: value for name, value in values.items() if name not in PLACES}
         for name in FILES & kept[section].keys():
             value = kept[section][name]
-            kept[section][name] = Path(value).name if isinstance(value, str) else [Path(path).name for path in value]
+            kept[section][name] = last_name(value) if isinstance(value, str) else [last_name(path) for path in value]
     return kept
+
+
+def last_name(word: str) -> str:
+    """A file without its folder; the name before it, as in NAME=FILE, stays."""
+    name, path = split_name(word)
+    return f"{name}={Path(path).name}" if name else Path(path).name
 
 
 def from_json(text: str, source: str = "config.json") -> TrainConfig:
@@ -148,6 +155,8 @@ def _check_settings(text: str, source: str) -> dict[str, dict[str, Any]]:
                 value = str(int(value))  # the setting had no other choices when this was written
             if value == "auto" and specs[key].metadata["auto"] is not None:
                 value = specs[key].metadata["auto"]
+            if key == "eval_data" and isinstance(value, str):
+                value = [value] if value else []  # of a version that took one file
             settings[name][key] = _of_type(type(specs[key].default), value, f"{source}: {name}.{key}")
     return settings
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rwkv_bone.config.fields import check_given, check_values, setting
+from rwkv_bone.config.heldout import check_sets, common_fields
 from rwkv_bone.config.names import check_name
 from rwkv_bone.errors import UserError
 
@@ -184,7 +185,11 @@ class DataConfig:
     sft_split: str = setting(
         "", "part of the rows to use, such as [:1000], [5%:] or train[:1000]; empty = all rows (of the split train)"
     )
-    eval_data: str = setting("", "held-out data, in the same formats; empty = none, or what --eval_split takes")
+    eval_data: tuple[str, ...] = setting(
+        (),
+        "held-out data, in the same formats: FILE, or NAME=FILE for each of several, the first of which decides what "
+        "is best; empty = none, or what --eval_split takes",
+    )
     eval_general: str = setting(
         "auto",
         "text whose loss shows what the model forgets while it learns: a file, in the formats of data_file; auto = "
@@ -204,7 +209,9 @@ class DataConfig:
         "names",
     )
     eval_field: tuple[str, ...] = setting(
-        (), "as sft_field, for eval_data; empty = those of sft_field where eval_data has them, else the usual names"
+        (),
+        "as sft_field, for eval_data; NAME=question,answer for one of several; empty = those of sft_field where "
+        "eval_data has them, else the usual names",
     )
     columns: tuple[str, ...] = setting(
         (), "names of the columns of tables without a header, such as prompt response; empty = the first line may tell"
@@ -270,13 +277,14 @@ class DataConfig:
         check_values(self)
         check_given(self, "data_file")
         for name in ("sft_field", "eval_field"):
-            names = getattr(self, name)
+            names = common_fields(getattr(self, name)) if name == "eval_field" else getattr(self, name)
             if len(names) > 2:
                 raise UserError(
                     f"--{name} takes the names of prompt and response, or one name, of the messages; got {len(names)}: "
                     f"{' '.join(names)}. Several fields of the prompt are joined by +: --{name} "
                     f"{'+'.join(names[:-1])} {names[-1]}"
                 )
+        check_sets(self)
         if self.data_weights:
             if len(self.data_weights) != len(self.data_file):
                 raise UserError(

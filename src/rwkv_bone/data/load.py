@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import islice
 
 from rwkv_bone.config import DataConfig
+from rwkv_bone.config.heldout import each_set
 from rwkv_bone.data.conversations.conversation import conversation
 from rwkv_bone.data.dataset import Dataset
 from rwkv_bone.data.part import Part
@@ -28,10 +29,15 @@ def load_dataset(
 ) -> Dataset:
     """Read, tokenise and check cfg.data_file, or the held-out data `path`, for a model with `vocab_size` tokens.
 
+    cfg: for one of several held-out sets as `each_set` has it.
     typed: the settings as the user gave them, where `cfg` has a model's own tokenizer and template for `auto`;
     shows_text: the ids will be shown as text; keep: False leaves nothing on the disk, no entry of the cache either.
     UserError for data that cannot be used, beginning with its file or row, and for settings that no file of it can use.
     """
+
+    def held_out() -> list[Part]:
+        return [Part(own, vocab_size, one.path, held_out=True) for one, own in each_set(cfg)]
+
     weights = None
     if cfg.data_weights and path is None:
         if cfg.dataload == "get":
@@ -40,10 +46,10 @@ def load_dataset(
     files = cfg.data_file if path is None else (path,)
     parts = [Part(cfg, vocab_size, name, held_out=path is not None, keep=keep) for name in files]
     if path is None:
-        check_used(typed or cfg, parts, lambda: Part(cfg, vocab_size, cfg.eval_data, held_out=True), shows_text)
+        check_used(typed or cfg, parts, held_out, shows_text)
     found = [part.documents() for part in parts]
     if path is None:
-        check_tools(typed or cfg, found, lambda: Part(cfg, vocab_size, cfg.eval_data, held_out=True))
+        check_tools(typed or cfg, found, held_out)
     if weights:
         found = [
             replace(one, kind=f"{one.kind}; weight {weight:g}") for one, weight in zip(found, weights, strict=True)

@@ -55,24 +55,26 @@ RULES = (
 )
 
 
-def check_used(typed: DataConfig, parts: Sequence[Part], held_out: Callable[[], Part], shows_text: bool) -> None:
+def check_used(
+    typed: DataConfig, parts: Sequence[Part], held_out: Callable[[], Sequence[Part]], shows_text: bool
+) -> None:
     """UserError for a setting that no file can use.
 
-    typed: as the user gave them; parts: the training data; held_out: opens --eval_data; shows_text: the tokenizer is
-    used to show ids as text.
+    typed: as the user gave them; parts: the training data; held_out: opens each --eval_data; shows_text: the tokenizer
+    is used to show ids as text.
     """
     for rule in RULES:
         if not rule.given(typed) or any(map(rule.acts, parts)) or (shows_text and rule.acts is _needs_tokenizer):
             continue
-        if not (typed.eval_data and rule.acts(held_out())):
+        if not any(map(rule.acts, held_out())):
             refuse(rule.flag.format(**_shown(typed)), [f"{part.name} ({part.reads})" for part in parts], rule.why)
 
 
-def check_tools(typed: DataConfig, found: Sequence[Documents], held_out: Callable[[], Part]) -> None:
+def check_tools(typed: DataConfig, found: Sequence[Documents], held_out: Callable[[], Sequence[Part]]) -> None:
     """UserError for a --tool_format where no row has tools."""
     if typed.tool_format == "auto" or any(documents.tools for documents in found):
         return
-    if not (typed.eval_data and held_out().documents().tools):
+    if not any(part.documents().tools for part in held_out()):
         refuse(f"--tool_format {typed.tool_format}", [documents.name for documents in found], "has tools")
 
 

@@ -22,7 +22,10 @@ from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import batch_size, guard, out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
+from rwkv_bone.training.heldout_sets import prepare_heldout
 from rwkv_bone.training.log import StepLog, read_log, wandb_logger
+from rwkv_bone.training.measurements import read_measurements, read_samples
+from rwkv_bone.training.measuring import MeasureWhileTraining
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule, read_bad_steps
 from rwkv_bone.training.place import PlaceModel
@@ -31,7 +34,6 @@ from rwkv_bone.training.prepare import (
     count_parameters,
     load_data,
     plan_batches,
-    prepare_heldout,
     prepare_model,
 )
 from rwkv_bone.training.progress import ProgressLines
@@ -128,10 +130,15 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         for line in guard.warnings(memory):
             report(f"          {line}")
     measured = earlier.measured if earlier else None
-    heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, folder, report, measured)
+    kept = world.from_first("measurements", lambda: [read(folder, first) for read in (read_measurements, read_samples)])
+    kept = tuple(kept) if earlier else ((), ())
+    heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, plan, folder, report, measured, kept)
     if heldout:
         world.agree("held-out data", heldout.fingerprint, SAME_FILES)
-    if earlier and taken and not (heldout and heldout.interrupted(module.total_steps)):
+        if heldout.stopped(first):
+            module.steps_left = 0
+    taken = not module.steps_left
+    if earlier and taken and not (heldout and heldout.interrupted(first)):
         trained = earlier.trained or folder / f"rwkv-{run.epoch_begin + plan.locate(first - 1)[0]}-s{first}.pth"
         if main and earlier.mend(trained, output.dtypes, output.metadata):
             report(f"resume    {trained.name} was lost or damaged: it is written again, from {earlier.path.name}")
@@ -150,8 +157,11 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     callbacks: list[Callback] = [stop, ShowProgress(), PlaceModel(prepared.dtype), Agree()]
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
-    callbacks += [heldout] if heldout else []
+    if heldout:
+        heldout.listeners.append(log.measured)
+        callbacks.append(heldout)
     callbacks += [log, ProgressLines(log), save]
+    callbacks += [MeasureWhileTraining(heldout, log, save, run, report)] if heldout else []
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
     callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)

@@ -1,83 +1,93 @@
-"""Held-out loss and exact answers, measured before and after training."""
+"""Held-out data, measured before, while and after a run trains."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any, Protocol
 
 from lightning.pytorch import Callback, Trainer
 
-from rwkv_bone.checkpoints import atomic_path
-from rwkv_bone.config.checksum import is_intact, sealed
-from rwkv_bone.config.fields import is_number
-from rwkv_bone.console import counted
 from rwkv_bone.data import Dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
-from rwkv_bone.data.tokenizer import Tokenizer
-from rwkv_bone.errors import JSON_ERRORS, UserError
+from rwkv_bone.data.tokenizer import Tokenizer, encode_marked
+from rwkv_bone.errors import UserError
 from rwkv_bone.inference.evaluate import Answer, exact_match, heldout_loss
+from rwkv_bone.inference.generate import generate
 from rwkv_bone.training import project
+from rwkv_bone.training.best import Best, is_best, read_best, since_best
 from rwkv_bone.training.context import chunked_loss
+from rwkv_bone.training.evaluation import Measured, read_measured, write_measured
+from rwkv_bone.training.measurements import Lines
 from rwkv_bone.training.module import TrainingModule
 
 SHOWN = 4  # sample prompts printed
+LONGEST = 100  # tokens of an answer to a sample prompt
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One measurement."""
+class HeldOutSet:
+    """Data that is measured and not trained.
 
-    loss: float  # nats per trained token
-    tokens: int  # trained tokens
-    exact: float | None  # fraction of answers that are right; None without prompts
-    answers: list[Answer]
-    step: int  # optimiser steps taken before
+    dataset: all of it; part: what is measured each time, which is the same or, of a large one, a fixed part. pairs:
+    prompts and the answers to compare. general: it shows what the model forgets, not what it learns.
+    """
 
-    @classmethod
-    def from_record(cls, record: dict) -> Measured:
-        """The inverse of `record`; KeyError, TypeError or ValueError for anything else."""
-        answers = [Answer(**answer) for answer in record["answers"]]
-        measured = cls(record["loss"], record["tokens"], record["exact_match"], answers, record["step"])
-        texts = all(isinstance(text, str) for answer in answers for text in answer)
-        counts = type(measured.tokens) is type(measured.step) is int
-        numbers = is_number(measured.loss) and (measured.exact is None or is_number(measured.exact))
-        if not (texts and counts and numbers):
-            raise TypeError("a value of another type than it was written with")
-        return measured
+    name: str
+    dataset: Dataset
+    part: Dataset
+    pairs: tuple[tuple[str, str], ...] = ()
+    general: bool = False
 
-    def record(self) -> dict:
-        return {
-            "step": self.step,
-            "loss": self.loss,
-            "tokens": self.tokens,
-            "exact_match": self.exact,
-            "answers": [answer._asdict() for answer in self.answers],
-        }
+    @cached_property
+    def data(self) -> str:
+        """A hash of what is measured each time."""
+        return blake2b(data_fingerprint(self.part).encode(), digest_size=8).hexdigest()
 
-    def line(self) -> str:
-        text = f"loss {self.loss:.4f} nats per token ({counted(self.tokens, 'token')})"
-        if self.exact is not None:
-            correct = sum(answer.correct for answer in self.answers)
-            text += f", exact match {self.exact:.1%} ({correct} of {len(self.answers)})"
-        return text
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that is answered at each measurement, and what the data expects there."""
+
+    set: str
+    text: str
+    expected: str | None = None
+
+
+class SavesBest(Protocol):
+    """Writes `rwkv-best.pth`, as `SaveTrained` does; called on every rank."""
+
+    def save_best(self, trainer: Trainer, module: TrainingModule, step: int, about: dict[str, Any]) -> None: ...
 
 
 class HeldOut(Callback):
-    """Measure held-out data before the first step and after the last one.
+    """Measure held-out data before the first step, after the last one, and when `MeasureWhileTraining` asks for it.
 
-    Every rank does the same, since at ZeRO stage 3 no rank can run the model alone. The loss is computed in chunks of
-    `chunk` tokens as in training (0 = whole samples), so measuring needs no more memory than training. A continued run
-    takes the measurement before training from what the file at `path` held (`found`), if the data is still the same.
+    Every rank does the same, since at ZeRO stage 3 no rank can run the model alone; what follows from a measurement the
+    main process decides. The loss is computed in chunks of `chunk` tokens as in training (0 = whole samples), so
+    measuring needs no more memory than training.
+
+    sets: the main one first, the general one last. prompts: answered at each measurement. path: `evaluation.json`, with
+    the main set before and after training; a continued run takes the measurement before training from what that file
+    held (`found`), if the data is still the same. kept: the measurements of an earlier process that this run goes on
+    from, and the answers to sample prompts. every: optimiser steps between measurements, if that is known. early_stop:
+    what `since_best` may come to, 0 = anything. guess: the loss of a model that knows nothing, in nats per token.
+
+    records, samples: the lines of `measurements.jsonl` and `samples.jsonl`. listeners: called on the main process with
+    each record, once it is written. save: to be set before the run begins.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
-        pairs: Sequence[tuple[str, str]],
+        sets: Sequence[HeldOutSet],
+        prompts: Sequence[Prompt],
         tokenizer: Tokenizer | None,
         *,
         micro_bsz: int,
@@ -85,12 +95,24 @@ class HeldOut(Callback):
         path: Path,
         found: str | None,
         report: Callable[[str], None],
+        kept: tuple[Sequence[dict], Sequence[dict]] = ((), ()),
+        every: int | None = None,
+        early_stop: int = 0,
+        guess: float = math.inf,
     ):
-        self.dataset, self.pairs, self.tokenizer = dataset, pairs, tokenizer
+        self.sets, self.prompts, self.tokenizer = list(sets), list(prompts), tokenizer
         self.micro_bsz, self.chunk, self.path, self.report = micro_bsz, chunk, path, report
+        self.early_stop, self.guess = early_stop, guess
+        self.save: SavesBest | None = None
+        self.listeners: list[Callable[[dict], None]] = []
         self.before: Measured | None = None
         self.after: Measured | None = None
-        measured = json.dumps([data_fingerprint(dataset), [list(pair) for pair in pairs]])
+        self.every = every
+        self._lines = Lines(path.with_name(project.MEASUREMENTS), kept[0], report)
+        self._samples = Lines(path.with_name(project.SAMPLES), kept[1], report)
+        self.best: Best | None = None
+        self._costs = dict.fromkeys(("loss", "exact_match", "samples"), 0.0)  # seconds, of the last measurement
+        measured = json.dumps([data_fingerprint(self.main.dataset), [list(pair) for pair in self.main.pairs]])
         self._data = blake2b(measured.encode(), digest_size=16).hexdigest()
         if found is not None:
             try:
@@ -99,98 +121,250 @@ class HeldOut(Callback):
                 report(f"held-out  {path} is damaged: what it held is measured again, as far as that is possible")
 
     @property
+    def main(self) -> HeldOutSet:
+        return self.sets[0]
+
+    @property
+    def general(self) -> HeldOutSet | None:
+        return self.sets[-1] if self.sets[-1].general else None
+
+    @property
+    def records(self) -> list[dict]:
+        return self._lines.records
+
+    @property
+    def samples(self) -> list[dict]:
+        return self._samples.records
+
+    @property
     def fingerprint(self) -> str:
         """Of the samples and prompts."""
-        return self._data
+        prompts = [[prompt.set, prompt.text] for prompt in self.prompts]
+        content = json.dumps([self._data, [one.data for one in self.sets], prompts])
+        return blake2b(content.encode(), digest_size=16).hexdigest()
 
-    def interrupted(self, total_steps: int) -> bool:
-        """Whether the run was measured before its first step and not after its last."""
-        return self.before is not None and not (self.after and self.after.step >= total_steps)
+    def interrupted(self, step: int) -> bool:
+        """Whether the run was measured before its first step, and not after this one, its last."""
+        return self.before is not None and not (self.after and self.after.step >= step)
+
+    def stopped(self, step: int) -> bool:
+        """Whether a run that has come to this step has ended early, by what was measured there."""
+        if not self.early_stop or not self.records or self.records[-1]["step"] != step:
+            return False
+        return since_best(self.records) >= self.early_stop
 
     def on_fit_start(self, trainer: Trainer, module: TrainingModule) -> None:
         # A run that was stopped in its last measurement has no step left. Lightning then calls no hook but this one.
-        if module.first_step >= module.total_steps:
-            self.finish(module, write=trainer.is_global_zero)
+        if not module.steps_left:
+            self._begin(trainer)
+            self.finish(trainer, module)
 
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
-        if self.before:
-            self.report(f"before    {self.before.line()}, measured when the run began")
+        self._begin(trainer)
+        step, last = module.first_step, self.records[-1]["step"] if self.records else -1
+        if self.before is None:
+            self.before = self._measure(module, step)
+            late = f", after step {step}" if step else ""
+            self.report(f"before    {self.before.line()}{late}")
+            if trainer.is_global_zero:
+                self._write()
+            self.record(trainer, module, step, exact=True, main=self.before)
             return
-        self.before = self._measure(module, module.first_step)
-        late = f", after step {module.first_step}" if module.first_step else ""
-        self.report(f"before    {self.before.line()}{late}")
-        if trainer.is_global_zero:
-            self._write()
+        self.report(f"before    {self.before.line()}, measured when the run began")
+        # A kill may have come between a step and the measurement after it.
+        if last < 0 or (self.every and step % self.every == 0 and step > last):
+            self.record(trainer, module, step, exact=False)
 
     def on_train_end(self, trainer: Trainer, module: TrainingModule) -> None:
-        self.finish(module, write=trainer.is_global_zero)
+        self.finish(trainer, module)
 
-    def finish(self, module: TrainingModule, write: bool) -> None:
-        """Measure the trained model, report what changed, and `write` both measurements."""
-        before, after = self.before, self._measure(module, module.total_steps)
+    def finish(self, trainer: Trainer, module: TrainingModule) -> None:
+        """Measure the trained model, report what changed, and write it."""
+        step = module.window.step if module.window else module.first_step
+        before, after = self.before, self._measure(module, step)
         assert before
         self.after = after
+        self.record(trainer, module, step, exact=True, main=after)
         self.report(f"before    {before.line()}")
         self.report(f"after     {after.line()}")
         for old, new in list(zip(before.answers, after.answers, strict=True))[:SHOWN]:
             self.report(f"\n  prompt    {shown(new.prompt)}\n  expected  {shown(new.expected)}")
             self.report(f"  before    {shown(old.got)}\n  after     {shown(new.got)}")
-        if write:
+        if trainer.is_global_zero:
             self._write()
 
     def points(self) -> list[tuple[int, float]]:
-        """(step, loss) of the measurements made so far."""
+        """(step, loss) of the main set, of the measurements made so far."""
         return [(measured.step, measured.loss) for measured in (self.before, self.after) if measured]
 
+    def record(
+        self, trainer: Trainer, module: TrainingModule, step: int, *, exact: bool, main: Measured | None = None
+    ) -> bool:
+        """Measure every set after `step`, answer the sample prompts, write it; whether the run is to end early.
+
+        To be called on every rank, which all return the same. exact: whether exact answers are counted, too. main: what
+        was measured of the whole main set already.
+        """
+        if main is None:
+            self._costs = dict.fromkeys(self._costs, 0.0)
+        with evaluating(module):
+            measured = {one.name: self._set(module, one, exact, main) for one in self.sets}
+            with self._timed("samples"):
+                samples = self._answer_prompts(module, step)
+        record = {
+            "step": step,
+            "seconds": round(sum(self._costs.values()), 3),
+            "sets": measured,
+            "main": self.main.name,
+            "general": self.general.name if self.general else None,
+            "best": False,
+            "every": self.every,
+            "data": {one.name: one.data for one in self.sets},
+            "costs": {name: round(seconds, 3) for name, seconds in self._costs.items()},
+        }
+        return self._settle(trainer, module, record, samples)
+
+    def _settle(self, trainer: Trainer, module: TrainingModule, record: dict, samples: list[dict]) -> bool:
+        """Save the adapter if it is the best, and write the record; whether the run is to end early."""
+        step, loss = record["step"], record["sets"][self.main.name]["loss"]
+        if loss is None:
+            self.report(f"warning: the held-out loss after step {step} is not a finite number: it never counts as best")
+        # The main process decides: the losses of other ranks may be rounded otherwise.
+        best = trainer.strategy.broadcast(bool(step) and is_best(self.best, step, loss))
+        if best:
+            assert self.save
+            # Before the record: where that says so, the file is there.
+            self.save.save_best(trainer, module, step, {"heldout": {"loss": loss, "data": self.main.data}})
+            self.best, record["best"] = Best(step, loss), True
+        if trainer.strategy.broadcast(self._says_nothing(record)):
+            self._leave_general_out(record)
+        if trainer.is_global_zero:
+            self._lines.add([record])
+            self._samples.add(samples)
+            for line in self._said(record, samples):
+                self.report(line)
+            for listener in self.listeners:
+                listener(record)
+        return bool(trainer.strategy.broadcast(self.stopped(step)))
+
+    def _says_nothing(self, record: dict) -> bool:
+        """Whether the first measurement shows that the base model knows nothing of the general text."""
+        if self.general is None or self.records:
+            return False
+        loss = record["sets"][self.general.name]["loss"]
+        return loss is None or loss >= self.guess
+
+    def _leave_general_out(self, record: dict) -> None:
+        assert self.general
+        one, measured = self.general, record["sets"].pop(self.general.name)
+        self.sets.remove(one)
+        record["data"].pop(one.name)
+        record["general"] = None
+        loss = "no finite number" if measured["loss"] is None else f"{measured['loss']:.2f}"
+        self.report(
+            f"general   not measured: the base's loss on it, {loss}, is no better than guessing ({self.guess:.2f}), so "
+            "that there is nothing to forget, or its tokens mean something else there (--eval_general FILE)"
+        )
+
+    def _set(self, module: TrainingModule, one: HeldOutSet, exact: bool, main: Measured | None) -> dict[str, Any]:
+        """One set as the record has it. main: the whole main set, if that was measured."""
+        known = main if one is self.main else None
+        if known and one.part is one.dataset:
+            loss, tokens = known.loss, known.tokens
+        else:
+            with self._timed("loss"):
+                loss, tokens = self._loss(module, one.part)
+        match: float | None = None
+        if exact and one.pairs:
+            if known:
+                match = known.exact
+            else:
+                with self._timed("exact_match"):
+                    match, _ = self._answers(module, one)
+        return {
+            "loss": loss if math.isfinite(loss) else None,
+            "tokens": tokens,
+            "samples": len(one.part),
+            "exact_match": match,
+            "prompts": 0 if match is None else len(one.pairs),
+        }
+
     def _measure(self, module: TrainingModule, step: int) -> Measured:
-        module.eval()  # an adapter's dropout is for training alone
-        # The module itself is called, not its model: at stage 3 DeepSpeed's hooks begin with that call.
-        sum_of = partial(chunked_loss, module, chunk=self.chunk) if self.chunk else module
-        loss, tokens = heldout_loss(sum_of, self.dataset, micro_bsz=self.micro_bsz, device=module.device)
+        """The whole main set, and the answers to its prompts."""
+        self._costs = dict.fromkeys(self._costs, 0.0)
         exact: float | None = None
         answers: list[Answer] = []
-        if self.pairs:
-            assert self.tokenizer
-            exact, answers = exact_match(module, self.tokenizer, self.pairs, device=module.device)
-        module.train()
+        with evaluating(module):
+            with self._timed("loss"):
+                loss, tokens = self._loss(module, self.main.dataset)
+            if self.main.pairs:
+                with self._timed("exact_match"):
+                    exact, answers = self._answers(module, self.main)
+        if self.main.part is not self.main.dataset:
+            self._costs["loss"] = 0.0  # a part is measured each time
         return Measured(loss, tokens, exact, answers, step)
 
+    def _loss(self, module: TrainingModule, dataset: Dataset) -> tuple[float, int]:
+        # The module itself is called, not its model: at stage 3 DeepSpeed's hooks begin with that call.
+        sum_of = partial(chunked_loss, module, chunk=self.chunk) if self.chunk else module
+        return heldout_loss(sum_of, dataset, micro_bsz=self.micro_bsz, device=module.device)
+
+    def _answers(self, module: TrainingModule, one: HeldOutSet) -> tuple[float, list[Answer]]:
+        assert self.tokenizer
+        return exact_match(module, self.tokenizer, one.pairs, device=module.device)
+
+    def _answer_prompts(self, module: TrainingModule, step: int) -> list[dict]:
+        """The greedy answers to the sample prompts, as `samples.jsonl` has them."""
+        if not self.prompts:
+            return []
+        assert self.tokenizer
+        tokenizer = self.tokenizer
+        ids = [encode_marked(tokenizer, prompt.text) or [tokenizer.eod] for prompt in self.prompts]
+        written = generate(module, ids, max_new=LONGEST, stop_id=tokenizer.eod, device=module.device)
+        return [
+            {"step": step, "set": one.set, "prompt": one.text, "expected": one.expected, "text": tokenizer.decode(text)}
+            for one, text in zip(self.prompts, written, strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._costs[what] += time.perf_counter() - begin
+
+    def _begin(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._lines.begin()
+        self._samples.begin()
+        self.best, lost = read_best(self.path.with_name(project.BEST), self.main.data, self.records)
+        if lost:
+            self.report(f"warning: {lost}")
+
+    def _said(self, record: dict, samples: list[dict]) -> Iterator[str]:
+        """What the terminal shows of a measurement: a line of numbers, and the first answer."""
+        numbers = []
+        for name, one in record["sets"].items():
+            numbers.append(f"{name} {'not finite' if one['loss'] is None else format(one['loss'], '.4f')}")
+            if name == record["main"] and self.best:
+                numbers[-1] += " (best)" if record["best"] else f" (best {self.best.loss:.4f}, step {self.best.step})"
+            if one["exact_match"] is not None:
+                numbers[-1] += f", exact match {one['exact_match']:.1%}"
+        yield f"measured  step {record['step']}: {'; '.join(numbers)}"
+        if samples:
+            yield f"sample    {shown(samples[0]['prompt'], 40)} -> {shown(samples[0]['text'], 60)}"
+
     def _write(self) -> None:
-        measured = {"before": self.before, "after": self.after}
-        content = {"data": self._data} | {when: one.record() for when, one in measured.items() if one}
         with project.spared("the measurement is only shown here", self.report):
-            text = json.dumps(sealed(content), indent=2, ensure_ascii=False) + "\n"
-            with atomic_path(self.path, overwrite=True) as temporary:
-                # Half of a character outside the basic plane, which JSON can hold, is written as its number.
-                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+            write_measured(self.path, self._data, self.before, self.after)
 
 
-def text_of(path: Path) -> str | None:
-    """What an earlier process's file holds; nothing of one that cannot be read; None if there is none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def read_measured(text: str, path: Path, data: str) -> tuple[Measured | None, Measured | None]:
-    """The measurements (before, after) in the text of an earlier process's file; None for what is not of this `data`.
-
-    path: the file, for the error. UserError if it is not one of ours.
-    """
-    try:
-        written = json.loads(text)
-        found = {when: Measured.from_record(written[when]) for when in ("before", "after") if when in written}
-        same = written["data"] == data
-        if not is_intact(written, ("data", "before", "after")):
-            raise TypeError("its checksum is not that of its content")
-    except (KeyError, TypeError, AttributeError, *JSON_ERRORS) as error:
-        raise UserError(
-            f"{path} cannot be read as measurements of a run ({type(error).__name__}: {error}): restore or remove it"
-        ) from None
-    return (found.get("before"), found.get("after")) if same else (None, None)
+@contextlib.contextmanager
+def evaluating(module: TrainingModule) -> Iterator[None]:
+    """In this context no dropout acts, which is for training alone. An error leaves it there: see `place_of`."""
+    module.eval()
+    yield
+    module.train()
 
 
 def shown(text: str, width: int = 100) -> str:

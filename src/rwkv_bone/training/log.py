@@ -72,6 +72,7 @@ class StepLog(Callback):
         self.records = list(kept)
         self._file: TextIO | None = None
         self._incomplete = False  # a line could not be written
+        self._begin, self._waited = time.perf_counter(), 0.0
 
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
         if trainer.is_global_zero:
@@ -128,6 +129,10 @@ class StepLog(Callback):
         if trainer.logger:
             numbers = {name: value for name, value in record.items() if value is not None}
             trainer.logger.log_metrics(numbers, step=record["step"])
+
+    def measured(self, record: dict) -> None:
+        """Leave the seconds of a measurement of held-out data out of those of the next step."""
+        self._begin += record["seconds"]
 
     def teardown(self, trainer: Trainer, module: TrainingModule, stage: str) -> None:
         if self._file:

@@ -35,6 +35,7 @@ ASKS = (
     "signal",  # the number of a signal to stop that has come; 0: none
     "save",  # 1: the state is due to be saved
     "time",  # 1: the time that the run was given is over
+    "measure",  # 1: held-out data is to be measured after this step; 2: exact answers are to be counted, too
 )
 
 
@@ -80,14 +81,15 @@ def read_bad_steps(metadata: Mapping, path: Path) -> list[BadStep]:
 
 
 class MicroBatches:
-    """The micro-batches of one rank from step `first_step` of the run on, made by a thread while the model is busy.
+    """The micro-batches of one rank, of `steps` optimiser steps after step `first_step` of the run, made by a thread
+    while the model is busy.
 
     pin: put them into pinned memory, from which a GPU copies while the CPU goes on.
     """
 
-    def __init__(self, plan: BatchPlan, epochs: int, rank: int, first_step: int, pin: bool = False):
+    def __init__(self, plan: BatchPlan, steps: int, rank: int, first_step: int, pin: bool = False):
         self.plan, self.rank, self.first_step, self.pin = plan, rank, first_step, pin
-        self.steps = plan.total_steps(epochs) - first_step
+        self.steps = steps
         self._prefetch: Prefetch[Batch] | None = None
 
     def __len__(self) -> int:
@@ -162,6 +164,7 @@ class TrainingModule(LightningModule):
         self.running, self.first_step, self.lora_plus = running, first_step, lora_plus
         self.recompute = recompute
         self.total_steps = plan.total_steps(epochs)
+        self.steps_left = max(0, self.total_steps - first_step)  # for this process to take; fewer in a run that is over
         self.window: Window | None = None  # the last window that is finished
         self.bad_steps, self.max_bad_steps, self.report = list(bad_steps), max_bad_steps, report
         # What they were after the last step that was taken.
@@ -181,7 +184,7 @@ class TrainingModule(LightningModule):
 
     def train_dataloader(self) -> MicroBatches:
         pin = self.trainer.strategy.root_device.type == "cuda"
-        self.batches = MicroBatches(self.plan, self.epochs, self.global_rank, self.first_step, pin)
+        self.batches = MicroBatches(self.plan, self.steps_left, self.global_rank, self.first_step, pin)
         return self.batches
 
     def close(self) -> None:

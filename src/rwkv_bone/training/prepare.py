@@ -1,8 +1,7 @@
-"""From a config to what a run trains on: the model with its adapter, the data, the held-out measurement."""
+"""From a config to what a run trains on: the model with its adapter, and the data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,11 @@ from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.cluster.world import SAME_FILES, World
 from rwkv_bone.config import DataConfig, TrainConfig
 from rwkv_bone.config.saved import shaping
-from rwkv_bone.console import counted
-from rwkv_bone.data import BatchPlan, Dataset, load_dataset, load_pairs, load_tokenizer
-from rwkv_bone.data.lost import WARNING
+from rwkv_bone.data import BatchPlan, Dataset, load_dataset
 from rwkv_bone.data.split import split_heldout
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import RWKV, architecture_from_scratch, build, init_from_scratch, load_base_into
 from rwkv_bone.ops import regions, select_op
-from rwkv_bone.training import project
-from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.saving import Output
 from rwkv_bone.training.schedule import check_schedule
 from rwkv_bone.training.strategy import DTYPES
@@ -187,45 +182,6 @@ def agree_on_files(world: World, config: TrainConfig, model: nn.Module, metadata
         trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         world.agree("--peft_load", checkpoints.fingerprint(trained), SAME_FILES)
     world.agree("--data_file", metadata["data"], SAME_FILES)
-
-
-def prepare_heldout(
-    config: TrainConfig,
-    vocab_size: int,
-    split: Dataset | None,
-    folder: Path,
-    report: Callable[[str], None],
-    found: str | None = None,
-) -> HeldOut | None:
-    """The measurement before and after training; None, with a line that says so, without held-out data.
-
-    split: what `load_data` took out of the training data. found: what `evaluation.json` of a continued run holds.
-    """
-    data, path, limit = config.data, config.data.eval_data, config.run.eval_samples
-    if split is None and not path:
-        report("held-out  none (no --eval_data or --eval_split): the training loss is all there will be to see")
-        return None
-    # Held-out rows are read whole whatever the training batches are.
-    dataset = split or load_dataset(replace(data, dataload="pad"), vocab_size, path)
-    source = f"--eval_split {data.eval_split:g} of the training data" if split else dataset.summary_lines()[0]
-    report(f"held-out  {source}; {counted(len(dataset), 'sample')}")
-    for line in dataset.note_lines():
-        report(line if line.startswith(WARNING) else f"held-out  {line}")
-    pairs: list[tuple[str, str]] = []
-    tokenizer = None
-    if limit:
-        tokenizer = load_tokenizer(data.tokenizer, vocab_size)
-        pairs = split.pairs(tokenizer, limit) if split else load_pairs(data, path, tokenizer, limit)
-    return HeldOut(
-        dataset,
-        pairs,
-        tokenizer,
-        micro_bsz=data.micro_bsz,
-        chunk=config.model.chunk_ctx,
-        path=folder / project.EVALUATION,
-        found=found,
-        report=report,
-    )
 
 
 def _world_size(config: TrainConfig) -> int:

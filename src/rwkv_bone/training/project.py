@@ -15,6 +15,8 @@ from rwkv_bone.config.saved import to_json
 from rwkv_bone.errors import UserError
 
 CONFIG, LOG, PLOT, EVALUATION = "config.json", "train_log.jsonl", "loss.png", "evaluation.json"
+MEASUREMENTS, SAMPLES = "measurements.jsonl", "samples.jsonl"
+BEST = "rwkv-best.pth"  # the trained parameters with the lowest held-out loss
 RESUME_FILE, PREVIOUS_FILE = STATES = "resume.pth", "resume.previous.pth"
 NEVER = ("never", "0")  # values of --resume with which a folder of results is refused
 OUTPUT = "output.txt"  # what a run said that its terminal, pipe or disk could not take
@@ -22,8 +24,11 @@ OUTPUT = "output.txt"  # what a run said that its terminal, pipe or disk could n
 BEGUN = ".begun"
 # With a number: rwkv-init.pth is what a run begins with, in RWKV-LM's way.
 SAVED = "rwkv-[0-9]*.pth"
-MADE_HERE = (CONFIG, LOG, PLOT, EVALUATION, OUTPUT, RESUME_FILE, PREVIOUS_FILE, SAVED, "rwkv-[0-9]*.json")
-RESULTS = (LOG, RESUME_FILE, PREVIOUS_FILE, SAVED)
+MADE_HERE = (
+    *(CONFIG, LOG, PLOT, EVALUATION, MEASUREMENTS, SAMPLES, OUTPUT, RESUME_FILE, PREVIOUS_FILE, SAVED),
+    *("rwkv-[0-9]*.json", BEST, "rwkv-best.json"),
+)
+RESULTS = (LOG, RESUME_FILE, PREVIOUS_FILE, SAVED, BEST)
 UNFINISHED = tuple(f".{name}.*.partial*" for name in MADE_HERE)  # what a killed run was writing
 
 

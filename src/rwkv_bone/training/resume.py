@@ -27,7 +27,7 @@ from rwkv_bone.data import BatchPlan
 from rwkv_bone.data.fingerprint import of_this_format
 from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.training import project
-from rwkv_bone.training.heldout import text_of
+from rwkv_bone.training.evaluation import text_of
 from rwkv_bone.training.resume_file import check, is_moment, layout, read_newest
 from rwkv_bone.training.schedule import learning_rate
 

@@ -117,6 +117,15 @@ class SaveTrained(Callback):
             name = f"rwkv-{self.config.epoch_begin + module.window.epoch}-s{module.window.step}.pth"
             self._save(trainer, module, name)
 
+    def save_best(self, trainer: Trainer, module: TrainingModule, step: int, about: dict[str, Any]) -> None:
+        """Save the parameters as `rwkv-best.pth`, which no --keep removes. Every rank must call it.
+
+        step: the last that was taken; about: what the metadata says of the measurement.
+        """
+        metadata = {**self.output.metadata, "step": step, "threads": torch.get_num_threads(), **about}
+        path = self.folder / project.BEST
+        self._write_parameters(trainer, self._parameters(module), metadata, path, overwrite=True)
+
     def state_of_things(self) -> str:
         """What is saved and how to go on: for the user of a run that ends early."""
         step = max(self._adapter_step, self._state_step)
@@ -154,8 +163,7 @@ class SaveTrained(Callback):
         with_state = self.config.save_state and step > self._state_step
         if not with_adapter and not with_state:
             return
-        parameters = dict(module.model.named_parameters())
-        parameters = {key: parameters[key] for key in self.output.keys}
+        parameters = self._parameters(module)
         metadata = {**self.output.metadata, "step": step, "threads": torch.get_num_threads()}
         if with_adapter:
             assert adapter
@@ -165,7 +173,18 @@ class SaveTrained(Callback):
         if with_adapter and trainer.is_global_zero:
             self._remove_older()
 
+    def _parameters(self, module: TrainingModule) -> dict[str, nn.Parameter]:
+        parameters = dict(module.model.named_parameters())
+        return {key: parameters[key] for key in self.output.keys}
+
     def _write_adapter(self, trainer: Trainer, parameters: dict[str, nn.Parameter], metadata: dict, path: Path) -> None:
+        self._write_parameters(trainer, parameters, metadata, path, self._overwrite)
+        self.last_path, self._adapter_step = path, metadata["step"]
+        self._adapters = [name for name in self._adapters if name != path.name] + [path.name]
+
+    def _write_parameters(
+        self, trainer: Trainer, parameters: dict[str, nn.Parameter], metadata: dict, path: Path, overwrite: bool
+    ) -> None:
         state, problem = gather(parameters.items(), keep=trainer.is_global_zero), None
         if trainer.is_global_zero:
             state = {key: tensor.to(self.output.dtypes.get(key, tensor.dtype)) for key, tensor in state.items()}
@@ -173,12 +192,10 @@ class SaveTrained(Callback):
                 problem = resume_file.diverged(bad)
             else:
                 try:
-                    checkpoints.write_state(path, state, metadata, overwrite=self._overwrite)
+                    checkpoints.write_state(path, state, metadata, overwrite=overwrite)
                 except (OSError, ValueError, RuntimeError) as error:
                     problem = str(error) or type(error).__name__
         self._raise_if(trainer.strategy.broadcast(problem), metadata["step"])
-        self.last_path, self._adapter_step = path, metadata["step"]
-        self._adapters = [name for name in self._adapters if name != path.name] + [path.name]
 
     def _write_state(
         self, trainer: Trainer, module: TrainingModule, parameters: dict[str, nn.Parameter], metadata: dict
