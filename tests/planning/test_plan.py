@@ -14,6 +14,7 @@ from rwkv_bone.data import cache, part
 from rwkv_bone.errors import UserError
 from rwkv_bone.planning import lines, steps
 from rwkv_bone.planning import plan as plan_module
+from rwkv_bone.planning.heldout import Costs
 from rwkv_bone.planning.steps import Timed
 from rwkv_bone.planning.timing import Times
 from rwkv_bone.training import guard
@@ -45,7 +46,8 @@ def tree(*folders: Path) -> dict:
 @pytest.fixture
 def untimed(monkeypatch):
     """No steps are taken; what they would have shown is made up."""
-    made = Timed(Times(0.001, 7, 0.02, 3.0), start=4.0, loss=0.5, answers=2.0, prompts=11, peak=1.0)
+    held = Costs(whole=0.5, loss=0.25, answers=2.0, samples=0.125)
+    made = Timed(Times(0.001, 7, 0.02, 3.0), start=4.0, held=held, peak=1.0)
     monkeypatch.setattr(plan_module, "take_steps", lambda *_: made)
     return made
 
@@ -122,7 +124,7 @@ def test_a_model_of_any_size_is_counted_without_memory(job, capsys, monkeypatch)
 @pytest.mark.parametrize("version", [5, 6, 7])
 def test_the_model_without_memory_is_counted_as_the_one_that_is_trained(tmp_path, version, flags):
     base = tmp_path / "base.pth"
-    checkpoints.write_state(base, random_model(version, vocab_size=256, dtype=torch.bfloat16).state_dict())
+    checkpoints.write_state(base, random_model(version=version, vocab_size=256, dtype=torch.bfloat16).state_dict())
     words = [word for name, value in flags.items() for word in (f"--{name}", *str(value).split())]
     words += (
         ["--bone_r", "8"]
@@ -147,10 +149,10 @@ def test_the_time_of_a_run_adds_up(job, capsys, untimed):
     whole = re.search(r"time +(\S+) in all: (\S+) to start, (\S+) for", said)
     total, start, train = (int(m) * 60 + int(s) for m, s in (text.split(":") for text in whole.groups()))
     assert start == 7 and train == pytest.approx(steps_ * step, rel=0.05, abs=1)
-    # Before and after with answers, and the loss alone after steps 100, 200, 300.
-    losses = (steps_ - 1) // 100
-    assert f"(before and after, {losses} losses while training)" in said
-    assert total == pytest.approx(start + train + 2 * (0.5 + 2.0) + losses * 0.5, abs=2)
+    # Before and after all of it, and every 100 steps a part, without the answers, which would take too long.
+    between = (steps_ - 1) // 100
+    assert between > 2 and f"for {between + 2} measurements" in said
+    assert total == pytest.approx(start + train + 2 * (0.5 + 2.0 + 0.125) + between * 0.375, abs=2)
 
 
 def test_lines_are_broken_between_words_and_keep_their_column():

@@ -36,7 +36,7 @@ def load_dataset(
     """
 
     def held_out() -> list[Part]:
-        return [Part(own, vocab_size, one.path, held_out=True) for one, own in each_set(cfg)]
+        return [Part(own, vocab_size, one.path, held_out=True, keep=keep) for one, own in each_set(cfg)]
 
     weights = None
     if cfg.data_weights and path is None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_bone import run_lock
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.console import counted
+from rwkv_bone.data import BatchPlan
 from rwkv_bone.data.lost import WARNING
 from rwkv_bone.errors import UserError
-from rwkv_bone.planning.heldout import measurements
 from rwkv_bone.planning.steps import Timed
 from rwkv_bone.planning.timing import positions_of_a_step
 from rwkv_bone.training import guard
-from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.measuring import Rhythm
 from rwkv_bone.training.out_of_memory import Plan, advice, size_text
 from rwkv_bone.training.progress import clock
 from rwkv_bone.training.resume import Saved
@@ -60,31 +61,53 @@ def too_large(memory: Plan, total: float | None) -> Iterator[str]:
     yield from (f"{INDENT}{line}" for line in rest)
 
 
-def time_taken(config: TrainConfig, module: TrainingModule, timed: Timed) -> Iterator[str]:
-    """Seconds of a step and of the whole run. module: of the whole run."""
-    plan, steps = module.plan, module.total_steps
-    step = timed.steps.step(plan)
-    speed, what = positions_of_a_step(plan) * plan.world_size / step, "tokens" if plan.pack else "positions"
+@dataclass(frozen=True)
+class WholeRun:
+    """What was timed, for the whole run. Seconds."""
+
+    timed: Timed
+    steps: int
+    step: float
+    speed: float  # positions a second, of all devices
+    speed_of: str
+    start: float
+    rhythm: Rhythm | None  # of measurements while training; None without held-out data
+    measurements: int  # while training
+    measuring: float
+
+    @classmethod
+    def of(cls, config: TrainConfig, plan: BatchPlan, timed: Timed) -> WholeRun:
+        steps, step = plan.total_steps(config.run.epoch_count), timed.steps.step(plan)
+        when = timed.held.rhythm(config.run.eval_steps, steps, step) if timed.held else None
+        count, measuring = timed.held.in_a_run(when, steps) if timed.held and when else (0, 0.0)
+        speed, what = positions_of_a_step(plan) * plan.world_size / step, "tokens" if plan.pack else "positions"
+        return cls(timed, steps, step, speed, what, timed.start + timed.steps.warm_up, when, count, measuring)
+
+    @property
+    def total(self) -> float:
+        return self.start + self.steps * self.step + self.measuring
+
+
+def time_taken(config: TrainConfig, run: WholeRun) -> Iterator[str]:
+    """Seconds of a step and of the whole run."""
+    timed, held = run.timed, run.timed.held
     yield (
-        f"time      {seconds_text(step)} a step, {speed:,.0f} {what}/s: the median of {_timed(timed.steps.steps)}, "
-        f"half of them within {timed.steps.spread:.0%}"
+        f"time      {seconds_text(run.step)} a step, {run.speed:,.0f} {run.speed_of}/s: the median of "
+        f"{_timed(timed.steps.steps)}, half of them within {timed.steps.spread:.0%}"
     )
-    held = ""
-    total = timed.start + timed.steps.warm_up + steps * step
-    if timed.loss:
-        whole = timed.loss + timed.answers
-        count = measurements(config.run.eval_steps, steps, step, timed.loss)
-        answers = f", {counted(timed.prompts, 'answer')} in {seconds_text(timed.answers)}" if timed.prompts else ""
-        yield f"time      a held-out measurement: the loss in {seconds_text(timed.loss)}{answers}"
-        measuring = 2 * whole + count * timed.loss
-        total += measuring
-        while_training = f", {counted(count, 'loss', 'losses')} while training" if count else ""
-        held = f", {clock(measuring)} to measure held-out data (before and after{while_training})"
-    start = clock(timed.start + timed.steps.warm_up)
-    yield f"time      {clock(total)} in all: {start} to start, {clock(steps * step)} for {counted(steps, 'step')}{held}"
+    measuring = ""
+    if held:
+        parts = {"the loss": held.loss, "exact answers": held.answers, "samples": held.samples}
+        listed = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in parts.items() if seconds)
+        yield f"measured  {listed} each time"
+        if run.rhythm and run.rhythm.line:
+            yield f"measured  {run.rhythm.line}"
+        measuring = f", {clock(run.measuring)} for {counted(run.measurements + 2, 'measurement')}"
+    train = f"{clock(run.steps * run.step)} for {counted(run.steps, 'step')}"
+    yield f"time      {clock(run.total)} in all: {clock(run.start)} to start, {train}{measuring}"
     limit = 60 * config.run.max_minutes
-    if limit and total > limit:
-        done = max(limit - (total - steps * step), 0) / step
+    if limit and run.total > limit:
+        done = max(limit - (run.total - run.steps * run.step), 0) / run.step
         yield f"{WARNING}--max_minutes {config.run.max_minutes:g} ends the run after about {done:,.0f} of its steps"
 
 
@@ -111,7 +134,7 @@ def seconds_text(seconds: float) -> str:
     """`0.084 s`, `2.1 s`, `12 s`, and from two minutes on as a clock."""
     if seconds >= 120:
         return clock(seconds)
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.3g} s"
 
 
 def broken(line: str, columns: int) -> list[str]:

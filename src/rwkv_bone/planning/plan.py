@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,9 +18,10 @@ from rwkv_bone.cluster.watch import Watch
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.planning import lines
-from rwkv_bone.planning.heldout import HeldOutData
+from rwkv_bone.planning.lines import WholeRun
 from rwkv_bone.planning.steps import take_steps
 from rwkv_bone.training import batch_size, guard, project
+from rwkv_bone.training.heldout_sets import prepare_heldout
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.out_of_memory import Plan
@@ -29,7 +32,14 @@ from rwkv_bone.training.strategy import silence_libraries
 from rwkv_bone.training.trainer import choose_device, settle_threads
 
 
-def plan(config: TrainConfig, watch: Watch) -> None:
+class Planned(NamedTuple):
+    """What was said, in numbers. whole: None if it does not fit."""
+
+    memory: Plan
+    whole: WholeRun | None
+
+
+def plan(config: TrainConfig, watch: Watch) -> Planned:
     """Print what the run of `config` would take; UserError for what a user can fix, as the run itself would raise it.
 
     watch: over the world that `join(config)` returned, both entered.
@@ -49,7 +59,6 @@ def plan(config: TrainConfig, watch: Watch) -> None:
     data, text = folder_text(outline.folder, config.data)
     reading = replace(config, data=data)
     dataset, split = load_data(reading, arch.vocab_size, config.data, keep=False)
-    heldout = HeldOutData.load(reading, arch.vocab_size, split)
     reading = batch_size.settle(reading, arch, counted, dataset, device, there)
     reading = batch_size.agreed(config, reading, world)
     batches = plan_batches(reading, dataset, batch_size.unit(config))
@@ -62,18 +71,23 @@ def plan(config: TrainConfig, watch: Watch) -> None:
         say(line)
     for line in lines.memory_parts(memory, total):
         say(line)
+    folder = Path(run.proj_dir)
+    heldout = prepare_heldout(reading, arch.vocab_size, split, batches, folder, say, keep=False)
     if world.main:
         for line in lines.folder_state(config, module.total_steps):
             say(line)
+    whole = None
     # Processes of a CPU that look one after the other find different amounts free.
     if world.from_first("whether it fits", lambda: choice.fits):
         timed = take_steps(config, reading, device, batches, choice.recompute, watch, heldout, say)
-        for line in lines.time_taken(config, module, timed):
+        whole = WholeRun.of(config, batches, timed)
+        for line in lines.time_taken(config, whole):
             say(line)
     else:
         for line in lines.too_large(memory, total):
             say(line)
     say("plan      nothing was written; the same command without --plan is the run")
+    return Planned(memory, whole)
 
 
 def printer() -> Callable[[str], None]:

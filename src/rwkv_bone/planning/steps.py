@@ -14,11 +14,12 @@ from rwkv_bone.cluster.watch import Watch
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data import BatchPlan
 from rwkv_bone.models import Recompute
-from rwkv_bone.planning.heldout import HeldOutData, TimeHeldOut
+from rwkv_bone.planning.heldout import Costs, TimeHeldOut
 from rwkv_bone.planning.timing import Enough, Times, TimeSteps, times
 from rwkv_bone.quantization import describe
 from rwkv_bone.training import out_of_memory
 from rwkv_bone.training.compiling import CompileBlocks
+from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.log import peak_memory_mb
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.place import PlaceModel
@@ -35,9 +36,7 @@ class Timed:
 
     steps: Times
     start: float  # from the start of the program to the first step
-    loss: float  # of a held-out measurement; 0: there is none
-    answers: float  # of the answers of a measurement; 0: there are none
-    prompts: int
+    held: Costs | None  # of held-out measurements; None: there are none
     peak: float  # most memory of this process so far, as the log of a run has it
 
 
@@ -48,7 +47,7 @@ def take_steps(
     batches: BatchPlan,
     recompute: Recompute,
     watch: Watch,
-    heldout: HeldOutData | None,
+    heldout: HeldOut | None,
     say: Callable[[str], None],
 ) -> Timed:
     """Take and time the first steps of the run, in every process of it alike.
@@ -66,7 +65,7 @@ def take_steps(
     module = TrainingModule(
         prepared.model, batches, run.epoch_count, config.optim, model, 0, plus, recompute, max_bad_steps=10**6
     )
-    held = TimeHeldOut(heldout, reading.data.micro_bsz, model.chunk_ctx) if heldout else None
+    held = TimeHeldOut(heldout) if heldout else None
     watcher = TimeSteps()
     callbacks: list[Callback] = [PlaceModel(prepared.dtype), Agree()]
     callbacks += [CompileBlocks(model.compile, say)] if model.compile != "0" else []
@@ -82,8 +81,6 @@ def take_steps(
     return Timed(
         times(watcher.marks),
         start=watcher.began - signals.BEGAN - (held.spent if held else 0.0),
-        loss=held.loss if held else 0.0,
-        answers=held.answers if held else 0.0,
-        prompts=len(heldout.prompts) if heldout else 0,
+        held=held.costs if held else None,
         peak=peak_memory_mb(torch.device(device)) * 2**20,
     )
