@@ -20,6 +20,7 @@ PICTURE = REPOSITORY / "docs" / "rooms.svg"
 # name -> (column, what it is for)
 ROOMS = {
     "hf": (0, "Bone and Bat in transformers models"),
+    "planning": (1, "what a run would take, before it"),
     "training": (1, "a run: prepared, stepped, saved, continued"),
     "conversion": (2, "adapter + base to one file; formats of others"),
     "inference": (1, "load a model, write text, measure it"),

@@ -27,6 +27,12 @@ def train(prog: str = "rwkv-bone-train") -> int:
 
         # From here on a process that is lost is noticed, also while another loads the libraries.
         with join(config) as world, Watch(world, config.run.rank_timeout) as watch:
+            if config.run.plan:
+                with uncollected():
+                    from rwkv_bone.planning.plan import plan
+
+                plan(config, watch)
+                return
             with uncollected():
                 from rwkv_bone.training.fit import fit
 

@@ -70,7 +70,7 @@ MARKED = ("qa", "se")  # masks that look for turns in the text of documents
 TRAIN: dict[str, When] = {
     "chunk_ctx": When(
         ("chunk_ctx", "ctx_len", "micro_bsz", "dataload"),
-        lambda chunk, tokens, rows, how: chunk < tokens * (rows if how == "pack" else 1),
+        lambda chunk, tokens, rows, how: chunk < tokens * ((rows or 8) if how == "pack" else 1),
         "below --ctx_len; with --dataload pack, below --ctx_len times --micro_bsz",
     ),
     "bptt_chunks": given("chunk_ctx"),

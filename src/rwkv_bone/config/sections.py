@@ -267,7 +267,8 @@ class DataConfig:
     micro_bsz: int = setting(
         8,
         "samples per device and forward pass; with --dataload pack a batch has up to micro_bsz x ctx_len tokens; auto "
-        "= as many as the free memory takes, with --accumulate_grad_batches lowered so that a step keeps its tokens",
+        "= as many as fit in the free memory with nothing computed again (--grad_cp), of the 8 x "
+        "accumulate_grad_batches that each device's step then has, whatever fits; packed rows then have up to ctx_len",
         at_least=1,
         at_most=WIDTH,
         auto=0,
@@ -303,7 +304,9 @@ class DataConfig:
                 if not usable:
                     raise UserError(f"--data_weights {weight}: expected a number above 0")
         if self.dataload == "only" and self.micro_bsz != 1:
-            raise UserError(f"--dataload only trains one sample a batch: set --micro_bsz 1 (now {self.micro_bsz})")
+            raise UserError(
+                f"--dataload only trains one sample a batch: set --micro_bsz 1 (now {self.micro_bsz or 'auto'})"
+            )
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def preview(argv: list[str], prog: str = PROGRAM) -> None:
     chosen = np.unique(np.linspace(0, len(dataset) - 1, settings.samples).round().astype(int))
     for index in chosen:
         print(f"{describe(dataset[index])}\n{show(dataset[index], tokenizer, colored, settings.show_tokens)}\n")
-    for line in [*text, *dataset.summary_lines(), *statistics(dataset), *packing(dataset, cfg.micro_bsz)]:
+    for line in [*text, *dataset.summary_lines(), *statistics(dataset), *packing(dataset, cfg.micro_bsz or 1)]:
         print(line)
 
 

@@ -21,7 +21,7 @@ from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.devices import describe_devices
 from rwkv_bone.errors import UserError
-from rwkv_bone.training import out_of_memory, project
+from rwkv_bone.training import batch_size, guard, out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.heldout_sets import prepare_heldout
 from rwkv_bone.training.log import StepLog, read_log
@@ -85,6 +85,9 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     world.agree("the device of --accelerator", device)
     threads = settle_threads(run.devices)
     there = memory_there(device, run.devices)  # before this run takes any of it
+    total = guard.memory_in_all(device, run.devices)
+    if not config.model.load_model:
+        guard.check_new_model(config, prepare_model(config, torch.device("meta"), empty=True), device, total)
 
     seed_everything(run.random_seed, verbose=False)
     with out_of_memory.told("while the base model was read"):
@@ -94,7 +97,10 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     data, text = folder_text(prepared.folder, config.data)
     reading = replace(config, data=data)
     dataset, split = load_data(reading, prepared.arch.vocab_size, config.data)
-    plan = plan_batches(config, dataset)
+    counted = count(model)
+    reading = batch_size.settle(reading, prepared.arch, counted, dataset, device, there)
+    reading = batch_size.agreed(config, reading, world)
+    plan = plan_batches(reading, dataset, batch_size.unit(config))
     output = prepared.output.with_data(dataset)
     agree_on_files(world, config, model, output.metadata)
     if earlier:
@@ -102,8 +108,10 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         if main:
             earlier.load_parameters(model, output.keys)
     first = earlier.step if earlier else 0
-    counted, running = count(model), run_of(config, plan, device)
+    running = run_of(reading, plan, device)
     choice = decide(config.model.grad_cp, prepared.arch, counted, running, there)
+    memory = out_of_memory.Plan(config, prepared.arch, counted, replace(running, recompute=choice.recompute), there)
+    guard.check(memory, total)
     bad_steps = read_bad_steps(earlier.metadata, earlier.path) if earlier else []
     module = TrainingModule(
         model,
@@ -125,6 +133,8 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     if not taken:
         for line in header(config, prepared, module, choice, device, threads, text):
             report(line)
+    for line in guard.warnings(memory) if not taken else ():
+        report(f"          {line}")
     sent = Sent.read(folder) if earlier and main else Sent()  # before what is repeated is taken away
     measured = earlier.measured if earlier else None
     kept = world.from_first("measurements", lambda: [read(folder, first) for read in (read_measurements, read_samples)])
@@ -179,7 +189,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
     callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)
-    trainer = make_trainer(config, device, trainable, callbacks, world)
+    trainer = make_trainer(reading, device, trainable, callbacks, world)
     if main:
         if earlier:
             earlier.record(config, output.metadata)
@@ -187,7 +197,6 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         console.keep_lost_output(folder / project.OUTPUT)
     if device == "cpu":
         allocator.keep()
-    memory = out_of_memory.Plan(config, prepared.arch, counted, replace(running, recompute=choice.recompute), there)
 
     def explain(error: BaseException) -> UserError | None:
         return out_of_memory.explained(error, memory, out_of_memory.place_of(module), save.state_of_things())

@@ -46,8 +46,9 @@ def header(
     each = " each" if plan.world_size > 1 else ""
     where = f"{describe_devices(device, plan.world_size)}, {counted(threads, 'thread')}{each}"
     yield f"device    {where}; {stage}, {run.precision}"
-    yield f"kernel    {prepared.kernel}"
-    if config.model.quant != "none":
+    if prepared.kernel:
+        yield f"kernel    {prepared.kernel}"
+    if config.model.quant != "none" and prepared.kernel:
         yield f"quant     {describe(prepared.model, DTYPES[run.precision], device)}"
     if prepared.injection:
         for line in prepared.injection.summary_lines():
@@ -65,6 +66,11 @@ def header(
         f"steps     {counted(module.total_steps, 'optimiser step')} in {counted(module.epochs, 'epoch')}; a step is "
         f"{batch} x {passes} x {counted(plan.world_size, 'device')}"
     )
+    if not config.data.micro_bsz:
+        yield (
+            f"          --micro_bsz auto: {counted(plan.micro_bsz, 'sample')} at once, of the "
+            f"{plan.micro_bsz * plan.accumulate:,} that each device has in a step, whatever fits"
+        )
     if read < 1:
         yield f"          these steps read {percent(read)} of the trained tokens; a larger --epoch_count reads more"
     yield f"memory    {choice.sentence}" if choice.fits else f"{WARNING}{choice.sentence}"
