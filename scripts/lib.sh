@@ -67,16 +67,16 @@ run() {
                 done
                 IFS=$_spaces
                 ;;
-            columns | data_weights | dataset_field | eval_field | resume_with | sft_field | target_modules | targets | train_parts) # words
+            columns | data_weights | dataset_field | eval_field | resume_with | sft_field | stop | target_modules | targets | train_parts) # words
                 # shellcheck disable=SC2086
                 set -- "$@" "--$_name" $_value
                 ;;
-            base_model | eval_data | load_model) # a path or a name of the Hub
+            base_model | compare | eval_data | load_model) # a path or a name of the Hub
                 set -- "$@" "--$_name=$(in_repo_or_hub "$_value")"
                 ;;
             adapter | bone_load | cache_dir | config | data_path | eval_path | lora_checkpoint | lora_init | \
                 model_name_or_path | output | output_dir | peft_checkpoint | peft_load | pissa_init | proj_dir | \
-                state_checkpoint) # a path
+                prompts | state_checkpoint) # a path
                 set -- "$@" "--$_name=$(in_repo "$_value")"
                 ;;
             deepspeed | template | tokenizer) # a path or a name
@@ -106,7 +106,7 @@ run() {
 
 # run_on_newest FLAG KIND PROGRAM ARGUMENT...: as run, but the newest adapter in $proj_dir is passed as FLAG, unless the
 # script itself names an adapter. KIND is what scripts/run_KIND.sh trains. With FLAG adapter the model itself is meant
-# where --base_model is given without --adapter, and where proj_dir is empty: then no adapter is passed.
+# where --base_model (--load_model) is given without --adapter, and where proj_dir is empty: then no adapter is passed.
 run_on_newest() {
     _flag=$1 _kind=$2 _program=$3
     shift 3
@@ -114,7 +114,7 @@ run_on_newest() {
     if assigns proj_dir && ! assigns 'adapter|lora_checkpoint|peft_checkpoint|state_checkpoint'; then
         case "$_flag $*" in
             *' --adapter'*) ;;
-            'adapter '*--base_model*) proj_dir= ;;
+            'adapter '*--base_model* | 'adapter '*--load_model*) proj_dir= ;;
         esac
         if [ "$_flag$proj_dir" = adapter ]; then
             own_flag=--adapter=
@@ -124,7 +124,9 @@ run_on_newest() {
         if [ -z "$_adapter" ] && [ $# -eq 0 ]; then
             _what=adapter
             [ "$_kind" != state ] || _what=state
-            die "no $_what rwkv-N.pth in $proj_dir; sh scripts/run_$_kind.sh makes one"
+            _alone=
+            ! assigns load_model || _alone="; for the model alone: sh $0 --load_model $load_model"
+            die "no $_what rwkv-N.pth in $proj_dir; sh scripts/run_$_kind.sh makes one$_alone"
         fi
         # Where there is none, the program says so, unless it is asked for something else, such as --help.
         own_flag=--$_flag=${_adapter:-$(in_repo "$proj_dir")/rwkv-N.pth}

@@ -81,3 +81,14 @@ def preview(prog: str = "rwkv-bone-preview") -> int:
         main(prog)
 
     return exit_status(body, shows=True)
+
+
+def chat(prog: str = "rwkv-bone-chat") -> int:
+    """Talk to a model, or have it answer prompts."""
+
+    def body() -> None:
+        from rwkv_bone.chat.main import main
+
+        main(prog)
+
+    return exit_status(body, shows=True)

@@ -36,6 +36,7 @@ def generate(
     max_new: int | Sequence[int],
     stop_id: int | None = 0,
     stop_texts: Sequence[str] = (),
+    opening: str = "",
     tokenizer: Tokenizer | None = None,
     batch: int = BATCH,
     piece: int = PIECE,
@@ -48,10 +49,10 @@ def generate(
 
     model: an `RWKV`, or what passes its arguments on to one. Prompts may have any length but 0; they are never cut.
     max_new: the largest number of new tokens, of all prompts or of each. stop_texts: they end an answer wherever they
-    stand in its text, and need the tokenizer. The states of `batch` sequences and one forward pass of `piece` tokens
-    must fit into memory. done: called after each batch with the number of its prompts. seed: of all prompts, which then
-    draw different numbers, or of each. sampling: the other fields of `Sampling`; without them the most likely token is
-    taken. What a prompt draws does not depend on the other prompts.
+    stand in its text, and need the tokenizer; opening: see `Stop`. The states of `batch` sequences and one forward pass
+    of `piece` tokens must fit into memory. done: called after each batch with the number of its prompts. seed: of all
+    prompts, which then draw different numbers, or of each. sampling: the other fields of `Sampling`; without them the
+    most likely token is taken. What a prompt draws does not depend on the other prompts.
 
     ValueError for an empty prompt, a batch or piece below 1, a number of seeds or of max_new that is not that of the
     prompts, and for what `Sampling` and `Stop` refuse.
@@ -68,7 +69,7 @@ def generate(
         if len(values) != len(prompts):
             raise ValueError(f"{name}: expected one for each of the {len(prompts)} prompts, found {len(values)}")
     how = Sampling(max_new=min(most, default=0), **sampling)  # which checks each
-    stop = Stop(() if stop_id is None else (stop_id,), tuple(stop_texts))
+    stop = Stop(() if stop_id is None else (stop_id,), tuple(stop_texts), opening)
 
     answers: list[list[int]] = []
     for start in range(0, len(prompts), batch):

@@ -8,23 +8,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from rwkv_bone.data.conversations.thinking import BEGIN, END
 from rwkv_bone.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Stop:
-    """What ends an answer, and is not part of it: one of these tokens, or any of these texts, over whichever tokens."""
+    """What ends an answer, and is not part of it: one of these tokens, or any of these texts, over whichever tokens.
+
+    No text counts within a think block, which the answer may begin with, or what stands before it (`opening`) may open.
+    """
 
     ids: tuple[int, ...] = (0,)
     texts: tuple[str, ...] = ()
+    opening: str = ""
 
     def __post_init__(self) -> None:
         if not all(self.texts):
             raise ValueError("a stop text is empty: it would end every answer")
 
-    def find(self, text: str) -> int:
-        """Where the first stop text begins, -1 if there is none."""
-        return min((at for stop in self.texts if (at := text.find(stop)) >= 0), default=-1)
+    def find(self, answer: str, start: int = 0) -> int:
+        """Where the first stop text begins in an answer, from `start` on; -1 if there is none."""
+        # The last ">" of what opens or closes a block may be the model's.
+        opened = self.opening.rfind(BEGIN[:-1]) > self.opening.rfind(END[:-1])
+        if opened or answer.lstrip().startswith(BEGIN):
+            end = answer.find(END)
+            if end < 0:
+                return -1
+            start = max(start, end)
+        return min((at for stop in self.texts if (at := answer.find(stop, start)) >= 0), default=-1)
 
     def held_back(self, text: str) -> int:
         """How many characters at the end may be the beginning of a stop text."""
@@ -96,9 +108,9 @@ class Writing:
         self._held += self._characters.add(token)
         if self._characters.whole:
             self._marks.append(_Mark(len(self.text) + len(self._held), len(self.ids)))
-        at = self._stop.find(self._held)
+        at = self._stop.find(self.text + self._held, len(self.text))
         self.stopped = at >= 0
-        return self._give(at if self.stopped else len(self._held) - self._stop.held_back(self._held))
+        return self._give(at - len(self.text) if self.stopped else len(self._held) - self._stop.held_back(self._held))
 
     def end(self, cut: bool = False) -> str:
         """The text that was held back, where no stop text came. cut: the last character may lack its end: it goes."""
