@@ -26,10 +26,12 @@ class Lines:
     def __init__(self, style: Style, history: bool):
         self._style = style
         self._history = History() if history else None
+        self._marked = False  # whether readline knows what was pasted
         with contextlib.suppress(ImportError):  # not everywhere; then a terminal edits as it does
             import readline
 
             readline.set_auto_history(False)
+            self._marked = "libedit" not in (readline.__doc__ or "")
             readline.parse_and_bind("set enable-bracketed-paste on")
             if self._history:
                 for message in self._history.messages():
@@ -47,7 +49,7 @@ class Lines:
             if len(lines) > 1:
                 lines = lines[not lines[0] : len(lines) - (not lines[-1])]
         else:
-            while lines[-1].endswith("\\") or _more_is_there():
+            while lines[-1].endswith("\\") or (not self._marked and _more_is_there()):
                 # A backslash joins to the next line; it is no part of the message.
                 lines[-1] = lines[-1].removesuffix("\\")
                 lines.append(self._line(". "))

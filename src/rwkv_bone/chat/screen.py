@@ -74,5 +74,10 @@ def wrapped(text: str, wide: int) -> list[str]:
     return lines
 
 
+def broken(text: str) -> str:
+    """The text with its lines broken at the width of the terminal."""
+    return "\n".join(wrapped(text, columns() - 1))
+
+
 def padded(text: str, wide: int) -> str:
     return text + " " * (wide - width(text))

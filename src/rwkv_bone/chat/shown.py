@@ -48,8 +48,9 @@ class Shown:
     def _thinking(self, final: bool) -> list[Piece]:
         inside, end, rest = self._text.partition(END)
         if end:
+            found = [(THOUGHT, self._stripped(inside))]
             self._text, self._thinks, self._begins = rest, False, True
-            return [(THOUGHT, self._stripped(inside))]
+            return found
         held = 0 if final else _beginning_of(END, self._text)
         given, self._text = self._text[: len(self._text) - held], self._text[len(self._text) - held :]
         return [(THOUGHT, self._stripped(given))]

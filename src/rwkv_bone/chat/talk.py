@@ -16,7 +16,7 @@ from typing import Any
 from rwkv_bone.chat.flags import CHANGEABLE, ChatConfig
 from rwkv_bone.chat.lines import Lines
 from rwkv_bone.chat.load import Voice, enough_memory
-from rwkv_bone.chat.screen import BOLD, CYAN, DIM, Style, columns, padded, visible, wrapped
+from rwkv_bone.chat.screen import BOLD, CYAN, DIM, Style, broken, columns, padded, visible, wrapped
 from rwkv_bone.chat.session import Reply, Session
 from rwkv_bone.chat.shown import THOUGHT, Shown
 from rwkv_bone.config.fields import check_value, plain
@@ -67,7 +67,7 @@ class Talk:
             try:
                 self.take(message)
             except UserError as error:
-                print(f"error: {visible(str(error))}")
+                print(broken(f"error: {visible(str(error))}"))
             except KeyboardInterrupt:
                 self._note("\nstopped: the conversation is as it was before")
 
@@ -154,19 +154,26 @@ class Talk:
         return max(printed, last)
 
     def _note(self, text: str) -> None:
-        print(self.style(visible(text), DIM))
+        print(self.style(broken(visible(text)), DIM))
+
+    def _table(self, rows: dict[str, str]) -> None:
+        """Print what each key means, in a column of its own."""
+        wide = max(map(len, rows)) + 2
+        for key, about in rows.items():
+            lines = wrapped(about, max(columns() - 1 - wide, 20))
+            print(self.style(key.ljust(wide), CYAN) + ("\n" + " " * wide).join(lines))
 
     # Commands.
 
     def help(self, words: str) -> None:
         """List the commands."""
-        wide = max(len(f"/{name} {command.words}") for name, command in COMMANDS.items())
-        for name, command in COMMANDS.items():
-            print(f"{self.style(f'/{name} {command.words}'.ljust(wide), CYAN)}  {command.about}")
+        self._table({f"/{name} {command.words}": command.about for name, command in COMMANDS.items()})
         print(
-            "A paste is one message, however many lines it has. To type several lines, begin and end with three\n"
-            "double quotes, or end a line with \\. A message that begins with / is written with //. Ctrl-C ends an\n"
-            "answer, Ctrl-D the program."
+            broken(
+                "A paste is one message, however many lines it has. To type several lines, begin and end with three "
+                "double quotes, or end a line with \\. A message that begins with / is written with //. Ctrl-C ends "
+                "an answer, Ctrl-D the program."
+            )
         )
 
     def quit(self, words: str) -> None:
@@ -227,10 +234,8 @@ class Talk:
         """Show what can be changed, or change one."""
         specs = {spec.name: spec for spec in fields(ChatConfig) if spec.name in CHANGEABLE}
         if not words:
-            wide = max(map(len, CHANGEABLE))
-            for name in CHANGEABLE:
-                value = _worded(getattr(self.cfg, name)) or "(the template's)"
-                print(f"{name.ljust(wide)}  {value.ljust(8)}  {self.style(specs[name].metadata['help'], DIM)}")
+            values = {name: _worded(getattr(self.cfg, name)) or "(the template's)" for name in CHANGEABLE}
+            self._table({f"{name} {value}": specs[name].metadata["help"] for name, value in values.items()})
             self._note("/settings NAME VALUE changes one")
             return
         name, _, value = words.partition(" ")
