@@ -23,6 +23,7 @@ ROOMS = {
     "planning": (1, "what a run would take, before it"),
     "training": (1, "a run: prepared, stepped, saved, continued"),
     "conversion": (2, "adapter + base to one file; formats of others"),
+    "chat": (3, "a conversation with a model; many prompts"),
     "inference": (1, "load a model, write text, measure it"),
     "models": (2, "RWKV-5, 6, 7: blocks, time mix, channel mix"),
     "data": (0, "files to batches of token ids"),

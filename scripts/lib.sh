@@ -67,16 +67,16 @@ run() {
                 done
                 IFS=$_spaces
                 ;;
-            columns | data_weights | dataset_field | eval_field | resume_with | sft_field | target_modules | targets | train_parts) # words
+            columns | data_weights | dataset_field | eval_field | resume_with | sft_field | stop | target_modules | targets | train_parts) # words
                 # shellcheck disable=SC2086
                 set -- "$@" "--$_name" $_value
                 ;;
-            base_model | eval_data | load_model) # a path or a name of the Hub
+            base_model | compare | eval_data | load_model) # a path or a name of the Hub
                 set -- "$@" "--$_name=$(in_repo_or_hub "$_value")"
                 ;;
             adapter | bone_load | cache_dir | config | data_path | eval_path | lora_checkpoint | lora_init | \
                 model_name_or_path | output | output_dir | peft_checkpoint | peft_load | pissa_init | proj_dir | \
-                state_checkpoint) # a path
+                prompts | state_checkpoint) # a path
                 set -- "$@" "--$_name=$(in_repo "$_value")"
                 ;;
             deepspeed | template | tokenizer) # a path or a name
@@ -152,7 +152,9 @@ run_on_newest() {
         elif [ -z "$_adapter" ] && [ -z "$_named" ] && [ $# -eq 0 ]; then
             _what=adapter
             [ "$_kind" != state ] || _what=state
-            die "no $_what rwkv-N.pth in ${_typed_folder:-$proj_dir}; sh scripts/run_$_kind.sh makes one"
+            _alone=
+            ! assigns load_model || _alone="; for the model alone: sh $0 --load_model $load_model"
+            die "no $_what rwkv-N.pth in ${_typed_folder:-$proj_dir}; sh scripts/run_$_kind.sh makes one$_alone"
         fi
         # Where there is none, the program says so, unless it is asked for something else, such as --help.
         own_flag=--$_flag=${_adapter:-$_folder/rwkv-N.pth}

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "src" / "rwkv_bone"
 HEAVY = {"torch", "lightning", "deepspeed", "numpy", "matplotlib", "tokenizers"}
 TRAINERS = {"lightning", "deepspeed", "bitsandbytes", "transformers", "peft"}
 ROOMS = {"adapters", "checkpoints", "cluster", "config", "conversion", "data", "hf", "inference", "models", "ops"}
-ROOMS |= {"planning", "report", "training"}
+ROOMS |= {"chat", "planning", "report", "training"}
 # For each room, the rooms that importing any of its modules may bring along.
 MAY_IMPORT = {
     "config": set(),
@@ -23,11 +23,12 @@ MAY_IMPORT = {
     "models": {"config", "checkpoints", "ops"},
     "inference": {"config", "checkpoints", "ops", "models", "adapters", "data"},
     "conversion": {"config", "checkpoints", "ops", "models", "adapters", "inference"},
+    "chat": {"config", "checkpoints", "ops", "models", "adapters", "data", "inference"},
     "hf": {"config", "checkpoints", "adapters", "data"},
     "cluster": {"config"},
     "report": {"config"},
-    "training": ROOMS - {"hf", "conversion", "planning"},
-    "planning": ROOMS - {"hf", "conversion"},
+    "training": ROOMS - {"hf", "conversion", "planning", "chat"},
+    "planning": ROOMS - {"hf", "conversion", "chat"},
 }
 # Imported where peft or transformers are in use: modules that are made of classes of theirs.
 OPTIONAL = {"rwkv_bone.hf.peft_config", "rwkv_bone.hf.callbacks"}
@@ -103,6 +104,8 @@ def test_loading_a_model_reads_no_data_modules():
         "rwkv_bone.launched",
         *modules("cluster"),
         "rwkv_bone.signals",
+        "rwkv_bone.chat.flags",
+        "rwkv_bone.chat.main",
         "rwkv_bone.conversion.flags",
         "rwkv_bone.hf.flags",
     ],
@@ -134,6 +137,7 @@ def test_no_file_reads_the_environment_for_a_setting():
     allowed |= {"WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "TORCHELASTIC_", "RANK", "TORCH_CPP"}  # of launchers
     allowed |= {"MALLOC_"}  # of the C library
     allowed |= {"CUDA_DEVICE_ORDER", "RWKV_BONE_CARDS"}  # which cards were chosen, for the processes that are started
+    allowed |= {"XDG_STATE_HOME", "NO_COLOR"}
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -92,7 +92,17 @@ def preview(prog: str = "rwkv-bone-preview") -> int:
 
 def compare(prog: str = "rwkv-bone-compare") -> int:
     """Make one page of several runs."""
-
     from rwkv_bone.report.compare import main
 
     return main(prog)
+
+
+def chat(prog: str = "rwkv-bone-chat") -> int:
+    """Talk to a model, or have it answer prompts."""
+
+    def body() -> None:
+        from rwkv_bone.chat.main import main
+
+        main(prog)
+
+    return exit_status(body, shows=True)

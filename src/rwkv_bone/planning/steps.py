@@ -73,7 +73,7 @@ def take_steps(
     callbacks += [held] if held else []
     callbacks += [watcher]
     trainable = count_parameters(prepared.model, trained_only=True)
-    trainer = make_trainer(reading, device, trainable, None, callbacks, watch.world)
+    trainer = make_trainer(reading, device, trainable, callbacks, watch.world)
     if device == "cpu":
         allocator.keep()
     with contextlib.suppress(Enough):
