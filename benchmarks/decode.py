@@ -40,7 +40,7 @@ from rwkv_bone.models import RWKV, architecture_from_scratch, build  # noqa: E40
 from rwkv_bone.ops import select_op  # noqa: E402
 
 # layers, width, vocabulary
-SIZES = {"tiny": (2, 64, 256), "0.1B": (12, 768, 65536), "0.4B": (24, 1024, 65536)}
+SIZES = {"tiny": (2, 64, 256), "bundled": (6, 128, 256), "0.1B": (12, 768, 65536), "0.4B": (24, 1024, 65536)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative errors of logits. In bf16 each implementation rounds at other places, so each is off by as much.
 LIMITS = {"fp32": 1e-4, "bf16": 5e-2}

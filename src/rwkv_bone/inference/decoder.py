@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rwkv_bone.inference.compiled import compiled
 from rwkv_bone.models import RWKV, LayerState
 
 PIECE = 1024  # prompt tokens read in one call
@@ -32,6 +33,7 @@ class Decoder:
             raise ValueError(f"piece {piece}: expected at least 1")
         self.model, self.device, self.piece = model, torch.device(device), piece
         self.vocab_size = model.arch.vocab_size
+        self._compiled = compiled(model)
 
     @torch.no_grad()
     def read(self, ids: Sequence[int], state: State | None = None) -> tuple[Tensor, State]:
@@ -52,7 +54,9 @@ class Decoder:
 
     def step(self, token: int, state: State | None) -> tuple[Tensor, State]:
         """`read` of one token."""
-        return self.read((token,), state)
+        if self._compiled is None or state is None or not 0 <= token < self.vocab_size:
+            return self.read((token,), state)
+        return self._compiled.step(token, state)
 
     def _forward(self, ids: Sequence[int], state: State | None) -> tuple[Tensor, State]:
         tokens = torch.tensor([ids], device=self.device)
