@@ -70,16 +70,23 @@ static void mix(const Op& op, const Step& step) {
     }
 }
 
+INLINE vec from_int8(const int8_t* p) {
+#if LANES == 16
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return reinterpret_cast<vec>(_mm512_cvtepi32_ps(wide));
+#elif LANES == 8
+    const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return reinterpret_cast<vec>(_mm256_cvtepi32_ps(wide));
+#else
+    return vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+#endif
+}
+
 INLINE float product_int8(const int8_t* row, const float* x, int64_t n) {
-    typedef int8_t loose_bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
     vec sums[SUMS] = {};
     int64_t i = 0;
     for (; i + SUMS * LANES <= n; i += SUMS * LANES)
-        for (int s = 0; s < SUMS; s++) {
-            const int64_t at = i + s * LANES;
-            const ivec codes = __builtin_convertvector(*reinterpret_cast<const loose_bytes*>(row + at), ivec);
-            sums[s] += __builtin_convertvector(codes, vec) * load(x + at);
-        }
+        for (int s = 0; s < SUMS; s++) sums[s] += from_int8(row + i + s * LANES) * load(x + i + s * LANES);
     float rest = 0;
     for (; i < n; i++) rest += row[i] * x[i];
     return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;

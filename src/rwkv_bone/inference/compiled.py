@@ -7,13 +7,12 @@ Sizes: C channels, H heads, N head size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_bone.adapters import AdapterLinear, BoneLinear, LoraLinear
-from rwkv_bone.adapters.layer import weight_of
 from rwkv_bone.adapters.lora import factor_a, factor_b
 from rwkv_bone.models import RWKV, LayerState
 from rwkv_bone.ops import native
@@ -38,22 +37,28 @@ class FlatState(list[LayerState]):
 
 
 class CompiledModel:
-    """`step` is the model's forward of one token. Of a state it changes nothing. Not for two threads at a time.
+    """`step` is the model's forward of one token. Not for two threads at a time.
 
-    Parameters other than matrices are copied: later changes of the model are not seen.
+    The model must not change afterwards: vectors of parameters are copied, and so are LoRA's and Bat's matrices.
     """
 
     def __init__(self, model: RWKV):
         arch = model.arch
+        blocks: list[Any] = list(model.blocks)
         self._arch = arch
         steps = self._steps = Steps(arch.head_size)
         C, N = arch.n_embd, arch.head_size
         x, normed, self._logits = steps.room(C), steps.room(C), steps.room(arch.vocab_size)
-        self._dtype = model.dtype
+        starts = [block.att.start(None, 1) for block in blocks]
+        one = torch.zeros(len(starts), 2 * C + C * N)
+        for row, start in zip(one, starts, strict=True):
+            if start is not None:
+                row[C : C + C * N] = start.detach().flatten()
+        self._start = one.flatten()
         steps.embed(model.emb.weight, x)
         add_mixes = {5: _mixes5, 6: _mixes6, 7: _mixes7}[arch.version]
         shared = steps.room(C)
-        for layer, block in enumerate(model.blocks):
+        for layer, block in enumerate(blocks):
             if layer == 0:
                 steps.norm(x, block.ln0.weight, block.ln0.bias, x, block.ln0.eps)
             add_mixes(steps, block, x, normed, shared, layer * (2 * C + C * N))
@@ -61,15 +66,17 @@ class CompiledModel:
         _project(steps, model.head, normed, self._logits)
 
     @torch.no_grad()
-    def step(self, token: int, state: list[LayerState]) -> tuple[Tensor, FlatState]:
-        """(logits [V] in the model's dtype, the new state)"""
-        if isinstance(state, FlatState):
+    def step(self, token: int, state: list[LayerState] | None) -> tuple[Tensor, FlatState]:
+        """(logits fp32 [V], the new state). The token must be of the vocabulary, the state of this model."""
+        if state is None:
+            before = self._start
+        elif isinstance(state, FlatState):
             before = state.whole
         else:
             before = torch.cat([part.float().flatten() for layer in state for part in layer])
         after = torch.empty_like(before)
         self._steps.run(token, before, after)
-        return self._logits.to(self._dtype, copy=True), FlatState(after, self._arch.n_head, self._arch.head_size)
+        return self._logits.clone(), FlatState(after, self._arch.n_head, self._arch.head_size)
 
 
 def compiled(model: RWKV) -> CompiledModel | None:
@@ -82,22 +89,33 @@ def compiled(model: RWKV) -> CompiledModel | None:
         return None
     if any(parameter.dtype not in native.DTYPES for parameter in model.parameters()):
         return None
+    # The user has chosen codes to save memory: no weight is made of them that stays.
+    modules = list(model.modules())
+    if any(_folded(module) and module.weight is None for module in modules):
+        return None
+    # A block of 4-bit codes that begins within a row is not worth its own code: all released models have whole ones.
+    quantized = [module for module in modules if isinstance(module, QuantLinear)]
+    if any(module.kind != "int8" and module.in_features % BLOCK for module in quantized):
+        return None
     try:
         return CompiledModel(model)
     except (BuildError, OSError):
         return None
 
 
-def _project(
-    steps: Steps, layer: nn.Module, x: Tensor, y: Tensor, *, after: str = "", add: bool = False
-) -> None:
+def _folded(module: nn.Module) -> TypeGuard[AdapterLinear]:
+    """Whether it is an adapter whose update depends on the weight itself: it is folded in once, not for each token."""
+    return isinstance(module, AdapterLinear) and not isinstance(module, BoneLinear | LoraLinear)
+
+
+def _project(steps: Steps, layer: nn.Module, x: Tensor, y: Tensor, *, after: str = "", add: bool = False) -> None:
     """y = layer(x), added to y if `add`: a plain projection, a quantised one, or either under an adapter."""
     if not isinstance(layer, AdapterLinear):
         return _plain(steps, layer, x, y, after=after, add=add)
     base: Any = layer if layer.base is None else layer.base
     tensors = layer.tensors()
     if isinstance(layer, BoneLinear):
-        bone = layer.bone
+        bone = tensors["bone"]
         folded = steps.room(len(bone))
         _plain(steps, base, x, y, add=add)
         steps.fold(x, folded)
@@ -111,20 +129,17 @@ def _project(
         steps.rows(down, x, inner)
         steps.rows(factor_b(b.detach(), b0, layer.settings.scale, torch.float32), inner, y, add=True, after=after)
     else:
-        # Its update depends on the weight itself: folded in once, and not for each token.
-        weight = weight_of(base, torch.float32 if layer.weight is None else layer.weight.dtype)
-        steps.rows(layer.merged(weight, tensors, layer.settings), x, y, after=after, add=add)
+        assert _folded(layer) and layer.weight is not None
+        steps.rows(layer.merged(layer.weight, tensors, layer.settings), x, y, after=after, add=add)
 
 
 def _plain(steps: Steps, layer: Any, x: Tensor, y: Tensor, **how: Any) -> None:
     if not isinstance(layer, QuantLinear):
         return steps.rows(layer.weight, x, y, **how)
-    codes, scales, kind, (_, columns) = layer.quantized
+    codes, scales, kind, _ = layer.quantized
     if kind == "int8":
         return steps.rows(codes, x, y, scales=scales, **how)
-    if columns % BLOCK:
-        return steps.rows(layer.dequantize(torch.float32), x, y, **how)  # blocks that begin within a row
-    steps.rows(codes, x, y, scales=scales, table=torch.tensor(TABLES[kind]), **how)
+    return steps.rows(codes, x, y, scales=scales, table=torch.tensor(TABLES[kind]), **how)
 
 
 def _rooms(steps: Steps, count: int, size: int) -> tuple[Tensor, tuple[Tensor, ...]]:

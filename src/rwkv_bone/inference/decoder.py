@@ -24,8 +24,11 @@ State = list[LayerState]
 class Decoder:
     """Reads tokens into a state, and gives the logits of what follows.
 
-    model: one sequence is read at a time; adapters and quantised projections stay as they are. device: the model's.
-    piece: tokens read in one forward pass, whose memory must fit.
+    model: it must not change afterwards. device: the model's. piece: tokens read in one forward pass, whose memory must
+    fit. On a CPU a single token goes through the model in one call (`compiled.py`), in float32 whatever the model's
+    dtype is, and may then differ from `RWKV.forward` by that one's rounding. Adapters stay beside their weights there,
+    and quantised projections as they are; only Bat's update is folded into copies of the weights. Where that call is
+    not possible (see `compiled`), the model's own forward does the same.
     """
 
     def __init__(self, model: RWKV, device: torch.device | str = "cpu", piece: int = PIECE):
@@ -47,6 +50,8 @@ class Decoder:
         if not (0 <= min(ids) and max(ids) < self.vocab_size):
             wrong = min(ids) if min(ids) < 0 else max(ids)
             raise ValueError(f"token {wrong}: expected 0 to {self.vocab_size - 1}, the model's vocabulary")
+        if len(ids) == 1 and self._compiled is not None:
+            return self._compiled.step(ids[0], state)
         *before, last = range(0, len(ids), self.piece)
         for start in before:
             state = self._forward(ids[start : start + self.piece], state)[1]
@@ -54,9 +59,7 @@ class Decoder:
 
     def step(self, token: int, state: State | None) -> tuple[Tensor, State]:
         """`read` of one token."""
-        if self._compiled is None or state is None or not 0 <= token < self.vocab_size:
-            return self.read((token,), state)
-        return self._compiled.step(token, state)
+        return self.read((token,), state)
 
     def _forward(self, ids: Sequence[int], state: State | None) -> tuple[Tensor, State]:
         tokens = torch.tensor([ids], device=self.device)
