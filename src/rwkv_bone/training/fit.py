@@ -94,7 +94,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         if main:
             earlier.load_parameters(model, output.keys)
     first = earlier.step if earlier else 0
-    counted, running = count(model), run_of(config, plan, device)
+    counted, running = count(model), run_of(config, plan, device, model)
     choice = decide(config.model.grad_cp, prepared.arch, counted, running, there)
     bad_steps = read_bad_steps(earlier.metadata, earlier.path) if earlier else []
     module = TrainingModule(
