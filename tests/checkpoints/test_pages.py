@@ -215,3 +215,17 @@ def test_a_merge_keeps_neither_its_base_nor_its_output_resident(model_file, monk
     monkeypatch.setattr(checkpoints.atomic.os, "link", look)
     write_model(output_named(str(path.parent / "merged.safetensors")), base)
     assert seen and max(seen[0]) < 0.25
+
+
+@linux
+def test_what_is_resident_of_a_tensor_is_what_was_read_or_written_of_it(file):
+    path, written = file
+    state = read_state(path)
+    tensor = state["wide"]
+    give_back(tensor)
+    assert pages.resident_bytes(tensor) == 0
+    tensor.sum()
+    assert pages.resident_bytes(tensor) == pytest.approx(tensor.nbytes, rel=0.01)
+    own = torch.ones(2**20)
+    assert pages.resident_bytes(own) == pytest.approx(own.nbytes, rel=0.01)
+    assert pages.resident_bytes(torch.empty(2**20, device="meta")) == 0

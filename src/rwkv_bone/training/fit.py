@@ -108,7 +108,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         if main:
             earlier.load_parameters(model, output.keys)
     first = earlier.step if earlier else 0
-    running = run_of(reading, plan, device)
+    running = run_of(reading, plan, device, model)
     choice = decide(config.model.grad_cp, prepared.arch, counted, running, there)
     memory = out_of_memory.Plan(config, prepared.arch, counted, replace(running, recompute=choice.recompute), there)
     guard.check(memory, total)
