@@ -31,14 +31,14 @@ DATA = REPOSITORY / "assets" / "numbers_train.jsonl"
 STEPS = 24
 # name: (generation, layers, width, vocabulary), flags
 SHAPES = {
-    "RWKV-7, Bone": ((7, 6, 256, 4096), "--peft bone --bone_r 32 --micro_bsz 8"),
-    "RWKV-7, Bat, chunks of 128": ((7, 6, 256, 4096), "--peft bone --bone_mode bat --bone_r 32 --chunk_ctx 128"),
-    "RWKV-7, LoRA, padded": ((7, 6, 256, 4096), "--peft lora --lora_r 16 --dataload pad --micro_bsz 16"),
-    "RWKV-7, Bone, int8": ((7, 6, 384, 4096), "--peft bone --bone_r 32 --quant int8"),
-    "RWKV-7, LoRA, nf4, blocks again": ((7, 6, 384, 4096), "--peft lora --lora_r 16 --quant nf4 --grad_cp 1"),
-    "RWKV-6, Bone": ((6, 6, 256, 4096), "--peft bone --bone_r 32"),
-    "RWKV-5, PiSSA, two passes": ((5, 6, 256, 4096), "--peft pissa --lora_r 16 --accumulate_grad_batches 2"),
-    "RWKV-7, every weight": ((7, 4, 256, 4096), "--peft none --micro_bsz 4"),
+    "RWKV-7, Bone": ((7, 4, 192, 4096), "--peft bone --bone_r 32 --micro_bsz 8"),
+    "RWKV-7, Bat, chunks of 128": ((7, 4, 192, 4096), "--peft bone --bone_mode bat --bone_r 32 --chunk_ctx 128"),
+    "RWKV-7, LoRA, padded": ((7, 4, 192, 4096), "--peft lora --lora_r 16 --dataload pad --micro_bsz 16"),
+    "RWKV-7, Bone, int8": ((7, 4, 256, 4096), "--peft bone --bone_r 32 --quant int8"),
+    "RWKV-7, LoRA, nf4, blocks again": ((7, 4, 256, 4096), "--peft lora --lora_r 16 --quant nf4 --grad_cp 1"),
+    "RWKV-6, Bone": ((6, 4, 192, 4096), "--peft bone --bone_r 32"),
+    "RWKV-5, PiSSA, two passes": ((5, 4, 192, 4096), "--peft pissa --lora_r 16 --accumulate_grad_batches 2"),
+    "RWKV-7, every weight": ((7, 4, 192, 4096), "--peft none --micro_bsz 4"),
 }
 
 

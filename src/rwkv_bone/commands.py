@@ -28,9 +28,9 @@ def train(prog: str = "rwkv-bone-train") -> int:
         with join(config) as world, Watch(world, config.run.rank_timeout) as watch:
             if config.run.plan:
                 with uncollected():
-                    from rwkv_bone.planning.plan import plan
+                    from rwkv_bone.planning import plan as planning
 
-                plan(config, watch)
+                planning.plan(config, watch)
                 return
             with uncollected():
                 from rwkv_bone.training.fit import fit
@@ -38,6 +38,12 @@ def train(prog: str = "rwkv-bone-train") -> int:
             fit(config, watch)
 
     return exit_status(body)
+
+
+def plan(prog: str = "rwkv-bone-plan") -> int:
+    """Say what a run would take; the flags are those of `train`."""
+    sys.argv += ["--plan", "1"]
+    return train(prog)
 
 
 def merge(prog: str = "rwkv-bone-merge", kind: str = "") -> int:
