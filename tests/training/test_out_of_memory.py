@@ -13,7 +13,7 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.models import EVERY_BLOCK
 from rwkv_bone.training import fit as fit_module
 from rwkv_bone.training.heldout import HeldOut
-from rwkv_bone.training.memory import GAPS, GB, RESERVE, Run, count, needs
+from rwkv_bone.training.memory import GAPS, GB, RESERVE, Run, count, needs, parts
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.out_of_memory import Change, Plan, changes, explained, ran_out, size_text, together
 from rwkv_bone.training.recompute import decide
@@ -75,7 +75,7 @@ def test_every_figure_is_the_formulas_for_the_settings_beside_it():
     }
     text = str(explained(MemoryError(), plan))
     for name, (counted, run) in expected.items():
-        size = needs(ARCH, counted, run).total * (1 + GAPS) + RESERVE["cuda"]
+        size = needs(ARCH, counted, run).total * (1 + GAPS) + RESERVE
         shown = re.search(rf"--{re.escape(str(found[name]).lstrip('-'))} +(\d+\.\d) GB", text)
         assert shown and float(shown[1]) == pytest.approx(size / GB, abs=0.051), name
     assert found["micro_bsz"].settings == {"micro_bsz": 1, "accumulate_grad_batches": 24}
@@ -166,7 +166,7 @@ def test_a_run_that_fails_says_what_it_needs_and_the_same_command_goes_on_with_l
     assert text.startswith("out of memory in optimiser step 3: ") and "can't allocate memory" in text
     arch, counted, run = planned[0]
     assert counted == count_of_the_job() and (run.micro_bsz, run.device, run.ranks) == (4, "cpu", 1)
-    size = needs(arch, counted, run).total * (1 + GAPS) + RESERVE["cpu"]
+    size = parts(arch, counted, run).total
     assert f"By the plan the run needs {size_text(size)}:" in text
     assert "the last step saved is 2" in text
 

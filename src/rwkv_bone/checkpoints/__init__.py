@@ -17,7 +17,7 @@ from rwkv_bone.checkpoints.files import (
 )
 from rwkv_bone.checkpoints.keys import fingerprint, match_keys, param_part
 from rwkv_bone.checkpoints.layouts import LAYOUTS, Layout, layout_of, to_upstream
-from rwkv_bone.checkpoints.pages import give_back, taken_over
+from rwkv_bone.checkpoints.pages import give_back, resident_bytes, taken_over
 from rwkv_bone.checkpoints.stream import METADATA_RECORD
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "read_metadata",
     "read_record",
     "read_state",
+    "resident_bytes",
     "save_tensors",
     "sync_folder",
     "taken_over",

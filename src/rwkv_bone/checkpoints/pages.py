@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,14 +26,8 @@ def give_back(tensor: Tensor) -> None:
     written to, are kept, so a tensor in ordinary memory is left alone. Does nothing where the system does not say
     whose a page is (other than Linux, some containers). Nobody may write to the tensor meanwhile.
     """
-    if tensor.device.type != "cpu" or not tensor.numel():
-        return
-    size = mmap.PAGESIZE
-    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    first, end = -(-start // size), (start + (last + 1) * tensor.element_size()) // size
-    for page in range(first, end, PIECE):
-        _give_back(page, min(PIECE, end - page))
+    for page, count in _whole_pages(tensor):
+        _give_back(page, count)
 
 
 def taken_over(
@@ -48,19 +42,47 @@ def taken_over(
     return result
 
 
-def _give_back(page: int, count: int) -> None:
-    release = _madvise()
-    if release is None:
+def resident_bytes(tensor: Tensor) -> int:
+    """Bytes of the pages that lie in `tensor` as a whole and are in memory, whether of a file or not.
+
+    0 where the system does not say, and for a tensor that is not on the CPU.
+    """
+    found = 0
+    for page, count in _whole_pages(tensor):
+        bits = _page_map(page, count)
+        if bits is not None:
+            found += int((bits < 0).sum()) * mmap.PAGESIZE  # the sign: the page is present
+    return found
+
+
+def _whole_pages(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """(first page, how many) in pieces; nothing for a tensor without memory of the CPU's."""
+    if tensor.device.type != "cpu" or not tensor.numel():
         return
+    size = mmap.PAGESIZE
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    first, end = -(-start // size), (start + (last + 1) * tensor.element_size()) // size
+    for page in range(first, end, PIECE):
+        yield page, min(PIECE, end - page)
+
+
+def _page_map(page: int, count: int) -> Tensor | None:
+    """int64 [count]: what the system says of each page; None if it says nothing."""
     try:
         with open(PAGEMAP, "rb", buffering=0) as file:
             file.seek(8 * page)
             entries = bytearray(file.read(8 * count))
     except OSError:
+        return None
+    return torch.frombuffer(entries, dtype=torch.int64) if len(entries) == 8 * count else None
+
+
+def _give_back(page: int, count: int) -> None:
+    release = _madvise()
+    bits = _page_map(page, count) if release else None
+    if release is None or bits is None:
         return
-    if len(entries) < 8 * count:
-        return
-    bits = torch.frombuffer(entries, dtype=torch.int64)
     # A page of a private mapping is the file's until it is written to. Then it is the only place of what was written.
     ours = ((bits & OF_FILE != 0) & (bits & SWAPPED == 0)).to(torch.int8)
     edges = torch.nn.functional.pad(ours, (1, 1)).diff().nonzero().view(-1, 2).tolist()

@@ -92,7 +92,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     reading = replace(config, data=data)
     dataset, split = load_data(reading, prepared.arch.vocab_size, config.data)
     counted = count(model)
-    reading = batch_size.settle(reading, prepared.arch, counted, dataset, device, there)
+    reading = batch_size.settle(reading, prepared.arch, counted, dataset, device, there, model)
     reading = batch_size.agreed(config, reading, world)
     plan = plan_batches(reading, dataset, batch_size.unit(config))
     output = prepared.output.with_data(dataset)
@@ -102,7 +102,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         if main:
             earlier.load_parameters(model, output.keys)
     first = earlier.step if earlier else 0
-    running = run_of(reading, plan, device)
+    running = run_of(reading, plan, device, model)
     choice = decide(config.model.grad_cp, prepared.arch, counted, running, there)
     memory = out_of_memory.Plan(config, prepared.arch, counted, replace(running, recompute=choice.recompute), there)
     guard.check(memory, total)

@@ -10,7 +10,10 @@ For a run that trains an adapter on one device (ZeRO stage 1 or 2; `share_of` sa
                 trained parameter, and what is worked in. Backward frees the one while it makes the other, so the most
                 is at its beginning, at its end, or where the blocks begin that are computed again; or in the head, with
                 its logits; or in the optimiser's step, 8 bytes a trained parameter
-    reserve     a tenth of all that for gaps between tensors, and 0.7 GB for CUDA itself and cuBLAS
+    reserve     on a GPU a tenth of all that for gaps between tensors, and 0.7 GB for CUDA itself and cuBLAS
+
+On a CPU all of the process counts, as the system counts it (its peak resident memory): what it has resident when it is
+asked, without the model; what it loads later; and what its allocator keeps of freed memory (REPEATS).
 
 What only few runs have is estimated from above. tests/test_memory_page.py holds `kept_by_layer` to what autograd keeps
 on a processor.
@@ -39,9 +42,18 @@ VALUE_BYTES, MOMENT_BYTES, GRADIENT_BYTES, STEP_BYTES = 4, 8, 4, 8
 TRAINED_BYTES = VALUE_BYTES + MOMENT_BYTES
 WHOLE_BLOCKS = 1.5  # at stage 3: the one in use, and what is fetched ahead (place.py)
 GAPS, CUDA_BYTES = 0.10, 7 * 10**8
-# What a process takes beside tensors once its free memory is looked at: on a GPU libraries and their kernels, on a CPU
-# also what the C library does not give back.
-RESERVE = {"cuda": GB // 4, "cpu": GB}
+# On a CPU the memory that comes and goes while a block is worked on lies in the heap so many times more. PyTorch asks
+# glibc for aligned blocks: for n bytes glibc looks for n + 96, and what is over it frees as blocks of their own, which
+# small objects then take. So a freed block does not serve the next request of its size: only two side by side do, and
+# what is left of these is too small again.
+REPEATS = 2
+# What a process takes on a GPU beside tensors once its free memory is looked at: libraries and their kernels.
+RESERVE = GB // 4
+MB = 2**20
+# Memory of a process on a CPU beside tensors, measured by benchmarks/plan_memory.py --parts. Before the model: Python,
+# PyTorch and Lightning 245 MB, the World tokenizer 235. Then: DeepSpeed 21 MB; its engine, the prefetching thread and
+# the kernels that oneDNN makes 33. Where blocks are computed again: torch.utils.checkpoint imports the compiler, 82.
+RESIDENT, STARTED, CHECKPOINT = 480 * MB, 54 * MB, 82 * MB
 
 SHELL_ROWS = 3  # rows of width C that the model keeps around its blocks, RWKV-7's v_first among them
 # Rows of width C that the backward pass of a time mix and of a channel mix work in, beside those of width dim_ffn.
@@ -70,7 +82,8 @@ class Run:
     stage: int = 1  # of ZeRO
     ranks: int = 1  # processes, on all machines
     offload: bool = False  # the optimiser's state, and at stage 3 the weights, lie in the CPU's memory
-    resident: int = 0  # bytes of the process before it reads the model, on a CPU; 0: unknown
+    resident: int = RESIDENT  # bytes of the process without the model, on a CPU
+    keeps: bool = True  # on a CPU: the allocator keeps what is freed (allocator.py)
 
     @property
     def rows(self) -> int:
@@ -103,6 +116,11 @@ class Moment(NamedTuple):
     activations: float = 0  # what is kept for backward, and what a block's backward works in
     gradients: float = 0  # and buckets, and what the optimiser's step works in
     head: float = 0  # logits
+    renewed: float = 0  # of all these, what comes and goes while a block is worked on
+
+    @property
+    def size(self) -> float:
+        return self.activations + self.gradients + self.head
 
 
 @dataclass(frozen=True)
@@ -111,17 +129,17 @@ class Needs:
 
     weights: float
     values: float  # of what is trained
-    moments: float  # AdamW's, and what else the optimiser has of its own between steps
+    optimiser: float  # its moments, and what else it has of its own between steps
     kept: float
-    most: Moment
+    moments: tuple[Moment, ...]  # those among which is the one with the most
 
     @property
     def trained(self) -> float:
-        return self.values + self.moments
+        return self.values + self.optimiser
 
     @property
     def passing(self) -> float:
-        return sum(self.most)
+        return max(moment.size for moment in self.moments)
 
     @property
     def total(self) -> float:
@@ -228,23 +246,31 @@ def weight_bytes(count: Counted, run: Run) -> float:
 
 
 def needed(arch: Architecture, count: Counted, run: Run) -> float:
-    """Bytes that must be free at the start of this run."""
-    return needs(arch, count, run).total * (1 + GAPS) + RESERVE[run.device]
+    """Bytes of the device that this run must be able to have: on a GPU free ones, on a CPU what it has included."""
+    if run.device == "cpu":
+        return parts(arch, count, run).total
+    return needs(arch, count, run).total * (1 + GAPS) + RESERVE
 
 
 def parts(arch: Architecture, count: Counted, run: Run) -> Parts:
     """What this run needs at the moment when it has the most, by part."""
     found = needs(arch, count, run)
-    activations, gradients, head = found.most
+    if run.device == "cuda":
+        most, framework, slack = max(found.moments, key=lambda moment: moment.size), CUDA_BYTES, found.total * GAPS
+    else:
+        times = REPEATS if run.keeps else 0
+        most = max(found.moments, key=lambda moment: moment.size + times * moment.renewed)
+        slack = times * most.renewed
+        framework = run.resident + STARTED + (CHECKPOINT if run.recompute.blocks else 0)
     return Parts(
         weights=found.weights,
         adapter=found.values,
-        optimiser=found.moments,
-        gradients=gradients,
-        activations=activations,
-        head=head,
-        framework=CUDA_BYTES if run.device == "cuda" else run.resident or RESERVE["cpu"],
-        slack=found.total * GAPS,
+        optimiser=found.optimiser,
+        gradients=most.gradients,
+        activations=most.activations,
+        head=most.head,
+        framework=framework,
+        slack=slack,
     )
 
 
@@ -361,7 +387,8 @@ def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
         """In the backward pass of this block, the first of which is 1."""
         anew = whole if block <= again else whole - stays
         made = share.gradients * (1 if at_once else 1 - (block - 1) / layers)
-        return Moment(kept_by(block) + anew + backward, made + share.working)
+        renewed = whole + backward + GRADIENT_BYTES * count.trained
+        return Moment(kept_by(block) + anew + backward, made + share.working, renewed=renewed)
 
     at_once = share.made_at_once or run.accumulate > 1
     earlier = share.working + (share.gradients if at_once else 0)
@@ -369,5 +396,5 @@ def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
     casts = count.casts * run.width * max(layers - again, 1) / layers if run.precision != "fp32" else 0
     blocks = {1, again, again + 1, layers} & set(range(1, layers + 1))
     moments = [Moment(kept_by(layers), earlier, arch.vocab_size * logits * run.width), Moment(gradients=share.step)]
-    most = max([*moments, *map(while_in, blocks)], key=sum)
-    return Needs(share.weights + casts, share.values, share.trained - share.values, kept_by(layers), most)
+    moments += map(while_in, sorted(blocks))
+    return Needs(share.weights + casts, share.values, share.trained - share.values, kept_by(layers), tuple(moments))

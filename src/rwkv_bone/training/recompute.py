@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
-from rwkv_bone.checkpoints import Architecture
+from rwkv_bone import allocator
+from rwkv_bone.checkpoints import Architecture, resident_bytes
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data import BatchPlan
 from rwkv_bone.devices import free_memory
-from rwkv_bone.models import EVERY_BLOCK, Recompute
-from rwkv_bone.training.memory import GB, Counted, Run, needed
+from rwkv_bone.models import EVERY_BLOCK, RWKV, Recompute
+from rwkv_bone.training.memory import GB, RESIDENT, Counted, Run, needed
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.strategy import offloads, zero_stage
 
@@ -36,25 +37,30 @@ class Choice(NamedTuple):
 
 
 def memory_there(device: str, processes: int) -> int | None:
-    """Bytes that this process may take on `cuda` or `cpu`, before it has any tensor there; None if nothing tells.
+    """Bytes that this process may have on `cuda` or `cpu`, before it has any tensor there; None if nothing tells.
 
-    processes: of the run, on this machine. On a CPU they share what is there.
+    processes: of the run, on this machine. On a CPU they share what is free, and each has its libraries already.
     """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     free = free_memory()
-    return None if free is None else free // processes
+    return None if free is None else free // processes + allocator.resident()
 
 
-def run_of(config: TrainConfig, plan: BatchPlan, device: str) -> Run:
-    """What memory depends on, of a training run's settings and its data."""
-    model, lengths = config.model, plan.dataset.lengths
+def run_of(config: TrainConfig, plan: BatchPlan, device: str, model: RWKV | None = None) -> Run:
+    """What memory depends on, of a training run's settings and its data, and of this process: on a CPU it counts whole.
+
+    model: what of it is in memory already, as adapters and quantised weights are, does not count as the process's.
+    """
+    settings, lengths = config.model, plan.dataset.lengths
     longest = config.data.ctx_len if plan.pack else min(config.data.ctx_len, int(lengths.max()))
+    tensors = [*model.parameters(), *model.buffers()] if model else []
+    resident = allocator.resident() - sum(map(resident_bytes, tensors))
     return Run(
         longest,
         plan.micro_bsz,
-        model.quant,
-        chunk_ctx=model.chunk_ctx,
+        settings.quant,
+        chunk_ctx=settings.chunk_ctx,
         precision=config.run.precision,
         device=device,
         accumulate=config.run.accumulate_grad_batches,
@@ -62,6 +68,8 @@ def run_of(config: TrainConfig, plan: BatchPlan, device: str) -> Run:
         stage=zero_stage(config.run.strategy),
         ranks=plan.world_size,
         offload=offloads(config.run.strategy),
+        resident=max(resident, 0) or RESIDENT,
+        keeps=allocator.heap() is not None,
     )
 
 
