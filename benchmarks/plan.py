@@ -28,17 +28,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / "src"), str(REPOSITORY)]
 
 DATA = REPOSITORY / "assets" / "numbers_train.jsonl"
-STEPS = 24
+STEPS = 20
 # name: (generation, layers, width, vocabulary), flags
 SHAPES = {
-    "RWKV-7, Bone": ((7, 6, 256, 4096), "--peft bone --bone_r 32 --micro_bsz 8"),
-    "RWKV-7, Bat, chunks of 128": ((7, 6, 256, 4096), "--peft bone --bone_mode bat --bone_r 32 --chunk_ctx 128"),
-    "RWKV-7, LoRA, padded": ((7, 6, 256, 4096), "--peft lora --lora_r 16 --dataload pad --micro_bsz 16"),
-    "RWKV-7, Bone, int8": ((7, 6, 384, 4096), "--peft bone --bone_r 32 --quant int8"),
-    "RWKV-7, LoRA, nf4, blocks again": ((7, 6, 384, 4096), "--peft lora --lora_r 16 --quant nf4 --grad_cp 1"),
-    "RWKV-6, Bone": ((6, 6, 256, 4096), "--peft bone --bone_r 32"),
-    "RWKV-5, PiSSA, two passes": ((5, 6, 256, 4096), "--peft pissa --lora_r 16 --accumulate_grad_batches 2"),
-    "RWKV-7, every weight": ((7, 4, 256, 4096), "--peft none --micro_bsz 4"),
+    "RWKV-7, Bone": ((7, 4, 192, 4096), "--peft bone --bone_r 32"),
+    "RWKV-7, Bat, chunks of 64": ((7, 4, 192, 4096), "--peft bone --bone_mode bat --bone_r 32 --chunk_ctx 64"),
+    "RWKV-7, LoRA, padded": ((7, 4, 192, 4096), "--peft lora --lora_r 16 --dataload pad"),
+    "RWKV-7, Bone, int8": ((7, 4, 256, 4096), "--peft bone --bone_r 32 --quant int8"),
+    "RWKV-7, LoRA, nf4, blocks again": ((7, 4, 256, 4096), "--peft lora --lora_r 16 --quant nf4 --grad_cp 1"),
+    "RWKV-6, Bone": ((6, 4, 192, 4096), "--peft bone --bone_r 32"),
+    "RWKV-5, PiSSA, two passes": ((5, 4, 192, 4096), "--peft pissa --lora_r 16 --accumulate_grad_batches 2"),
+    "RWKV-7, every weight": ((7, 4, 192, 4096), "--peft none"),
 }
 
 
@@ -111,7 +111,16 @@ def main() -> None:
             if options.only not in shape:
                 continue
             argv = ["--load_model", str(base_of(sizes, folder)), "--data_file", str(DATA), "--tokenizer", "bytes"]
-            argv += ["--accelerator", options.accelerator, "--ctx_len", "128", "--epoch_steps", str(STEPS)]
+            argv += [
+                "--accelerator",
+                options.accelerator,
+                "--ctx_len",
+                "64",
+                "--epoch_steps",
+                str(STEPS),
+                "--micro_bsz",
+                "4",
+            ]
             argv += ["--proj_dir", str(folder / "run"), "--overwrite", "1", *flags.split()]
             plans, runs = [], []
             for _ in range(options.rounds):

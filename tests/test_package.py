@@ -209,6 +209,7 @@ def test_installed_scripts_train_on_two_devices_merge_convert_and_load(installed
         shutil.copy(REPOSITORY / "assets" / name, installed.elsewhere)
     base, rows = ["--load_model", "rwkv7-tiny.pth"], ["--data_file", "numbers_train.jsonl", "--ctx_len", "64"]
     assert "3,000 samples" in installed("rwkv-bone-preview", *base, *rows)
+    assert "s a step" in installed("rwkv-bone-plan", *base, *rows)
     # Lightning starts the second process itself, by the path of the console script.
     short = ["--micro_bsz", "2", "--epoch_steps", "3", "--epoch_count", "1", "--peft", "bone", "--bone_r", "8"]
     place = ["--devices", "2", "--accelerator", "cpu", "--proj_dir", "out"]

@@ -42,6 +42,7 @@ SETTINGS = {
     "convert.sh": fields(ConvertConfig),
     "prepare_data.sh": fields(PrepareConfig),
     "preview_data.sh": [*TRAIN_SETTINGS, *fields(PreviewConfig)],
+    "plan.sh": TRAIN_SETTINGS,
 }
 USES_NEWEST_ADAPTER = (*MERGE_SCRIPTS, "convert.sh")  # that of proj_dir
 SHELLS = ("dash", "bash")
@@ -197,6 +198,12 @@ def test_run_scripts_need_no_edits_and_pass_a_valid_command_line(script, clone):
         relative = Path(path).relative_to(clone.root)
         assert str(relative) == settings(script)[name].split()[0]
         assert (REPOSITORY / relative).is_file()
+
+
+def test_the_plan_is_of_the_run_of_run_bone(clone):
+    own = [words for words in variables(clone.sh("plan.sh")) if words != "--plan=1"]
+    assert own == variables(clone.sh("run_bone.sh"))
+    assert parse_train(arguments(clone.sh("plan.sh"))).run.plan
 
 
 @pytest.mark.parametrize("script", RUN_SCRIPTS)
@@ -718,7 +725,7 @@ def test_setup_refuses_to_go_on_without_python_or_venv_or_with_unknown_options(c
 
 def test_no_script_runs_where_setup_cannot_go_on(clone):
     clone.python(TOO_OLD)
-    for script in ("run_bone.sh", "preview_data.sh", "test.sh"):
+    for script in ("run_bone.sh", "preview_data.sh", "plan.sh", "test.sh"):
         assert sentence(clone.sh(script)).startswith("setup: no Python 3.10")
     result = clone.sh("merge_bone.sh", "--peft_checkpoint", "x")
     assert sentence(result).startswith("setup: no Python 3.10")

@@ -25,20 +25,27 @@ def train(prog: str = "rwkv-bone-train") -> int:
         from rwkv_bone.cluster.join import join
         from rwkv_bone.cluster.watch import Watch
 
+        if config.run.plan:
+            with join(config) as world, Watch(world, config.run.rank_timeout) as watch:
+                with uncollected():
+                    from rwkv_bone.planning.plan import plan as say_plan
+
+                say_plan(config, watch)
+            return
         # From here on a process that is lost is noticed, also while another loads the libraries.
         with join(config) as world, Watch(world, config.run.rank_timeout) as watch:
-            if config.run.plan:
-                with uncollected():
-                    from rwkv_bone.planning.plan import plan
-
-                plan(config, watch)
-                return
             with uncollected():
                 from rwkv_bone.training.fit import fit
 
             fit(config, watch)
 
     return exit_status(body)
+
+
+def plan(prog: str = "rwkv-bone-plan") -> int:
+    """Say what a run would take; the flags are those of `train`."""
+    sys.argv += ["--plan", "1"]
+    return train(prog)
 
 
 def merge(prog: str = "rwkv-bone-merge", kind: str = "") -> int:

@@ -84,12 +84,11 @@ def total_memory(root: Path = Path("/")) -> int | None:
             top, memory, more = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", ""
         else:
             continue
-        group = top / path.strip("/")
-        while group.is_relative_to(top):
+        place = top / path.strip("/")
+        for group in (group for group in (place, *place.parents) if group.is_relative_to(top)):
             limit, own_swap = _text(group / memory).strip(), _text(group / more).strip() if more else ""
             if limit.isdecimal():
                 total.append(int(limit) + (min(int(own_swap), swap) if own_swap.isdecimal() else swap))
-            group = group.parent
     return min(total)
 
 

@@ -5,6 +5,7 @@ Data, batches and choices are made by the functions that `training/fit.py` calls
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -92,7 +93,7 @@ def plan(config: TrainConfig, watch: Watch) -> Planned:
 
 def printer() -> Callable[[str], None]:
     """`console.say`, with lines that a terminal is too narrow for broken between words, under what they say."""
-    columns = console.columns(sys.stdout) if sys.stdout.isatty() else 0
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
 
     def say(line: str) -> None:
         for part in lines.broken(line, columns) if columns else [line]:

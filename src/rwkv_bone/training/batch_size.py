@@ -15,7 +15,7 @@ from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.cluster.world import World
 from rwkv_bone.config import DataConfig, TrainConfig
 from rwkv_bone.data import Dataset
-from rwkv_bone.models import Recompute
+from rwkv_bone.models import RWKV, Recompute
 from rwkv_bone.training.memory import Counted, needed
 from rwkv_bone.training.prepare import plan_batches
 from rwkv_bone.training.recompute import run_of
@@ -52,12 +52,18 @@ def cut(config: TrainConfig, micro_bsz: int) -> TrainConfig:
 
 
 def settle(
-    config: TrainConfig, arch: Architecture, count: Counted, dataset: Dataset, device: str, there: float | None
+    config: TrainConfig,
+    arch: Architecture,
+    count: Counted,
+    dataset: Dataset,
+    device: str,
+    there: float | None,
+    model: RWKV | None = None,
 ) -> TrainConfig:
     """The settings with --micro_bsz auto decided: the first of `ways` that fits, the last if none does.
 
     It fits with nothing computed again, or with what --grad_cp says. there: bytes free for this process; None: unknown,
-    and then the default of --micro_bsz is taken.
+    and then the default of --micro_bsz is taken. model: as `run_of` takes it.
     """
     if not is_auto(config):
         return config
@@ -66,7 +72,7 @@ def settle(
     fixed = {"wkv": Recompute(0, True), "1": Recompute(arch.n_layer)}
     recompute = fixed.get(config.model.grad_cp, Recompute())
     found = next(ways(config))
-    run = replace(run_of(found, plan_batches(found, dataset, UNIT), device), recompute=recompute)
+    run = replace(run_of(found, plan_batches(found, dataset, UNIT), device, model), recompute=recompute)
     for found in ways(config):
         rows, passes = found.data.micro_bsz, found.run.accumulate_grad_batches
         if needed(arch, count, replace(run, micro_bsz=rows, accumulate=passes)) <= there:

@@ -98,7 +98,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     reading = replace(config, data=data)
     dataset, split = load_data(reading, prepared.arch.vocab_size, config.data)
     counted = count(model)
-    reading = batch_size.settle(reading, prepared.arch, counted, dataset, device, there)
+    reading = batch_size.settle(reading, prepared.arch, counted, dataset, device, there, model)
     reading = batch_size.agreed(config, reading, world)
     plan = plan_batches(reading, dataset, batch_size.unit(config))
     output = prepared.output.with_data(dataset)
