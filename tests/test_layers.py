@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "src" / "rwkv_bone"
 HEAVY = {"torch", "lightning", "deepspeed", "numpy", "matplotlib", "tokenizers"}
 TRAINERS = {"lightning", "deepspeed", "bitsandbytes", "transformers", "peft"}
 ROOMS = {"adapters", "checkpoints", "cluster", "config", "conversion", "data", "hf", "inference", "models", "ops"}
-ROOMS |= {"training"}
+ROOMS |= {"doctor", "training"}
 # For each room, the rooms that importing any of its modules may bring along.
 MAY_IMPORT = {
     "config": set(),
@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "conversion": {"config", "checkpoints", "ops", "models", "adapters", "inference"},
     "hf": {"config", "checkpoints", "adapters", "data"},
     "cluster": {"config"},
-    "training": ROOMS - {"hf", "conversion"},
+    "doctor": {"config", "ops"},
+    "training": ROOMS - {"doctor", "hf", "conversion"},
 }
 # Imported where peft or transformers are in use: modules that are made of classes of theirs.
 OPTIONAL = {"rwkv_bone.hf.peft_config", "rwkv_bone.hf.callbacks"}
@@ -100,6 +101,7 @@ def test_loading_a_model_reads_no_data_modules():
         "rwkv_bone.imports",
         "rwkv_bone.launched",
         *modules("cluster"),
+        *(module for module in modules("doctor") if not module.endswith("kernels")),
         "rwkv_bone.signals",
         "rwkv_bone.conversion.flags",
         "rwkv_bone.hf.flags",
