@@ -237,6 +237,13 @@ def test_a_training_that_fails_is_told_in_the_programs_words(monkeypatch, tmp_pa
     assert one.text.endswith("error: --n_layer -1: expected at least 0") and one.remedy
 
 
+def test_what_is_tried_is_no_part_of_a_run_that_a_launcher_has_begun(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "MASTER_ADDR", "NODE_RANK"):
+        monkeypatch.setenv(name, "3")
+    code = "from rwkv_bone.launched import Launched, find; assert find() == Launched()"
+    assert trials.run(["-c", code]) == (0, "", "")
+
+
 def test_the_last_words_of_a_program_begin_at_its_error():
     assert trials.last_words("note: a\nerror: --x: b\n  - do this\n", 2) == "error: --x: b\n  - do this"
     assert trials.last_words("Traceback\na\nb\nValueError: c\n", 1) == "a\nb\nValueError: c"

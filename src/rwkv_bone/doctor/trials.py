@@ -19,12 +19,15 @@ SIZES = {"n_layer": 2, "n_embd": 64, "vocab_size": 256, "my_testing": "x070", "t
 LIMIT = 300  # seconds, also for kernels that are compiled first
 REPORT = "the message says what to do; if it does not, report it with the block below"
 ROWS = 16
+OF_LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "NODE_RANK", "GROUP_RANK")
 
 
 def run(command: list[str], folder: Path | None = None) -> tuple[int, str, str]:
     """(exit status, standard output, standard error) of Python with these arguments; it finds this package."""
-    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]  # without LOCAL_RANK, which makes it part of a run
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}  # WORLD_SIZE and the like too
+    # Not RANK and the like: what is tried here is a run of its own.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}  # RANK
+    paths = [str(PACKAGE.parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     try:
         done = subprocess.run(
             [sys.executable, *command],
