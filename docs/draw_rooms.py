@@ -32,6 +32,7 @@ ROOMS = {
     "ops": (3, "WKV and cross-entropy: kernels and PyTorch"),
     "checkpoints": (1, "files in and out, and what they say"),
     "cluster": (2, "a run's processes find one another"),
+    "doctor": (3, "is this machine fit for training"),
     "run_lock": (3, "one run to a results folder"),
     "report": (0, "a run, or several, as one page"),
 }

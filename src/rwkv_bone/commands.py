@@ -86,6 +86,18 @@ def convert(prog: str = "rwkv-bone-convert") -> int:
     return exit_status(body)
 
 
+def doctor(prog: str = "rwkv-bone-doctor") -> int:
+    """Look whether this machine is fit for training; 1 if it is not."""
+    status = []
+
+    def body() -> None:
+        from rwkv_bone.doctor.examine import main
+
+        status.append(main(sys.argv[1:], prog))
+
+    return exit_status(body) or status[0]
+
+
 def preview(prog: str = "rwkv-bone-preview") -> int:
     """Show what a run would train on."""
 

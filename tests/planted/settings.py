@@ -7,6 +7,9 @@ TESTS = "tests/config/test_acts.py"
 MEMORY, RECOMPUTE = (f"src/rwkv_bone/training/{name}.py" for name in ("memory", "recompute"))
 DEVICES, RECOMPUTE_TESTS = "src/rwkv_bone/devices.py", "tests/training/test_recompute.py -k 'not writes and not bits'"
 
+WRITTEN, FLAGS = (f"src/rwkv_bone/config/{name}.py" for name in ("written", "flags"))
+CARDS, FILE_TESTS, CARD_TESTS = "src/rwkv_bone/cards.py", "tests/config/test_written.py", "tests/test_cards.py"
+
 BUGS = (
     Bug(
         ACTS,
@@ -34,11 +37,16 @@ BUGS = (
         f"{TESTS} -k typed_value",
     ),
     Bug(LAYERS, "elif value != default:", "elif not default:", f"{TESTS} -k edited_variable"),
-    Bug(LAYERS, ' or self.typed.get("resume") in (True, "1"):', ":", f"{TESTS} -k saved_run"),
-    Bug(LAYERS, "if name in self.saved and when.met(saved):", "if name in self.saved:", f"{TESTS} -k saved_run"),
+    Bug(LAYERS, 'self.typed.get("resume") in (True, "1") and owner', "False and owner", f"{TESTS} -k saved_run"),
     Bug(
         LAYERS,
-        "**(saved if self.config_in_script else self.defaults), **self.script",
+        "if name in self.saved and (self.by_hand or when.met(saved)):",
+        "if name in self.saved:",
+        f"{TESTS} -k saved_run",
+    ),
+    Bug(
+        LAYERS,
+        "**(saved if self.config_in_script else self.defaults), **self.overridden, **self.script",
         "**saved, **self.script, **self.typed",
         f"{TESTS} -k leaves_without_effect",
     ),
@@ -115,4 +123,27 @@ BUGS = (
         '"memory.usage_in_bytes", ""',
         "tests/test_devices.py -k free_memory",
     ),
+    # Settings in a file, and which GPUs.
+    Bug(WRITTEN, "yaml.compose(text, yaml.BaseLoader)", "yaml.compose(text, yaml.SafeLoader)", FILE_TESTS),
+    Bug(WRITTEN, "if name in seen:", "if not name:", f"{FILE_TESTS} -k refused"),
+    Bug(WRITTEN, "if node.style is None and node.value in NULLS:", "if False:", f"{FILE_TESTS} -k refused"),
+    Bug(WRITTEN, 'node.value.removesuffix("\\n") if', "node.value if", f"{FILE_TESTS} -k whatever"),
+    Bug(WRITTEN, "object_pairs_hook=once", "object_pairs_hook=dict", f"{FILE_TESTS} -k flat_json"),
+    Bug(LAYERS, "(self.by_hand or when.met(saved))", "when.met(saved)", f"{FILE_TESTS} -k refused"),
+    Bug(LAYERS, "**self.overridden, **self.script}", "**self.script}", f"{FILE_TESTS} -k typed_over"),
+    Bug(FLAGS, "        layers.put_file_over_script()", "        pass", f"{FILE_TESTS} -k typed_over"),
+    Bug(FLAGS, "        if name in found:", "        if False:", f"{FILE_TESTS} -k refused"),
+    Bug(FLAGS, "or (auto is not None and kind(text) == auto):", ":", f"{FILE_TESTS} -k refused"),
+    Bug(CARDS, "chosen = [shown[int(number)] for number in wanted]", "chosen = wanted", f"{CARD_TESTS} -k shell"),
+    Bug(
+        CARDS, 'if os.environ.get("RWKV_BONE_CARDS") == f"{cards} as {before}":', "if False:", f"{CARD_TESTS} -k starts"
+    ),
+    Bug(CARDS, "numbers.count(number) > 1", "numbers.count(number) > 2", f"{CARD_TESTS} -k refused"),
+    Bug(CARDS, "devices not in (AUTO, len(numbers))", "False", f"{CARD_TESTS} -k refused"),
+    Bug(CARDS, "(there := torch.cuda.device_count()) < len(wanted)", "not (there := 1)", f"{CARD_TESTS} -k refused"),
+    Bug(CARDS, '        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")', "        pass", CARD_TESTS),
+    Bug(CARDS, "given = found.devices or", "given =", f"{CARD_TESTS} -k launcher"),
+    Bug(ACTS, ', "cards": "devices"}', "}", f"{CARD_TESTS} -k 'script or elsewhere'"),
+    Bug(ACTS, "devices != 1 or nodes > 1", "devices * nodes > 1", f"{CARD_TESTS} -k all_gpus"),
+    Bug(FLAGS, "        split_devices(values)\n        return", "        return", CARD_TESTS),
 )
