@@ -19,12 +19,11 @@ from rwkv_bone.data.tokenizer import Tokenizer, read_text
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import project
 from rwkv_bone.training.heldout import HeldOut, HeldOutSet, Prompt
-from rwkv_bone.training.measuring import MEASUREMENTS, SHARE
+from rwkv_bone.training.measuring import FEWEST, MEASUREMENTS, SHARE
 
 PROSE = Path(__file__).parent.parent / "data" / "general.jsonl"
 SAMPLES = 4  # held-out prompts that are answered at each measurement
 MOST_SAMPLES = 32  # prompts of --sample_prompts
-FEWEST = 4  # measurements while training for which a large set still counts whole
 FORWARDS = 3  # passes of a token through the model that training takes, where measuring takes one
 LEAST_GENERAL = 1024  # tokens of the general text
 
@@ -68,7 +67,7 @@ def prepare_heldout(
         kept=(records, samples),
         every=every,
         early_stop=run.early_stop,
-        guess=math.log(vocab_size),
+        guess=math.log(vocab_size) if data.eval_general == "auto" else math.inf,
     )
 
 

@@ -98,14 +98,17 @@ def report_results(
         report(line)
 
 
-def complete(config: TrainConfig, folder: Path, trained: Path, heldout: HeldOut | None) -> Iterator[str]:
-    """What a run that is done has left, and what to type next."""
+def complete(
+    config: TrainConfig, folder: Path, trained: Path, heldout: HeldOut | None, stopped: bool = False
+) -> Iterator[str]:
+    """What a run that is done has left, and what to type next. stopped: it has ended early."""
     yield f"adapters  {', '.join(path.name for path in project.kept(folder))}"
     for when, one in (("before", heldout and heldout.before), ("after", heldout and heldout.after)):
         if one:
             yield f"{when:<10}{one.line()}"
     yield from footer(config, folder, trained)
-    yield "          nothing is left to do; a larger --epoch_count trains longer"
+    longer = "--early_stop, or 0," if stopped else "--epoch_count"
+    yield f"          nothing is left to do; a larger {longer} trains longer"
 
 
 def footer(config: TrainConfig, folder: Path, trained: Path) -> Iterator[str]:
