@@ -14,9 +14,9 @@ from rwkv_bone.training.best import Best, is_best, read_best, since_best
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.saving import SaveTrained
 
-from .conftest import adapter_of
-from .runs import Killed
-from .test_measurements import lines_of
+from tests.training.conftest import adapter_of
+from tests.training.runs import Killed
+from tests.training.test_measurements import lines_of
 
 BEST = "rwkv-best.pth"
 

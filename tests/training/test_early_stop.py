@@ -8,10 +8,10 @@ from rwkv_bone.config.flags import parse_train
 from rwkv_bone.errors import UserError
 from rwkv_bone.training.heldout import HeldOut
 
-from .conftest import log_of
-from .runs import Killed
-from .test_best import held_out_losses, step_of
-from .test_measurements import lines_of
+from tests.training.conftest import log_of
+from tests.training.runs import Killed
+from tests.training.test_best import held_out_losses, step_of
+from tests.training.test_measurements import lines_of
 
 LOSSES = (5.0, 3.0, 4.0, 3.0, 2.0, 1.0)
 

@@ -15,11 +15,12 @@ from rwkv_bone.config.sections import AUTO
 from rwkv_bone.data import load_dataset
 from rwkv_bone.errors import UserError
 from rwkv_bone.inference.evaluate import heldout_loss
-from rwkv_bone.training.heldout_sets import cut, samples_within
+from rwkv_bone.training.heldout_sets import PROSE, cut, samples_within
 from rwkv_bone.training.measurements import RECORD, Lines, read_lines
 from rwkv_bone.training.measuring import ANSWERS, LOSSES, SAMPLES, Rhythm, rhythm
 
-from .conftest import adapter_of, log_of
+from tests.conftest import REPOSITORY
+from tests.training.conftest import adapter_of, log_of
 
 SAME_STEPS = ("step", "loss", "lr", "grad_norm", "tokens")
 
@@ -215,7 +216,7 @@ def test_measurements_of_other_held_out_data_are_not_gone_on_with(job, files, ca
 
 
 def test_a_kill_between_a_step_and_its_measurement_loses_none(job, files):
-    from .runs import Killed
+    from tests.training.runs import Killed
 
     flags = {"eval_data": files["rows"], "eval_samples": 0, "eval_general": "none", "eval_steps": 2, "save_steps": 2}
     from rwkv_bone.training.heldout import HeldOut
@@ -251,3 +252,19 @@ def test_a_file_that_cannot_be_written_spares_the_run_and_is_whole_once_it_can(t
     found = read_lines(path, RECORD, 3)
     assert [(one["step"], one["best"]) for one in found] == [(1, False), (2, True), (3, False)]
     assert [one["step"] for one in read_lines(path, RECORD, 1)] == [1]
+
+
+def test_the_bundled_general_text_is_of_the_held_out_corpus_which_no_base_of_ours_was_trained_on():
+    rows = (REPOSITORY / "assets" / "corpus_heldout.jsonl").read_text().splitlines()
+    general = PROSE.read_text().splitlines()
+    assert [json.loads(row) for row in general] == [json.loads(row) for i, row in enumerate(rows) if i % 5 in (0, 2)]
+    assert 20_000 < len(PROSE.read_bytes()) < 30_000
+
+
+def test_the_bundled_base_is_measured_on_the_general_text_whatever_the_fields_of_the_data(job, files):
+    """Its loss on prose is far below guessing, and what it learns here makes it forget."""
+    flags = {"load_model": REPOSITORY / "assets" / "rwkv7-tiny.pth", "bone_r": 32, "precision": "bf16", "op": "auto"}
+    flags |= {"eval_data": files["rows"], "eval_samples": 0, "eval_steps": 2, "data_type": "sft", "loss_mask": "last"}
+    before, _, after = (line["sets"]["general"] for line in lines_of(job.run("bundled", **flags)))
+    assert 1.0 < before["loss"] < 2.0 and after["loss"] > before["loss"]
+    assert before["tokens"] == after["tokens"] > 900

@@ -100,6 +100,7 @@ def _named(
     data, limit = config.data, config.run.eval_samples
     if split is not None:
         report(f"held-out  --eval_split {data.eval_split:g} of the training data; {counted(len(split), 'sample')}")
+        _say_notes(split, report)
         pairs = split.pairs(tokenizer, limit) if tokenizer and limit else []
         yield HeldOutSet(MAIN, split, split, tuple(pairs))
         return
@@ -108,10 +109,14 @@ def _named(
         dataset = load_dataset(replace(own, dataload="pad"), vocab_size, one.path)
         name = f"{one.name}: " if len(data.eval_data) > 1 else ""
         report(f"held-out  {name}{dataset.summary_lines()[0]}; {counted(len(dataset), 'sample')}")
-        for line in dataset.note_lines():
-            report(line if line.startswith(WARNING) else f"held-out  {line}")
+        _say_notes(dataset, report)
         pairs = load_pairs(own, one.path, tokenizer, limit) if tokenizer and limit else []
         yield HeldOutSet(one.name, dataset, dataset, tuple(pairs))
+
+
+def _say_notes(dataset: Dataset, report: Callable[[str], None]) -> None:
+    for line in dataset.note_lines():
+        report(line if line.startswith(WARNING) else f"held-out  {line}")
 
 
 def _parts(
