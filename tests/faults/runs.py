@@ -68,12 +68,16 @@ SETUPS = [
     Setup("saved by the minute", {"save_steps": 0, "save_minutes": 1e-6}),
     Setup("two kept", {"keep": 2}),
     # Data of more than a megabyte is tokenised once, into a cache.
-    Setup("cached data", {"data_file": "many", "cache_dir": "cache", "epoch_steps": 2, "eval_data": "rows", "eval_steps": 0}),
+    Setup(
+        "cached data",
+        {"data_file": "many", "cache_dir": "cache", "epoch_steps": 2, "eval_data": "rows", "eval_steps": 0},
+    ),
     Setup("two processes", {"devices": 2, "micro_bsz": 2}, 2),
     Setup("two processes, stage 2", {"devices": 2, "micro_bsz": 2, "strategy": "deepspeed_stage_2"}, 2),
     Setup(
         "two processes, stage 3, evaluated",
-        {"devices": 2, "micro_bsz": 2, "strategy": "deepspeed_stage_3", "eval_data": "rows", "eval_samples": 1, "eval_steps": 2},
+        {"devices": 2, "micro_bsz": 2, "strategy": "deepspeed_stage_3", "eval_data": "rows", "eval_samples": 1}
+        | {"eval_steps": 2},
         2,
     ),
     Setup("two processes, full", {"devices": 2, "micro_bsz": 2, "peft": "none", "save_steps": 0}, 2),

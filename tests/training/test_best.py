@@ -13,7 +13,6 @@ from rwkv_bone.training import project
 from rwkv_bone.training.best import Best, is_best, read_best, since_best
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.saving import SaveTrained
-
 from tests.training.conftest import adapter_of
 from tests.training.runs import Killed
 from tests.training.test_measurements import lines_of
@@ -173,3 +172,21 @@ def test_a_file_that_is_there_without_a_best_measurement_is_read(tmp_path):
     assert read_best(tmp_path / BEST, "data", []) == (None, "")
     (tmp_path / BEST).write_bytes(b"")
     assert "is damaged" in read_best(tmp_path / BEST, "data", [])[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_3"])
+def test_several_processes_measure_and_save_the_same_as_one(job, flags, strategy):
+    """Stage 3 gathers what each rank holds a part of, also between two steps."""
+    flags |= {"early_stop": 5, "eval_samples": 1}
+    alone = job.run(f"alone {strategy}", **flags)
+    two = {"devices": 2, "micro_bsz": 2, "strategy": strategy}
+    folder, done = job.start(f"two {strategy}", **flags, **two)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = lines_of(folder), lines_of(alone)
+    assert [(line["step"], line["best"]) for line in ours] == [(line["step"], line["best"]) for line in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["sets"]["heldout"]["loss"] == pytest.approx(other["sets"]["heldout"]["loss"], rel=1e-4)
+    assert step_of(folder) == step_of(alone)
+    best, other = adapter_of(folder, BEST), adapter_of(alone, BEST)
+    assert all(torch.allclose(best[key], other[key], atol=1e-4) for key in other)

@@ -7,7 +7,6 @@ import pytest
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.errors import UserError
 from rwkv_bone.training.heldout import HeldOut
-
 from tests.training.conftest import log_of
 from tests.training.runs import Killed
 from tests.training.test_best import held_out_losses, step_of

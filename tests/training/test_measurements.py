@@ -18,7 +18,6 @@ from rwkv_bone.inference.evaluate import heldout_loss
 from rwkv_bone.training.heldout_sets import PROSE, cut, samples_within
 from rwkv_bone.training.measurements import RECORD, Lines, read_lines
 from rwkv_bone.training.measuring import ANSWERS, LOSSES, SAMPLES, Rhythm, rhythm
-
 from tests.conftest import REPOSITORY
 from tests.training.conftest import adapter_of, log_of
 
