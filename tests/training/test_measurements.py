@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from rwkv_bone.config.checksum import sealed
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.config.sections import AUTO
 from rwkv_bone.data import load_dataset
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import Interrupted, UserError
 from rwkv_bone.inference.evaluate import heldout_loss
+from rwkv_bone.models import RWKV
 from rwkv_bone.training.heldout_sets import PROSE, cut, samples_within
 from rwkv_bone.training.measurements import RECORD, Lines, read_lines
 from rwkv_bone.training.measuring import ANSWERS, LOSSES, SAMPLES, Rhythm, rhythm
@@ -267,3 +270,25 @@ def test_the_bundled_base_is_measured_on_the_general_text_whatever_the_fields_of
     before, _, after = (line["sets"]["general"] for line in lines_of(job.run("bundled", **flags)))
     assert 1.0 < before["loss"] < 2.0 and after["loss"] > before["loss"]
     assert before["tokens"] == after["tokens"] > 900
+
+
+def test_a_signal_ends_a_measurement_between_two_steps_and_the_run_makes_it_good(job, files, monkeypatch):
+    """It is sent in the first forward pass after step 2; none follows."""
+    forward, passes = RWKV.forward, []
+
+    def send(self, *args, **kwargs):
+        if not self.training and (job.folder / "signal" / "rwkv-0-s2.pth").exists():
+            passes.append(len(passes))
+            if len(passes) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args, **kwargs)
+
+    flags = {"eval_data": files["rows"], "eval_samples": 1, "eval_general": files["text"], "eval_steps": 2}
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(RWKV, "forward", send)
+        job.run("signal", save_steps=2, **flags)
+    assert len(passes) == 1
+    folder = job.folder / "signal"
+    assert [line["step"] for line in lines_of(folder)] == [0] and len(log_of(folder)) == 2
+    job.run("signal", save_steps=2, **flags)
+    assert [line["step"] for line in lines_of(folder)] == [0, 2, 3]

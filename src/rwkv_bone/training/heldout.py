@@ -61,6 +61,10 @@ class Prompt:
     expected: str | None = None
 
 
+class Unmeasured(Exception):
+    """A measurement while training was left, since the run is to end."""
+
+
 class SavesBest(Protocol):
     """Writes `rwkv-best.pth`, as `SaveTrained` does; called on every rank."""
 
@@ -214,9 +218,14 @@ class HeldOut(Callback):
         """
         if main is None:
             self._costs = dict.fromkeys(self._costs, 0.0)
-        with evaluating(module):
-            measured = {one.name: self._set(module, one, exact, main) for one in self.sets}
-            answers = self._answer_prompts(module, step) if samples else []
+        try:
+            with evaluating(module):
+                measured = {one.name: self._set(module, one, exact, main) for one in self.sets}
+                answers = self._answer_prompts(module, step) if samples else []
+        except Unmeasured:
+            module.train()
+            self.report(f"measured  not after step {step}, as the run is to end: it is made good when the run goes on")
+            return False
         record = {
             "step": step,
             "seconds": round(sum(self._costs.values()), 3),

@@ -69,7 +69,8 @@ def header(
         yield f"          these steps read {percent(read)} of the trained tokens; a larger --epoch_count reads more"
     yield f"memory    {choice.sentence}" if choice.fits else f"{WARNING}{choice.sentence}"
     what = "adapter" if prepared.injection else "model"
-    yield from saving_lines(run, plan, prepared.model, prepared.output, what, module.first_step)
+    best = bool(config.data.eval_data or config.data.eval_split)
+    yield from saving_lines(run, plan, prepared.model, prepared.output, what, module.first_step, best)
     for line in unused_saves(run, module.total_steps):
         yield f"{WARNING}{line}"
     if config.model.chunk_ctx:
