@@ -39,6 +39,14 @@ in_repo_or_hub() {
     esac
 }
 
+# named_in_repo WORD: FILE or NAME=FILE, the file as in_repo_or_hub; a file with a = in its path stays whole.
+named_in_repo() {
+    case ${1%%=*} in
+        "$1" | '' | *[/.:,[:blank:]]*) in_repo_or_hub "$1" ;;
+        *) if [ -e "$repo/$1" ]; then in_repo "$1"; else printf '%s=%s\n' "${1%%=*}" "$(in_repo_or_hub "${1#*=}")"; fi ;;
+    esac
+}
+
 # run PROGRAM ARGUMENT...: becomes train.py or the like, or a module, with the script's variables as flags, then
 # --typed, then the arguments, which override them: the program leaves out, with a note, a variable that they leave
 # without effect, and refuses an argument without effect. Variables named in $not_flags are left out. $own_flag is one
@@ -57,13 +65,16 @@ run() {
         eval "_value=\${$_name-} _is_set=\${$_name+yes}" # the name is letters, digits and underscores
         [ -n "$_is_set" ] || continue                    # a piece of some value, such as a second line of it
         case $_name in
-            data_file | input) # paths or names of the Hub, one a line
+            data_file | eval_data | input) # paths or names of the Hub, one a line
                 set -- "$@" "--$_name"
                 _spaces=$IFS IFS='
 '
                 for _word in $_value; do
                     _word=${_word#"${_word%%[![:blank:]]*}"}
-                    set -- "$@" "$(in_repo_or_hub "$_word")"
+                    case $_name in
+                        eval_data) set -- "$@" "$(named_in_repo "$_word")" ;;
+                        *) set -- "$@" "$(in_repo_or_hub "$_word")" ;;
+                    esac
                 done
                 IFS=$_spaces
                 ;;
@@ -71,15 +82,15 @@ run() {
                 # shellcheck disable=SC2086
                 set -- "$@" "--$_name" $_value
                 ;;
-            base_model | compare | eval_data | load_model) # a path or a name of the Hub
+            base_model | compare | load_model) # a path or a name of the Hub
                 set -- "$@" "--$_name=$(in_repo_or_hub "$_value")"
                 ;;
             adapter | bone_load | cache_dir | config | data_path | eval_path | lora_checkpoint | lora_init | \
                 model_name_or_path | output | output_dir | peft_checkpoint | peft_load | pissa_init | proj_dir | \
-                prompts | state_checkpoint) # a path
+                prompts | sample_prompts | state_checkpoint) # a path
                 set -- "$@" "--$_name=$(in_repo "$_value")"
                 ;;
-            deepspeed | template | tokenizer) # a path or a name
+            deepspeed | eval_general | template | tokenizer) # a path or a name
                 [ ! -f "$repo/$_value" ] || _value=$(in_repo "$_value")
                 set -- "$@" "--$_name=$_value"
                 ;;

@@ -174,7 +174,7 @@ def test_the_wheel_holds_the_modules_and_the_kernels_and_nothing_else(wheel):
     kernels = [*build.SOURCES.glob("*.cuh"), *build.SOURCES.glob("cpu/*.cpp"), *build.SOURCES.glob("cpu/*.h")]
     expected = modules | {f"rwkv_bone/cuda/{path.relative_to(build.SOURCES)}" for path in kernels}
     about = {"METADATA", "WHEEL", "entry_points.txt", "top_level.txt", "RECORD", "licenses/LICENSE"}
-    data = {"rwkv_bone/py.typed", "rwkv_bone/ops/choice.json"}
+    data = {"rwkv_bone/py.typed", "rwkv_bone/data/general.jsonl", "rwkv_bone/ops/choice.json"}
     assert names_in(wheel) == expected | data | {f"about/{name}" for name in about}
     assert len(kernels) > 10
 

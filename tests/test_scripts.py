@@ -274,7 +274,7 @@ def test_lines_that_a_user_adds_are_passed_exactly(shell, ready):
         '--peft_config={"r": 8}',
         "--save_steps=7",
     ]
-    assert "--eval_data=" in given
+    assert given[given.index("--eval_data") + 1].startswith("--")
 
 
 def test_a_variable_that_is_no_setting_is_refused(ready):
@@ -324,14 +324,14 @@ def test_variables_of_the_environment_are_no_settings(ready):
 def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
     """Every setting that is text is of one of these kinds: a new one belongs into scripts/lib.sh and here."""
     paths = (
-        "adapter base_model cache_dir config data_path eval_data eval_path load_model model_name_or_path output "
-        "output_dir peft_checkpoint peft_load pissa_init proj_dir"
+        "adapter base_model cache_dir config data_path eval_path load_model model_name_or_path output "
+        "output_dir peft_checkpoint peft_load pissa_init proj_dir sample_prompts"
     ).split()
-    files = ["data_file", "input"]
+    files = ["data_file", "eval_data", "input"]
     words = (
         "columns data_weights dataset_field eval_field resume_with sft_field target_modules targets train_parts".split()
     )
-    names = ["deepspeed", "template", "tokenizer"]  # or files
+    names = ["deepspeed", "eval_general", "template", "tokenizer"]  # or files
     texts = "cards dataset_split field hf_base mask_id my_testing sft_split shard_size wandb".split()
     known = {spec.name: spec for specs in SETTINGS.values() for spec in specs}
     textual = {
@@ -379,7 +379,7 @@ def test_names_of_the_hub_stay_as_they_are_unless_such_a_folder_is_in_the_reposi
         ready.edit("run_bone.sh", load_model=name, data_file=name, eval_data=name)
         config = parse_train(arguments(ready.sh("run_bone.sh")))
         assert config.data.data_file == (config.model.load_model,)
-        assert config.data.eval_data == config.model.load_model
+        assert config.data.eval_data == (config.model.load_model,)
         given.append(config.model.load_model)
     assert given == names[:3] + [f"{ready.root}/{name}" for name in names[3:]]
 
@@ -398,17 +398,17 @@ def test_a_python_that_is_not_there_is_named(clone, monkeypatch):
 
 def test_a_script_with_data_of_ones_own_does_not_measure_the_bundled_numbers(ready, capsys):
     config = parse_train(arguments(ready.sh("run_bone.sh", "--data_file", "mine.jsonl")))
-    assert (config.data.data_file, config.data.eval_data) == (("mine.jsonl",), "")
+    assert (config.data.data_file, config.data.eval_data) == (("mine.jsonl",), ())
     assert "of the script is left out: it belongs to that data_file" in capsys.readouterr().out
     config = parse_train(arguments(ready.sh("run_bone.sh", "--data_file", "mine.jsonl", "--eval_split", "0.1")))
-    assert (config.data.eval_data, config.data.eval_split) == ("", 0.1)
-    assert parse_train(arguments(ready.sh("run_bone.sh"))).data.eval_data.endswith("numbers_heldout.jsonl")
+    assert (config.data.eval_data, config.data.eval_split) == ((), 0.1)
+    assert parse_train(arguments(ready.sh("run_bone.sh"))).data.eval_data[0].endswith("numbers_heldout.jsonl")
 
 
 def test_an_edited_variable_may_hold_any_path(ready):
     ready.edit("run_bone.sh", load_model="'/data/my model.pth'", eval_data="''", data_file="'my rows.jsonl'")
     config = parse_train(arguments(ready.sh("run_bone.sh")))
-    assert (config.model.load_model, config.data.eval_data) == ("/data/my model.pth", "")
+    assert (config.model.load_model, config.data.eval_data) == ("/data/my model.pth", ())
     assert config.data.data_file == (f"{ready.root}/my rows.jsonl",)
 
 
@@ -590,7 +590,7 @@ def test_paths_in_a_copy_are_relative_to_the_repository_too(ready):
     shutil.copy(ready.scripts / "run_bone.sh", copy)
     (ready.elsewhere / "mine.jsonl").touch()
     config = parse_train(arguments(ready.run("sh", copy, "--eval_data", "mine.jsonl", cwd=ready.root)))
-    assert (config.data.data_file, config.data.eval_data) == ((f"{ready.root}/mine.jsonl",), "mine.jsonl")
+    assert (config.data.data_file, config.data.eval_data) == ((f"{ready.root}/mine.jsonl",), ("mine.jsonl",))
 
 
 def test_a_setup_or_test_script_that_is_linked_works_and_a_copy_says_so(clone):

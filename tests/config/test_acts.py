@@ -67,7 +67,8 @@ SAMPLES = {
     "ctx_len": (16, 512),
     "micro_bsz": (1, 8),
     "epoch_count": (1, 2),
-    "eval_data": ("", "h.jsonl"),
+    "eval_data": ((), ("h.jsonl",)),
+    "eval_steps": (-1, 0, 50),
     "eval_path": ("", "h.jsonl"),
     "eval_split": (0.0, 0.1),
     "output": ("o.pth", "o.st", "o.gguf", "o/", "RWKV7-1.5B"),
@@ -224,18 +225,18 @@ def test_an_edited_variable_without_effect_in_its_script_is_refused_by_name():
 @pytest.mark.parametrize(
     ("script", "typed", "left"),
     [
-        ("--eval_data h.jsonl", "--eval_split 0.1", ("", 0.1)),
-        ("--eval_split 0.1", "--eval_data h.jsonl", ("h.jsonl", 0.0)),
-        ("--eval_data h.jsonl", "--data_file mine", ("", 0.0)),
-        ("--eval_data h.jsonl", "--data_file mine --eval_data other", ("other", 0.0)),
-        ("--eval_data h.jsonl", "--data_file d", ("h.jsonl", 0.0)),
-        ("--eval_data h.jsonl --data_file a b --data_weights 2 1", "--data_file c d", ("", 0.0)),
+        ("--eval_data h.jsonl", "--eval_split 0.1", ((), 0.1)),
+        ("--eval_split 0.1", "--eval_data h.jsonl", (("h.jsonl",), 0.0)),
+        ("--eval_data h.jsonl", "--data_file mine", ((), 0.0)),
+        ("--eval_data h.jsonl", "--data_file mine --eval_data other", (("other",), 0.0)),
+        ("--eval_data h.jsonl", "--data_file d", (("h.jsonl",), 0.0)),
+        ("--eval_data h.jsonl --data_file a b --data_weights 2 1", "--data_file c d", ((), 0.0)),
     ],
 )
 def test_held_out_data_of_a_script_gives_way_to_what_is_typed(script, typed, left, capsys):
     config = given_in_script(script, *typed.split())
     assert (config.data.eval_data, config.data.eval_split) == left and config.data.data_weights == ()
-    changed = "data_file d" not in typed and "other" not in left
+    changed = "data_file d" not in typed and "other" not in typed
     assert ("of the script is left out" in capsys.readouterr().out) == changed
 
 
@@ -256,10 +257,10 @@ def test_a_saved_run_gives_way_to_what_is_typed_and_keeps_what_never_acted(tmp_p
     assert (config.adapter.bone_r, config.adapter.lora_r) == (64, 4)
     assert f"note: bone_r 8 of {path} is left out" in capsys.readouterr().out
     config = parse_train(["--config", str(path), "--data_file", "mine"])
-    assert config.data.eval_data == "" and f"eval_data h of {path} is left out" in capsys.readouterr().out
+    assert config.data.eval_data == () and f"eval_data h of {path} is left out" in capsys.readouterr().out
     # --resume compares what was saved: nothing of it may be lost.
     resumed = parse_train(["--proj_dir", str(tmp_path), "--resume", "1", "--data_file", "moved"])
-    assert (resumed.adapter.lora_r, resumed.data.eval_data) == (4, "h")
+    assert (resumed.adapter.lora_r, resumed.data.eval_data) == (4, ("h",))
 
 
 def test_mistakes_in_a_script_are_told_from_mistakes_that_were_typed():

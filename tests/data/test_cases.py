@@ -152,9 +152,9 @@ def test_a_long_text_is_split_and_trained_whole(samples, tmp_path):
 
 
 def test_held_out_rows_are_read_by_their_own_fields(cases, config):
-    cfg = config(str(cases / "id.csv"), eval_data=str(cases / "id2.csv"), sft_field=("question", "answer"))
+    cfg = config(str(cases / "id.csv"), eval_data=(str(cases / "id2.csv"),), sft_field=("question", "answer"))
     cfg = config(str(cases / "id.csv"), eval_data=cfg.eval_data, sft_field=cfg.sft_field, tokenizer="world")
-    train, held = load_dataset(cfg, VOCABULARY), load_dataset(cfg, VOCABULARY, cfg.eval_data)
+    train, held = load_dataset(cfg, VOCABULARY), load_dataset(cfg, VOCABULARY, *cfg.eval_data)
     assert [list(train[i].ids) for i in range(4)] == [list(held[i].ids) for i in range(4)]
 
 

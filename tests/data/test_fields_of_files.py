@@ -48,7 +48,7 @@ def test_a_column_that_is_null_in_the_first_row_is_read_where_it_is_not(tmp_path
 
 def test_held_out_data_is_read_by_its_own_fields(write_jsonl, config):
     train, held, other = (write_jsonl(*rows, name=f"{i}.jsonl") for i, rows in enumerate((ASKED, PROMPTED, OTHER)))
-    named = config(train, sft_field=("question", "answer"), eval_data=held)
+    named = config(train, sft_field=("question", "answer"), eval_data=(held,))
     found = load_dataset(named, 256, held)
     assert texts(found) == ["p0r0", "p1r1", "p2r2"]
     (line,) = [line for line in found.note_lines() if "--sft_field" in line]
@@ -58,20 +58,20 @@ def test_held_out_data_is_read_by_its_own_fields(write_jsonl, config):
     )
     assert load_pairs(named, held, load_tokenizer("bytes", 256))[0] == ("p0", "r0")
     for path, fields, expected in ((other, ("x", "y"), "x0y0"), (held, ("response", "prompt"), "r0p0")):
-        own = config(train, sft_field=("question", "answer"), eval_data=path, eval_field=fields)
+        own = config(train, sft_field=("question", "answer"), eval_data=(path,), eval_field=fields)
         found = load_dataset(own, 256, path)
         assert texts(found)[0] == expected and not any("fields" in line for line in found.note_lines())
         assert "".join(load_pairs(own, path, load_tokenizer("bytes", 256))[0]) == expected
     with pytest.raises(UserError, match="no field 'question'; found: x, y. Name the fields with --eval_field"):
         load_dataset(named, 256, other)
     with pytest.raises(UserError, match="no field 'prompt'; found: x, y. Name the fields with --eval_field"):
-        load_dataset(config(train, eval_data=other, eval_field=("prompt", "y")), 256, other)
+        load_dataset(config(train, eval_data=(other,), eval_field=("prompt", "y")), 256, other)
 
 
 def test_held_out_data_that_has_the_fields_of_the_training_data_is_read_by_them(write_jsonl, config):
     row = {"prompt": "p", "response": "r", "q": "q", "a": "a"}
     path = write_jsonl(row)
-    assert texts(load_dataset(config(path, sft_field=("q", "a"), eval_data=path), 256, path)) == ["qa"]
+    assert texts(load_dataset(config(path, sft_field=("q", "a"), eval_data=(path,)), 256, path)) == ["qa"]
 
 
 def test_names_that_one_of_several_files_lacks_are_replaced_by_usual_ones_and_it_is_said(write_jsonl, config):
@@ -89,23 +89,23 @@ def test_names_that_one_of_several_files_lacks_are_replaced_by_usual_ones_and_it
 
 
 def test_an_eval_field_needs_held_out_rows(tmp_path, write_jsonl):
-    for names in ({"sft_field": ("a", "b", "c")}, {"eval_field": ("a", "b", "c"), "eval_data": "x"}):
+    for names in ({"sft_field": ("a", "b", "c")}, {"eval_field": ("a", "b", "c"), "eval_data": ("x",)}):
         with pytest.raises(UserError, match=f"joined by [+]: --{[*names][0]} a[+]b c$"):
             DataConfig(data_file=("a",), **names)
     (tmp_path / "a.txt").write_text("a novel")
     cfg = DataConfig(
-        data_file=(write_jsonl(*ASKED),), eval_data=str(tmp_path / "a.txt"), eval_field=("q", "a"), tokenizer="bytes"
+        data_file=(write_jsonl(*ASKED),), eval_data=(str(tmp_path / "a.txt"),), eval_field=("q", "a"), tokenizer="bytes"
     )
     with pytest.raises(UserError, match="--eval_field has no meaning with .*a.txt, which has no fields"):
-        load_dataset(cfg, 256, cfg.eval_data)
+        load_dataset(cfg, 256, cfg.eval_data[0])
 
 
 def test_training_fields_say_nothing_about_a_held_out_text(tmp_path, write_jsonl):
     (tmp_path / "a.txt").write_text("a novel")
     cfg = DataConfig(
-        data_file=(write_jsonl(*OTHER),), sft_field=("x", "y"), eval_data=str(tmp_path / "a.txt"), tokenizer="bytes"
+        data_file=(write_jsonl(*OTHER),), sft_field=("x", "y"), eval_data=(str(tmp_path / "a.txt"),), tokenizer="bytes"
     )
-    assert texts(load_dataset(cfg, 256, cfg.eval_data)) == ["a novel"]
+    assert texts(load_dataset(cfg, 256, cfg.eval_data[0])) == ["a novel"]
 
 
 def test_a_field_that_is_not_used_is_said_once_a_file_also_from_the_cache(write_jsonl, config):

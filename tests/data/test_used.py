@@ -56,6 +56,7 @@ ELSEWHERE = {
     "data_weights": "for several files: test_dataset.py",
     "eval_data": "names the data",
     "eval_field": "below",
+    "eval_general": "names the data",
     "eval_split": "tests/training",
     "mask_id": "with loss_mask se",
     "max_lost": "test_lost.py",
@@ -157,9 +158,9 @@ def test_a_setting_is_right_if_one_file_can_use_it(data):
     [({"template": "alpaca"}, "pairs"), ({"loss_mask": "last"}, "chats"), ({"tool_format": "g1"}, "chats with tools")],
 )
 def test_a_setting_is_right_if_the_held_out_data_can_use_it(data, settings, kind):
-    load_dataset(DataConfig(data_file=(data("text"),), eval_data=data(kind), **settings), 65536)
+    load_dataset(DataConfig(data_file=(data("text"),), eval_data=(data(kind),), **settings), 65536)
     with pytest.raises(UserError, match="as nothing in .* has"):
-        load_dataset(DataConfig(data_file=(data("text"),), eval_data=data("rows of text"), **settings), 65536)
+        load_dataset(DataConfig(data_file=(data("text"),), eval_data=(data("rows of text"),), **settings), 65536)
 
 
 def test_what_the_model_brings_along_is_nothing_that_a_user_typed(data):

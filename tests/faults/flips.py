@@ -27,7 +27,7 @@ from rwkv_bone.config.flags import parse_train
 from rwkv_bone.data.cache import Cache
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import project
-from rwkv_bone.training.heldout import read_measured, text_of
+from rwkv_bone.training.evaluation import read_measured, text_of
 from rwkv_bone.training.log import read_log
 from rwkv_bone.training.resume import Saved
 

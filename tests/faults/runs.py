@@ -25,7 +25,10 @@ from tests.faults.disk import Disk
 from tests.faults.shim import CHANGES, Faults, Operation, compile_shim, read_trace
 
 # The fields of a log's line that depend on the machine.
-OF_THE_MACHINE = {"seconds", "tokens_per_s", "data_wait_ms", "peak_memory_mb", "peak_reserved_mb", "crc32"}
+OF_THE_MACHINE = {"seconds", "tokens_per_s", "data_wait_ms", "peak_memory_mb", "peak_reserved_mb", "costs", "crc32"}
+# What only helps to read a run, a record a line.
+LINES = ("train_log.jsonl", "measurements.jsonl", "samples.jsonl")
+OF_A_LINE = rb'"(seconds|tokens_per_s|data_wait_ms|peak\w+|crc32)": [^,}]*|"costs": {[^}]*}'
 EPOCHS = {"epoch_count": 2, "save_steps": 1}
 # Responses of unequal length; 7 rows and 4 a step make two steps an epoch.
 ROWS = [(f"{n} -> ", str(n)[::-1] * (1 + n % 4)) for n in range(37, 44)]
@@ -51,7 +54,7 @@ class Setup:
 
 SETUPS = [
     Setup("bone"),
-    Setup("bone, evaluated", {"eval_data": "rows", "eval_samples": 1}),
+    Setup("bone, evaluated", {"eval_data": "rows", "eval_samples": 1, "eval_steps": 1}),
     Setup("stage 2", {"strategy": "deepspeed_stage_2"}),
     Setup("stage 3, recomputed", {"strategy": "deepspeed_stage_3", "grad_cp": 1}),
     Setup("stage 2, offload", {"strategy": "deepspeed_stage_2_offload", "grad_cp": "wkv"}),
@@ -60,17 +63,22 @@ SETUPS = [
     Setup("full, stage 3", {"peft": "none", "strategy": "deepspeed_stage_3", "save_steps": 0}),
     Setup("lora with dropout", {"peft": "lora", "lora_r": 4, "lora_dropout": 0.5}),
     Setup("bat, bf16", {"bone_mode": "bat", "precision": "bf16", "train_parts": "ln"}),
-    Setup("state", {"peft": "state", "eval_data": "rows", "eval_samples": 0}),
+    Setup("state", {"peft": "state", "eval_data": "rows", "eval_samples": 0, "eval_steps": 0}),
     Setup("accumulated", {"micro_bsz": 2, "accumulate_grad_batches": 2}),
     Setup("saved by the minute", {"save_steps": 0, "save_minutes": 1e-6}),
     Setup("two kept", {"keep": 2}),
     # Data of more than a megabyte is tokenised once, into a cache.
-    Setup("cached data", {"data_file": "many", "cache_dir": "cache", "epoch_steps": 2, "eval_data": "rows"}),
+    Setup(
+        "cached data",
+        {"data_file": "many", "cache_dir": "cache", "epoch_steps": 2, "eval_data": "rows", "eval_steps": 0},
+    ),
     Setup("two processes", {"devices": 2, "micro_bsz": 2}, 2),
     Setup("two processes, stage 2", {"devices": 2, "micro_bsz": 2, "strategy": "deepspeed_stage_2"}, 2),
     Setup(
         "two processes, stage 3, evaluated",
-        {"devices": 2, "micro_bsz": 2, "strategy": "deepspeed_stage_3", "eval_data": "rows", "eval_samples": 1}, 2,
+        {"devices": 2, "micro_bsz": 2, "strategy": "deepspeed_stage_3", "eval_data": "rows", "eval_samples": 1}
+        | {"eval_steps": 2},
+        2,
     ),
     Setup("two processes, full", {"devices": 2, "micro_bsz": 2, "peft": "none", "save_steps": 0}, 2),
 ]  # fmt: skip
@@ -367,10 +375,11 @@ def differences(folder: Path, reference: Path) -> list[str]:
         ours, theirs = folder / name, reference / name
         if theirs.exists() and not (ours.is_file() and ours.read_bytes() == theirs.read_bytes()):
             wrong.append(f"{name} differs" if ours.exists() else f"{name} is missing")
-    ours, theirs = (_log(path) for path in (folder, reference))
-    if ours != theirs:
-        wrong.append(f"train_log.jsonl has steps {[line.get('step') for line in ours]}" if len(ours) != len(theirs)
-                     else "train_log.jsonl differs")  # fmt: skip
+    for name in LINES:
+        ours, theirs = (_records(path / name) for path in (folder, reference))
+        if ours != theirs:
+            wrong.append(f"{name} has steps {[line.get('step') for line in ours]}" if len(ours) != len(theirs)
+                         else f"{name} differs")  # fmt: skip
     box = folder.parent if folder.name == "run" else folder
     left = [path for path in box.rglob("*") if "partial" in path.name or (path.is_dir() and path.name[0] == ".")]
     # A run that is complete is left alone, with what a cut left of the picture that it ends with.
@@ -380,11 +389,14 @@ def differences(folder: Path, reference: Path) -> list[str]:
 
 
 def _matters(difference: str) -> bool:
-    return not difference.startswith(("train_log.jsonl", "evaluation.json", "config.json"))
+    return not difference.startswith((*LINES, "evaluation.json", "config.json"))
 
 
 def _log(folder: Path) -> list[dict]:
-    path = folder / "train_log.jsonl"
+    return _records(folder / "train_log.jsonl")
+
+
+def _records(path: Path) -> list[dict]:
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     records = []
     for line in lines:
@@ -424,10 +436,8 @@ def _content(folder: Path) -> tuple:
     found = []
     for path in sorted(folder.rglob("*")):
         name = re.sub(r"\.\d+\.", ".N.", path.relative_to(folder).as_posix())  # numbers of processes
-        if path.name == "train_log.jsonl":
-            found.append(
-                (name, re.sub(rb'"(seconds|tokens_per_s|data_wait_ms|peak\w+|crc32)": [^,}]*', b"", path.read_bytes()))
-            )
+        if path.name in LINES:
+            found.append((name, re.sub(OF_A_LINE, b"", path.read_bytes())))
         else:
             found.append((name, path.read_bytes() if path.is_file() else None))
     return tuple(found)

@@ -275,7 +275,7 @@ def evaluation(folder: Path) -> Path:
 
 
 def read_evaluation(path: Path) -> Any:
-    from rwkv_bone.training.heldout import read_measured, text_of
+    from rwkv_bone.training.evaluation import read_measured, text_of
 
     before, after = read_measured(text_of(path) or "", path, "d")
     return [one.line() for one in (before, after) if one]

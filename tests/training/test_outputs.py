@@ -79,7 +79,7 @@ def test_log_lines_are_complete_and_true(memorised):
 
 def test_files_are_named_by_epoch_and_step(memorised):
     assert sorted(path.name for path in memorised[0].glob("rwkv-*.pth")) == [
-        "rwkv-17-s15.pth", "rwkv-22.pth", "rwkv-32-s30.pth", "rwkv-42.pth",
+        "rwkv-17-s15.pth", "rwkv-22.pth", "rwkv-32-s30.pth", "rwkv-42.pth", "rwkv-best.pth",
     ]  # fmt: skip
 
 

@@ -123,7 +123,8 @@ TRAIN: dict[str, When] = {
         "--devices 2",
     ),
     "eval_samples": given("eval_data", "eval_split") & only("data_type", *CONVERSATIONS),
-    **dict.fromkeys(("eval_general", "eval_steps", "early_stop", "sample_prompts"), given("eval_data", "eval_split")),
+    **dict.fromkeys(("eval_general", "eval_steps", "sample_prompts"), given("eval_data", "eval_split")),
+    "early_stop": given("eval_data", "eval_split") & When(("eval_steps",), bool, "with --eval_steps above 0, or auto"),
 }
 
 FOLDER = When(("output",), lambda name: not suffix_of(name), "with a folder as --output")

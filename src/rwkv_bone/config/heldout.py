@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rwkv_bone.config.sections import DataConfig
 
 MAIN, GENERAL = "heldout", "general"
-NAME = re.compile(r"([\w-]+)=(.+)", re.DOTALL)
+NAME = re.compile(r"([^=/.:,\s]+)=(.+)", re.DOTALL)  # as scripts/lib.sh reads it
 
 
 class Named(NamedTuple):

@@ -42,10 +42,13 @@ def saves_of(run: RunConfig, plan: BatchPlan, first: int) -> int:
     return len(at) + max(0, between) - sum(end % run.save_steps == 0 for end in at if run.save_steps)
 
 
-def saving_lines(run: RunConfig, plan: BatchPlan, model: RWKV, output: Output, what: str, first: int) -> Iterator[str]:
+def saving_lines(
+    run: RunConfig, plan: BatchPlan, model: RWKV, output: Output, what: str, first: int, best: bool = False
+) -> Iterator[str]:
     """What a run that begins after step `first` will write, a fact a line, and a warning if there is no room for it.
 
-    The lines are those of the header, with its columns. what: that which `output` is, such as "adapter".
+    The lines are those of the header, with its columns. what: that which `output` is, such as "adapter". best: there is
+    a `rwkv-best.pth`, too.
     """
     parameters = dict(model.named_parameters())
     parameters = {key: parameters[key] for key in output.keys}
@@ -64,8 +67,10 @@ def saving_lines(run: RunConfig, plan: BatchPlan, model: RWKV, output: Output, w
     stay = f", of which the newest {run.keep} stay (--keep)" if 0 < run.keep < count else ""
     folder = Path(run.proj_dir)
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
-    yield f"saving    {counted(count, what)} of {size(each)}{stay}; {size(free)} are free"
-    needed = each * (min(count, run.keep + 1) if run.keep else count)
+    also = f", and {project.BEST}, as large" if best else ""
+    yield f"saving    {counted(count, what)} of {size(each)}{stay}{also}; {size(free)} are free"
+    # A new best is written beside the one before.
+    needed = each * ((min(count, run.keep + 1) if run.keep else count) + 2 * best)
     if run.save_state:
         # The third is the one that is being written.
         there = [folder / name for name in (project.RESUME_FILE, project.PREVIOUS_FILE)]

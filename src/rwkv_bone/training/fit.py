@@ -26,7 +26,7 @@ from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.heldout_sets import prepare_heldout
 from rwkv_bone.training.log import StepLog, read_log
 from rwkv_bone.training.loggers import SendEverything, Sent
-from rwkv_bone.training.measurements import read_measurements, read_samples
+from rwkv_bone.training.measurements import read_kept
 from rwkv_bone.training.measuring import MeasureWhileTraining
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule, read_bad_steps
@@ -129,27 +129,26 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
 
     for line in earlier.notes(config, plan, threads, output.metadata) if earlier else ():
         report(f"resume    {line}")
-    taken = first >= module.total_steps
-    if not taken:
+    if module.steps_left:
         for line in header(config, prepared, module, choice, device, threads, text):
             report(line)
-    for line in guard.warnings(memory) if not taken else ():
-        report(f"          {line}")
+        for line in guard.warnings(memory):
+            report(f"          {line}")
     sent = Sent.read(folder) if earlier and main else Sent()  # before what is repeated is taken away
     measured = earlier.measured if earlier else None
-    kept = world.from_first("measurements", lambda: [read(folder, first) for read in (read_measurements, read_samples)])
-    kept = tuple(kept) if earlier else ((), ())
+    kept = world.from_first("measurements", lambda: read_kept(folder, first)) if earlier else ((), ())
     heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, plan, folder, report, measured, kept)
     if heldout:
         world.agree("held-out data", heldout.fingerprint, SAME_FILES)
-        if heldout.stopped(first):
-            module.steps_left = 0
-    taken = not module.steps_left
-    if earlier and taken and not (heldout and heldout.interrupted(first)):
+    stopped = heldout is not None and heldout.stopped(first)
+    if stopped:
+        report(f"resume    it has ended early, after step {first} (--early_stop {run.early_stop})")
+        module.steps_left = 0
+    if earlier and not module.steps_left and not (heldout and heldout.interrupted(first)):
         trained = earlier.trained or folder / f"rwkv-{run.epoch_begin + plan.locate(first - 1)[0]}-s{first}.pth"
         if main and earlier.mend(trained, output.dtypes, output.metadata):
             report(f"resume    {trained.name} was lost or damaged: it is written again, from {earlier.path.name}")
-        for line in complete(config, folder, trained, heldout):
+        for line in complete(config, folder, trained, heldout, stopped):
             report(line)
         return trained
 

@@ -61,6 +61,10 @@ class Prompt:
     expected: str | None = None
 
 
+class Unmeasured(Exception):
+    """A measurement while training was left, since the run is to end."""
+
+
 class SavesBest(Protocol):
     """Writes `rwkv-best.pth`, as `SaveTrained` does; called on every rank."""
 
@@ -168,7 +172,7 @@ class HeldOut(Callback):
             self.report(f"before    {self.before.line()}{late}")
             if trainer.is_global_zero:
                 self._write()
-            self.record(trainer, module, step, exact=True, main=self.before)
+            self.record(trainer, module, step, main=self.before)
             return
         self.report(f"before    {self.before.line()}, measured when the run began")
         # A kill may have come between a step and the measurement after it.
@@ -184,7 +188,7 @@ class HeldOut(Callback):
         before, after = self.before, self._measure(module, step)
         assert before
         self.after = after
-        self.record(trainer, module, step, exact=True, main=after)
+        self.record(trainer, module, step, main=after)
         self.report(f"before    {before.line()}")
         self.report(f"after     {after.line()}")
         for old, new in list(zip(before.answers, after.answers, strict=True))[:SHOWN]:
@@ -198,19 +202,30 @@ class HeldOut(Callback):
         return [(measured.step, measured.loss) for measured in (self.before, self.after) if measured]
 
     def record(
-        self, trainer: Trainer, module: TrainingModule, step: int, *, exact: bool, main: Measured | None = None
+        self,
+        trainer: Trainer,
+        module: TrainingModule,
+        step: int,
+        *,
+        samples: bool = True,
+        exact: bool = True,
+        main: Measured | None = None,
     ) -> bool:
-        """Measure every set after `step`, answer the sample prompts, write it; whether the run is to end early.
+        """Measure every set after `step`, and write it; whether the run is to end early.
 
-        To be called on every rank, which all return the same. exact: whether exact answers are counted, too. main: what
-        was measured of the whole main set already.
+        To be called on every rank, which all return the same. samples: whether the sample prompts are answered; exact:
+        whether exact answers are counted. main: what was measured of the whole main set already.
         """
         if main is None:
             self._costs = dict.fromkeys(self._costs, 0.0)
-        with evaluating(module):
-            measured = {one.name: self._set(module, one, exact, main) for one in self.sets}
-            with self._timed("samples"):
-                samples = self._answer_prompts(module, step)
+        try:
+            with evaluating(module):
+                measured = {one.name: self._set(module, one, exact, main) for one in self.sets}
+                answers = self._answer_prompts(module, step) if samples else []
+        except Unmeasured:
+            module.train()
+            self.report(f"measured  not after step {step}, as the run is to end: it is made good when the run goes on")
+            return False
         record = {
             "step": step,
             "seconds": round(sum(self._costs.values()), 3),
@@ -222,7 +237,7 @@ class HeldOut(Callback):
             "data": {one.name: one.data for one in self.sets},
             "costs": {name: round(seconds, 3) for name, seconds in self._costs.items()},
         }
-        return self._settle(trainer, module, record, samples)
+        return self._settle(trainer, module, record, answers)
 
     def _settle(self, trainer: Trainer, module: TrainingModule, record: dict, samples: list[dict]) -> bool:
         """Save the adapter if it is the best, and write the record; whether the run is to end early."""
@@ -320,11 +335,20 @@ class HeldOut(Callback):
         assert self.tokenizer
         tokenizer = self.tokenizer
         ids = [encode_marked(tokenizer, prompt.text) or [tokenizer.eod] for prompt in self.prompts]
-        written = generate(module, ids, max_new=LONGEST, stop_id=tokenizer.eod, device=module.device)
+        how: dict[str, Any] = {"max_new": self._longest, "stop_id": tokenizer.eod, "device": module.device}
+        with self._timed("samples"):
+            written = generate(module, ids, **how)
         return [
             {"step": step, "set": one.set, "prompt": one.text, "expected": one.expected, "text": tokenizer.decode(text)}
             for one, text in zip(self.prompts, written, strict=True)
         ]
+
+    @cached_property
+    def _longest(self) -> int:
+        """Tokens of an answer to a sample prompt: one more than what is expected has, and at most LONGEST."""
+        assert self.tokenizer
+        expected = [prompt.expected for prompt in self.prompts]
+        return min(LONGEST, 1 + max(LONGEST if text is None else len(self.tokenizer.encode(text)) for text in expected))
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -19,12 +19,11 @@ from rwkv_bone.data.tokenizer import Tokenizer, read_text
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import project
 from rwkv_bone.training.heldout import HeldOut, HeldOutSet, Prompt
-from rwkv_bone.training.measuring import MEASUREMENTS, SHARE
+from rwkv_bone.training.measuring import FEWEST, MEASUREMENTS, SHARE
 
 PROSE = Path(__file__).parent.parent / "data" / "general.jsonl"
 SAMPLES = 4  # held-out prompts that are answered at each measurement
 MOST_SAMPLES = 32  # prompts of --sample_prompts
-FEWEST = 4  # measurements while training for which a large set still counts whole
 FORWARDS = 3  # passes of a token through the model that training takes, where measuring takes one
 LEAST_GENERAL = 1024  # tokens of the general text
 
@@ -70,7 +69,7 @@ def prepare_heldout(
         kept=(records, samples),
         every=every,
         early_stop=run.early_stop,
-        guess=math.log(vocab_size),
+        guess=math.log(vocab_size) if data.eval_general == "auto" else math.inf,
     )
 
 
@@ -104,6 +103,7 @@ def _named(
     data, limit = config.data, config.run.eval_samples
     if split is not None:
         report(f"held-out  --eval_split {data.eval_split:g} of the training data; {counted(len(split), 'sample')}")
+        _say_notes(split, report)
         pairs = split.pairs(tokenizer, limit) if tokenizer and limit else []
         yield HeldOutSet(MAIN, split, split, tuple(pairs))
         return
@@ -112,10 +112,14 @@ def _named(
         dataset = load_dataset(replace(own, dataload="pad"), vocab_size, one.path, keep=keep)
         name = f"{one.name}: " if len(data.eval_data) > 1 else ""
         report(f"held-out  {name}{dataset.summary_lines()[0]}; {counted(len(dataset), 'sample')}")
-        for line in dataset.note_lines():
-            report(line if line.startswith(WARNING) else f"held-out  {line}")
+        _say_notes(dataset, report)
         pairs = load_pairs(own, one.path, tokenizer, limit) if tokenizer and limit else []
         yield HeldOutSet(one.name, dataset, dataset, tuple(pairs))
+
+
+def _say_notes(dataset: Dataset, report: Callable[[str], None]) -> None:
+    for line in dataset.note_lines():
+        report(line if line.startswith(WARNING) else f"held-out  {line}")
 
 
 def _parts(

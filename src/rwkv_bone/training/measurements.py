@@ -107,14 +107,11 @@ def read_lines(path: Path, fields: dict[str, Any], last_step: int) -> list[dict]
     return found
 
 
-def read_measurements(folder: Path, last_step: int) -> list[dict]:
-    """The measurements in a results folder whose step is at most `last_step`."""
-    return read_lines(folder / project.MEASUREMENTS, RECORD, last_step)
-
-
-def read_samples(folder: Path, last_step: int) -> list[dict]:
-    """The answers to sample prompts in a results folder whose step is at most `last_step`."""
-    return read_lines(folder / project.SAMPLES, SAMPLE, last_step)
+def read_kept(folder: Path, last_step: int) -> tuple[list[dict], list[dict]]:
+    """(measurements, answers to sample prompts) in a results folder whose step is at most `last_step`."""
+    files = ((project.MEASUREMENTS, RECORD), (project.SAMPLES, SAMPLE))
+    measurements, samples = (read_lines(folder / name, fields, last_step) for name, fields in files)
+    return measurements, samples
 
 
 def _record(line: str, fields: dict[str, Any]) -> dict | None:

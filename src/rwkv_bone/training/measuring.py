@@ -20,14 +20,19 @@ from rwkv_bone.training.saving import SaveTrained
 
 MEASUREMENTS = 10  # in a run, where they fit
 SHARE = 0.05  # of a run's time that measurements while training may take
+FEWEST = 4  # measurements while training, below which they are made cheaper
 TIMED = 8  # steps that are timed before it is decided, or fewer in a short run
+
+
+# What a measurement consists of; each has what those before it have.
+LOSSES, SAMPLES, ANSWERS = 1, 2, 3
 
 
 class Rhythm(NamedTuple):
     """When to measure while training."""
 
     every: int  # optimiser steps between measurements; 0: never
-    exact: bool  # whether exact answers are counted, too
+    what: int  # LOSSES, with SAMPLES, or with exact ANSWERS, too
     line: str  # for the user; empty: nothing to say
 
 
@@ -37,27 +42,41 @@ def rhythm(given: int, total: int, step: float, costs: Mapping[str, float]) -> R
     given: --eval_steps, which no time limits, or AUTO. step: seconds of a step. costs: seconds of the parts of a
     measurement, as the records have them. Measurements before and after training are not counted: every run has them.
     """
-    once, answers = costs["loss"] + costs["samples"], costs["exact_match"]
+    loss, samples, answers = costs["loss"], costs["samples"], costs["exact_match"]
     budget = SHARE * total * step
     every = given
     if given == AUTO:
-        fit = int(budget / once) if once else total
-        # So many steps that at most `fit` measurements lie between the first step and the last.
-        every = max(-(-total // MEASUREMENTS), (total - 1) // (fit + 1) + 1) if fit else 0
+        every = _every(total, budget, loss + samples)
+        if not every or (total - 1) // every < FEWEST:
+            every = _every(total, budget, loss)  # rather losses alone than so few measurements
     count = (total - 1) // every if every else 0
-    exact = bool(answers and count) and count * (once + answers) <= budget
-    takes = f"a measurement takes {once:.2g} s, the steps about {total * step:.2g} s"
     if not count:
         if given != AUTO:
-            return Rhythm(0, False, f"--eval_steps {given} measures nothing while training: {counted(total, 'step')}")
-        return Rhythm(0, False, f"before and after training only: {takes} (--eval_steps N measures all the same)")
-    if given != AUTO:
-        share = count * once / (total * step) if step else 0.0
-        note = f"every {counted(every, 'step')} (--eval_steps), which takes about {share:.0%} of the time: {takes}"
-        return Rhythm(every, exact, note if share > SHARE else "")
-    share = count * (once + answers * exact) / (total * step) if step else 0.0
-    with_answers = ", exact answers included" if exact else ", exact answers before and after only" if answers else ""
-    return Rhythm(every, exact, f"every {counted(every, 'step')}, about {share:.1%} of the time: {takes}{with_answers}")
+            return Rhythm(0, LOSSES, f"--eval_steps {given} measures nothing between the {counted(total, 'step')}")
+        line = f"before and after training only: {_takes(loss, total * step)} (--eval_steps N measures all the same)"
+        return Rhythm(0, LOSSES, line)
+    what, each = LOSSES, loss
+    if count * (each + samples) <= budget or given != AUTO:
+        what, each = SAMPLES, each + samples
+        if answers and count * (each + answers) <= budget:
+            what, each = ANSWERS, each + answers
+    share = count * each / (total * step) if step else 0.0
+    if given != AUTO and share <= SHARE:
+        return Rhythm(every, what, "")
+    said = {LOSSES: "losses alone", SAMPLES: "losses and samples", ANSWERS: "losses, samples and exact answers"}[what]
+    line = f"every {counted(every, 'step')}, {said}, in {share:.1%} of the time: {_takes(each, total * step)}"
+    return Rhythm(every, what, line)
+
+
+def _takes(measurement: float, steps: float) -> str:
+    return f"a measurement takes {measurement:.2g} s, the steps about {steps:.2g} s"
+
+
+def _every(total: int, budget: float, cost: float) -> int:
+    """The steps between measurements of this cost, about MEASUREMENTS in all or as many as fit the budget; 0: none."""
+    fit = int(budget / cost) if cost else total
+    # So many that at most `fit` of them lie between the first step and the last.
+    return max(-(-total // MEASUREMENTS), (total - 1) // (fit + 1) + 1) if fit else 0
 
 
 class MeasureWhileTraining(Callback):
@@ -77,10 +96,10 @@ class MeasureWhileTraining(Callback):
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
         every, last = self.heldout.every, self.heldout.records[-1:]
         if self.config.eval_steps == 0:
-            self._rhythm = Rhythm(0, False, "")
+            self._rhythm = Rhythm(0, LOSSES, "")
         elif self.config.eval_steps == AUTO and every:
-            exact = any(record["step"] and record["sets"][record["main"]]["prompts"] for record in last)
-            self._rhythm = Rhythm(every, exact, f"every {counted(every, 'step')}, as before")
+            what = max((_what(record) for record in last if record["step"]), default=LOSSES)
+            self._rhythm = Rhythm(every, what, f"every {counted(every, 'step')}, as before")
             self._say(module)
 
     def on_before_optimizer_step(
@@ -90,7 +109,7 @@ class MeasureWhileTraining(Callback):
         module.asks["measure"] = self._due(step, module) if trainer.is_global_zero else 0
 
     def _due(self, step: int, module: TrainingModule) -> int:
-        """What this step asks for: 0 nothing, 1 a measurement, 2 one with exact answers."""
+        """What is to be measured after this step; 0: nothing."""
         timed = step - 1 - module.first_step
         if self._rhythm is None and timed >= min(TIMED, max(1, module.total_steps // 20)):
             seconds = [record["seconds"] for record in self._log.records[-timed:]]
@@ -100,10 +119,9 @@ class MeasureWhileTraining(Callback):
             self.heldout.every = self._rhythm.every
             self._say(module)
         given = max(self.config.eval_steps, 0)
-        every, exact = self._rhythm[:2] if self._rhythm else (given, False)
-        if not every or step % every or step == module.total_steps:  # after the last it is measured anyway
-            return 0
-        return 2 if exact else 1
+        every, what = self._rhythm[:2] if self._rhythm else (given, SAMPLES)
+        # After the last step it is measured anyway.
+        return what if every and step % every == 0 and step < module.total_steps else 0
 
     def _say(self, module: TrainingModule) -> None:
         assert self._rhythm
@@ -121,7 +139,8 @@ class MeasureWhileTraining(Callback):
         if not module.window_finished() or not module.asked["measure"]:
             return
         assert module.window
-        if self.heldout.record(trainer, module, module.window.step, exact=module.asked["measure"] == 2):
+        what = module.asked["measure"]
+        if self.heldout.record(trainer, module, module.window.step, samples=what >= SAMPLES, exact=what >= ANSWERS):
             if trainer.is_global_zero:
                 self.report(self._why(module))
             self.save.save_step(trainer, module)
@@ -137,6 +156,13 @@ class MeasureWhileTraining(Callback):
             f"early stop {where}: {count} without a held-out loss {lowest} (--early_stop {self.config.early_stop}); "
             "with a larger --early_stop, or 0, the same command goes on"
         )
+
+
+def _what(record: Mapping[str, Any]) -> int:
+    """What a measurement consisted of."""
+    if record["sets"][record["main"]]["prompts"]:
+        return ANSWERS
+    return SAMPLES if record["costs"].get("samples") else LOSSES
 
 
 def costs_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

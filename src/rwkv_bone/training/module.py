@@ -35,7 +35,7 @@ ASKS = (
     "signal",  # the number of a signal to stop that has come; 0: none
     "save",  # 1: the state is due to be saved
     "time",  # 1: the time that the run was given is over
-    "measure",  # 1: held-out data is to be measured after this step; 2: exact answers are to be counted, too
+    "measure",  # what of the held-out data is to be measured after this step, as in measuring.py; 0: nothing
 )
 
 

@@ -75,7 +75,8 @@ def header(
         yield f"          these steps read {percent(read)} of the trained tokens; a larger --epoch_count reads more"
     yield f"memory    {choice.sentence}" if choice.fits else f"{WARNING}{choice.sentence}"
     what = "adapter" if prepared.injection else "model"
-    yield from saving_lines(run, plan, prepared.model, prepared.output, what, module.first_step)
+    best = bool(config.data.eval_data or config.data.eval_split)
+    yield from saving_lines(run, plan, prepared.model, prepared.output, what, module.first_step, best)
     for line in unused_saves(run, module.total_steps):
         yield f"{WARNING}{line}"
     if config.model.chunk_ctx:
@@ -104,14 +105,17 @@ def report_results(
         report(line)
 
 
-def complete(config: TrainConfig, folder: Path, trained: Path, heldout: HeldOut | None) -> Iterator[str]:
-    """What a run that is done has left, and what to type next."""
+def complete(
+    config: TrainConfig, folder: Path, trained: Path, heldout: HeldOut | None, stopped: bool = False
+) -> Iterator[str]:
+    """What a run that is done has left, and what to type next. stopped: it has ended early."""
     yield f"adapters  {', '.join(path.name for path in project.kept(folder))}"
     for when, one in (("before", heldout and heldout.before), ("after", heldout and heldout.after)):
         if one:
             yield f"{when:<10}{one.line()}"
     yield from footer(config, folder, trained)
-    yield "          nothing is left to do; a larger --epoch_count trains longer"
+    longer = "--early_stop, or 0," if stopped else "--epoch_count"
+    yield f"          nothing is left to do; a larger {longer} trains longer"
 
 
 def footer(config: TrainConfig, folder: Path, trained: Path) -> Iterator[str]:

@@ -12,12 +12,14 @@ from lightning.pytorch import Callback, Trainer
 
 from rwkv_bone import signals
 from rwkv_bone.errors import TIME_UP, Interrupted
-from rwkv_bone.training.heldout import HeldOut
+from rwkv_bone.training.heldout import HeldOut, Unmeasured
 from rwkv_bone.training.module import TrainingModule
 
 
 class StopOnSignal(Callback):
     """After a signal the run finishes its step, saves it and ends; `signals.Listener` tells what a second one does.
+
+    A run of one process leaves a measurement that is under way between two steps.
 
     It must be the first callback: it has to hear signals before held-out data is measured, and it ends the run at the
     start of a step, when every callback has seen the end of the step before. The other ranks learn of the signal from
@@ -34,6 +36,8 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
         self._listener.begin(trainer.is_global_zero)
+        if module.plan.world_size == 1:  # several processes would have to agree in each forward pass
+            module.register_forward_pre_hook(lambda *_: self._leave_measurement(trainer, module))
 
     def on_train_batch_start(self, trainer: Trainer, module: TrainingModule, batch: Any, index: int) -> None:
         self._listener.stepping = True
@@ -58,6 +62,10 @@ class StopOnSignal(Callback):
         self._end_if(received, trainer, module)
         # The trained model is saved, so that its measurement may end between two forward passes.
         module.register_forward_pre_hook(lambda *_: self._end_measuring(trainer))
+
+    def _leave_measurement(self, trainer: Trainer, module: TrainingModule) -> None:
+        if not module.training and self._listener.stepping and (self._listener.received or self._time_up(trainer)):
+            raise Unmeasured
 
     def _end_measuring(self, trainer: Trainer) -> None:
         if self._time_up(trainer):
