@@ -267,4 +267,4 @@ def test_wandb_without_a_key_is_told_what_to_do_and_asks_nothing(monkeypatch, tm
     sender.end()
     sender.wait(time.monotonic() + 10)
     (problem,) = said
-    assert problem.startswith("warning: no API key: `wandb login`, or WANDB_MODE=offline")
+    assert problem.startswith("warning: no API key: wandb login, or WANDB_MODE=offline")
