@@ -129,8 +129,9 @@ def worker(argv: list[str]) -> None:
 
     def decided(choice: str, arch: Any, counted: Any, run: Any, there: Any) -> Any:
         chosen = decide(choice, arch, counted, run, there)
-        found = vars(needs(arch, counted, replace(run, recompute=chosen.recompute)))
-        Path(f"{os.environ[OUTPUT]}.computed").write_text(json.dumps(found | {"parameters": counted.trained}))
+        found = needs(arch, counted, replace(run, recompute=chosen.recompute))
+        said = {"total": found.total, "parameters": counted.trained}
+        Path(f"{os.environ[OUTPUT]}.computed").write_text(json.dumps(said))
         return chosen
 
     fit_module.make_trainer, fit_module.decide = metered, decided
@@ -181,7 +182,7 @@ def rows(options: argparse.Namespace, extra: list[str], folder: Path) -> Iterato
 def row(strategy: str, ranks: int, measured: dict[str, float], computed: dict[str, float]) -> list[str]:
     passing = max(measured["pass"], measured["step"])
     total = sum(measured[kind] for kind in KINDS) + passing
-    said = computed["weights"] + computed["trained"] + computed["passing"]
+    said = computed["total"]
     shown = [*(measured[kind] for kind in KINDS), *(measured[k] for k in ("gradients", "pass", "step")), total, said]
     a_parameter = (total - measured["weights"]) / computed["parameters"]
     numbers = (f"{value / MB:,.0f}" for value in shown)

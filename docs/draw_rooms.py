@@ -20,8 +20,10 @@ PICTURE = REPOSITORY / "docs" / "rooms.svg"
 # name -> (column, what it is for)
 ROOMS = {
     "hf": (0, "Bone and Bat in transformers models"),
+    "planning": (1, "what a run would take, before it"),
     "training": (1, "a run: prepared, stepped, saved, continued"),
     "conversion": (2, "adapter + base to one file; formats of others"),
+    "chat": (3, "a conversation with a model; many prompts"),
     "inference": (1, "load a model, write text, measure it"),
     "models": (2, "RWKV-5, 6, 7: blocks, time mix, channel mix"),
     "data": (0, "files to batches of token ids"),
@@ -31,11 +33,13 @@ ROOMS = {
     "checkpoints": (1, "files in and out, and what they say"),
     "cluster": (2, "a run's processes find one another"),
     "run_lock": (3, "one run to a results folder"),
+    "report": (0, "a run, or several, as one page"),
 }
 PROGRAMS = {"train.py": "training", "merge.py": "conversion", "train_hf.py": "hf"}
 GROUND = {
     "config": "every setting",
-    "devices": "the cards",
+    "cards": "which GPUs",
+    "devices": "the machine",
     "errors": "what a user can fix",
     "console": "output that never ends a run",
     "signals": "ends that save",

@@ -12,7 +12,7 @@ set -eu # With Windows line ends these two lines still run, thanks to their comm
 grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 base_model=assets/rwkv7-tiny.pth # the checkpoint that the adapter belongs to
-proj_dir=out/bone                # its newest adapter, rwkv-N.pth with the largest N, is converted
+proj_dir=out/bone                # its newest adapter is converted; with --best the one of the lowest held-out loss
 output=out/bone-peft             # a directory, or a .pth or .safetensors file; of a model also .st, .gguf
 
 repo= # the repository's folder; set it only in a copy that lies, and is run, outside the repository

@@ -67,16 +67,16 @@ run() {
                 done
                 IFS=$_spaces
                 ;;
-            columns | data_weights | dataset_field | eval_field | resume_with | sft_field | target_modules | targets | train_parts) # words
+            columns | data_weights | dataset_field | eval_field | resume_with | sft_field | stop | target_modules | targets | train_parts) # words
                 # shellcheck disable=SC2086
                 set -- "$@" "--$_name" $_value
                 ;;
-            base_model | eval_data | load_model) # a path or a name of the Hub
+            base_model | compare | eval_data | load_model) # a path or a name of the Hub
                 set -- "$@" "--$_name=$(in_repo_or_hub "$_value")"
                 ;;
             adapter | bone_load | cache_dir | config | data_path | eval_path | lora_checkpoint | lora_init | \
                 model_name_or_path | output | output_dir | peft_checkpoint | peft_load | pissa_init | proj_dir | \
-                state_checkpoint) # a path
+                prompts | state_checkpoint) # a path
                 set -- "$@" "--$_name=$(in_repo "$_value")"
                 ;;
             deepspeed | template | tokenizer) # a path or a name
@@ -104,42 +104,81 @@ run() {
     exec "$python" -m "$_program" "$@"
 }
 
-# run_on_newest FLAG KIND PROGRAM ARGUMENT...: as run, but the newest adapter in $proj_dir is passed as FLAG, unless the
-# script itself names an adapter. KIND is what scripts/run_KIND.sh trains. With FLAG adapter the model itself is meant
-# where --base_model is given without --adapter, and where proj_dir is empty: then no adapter is passed.
+# run_on_newest FLAG KIND PROGRAM ARGUMENT...: as run, but the newest adapter in $proj_dir is passed as FLAG, or with the
+# argument --best the one of the lowest held-out loss, unless an adapter is named. The argument --proj_dir names another
+# folder. KIND is what scripts/run_KIND.sh trains. With FLAG adapter the model itself is meant where --base_model or
+# --load_model is given without --adapter and --proj_dir, and where proj_dir is empty: then no adapter is passed.
 run_on_newest() {
-    _flag=$1 _kind=$2 _program=$3
+    _flag=$1 _kind=$2 _program=$3 _typed_folder='' _best=''
     shift 3
     not_flags="$not_flags proj_dir"
+    _left=$#
+    while [ "$_left" -gt 0 ]; do # takes the arguments of the script out of those of the program
+        _argument=$1 _left=$((_left - 1))
+        shift
+        case $_argument in
+            --best) _best=1 ;;
+            --proj_dir=*) _typed_folder=${_argument#*=} ;;
+            --proj_dir)
+                [ "$_left" -gt 0 ] || die "--proj_dir: expected a folder"
+                _typed_folder=$1 _left=$((_left - 1))
+                shift
+                ;;
+            *) set -- "$@" "$_argument" ;;
+        esac
+    done
     if assigns proj_dir && ! assigns 'adapter|lora_checkpoint|peft_checkpoint|state_checkpoint'; then
+        _named=
+        case " $*" in
+            *" --$_flag"* | *' --lora_checkpoint'* | *' --peft_checkpoint'* | *' --state_checkpoint'*) _named=1 ;;
+        esac
+        [ -z "$_named" ] || [ -z "$_best$_typed_folder" ] ||
+            die "an adapter is named: leave out --best and --proj_dir, which say where to look for one"
         case "$_flag $*" in
             *' --adapter'*) ;;
-            'adapter '*--base_model*) proj_dir= ;;
+            'adapter '*--base_model* | 'adapter '*--load_model*) [ -n "$_best$_typed_folder" ] || proj_dir= ;;
         esac
-        if [ "$_flag$proj_dir" = adapter ]; then
+        if [ "$_flag$proj_dir$_typed_folder" = adapter ]; then
+            [ -z "$_best" ] || die "--best takes the adapter from proj_dir, which is empty here: --proj_dir names one"
             own_flag=--adapter=
             run "$_program" "$@"
         fi
-        _adapter=$(newest_adapter "$(in_repo "$proj_dir")")
-        if [ -z "$_adapter" ] && [ $# -eq 0 ]; then
+        if [ -n "$_typed_folder" ]; then _folder=$_typed_folder; else _folder=$(in_repo "$proj_dir"); fi
+        _adapter=$(newest_adapter "$_folder")
+        if [ -n "$_best" ]; then
+            _adapter=$_folder/rwkv-best.pth
+            [ -f "$_adapter" ] || die "--best: no rwkv-best.pth in $_folder; a run with held-out data makes one" \
+                "(--eval_data or --eval_split)"
+        elif [ -z "$_adapter" ] && [ -z "$_named" ] && [ $# -eq 0 ]; then
             _what=adapter
             [ "$_kind" != state ] || _what=state
-            die "no $_what rwkv-N.pth in $proj_dir; sh scripts/run_$_kind.sh makes one"
+            _alone=
+            ! assigns load_model || _alone="; for the model alone: sh $0 --load_model $load_model"
+            die "no $_what rwkv-N.pth in ${_typed_folder:-$proj_dir}; sh scripts/run_$_kind.sh makes one$_alone"
         fi
         # Where there is none, the program says so, unless it is asked for something else, such as --help.
-        own_flag=--$_flag=${_adapter:-$(in_repo "$proj_dir")/rwkv-N.pth}
+        own_flag=--$_flag=${_adapter:-$_folder/rwkv-N.pth}
+    elif [ -n "$_best$_typed_folder" ]; then
+        die "$0 names an adapter: leave out --best and --proj_dir, or remove that variable"
     fi
     run "$_program" "$@"
 }
 
-# newest_adapter FOLDER: the path of its rwkv-N.pth with the largest N, or nothing.
+# newest_adapter FOLDER: the path of its newest adapter, or nothing: rwkv-N.pth of the largest N, or rwkv-N-sS.pth of a
+# run that stopped at step S of epoch N.
 newest_adapter() {
-    _newest=
+    _newest='' _newest_epoch=-1 _newest_step=-1
     for _file in "$1"/rwkv-*.pth; do
-        _number=${_file##*/rwkv-}
-        _number=${_number%.pth}
-        case $_number in '' | *[!0-9]*) continue ;; esac
-        if [ -z "$_newest" ] || [ "$_number" -gt "$_newest" ]; then _newest=$_number; fi
+        _epoch=${_file##*/rwkv-}
+        _epoch=${_epoch%.pth} _step=
+        case $_epoch in *-s*) _step=${_epoch#*-s} _epoch=${_epoch%%-s*} ;; esac
+        case $_epoch in '' | *[!0-9]*) continue ;; esac
+        case $_step in *[!0-9]*) continue ;; '') _step=999999999999 ;; esac # the end of an epoch comes after its steps
+        [ -s "$_file" ] || continue                                         # what a power cut has left
+        if [ "$_epoch" -gt "$_newest_epoch" ] ||
+            { [ "$_epoch" -eq "$_newest_epoch" ] && [ "$_step" -gt "$_newest_step" ]; }; then
+            _newest=$_file _newest_epoch=$_epoch _newest_step=$_step
+        fi
     done
-    [ -z "$_newest" ] || printf '%s\n' "$1/rwkv-$_newest.pth"
+    [ -z "$_newest" ] || printf '%s\n' "$_newest"
 }

@@ -11,7 +11,7 @@ set -eu # With Windows line ends these two lines still run, thanks to their comm
 grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 base_model=assets/rwkv7-tiny.pth # the checkpoint that was fine-tuned
-proj_dir=out/state               # its newest state, rwkv-N.pth with the largest N, is merged
+proj_dir=out/state               # its newest state is merged; with --best the one of the lowest held-out loss
 output=out/rwkv7-tiny-state.pth  # the model to write: .pth, .safetensors or .st
 
 repo= # the repository's folder; set it only in a copy that lies, and is run, outside the repository

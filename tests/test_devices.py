@@ -388,3 +388,14 @@ def test_free_memory_is_unknown_where_nothing_tells(tmp_path):
 
 def test_free_memory_of_this_machine_is_no_more_than_it_has():
     assert 0 < devices.free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_memory_in_all_is_that_of_the_machine_with_swap_or_what_its_groups_allow(tmp_path):
+    root = system(tmp_path, None, "0::/a/b\n", a__memory_max=5000 * 1024, a__b__memory_max="max")
+    assert devices.total_memory(root) is None
+    (root / "proc/meminfo").write_text("MemTotal:  9000 kB\nMemAvailable: 10 kB\nSwapTotal:   300 kB\n")
+    assert devices.total_memory(root) == (5000 + 300) * 1024
+    (root / "sys/fs/cgroup/a/memory.swap.max").write_text("0\n")
+    assert devices.total_memory(root) == 5000 * 1024
+    (root / "proc/self/cgroup").write_text("0::/c\n")
+    assert devices.total_memory(root) == 9300 * 1024

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "src" / "rwkv_bone"
 HEAVY = {"torch", "lightning", "deepspeed", "numpy", "matplotlib", "tokenizers"}
 TRAINERS = {"lightning", "deepspeed", "bitsandbytes", "transformers", "peft"}
 ROOMS = {"adapters", "checkpoints", "cluster", "config", "conversion", "data", "hf", "inference", "models", "ops"}
-ROOMS |= {"training"}
+ROOMS |= {"chat", "planning", "report", "training"}
 # For each room, the rooms that importing any of its modules may bring along.
 MAY_IMPORT = {
     "config": set(),
@@ -23,15 +23,19 @@ MAY_IMPORT = {
     "models": {"config", "checkpoints", "ops"},
     "inference": {"config", "checkpoints", "ops", "models", "adapters", "data"},
     "conversion": {"config", "checkpoints", "ops", "models", "adapters", "inference"},
+    "chat": {"config", "checkpoints", "ops", "models", "adapters", "data", "inference"},
     "hf": {"config", "checkpoints", "adapters", "data"},
     "cluster": {"config"},
-    "training": ROOMS - {"hf", "conversion"},
+    "report": {"config"},
+    "training": ROOMS - {"hf", "conversion", "planning", "chat"},
+    "planning": ROOMS - {"hf", "conversion", "chat"},
 }
 # Imported where peft or transformers are in use: modules that are made of classes of theirs.
 OPTIONAL = {"rwkv_bone.hf.peft_config", "rwkv_bone.hf.callbacks"}
 # The modules beside the rooms.
 MODULES = {
     "allocator": set(),
+    "cards": set(),
     "errors": set(),
     "imports": set(),
     "locks": set(),
@@ -72,7 +76,7 @@ def test_a_room_brings_along_only_what_it_may(room):
     names, allowed = (modules(room), MAY_IMPORT[room]) if room in ROOMS else ([f"rwkv_bone.{room}"], MODULES[room])
     loaded = loaded_after_importing(*names)
     assert rooms_of(loaded) <= allowed | {room}
-    if room != "training":
+    if room not in ("training", "planning"):
         assert loaded & TRAINERS == set()
 
 
@@ -91,6 +95,7 @@ def test_loading_a_model_reads_no_data_modules():
         "rwkv_bone",
         *modules("config"),
         "rwkv_bone.allocator",
+        "rwkv_bone.cards",
         "rwkv_bone.commands",
         "rwkv_bone.console",
         "rwkv_bone.devices",
@@ -99,6 +104,8 @@ def test_loading_a_model_reads_no_data_modules():
         "rwkv_bone.launched",
         *modules("cluster"),
         "rwkv_bone.signals",
+        "rwkv_bone.chat.flags",
+        "rwkv_bone.chat.main",
         "rwkv_bone.conversion.flags",
         "rwkv_bone.hf.flags",
     ],
@@ -129,6 +136,8 @@ def test_no_file_reads_the_environment_for_a_setting():
     allowed = {"XDG_CACHE_HOME", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "PIP_", "LOCAL_RANK", "CXX"}
     allowed |= {"WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "TORCHELASTIC_", "RANK", "TORCH_CPP"}  # of launchers
     allowed |= {"MALLOC_"}  # of the C library
+    allowed |= {"CUDA_DEVICE_ORDER", "RWKV_BONE_CARDS"}  # which cards were chosen, for the processes that are started
+    allowed |= {"XDG_STATE_HOME", "NO_COLOR"}
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

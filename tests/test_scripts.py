@@ -25,6 +25,7 @@ from rwkv_bone.data.prepare import PrepareConfig
 from rwkv_bone.data.preview import PreviewConfig
 from rwkv_bone.errors import UserError
 from rwkv_bone.hf.flags import HfConfig
+from rwkv_bone.training.project import kept
 from tests.nvidia import NOT_LOADED, write_failing_smi, write_program, write_smi, write_torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -324,7 +325,7 @@ def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
         "columns data_weights dataset_field eval_field resume_with sft_field target_modules targets train_parts".split()
     )
     names = ["deepspeed", "template", "tokenizer"]  # or files
-    texts = "dataset_split field hf_base mask_id my_testing sft_split shard_size wandb".split()
+    texts = "cards dataset_split field hf_base mask_id my_testing sft_split shard_size wandb".split()
     known = {spec.name: spec for specs in SETTINGS.values() for spec in specs}
     textual = {
         name for name, spec in known.items() if type(spec.default) in (str, tuple) and not spec.metadata["choices"]
@@ -410,12 +411,60 @@ def test_merge_scripts_take_the_newest_adapter_by_number(script, ready):
     folder = ready.root / "out" / kind
     folder.mkdir(parents=True)
     for name in ("rwkv-2.pth", "rwkv-10.pth", "rwkv-9.pth", "rwkv-init.pth", "rwkv-3-step-50.pth", "rwkv-11.json"):
-        (folder / name).touch()
+        (folder / name).write_text("x")
+    (folder / "rwkv-12.pth").touch()  # what a power cut has left
     config = parse_merge(arguments(ready.sh(script)))
     assert config.peft_checkpoint == str(folder / "rwkv-10.pth")
     assert config.output == f"{ready.root}/out/rwkv7-tiny-{kind}.pth"
     config = parse_merge(arguments(ready.sh(script, "--lora_checkpoint", "mine.pth", "--overwrite")))
     assert config.peft_checkpoint == "mine.pth" and config.overwrite
+
+
+@pytest.mark.parametrize(
+    "names, newest",
+    [
+        (["rwkv-0-s90.pth", "rwkv-0-s100.pth"], "rwkv-0-s100.pth"),
+        (["rwkv-0-s100.pth", "rwkv-0.pth", "rwkv-1-s5.pth"], "rwkv-1-s5.pth"),
+        (["rwkv-1-s500.pth", "rwkv-1.pth", "rwkv-0.pth", "rwkv-best.pth"], "rwkv-1.pth"),
+    ],
+)
+def test_what_an_interrupted_run_saved_last_is_its_newest_adapter(names, newest, ready):
+    """As training/project.py's `kept` orders them: the end of an epoch comes after its steps."""
+    folder = ready.root / "out" / "bone"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text("x")
+    assert parse_merge(arguments(ready.sh("merge_bone.sh"))).peft_checkpoint == str(folder / newest)
+    assert [path.name for path in kept(folder)][-1] == newest
+
+
+@pytest.mark.parametrize("script", USES_NEWEST_ADAPTER)
+def test_the_best_adapter_and_another_folder_can_be_asked_for(script, ready, tmp_path):
+    ready.echo_modules()
+    kind = "bone" if script == "convert.sh" else script.removeprefix("merge_").removesuffix(".sh")
+    flag = "adapter" if script == "convert.sh" else "peft_checkpoint"
+    for folder in (ready.root / "out" / kind, tmp_path / "of mine"):
+        folder.mkdir(parents=True)
+        for name in ("rwkv-0.pth", "rwkv-best.pth"):
+            (folder / name).write_text("x")
+
+    def adapter(*words: str) -> str:
+        given = arguments(ready.sh(script, *words))
+        assert "--best" not in given and not [word for word in given if word.startswith("--proj_dir")]
+        (found,) = [word for word in given if word.startswith(f"--{flag}=")]
+        return found.removeprefix(f"--{flag}=")
+
+    assert adapter("--best") == f"{ready.root}/out/{kind}/rwkv-best.pth"
+    assert adapter("--proj_dir", f"{tmp_path}/of mine") == f"{tmp_path}/of mine/rwkv-0.pth"
+    assert adapter(f"--proj_dir={tmp_path}/of mine", "--best") == f"{tmp_path}/of mine/rwkv-best.pth"
+    (ready.root / "out" / kind / "rwkv-best.pth").unlink()
+    assert sentence(ready.sh(script, "--best")) == (
+        f"error: --best: no rwkv-best.pth in {ready.root}/out/{kind}; a run with held-out data makes one (--eval_data "
+        "or --eval_split)"
+    )
+    named = sentence(ready.sh(script, "--best", f"--{flag}", "mine.pth"))
+    assert named.startswith("error: an adapter is named: leave out --best and --proj_dir")
+    assert sentence(ready.sh(script, "--proj_dir")) == "error: --proj_dir: expected a folder"
 
 
 @pytest.mark.parametrize("script", USES_NEWEST_ADAPTER)
@@ -429,7 +478,7 @@ def test_a_script_without_an_adapter_says_how_to_make_one(script, ready):
 @pytest.mark.parametrize("name", ["peft_checkpoint", "lora_checkpoint"])
 def test_a_merge_script_may_name_the_adapter_itself(name, ready):
     (ready.root / "out" / "bone").mkdir(parents=True)
-    (ready.root / "out" / "bone" / "rwkv-9.pth").touch()
+    (ready.root / "out" / "bone" / "rwkv-9.pth").write_text("x")
     ready.edit("merge_bone.sh", f"{name}=out/rwkv-2.pth")
     config = parse_merge(arguments(ready.sh("merge_bone.sh")))
     assert config.peft_checkpoint == f"{ready.root}/out/rwkv-2.pth"
@@ -447,7 +496,7 @@ def test_a_merge_script_may_name_the_adapter_itself(name, ready):
 )
 def test_the_model_itself_is_converted_where_no_adapter_is_meant(words, variables, is_model, ready):
     (ready.root / "out" / "bone").mkdir(parents=True)
-    (ready.root / "out" / "bone" / "rwkv-9.pth").touch()
+    (ready.root / "out" / "bone" / "rwkv-9.pth").write_text("x")
     ready.echo_modules()
     ready.edit("convert.sh", **variables)
     config = parse_section("convert", "", ConvertConfig, arguments(ready.sh("convert.sh", *words)))

@@ -18,14 +18,21 @@ def train(prog: str = "rwkv-bone-train") -> int:
     signals.hear()
 
     def body() -> None:
+        from rwkv_bone import cards
         from rwkv_bone.config.flags import parse_train
 
-        config = parse_train(sys.argv[1:], prog)
+        config = cards.settled(parse_train(sys.argv[1:], prog))
         from rwkv_bone.cluster.join import join
         from rwkv_bone.cluster.watch import Watch
 
         # From here on a process that is lost is noticed, also while another loads the libraries.
         with join(config) as world, Watch(world, config.run.rank_timeout) as watch:
+            if config.run.plan:
+                with uncollected():
+                    from rwkv_bone.planning.plan import plan
+
+                plan(config, watch)
+                return
             with uncollected():
                 from rwkv_bone.training.fit import fit
 
@@ -77,6 +84,24 @@ def preview(prog: str = "rwkv-bone-preview") -> int:
 
     def body() -> None:
         from rwkv_bone.data.preview import main
+
+        main(prog)
+
+    return exit_status(body, shows=True)
+
+
+def compare(prog: str = "rwkv-bone-compare") -> int:
+    """Make one page of several runs."""
+    from rwkv_bone.report.compare import main
+
+    return main(prog)
+
+
+def chat(prog: str = "rwkv-bone-chat") -> int:
+    """Talk to a model, or have it answer prompts."""
+
+    def body() -> None:
+        from rwkv_bone.chat.main import main
 
         main(prog)
 

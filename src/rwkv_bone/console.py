@@ -222,7 +222,7 @@ def with_bar(items: Iterable[Item], total: int, doing: str) -> Iterator[Item]:
 
 
 def columns(stream: TextIO) -> int:
-    """The width of a terminal; 0 if it has none, or does not say it."""
+    """The width of a terminal; 0 if it does not say, or is none."""
     try:
         return os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):

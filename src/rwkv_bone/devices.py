@@ -66,6 +66,33 @@ def free_memory(root: Path = Path("/")) -> int | None:
     return min(free, default=None)
 
 
+def total_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory and swap that a process can have at most, with nothing else there.
+
+    That is what the machine has, or less where control groups limit it. None where the system does not tell. root:
+    where /proc and /sys are.
+    """
+    sizes = dict(re.findall(r"^(MemTotal|SwapTotal):\s*(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
+    if "MemTotal" not in sizes:
+        return None
+    swap = int(sizes.get("SwapTotal", 0)) * 1024
+    total = [int(sizes["MemTotal"]) * 1024 + swap]
+    for controllers, path in re.findall(r"^\d+:([^:]*):(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE):
+        if not controllers:
+            top, memory, more = root / "sys/fs/cgroup", "memory.max", "memory.swap.max"
+        elif "memory" in controllers.split(","):
+            top, memory, more = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", ""
+        else:
+            continue
+        group = top / path.strip("/")
+        while group.is_relative_to(top):
+            limit, own_swap = _text(group / memory).strip(), _text(group / more).strip() if more else ""
+            if limit.isdecimal():
+                total.append(int(limit) + (min(int(own_swap), swap) if own_swap.isdecimal() else swap))
+            group = group.parent
+    return min(total)
+
+
 def _text(path: Path) -> str:
     """What a file of the system says; nothing if it is not there."""
     try:

@@ -81,6 +81,14 @@ def held(folder: Path, flag: str = "--proj_dir") -> Iterator[None]:
         remove_made()
 
 
+def holder(folder: Path) -> Holder | None:
+    """Who works in `folder` now, as far as its lock tells; None if nobody does. Only reads."""
+    with contextlib.suppress(OSError):
+        found = Holder.read((folder / NAME).read_text(encoding="utf-8", errors="replace"))
+        return None if found is None or found.process.is_dead() else found
+    return None
+
+
 class _Lock:
     """A lock that was taken. A process that is forked off does not have it."""
 

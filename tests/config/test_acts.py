@@ -75,6 +75,7 @@ SAMPLES = {
     "train_parts": ((), ("ln",), ("emb", "ln")),
 }
 OTHERS = {
+    "cards": "0",
     "data_weights": ("2", "1"),
     "mask_id": "{}",
     "sft_field": ("q", "a"),

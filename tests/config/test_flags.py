@@ -48,7 +48,7 @@ def changed_everywhere():
         "resume_with",
     }
     expected = {spec.name: other_value(spec) for spec in SPECS if spec.name not in unread}
-    expected |= {"peft": "bone", "dataload": "get", "resume": "never"}  # there is no run to continue
+    expected |= {"cards": "0,1", "peft": "bone", "dataload": "get", "resume": "never"}  # there is no run to continue
     expected |= {"data_type": "sft", "lr_schedule": "linear", "loss_mask": "se", "my_testing": "x070"}
     words = []
     for name, value in expected.items():

@@ -244,6 +244,29 @@ def config_json(folder: Path) -> Path:
     return folder / "config.json"
 
 
+def settings_yaml(folder: Path) -> Path:
+    lines = [
+        "# a run",
+        "load_model: m.pth",
+        "optim: {lr_init: 1e-4, lr_final: 1e-5}",
+        "data:",
+        "  data_file:",
+        "    - a",
+    ]
+    lines += [
+        "  ctx_len: &n 64",
+        "  micro_bsz: auto",
+        "run:",
+        "  devices: 2,3",
+        "  overwrite: no",
+        "  wandb: |",
+        "    w",
+    ]
+    lines += ["  keep: *n", "  report_to: ['csv', \"wandb\"]"]
+    (folder / "run.yaml").write_text("\n".join(lines) + "\n")
+    return folder / "run.yaml"
+
+
 def evaluation(folder: Path) -> Path:
     one = {"step": 0, "loss": 1.5, "tokens": 9, "exact_match": 0.5}
     one["answers"] = [{"prompt": "a", "expected": "b", "got": "c"}]
@@ -444,6 +467,7 @@ READERS: tuple[Reader, ...] = (
     Reader("state .st", web_rwkv_adapter, read_adapter_file),
     Reader("resume.pth", resume_file, read_resume, checksums=True),
     Reader("config.json of a run", config_json, lambda path: build_config(read_config(path))),
+    Reader("settings in YAML", settings_yaml, lambda path: parse_train(["--config", str(path)])),
     Reader("evaluation.json", evaluation, read_evaluation),
     Reader("train_log.jsonl", train_log, read_train_log),
     Reader("JSON lines", text_file("data.jsonl", lines(ROWS)), read_data),

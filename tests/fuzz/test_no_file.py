@@ -11,7 +11,7 @@ from rwkv_bone import checkpoints, load_model
 from rwkv_bone.adapters import read_adapter
 from rwkv_bone.adapters.files import read_pissa_init
 from rwkv_bone.adapters.peft_format import read_peft
-from rwkv_bone.config import DataConfig
+from rwkv_bone.config import DataConfig, written
 from rwkv_bone.config.saved import read_config
 from rwkv_bone.data import load_dataset, load_tokenizer
 from rwkv_bone.data.prepare import PrepareConfig, prepare
@@ -29,7 +29,7 @@ READS = {
     "--eval_data": lambda path: load_dataset(DataConfig(data_file=("none",)), 256, str(path)),
     "--tokenizer": lambda path: load_tokenizer(str(path), 256),
     "--template": lambda path: load_template(str(path), "bytes"),
-    "--config": read_config,
+    "--config": lambda path: written.read(path) or read_config(path),
     "prepare": lambda path: prepare(PrepareConfig(input=(str(path),), output=str(path) + "-out", tokenizer="bytes")),
 }
 SUFFIXES = {
@@ -38,7 +38,7 @@ SUFFIXES = {
     "--data_file": (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".npy", ".bin", ".idx", ".gz", ""),
     "--tokenizer": (".json",),
     "--template": (".jinja", ".json"),
-    "--config": (".json",),
+    "--config": (".json", ".yaml"),
 }
 
 

@@ -93,7 +93,7 @@ def test_a_run_whose_reader_has_gone_trains_on_and_keeps_what_it_would_have_said
     assert len(log_of(folder)) == 3 and (folder / "rwkv-0.pth").is_file() and (folder / "loss.png").is_file()
     kept = (folder / "output.txt").read_text().splitlines()
     assert kept[0] == "(standard output could not be written: Broken pipe. It would have said:)"
-    assert kept[1].startswith("model     ") and kept[-1].startswith("next      ")
+    assert kept[1].startswith("model     ") and kept[-1].startswith("chat      ")
     assert [line for line in kept[1:] if not OURS.match(line)] == []
 
 

@@ -37,7 +37,7 @@ PATIENCE = 20 * 60.0  # seconds for machines that start later: one that makes it
 UNREACHABLE = 40.0  # seconds for an address that does not answer at all
 ANSWER = 20  # seconds in which what listens there must answer as the store does
 # Settings that may differ: folders of one machine, of which only the first machine's are used or none matters.
-OWN = {"proj_dir", "cache_dir", "wandb"}
+OWN = {"proj_dir", "cache_dir", "wandb", "cards"}
 LIBRARIES = ("torch", "lightning", "deepspeed")
 SAME_COMMAND = "type the same command on every machine"
 

@@ -93,6 +93,13 @@ class World:
         if sentence:
             raise Failed(sentence)
 
+    def least(self, name: str, value: int) -> int:
+        """To be called on every rank, and once with each name: the least of the ranks' numbers."""
+        if self.store is None:
+            return value
+        self.store.set(self.key("least", name, self.rank), str(value))
+        return min(int(self.get(self.key("least", name, rank), name, rank)) for rank in range(self.size))
+
     def from_first(self, name: str, make: Callable[[], Any]) -> Any:
         """To be called on every rank: what `make()` returns on rank 0, which alone calls it. JSON values only.
 

@@ -70,7 +70,7 @@ MARKED = ("qa", "se")  # masks that look for turns in the text of documents
 TRAIN: dict[str, When] = {
     "chunk_ctx": When(
         ("chunk_ctx", "ctx_len", "micro_bsz", "dataload"),
-        lambda chunk, tokens, rows, how: chunk < tokens * (rows if how == "pack" else 1),
+        lambda chunk, tokens, rows, how: chunk < tokens * ((rows or 8) if how == "pack" else 1),
         "below --ctx_len; with --dataload pack, below --ctx_len times --micro_bsz",
     ),
     "bptt_chunks": given("chunk_ctx"),
@@ -113,11 +113,12 @@ TRAIN: dict[str, When] = {
         "with --resume auto or 1, and without --overwrite",
         "--resume 1",
     ),
+    "cards": but("accelerator", "cpu"),
     "epoch_save": When(("epoch_count",), lambda count: count > 1, "with --epoch_count above 1", "--epoch_count 2"),
     "save_minutes": When(("save_state",), bool, "with --save_state 1", "--save_state 1"),
     "rank_timeout": When(
         ("devices", "num_nodes"),
-        lambda devices, nodes: devices * nodes > 1,
+        lambda devices, nodes: devices != 1 or nodes > 1,
         "with --devices or --num_nodes above 1",
         "--devices 2",
     ),
@@ -157,8 +158,8 @@ PREVIEW: dict[str, When] = {
 }
 # Values that ask for nothing, besides empty ones, 0 and auto: they are true also where the setting does not act.
 NOTHING: dict[str, Any] = {"eval_samples": 0, "epoch_save": 1, "lora_plus": 1.0, "quant": "none", "compile": "0"}
-# What describes the files of another setting: with other files given, it is left out unless it is given again.
-BELONGS = {"eval_data": "data_file", "data_weights": "data_file", "eval_path": "data_path"}
+# What describes the files of another setting, or the GPUs: with others given, it is left out unless given again.
+BELONGS = {"eval_data": "data_file", "data_weights": "data_file", "eval_path": "data_path", "cards": "devices"}
 
 
 def asks(name: str, value: Any, default: Any) -> bool:

@@ -12,11 +12,13 @@ import argparse
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rwkv_bone import launched
-from rwkv_bone.config import MergeConfig, TrainConfig, acts, field_flags, translate
-from rwkv_bone.config.acts import Table
+from rwkv_bone.cards import AUTO
+from rwkv_bone.config import MergeConfig, TrainConfig, acts, field_flags, translate, written
+from rwkv_bone.config.acts import Table, listed
 from rwkv_bone.config.changes import check_names
 from rwkv_bone.config.fields import check_value, doubtful, is_switch, worded
 from rwkv_bone.config.layers import Layers, shown, split_argv
@@ -66,7 +68,10 @@ MERGE_EXAMPLES = (
         "python merge.py --base_model my-model.pth --peft_checkpoint theirs.pth --output merged.pth --quant int8",
     ),
 )
-CONFIG_HELP = "start from the settings in the config.json of an earlier run; flags override them"
+CONFIG_HELP = (
+    "start from the settings in a file, which flags override: YAML (.yaml, .yml) or JSON with `setting: value`, "
+    "or the config.json of an earlier run"
+)
 METAVARS = {bool: "0|1", int: "N", float: "X", str: "TEXT", tuple: "NAME"}
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 # Python's own readers also take 1_000, digits of every script, nan and inf.
@@ -103,14 +108,60 @@ def read_train(
     """
     script, typed = parser.read(argv)
     given, notes = translate.translate_train({**script, **typed}, trains)
-    source, saved, read = earlier_settings(given if trains or "config" in given else {})
-    notes += read
     layers = _layers((*SECTIONS.values(), *([more] if more else [])), given, script, typed)
-    layers.saved = {name: value for values in saved.values() for name, value in values.items()}
-    layers.source, layers.config_in_script = str(source), "config" in script
+    path = Path(given["config"]) if "config" in given else None
+    if path and (entries := written.read(path)) is not None:
+        layers.saved, read = _of_file(parser, path, entries, trains)
+        layers.source, layers.by_hand = str(path), True
+    else:
+        source, saved, read = earlier_settings(given if trains or path else {})
+        layers.saved = {name: value for values in saved.values() for name, value in values.items()}
+        layers.source = str(source)
+    notes += read
+    layers.config_in_script = "config" in script and "config" not in typed
+    if "config" in typed:
+        layers.put_file_over_script()
     if trains:
         layers.count_processes(launched.find())
     return layers.settle({**acts.TRAIN, **(acts.PREVIEW if more else {})}), [*parser.notes, *notes, *layers.notes]
+
+
+def _of_file(
+    parser: Parser, path: Path, entries: Sequence[written.Entry], trains: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """({setting: value} of a file that a person has written, notes): each value is what its flag would take.
+
+    RWKV-PEFT's names are translated as those of a command line. UserError with file, line and name.
+    """
+    values: dict[str, Any] = {}
+    found: dict[str, written.Entry] = {}
+    for entry in entries:
+        if entry.section and entry.section not in SECTIONS:
+            if f"--{entry.section}" in parser._option_string_actions:
+                one = entry._replace(section="", name=entry.section)
+                raise UserError(f"{one.where(path)}: expected a value; text with {{ or : in it needs quotes")
+            expected = f"a setting of {listed(SECTIONS)}, or one without a section"
+            raise UserError(f"{entry.where(path)}: there is no section {entry.section}; expected {expected}")
+        try:
+            name, value = parser.value_of(entry)
+        except UserError as error:
+            raise UserError(f"{entry.where(path)}: {error}") from None
+        if entry.section and name not in {spec.name for spec in fields(SECTIONS[entry.section])}:
+            right = next((section for section, cls in SECTIONS.items() if name in cls.__dataclass_fields__), "none")
+            raise UserError(f"{entry.where(path)}: {name} is in section {right}, not in {entry.section}")
+        if name in found:
+            raise UserError(f"{entry.where(path)}: it is {found[name].where(path)} again: keep one of them")
+        values[name], found[name] = value, entry
+    try:
+        split_devices(values)
+        settings, notes = translate.translate_train(values, trains)
+        for section in SECTIONS.values():
+            check_each(section, settings)
+    except UserError as error:
+        named = re.match(r"--(\w+)", str(error))
+        entry_of = found.get(named[1]) if named else None
+        raise UserError(f"{entry_of.where(path) if entry_of else path}: {error}") from None
+    return settings, [f"{path}: {note}" for note in notes]
 
 
 def parse_merge(argv: list[str], prog: str = "merge.py", kind: str = "") -> MergeConfig:
@@ -202,6 +253,27 @@ class Parser(argparse.ArgumentParser):
         except UserError as error:
             raise UserError(f"in the script's variables: {error}") from None
 
+    def value_of(self, entry: written.Entry) -> tuple[str, Any]:
+        """(setting, value) of a setting in a file, as its flag would read it; UserError if it would not."""
+        name, words = entry.name, entry.words
+        action = self._option_string_actions.get(f"--{name}")
+        if action is None or name in ("config", "help"):
+            hidden = {"-h", *(f"--{name}" for name in ("config", "help", *self._hidden))}
+            known = [option for option in self._option_string_actions if option not in hidden]
+            meant = intended_flag(f"--{name}", known)
+            hint = f"; did you mean {meant.removeprefix('--')}?" if meant else ""
+            raise UserError(f"there is no such setting{hint} ({self.prog} --help lists them)")
+        if isinstance(action, _Words):
+            return action.dest, tuple(word for word in words if word)
+        if name in ("devices", "cards"):
+            words = (",".join(words),)  # of a list, too
+        elif entry.is_list and name not in self._hidden:
+            raise UserError(f"expected one value, found a list of {len(words)}")
+        try:
+            return action.dest, action.type(" ".join(words)) if callable(action.type) else " ".join(words)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(str(error)) from None
+
     def _read(self, argv: list[str], known: list[str]) -> dict[str, Any]:
         given, extra = self.parse_known_args(argv)
         if extra:
@@ -212,7 +284,9 @@ class Parser(argparse.ArgumentParser):
         for flag in lists:
             if (count := sum(word.partition("=")[0] == flag for word in argv)) > 1:
                 self.notes.append(f"{flag} is given {count} times: the words of the last one count, not those before")
-        return {name: " ".join(value) if name in self._hidden else value for name, value in vars(given).items()}
+        values = {name: " ".join(value) if name in self._hidden else value for name, value in vars(given).items()}
+        split_devices(values)
+        return values
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
@@ -243,7 +317,7 @@ def add_fields(
         elif kind is tuple:
             options |= {"nargs": "*", "action": _Words}
         elif kind in (int, float):
-            options |= {"type": _number(kind, auto)}
+            options |= {"type": _devices if spec.name == "devices" else _number(kind, auto)}
             if auto is not None:
                 options["metavar"] = f"{METAVARS[kind]}|auto"
         names = [name for name in (spec.name, ALIASES.get(spec.name)) if name]
@@ -268,12 +342,35 @@ def _number(kind: type[int] | type[float], auto: int | None = None) -> Callable[
     def convert(text: str) -> float:
         if auto is not None and text.strip().lower() == "auto":
             return auto
-        if not re.fullmatch(NUMBERS[kind], text.strip()):
+        # The number that stands for auto is no number that anybody means.
+        if not re.fullmatch(NUMBERS[kind], text.strip()) or (auto is not None and kind(text) == auto):
             expected = ("a whole number" if kind is int else "a number") + (" or auto" if auto is not None else "")
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return kind(text)
 
     return convert
+
+
+def _devices(text: str) -> float | str:
+    """How many devices, or which GPUs: "2,3", which `split_devices` makes two settings of."""
+    words = text.replace(" ", "").strip("[]")
+    if re.fullmatch(r"([0-9]+,)+[0-9]*", words):
+        return words
+    try:
+        return _number(int, AUTO)(text)
+    except argparse.ArgumentTypeError:
+        expected = "a number, auto, or numbers of GPUs such as 2,3 (one of them: 2,)"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+
+def split_devices(given: dict[str, Any]) -> None:
+    """Make, in place, `--devices 2,3` the number 2 and `--cards 2,3`."""
+    if not isinstance(devices := given.get("devices"), str):
+        return
+    cards = devices.rstrip(",")
+    if given.get("cards", cards) != cards:
+        raise UserError(f"--devices {devices} and --cards {given['cards']} name different GPUs: give one of them")
+    given |= {"devices": cards.count(",") + 1, "cards": cards}
 
 
 class _Words(argparse.Action):

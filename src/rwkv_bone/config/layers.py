@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rwkv_bone.cards import AUTO
 from rwkv_bone.config.acts import BELONGS, Table, When, asks
 from rwkv_bone.config.fields import plain
 from rwkv_bone.errors import UserError
@@ -34,6 +35,7 @@ class Layers:
     """{setting: value} of each layer, the later ones over the earlier ones.
 
     defaults: of every setting. source: the file that `saved` is from. config_in_script: the script names that file.
+    by_hand: a person has written that file, so that what has no effect in it is refused, as in a script.
     """
 
     defaults: Mapping[str, Any]
@@ -42,7 +44,9 @@ class Layers:
     saved: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     config_in_script: bool = False
+    by_hand: bool = False
     notes: list[str] = field(default_factory=list)
+    overridden: dict[str, Any] = field(default_factory=dict)  # what a script has, and a file that was typed as well
 
     def values(self) -> dict[str, Any]:
         """Every setting."""
@@ -53,7 +57,7 @@ class Layers:
         self._leave_out_what_belongs()
         # What each layer is without those above it.
         saved = {**self.defaults, **self.saved}
-        script = {**(saved if self.config_in_script else self.defaults), **self.script}
+        script = {**(saved if self.config_in_script else self.defaults), **self.overridden, **self.script}
         while self._leave_out_one(table, saved, script):
             pass
         now = self.values()
@@ -61,6 +65,13 @@ class Layers:
             if name in self.typed and asks(name, now[name], self.defaults[name]) and not when.met(now):
                 raise UserError(f"--{name} {shown(now[name])} {_no_effect(name, when, now)}: {_remedy(when)}")
         return {**self.saved, **self.script, **self.typed}
+
+    def put_file_over_script(self) -> None:
+        """Have the settings of a file that was typed over a script override the script's variables, with a note."""
+        self.overridden = {name: self.script.pop(name) for name in list(self.script) if name in self.saved}
+        lost = [f"{name}={shown(value)}" for name, value in self.overridden.items() if value != self.saved[name]]
+        if lost:
+            self.notes.append(f"{self.source} says otherwise, so of the script are left out: {', '.join(lost)}")
 
     def count_processes(self, found: Launched) -> None:
         """Take --devices and --num_nodes from the launcher where they were not typed, with notes."""
@@ -74,14 +85,15 @@ class Layers:
             if not number or name in self.typed or self.script.get(name, 1) > 1:
                 continue
             for layer, told in ((self.script, self._of_script), (self.saved, self._of_saved)):
-                if name in layer and (value := layer.pop(name)) != number:
+                if name in layer and (value := layer.pop(name)) not in (number, AUTO):
                     self.notes.append(f"{told(name, value)} is left out: {what}")
             self.script[name] = number
 
     def _leave_out_what_belongs(self) -> None:
         """What describes other files than those that were typed."""
         for name, owner in BELONGS.items():
-            if owner not in self.typed or name in self.typed or self.typed.get("resume") in (True, "1"):
+            continued = self.typed.get("resume") in (True, "1") and owner != "devices"
+            if owner not in self.typed or name in self.typed or continued:
                 continue
             for layer, told in ((self.script, self._of_script), (self.saved, self._of_saved)):
                 if owner in layer and layer.get(name) and layer[owner] != self.typed[owner]:
@@ -100,7 +112,7 @@ class Layers:
                 self._leave_out(name, when, now, self.script, script, self._of_script)
                 return True
             # A saved run may hold what had no effect in it either: it stays, as --resume 1 compares it.
-            if name in self.saved and when.met(saved):
+            if name in self.saved and (self.by_hand or when.met(saved)):
                 self._leave_out(name, when, now, self.saved, saved, self._of_saved)
                 return True
         return False
@@ -120,7 +132,8 @@ class Layers:
         if when.met(alone):
             self.notes.append(f"{told(name, value)} is left out: it {_no_effect(name, when, now)}")
         elif value != default:
-            raise UserError(f"{told(name, value)} {_no_effect(name, when, now)}: remove that variable")
+            what = "variable" if told == self._of_script else "line"
+            raise UserError(f"{told(name, value)} {_no_effect(name, when, now)}: remove that {what}")
 
     def _of_script(self, name: str, value: Any) -> str:
         return f"{name}={shown(value)} of the script"

@@ -102,7 +102,7 @@ def _length(given: dict[str, Any], epoch: int) -> list[str]:
         raise UserError(f"--my_exit_tokens {text}: expected the number of tokens to train on")
     if not tokens:
         return []
-    samples = given.get("micro_bsz", DataConfig.micro_bsz)
+    samples = given.get("micro_bsz") or DataConfig.micro_bsz  # auto has the default's tokens a step
     for name in ("devices", "num_nodes", "accumulate_grad_batches"):
         samples *= given.get(name, 1)
     batch = samples * given.get("ctx_len", DataConfig.ctx_len)

@@ -121,13 +121,17 @@ def _whole(path: Path) -> bool:
 
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
     """{section: {setting: value}} of a config.json; UserError for what is unknown or of the wrong type."""
+    return _check_settings(config_text(path), str(path))
+
+
+def config_text(path: Path) -> str:
+    """What is in a file that --config names; UserError if it cannot be read."""
     if path.exists() and not path.is_file():
-        raise UserError(f"--config {path}: expected a config.json, found what is no regular file")
+        raise UserError(f"--config {path}: expected a file of settings, found what is no regular file")
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({error})") from None
-    return _check_settings(text, str(path))
 
 
 def _check_settings(text: str, source: str) -> dict[str, dict[str, Any]]:

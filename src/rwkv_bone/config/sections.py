@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rwkv_bone.cards import check_cards
 from rwkv_bone.config.fields import check_given, check_values, setting
 from rwkv_bone.config.heldout import check_sets, common_fields
 from rwkv_bone.config.names import check_name
@@ -266,7 +267,8 @@ class DataConfig:
     micro_bsz: int = setting(
         8,
         "samples per device and forward pass; with --dataload pack a batch has up to micro_bsz x ctx_len tokens; auto "
-        "= as many as the free memory takes, with --accumulate_grad_batches lowered so that a step keeps its tokens",
+        "= as many as fit in the free memory with nothing computed again (--grad_cp), of the 8 x "
+        "accumulate_grad_batches that each device's step then has, whatever fits; packed rows then have up to ctx_len",
         at_least=1,
         at_most=WIDTH,
         auto=0,
@@ -302,7 +304,9 @@ class DataConfig:
                 if not usable:
                     raise UserError(f"--data_weights {weight}: expected a number above 0")
         if self.dataload == "only" and self.micro_bsz != 1:
-            raise UserError(f"--dataload only trains one sample a batch: set --micro_bsz 1 (now {self.micro_bsz})")
+            raise UserError(
+                f"--dataload only trains one sample a batch: set --micro_bsz 1 (now {self.micro_bsz or 'auto'})"
+            )
 
 
 @dataclass(frozen=True)
@@ -454,6 +458,7 @@ class RunConfig:
         if not self.proj_dir:
             raise UserError("--proj_dir is empty: name a folder for the results")
         check_name(self.proj_dir, "--proj_dir")
+        check_cards(self.cards, self.devices)
 
 
 @dataclass(frozen=True)

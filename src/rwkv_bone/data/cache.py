@@ -88,15 +88,21 @@ Build = Callable[[Arrays], dict]  # fills the arrays and returns what else to re
 
 
 class Cache:
-    """The entries of one folder, and the hashes of the files that they were made from."""
+    """The entries of one folder, and the hashes of the files that they were made from.
 
-    def __init__(self, data: Path, cache_dir: str = ""):
+    keep: False writes nothing: what is there is read, and what is not is made in memory.
+    """
+
+    def __init__(self, data: Path, cache_dir: str = "", keep: bool = True):
         self.notes: list[str] = []
+        self.keep = keep
         if not cache_dir and not data.parent.is_dir():  # the name of a dataset on the hub
             cache_dir = str(_of_user())
         beside = Path(cache_dir) if cache_dir else data.absolute().parent / FOLDER
         self._folders = [beside]
-        if cache_dir:
+        if not keep:
+            self._folders += [] if cache_dir else [_of_user()]
+        elif cache_dir:
             if not _writable(beside):
                 raise UserError(f"--cache_dir {cache_dir}: cannot be written: name another folder")
         elif not _writable(beside):
@@ -131,6 +137,8 @@ class Cache:
             found = _hash(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        if not self.keep:
+            return found
         with suppress(OSError):  # remembering only saves time
             record.parent.mkdir(exist_ok=True)
             temporary = record.with_name(f".{record.name}.{os.getpid()}")
@@ -143,6 +151,8 @@ class Cache:
         key = self.key(made_from)
         if found := self._read(key):
             return found
+        if not self.keep:
+            return in_memory(build)
         with self._lock(key) as alone:
             for left in self.folder.glob(f".{key[:8]}.*") if alone else ():
                 shutil.rmtree(left, ignore_errors=True)  # of a process that was killed

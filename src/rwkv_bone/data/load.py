@@ -25,17 +25,18 @@ def load_dataset(
     *,
     typed: DataConfig | None = None,
     shows_text: bool = False,
+    keep: bool = True,
 ) -> Dataset:
     """Read, tokenise and check cfg.data_file, or the held-out data `path`, for a model with `vocab_size` tokens.
 
     cfg: for one of several held-out sets as `each_set` has it.
     typed: the settings as the user gave them, where `cfg` has a model's own tokenizer and template for `auto`;
-    shows_text: the ids will be shown as text. UserError for data that cannot be used, beginning with its file or row,
-    and for settings that no file of it can use.
+    shows_text: the ids will be shown as text; keep: False leaves nothing on the disk, no entry of the cache either.
+    UserError for data that cannot be used, beginning with its file or row, and for settings that no file of it can use.
     """
 
     def held_out() -> list[Part]:
-        return [Part(own, vocab_size, one.path, held_out=True) for one, own in each_set(cfg)]
+        return [Part(own, vocab_size, one.path, held_out=True, keep=keep) for one, own in each_set(cfg)]
 
     weights = None
     if cfg.data_weights and path is None:
@@ -43,7 +44,7 @@ def load_dataset(
             raise UserError("--data_weights has no meaning with --dataload get, which draws anywhere: remove one")
         weights = [float(weight) for weight in cfg.data_weights]
     files = cfg.data_file if path is None else (path,)
-    parts = [Part(cfg, vocab_size, name, held_out=path is not None) for name in files]
+    parts = [Part(cfg, vocab_size, name, held_out=path is not None, keep=keep) for name in files]
     if path is None:
         check_used(typed or cfg, parts, held_out, shows_text)
     found = [part.documents() for part in parts]

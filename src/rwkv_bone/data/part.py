@@ -47,10 +47,10 @@ EMPTY_FILES = "empty files, left out"
 
 
 class Part:
-    """One file of the data on its way to `Documents`."""
+    """One file of the data on its way to `Documents`. keep: as `Cache` takes it."""
 
-    def __init__(self, cfg: DataConfig, vocab_size: int, name: str, held_out: bool):
-        self.cfg, self.vocab_size, self.name = cfg, vocab_size, name
+    def __init__(self, cfg: DataConfig, vocab_size: int, name: str, held_out: bool, keep: bool = True):
+        self.cfg, self.vocab_size, self.name, self.keep = cfg, vocab_size, name, keep
         # --sft_split concerns the training data alone: held-out data is read whole, from the split made for evaluation.
         self.split = Split.parse("" if held_out else cfg.sft_split)
         # Held-out data has fields of its own, or those of the training data if it has these.
@@ -328,7 +328,7 @@ class Part:
             raise UserError(f"{self.name}: cannot be read ({error.strerror})") from error
         if size < SMALL and not self.cfg.cache_dir:
             return in_memory(build)
-        store = self.store = Cache(self.source.path, self.cfg.cache_dir)
+        store = self.store = Cache(self.source.path, self.cfg.cache_dir, self.keep)
         built: list[dict] = []
 
         def record(out: Arrays) -> dict:
@@ -347,8 +347,9 @@ class Part:
         self.keys.append(store.key(made_from))
         self.notes += [note for note in store.notes if note not in self.notes]
         if "speed" in entry[1]:
-            done = f"tokenised {entry[1]['speed']}, kept in" if built else "tokens from the cache"
-            self.notes.append(f"{self.name}: {done} {store.folder}")
+            kept = f"kept in {store.folder}" if store.keep else "not kept"
+            done = f"tokenised {entry[1]['speed']}, {kept}" if built else f"tokens from the cache {store.folder}"
+            self.notes.append(f"{self.name}: {done}")
         return entry
 
     def _within_vocabulary(

@@ -92,7 +92,7 @@ def preview(argv: list[str], prog: str = PROGRAM) -> None:
     chosen = np.unique(np.linspace(0, len(dataset) - 1, settings.samples).round().astype(int))
     for index in chosen:
         print(f"{describe(dataset[index])}\n{show(dataset[index], tokenizer, colored, settings.show_tokens)}\n")
-    for line in [*text, *dataset.summary_lines(), *statistics(dataset), *packing(dataset, cfg.micro_bsz)]:
+    for line in [*text, *dataset.summary_lines(), *statistics(dataset), *packing(dataset, cfg.micro_bsz or 1)]:
         print(line)
 
 
@@ -104,8 +104,7 @@ def show(sample: Sample, tokenizer: Tokenizer, colored: bool, limit: int = 0) ->
     """The text of a sample: trained tokens marked, line breaks visible, the end-of-document id as <end>."""
     shown = len(sample.ids) if limit == 0 else min(limit, len(sample.ids))
     text = []
-    for trained, begin, end in _runs(sample.trained[:shown]):
-        run = _readable(sample.ids[begin:end], tokenizer)
+    for trained, run in marked(sample, tokenizer, limit):
         if colored:
             text.append(f"{GREEN if trained else DIM}{run}{RESET}")
         else:
@@ -114,6 +113,12 @@ def show(sample: Sample, tokenizer: Tokenizer, colored: bool, limit: int = 0) ->
     if rest:
         text.append(f"\n... {rest:,} more tokens, {sample.trained[shown:].sum():,} of them trained")
     return "".join(text)
+
+
+def marked(sample: Sample, tokenizer: Tokenizer, limit: int = 0) -> Iterator[tuple[bool, str]]:
+    """(whether it is trained, its text) of each stretch of the first `limit` tokens of a sample; 0 = of all."""
+    for trained, begin, end in _runs(sample.trained[: limit or None]):
+        yield trained, _readable(sample.ids[begin:end], tokenizer)
 
 
 def _readable(ids: np.ndarray, tokenizer: Tokenizer) -> str:

@@ -69,6 +69,8 @@ class BatchPlan:
     up with empty rows (all labels ignored), spread over ranks and micro-batches. `pack`: one row of at most micro_bsz x
     ctx_len tokens, filled with documents one after another; where the last window of a pass has none left, a row of one
     ignored token.
+    unit: where it is given, `micro_bsz` is a multiple of it, and a packed micro-batch joins so many rows of at most
+    unit x ctx_len tokens. Then the samples of a step depend on micro_bsz x accumulate alone, not on how they are cut.
     A dataset of `windows` gives random windows of its token stream instead, other windows on each rank, every token
     trained; a pass is then the number of windows that together have as many tokens as the stream.
     """
@@ -83,15 +85,20 @@ class BatchPlan:
         seed: int = 0,
         steps_per_epoch: int | None = None,
         pack: bool = False,
+        unit: int | None = None,
     ):
+        unit = unit or micro_bsz
+        assert micro_bsz % unit == 0
         self.dataset = dataset
         self.micro_bsz = micro_bsz
         self.accumulate = accumulate
         self.world_size = world_size
         self.seed = seed
         self.pack = pack and not dataset.windows
-        # Tokens of a packed micro-batch. Samples of a dataset that is meant for windows may be longer than ctx_len.
-        self.budget = max(micro_bsz * dataset.ctx_len, int(dataset.lengths.max()) - 1)
+        self._joined = micro_bsz // unit
+        # Tokens of a packed row. Samples of a dataset that is meant for windows may be longer than ctx_len.
+        self._row = max(unit * dataset.ctx_len, int(dataset.lengths.max()) - 1)
+        self.budget = self._joined * self._row  # tokens of a packed micro-batch
         self._per_window = accumulate * world_size  # micro-batches of an optimiser step
         self._width = min(dataset.ctx_len, len(dataset.tokens) - 1) if dataset.windows else 0  # T of a stream's windows
         self._fixed_steps = steps_per_epoch
@@ -177,17 +184,27 @@ class BatchPlan:
         if self.dataset.windows or not self.steps_in_pass(0):
             return []
         order = self._pass(0)
-        lengths, counts = self.dataset.lengths[order.samples] - 1, np.diff(order.bounds)
-        used = int(lengths.sum())
+        counts = np.diff(order.bounds)
+        used = int((self.dataset.lengths[order.samples] - 1).sum())
         if self.pack:
             rows = int((counts > 0).sum())
             unused = 1 - used / (rows * self.budget)
             count = f"{rows:,} row{'s' * (rows != 1)}"
             return [f"packed into {count} of at most {self.budget:,} tokens, {unused:.1%} of that unused"]
-        widths = np.zeros(len(counts), dtype=np.int64)
-        np.maximum.at(widths, np.repeat(np.arange(len(counts)), counts), lengths)
-        padding = 1 - used / int((widths * self.micro_bsz).sum())
+        padding = 1 - used / self.positions()
         return [f"padded to the longest sample of each batch: {padding:.1%} of all positions are padding"]
+
+    def positions(self) -> int:
+        """The positions, padding included, that all micro-batches of the first pass have together."""
+        if self.dataset.windows:
+            return self.steps_in_pass(0) * self._per_window * self.micro_bsz * self._width
+        order = self._pass(0)
+        lengths, counts = self.dataset.lengths[order.samples] - 1, np.diff(order.bounds)
+        if self.pack:
+            return int(lengths.sum()) + int((counts == 0).sum())
+        widths = np.ones(len(counts), dtype=np.int64)
+        np.maximum.at(widths, np.repeat(np.arange(len(counts)), counts), lengths)
+        return int((widths * self.micro_bsz).sum())
 
     def _locate_in_passes(self, step: int) -> tuple[int, int]:
         number = 0
@@ -228,7 +245,10 @@ class BatchPlan:
         random = np.random.default_rng([self.seed, number])
         samples = random.permutation(np.repeat(np.arange(len(self.dataset)), self._counts(number)))
         if self.pack:
-            places = self._spread(best_fit(self.dataset.lengths[samples] - 1, self.budget), samples, random)
+            places = self._spread(best_fit(self.dataset.lengths[samples] - 1, self._row), samples, random)
+            # Each window deals out its rows over its micro-batches, as below its samples.
+            window, row = np.divmod(places, self._joined * self._per_window)
+            places = window * self._per_window + row % self._per_window
         else:
             # Each window deals out its samples over its micro-batches, one by one.
             positions = np.arange(len(samples))
@@ -244,7 +264,7 @@ class BatchPlan:
         """
         fill = np.bincount(rows, weights=self.dataset.lengths[samples] - 1)
         order = random.permutation(len(fill))
-        order = order[np.lexsort((-fill[order], np.arange(len(fill)) // self._per_window))]
+        order = order[np.lexsort((-fill[order], np.arange(len(fill)) // (self._joined * self._per_window)))]
         place = np.empty(len(fill), dtype=np.int64)
         place[order] = np.arange(len(fill))
         return place[rows]
@@ -259,8 +279,12 @@ class BatchPlan:
 
     def _stream_batch(self, epoch: int, step: int, micro: int, rank: int) -> Batch:
         stream = self.dataset.tokens
-        draw = np.random.default_rng([self.seed, epoch, step, micro, rank])
-        starts = draw.integers(0, len(stream) - self._width, size=self.micro_bsz)
+        size = self.micro_bsz // self._joined
+        draws = [
+            np.random.default_rng([self.seed, epoch, step, number, rank])
+            for number in range(micro * self._joined, (micro + 1) * self._joined)
+        ]
+        starts = np.concatenate([draw.integers(0, len(stream) - self._width, size=size) for draw in draws])
         windows = np.stack([stream[start : start + self._width + 1] for start in starts]).astype(np.int64)
         return Batch(
             ids=torch.from_numpy(windows[:, :-1].copy()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rwkv_bone.cards import AUTO, check_cards
 from rwkv_bone.config.fields import check_given, check_values, setting
 from rwkv_bone.config.names import check_name
 from rwkv_bone.errors import UserError
@@ -113,16 +114,20 @@ class HfConfig:
     )
     devices: int = setting(
         1,
-        "number of GPUs (or CPU processes) on this machine; torchrun, if you use it, decides instead",
+        "number of GPUs (or CPU processes) on this machine; auto = all GPUs; numbers such as 2,3 = these GPUs; "
+        "torchrun, if you use it, decides instead",
         at_least=1,
         at_most=128,
+        auto=AUTO,
     )
+    cards: str = setting("", "numbers of the GPUs to use, such as 2,3, which --devices 2,3 sets; empty = the first")
     seed: int = setting(42, "seed of the order of the data", at_least=0, at_most=2**32 - 1)
 
     def __post_init__(self):
         check_given(self, "model_name_or_path", "data_path", "output_dir")
         check_name(self.output_dir, "--output_dir")
         check_values(self)
+        check_cards(self.cards, self.devices)
         for name in ("dataset_field", "eval_field"):
             names = getattr(self, name)
             if len(names) > 2:

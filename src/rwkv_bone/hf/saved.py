@@ -32,7 +32,7 @@ FREE = {"output_dir", "overwrite", "resume", "merge", "save_steps", "save_total_
 FREE |= {"eval_path", "eval_field", "gradient_checkpointing", "num_train_epochs"}
 # Settings that are compared by what comes of them: weights, samples, processes.
 COMPARED = {"model_name_or_path", "data_path", "dataset_field", "columns", "dataset_split", "model_max_length"}
-COMPARED |= {"devices"}
+COMPARED |= {"devices", "cards"}
 BLOCK = 1 << 20  # bytes read at a time
 
 

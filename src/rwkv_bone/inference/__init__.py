@@ -1,1 +1,1 @@
-"""A model at work: loaded (`load.py`), writing text (`generate.py`), measured (`evaluate.py`)."""
+"""A model at work: loaded (`load.py`), answering (`stream.py`, `generate.py`), measured (`evaluate.py`)."""

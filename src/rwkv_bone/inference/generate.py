@@ -9,17 +9,20 @@ Sizes: B sequences at a time, D documents of a piece, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rwkv_bone.data.tokenizer import Tokenizer
+from rwkv_bone.inference.decoder import PIECE
+from rwkv_bone.inference.sampling import Samplers, Sampling
+from rwkv_bone.inference.stopping import Stop, Writing
 from rwkv_bone.models import LayerState
 
 BATCH = 32  # sequences at a time; the state of one takes 21 MB at 2.9B, 34 MB at 7B
-PIECE = 1024  # prompt tokens read in one call
 
 # `RWKV.forward` with return_state: (logits [B, V], the new state).
 StatefulModel = Callable[..., tuple[Tensor, list[LayerState]]]
@@ -30,78 +33,99 @@ def generate(
     model: StatefulModel,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new: int,
+    max_new: int | Sequence[int],
     stop_id: int | None = 0,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    stop_texts: Sequence[str] = (),
+    opening: str = "",
+    tokenizer: Tokenizer | None = None,
     batch: int = BATCH,
     piece: int = PIECE,
     device: torch.device | str = "cpu",
     done: Callable[[int], object] = lambda prompts: None,
+    seed: int | Sequence[int] = 0,
+    **sampling: Any,
 ) -> list[list[int]]:
-    """Continue each prompt by at most `max_new` tokens; what is returned holds neither prompt nor `stop_id`.
+    """Continue each prompt; what is returned holds neither prompt nor `stop_id`, nor a stop text and what follows it.
 
     model: an `RWKV`, or what passes its arguments on to one. Prompts may have any length but 0; they are never cut.
-    temperature 0 takes the most likely token; above it, tokens are drawn from the smallest set whose probability
-    reaches `top_p`, the same ones for the same seed. The states of `batch` sequences and one forward pass of `piece`
-    tokens must fit into memory. done: called after each batch with the number of its prompts. ValueError
-    for an empty prompt, a batch or piece below 1, a negative max_new, a temperature that is no number from 0 on, and a
-    top_p outside 0 < top_p <= 1.
+    max_new: the largest number of new tokens, of all prompts or of each. stop_texts: they end an answer wherever they
+    stand in its text, and need the tokenizer; opening: see `Stop`. The states of `batch` sequences and one forward pass
+    of `piece` tokens must fit into memory. done: called after each batch with the number of its prompts. seed: of all
+    prompts, which then draw different numbers, or of each. sampling: the other fields of `Sampling`; without them the
+    most likely token is taken. What a prompt draws does not depend on the other prompts.
+
+    ValueError for an empty prompt, a batch or piece below 1, a number of seeds or of max_new that is not that of the
+    prompts, and for what `Sampling` and `Stop` refuse.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt is empty: it needs at least one token to continue from")
     if min(batch, piece) < 1:
         raise ValueError(f"batch {batch}, piece {piece}: expected at least 1")
-    if max_new < 0:
-        raise ValueError(f"max_new {max_new}: expected the largest number of new tokens, 0 or more")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature {temperature}: expected 0 (the most likely token) or a positive number")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p}: expected a probability above 0, up to 1 (all tokens)")
-    if max_new == 0:
-        return [[] for _ in prompts]
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def choose(logits: Tensor) -> Tensor:
-        return _choose(logits, temperature, top_p, generator)
+    if stop_texts and tokenizer is None:
+        raise ValueError("stop_texts need the tokenizer")
+    most = [max_new] * len(prompts) if isinstance(max_new, int) else list(max_new)
+    seeds = [f"{seed} {i}" for i in range(len(prompts))] if isinstance(seed, int) else list(map(str, seed))
+    for name, values in (("max_new", most), ("seed", seeds)):
+        if len(values) != len(prompts):
+            raise ValueError(f"{name}: expected one for each of the {len(prompts)} prompts, found {len(values)}")
+    how = Sampling(max_new=min(most, default=0), **sampling)  # which checks each
+    stop = Stop(() if stop_id is None else (stop_id,), tuple(stop_texts), opening)
 
     answers: list[list[int]] = []
     for start in range(0, len(prompts), batch):
-        some = prompts[start : start + batch]
-        answers += _answers(model, some, choose, max_new, stop_id, piece, device)
-        done(len(some))
+        some = slice(start, start + batch)
+        written = [_Written(limit, tokenizer if stop_texts else None, stop) for limit in most[some]]
+        if any(most[some]):
+            _answer(model, prompts[some], written, Samplers(how, seeds[some]), piece, device)
+        answers += [answer.kept() for answer in written]
+        done(len(prompts[some]))
     return answers
 
 
-def _answers(
+class _Written:
+    """One answer: token by token, until a token or text ends it or `limit` tokens are there."""
+
+    def __init__(self, limit: int, tokenizer: Tokenizer | None, stop: Stop):
+        self._limit, self._stop = limit, stop
+        self._ids: list[int] = []
+        self._writing = tokenizer and Writing(tokenizer, stop)
+
+    def goes_on(self, token: int) -> bool:
+        """Take a token; whether there is another one to come."""
+        if token in self._stop.ids or len(self._ids) >= self._limit:
+            return False
+        self._ids.append(token)
+        if self._writing:
+            self._writing.add(token)
+            if self._writing.stopped:
+                return False
+        return len(self._ids) < self._limit
+
+    def kept(self) -> list[int]:
+        return self._writing.kept() if self._writing and self._writing.stopped else self._ids
+
+
+def _answer(
     model: StatefulModel,
     prompts: Sequence[Sequence[int]],
-    choose: Callable[[Tensor], Tensor],
-    max_new: int,
-    stop_id: int | None,
+    answers: Sequence[_Written],
+    choose: Samplers,
     piece: int,
     device: torch.device | str,
-) -> list[list[int]]:
-    """The answers to one batch of prompts."""
-    answers: list[list[int]] = [[] for _ in prompts]
+) -> None:
+    """Write the answers to one batch of prompts."""
     logits, state = _read(model, prompts, piece, device)
-    rows = list(range(len(prompts)))  # the prompt of each row that is still being written
-    for left in reversed(range(max_new)):
+    while True:
         tokens = choose(logits)
-        going = []
-        for i, token in enumerate(tokens.tolist()):  # the one wait for the device
-            if token != stop_id:
-                answers[rows[i]].append(token)
-                going.append(i)
-        if not going or not left:
+        # The one wait for the device.
+        going = [row for row, token in enumerate(tokens.tolist()) if answers[row].goes_on(token)]
+        if not going:
             break
-        if len(going) < len(rows):
+        if len(going) < len(answers):
             keep = torch.tensor(going, device=device)
-            rows = [rows[i] for i in going]
-            tokens, state = tokens[keep], _rows(state, keep)
+            answers, tokens, state = [answers[row] for row in going], tokens[keep], _rows(state, keep)
+            choose.keep(going)
         logits, state = model(tokens[:, None], state=state, return_state=True, last_only=True)
-    return answers
 
 
 def _read(
@@ -134,13 +158,3 @@ def _rows(state: list[LayerState], rows: Tensor | slice) -> list[LayerState]:
         return part[rows].clone() if isinstance(rows, slice) else part[rows]
 
     return [LayerState(*map(copy, layer)) for layer in state]
-
-
-def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """Next token of each row: logits [B, V] -> [B]."""
-    if temperature <= 0:
-        return logits.argmax(dim=-1)
-    probability, order = torch.softmax(logits.float() / temperature, dim=-1).sort(dim=-1, descending=True)
-    before = probability.cumsum(dim=-1) - probability  # of all tokens that are more likely
-    drawn = torch.multinomial(probability.masked_fill(before >= top_p, 0.0), 1, generator=generator)
-    return order.gather(-1, drawn).squeeze(-1)

@@ -70,6 +70,8 @@ def saving_lines(run: RunConfig, plan: BatchPlan, model: RWKV, output: Output, w
         # The third is the one that is being written.
         there = [folder / name for name in (project.RESUME_FILE, project.PREVIOUS_FILE)]
         needed += max(0, 3 * state - sum(path.stat().st_size for path in there if path.is_file()))
+    if run.plan:
+        yield f"saving    {size(needed)} at most at a time, with the state that is being written"
     if needed > free:
         yield (
             f"{WARNING}the disk of {folder} has {size(free)} free, and what this run writes takes {size(needed)}: make "

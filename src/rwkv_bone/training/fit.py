@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, seed_everything
 
-from rwkv_bone import allocator, console, run_lock
+from rwkv_bone import allocator, cards, console, run_lock
 from rwkv_bone.cluster.join import join
 from rwkv_bone.cluster.watch import Watch
 from rwkv_bone.cluster.world import SAME_FILES
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
+from rwkv_bone.devices import describe_devices
 from rwkv_bone.errors import UserError
-from rwkv_bone.training import out_of_memory, project
+from rwkv_bone.training import batch_size, guard, out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.heldout_sets import prepare_heldout
 from rwkv_bone.training.log import StepLog, read_log
@@ -29,6 +30,7 @@ from rwkv_bone.training.measurements import read_measurements, read_samples
 from rwkv_bone.training.measuring import MeasureWhileTraining
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule, read_bad_steps
+from rwkv_bone.training.page import RenewPage, environment
 from rwkv_bone.training.place import PlaceModel
 from rwkv_bone.training.prepare import (
     agree_on_files,
@@ -39,7 +41,7 @@ from rwkv_bone.training.prepare import (
 )
 from rwkv_bone.training.progress import ProgressLines
 from rwkv_bone.training.recompute import Agree, decide, memory_there, run_of
-from rwkv_bone.training.report import complete, header, program, report_results
+from rwkv_bone.training.report import complete, following, header, program, report_results
 from rwkv_bone.training.resume import look, looked
 from rwkv_bone.training.resume_file import RestoreMoments
 from rwkv_bone.training.saving import SaveTrained
@@ -58,6 +60,7 @@ def fit(config: TrainConfig, watch: Watch | None = None) -> Path:
     watch: over the world that `join(config)` returned, both entered; None joins here.
     """
     if watch is None:
+        config = cards.settled(config)
         with join(config) as world, Watch(world, config.run.rank_timeout) as watch:
             return fit(config, watch)
     silence_libraries()
@@ -82,6 +85,9 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     world.agree("the device of --accelerator", device)
     threads = settle_threads(run.devices)
     there = memory_there(device, run.devices)  # before this run takes any of it
+    total = guard.memory_in_all(device, run.devices)
+    if not config.model.load_model:
+        guard.check_new_model(config, prepare_model(config, torch.device("meta"), empty=True), device, total)
 
     seed_everything(run.random_seed, verbose=False)
     with out_of_memory.told("while the base model was read"):
@@ -91,7 +97,10 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     data, text = folder_text(prepared.folder, config.data)
     reading = replace(config, data=data)
     dataset, split = load_data(reading, prepared.arch.vocab_size, config.data)
-    plan = plan_batches(config, dataset)
+    counted = count(model)
+    reading = batch_size.settle(reading, prepared.arch, counted, dataset, device, there)
+    reading = batch_size.agreed(config, reading, world)
+    plan = plan_batches(reading, dataset, batch_size.unit(config))
     output = prepared.output.with_data(dataset)
     agree_on_files(world, config, model, output.metadata)
     if earlier:
@@ -99,8 +108,10 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         if main:
             earlier.load_parameters(model, output.keys)
     first = earlier.step if earlier else 0
-    counted, running = count(model), run_of(config, plan, device)
+    running = run_of(reading, plan, device)
     choice = decide(config.model.grad_cp, prepared.arch, counted, running, there)
+    memory = out_of_memory.Plan(config, prepared.arch, counted, replace(running, recompute=choice.recompute), there)
+    guard.check(memory, total)
     bad_steps = read_bad_steps(earlier.metadata, earlier.path) if earlier else []
     module = TrainingModule(
         model,
@@ -122,6 +133,8 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     if not taken:
         for line in header(config, prepared, module, choice, device, threads, text):
             report(line)
+    for line in guard.warnings(memory) if not taken else ():
+        report(f"          {line}")
     sent = Sent.read(folder) if earlier and main else Sent()  # before what is repeated is taken away
     measured = earlier.measured if earlier else None
     kept = world.from_first("measurements", lambda: [read(folder, first) for read in (read_measurements, read_samples)])
@@ -155,6 +168,8 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     callbacks: list[Callback] = [stop, ShowProgress(), PlaceModel(prepared.dtype), Agree()]
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
+    about = environment(device=describe_devices(device, plan.world_size), kernel=prepared.kernel)
+    renew = RenewPage(folder, data, prepared.arch.vocab_size, environment=about, go_on=go_on, report=report)
     measured_before = heldout.records if heldout else []
     warn = WarnOnce(
         folder / project.WARNINGS,
@@ -169,15 +184,16 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     send = SendEverything(config, folder, log, first_step=first, sent=sent, measurements=measured_before, report=report)
     progress = ProgressLines(log, measurements=measured_before)
     if heldout:
-        heldout.listeners += [log.measured, progress.measured, warn.measured, send.measured]
+        heldout.listeners += [log.measured, progress.measured, warn.measured, send.measured, renew.measured]
         callbacks.append(heldout)
     # What watches comes after the log, whose last line it reads.
     callbacks += [log, warn, send, progress, save]
     callbacks += [MeasureWhileTraining(heldout, log, save, run, report)] if heldout else []
+    callbacks.append(renew)
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
     callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)
-    trainer = make_trainer(config, device, trainable, callbacks, world)
+    trainer = make_trainer(reading, device, trainable, callbacks, world)
     if main:
         if earlier:
             earlier.record(config, output.metadata)
@@ -185,7 +201,6 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         console.keep_lost_output(folder / project.OUTPUT)
     if device == "cpu":
         allocator.keep()
-    memory = out_of_memory.Plan(config, prepared.arch, counted, replace(running, recompute=choice.recompute), there)
 
     def explain(error: BaseException) -> UserError | None:
         return out_of_memory.explained(error, memory, out_of_memory.place_of(module), save.state_of_things())
@@ -200,4 +215,5 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     assert save.last_path
     if main:
         report_results(config, folder, save.last_path, log.records, heldout, report)
+        renew.done(list(following(config, folder, save.last_path)))
     return save.last_path

@@ -38,11 +38,13 @@ def prepare_heldout(
     report: Callable[[str], None],
     found: str | None = None,
     kept: tuple[Sequence[dict], Sequence[dict]] = ((), ()),
+    keep: bool = True,
 ) -> HeldOut | None:
     """What measures held-out data in a run; None, with a line that says so, without such data.
 
     split: what `load_data` took out of the training data. plan: the batches of training. found: what `evaluation.json`
-    of a continued run holds; kept: what its `measurements.jsonl` and `samples.jsonl` hold.
+    of a continued run holds; kept: what its `measurements.jsonl` and `samples.jsonl` hold. keep: as `load_dataset`
+    takes it.
     """
     run, data = config.run, config.data
     if split is None and not data.eval_data:
@@ -50,9 +52,9 @@ def prepare_heldout(
         return None
     tokenizer = load_tokenizer(data.tokenizer, vocab_size) if run.eval_samples or run.sample_prompts else None
     room = SHARE * FORWARDS * training_tokens(plan, plan.total_steps(run.epoch_count))
-    whole = [*_named(config, vocab_size, split, tokenizer, report)]
+    whole = [*_named(config, vocab_size, split, tokenizer, report, keep)]
     sets = [*_parts(whole, room, kept[0], run.eval_steps == AUTO, report)]
-    if (general := _general(config, vocab_size, room, kept[0], report)) is not None:
+    if (general := _general(config, vocab_size, room, kept[0], report, keep)) is not None:
         sets.append(general)
     records, samples = _comparable(kept, sets, report)
     every = run.eval_steps if run.eval_steps != AUTO else records[-1]["every"] if records else None
@@ -96,6 +98,7 @@ def _named(
     split: Dataset | None,
     tokenizer: Tokenizer | None,
     report: Callable[[str], None],
+    keep: bool,
 ) -> Iterator[HeldOutSet]:
     """The sets that the user named, whole."""
     data, limit = config.data, config.run.eval_samples
@@ -106,7 +109,7 @@ def _named(
         return
     for one, own in each_set(data):
         # Held-out rows are read whole whatever the training batches are.
-        dataset = load_dataset(replace(own, dataload="pad"), vocab_size, one.path)
+        dataset = load_dataset(replace(own, dataload="pad"), vocab_size, one.path, keep=keep)
         name = f"{one.name}: " if len(data.eval_data) > 1 else ""
         report(f"held-out  {name}{dataset.summary_lines()[0]}; {counted(len(dataset), 'sample')}")
         for line in dataset.note_lines():
@@ -140,7 +143,12 @@ def _parts(
 
 
 def _general(
-    config: TrainConfig, vocab_size: int, room: float, kept: Sequence[dict], report: Callable[[str], None]
+    config: TrainConfig,
+    vocab_size: int,
+    room: float,
+    kept: Sequence[dict],
+    report: Callable[[str], None],
+    keep: bool,
 ) -> HeldOutSet | None:
     """The set that shows what the model forgets; None, with a line that says why, where there can be none."""
     asked = config.data.eval_general
@@ -153,7 +161,8 @@ def _general(
         names = ("data_type", "sft_field", "eval_field", "columns", "template", "loss_mask", "mask_id", "long_samples")
         data = replace(data, max_lost=1.0, **{name: getattr(default, name) for name in names})
     try:
-        dataset = load_dataset(replace(data, dataload="pad"), vocab_size, str(PROSE) if asked == "auto" else asked)
+        path = str(PROSE) if asked == "auto" else asked
+        dataset = load_dataset(replace(data, dataload="pad"), vocab_size, path, keep=keep)
     except UserError as error:
         if asked != "auto":
             raise

@@ -19,6 +19,7 @@ on a processor.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -69,6 +70,7 @@ class Run:
     stage: int = 1  # of ZeRO
     ranks: int = 1  # processes, on all machines
     offload: bool = False  # the optimiser's state, and at stage 3 the weights, lie in the CPU's memory
+    resident: int = 0  # bytes of the process before it reads the model, on a CPU; 0: unknown
 
     @property
     def rows(self) -> int:
@@ -95,14 +97,31 @@ class Run:
         return DTYPES[self.precision].itemsize
 
 
+class Moment(NamedTuple):
+    """Bytes that are there beside weights and what is trained."""
+
+    activations: float = 0  # what is kept for backward, and what a block's backward works in
+    gradients: float = 0  # and buckets, and what the optimiser's step works in
+    head: float = 0  # logits
+
+
 @dataclass(frozen=True)
 class Needs:
     """Bytes."""
 
     weights: float
-    trained: float
+    values: float  # of what is trained
+    moments: float  # AdamW's, and what else the optimiser has of its own between steps
     kept: float
-    passing: float
+    most: Moment
+
+    @property
+    def trained(self) -> float:
+        return self.values + self.moments
+
+    @property
+    def passing(self) -> float:
+        return sum(self.most)
 
     @property
     def total(self) -> float:
@@ -113,6 +132,28 @@ class Needs:
     def card(self) -> float:
         """What the card must have."""
         return self.total * (1 + GAPS) + CUDA_BYTES
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of a run at the moment when it has the most, by what they are for.
+
+    On a GPU `total` is what the card must have, `Needs.card`; on a CPU the most memory that the process has resident.
+    What is not there at that moment counts as nothing: either the head works, or a block's backward, or the optimiser.
+    """
+
+    weights: float  # frozen
+    adapter: float  # values of what is trained
+    optimiser: float  # AdamW's moments, and on what it steps
+    gradients: float  # and the buckets in which they are reduced
+    activations: float  # what forward keeps for backward, and what a block's backward works in
+    head: float  # logits of the tokens that go through it together
+    framework: float  # Python, PyTorch and the other libraries; on a GPU CUDA and cuBLAS
+    slack: float  # gaps between tensors
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -191,6 +232,22 @@ def needed(arch: Architecture, count: Counted, run: Run) -> float:
     return needs(arch, count, run).total * (1 + GAPS) + RESERVE[run.device]
 
 
+def parts(arch: Architecture, count: Counted, run: Run) -> Parts:
+    """What this run needs at the moment when it has the most, by part."""
+    found = needs(arch, count, run)
+    activations, gradients, head = found.most
+    return Parts(
+        weights=found.weights,
+        adapter=found.values,
+        optimiser=found.moments,
+        gradients=gradients,
+        activations=activations,
+        head=head,
+        framework=CUDA_BYTES if run.device == "cuda" else run.resident or RESERVE["cpu"],
+        slack=found.total * GAPS,
+    )
+
+
 def kept_by_layer(arch: Architecture, count: Counted, run: Run, wkv: bool = False) -> float:
     """Bytes that autograd keeps of one layer, but the first, which keeps less. wkv: the operator is run again."""
     C, rank = arch.n_embd, arch.low_rank
@@ -231,7 +288,8 @@ class Share:
     """Bytes of a process for what ZeRO divides among processes."""
 
     weights: float  # frozen
-    trained: float  # between steps
+    values: float  # of what is trained
+    trained: float  # between steps, these values included
     working: float  # in forward and backward: buckets, and at stage 3 what is whole at a time
     gradients: float  # after backward
     made_at_once: bool  # that memory is taken when backward begins
@@ -252,18 +310,18 @@ def share_of(arch: Architecture, count: Counted, run: Run) -> Share:
     buckets = (3 if run.device == "cuda" and n > 1 else 2) * bucket  # one is filled, one reduced, in a copy
     if run.stage < 3 and not run.offload:
         if n == 1:
-            return Share(weights, values + moments, 0, gradients, False, STEP_BYTES * count.trained)
+            return Share(weights, values, values + moments, 0, gradients, False, STEP_BYTES * count.trained)
         # gloo gathers the new values in a copy.
         step = max(STEP_BYTES * count.trained / n, values if run.device == "cpu" else 0)
         if run.stage == 1:
-            return Share(weights, values + moments, bucket, gradients * (1 + 1 / n), run.accumulate > 1, step)
-        return Share(weights, values + moments, buckets, gradients / n, True, step)
+            return Share(weights, values, values + moments, bucket, gradients * (1 + 1 / n), run.accumulate > 1, step)
+        return Share(weights, values, values + moments, buckets, gradients / n, True, step)
     if run.stage < 3:
         # A second copy of the values, which is what AdamW steps on, and gradients, always.
         master = 0 if hosted else (VALUE_BYTES + GRADIENT_BYTES) * count.trained / n
         buffers = largest * (1 if hosted else 2)
         step = values if run.device == "cpu" and n > 1 else 0
-        return Share(weights, values + moments + master + buffers, buckets, 0, True, step)
+        return Share(weights, values, values + moments + master + buffers, buckets, 0, True, step)
     quantised = count.projections if run.quant != "none" else 0  # these are not divided
     elements = count.others + count.projections - quantised + count.trained
     divided = (elements - count.trained) * run.width
@@ -272,13 +330,13 @@ def share_of(arch: Architecture, count: Counted, run: Run) -> Share:
     one = max(WHOLE_BLOCKS * max(elements - shells, 0) / arch.n_layer, shells / 2)
     at_a_time = one * (divided + values) / elements
     if hosted:
-        return Share(whole, bucket, at_a_time + buckets, 0, True, 0)
+        return Share(whole, 0, bucket, at_a_time + buckets, 0, True, 0)
     if run.device == "cpu" and n > 1:
         at_a_time, buckets = 2 * at_a_time, buckets + bucket  # gloo gathers and reduces in copies
     kept = values / n + moments + gradients / n + bucket
     if run.offload:
-        return Share(whole + divided / n, kept + gradients / n, at_a_time + buckets, 0, True, 0)
-    return Share(whole + divided / n, kept, at_a_time + buckets, 0, True, gradients / n)
+        return Share(whole + divided / n, values / n, kept + gradients / n, at_a_time + buckets, 0, True, 0)
+    return Share(whole + divided / n, values / n, kept, at_a_time + buckets, 0, True, gradients / n)
 
 
 def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
@@ -299,21 +357,17 @@ def needs(arch: Architecture, count: Counted, run: Run) -> Needs:
         """Of the first blocks."""
         return around + min(blocks, again) * arch.n_embd * row + max(blocks - again, 0) * stays
 
-    def while_in(block: int) -> float:
+    def while_in(block: int) -> Moment:
         """In the backward pass of this block, the first of which is 1."""
         anew = whole if block <= again else whole - stays
         made = share.gradients * (1 if at_once else 1 - (block - 1) / layers)
-        return kept_by(block) + anew + made + share.working + backward
+        return Moment(kept_by(block) + anew + backward, made + share.working)
 
     at_once = share.made_at_once or run.accumulate > 1
     earlier = share.working + (share.gradients if at_once else 0)
     # Of the copies in --precision of trained matrices, those of blocks that are computed again are made again.
     casts = count.casts * run.width * max(layers - again, 1) / layers if run.precision != "fp32" else 0
-    head = kept_by(layers) + arch.vocab_size * logits * run.width + earlier
     blocks = {1, again, again + 1, layers} & set(range(1, layers + 1))
-    return Needs(
-        weights=share.weights + casts,
-        trained=share.trained,
-        kept=kept_by(layers),
-        passing=max(head, share.step, *map(while_in, blocks)),
-    )
+    moments = [Moment(kept_by(layers), earlier, arch.vocab_size * logits * run.width), Moment(gradients=share.step)]
+    most = max([*moments, *map(while_in, blocks)], key=sum)
+    return Needs(share.weights + casts, share.values, share.trained - share.values, kept_by(layers), most)

@@ -19,7 +19,7 @@ from rwkv_bone.config import TrainConfig
 from rwkv_bone.config.sections import STRATEGIES
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import EVERY_BLOCK
-from rwkv_bone.training.memory import GB, Counted, Needs, Run, needed, needs
+from rwkv_bone.training.memory import GB, Counted, Needs, Parts, Run, needed, needs, parts
 from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.resume import Cut
 from rwkv_bone.training.strategy import offloads, zero_stage
@@ -54,6 +54,10 @@ class Plan:
     @property
     def needs(self) -> Needs:
         return needs(self.arch, self.count, self.run)
+
+    @property
+    def parts(self) -> Parts:
+        return parts(self.arch, self.count, self.run)
 
     @property
     def size(self) -> float:
@@ -127,14 +131,14 @@ def changes(plan: Plan) -> list[Change]:
     return sorted(found, key=lambda change: change.plan.size)
 
 
-def together(plan: Plan) -> Change | None:
+def together(plan: Plan, new: bool = False) -> Change | None:
     """Changes with which an unfinished run can be continued, one after another until it fits; None if there are none.
 
-    It may not fit even with all of them.
+    It may not fit even with all of them. new: the run has not begun, so that every change is one.
     """
     settings: dict[str, str | int] = {}
     while plan.there is None or plan.size > plan.there:
-        exact = next((change for change in changes(plan) if change.continues), None)
+        exact = next((change for change in changes(plan) if change.continues or new), None)
         if exact is None:
             break
         settings, plan = settings | exact.settings, exact.plan
@@ -146,9 +150,13 @@ def _candidates(plan: Plan, goal: float) -> Iterator[Change]:
     data, cut = config.data, Cut.of(config)
 
     def change(
-        settings: dict[str, str | int], run: Run = run, count: Counted = count, continues: bool = False
+        settings: dict[str, str | int],
+        run: Run = run,
+        count: Counted = count,
+        continues: bool = False,
+        config: TrainConfig = config,
     ) -> Change:
-        return Change(settings, replace(plan, run=run, count=count), continues)
+        return Change(settings, replace(plan, config=config, run=run, count=count), continues)
 
     def enough(values: list[T], make: Callable[[T], Change]) -> Iterator[Change]:
         """The first of these values, from high to low, that is enough, or the last."""
@@ -166,7 +174,9 @@ def _candidates(plan: Plan, goal: float) -> Iterator[Change]:
         if not config.adapter.lora_dropout:  # otherwise most of what an adapter keeps does not depend on r
             products = products * r // now
         trained = count.trained - count.adapter + adapter
-        return change({flag: r}, count=replace(count, trained=trained, adapter=adapter, products=products))
+        counted = replace(count, trained=trained, adapter=adapter, products=products)
+        adapted = replace(config.adapter, bone_r=r) if flag == "bone_r" else replace(config.adapter, lora_r=r)
+        return change({flag: r}, count=counted, config=replace(config, adapter=adapted))
 
     if run.recompute.blocks < plan.arch.n_layer:
         yield change({"grad_cp": 1}, replace(run, recompute=EVERY_BLOCK), continues=True)
@@ -213,6 +223,11 @@ def _figures(plan: Plan) -> Iterator[str]:
         f"backward and the optimiser's step (of this {size_text(parts.kept)} kept for backward), the rest in reserve; "
         f"{there} when it began"
     )
+    yield from advice(plan, begun=True)
+
+
+def advice(plan: Plan, begun: bool = False) -> Iterator[str]:
+    """What to lower, the most effective first, each with what the run would then need. begun: the run is under way."""
     found = changes(plan)
     if not found:
         yield "Every setting that lowers it is at its lowest: take a smaller base model or a larger device"
@@ -220,11 +235,13 @@ def _figures(plan: Plan) -> Iterator[str]:
     yield "Lower it with one of these, or several; beside each is what the run would then need:"
     width = max(len(str(one)) for one in found)
     for one in found:
-        note = "" if one.continues else "   (for a new run)"
-        yield f"  {one!s:{width}}   {size_text(one.plan.size)}{note}"
-    if plan.there is not None and found[0].plan.size > plan.there and (several := together(plan)):
-        yield f"None of them is enough alone. Together: {several} needs {size_text(several.plan.size)}"
-    if any(one.continues for one in found):
+        note = "   (for a new run)" if begun and not one.continues else ""
+        saved = "" if begun else f", {size_text(plan.size - one.plan.size)} less"
+        yield f"  {one!s:{width}}   {size_text(one.plan.size)}{saved}{note}"
+    if plan.there is not None and found[0].plan.size > plan.there and (several := together(plan, not begun)):
+        enough = "" if several.plan.size <= plan.there else ", which is still too much: take a smaller base model"
+        yield f"None of them is enough alone. Together: {several} needs {size_text(several.plan.size)}{enough}"
+    if begun and any(one.continues for one in found):
         yield "An unfinished run goes on with those without a note from the last state that it saved"
 
 

@@ -40,28 +40,35 @@ class Prepared:
     dtype: torch.dtype  # of the frozen base, once it is placed
 
 
-def prepare_model(config: TrainConfig, device: torch.device, continued: bool = False) -> Prepared:
+def prepare_model(config: TrainConfig, device: torch.device, continued: bool = False, empty: bool = False) -> Prepared:
     """Map the base model, inject the adapter, and freeze everything that is not trained.
 
     Tensors stay on the CPU until `place`; only quantised weights are put on `device` at once. continued: the values of
-    the adapter come from a saved state, and not from --peft_load.
+    the adapter come from a saved state, and not from --peft_load. empty: the model gets no memory and no values, and
+    nothing is quantised or compiled: to be counted, not run.
     """
     kind, quant, dtype = config.adapter.kind, config.model.quant, DTYPES[config.run.precision]
     if kind == "none" and quant != "none":
         raise UserError(f"--quant {quant} with --peft none: only frozen weights are quantised, and none is; remove one")
     path = config.model.load_model
     arch, base, label, folder = _load_base(config)
-    op, kernel = select_op(config.model.op, device, f"wkv{arch.version}", arch.head_size, dtype)
-    kernel += regions.obstacle(op, device.type, dtype, arch.head_size)
-    if base:
+    op, kernel = "torch", ""
+    if not empty:
+        op, kernel = select_op(config.model.op, device, f"wkv{arch.version}", arch.head_size, dtype)
+        kernel += regions.obstacle(op, device.type, dtype, arch.head_size)
+    if base or empty:
         with torch.device("meta"):
             model = build(arch, op=op, dtype=dtype)
-        load_base_into(model, base, source=path, quant=quant, device=device)
-        dtypes = {key: tensor.dtype for key, tensor in base.items()}
+            if empty and any(checkpoints.param_part(key) == "state" for key in base):
+                model.add_time_state()
     else:
         model = build(arch, op=op, dtype=dtype)
         init_from_scratch(model, config.run.random_seed)
-        dtypes = dict.fromkeys(model.state_dict(), torch.bfloat16)
+    if base and empty:
+        checkpoints.match_keys(model.state_dict(), base, path)
+    elif base:
+        load_base_into(model, base, source=path, quant=quant, device=device)
+    dtypes = {key: tensor.dtype for key, tensor in base.items()} or dict.fromkeys(model.state_dict(), torch.bfloat16)
     metadata: dict[str, Any] = {
         "format": 1,
         "kind": kind,
@@ -79,7 +86,7 @@ def prepare_model(config: TrainConfig, device: torch.device, continued: bool = F
         return Prepared(
             model, arch, label, folder, kernel, None, Output(tuple(dtypes), metadata, dtypes), torch.float32
         )
-    injection = _inject_adapter(config, model, metadata["base"], continued)
+    injection = _inject_adapter(config, model, metadata["base"], continued or empty)
     output = Output(tuple(adapter_keys(model)), metadata | injection.metadata())
     return Prepared(model, arch, label, folder, kernel, injection, output, dtype)
 
@@ -125,17 +132,20 @@ def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
 
 
-def load_data(config: TrainConfig, vocab_size: int, typed: DataConfig) -> tuple[Dataset, Dataset | None]:
+def load_data(
+    config: TrainConfig, vocab_size: int, typed: DataConfig, keep: bool = True
+) -> tuple[Dataset, Dataset | None]:
     """The training data, and the held-out samples that --eval_split takes out of it (None without --eval_split).
 
     Held-out samples are whole, whatever the training batches are. typed: the settings without those of the model's
-    folder.
+    folder. keep: as `load_dataset` takes it.
     """
     data, share = config.data, config.data.eval_split
-    dataset = load_dataset(data, vocab_size, typed=typed)
+    dataset = load_dataset(data, vocab_size, typed=typed, keep=keep)
     if not share:
         return dataset, None
-    whole = load_dataset(replace(data, dataload="pad"), vocab_size, typed=typed) if dataset.windows else dataset
+    pad = replace(data, dataload="pad")
+    whole = load_dataset(pad, vocab_size, typed=typed, keep=keep) if dataset.windows else dataset
     # The two splits agree, since a sample's side follows from its group alone.
     train, _ = split_heldout(dataset.groups, share, config.run.random_seed)
     _, held = split_heldout(whole.groups, share, config.run.random_seed)
@@ -143,8 +153,11 @@ def load_data(config: TrainConfig, vocab_size: int, typed: DataConfig) -> tuple[
     return dataset.subset(train), whole.subset(held, notes=whole is not dataset)
 
 
-def plan_batches(config: TrainConfig, dataset: Dataset) -> BatchPlan:
-    """Which samples each optimiser step reads; UserError if the warm-up leaves none of the steps."""
+def plan_batches(config: TrainConfig, dataset: Dataset, unit: int | None = None) -> BatchPlan:
+    """Which samples each optimiser step reads; UserError if the warm-up leaves none of the steps.
+
+    unit: as `BatchPlan` takes it.
+    """
     plan = BatchPlan(
         dataset,
         micro_bsz=config.data.micro_bsz,
@@ -153,6 +166,7 @@ def plan_batches(config: TrainConfig, dataset: Dataset) -> BatchPlan:
         seed=config.run.random_seed,
         steps_per_epoch=config.run.epoch_steps or None,
         pack=config.data.dataload == "pack",
+        unit=unit,
     )
     check_schedule(plan.total_steps(config.run.epoch_count), config.optim)
     return plan

@@ -15,6 +15,7 @@ from rwkv_bone.config.saved import to_json
 from rwkv_bone.errors import UserError
 
 CONFIG, LOG, PLOT, EVALUATION = "config.json", "train_log.jsonl", "loss.png", "evaluation.json"
+PAGE, PREVIEW = "report.html", "preview.json"
 MEASUREMENTS, SAMPLES, WARNINGS = "measurements.jsonl", "samples.jsonl", "warnings.jsonl"
 BEST = "rwkv-best.pth"  # the trained parameters with the lowest held-out loss
 RUN_IDS = "report_to.json"  # of this run in the programs of --report_to
@@ -26,7 +27,7 @@ BEGUN = ".begun"
 # With a number: rwkv-init.pth is what a run begins with, in RWKV-LM's way.
 SAVED = "rwkv-[0-9]*.pth"
 MADE_HERE = (
-    *(CONFIG, LOG, PLOT, EVALUATION, MEASUREMENTS, SAMPLES, OUTPUT, RESUME_FILE, PREVIOUS_FILE, SAVED),
+    *(CONFIG, LOG, PLOT, PAGE, PREVIEW, EVALUATION, MEASUREMENTS, SAMPLES, OUTPUT, RESUME_FILE, PREVIOUS_FILE, SAVED),
     *("rwkv-[0-9]*.json", BEST, "rwkv-best.json", WARNINGS, RUN_IDS),
 )
 RESULTS = (LOG, RESUME_FILE, PREVIOUS_FILE, SAVED, BEST)

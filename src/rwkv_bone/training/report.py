@@ -46,8 +46,9 @@ def header(
     each = " each" if plan.world_size > 1 else ""
     where = f"{describe_devices(device, plan.world_size)}, {counted(threads, 'thread')}{each}"
     yield f"device    {where}; {stage}, {run.precision}"
-    yield f"kernel    {prepared.kernel}"
-    if config.model.quant != "none":
+    if prepared.kernel:
+        yield f"kernel    {prepared.kernel}"
+    if config.model.quant != "none" and prepared.kernel:
         yield f"quant     {describe(prepared.model, DTYPES[run.precision], device)}"
     if prepared.injection:
         for line in prepared.injection.summary_lines():
@@ -65,6 +66,11 @@ def header(
         f"steps     {counted(module.total_steps, 'optimiser step')} in {counted(module.epochs, 'epoch')}; a step is "
         f"{batch} x {passes} x {counted(plan.world_size, 'device')}"
     )
+    if not config.data.micro_bsz:
+        yield (
+            f"          --micro_bsz auto: {counted(plan.micro_bsz, 'sample')} at once, of the "
+            f"{plan.micro_bsz * plan.accumulate:,} that each device has in a step, whatever fits"
+        )
     if read < 1:
         yield f"          these steps read {percent(read)} of the trained tokens; a larger --epoch_count reads more"
     yield f"memory    {choice.sentence}" if choice.fits else f"{WARNING}{choice.sentence}"
@@ -93,7 +99,7 @@ def report_results(
         from rwkv_bone.training.curve import draw_loss
 
         with atomic_path(drawn, overwrite=True) as temporary:
-            draw_loss(temporary, records, heldout.points() if heldout else [])
+            draw_loss(temporary, records, heldout.records if heldout else [])
     for line in footer(config, folder, trained):
         report(line)
 
@@ -110,12 +116,21 @@ def complete(config: TrainConfig, folder: Path, trained: Path, heldout: HeldOut 
 
 def footer(config: TrainConfig, folder: Path, trained: Path) -> Iterator[str]:
     """Where the results are and what to type next."""
-    beside = [path for path in (folder / project.LOG, folder / project.PLOT) if path.exists()]
+    beside = [path for name in (project.LOG, project.PLOT, project.PAGE) if (path := folder / name).exists()]
     yield f"\nresults   {', '.join(map(str, [trained, *beside]))}"
+    for number, (what, command) in enumerate(following(config, folder, trained)):
+        yield f"{what if number else 'next':<10}{command}"
+
+
+def following(config: TrainConfig, folder: Path, trained: Path) -> Iterator[tuple[str, str]]:
+    """(what it does, the command) of what can be done with the result."""
     if config.adapter.kind == "none":
+        yield "chat", script("chat.sh", "--load_model", str(trained))
         return
-    merge = ["--base_model", config.model.load_model, "--peft_checkpoint", str(trained)]
-    yield f"next      {program('merge.py', *merge, '--output', str(folder / 'merged.pth'))}"
+    base = config.model.load_model
+    merge = ["--base_model", base, "--peft_checkpoint", str(trained)]
+    yield "merge", program("merge.py", *merge, "--output", str(folder / "merged.pth"))
+    yield "chat", script("chat.sh", "--load_model", base, "--adapter", str(trained))
 
 
 def program(name: str, *arguments: str) -> str:
@@ -128,6 +143,16 @@ def program(name: str, *arguments: str) -> str:
     # The bare name will do where the shell finds this very command.
     bare = found is not None and Path(found).resolve() == command.resolve()
     return shlex.join([command.name if bare else from_here(command), *arguments])
+
+
+def script(name: str, *arguments: str) -> str:
+    """The command line that runs a script of this project, such as chat.sh, or the installed command in its place."""
+    running = Path(sys.argv[0])
+    if running.name.startswith(COMMANDS):
+        return program(name, *arguments)
+    path = running.parent / "scripts" / name
+    command = ["sh", from_here(path)] if path.exists() else [from_here(sys.executable), "-m", f"rwkv_bone.{path.stem}"]
+    return shlex.join([*command, *arguments])
 
 
 def from_here(path: str | Path) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from rwkv_bone import checkpoints
-from rwkv_bone.config import TrainConfig
+from rwkv_bone.config import DataConfig, TrainConfig
 from rwkv_bone.config.changes import DATA, FREE, ON_PURPOSE
 from rwkv_bone.config.layers import shown
 from rwkv_bone.config.saved import from_json, shaping
@@ -254,8 +254,10 @@ class Cut:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Cut:
-        run = config.run
-        return cls(run.devices * run.num_nodes, run.accumulate_grad_batches, config.data.micro_bsz)
+        run, rows = config.run, config.data.micro_bsz
+        # With auto a step is made of rows of one sample, whatever goes through the model at once: `batch_size`.
+        passes = run.accumulate_grad_batches * (1 if rows else DataConfig.micro_bsz)
+        return cls(run.devices * run.num_nodes, passes, rows or 1)
 
     def same_samples(self, other: Cut, dataload: str) -> bool:
         """Whether a step has the same samples with both."""

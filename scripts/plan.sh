@@ -1,0 +1,46 @@
+#!/bin/sh
+# Says what a run would take, before it runs: sh scripts/plan.sh [--flag value ...]
+#
+# Memory by part and what is free, disk, seconds a step and the whole run, and what to change where it does not fit.
+# Takes the flags of the run scripts: give it the ones you train with. A few steps are really taken, for a minute at
+# most, if they fit; nothing is written. As it stands: the run of run_bone.sh, whose variables these are. Any other run
+# script does the same with --plan 1: sh scripts/run_lora.sh --plan 1.
+# Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
+# shellcheck disable=SC2034 # the variables are read by lib.sh
+set -eu # With Windows line ends these two lines still run, thanks to their comments; the second reports the line ends.
+grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
+
+load_model=assets/rwkv7-tiny.pth       # base checkpoint; its sizes are read from the file
+data_file=assets/numbers_train.jsonl   # rows of prompt and response, or of text; several files: one a line
+eval_data=assets/numbers_heldout.jsonl # rows kept out of training, measured before and after
+proj_dir=out/bone                      # results: adapters rwkv-N.pth, log, loss curve
+
+peft=bone      # what is trained; bone stands for Bone and Bat
+bone_mode=bone # bone: linear; bat: also uses the frozen weight
+bone_r=32      # block size: trainable parameters grow with it
+
+ctx_len=128                 # tokens per sample; a longer text is split, a longer conversation cut
+micro_bsz=6                 # a batch is micro_bsz x ctx_len tokens, per device; lower it when memory runs out
+accumulate_grad_batches=1   # forward passes per optimiser step
+epoch_count=4               # times through the data
+epoch_save=1                # epochs from one saved file to the next
+lr_init=3e-3                # learning rate after warm-up (large models: 2e-5 to 1e-4)
+lr_final=1e-4               # learning rate at the end
+warmup_steps=10             # optimiser steps of warm-up
+accelerator=auto            # gpu, cpu, or auto: gpu if there is one
+devices=1                   # GPUs, or CPU processes
+strategy=deepspeed_stage_1  # ZeRO stage: _2 and _3 spread more over the devices; _offload uses the CPU's memory
+precision=bf16              # frozen weights and arithmetic; the adapter is always fp32
+grad_cp=auto                # computed again in backward: 0 nothing, 1 all (a third more time), auto as little as fits
+plan=1                      # say what the run would take, and write nothing
+
+repo= # the repository's folder; set it only in a copy that lies, and is run, outside the repository
+
+# The same in all these scripts: find the repository above this file or the working directory; continue in its lib.sh.
+root() { if [ -d "$1/src/rwkv_bone" ]; then printf '%s\n' "$1"; else [ -n "$1" ] && root "${1%/*}"; fi; }
+_file=$(readlink -f -- "$0" 2> /dev/null || (CDPATH='' cd -- "$(dirname -- "$0")" && pwd))
+repo=${repo:-$(root "$_file" || root "$PWD" || true)}
+[ -d "$repo/src/rwkv_bone" ] || { echo "error: no repository at '${repo:-$PWD}': set repo= in $0" >&2; exit 2; }
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$repo/scripts/lib.sh"
+run train.py "$@"

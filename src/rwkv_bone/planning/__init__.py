@@ -1,0 +1,1 @@
+"""What a run would take, said before it: memory, disk and time. Nothing is written."""
