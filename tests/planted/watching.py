@@ -11,7 +11,6 @@ BUGS = (
     Bug(f"{TRAINING}/diagnosis.py", "(counts - 1) / 2)[place]", "counts + 1)[place]", DIAGNOSIS),
     Bug(f"{TRAINING}/diagnosis.py", "SURE = 4.5", "SURE = 1.0", DIAGNOSIS),
     Bug(f"{TRAINING}/diagnosis.py", "max(0.2 * (begin - means[lowest]), 0.05 * begin)", "0", DIAGNOSIS),
-    Bug(f"{TRAINING}/diagnosis.py", "means[:-1]))", "means))", DIAGNOSIS),
     Bug(f"{TRAINING}/diagnosis.py", "now <= (grad_clip or 1.0) or ", "", DIAGNOSIS),
     Bug(f"{TRAINING}/diagnosis.py", "math.inf if record", "0.0 if record", DIAGNOSIS),
     Bug(f"{TRAINING}/diagnosis.py", "(300 if from_scratch else 3 * WINDOW)", "3 * WINDOW", DIAGNOSIS),
