@@ -279,7 +279,7 @@ SETTINGS = (*SECTIONS.values(), MergeConfig, ConvertConfig, PrepareConfig, Previ
 TOOLS = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "benchmarks").glob("*.py")]
 TOOLS += (REPOSITORY / "tests").glob("*/__main__.py")
 # Of docker, pip, torchrun and Slurm.
-OF_OTHERS = {"gpus", "force-reinstall", "index-url", "nnodes", "no-python", "requeue", "signal"}
+OF_OTHERS = {"gpus", "force-reinstall", "index-url", "logdir", "nnodes", "no-python", "requeue", "signal"}
 OF_OTHERS |= {
     "master_addr",
     "master_port",

@@ -151,6 +151,30 @@ def test_a_continued_run_is_one_run_on_a_server_and_no_step_is_there_twice(progr
     assert [step for step, what in program.runs[run] if what == "eval"] == [2, 6, 8]
 
 
+def test_a_step_that_is_measured_twice_sends_what_is_new(program, tmp_path):
+    send = SendEverything(
+        config(tmp_path, "--report_to", "wandb"),
+        tmp_path,
+        SimpleNamespace(records=[]),
+        first_step=0,
+        sent=Sent(),
+        report=lambda line: None,
+    )
+    send.on_fit_start(SimpleNamespace(is_global_zero=True), None)
+    sent = []
+    send.senders[0].send = lambda numbers, step: sent.append((step, numbers))
+    without = {"heldout": {**MEASURED["sets"]["heldout"], "exact_match": None}, "general": MEASURED["sets"]["general"]}
+    send.measured({**MEASURED, "sets": without})
+    send.measured(MEASURED)
+    send.measured({**MEASURED, "step": 3})
+    assert [(step, sorted(numbers)) for step, numbers in sent] == [
+        (2, ["eval/general/loss", "eval/heldout/loss"]),
+        (2, ["eval/heldout/exact_match"]),
+        (3, ["eval/general/loss", "eval/heldout/exact_match", "eval/heldout/loss"]),
+    ]
+    send.close(10)
+
+
 def test_a_new_run_in_the_same_folder_is_another_run_on_a_server(program, tmp_path):
     play(tmp_path, "--report_to", "wandb")
     (tmp_path / "report_to.json").unlink()  # as a run that begins clears its folder
@@ -267,4 +291,20 @@ def test_wandb_without_a_key_is_told_what_to_do_and_asks_nothing(monkeypatch, tm
     sender.end()
     sender.wait(time.monotonic() + 10)
     (problem,) = said
-    assert problem.startswith("warning: no API key: `wandb login`, or WANDB_MODE=offline")
+    assert problem.startswith("warning: no API key: wandb login, or WANDB_MODE=offline")
+
+
+def test_a_run_reports_what_it_logs_and_measures_and_says_what_it_did(job, capsys):
+    folder = job.run("reported", report_to="csv", eval_data=job.flags["data_file"], eval_steps=1, eval_general="none")
+    logged = [json.loads(one) for one in (folder / "train_log.jsonl").read_text().splitlines()]
+    with open(folder / "csv" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    steps = [row for row in rows if row["train/loss"]]
+    assert [float(row["train/loss"]) for row in steps] == [one["loss"] for one in logged]
+    measured = [json.loads(one) for one in (folder / "measurements.jsonl").read_text().splitlines()]
+    (name,) = measured[0]["sets"]
+    points = [(int(row["step"]), float(row[f"eval/{name}/loss"])) for row in rows if row[f"eval/{name}/loss"]]
+    assert points == [(one["step"], one["sets"][name]["loss"]) for one in measured] and len(points) == len(logged) + 1
+    said = capsys.readouterr().out
+    assert said.count("at step      after     change") == 1 and f"for {len(logged)} steps, " in said
+    assert (folder / "csv" / "hparams.yaml").read_text().count("lr_init:") == 1

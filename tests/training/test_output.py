@@ -18,8 +18,12 @@ from tests.training.conftest import log_of
 
 # Every line that a run of these tests may print begins with one of these.
 OURS = re.compile(
-    r"(model|device|kernel|memory|adapter|data|steps|saving|held-out|before|after|results|next) {2,}\S"
-    r"|step \d+/3  epoch 1/1  loss \d+\.\d{4}  lr \S+  [\d,]+ tokens/s  \d:\d\d left$"
+    r"(model|device|kernel|memory|adapter|data|steps|saving|held-out|general|before|measured|sample|after) {2,}\S"
+    r"|(took|tokens|forgotten|results|next|chat) +\S"
+    r"|step \d+/3  epoch 1/1  loss \d+\.\d{4}  ((held-out|best|general) \S+( [v^=]| at \d+)?  )*"
+    r"lr \S+  [\d,]+ tokens/s  \d:\d\d left$"
+    r"|loss, nats per token +before +best +at step +after +change$"
+    r"|  exact answers( +[+-]?[\d.]+%?){3}$|\w+( +[+-]?[\d.]+){3,5}$"
     r"|  (prompt  |expected|before  |after   )  \""
     r"|$"
 )

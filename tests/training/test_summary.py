@@ -58,6 +58,9 @@ def test_without_held_out_data_there_is_what_it_took():
 
 def test_a_run_that_ended_early_says_how_far_it_came():
     assert cells(log(40), total=100)[0] == "took 0:20 for 40 of 100 steps".split()
+    # Interrupted some steps after the last measurement.
+    head = cells(log(40), [measured(0, 2.0), measured(30, 1.0)])[0]
+    assert head[-3:] == ["step", "30", "change"] and cells(log(30), [measured(30, 1.0)])[0][-2] == "after"
     # Interrupted before anything was measured but the base.
     found = cells(log(40), [measured(0, 2.0, 1.2, exact=0.1)])
     assert found[1] == ["heldout", "2.0000"] and found[2] == ["exact", "answers", "10.0%"]

@@ -148,6 +148,10 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         trained = earlier.trained or folder / f"rwkv-{run.epoch_begin + plan.locate(first - 1)[0]}-s{first}.pth"
         if main and earlier.mend(trained, output.dtypes, output.metadata):
             report(f"resume    {trained.name} was lost or damaged: it is written again, from {earlier.path.name}")
+        if main:
+            records, given = read_log(folder / project.LOG, first)[0], kept_warnings(folder / project.WARNINGS, first)
+            for line in table(records, heldout.records if heldout else (), given, module.total_steps):
+                report(line)
         for line in complete(config, folder, trained, heldout, stopped):
             report(line)
         return trained

@@ -252,7 +252,7 @@ def _wandb(place: Place) -> Logger:
     # It would ask on the terminal for a key.
     settings = wandb.Settings(console="off", silent=True)
     if wandb.setup(settings).settings.mode not in ("offline", "disabled", "dryrun") and not wandb.login(prompt=False):
-        raise UserError("no API key: `wandb login`, or WANDB_MODE=offline and later `wandb sync`")
+        raise UserError("no API key: wandb login, or WANDB_MODE=offline and later wandb sync")
     name = place.folder.absolute().name
     return WandbLogger(
         name=name, project=place.project, save_dir=place.folder, id=place.id, resume="allow", settings=settings

@@ -22,7 +22,9 @@ def table(
 ) -> Iterator[str]:
     """Lines of at most 80 columns. records: lines of the log; measurements and warnings: lines of their files."""
     if measurements:
-        yield "\n" + _row("loss, nats per token", "before", "best", "at step", "after", "change")
+        last = measurements[-1]["step"]
+        after = f"step {last:,}" if records and records[-1]["step"] > last else "after"
+        yield "\n" + _row("loss, nats per token", "before", "best", "at step", after, "change")
         for name in measurements[-1]["sets"]:
             yield from _of_set(name, [one for one in measurements if name in one["sets"]])
     yield from forgotten(measurements)
