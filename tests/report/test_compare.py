@@ -2,11 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 from rwkv_bone.errors import UserError
 from rwkv_bone.report.compare import CompareConfig, compare, named, parse
+from tests.conftest import REPOSITORY, clean_environment
 from tests.report.made import HOSTILE, make, measurement, sealed, step_record, write_lines
 from tests.report.parsed import Page
 
@@ -155,3 +158,18 @@ def test_many_runs_make_a_small_page(tmp_path):
     shown, _ = page_of(folders, tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size < 1_500_000
     assert len(shown.charts["lr"]["series"]) == 60
+
+
+def test_the_script_takes_folders_relative_to_where_one_is(three, tmp_path):
+    environment = clean_environment() | {"RWKV_PYTHON": sys.executable}
+
+    def run_script(*words: str) -> subprocess.CompletedProcess:
+        command = ["sh", str(REPOSITORY / "scripts" / "compare.sh"), *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = run_script("small", "large")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "output    compare.html, 2 runs: open it in a browser\n"
+    assert "2 runs compared" in Page.read(tmp_path / "compare.html").text
+    wrong = run_script("small", "nothing")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: nothing holds no run: expected a results folder")
