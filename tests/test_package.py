@@ -175,6 +175,8 @@ def test_the_wheel_holds_the_modules_and_the_kernels_and_nothing_else(wheel):
     expected = modules | {f"rwkv_bone/cuda/{path.relative_to(build.SOURCES)}" for path in kernels}
     about = {"METADATA", "WHEEL", "entry_points.txt", "top_level.txt", "RECORD", "licenses/LICENSE"}
     data = {"rwkv_bone/py.typed", "rwkv_bone/data/general.jsonl", "rwkv_bone/ops/choice.json"}
+    page = [path for path in (REPOSITORY / SOURCE / "report").rglob("*") if path.suffix in (".css", ".js", ".md", "")]
+    data |= {str(path.relative_to(REPOSITORY / "src")) for path in page if path.is_file()}
     assert names_in(wheel) == expected | data | {f"about/{name}" for name in about}
     assert len(kernels) > 10
 

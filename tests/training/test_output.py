@@ -136,7 +136,7 @@ def test_a_curve_that_cannot_be_drawn_is_said_and_the_run_ends_well(job, monkeyp
         f"warning: No module named 'matplotlib': there is no loss curve; its numbers are in {folder}/train_log.jsonl\n"
         in output
     )
-    assert f"results   {folder}/rwkv-0.pth, {folder}/train_log.jsonl\n" in output
+    assert f"results   {folder}/rwkv-0.pth, {folder}/train_log.jsonl, {folder}/report.html\n" in output
     assert "\nnext      " in output
     # A continued run does not leave the curve of its first part.
     (folder / "loss.png").write_text("old")

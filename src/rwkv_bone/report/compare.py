@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from rwkv_bone.console import counted
 from rwkv_bone.errors import UserError, exit_status
 from rwkv_bone.report import charts, page, plane, sections
 from rwkv_bone.report.html import Html, change, duration, join, loss, number, percent, table, tag
-from rwkv_bone.report.run import CONFIG, LOG, Run, holds_run, read
+from rwkv_bone.report.run import CONFIG, LOG, RUNNING, Run, changed, holds_run, read
 
 PROGRAM = "sh scripts/compare.sh"
 DESCRIPTION = "Make one page of several runs: their curves, results, and the settings that differ."
@@ -63,7 +63,7 @@ def compare(config: CompareConfig) -> list[str]:
         raise UserError(f"--output {output} exists and is no page of ours: it is kept; give another name")
     runs = [read(folder) for folder in folders]
     if len(runs) == 1:
-        page.save(output, page.of_run(runs[0], time.time()))
+        page.save(output, page.of_run(runs[0], changed(folders[0])))
         return [*(f"note: {problem}" for problem in runs[0].problems), f"output    {output}: open it in a browser"]
     labels = named(folders)
     page.save(output, of_runs(runs, labels, time.time()))
@@ -201,12 +201,15 @@ def results(runs: Sequence[Run], labels: Sequence[str], comparable: bool) -> Htm
         best = measure.best(known) if judged and measure.best else None
         columns.append([_cell(measure, value, best) for value in values])
         heads.append(measure.name)
-    rows = [
-        [label, sections.STATES.get(run.state, run.state), *cells]
-        for label, run, *cells in zip(labels, runs, *columns, strict=True)
-    ]
+    rows = [[label, state(run), *cells] for label, run, *cells in zip(labels, runs, *columns, strict=True)]
     note = tag("p", f"{MARK} the best of its column", class_="muted")
     return join(table(["run", "state", *heads], rows, "Results"), note)
+
+
+def state(run: Run) -> Html | str:
+    """The state of a run; of one that never said it had ended, when it was last heard of."""
+    words = sections.STATES.get(run.state, run.state)
+    return join(words, " as of ", page.moment(changed(run.folder))) if run.state == RUNNING else words
 
 
 def _finite(value: float | None) -> float | None:
@@ -258,13 +261,10 @@ def forgetting(runs: Sequence[Run], labels: Sequence[str]) -> Html:
 def settings(runs: Sequence[Run], labels: Sequence[str]) -> Html:
     """The settings in which the runs differ."""
     flat = [{name: value for values in run.config.values() for name, value in values.items()} for run in runs]
-    names = list(dict.fromkeys(name for one in flat for name in one))
-    missing: list[Any] = ["not set"]
-    differing = [name for name in names if any(one.get(name, missing) != flat[0].get(name, missing) for one in flat)]
-    rows = [
-        [tag("code", f"--{name}"), *(sections.shown(one[name]) if name in one else "not known" for one in flat)]
-        for name in differing
-    ]
+    # Each run has a folder of its own.
+    names = [name for name in dict.fromkeys(name for one in flat for name in one) if name != "proj_dir"]
+    values = [[sections.shown(one[name]) if name in one else "not known" for one in flat] for name in names]
+    rows = [[tag("code", f"--{name}"), *words] for name, words in zip(names, values, strict=True) if len({*words}) > 1]
     same = tag("p", f"{counted(len(names) - len(rows), 'setting')} are the same in all runs.", class_="muted")
     shown = table(["setting", *labels], rows, "Settings that differ", numbers=False) if rows else ""
     return sections.section("settings", "Settings", shown, same) if names else Html("")

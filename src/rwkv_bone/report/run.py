@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -134,6 +135,14 @@ def holds_run(folder: Path) -> bool:
     return (folder / LOG).is_file() or (folder / CONFIG).is_file()
 
 
+def changed(folder: Path) -> float:
+    """When a line was last added to the log, in seconds since 1970; now, if there is none."""
+    try:
+        return (folder / LOG).stat().st_mtime
+    except OSError:
+        return time.time()
+
+
 def read(folder: Path) -> Run:
     """What is in a results folder. Nothing there is trusted, and nothing that is wrong with it raises an error."""
     run = Run(folder)
@@ -142,7 +151,8 @@ def read(folder: Path) -> Run:
     unknown = "a sample of the data, the environment and the run's state are not known"
     run.preview = _document(run, PREVIEW, unknown, by_hand=False)
     _read_log(run)
-    measures = not run.config or bool(run.setting("eval_data") or run.setting("eval_split"))
+    asked = [values.get(name) for values in run.config.values() for name in ("eval_data", "eval_split")]
+    measures = not run.config or any(asked)
     evaluation = _document(run, EVALUATION, "" if run.state != DONE or not measures else "its answers are not known")
     run.data = str(evaluation.get("data", ""))
     _read_measurements(run, measures)

@@ -1,0 +1,85 @@
+"""Mistakes in the page of a run, and of several."""
+
+from tests.planted.bug import Bug
+
+REPORT, PAGE = "src/rwkv_bone/report", "src/rwkv_bone/training/page.py"
+RUN, SHOWN, COMPARED = "tests/report/test_run.py", "tests/report/test_page.py", "tests/report/test_compare.py"
+SERIES, RENEWED = "tests/report/test_series.py", "tests/training/test_page.py"
+
+BUGS = (
+    # What stands in the page.
+    Bug(
+        f"{REPORT}/html.py",
+        "return Html(escape(UNSHOWABLE",
+        "return Html((lambda words: words)(UNSHOWABLE",
+        f"{SHOWN} -k anybody",
+    ),
+    Bug(f"{REPORT}/html.py", '.replace("<", "\\\\u003c")', "", f"{SHOWN} -k anybody"),
+    Bug(f"{REPORT}/page.py", "policy = f\"default-src 'none'; ", 'policy = f"', f"{SHOWN} -k nothing_outside"),
+    Bug(f"{REPORT}/page.py", "script-src '{hashed(script)}'", "script-src 'unsafe-inline'", f"{SHOWN} -k policy"),
+    Bug(
+        f"{REPORT}/charts.py",
+        "math.isfinite(value) else None for value in y",
+        "value else None for value in y",
+        f"{SHOWN} -k gap",
+    ),
+    Bug(f"{REPORT}/charts.py", "span(len(losses), most)", "1", f"{SHOWN} -k long_run"),
+    Bug(f"{REPORT}/html.py", "return words if len(words) <= most", "return words if most", f"{SHOWN} -k long_run"),
+    Bug(f"{REPORT}/sections.py", "if value == default:", "if value != default:", f"{SHOWN} -k differ_come_first"),
+    Bug(
+        f"{REPORT}/sections.py",
+        'right", class_="right") if first.right else',
+        'right", class_="right") if first.expected else',
+        f"{SHOWN} -k through_time",
+    ),
+    # Thinning.
+    Bug(f"{REPORT}/series.py", "(np.nanargmin, np.nanargmax)", "(np.nanargmin, np.nanargmin)", f"{SERIES} -k spike"),
+    Bug(f"{REPORT}/series.py", "np.where(np.isfinite(values), values, np.nan)", "values", f"{SERIES} -k hide_none"),
+    # What is read.
+    Bug(
+        f"{REPORT}/run.py",
+        " and not is_intact(record, ()):\n            raise",
+        " and False:\n            raise",
+        f"{RUN} -k changed_bit",
+    ),
+    Bug(f"{REPORT}/run.py", "if step > 0]", "if step >= 0]", f"{RUN} -k lowest_after"),
+    Bug(f"{REPORT}/run.py", "damaged += number < len(lines)", "damaged += 1", f"{RUN} -k being_written"),
+    Bug(f"{REPORT}/run.py", "content = content if by_hand else {}", "pass", f"{SHOWN} -k other_types"),
+    Bug(
+        f"{REPORT}/run.py",
+        "for step, loss in losses if math.isfinite(loss)]",
+        "for step, loss in losses]",
+        f"{RUN} -k never_the_best",
+    ),
+    Bug(f"{REPORT}/run.py", 'return self._whole("before") or (', "return (", f"{RUN} -k whole_set"),
+    # Several runs.
+    Bug(f"{REPORT}/compare.py", "(comparable or not measure.heldout)", "True", f"{COMPARED} -k not_judged"),
+    Bug(
+        f"{REPORT}/compare.py",
+        'Measure("forgetting", lambda run: run.forgotten(), change, min)',
+        'Measure("forgetting", lambda run: run.forgotten(), change, max)',
+        f"{COMPARED} -k best_of_each",
+    ),
+    Bug(
+        f"{REPORT}/compare.py",
+        "if output.exists() and not is_page(output):",
+        "if False:",
+        f"{COMPARED} -k page_of_ours",
+    ),
+    Bug(f"{REPORT}/compare.py", "if len({*words}) > 1]", "]", f"{COMPARED} -k no_others"),
+    # While a run trains.
+    Bug(PAGE, "self._renewed = step\n            self._renew()", "self._renew()", f"{RENEWED} -k tenth"),
+    Bug(
+        PAGE,
+        'with spared(f"{self.folder / PAGE} is not renewed',
+        'with spared(f"{self.folder / PAGE} is never renewed',
+        f"{RENEWED} -k costs_the_run",
+    ),
+    Bug(PAGE, "(Interrupted, KeyboardInterrupt)", "KeyboardInterrupt", f"{RENEWED} -k ends_early"),
+    Bug(
+        PAGE,
+        "if trainer.is_global_zero:\n            stopped",
+        "if True:\n            stopped",
+        f"{RENEWED} -k main_process",
+    ),
+)
