@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_bone.chat.flags import ChatConfig
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.config.flags import ALIASES, SECTIONS, parse_merge, parse_section, parse_train
 from rwkv_bone.conversion.flags import ConvertConfig
@@ -38,11 +39,12 @@ SETTINGS = {
     **dict.fromkeys(RUN_SCRIPTS, TRAIN_SETTINGS),
     **dict.fromkeys(MERGE_SCRIPTS, fields(MergeConfig)),
     "run_bone_hf.sh": fields(HfConfig),
+    "chat.sh": fields(ChatConfig),
     "convert.sh": fields(ConvertConfig),
     "prepare_data.sh": fields(PrepareConfig),
     "preview_data.sh": [*TRAIN_SETTINGS, *fields(PreviewConfig)],
 }
-USES_NEWEST_ADAPTER = (*MERGE_SCRIPTS, "convert.sh")  # that of proj_dir
+USES_NEWEST_ADAPTER = (*MERGE_SCRIPTS, "convert.sh", "chat.sh")  # that of proj_dir
 SHELLS = ("dash", "bash")
 NOT_PASSED_ON = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_VISIBLE_DEVICES", "PIP_INDEX_URL")
 TOOLS = ("awk", "bash", "dash", "df", "dirname", "grep", "mkdir", "readlink", "rm", "sed", "sh", "sleep", "tr", "uname")
@@ -76,7 +78,7 @@ class Clone:
 
     def echo_modules(self) -> None:
         """Makes the modules that scripts run print their arguments too, as train.py and merge.py here do."""
-        for name in ("conversion/convert", "data/prepare", "data/preview"):
+        for name in ("chat/main", "conversion/convert", "data/prepare", "data/preview"):
             (self.root / "src" / "rwkv_bone" / f"{name}.py").write_text(ECHO)
 
     def environment(self) -> dict[str, str]:
@@ -316,15 +318,13 @@ def test_variables_of_the_environment_are_no_settings(ready):
 def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
     """Every setting that is text is of one of these kinds: a new one belongs into scripts/lib.sh and here."""
     paths = (
-        "adapter base_model cache_dir config data_path eval_data eval_path load_model model_name_or_path output "
-        "output_dir peft_checkpoint peft_load pissa_init proj_dir"
+        "adapter base_model cache_dir compare config data_path eval_data eval_path load_model model_name_or_path output "
+        "output_dir peft_checkpoint peft_load pissa_init proj_dir prompts"
     ).split()
     files = ["data_file", "input"]
-    words = (
-        "columns data_weights dataset_field eval_field resume_with sft_field target_modules targets train_parts".split()
-    )
+    words = "columns data_weights dataset_field eval_field resume_with sft_field stop target_modules targets train_parts".split()
     names = ["deepspeed", "template", "tokenizer"]  # or files
-    texts = "dataset_split field hf_base mask_id my_testing sft_split shard_size wandb".split()
+    texts = "dataset_split field hf_base mask_id my_testing sft_split shard_size system wandb".split()
     known = {spec.name: spec for specs in SETTINGS.values() for spec in specs}
     textual = {
         name for name, spec in known.items() if type(spec.default) in (str, tuple) and not spec.metadata["choices"]

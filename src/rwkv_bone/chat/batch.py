@@ -23,6 +23,8 @@ from rwkv_bone.chat.talk import header, sampling_of
 from rwkv_bone.config.names import check_name
 from rwkv_bone.console import counted
 from rwkv_bone.errors import UserError
+from rwkv_bone.inference.generate import generate
+from rwkv_bone.inference.stopping import WholeText
 
 ANSWER, THOUGHT, REASON = "generated", "generated_thinking", "finish_reason"
 SKIP_HINT = "(--bad_rows skip leaves such rows out and counts them)"
@@ -60,8 +62,6 @@ def _answers(
     cfg: ChatConfig, voice: Voice, group: list[Prompt], bad: Callable[[UserError], None], number: int
 ) -> Iterator[str]:
     """The lines of a batch. number: of its first answer, which its seed follows from."""
-    from rwkv_bone.inference.generate import generate
-
     wording = voice.wording
     asked: list[tuple[Prompt, list[int]]] = []
     for prompt in group:
@@ -76,9 +76,17 @@ def _answers(
     with enough_memory("while prompts were answered"):
         written = generate(voice.model, [ids for _, ids in asked], device=voice.device, **how)
     for (prompt, _), ids in zip(asked, written, strict=True):
-        thinking, answer = taken_apart(voice.tokenizer.decode(ids), wording.opening, wording.several)
-        found = {ANSWER: answer, REASON: "length" if len(ids) >= cfg.max_new else "stop"}
+        cut = len(ids) >= cfg.max_new
+        thinking, answer = taken_apart(_text(voice, ids, cut), wording.opening, wording.several)
+        found = {ANSWER: answer, REASON: "length" if cut else "stop"}
         yield json.dumps({**prompt.fields, **({THOUGHT: thinking} if thinking else {}), **found}, ensure_ascii=False)
+
+
+def _text(voice: Voice, ids: list[int], cut: bool) -> str:
+    """The text of an answer. cut: its last character may lack its end, and is left out then."""
+    whole = WholeText(voice.tokenizer)
+    text = "".join(map(whole.add, ids))
+    return text if cut else text + whole.end()
 
 
 def _ids(cfg: ChatConfig, voice: Voice, prompt: Prompt) -> list[int]:
