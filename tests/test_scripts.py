@@ -227,7 +227,7 @@ def test_every_variable_of_a_script_is_passed(script, shell, ready):
     expected = list(settings(script))
     if script in USES_NEWEST_ADAPTER:
         expected.remove("proj_dir")
-        expected.append("adapter" if script == "convert.sh" else "peft_checkpoint")
+        expected.append("adapter" if script in ("convert.sh", "chat.sh") else "peft_checkpoint")
     assert flags == expected
 
 
@@ -318,11 +318,13 @@ def test_variables_of_the_environment_are_no_settings(ready):
 def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
     """Every setting that is text is of one of these kinds: a new one belongs into scripts/lib.sh and here."""
     paths = (
-        "adapter base_model cache_dir compare config data_path eval_data eval_path load_model model_name_or_path output "
-        "output_dir peft_checkpoint peft_load pissa_init proj_dir prompts"
+        "adapter base_model cache_dir compare config data_path eval_data eval_path load_model model_name_or_path "
+        "output output_dir peft_checkpoint peft_load pissa_init proj_dir prompts"
     ).split()
     files = ["data_file", "input"]
-    words = "columns data_weights dataset_field eval_field resume_with sft_field stop target_modules targets train_parts".split()
+    words = (
+        "columns data_weights dataset_field eval_field resume_with sft_field stop target_modules targets train_parts"
+    ).split()
     names = ["deepspeed", "template", "tokenizer"]  # or files
     texts = "dataset_split field hf_base mask_id my_testing sft_split shard_size system wandb".split()
     known = {spec.name: spec for specs in SETTINGS.values() for spec in specs}
@@ -420,10 +422,28 @@ def test_merge_scripts_take_the_newest_adapter_by_number(script, ready):
 
 @pytest.mark.parametrize("script", USES_NEWEST_ADAPTER)
 def test_a_script_without_an_adapter_says_how_to_make_one(script, ready):
-    kind = "bone" if script == "convert.sh" else script.removeprefix("merge_").removesuffix(".sh")
+    kind = "bone" if script in ("convert.sh", "chat.sh") else script.removeprefix("merge_").removesuffix(".sh")
     what = "state" if kind == "state" else "adapter"
     expected = f"error: no {what} rwkv-N.pth in out/{kind}; sh scripts/run_{kind}.sh makes one"
+    if script == "chat.sh":
+        expected += f"; for the model alone give --load_model {ready.root}/assets/rwkv7-tiny.pth"
     assert sentence(ready.sh(script)) == expected
+
+
+def test_chat_takes_the_newest_adapter_unless_a_model_is_named(ready):
+    (ready.root / "out" / "bone").mkdir(parents=True)
+    (ready.root / "out" / "bone" / "rwkv-9.pth").touch()
+
+    def parsed(*words):
+        config = parse_section("chat.sh", "", ChatConfig, arguments(ready.sh("chat.sh", *words)))
+        return config.load_model, config.adapter
+
+    base, adapter = f"{ready.root}/assets/rwkv7-tiny.pth", f"{ready.root}/out/bone/rwkv-9.pth"
+    assert parsed() == (base, adapter)
+    assert parsed("--temperature", "0") == (base, adapter)
+    assert parsed("--adapter", "a.pth") == (base, "a.pth")
+    assert parsed("--load_model", "m.pth") == ("m.pth", "")
+    assert parsed("--load_model=m.pth", "--adapter", "a.pth") == ("m.pth", "a.pth")
 
 
 @pytest.mark.parametrize("name", ["peft_checkpoint", "lora_checkpoint"])
