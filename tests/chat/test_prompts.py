@@ -155,8 +155,9 @@ def test_an_output_file_is_kept_unless_it_may_be_replaced(tmp_path, config):
     assert output.read_text() == before
     answer_prompts(config(prompts=str(tmp_path / "prompts.txt"), output=str(output), overwrite=True, max_new=1))
     assert len(json.loads(output.read_text())["generated"]) <= 1
-    with pytest.raises(UserError, match="there is no such folder"):
-        answer_prompts(config(prompts=str(tmp_path / "prompts.txt"), output=str(tmp_path / "no" / "x.jsonl")))
+    deeper = tmp_path / "made" / "answers.jsonl"
+    answer_prompts(config(prompts=str(tmp_path / "prompts.txt"), output=str(deeper)))
+    assert json.loads(deeper.read_text())["prompt"] == "a"
 
 
 def test_a_pipe_gives_nothing_but_json_on_standard_output(chat):

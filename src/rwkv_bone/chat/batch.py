@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rwkv_bone.chat.flags import ChatConfig
@@ -20,6 +21,7 @@ from rwkv_bone.chat.load import Voice, enough_memory, load_voices
 from rwkv_bone.chat.prompts import STDIN, Prompt, read_prompts, text_of
 from rwkv_bone.chat.shown import taken_apart
 from rwkv_bone.chat.talk import header, sampling_of
+from rwkv_bone.checkpoints import make_folder
 from rwkv_bone.config.names import check_name
 from rwkv_bone.console import counted
 from rwkv_bone.errors import UserError
@@ -110,13 +112,12 @@ def _output(cfg: ChatConfig) -> Iterator[Callable[[str], Any]]:
         yield lambda line: print(line, flush=True)
         return
     check_name(cfg.output, "--output")
+    make_folder(Path(cfg.output).parent)
     how = os.O_TRUNC if cfg.overwrite else os.O_EXCL
     try:
         descriptor = os.open(cfg.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | how, 0o666)
     except FileExistsError:
         raise UserError(f"--output {cfg.output} exists and is kept: give another name, or --overwrite") from None
-    except FileNotFoundError:
-        raise UserError(f"--output {cfg.output}: there is no such folder") from None
     with open(descriptor, "wb", buffering=0) as file:
         yield lambda line: file.write(f"{line}\n".encode("utf-8", "backslashreplace"))
 
