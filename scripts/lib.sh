@@ -164,7 +164,7 @@ run_on_newest() {
             _what=adapter
             [ "$_kind" != state ] || _what=state
             _alone=
-            ! assigns load_model || _alone="; for the model alone: sh $0 --load_model $load_model"
+            ! assigns load_model || _alone="; for the model alone give --load_model $(in_repo_or_hub "$load_model")"
             die "no $_what rwkv-N.pth in ${_typed_folder:-$proj_dir}; sh scripts/run_$_kind.sh makes one$_alone"
         fi
         # Where there is none, the program says so, unless it is asked for something else, such as --help.

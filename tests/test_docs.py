@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_bone.chat.flags import ChatConfig
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.config.field_flags import MERGE_FLAGS, TRAIN_FLAGS
 from rwkv_bone.config.flags import ALIASES
@@ -275,7 +276,7 @@ def test_the_file_map_names_what_is_there_and_every_room_of_the_package():
     assert set(COPIED_FOLDERS) <= {name.split("/")[0] for folder, name in entries if not folder}
 
 
-SETTINGS = (*SECTIONS.values(), MergeConfig, ConvertConfig, PrepareConfig, PreviewConfig, HfConfig)
+SETTINGS = (*SECTIONS.values(), MergeConfig, ConvertConfig, PrepareConfig, PreviewConfig, HfConfig, ChatConfig)
 TOOLS = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "benchmarks").glob("*.py")]
 TOOLS += (REPOSITORY / "tests").glob("*/__main__.py")
 # Of docker, pip, torchrun and Slurm.

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_bone.chat.flags import ChatConfig
 from rwkv_bone.config import MergeConfig
 from rwkv_bone.config.flags import ALIASES, SECTIONS, parse_merge, parse_section, parse_train
 from rwkv_bone.conversion.flags import ConvertConfig
@@ -39,12 +40,13 @@ SETTINGS = {
     **dict.fromkeys(RUN_SCRIPTS, TRAIN_SETTINGS),
     **dict.fromkeys(MERGE_SCRIPTS, fields(MergeConfig)),
     "run_bone_hf.sh": fields(HfConfig),
+    "chat.sh": fields(ChatConfig),
     "convert.sh": fields(ConvertConfig),
     "prepare_data.sh": fields(PrepareConfig),
     "preview_data.sh": [*TRAIN_SETTINGS, *fields(PreviewConfig)],
     "plan.sh": TRAIN_SETTINGS,
 }
-USES_NEWEST_ADAPTER = (*MERGE_SCRIPTS, "convert.sh")  # that of proj_dir
+USES_NEWEST_ADAPTER = (*MERGE_SCRIPTS, "convert.sh", "chat.sh")  # that of proj_dir
 SHELLS = ("dash", "bash")
 NOT_PASSED_ON = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_VISIBLE_DEVICES", "PIP_INDEX_URL")
 TOOLS = ("awk", "bash", "dash", "df", "dirname", "grep", "mkdir", "readlink", "rm", "sed", "sh", "sleep", "tr", "uname")
@@ -78,7 +80,7 @@ class Clone:
 
     def echo_modules(self) -> None:
         """Makes the modules that scripts run print their arguments too, as train.py and merge.py here do."""
-        for name in ("conversion/convert", "data/prepare", "data/preview"):
+        for name in ("chat/main", "conversion/convert", "data/prepare", "data/preview"):
             (self.root / "src" / "rwkv_bone" / f"{name}.py").write_text(ECHO)
 
     def environment(self) -> dict[str, str]:
@@ -233,7 +235,7 @@ def test_every_variable_of_a_script_is_passed(script, shell, ready):
     expected = list(settings(script))
     if script in USES_NEWEST_ADAPTER:
         expected.remove("proj_dir")
-        expected.append("adapter" if script == "convert.sh" else "peft_checkpoint")
+        expected.append("adapter" if script in ("convert.sh", "chat.sh") else "peft_checkpoint")
     assert flags == expected
 
 
@@ -324,15 +326,15 @@ def test_variables_of_the_environment_are_no_settings(ready):
 def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
     """Every setting that is text is of one of these kinds: a new one belongs into scripts/lib.sh and here."""
     paths = (
-        "adapter base_model cache_dir config data_path eval_path load_model model_name_or_path output "
-        "output_dir peft_checkpoint peft_load pissa_init proj_dir sample_prompts"
+        "adapter base_model cache_dir compare config data_path eval_path load_model model_name_or_path output "
+        "output_dir peft_checkpoint peft_load pissa_init proj_dir prompts sample_prompts"
     ).split()
     files = ["data_file", "eval_data", "input"]
     words = (
-        "columns data_weights dataset_field eval_field resume_with sft_field target_modules targets train_parts".split()
-    )
+        "columns data_weights dataset_field eval_field resume_with sft_field stop target_modules targets train_parts"
+    ).split()
     names = ["deepspeed", "eval_general", "template", "tokenizer"]  # or files
-    texts = "cards dataset_split field hf_base mask_id my_testing sft_split shard_size wandb".split()
+    texts = "cards dataset_split field hf_base mask_id my_testing sft_split shard_size system wandb".split()
     known = {spec.name: spec for specs in SETTINGS.values() for spec in specs}
     textual = {
         name for name, spec in known.items() if type(spec.default) in (str, tuple) and not spec.metadata["choices"]
@@ -448,8 +450,9 @@ def test_what_an_interrupted_run_saved_last_is_its_newest_adapter(names, newest,
 @pytest.mark.parametrize("script", USES_NEWEST_ADAPTER)
 def test_the_best_adapter_and_another_folder_can_be_asked_for(script, ready, tmp_path):
     ready.echo_modules()
-    kind = "bone" if script == "convert.sh" else script.removeprefix("merge_").removesuffix(".sh")
-    flag = "adapter" if script == "convert.sh" else "peft_checkpoint"
+    alone = script in ("convert.sh", "chat.sh")
+    kind = "bone" if alone else script.removeprefix("merge_").removesuffix(".sh")
+    flag = "adapter" if alone else "peft_checkpoint"
     for folder in (ready.root / "out" / kind, tmp_path / "of mine"):
         folder.mkdir(parents=True)
         for name in ("rwkv-0.pth", "rwkv-best.pth"):
@@ -476,10 +479,28 @@ def test_the_best_adapter_and_another_folder_can_be_asked_for(script, ready, tmp
 
 @pytest.mark.parametrize("script", USES_NEWEST_ADAPTER)
 def test_a_script_without_an_adapter_says_how_to_make_one(script, ready):
-    kind = "bone" if script == "convert.sh" else script.removeprefix("merge_").removesuffix(".sh")
+    kind = "bone" if script in ("convert.sh", "chat.sh") else script.removeprefix("merge_").removesuffix(".sh")
     what = "state" if kind == "state" else "adapter"
     expected = f"error: no {what} rwkv-N.pth in out/{kind}; sh scripts/run_{kind}.sh makes one"
+    if script == "chat.sh":
+        expected += f"; for the model alone give --load_model {ready.root}/assets/rwkv7-tiny.pth"
     assert sentence(ready.sh(script)) == expected
+
+
+def test_chat_takes_the_newest_adapter_unless_a_model_is_named(ready):
+    (ready.root / "out" / "bone").mkdir(parents=True)
+    (ready.root / "out" / "bone" / "rwkv-9.pth").touch()
+
+    def parsed(*words):
+        config = parse_section("chat.sh", "", ChatConfig, arguments(ready.sh("chat.sh", *words)))
+        return config.load_model, config.adapter
+
+    base, adapter = f"{ready.root}/assets/rwkv7-tiny.pth", f"{ready.root}/out/bone/rwkv-9.pth"
+    assert parsed() == (base, adapter)
+    assert parsed("--temperature", "0") == (base, adapter)
+    assert parsed("--adapter", "a.pth") == (base, "a.pth")
+    assert parsed("--load_model", "m.pth") == ("m.pth", "")
+    assert parsed("--load_model=m.pth", "--adapter", "a.pth") == ("m.pth", "a.pth")
 
 
 @pytest.mark.parametrize("name", ["peft_checkpoint", "lora_checkpoint"])

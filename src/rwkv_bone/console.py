@@ -197,7 +197,7 @@ def progress_bar(
 
     stream = stream or sys.stderr
     shown = stream.isatty() and os.environ.get("RANK", "0") == "0"
-    known = not shown or _columns(stream) > 0
+    known = not shown or columns(stream) > 0
     return tqdm(
         total=total,
         desc=doing,
@@ -221,7 +221,7 @@ def with_bar(items: Iterable[Item], total: int, doing: str) -> Iterator[Item]:
             bar.update()
 
 
-def _columns(stream: TextIO) -> int:
+def columns(stream: TextIO) -> int:
     try:
         return os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):

@@ -35,16 +35,17 @@ class ScriptedDecoder:
 
     def _logits(self, at):
         byte = self._text[at] if at < len(self._text) else ord("|")
-        return torch.nn.functional.one_hot(torch.tensor(0 if byte == ord("|") else byte), 256).float()
+        return torch.nn.functional.one_hot(torch.tensor(0 if byte == ord("|") else byte), 256).float() * 100
 
     @staticmethod
     def _state(ids):
-        tensor = torch.tensor([ids], dtype=torch.float32)
+        tensor = torch.full((1, 4096), -1.0)
+        tensor[0, : len(ids)] = torch.tensor(ids)
         return [LayerState(tensor, tensor, tensor)]
 
     @staticmethod
     def _ids(state):
-        return [] if state is None else [int(number) for number in state[0].wkv[0]]
+        return [] if state is None else [int(number) for number in state[0].wkv[0] if number >= 0]
 
 
 def scripted_voice(template: str, *texts: str, **options) -> Voice:

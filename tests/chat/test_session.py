@@ -14,10 +14,11 @@ from rwkv_bone.chat.session import Session
 from rwkv_bone.errors import UserError
 from rwkv_bone.inference.sampling import Sampling
 from tests.chat.scripted import has_read, scripted_voice
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, random_model
 from tests.rwkv_oracle import logits
 
 BASE = str(REPOSITORY / "assets" / "rwkv7-tiny.pth")
+THOUGHT = "User: a\n\nAssistant: <think>\nHm.\n\nYes.\n</think>\nOne.\n\n"
 GREEDY = Sampling(temperature=0.0, max_new=100)
 
 
@@ -35,8 +36,16 @@ def same(a, b) -> bool:
 
 
 @pytest.fixture(scope="module")
-def voice():
-    return load_voices(ChatConfig(load_model=BASE, template="world", precision="fp32"))[0]
+def base(tmp_path_factory) -> str:
+    """A random model of bytes."""
+    path = tmp_path_factory.mktemp("model") / "base.pth"
+    checkpoints.write_state(path, random_model(seed=5, vocab_size=256, n_embd=64).state_dict())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def voice(base):
+    return load_voices(ChatConfig(load_model=base, template="world"))[0]
 
 
 @pytest.fixture
@@ -44,8 +53,10 @@ def session(voice):
     return Session(voice, replace(GREEDY, max_new=12))
 
 
-def test_greedy_answers_over_several_turns_are_those_of_the_rwkv_package(session):
+def test_greedy_answers_over_several_turns_are_those_of_the_rwkv_package():
     """It is given the whole text at once, as a document of training has it: each token must be its most likely one."""
+    voice = load_voices(ChatConfig(load_model=BASE, template="world", precision="fp32"))[0]
+    session = Session(voice, replace(GREEDY, max_new=12))
     text, written = "System: Speak of the States.\n\n", np.zeros(0, dtype=bool)
     session.system = "Speak of the States."
     for message in ("The people", "Congress, and\nthe President", "Laws"):
@@ -54,16 +65,15 @@ def test_greedy_answers_over_several_turns_are_those_of_the_rwkv_package(session
         closing = "\n\n"[len(answer) - len(answer.rstrip("\n")) :]
         text += prompt + answer + closing
         before = len(text) - len(answer) - len(closing) - len(written)
-        written = np.concatenate(
-            [written, np.zeros(before, bool), np.ones(len(answer), bool), np.zeros(len(closing), bool)]
-        )
+        marks = np.repeat([False, True, False], [before, len(answer), len(closing)])
+        written = np.concatenate([written, marks])
     likeliest = logits(REPOSITORY / "assets" / "rwkv7-tiny.pth", list(text.encode())).argmax(axis=-1)
     assert written.sum() > 20
     assert bytes(likeliest[:-1][written[1:]].tolist()) == bytes(np.frombuffer(text.encode(), np.uint8)[written])
 
 
-def test_a_template_without_turns_begins_every_message_anew(voice):
-    raw = load_voices(ChatConfig(load_model=BASE, precision="fp32"))[0]
+def test_a_template_without_turns_begins_every_message_anew(base):
+    raw = load_voices(ChatConfig(load_model=base))[0]
     session = Session(raw, replace(GREEDY, max_new=12))
     assert raw.wording.template.name == "raw"
     first = say(session, "The people of ")
@@ -80,13 +90,12 @@ def test_a_template_without_turns_begins_every_message_anew(voice):
         (
             "g1-think",
             [">\nHm.\n\nYes.\n</think>\nOne.\n\nUser: no", ">\n</think>\nTwo.|"],
-            "User: a\n\nAssistant: <think>\nHm.\n\nYes.\n</think>\nOne.\n\nUser: b\n\nAssistant: <think>\n</think>\n"
-            "Two.",
+            f"{THOUGHT}User: b\n\nAssistant: <think>\n</think>\nTwo.",
         ),
         (
             "world",
             [" <think>\nHm.\n\nYes.\n</think>\nOne.\n\nNo", " Two.|"],
-            "User: a\n\nAssistant: <think>\nHm.\n\nYes.\n</think>\nOne.\n\nUser: b\n\nAssistant: Two.",
+            f"{THOUGHT}User: b\n\nAssistant: Two.",
         ),
     ],
 )
@@ -110,7 +119,7 @@ def test_undo_gives_the_very_state_of_before_and_the_turns_limit_what_is_kept(se
     for expected, message in ((states[2], "three"), (states[1], "two")):
         assert session.undo().message == message
         assert same(session.state, expected)
-    with pytest.raises(UserError, match=r"is not kept \(--undo 2 are\)"):
+    with pytest.raises(UserError, match="is not kept: .* more than --undo 2 turns came after"):
         session.undo()
     assert [turn.message for turn in session.turns] == ["one"] and same(session.state, states[1])
     session.reset()
@@ -140,14 +149,14 @@ def test_a_saved_conversation_goes_on_bit_by_bit(session, voice, tmp_path, name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_saved_conversation_is_for_the_same_model_template_and_adapter_alone(session, tmp_path):
+def test_a_saved_conversation_is_for_the_same_model_template_and_adapter_alone(session, base, tmp_path):
     say(session, "one")
     session.save(tmp_path / "talk.pth")
-    other = checkpoints.read_state(BASE)
+    other = checkpoints.read_state(base)
     other["blocks.0.ffn.key.weight"] = other["blocks.0.ffn.key.weight"] * 1.01
     checkpoints.write_state(tmp_path / "other.pth", other)
     for changes in ({"template": "g1"}, {"quant": "int8"}, {"load_model": str(tmp_path / "other.pth")}):
-        config = ChatConfig(**{"load_model": BASE, "template": "world", "precision": "fp32", **changes})
+        config = ChatConfig(**{"load_model": base, "template": "world", **changes})
         later = Session(load_voices(config)[0], GREEDY)
         with pytest.raises(UserError, match="is a conversation with another model"):
             later.load(tmp_path / "talk.pth")

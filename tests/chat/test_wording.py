@@ -70,9 +70,8 @@ def wording(tmp_path):
     def make(name: str) -> Wording:
         if name in files:
             (tmp_path / name).write_text(files[name])
-        return Wording(
-            load_template(str(tmp_path / name) if name in files else name, "bytes"), load_tokenizer("bytes", 256)
-        )
+        template = load_template(str(tmp_path / name) if name in files else name, "bytes")
+        return Wording(template, load_tokenizer("bytes", 256))
 
     return make
 

@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rwkv_bone.chat.flags import ChatConfig
@@ -20,9 +21,12 @@ from rwkv_bone.chat.load import Voice, enough_memory, load_voices
 from rwkv_bone.chat.prompts import STDIN, Prompt, read_prompts, text_of
 from rwkv_bone.chat.shown import taken_apart
 from rwkv_bone.chat.talk import header, sampling_of
+from rwkv_bone.checkpoints import make_folder
 from rwkv_bone.config.names import check_name
 from rwkv_bone.console import counted
 from rwkv_bone.errors import UserError
+from rwkv_bone.inference.generate import generate
+from rwkv_bone.inference.stopping import WholeText
 
 ANSWER, THOUGHT, REASON = "generated", "generated_thinking", "finish_reason"
 SKIP_HINT = "(--bad_rows skip leaves such rows out and counts them)"
@@ -60,8 +64,6 @@ def _answers(
     cfg: ChatConfig, voice: Voice, group: list[Prompt], bad: Callable[[UserError], None], number: int
 ) -> Iterator[str]:
     """The lines of a batch. number: of its first answer, which its seed follows from."""
-    from rwkv_bone.inference.generate import generate
-
     wording = voice.wording
     asked: list[tuple[Prompt, list[int]]] = []
     for prompt in group:
@@ -76,9 +78,17 @@ def _answers(
     with enough_memory("while prompts were answered"):
         written = generate(voice.model, [ids for _, ids in asked], device=voice.device, **how)
     for (prompt, _), ids in zip(asked, written, strict=True):
-        thinking, answer = taken_apart(voice.tokenizer.decode(ids), wording.opening, wording.several)
-        found = {ANSWER: answer, REASON: "length" if len(ids) >= cfg.max_new else "stop"}
+        cut = len(ids) >= cfg.max_new
+        thinking, answer = taken_apart(_text(voice, ids, cut), wording.opening, wording.several)
+        found = {ANSWER: answer, REASON: "length" if cut else "stop"}
         yield json.dumps({**prompt.fields, **({THOUGHT: thinking} if thinking else {}), **found}, ensure_ascii=False)
+
+
+def _text(voice: Voice, ids: list[int], cut: bool) -> str:
+    """The text of an answer. cut: its last character may lack its end, and is left out then."""
+    whole = WholeText(voice.tokenizer)
+    text = "".join(map(whole.add, ids))
+    return text if cut else text + whole.end()
 
 
 def _ids(cfg: ChatConfig, voice: Voice, prompt: Prompt) -> list[int]:
@@ -102,13 +112,12 @@ def _output(cfg: ChatConfig) -> Iterator[Callable[[str], Any]]:
         yield lambda line: print(line, flush=True)
         return
     check_name(cfg.output, "--output")
+    make_folder(Path(cfg.output).parent)
     how = os.O_TRUNC if cfg.overwrite else os.O_EXCL
     try:
         descriptor = os.open(cfg.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | how, 0o666)
     except FileExistsError:
         raise UserError(f"--output {cfg.output} exists and is kept: give another name, or --overwrite") from None
-    except FileNotFoundError:
-        raise UserError(f"--output {cfg.output}: there is no such folder") from None
     with open(descriptor, "wb", buffering=0) as file:
         yield lambda line: file.write(f"{line}\n".encode("utf-8", "backslashreplace"))
 

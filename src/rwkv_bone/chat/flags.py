@@ -27,7 +27,10 @@ CHANGEABLE = (
     "thinking",
 )
 EXAMPLES = (
-    ("the newest adapter of scripts/run_bone.sh on its base", "sh scripts/chat.sh"),
+    (
+        "the newest adapter of scripts/run_bone.sh on its base, always the most likely token",
+        "sh scripts/chat.sh --temperature 0",
+    ),
     (
         "a model with an adapter, beside the model without it",
         "sh scripts/chat.sh --load_model my-model.pth --adapter out/mine/rwkv-1.pth --compare my-model.pth",

@@ -34,7 +34,7 @@ class Style:
         self.on = color == "always" or (color == "auto" and wanted)
 
     def __call__(self, text: str, code: str) -> str:
-        return f"{code}{text}{RESET}" if self.on and text else text
+        return f"{code}{text}{RESET}" if self.on and code and text else text
 
     def prompt(self, text: str) -> str:
         """A prompt for readline, which must know what takes no room."""

@@ -92,7 +92,8 @@ class Session:
         turn = self.turns[-1]
         if not turn.kept:
             raise UserError(
-                f"the state before this turn is not kept (--undo {self.undo_limit} are); /reset begins anew"
+                "the state before this turn is not kept: the turn was loaded, or more than --undo "
+                f"{self.undo_limit} turns came after; /reset begins anew"
             )
         self.state = on_device(turn.before, self.voice.device)
         self.turns.pop()

@@ -18,7 +18,7 @@ from rwkv_bone.data.tokenizer import encode_marked
 from rwkv_bone.inference.generate import BATCH, generate
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.heldout import LONGEST, HeldOut, evaluating
-from rwkv_bone.training.measuring import Rhythm, rhythm
+from rwkv_bone.training.measuring import ANSWERS, SAMPLES, Rhythm, rhythm
 from rwkv_bone.training.module import TrainingModule
 
 SHORT = 9  # tokens of an answer that are timed
@@ -46,7 +46,8 @@ class Costs:
     def in_a_run(self, when: Rhythm, steps: int) -> tuple[int, float]:
         """(measurements while training, seconds of all measurements)."""
         count = (steps - 1) // when.every if when.every else 0
-        each = self.loss + self.samples + (self.answers if when.exact else 0.0)
+        samples = self.samples if when.what >= SAMPLES else 0.0
+        each = self.loss + samples + (self.answers if when.what >= ANSWERS else 0.0)
         return count, 2 * self.at_the_ends + count * each
 
 
