@@ -331,7 +331,8 @@ def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
     ).split()
     files = ["data_file", "eval_data", "input"]
     words = (
-        "columns data_weights dataset_field eval_field resume_with sft_field stop target_modules targets train_parts"
+        "columns data_weights dataset_field eval_field report_to resume_with sft_field stop target_modules targets "
+        "train_parts"
     ).split()
     names = ["deepspeed", "eval_general", "template", "tokenizer"]  # or files
     texts = "cards dataset_split field hf_base mask_id my_testing sft_split shard_size system wandb".split()
@@ -339,7 +340,7 @@ def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
     textual = {
         name for name, spec in known.items() if type(spec.default) in (str, tuple) and not spec.metadata["choices"]
     }
-    textual |= {"train_parts", "config", "my_testing"}
+    textual |= {"train_parts", "report_to", "config", "my_testing"}
     assert textual == {*paths, *files, *words, *names, *texts}
     assert {name for name, spec in known.items() if type(spec.default) is tuple} == {*files, *words}
 
