@@ -6,6 +6,7 @@ ACTS, LAYERS, FIELDS = (f"src/rwkv_bone/config/{name}.py" for name in ("acts", "
 TESTS = "tests/config/test_acts.py"
 MEMORY, RECOMPUTE = (f"src/rwkv_bone/training/{name}.py" for name in ("memory", "recompute"))
 DEVICES, RECOMPUTE_TESTS = "src/rwkv_bone/devices.py", "tests/training/test_recompute.py -k 'not writes and not bits'"
+PARTS = "tests/training/test_memory.py"
 
 WRITTEN, FLAGS = (f"src/rwkv_bone/config/{name}.py" for name in ("written", "flags"))
 CARDS, FILE_TESTS, CARD_TESTS = "src/rwkv_bone/cards.py", "tests/config/test_written.py", "tests/test_cards.py"
@@ -115,6 +116,11 @@ BUGS = (
     Bug(MEMORY, "return 1 if self.document else self.micro_bsz", "return self.micro_bsz", RECOMPUTE_TESTS),
     Bug(MEMORY, "made_at_once or run.accumulate > 1", "made_at_once or run.accumulate > 9", RECOMPUTE_TESTS),
     Bug(MEMORY, "max(blocks - again, 0) * stays", "blocks * stays", "tests/test_memory_page.py -k keep_their_input"),
+    Bug(RECOMPUTE, " - sum(map(resident_bytes, tensors))", "", f"{PARTS} -k does_not_count_twice"),
+    Bug(MEMORY, "adapter=found.values", "adapter=found.trained", f"{PARTS} -k 4_bytes"),
+    Bug(MEMORY, '(0.5 + 4 / BLOCK),\n        "fp4"', '0.5,\n        "fp4"', f"{PARTS} -k codes_and_scales"),
+    Bug(MEMORY, "REPEATS if run.keeps else 0", "REPEATS", f"{PARTS} -k counts_whole"),
+    Bug(MEMORY, "(CHECKPOINT if run.recompute.blocks else 0)", "0", f"{PARTS} -k counts_whole"),
     Bug(DEVICES, "sum(map(int, files))", "0", "tests/test_devices.py -k free_memory"),
     Bug(DEVICES, "group = group.parent", "break", "tests/test_devices.py -k free_memory"),
     Bug(
