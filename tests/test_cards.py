@@ -153,6 +153,10 @@ def test_auto_is_what_a_launcher_has_started_or_gives(variables, words, expected
     assert settled("--devices", "auto", *words)[0] == expected
 
 
+def test_auto_may_be_several_so_that_what_several_need_is_accepted():
+    assert parse_train([*MODEL, "--devices", "auto", "--rank_timeout", "120"]).run.rank_timeout == 120
+
+
 def test_torchruns_processes_choose_cards_too(machine):
     torchrun = {"TORCHELASTIC_RUN_ID": "r", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     machine(4, **torchrun)

@@ -255,7 +255,7 @@ def test_the_last_words_of_a_program_begin_at_its_error():
 
 def test_problems_come_first_each_with_its_remedy_then_what_is_fine_then_the_block():
     found = [
-        Finding(FINE, "cores", "2"),
+        Finding(FINE, "cores", "2 of CXX=secret", "", "2"),
         Finding(WARNING, "memory", "little", "close programs"),
         Finding(PROBLEM, "packages", "none", "sh scripts/setup.sh\nor pip"),
     ]
@@ -264,6 +264,7 @@ def test_problems_come_first_each_with_its_remedy_then_what_is_fine_then_the_blo
     at = [text.index(word) for word in ("none", "do: sh scripts/setup.sh", "    or pip", "little", "cores ", "```text")]
     assert at == sorted(at)
     assert lines[-1] == "not fit   1 problem (1 warning): what to do stands with each, above"
+    assert "secret" in text.split("```text")[0] and "secret" not in text.split("```text")[1]
     assert "PROBLEM packages: none" in text and "WARNING memory: little" in text
     assert list(finding.report(found[:2], "9"))[-1] == "fit       this machine can train (1 warning)"
 

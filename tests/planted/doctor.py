@@ -14,7 +14,7 @@ BUGS = (
         "for level, title in reversed(TITLES.items()):",
         f"{TESTS} -k first",
     ),
-    Bug(FINDING, "finding.public or finding.text", "finding.text", f"{TESTS} -k quick"),
+    Bug(FINDING, "finding.public or finding.text", "finding.text", f"{TESTS} -k first"),
     Bug(FINDING, "        text = text.replace(place, name)", "        pass", f"{TESTS} -k gives"),
     Bug(FINDING, '    text = PATH.sub(".../", text)', "", f"{TESTS} -k gives"),
     Bug(FINDING, '(host, host.partition(".")[0])', "(host,)", f"{TESTS} -k gives"),

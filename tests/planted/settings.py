@@ -150,6 +150,6 @@ BUGS = (
     Bug(CARDS, '        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")', "        pass", CARD_TESTS),
     Bug(CARDS, "given = found.devices or", "given =", f"{CARD_TESTS} -k launcher"),
     Bug(ACTS, ', "cards": "devices"}', "}", f"{CARD_TESTS} -k 'script or elsewhere'"),
-    Bug(ACTS, "devices != 1 or nodes > 1", "devices * nodes > 1", f"{CARD_TESTS} -k all_gpus"),
+    Bug(ACTS, "devices != 1 or nodes > 1", "devices * nodes > 1", f"{CARD_TESTS} -k several"),
     Bug(FLAGS, "        split_devices(values)\n        return", "        return", CARD_TESTS),
 )
