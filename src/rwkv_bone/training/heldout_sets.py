@@ -215,8 +215,8 @@ def _prompts(
     if Path(path).suffix == ".txt":
         try:
             lines = [line for line in read_text(Path(path)).splitlines() if line.strip()]
-        except OSError as error:
-            raise UserError(f"--sample_prompts {path} cannot be read: {error.strerror or error}") from None
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"--sample_prompts {path} cannot be read: {getattr(error, 'strerror', error)}") from None
         prompts = [Prompt(name, line) for line in lines]
     else:
         data = replace(config.data, eval_data=(), eval_field=())
