@@ -18,14 +18,7 @@ SAVES = "tests/training/test_data_lines.py -k never_reaches"
 BUGS = (
     # Measurements.
     Bug(
-        f"{TRAINING}/heldout.py",
-        "        module.eval()  # an adapter's dropout is for training alone\n",
-        "",
-        "tests/training/test_heldout.py -k dropout",
-    ),
-    Bug(f"{TRAINING}/heldout.py", "        module.train()\n", "", "tests/training/test_heldout.py -k dropout"),
-    Bug(
-        f"{TRAINING}/heldout.py",
+        f"{TRAINING}/evaluation.py",
         'same = written["data"] == data',
         "same = True",
         "tests/training/test_heldout.py -k same_data",

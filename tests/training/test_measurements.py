@@ -117,6 +117,10 @@ def test_prompts_of_a_file_are_answered_at_each_measurement(job, files, tmp_path
     prompts.write_text("\n")
     with pytest.raises(UserError, match="--sample_prompts .*prompts.txt holds no prompt"):
         job.run("no prompts", sample_prompts=prompts, **flags)
+    with pytest.raises(UserError, match="--sample_prompts .*gone.txt cannot be read: No such file"):
+        job.run("no prompts", sample_prompts=tmp_path / "gone.txt", **flags)
+    with pytest.raises(UserError, match="--eval_general: .*gone.txt does not exist"):
+        job.run("no prose", **(flags | {"eval_general": tmp_path / "gone.txt"}))
 
 
 def test_prose_that_the_base_knows_nothing_of_is_left_out_with_a_line(job, files, capsys):

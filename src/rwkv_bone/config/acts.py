@@ -124,7 +124,11 @@ TRAIN: dict[str, When] = {
     ),
     "eval_samples": given("eval_data", "eval_split") & only("data_type", *CONVERSATIONS),
     **dict.fromkeys(("eval_general", "eval_steps", "sample_prompts"), given("eval_data", "eval_split")),
-    "early_stop": given("eval_data", "eval_split") & When(("eval_steps",), bool, "with --eval_steps above 0, or auto"),
+    "early_stop": When(
+        ("eval_data", "eval_split", "eval_steps"),
+        lambda files, share, every: bool((files or share) and every),
+        "with --eval_data or --eval_split, and with --eval_steps above 0, or auto",
+    ),
 }
 
 FOLDER = When(("output",), lambda name: not suffix_of(name), "with a folder as --output")

@@ -169,7 +169,7 @@ def _general(
         dataset = load_dataset(replace(data, dataload="pad"), vocab_size, path, keep=keep)
     except UserError as error:
         if asked != "auto":
-            raise
+            raise UserError(f"--eval_general: {error}") from None
         report(f"general   not measured: the bundled text cannot be read for this model ({error})")
         return None
     earlier = _measured(kept, GENERAL)
@@ -222,7 +222,10 @@ def _prompts(
     assert tokenizer
     name = Path(path).name
     if Path(path).suffix == ".txt":
-        lines = [line for line in read_text(Path(path)).splitlines() if line.strip()]
+        try:
+            lines = [line for line in read_text(Path(path)).splitlines() if line.strip()]
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"--sample_prompts {path} cannot be read: {getattr(error, 'strerror', error)}") from None
         prompts = [Prompt(name, line) for line in lines]
     else:
         data = replace(config.data, eval_data=(), eval_field=())
