@@ -51,7 +51,7 @@ def play(folder, *words, steps=4, first=0, main=True, measured=(), earlier=()):
         config_, folder, step_log, first_step=first, sent=sent, measurements=earlier, report=said.append
     )
     module = SimpleNamespace(window_finished=lambda: True)
-    send.on_fit_start(SimpleNamespace(is_global_zero=main), module)
+    send.setup(SimpleNamespace(is_global_zero=main), module, "fit")
     for step in range(first + 1, steps + 1):
         step_log.records.append(line(step))
         send.on_train_batch_end(None, module, None, None, step)
@@ -160,7 +160,7 @@ def test_a_step_that_is_measured_twice_sends_what_is_new(program, tmp_path):
         sent=Sent(),
         report=lambda line: None,
     )
-    send.on_fit_start(SimpleNamespace(is_global_zero=True), None)
+    send.setup(SimpleNamespace(is_global_zero=True), None, "fit")
     sent = []
     send.senders[0].send = lambda numbers, step: sent.append((step, numbers))
     without = {"heldout": {**MEASURED["sets"]["heldout"], "exact_match": None}, "general": MEASURED["sets"]["general"]}

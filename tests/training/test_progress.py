@@ -115,6 +115,7 @@ def test_no_line_is_wider_than_the_terminal_also_when_that_becomes_narrower(colu
             drawn = screen_of(screen).split("\r")[-1].replace("\033[A", "")
             assert "step 50/100"[: size - 1] in drawn or size < 12
             assert len(drawn.rstrip()) < size
+            assert ("0:00 left" in drawn) == (size >= 40), "what matters less takes its place"
             assert ("held-out 1.6000 ^" in drawn) == (size >= 80) and ("best 1.5000 at 5" in drawn) == (size >= 80)
         progress._close()
 

@@ -209,7 +209,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     finally:
         with project.spared("there is no table of what the run did", report):
             measurements = heldout.records if heldout else []
-            for line in table(log.records, measurements, warn.given, module.total_steps) if module.window else ():
+            for line in table(log.records, measurements, warn.given, module.total_steps) if log.records else ():
                 report(line)
     assert save.last_path
     if main:

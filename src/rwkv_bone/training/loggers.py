@@ -139,7 +139,8 @@ class SendEverything(Callback):
         self._measurements = list(measurements)
         self._last: dict = {}  # the last measurement
 
-    def on_fit_start(self, trainer: Trainer, module: TrainingModule) -> None:
+    def setup(self, trainer: Trainer, module: TrainingModule, stage: str) -> None:
+        # Before on_fit_start, in which a run measures that has no step left.
         self.senders = list(self._make()) if trainer.is_global_zero else []
         for sender in self.senders:
             sender.begin(hyper_parameters(self.config))
