@@ -9,7 +9,7 @@ from tests.report.browser import Browser, found
 from tests.report.made import HOSTILE, make
 
 LIVE = "document.getElementById('live').textContent"
-FOCUS = "document.activeElement.id || document.activeElement.className || document.activeElement.tagName"
+FOCUS = "document.activeElement.id || document.activeElement.getAttribute('class') || document.activeElement.tagName"
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,23 @@ def test_keys_zoom_and_every_curve_can_be_reached(browser, run):
     assert reached[:2] == ["skip", "theme"]
     outline = "(box => (box.focus({focusVisible: true}), getComputedStyle(box).outlineStyle))"
     assert browser.value(f"{outline}(document.getElementById('chart-lr'))") == "solid"
+
+
+def test_what_was_learnt_and_forgotten_is_told_point_by_point(browser, run):
+    measured = records(run, "measurements.jsonl")
+    browser.open(run / "report.html")
+    for _ in range(30):
+        browser.press("Tab")
+        if browser.value("document.activeElement.classList.contains('plane')"):
+            break
+    for step in (0, 20):
+        browser.press("ArrowRight")
+        sets = measured[step]["sets"]
+        assert browser.value(LIVE) == (
+            f"step {step}: held-out {sets['heldout']['loss']:.4f}, general {sets['general']['loss']:.4f}"
+        )
+    browser.press("End")
+    assert browser.value(LIVE).startswith("step 120: ") and browser.value(LIVE).endswith(", best")
 
 
 def test_buttons_change_colours_and_scale_and_the_choice_of_colours_stays(browser, run):

@@ -137,6 +137,8 @@ def test_what_anybody_wrote_is_text(tmp_path):
     page.write(folder)
     shown = Page.read(folder / "report.html")
     assert {"img", "b"} & {tag for tag, given in shown.elements if "src" in given or "onerror" in given} == set()
+    # A comment or the begin of a script inside a script would hide its end.
+    assert not {*"<>&"} & {*next(content for given, content in shown.scripts if "type" in given)}
     assert len(shown.scripts) == 2 and not any("onerror" in name for _, given in shown.elements for name in given)
     assert HOSTILE.replace("\x07", "\\x07") in shown.text
     assert HOSTILE in [one["name"] for one in shown.charts["loss"]["series"]]

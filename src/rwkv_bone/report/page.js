@@ -133,6 +133,29 @@
     }
   }
 
+  // The points of what was learnt against what was forgotten, by arrow keys, pointer or finger.
+  for (const plane of document.querySelectorAll(".plane")) {
+    const points = [...plane.querySelectorAll("circle")], words = document.createElement("p");
+    let at = -1;
+    const pick = to => {
+      at = Math.min(Math.max(to, 0), points.length - 1);
+      points.forEach((point, i) => point.classList.toggle("on", i === at));
+      words.textContent = points[at].querySelector("title").textContent;
+    };
+    words.className = "muted point-words";
+    plane.after(words);
+    plane.setAttribute("tabindex", "0");
+    plane.setAttribute("role", "application");
+    points.forEach((point, i) => point.addEventListener("pointerenter", () => pick(i)));
+    plane.addEventListener("keydown", event => {
+      const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: points.length - 1 }[event.key];
+      if (to === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
+      event.preventDefault();
+      pick(to);
+      live.textContent = words.textContent;
+    });
+  }
+
   const dark = matchMedia("(prefers-color-scheme: dark)"), button = document.getElementById("theme");
   const redraw = () => plots.forEach(plot => plot.redraw(false, true));
   // A page from the disk may have no storage: the choice then lasts as long as the page.

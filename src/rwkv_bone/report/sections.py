@@ -95,7 +95,8 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
     exact = [(one.step, one.sets[run.main].exact) for one in run.measurements if run.main in one.sets]
     exact = [(step, share) for step, share in exact if share is not None]
     if exact:
-        found.append(("exact answers", percent(exact[-1][1]), f"{percent(exact[0][1])} at step {exact[0][0]:,}"))
+        before = f"; step {exact[0][0]:,}: {percent(exact[0][1])}" if len(exact) > 1 else ""
+        found.append(("exact answers", percent(exact[-1][1]), f"step {exact[-1][0]:,}{before}"))
     if (forgotten := run.forgotten()) is not None:
         general = run.losses(run.general)
         found.append(
@@ -253,7 +254,7 @@ def _went(before: float, after: float) -> str:
 def forgetting(run: Run) -> Html:
     way = path_of(run)
     words = in_words(run)
-    drawn = plane.draw([way]) if way and len(way.points) > 1 else ""
+    drawn = tag("div", plane.draw([way])) if way and len(way.points) > 1 else ""
     beside = [one for one in (drawn, measured(run)) if one]
     return section(
         "learnt",
