@@ -87,7 +87,7 @@ BUGS = (
         f"{INFERENCE}/sampling.py",
         "cumulated <= numbers * total",
         "cumulated < numbers * total",
-        f"{SAMPLING} -k 'at_its_number or last_number'",
+        f"{SAMPLING} -k 'last_number'",
     ),
     Bug(
         f"{INFERENCE}/sampling.py",
