@@ -48,11 +48,13 @@ def test_a_drawn_token_is_the_one_at_its_number(top_k, top_p, size, spread):
         assert token in near
 
 
-def test_the_last_number_draws_a_token_that_can_be_drawn():
+def test_the_first_and_the_last_number_draw_a_token_that_can_be_drawn():
+    """A number just below 1 is 1 in float32."""
     logits = torch.tensor([[0.0, -1.0, -200.0, -math.inf], [-math.inf, 0.0, -math.inf, -math.inf]])
-    last = torch.tensor([[1 - 2**-24], [1 - 2**-24]])
     for options in ({}, {"top_p": 0.999}, {"top_k": 4}):
-        assert _drawn(logits, Sampling(temperature=1.0, **options), last).tolist() == [1, 1]
+        for number, expected in ((0.0, [0, 1]), (1 - 2**-24, [1, 1]), (1.0, [1, 1])):
+            numbers = torch.full((2, 1), number)
+            assert _drawn(logits, Sampling(temperature=1.0, **options), numbers).tolist() == expected
 
 
 def test_drawn_tokens_are_as_frequent_as_they_are_probable():

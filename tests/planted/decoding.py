@@ -49,7 +49,7 @@ BUGS = (
     Bug(OPS, "scales + at / 64,", "scales,", ADAPTED),
     Bug(OPS, "begin + i < op.n; i++) y[i] +=", "begin + op.m <= op.n; i++) y[i] +=", ADAPTED),
     Bug(OPS, "_mm512_srli_epi32(codes, 4)", "_mm512_srli_epi32(codes, 5)", ADAPTED),
-    Bug(COMPILED, "steps.fold(x, folded)\n", "", ADAPTED),
+    Bug(COMPILED, "        steps.fold(x, folded)\n", "", ADAPTED),
     Bug(COMPILED, "layer.settings.scale, torch.float32)", "1.0, torch.float32)", ADAPTED),
     Bug(COMPILED, "if any(_folded(module) and module.weight is None for module in modules):", "if False:", ADAPTED),
     Bug(COMPILED, "if start is not None:", "if False:", f"{DECODER} -k initial_state"),
@@ -87,7 +87,7 @@ BUGS = (
         f"{INFERENCE}/sampling.py",
         "cumulated <= numbers * total",
         "cumulated < numbers * total",
-        f"{SAMPLING} -k 'at_its_number or last_number'",
+        f"{SAMPLING} -k 'last_number'",
     ),
     Bug(
         f"{INFERENCE}/sampling.py",
@@ -95,7 +95,12 @@ BUGS = (
         "return places",
         f"{SAMPLING} -k last_number",
     ),
-    Bug(f"{INFERENCE}/sampling.py", "self._counts *= self.sampling.penalty_decay\n", "", f"{SAMPLING} -k chatrwkv"),
+    Bug(
+        f"{INFERENCE}/sampling.py",
+        "        self._counts *= self.sampling.penalty_decay\n",
+        "",
+        f"{SAMPLING} -k chatrwkv",
+    ),
     Bug(
         f"{INFERENCE}/sampling.py", "presence * self._seen", "presence * (self._counts > 0)", f"{SAMPLING} -k long_ago"
     ),
