@@ -1,10 +1,13 @@
 """Speed of generation beside the `rwkv` package, on the processor, with random weights: no checkpoint is needed.
 
     python benchmarks/decode.py                    an RWKV-7 of 0.1B in fp32 and bf16 (about 3 minutes)
+    python benchmarks/decode.py --version 6        an RWKV-6 of that size
+    python benchmarks/decode.py --size bundled     the size of the model in assets/
+    python benchmarks/decode.py --quant nf4        our own speed with a quantised base
     python benchmarks/decode.py --size tiny        small enough for a test
     python benchmarks/decode.py --json rows.jsonl  append the rows to a file
 
-decode      one token for each of --batch sequences, from their states
+decode      one token for each of --batch sequences, from their states; of one by `inference.decoder.Decoder`
 prefill     a prompt of --prompt tokens, whose last logits and state are kept
 
 A row gives tokens per second of both, and ours as a multiple of the package's, which has no batch and reads one
@@ -12,8 +15,9 @@ sequence at a time. Time is processor time, in rounds in which both take turns, 
 alike; the median of --rounds (on such a machine set OMP_NUM_THREADS=1). The package is an optional peer: without it
 there are our own figures alone.
 
-Before a time is taken, logits are compared: those after the prompt and those of every token decoded after it, with the
-package's and with our own of the same text read at once. Exit status 1, and no row of that type, if they differ.
+Before a time is taken, logits are compared: those after the prompt and those of every token decoded after it, by the
+decoder and by the model, with the package's and with our own of the same text read at once. Exit status 1, and no row
+of that type, if they differ.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +40,14 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.timing import append, hardware  # noqa: E402
-from rwkv_bone.config import ModelConfig  # noqa: E402
+from rwkv_bone.config import QUANTS, ModelConfig  # noqa: E402
+from rwkv_bone.inference.decoder import Decoder  # noqa: E402
 from rwkv_bone.models import RWKV, architecture_from_scratch, build  # noqa: E402
 from rwkv_bone.ops import select_op  # noqa: E402
+from rwkv_bone.quantization import QuantLinear, is_quantized, quantize  # noqa: E402
 
 # layers, width, vocabulary
-SIZES = {"tiny": (2, 64, 256), "0.1B": (12, 768, 65536), "0.4B": (24, 1024, 65536)}
+SIZES = {"tiny": (2, 64, 256), "bundled": (6, 128, 256), "0.1B": (12, 768, 65536), "0.4B": (24, 1024, 65536)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative errors of logits. In bf16 each implementation rounds at other places, so each is off by as much.
 LIMITS = {"fp32": 1e-4, "bf16": 5e-2}
@@ -50,11 +57,14 @@ Step = Callable[[], object]
 
 
 @torch.no_grad()
-def random_model(size: str, dtype: torch.dtype) -> RWKV:
-    """A frozen RWKV-7 in eval mode. Projections keep the size of what goes through them."""
+def random_model(size: str, dtype: torch.dtype, version: int) -> RWKV:
+    """A frozen model in eval mode. Projections keep the size of what goes through them."""
     layers, width, vocabulary = SIZES[size]
     arch = architecture_from_scratch(ModelConfig(n_layer=layers, n_embd=width, vocab_size=vocabulary))
-    op, _ = select_op("auto", torch.device("cpu"), "wkv7", arch.head_size, dtype)
+    if version < 7:  # with the sizes of released models
+        ranks = {"mix": 32, "decay": 64} if version == 6 else {}
+        arch = replace(arch, version=version, dim_ffn=int(width * 3.5) // 32 * 32, low_rank=ranks)
+    op, _ = select_op("auto", torch.device("cpu"), f"wkv{version}", arch.head_size, dtype)
     model = build(arch, op=op, dtype=dtype).to(dtype).requires_grad_(False).eval()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -64,12 +74,25 @@ def random_model(size: str, dtype: torch.dtype) -> RWKV:
                 parameter.fill_(float(name == "weight"))
             else:
                 parameter.normal_(std=0.05)
+    if version < 7:  # in which roundings of bfloat16 would grow from block to block
+        for block in model.blocks:
+            block.att.output.weight *= 0.3
+            block.ffn.value.weight *= 0.3
     return model
+
+
+def quantized(model: RWKV, kind: str) -> None:
+    """Take a quantised projection for each projection that --quant takes one for."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_quantized(f"{name}.weight"):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, QuantLinear(quantize(module.weight, kind)))
 
 
 def package(model: RWKV, dtype: str) -> Any | None:
     """The same model in the `rwkv` package; None where that is not installed."""
-    os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")  # it reads them when it is imported
+    v7 = str(int(model.arch.version == 7))
+    os.environ.update(RWKV_V7_ON=v7, RWKV_JIT_ON="1", RWKV_CUDA_ON="0")  # it reads them when it is imported
     try:
         from rwkv.model import RWKV as Package
     except ImportError:
@@ -88,13 +111,17 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def disagreement(model: RWKV, peer: Any | None, ids: list[int], prompt: int) -> float:
     """The largest relative error of our logits at positions from the end of the prompt on."""
     whole = model(torch.tensor([ids]))[0]
-    logits, state = model(torch.tensor([ids[:prompt]]), return_state=True, last_only=True)
+    decoder = Decoder(model)
+    logits, state = decoder.read(ids[:prompt])
+    batched, states = logits[None], state
     theirs, its_state = peer.forward(ids[:prompt], None) if peer else (whole[prompt - 1], None)
     worst = 0.0
     for at in range(prompt, len(ids) + 1):
-        worst = max(worst, relative_error(logits[0], theirs), relative_error(logits[0], whole[at - 1]))
+        for ours in (logits, batched[0]):
+            worst = max(worst, relative_error(ours, theirs), relative_error(ours, whole[at - 1]))
         if at < len(ids):
-            logits, state = model(torch.tensor([[ids[at]]]), state=state, return_state=True, last_only=True)
+            logits, state = decoder.step(ids[at], state)
+            batched, states = model(torch.tensor([[ids[at]]]), state=states, return_state=True, last_only=True)
             theirs, its_state = peer.forward(ids[at : at + 1], its_state) if peer else (whole[at], None)
     return worst
 
@@ -115,13 +142,16 @@ def seconds(works: dict[str, Step], rounds: int) -> dict[str, float]:
 @torch.no_grad()
 def works_of(model: RWKV, peer: Any | None, ids: list[int], prompt: int, batches: list[int]) -> list[tuple]:
     """(what, batch, tokens of ours, {whose: what is timed}), in which the package makes one sequence's share."""
-    _, state = model(torch.tensor([ids[:prompt]]), return_state=True, last_only=True)
+    decoder = Decoder(model)
+    _, state = decoder.step(ids[0], decoder.read(ids[:prompt])[1])
     its_state = peer.forward(ids[:prompt], None)[1] if peer else None
 
     def read(text: list[int]) -> Step:
         return lambda: model(torch.tensor([text]), return_state=True, last_only=True)
 
     def decode(batch: int) -> Step:
+        if batch == 1:
+            return lambda: decoder.step(ids[prompt], state)
         last = torch.tensor([[ids[prompt]]] * batch)
         before = [type(layer)(*(part.repeat_interleave(batch, dim=0) for part in layer)) for layer in state]
         return lambda: model(last, state=before, return_state=True, last_only=True)
@@ -142,9 +172,11 @@ def works_of(model: RWKV, peer: Any | None, ids: list[int], prompt: int, batches
 def measure(args: argparse.Namespace, dtype: str) -> list[dict]:
     """The rows of a type; none if the logits are wrong."""
     torch.manual_seed(0)
-    model = random_model(args.size, DTYPES[dtype])
-    peer = package(model, dtype)
-    if not peer:
+    model = random_model(args.size, DTYPES[dtype], args.version)
+    peer = None if args.quant else package(model, dtype)
+    if args.quant:
+        quantized(model, args.quant)
+    elif not peer:
         print("rwkv package: skipped, it is not installed")
     ids = torch.randint(1, SIZES[args.size][2], (args.prompt + COMPARED,)).tolist()
     error = disagreement(model, peer, ids, args.prompt)
@@ -157,7 +189,14 @@ def measure(args: argparse.Namespace, dtype: str) -> list[dict]:
         one = tokens // batch  # what the package makes in a call
         ours, theirs = tokens / spent["ours"], one / spent["rwkv"] if peer else None
         row = {"what": what, "hardware": hardware(torch.device("cpu")), "torch": torch.__version__, "size": args.size}
-        row |= {"dtype": dtype, "batch": batch, "prompt": args.prompt, "tokens_per_s": ours}
+        row |= {
+            "version": args.version,
+            "quant": args.quant,
+            "dtype": dtype,
+            "batch": batch,
+            "prompt": args.prompt,
+            "tokens_per_s": ours,
+        }
         rows.append(row | {"rwkv_tokens_per_s": theirs, "ratio": ours / theirs if theirs else None, "error": error})
     return rows
 
@@ -165,6 +204,8 @@ def measure(args: argparse.Namespace, dtype: str) -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="0.1B")
+    parser.add_argument("--version", type=int, choices=(5, 6, 7), default=7)
+    parser.add_argument("--quant", choices=[quant for quant in QUANTS if quant != "none"])
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--prompt", type=int, default=1024)

@@ -24,6 +24,16 @@ def prompts_of(*lengths: int) -> list[list[int]]:
     return [torch.randint(1, 61, (length,), generator=generator).tolist() for length in lengths]
 
 
+class Letters:
+    """A tokenizer with a letter for each id."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - 0x4E00 for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(0x4E00 + i) for i in ids)
+
+
 @torch.no_grad()
 def slowly(model, prompt: list[int], max_new: int, stop_id: int | None) -> list[int]:
     """Greedy decoding without any state."""
@@ -138,6 +148,36 @@ def test_sampling_repeats_with_its_seed_and_changes_with_it(model):
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
+
+
+def test_what_a_prompt_draws_does_not_depend_on_the_prompts_beside_it(model):
+    how = {"stop_id": None, "temperature": 1.0, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.2}
+    limits, seeds = [9, 0, 16, 12, 5], [5, 6, 7, 8, 9]
+    together = generate(model, PROMPTS, max_new=limits, seed=seeds, **how)
+    assert [len(answer) for answer in together] == limits
+    for i, prompt in enumerate(PROMPTS):
+        assert generate(model, [prompt], max_new=limits[i], seed=[seeds[i]], **how) == [together[i]]
+    assert generate(model, PROMPTS, max_new=limits, seed=seeds, batch=2, **how) == together
+    # Of one seed the same prompt draws different numbers in each place.
+    first, second = generate(model, [PROMPTS[0]] * 2, max_new=12, seed=5, **how)
+    assert first != second
+
+
+def test_a_stop_text_ends_the_answer_that_holds_it_and_no_other(model):
+    tokenizer = Letters()
+    free = [tokenizer.decode(answer) for answer in generate(model, PROMPTS, max_new=14, stop_id=None)]
+    stop = free[0][5:8]
+    found = generate(model, PROMPTS, max_new=14, stop_id=None, stop_texts=[stop], tokenizer=tokenizer, batch=3)
+    assert [tokenizer.decode(answer) for answer in found] == [text.partition(stop)[0] for text in free]
+    assert len(free[0]) > len(found[0]) < max(map(len, found))
+
+
+def test_each_prompt_needs_its_own_number(model):
+    for given in ({"max_new": [1, 2]}, {"max_new": 1, "seed": [1]}):
+        with pytest.raises(ValueError, match="expected one for each of the 5 prompts"):
+            generate(model, PROMPTS, **given)
+    with pytest.raises(ValueError, match="stop_texts need the tokenizer"):
+        generate(model, PROMPTS, max_new=1, stop_texts=["x"])
 
 
 def test_a_small_top_p_leaves_only_the_likeliest_token(model):
