@@ -95,8 +95,8 @@ BUGS = (
     Bug(ERRORS, "return 128 + SIGPIPE", "return 0", f"{SAYS} -k only_shows"),
     Bug(
         "src/rwkv_bone/commands.py",
-        "exit_status(body, shows=True)",
-        "exit_status(body)",
+        "preview import main\n\n        main(prog)\n\n    return exit_status(body, shows=True)",
+        "preview import main\n\n        main(prog)\n\n    return exit_status(body)",
         "tests/test_console.py -k preview",
     ),
     # Runs.
