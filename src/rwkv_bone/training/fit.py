@@ -19,18 +19,15 @@ from rwkv_bone.cluster.watch import Watch
 from rwkv_bone.cluster.world import SAME_FILES
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data.tokenizer import folder_text
-from rwkv_bone.devices import describe_devices
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import batch_size, guard, out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.heldout_sets import prepare_heldout
-from rwkv_bone.training.log import StepLog, read_log
-from rwkv_bone.training.loggers import SendEverything, Sent
 from rwkv_bone.training.measurements import read_kept
 from rwkv_bone.training.measuring import MeasureWhileTraining
 from rwkv_bone.training.memory import count
 from rwkv_bone.training.module import TrainingModule, read_bad_steps
-from rwkv_bone.training.page import RenewPage, environment
+from rwkv_bone.training.observers import Observers
 from rwkv_bone.training.place import PlaceModel
 from rwkv_bone.training.prepare import (
     agree_on_files,
@@ -39,7 +36,6 @@ from rwkv_bone.training.prepare import (
     plan_batches,
     prepare_model,
 )
-from rwkv_bone.training.progress import ProgressLines
 from rwkv_bone.training.recompute import Agree, decide, memory_there, run_of
 from rwkv_bone.training.report import complete, following, header, program, report_results
 from rwkv_bone.training.resume import look, looked
@@ -48,9 +44,7 @@ from rwkv_bone.training.saving import SaveTrained
 from rwkv_bone.training.seeding import SeedBatches
 from rwkv_bone.training.signals import StopOnSignal
 from rwkv_bone.training.strategy import silence_libraries
-from rwkv_bone.training.summary import table
 from rwkv_bone.training.trainer import choose_device, make_trainer, run_steps, settle_threads
-from rwkv_bone.training.warn import WarnOnce, kept_warnings
 from rwkv_bone.training.watched import ShowProgress
 
 
@@ -134,7 +128,6 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
             report(line)
         for line in guard.warnings(memory):
             report(f"          {line}")
-    sent = Sent.read(folder) if earlier and main else Sent()  # before what is repeated is taken away
     measured = earlier.measured if earlier else None
     kept = world.from_first("measurements", lambda: read_kept(folder, first)) if earlier else ((), ())
     heldout = prepare_heldout(reading, prepared.arch.vocab_size, split, plan, folder, report, measured, kept)
@@ -144,51 +137,38 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     if stopped:
         report(f"resume    it has ended early, after step {first} (--early_stop {run.early_stop})")
         module.steps_left = 0
+    go_on = program("train.py", "--resume", "1", "--proj_dir", str(folder))
+    observers = Observers(
+        config,
+        prepared,
+        data,
+        module,
+        heldout,
+        folder=folder,
+        device=device,
+        continues=main and earlier is not None,
+        go_on=go_on,
+        report=report,
+    )
     if earlier and not module.steps_left and not (heldout and heldout.interrupted(first)):
         trained = earlier.trained or folder / f"rwkv-{run.epoch_begin + plan.locate(first - 1)[0]}-s{first}.pth"
         if main and earlier.mend(trained, output.dtypes, output.metadata):
             report(f"resume    {trained.name} was lost or damaged: it is written again, from {earlier.path.name}")
-        if main:
-            records, given = read_log(folder / project.LOG, first)[0], kept_warnings(folder / project.WARNINGS, first)
-            for line in table(records, heldout.records if heldout else (), given, module.total_steps):
-                report(line)
-        for line in complete(config, folder, trained, heldout, stopped):
+        for line in [*observers.table(), *complete(config, folder, trained, heldout, stopped)]:
             report(line)
         return trained
 
-    kept, missing = read_log(folder / project.LOG, first) if earlier and main else ([], "")
-    if missing:
-        report(f"resume    {missing}")
-    log = StepLog(folder / project.LOG, kept, report)
-    go_on = program("train.py", "--resume", "1", "--proj_dir", str(folder))
+    log = observers.log
     save = SaveTrained(output, folder, run, earlier=earlier, log=log, go_on=go_on, report=report)
     watch.state = save.state_of_things
     stop = StopOnSignal(save.save_step, save.state_of_things, run.max_minutes)
     callbacks: list[Callback] = [stop, ShowProgress(), PlaceModel(prepared.dtype), Agree()]
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
-    about = environment(device=describe_devices(device, plan.world_size), kernel=prepared.kernel)
-    renew = RenewPage(folder, data, prepared.arch.vocab_size, environment=about, go_on=go_on, report=report)
-    measured_before = heldout.records if heldout else []
-    warn = WarnOnce(
-        folder / project.WARNINGS,
-        log,
-        config,
-        width=prepared.arch.n_embd,
-        vocab_size=prepared.arch.vocab_size,
-        kept=kept_warnings(folder / project.WARNINGS, first) if earlier and main else (),
-        measurements=measured_before,
-        report=report,
-    )
-    send = SendEverything(config, folder, log, first_step=first, sent=sent, measurements=measured_before, report=report)
-    progress = ProgressLines(log, measurements=measured_before)
-    if heldout:
-        heldout.listeners += [log.measured, progress.measured, warn.measured, send.measured, renew.measured]
-        callbacks.append(heldout)
-    # What watches comes after the log, whose last line it reads.
-    callbacks += [log, warn, send, progress, save]
+    callbacks += [heldout] if heldout else []
+    callbacks += [*observers.callbacks, save]
     callbacks += [MeasureWhileTraining(heldout, log, save, run, report)] if heldout else []
-    callbacks.append(renew)
+    callbacks.append(observers.page)
     callbacks += [SeedBatches(run.random_seed)] if adapter.lora_dropout else []
     callbacks += [RestoreMoments(earlier.path, first - len(bad_steps))] if earlier else []
     trainable = count_parameters(model, trained_only=True)
@@ -208,11 +188,10 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         run_steps(trainer, module, explain)
     finally:
         with project.spared("there is no table of what the run did", report):
-            measurements = heldout.records if heldout else []
-            for line in table(log.records, measurements, warn.given, module.total_steps) if log.records else ():
+            for line in observers.table():
                 report(line)
     assert save.last_path
     if main:
         report_results(config, folder, save.last_path, log.records, heldout, report)
-        renew.done(list(following(config, folder, save.last_path)))
+        observers.page.done(list(following(config, folder, save.last_path)))
     return save.last_path
