@@ -114,6 +114,7 @@ def test_a_conversation_in_a_terminal(tmp_path):
     try:
         start = terminal.wait_for(PROMPT)
         assert "template  world (--template): turns are kept" in start
+        assert "\x1b[?2004h" in start  # asks the terminal to mark what is pasted
         # Ctrl-C where nothing is written says how to leave, and does not.
         terminal.type("\x03")
         terminal.wait_for("Ctrl-D or /quit leaves")
