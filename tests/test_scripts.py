@@ -489,8 +489,9 @@ def test_a_script_without_an_adapter_says_how_to_make_one(script, ready):
 
 
 def test_chat_takes_the_newest_adapter_unless_a_model_is_named(ready):
+    ready.echo_modules()
     (ready.root / "out" / "bone").mkdir(parents=True)
-    (ready.root / "out" / "bone" / "rwkv-9.pth").touch()
+    (ready.root / "out" / "bone" / "rwkv-9.pth").write_text("x")
 
     def parsed(*words):
         config = parse_section("chat.sh", "", ChatConfig, arguments(ready.sh("chat.sh", *words)))

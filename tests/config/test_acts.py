@@ -10,6 +10,7 @@ import pytest
 
 from rwkv_bone.config import MergeConfig, acts, when_page
 from rwkv_bone.config.acts import asks
+from rwkv_bone.config.fields import worded
 from rwkv_bone.config.flags import parse_merge, parse_section, parse_train
 from rwkv_bone.config.layers import shown
 from rwkv_bone.config.saved import SECTIONS
@@ -101,10 +102,12 @@ def other(name, spec):
     return {bool: not spec.default, int: 7, float: 0.5, str: choices[0], tuple: tuple(choices[:1])}[type(spec.default)]
 
 
-def words(settings):
+def words(settings, specs):
+    """The settings as one types them."""
+    typed = {name: worded(specs[name], value) for name, value in settings.items()}
     return [
         word
-        for name, value in settings.items()
+        for name, value in typed.items()
         for word in (f"--{name}", *(value if isinstance(value, tuple) else (shown(value),)))
     ]
 
@@ -143,7 +146,7 @@ def test_what_is_typed_is_accepted_where_it_acts_and_refused_elsewhere(program):
         if not asks(name, asked[name], one.specs[name].default):
             continue
         acting = one.table[name].met(asked)
-        message = refusal(one.parse, words({**one.needed, **asked}))
+        message = refusal(one.parse, words({**one.needed, **asked}, one.specs))
         if "no config.json" in message:
             continue  # --resume 1, before anything else
         if acting:
@@ -176,7 +179,7 @@ def test_the_page_has_the_tables_of_today():
     )
 
 
-NEEDED = words(PROGRAMS["train"].needed)
+NEEDED = words(PROGRAMS["train"].needed, PROGRAMS["train"].specs)
 
 
 def given_in_script(script, *typed):
