@@ -53,6 +53,7 @@ class Lines:
     def __init__(self, path: Path, kept: Sequence[dict], report: Callable[[str], None]):
         self.path, self.records, self._report = path, list(kept), report
         self._whole = False  # whether the file holds all but what is added next
+        self._told = False  # that it could not be written
 
     def begin(self) -> None:
         """Write what is kept, and nothing else."""
@@ -71,7 +72,7 @@ class Lines:
     def _write(self, new: Sequence[dict] = ()) -> None:
         """Append the `new` ones if the file holds all others; else write it whole."""
         whole, self._whole = self._whole, False
-        with project.spared(f"the run goes on, and {self.path} lacks lines", self._report):
+        with project.spared(f"the run goes on, and {self.path} lacks lines", self._report_once):
             if new and whole:
                 with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write("".join(map(_line, new)))
@@ -82,6 +83,11 @@ class Lines:
                     text = "".join(map(_line, self.records))
                     temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
             self._whole = True
+
+    def _report_once(self, problem: str) -> None:
+        if not self._told:
+            self._report(problem)
+        self._told = True
 
 
 def added(records: Sequence[dict], record: dict) -> list[dict]:

@@ -48,7 +48,7 @@ class RenewPage(Callback):
         report: Callable[[str], None],
     ):
         self.folder, self.data, self.vocab_size, self.report = folder, data, vocab_size, report
-        self._go_on, self._renewed = go_on, 0
+        self._go_on, self._renewed, self._told = go_on, 0, False
         self._content: dict[str, Any] = {"environment": environment}
 
     def on_fit_start(self, trainer: Trainer, module: TrainingModule) -> None:
@@ -89,12 +89,18 @@ class RenewPage(Callback):
 
     def _renew(self, state: str = "", following: Sequence[tuple[str, str]] = ()) -> None:
         """Write the page; first that the run's state is another, if one is given."""
-        with spared(f"{self.folder / PAGE} is not renewed; the run goes on", self.report):
+        with spared(f"{self.folder / PAGE} is not renewed; the run goes on", self._report_once):
             if state:
                 self._content |= {"state": state, "next": [list(pair) for pair in following]}
                 with atomic_path(self.folder / PREVIEW, overwrite=True) as temporary:
                     temporary.write_text(json.dumps(sealed(self._content), indent=1) + "\n", encoding="utf-8")
             page.write(self.folder)
+
+    def _report_once(self, problem: str) -> None:
+        """A full disk would else be told of at every renewal."""
+        if not self._told:
+            self.report(problem)
+        self._told = True
 
     def _samples(self, dataset: Dataset) -> list[dict[str, Any]]:
         tokenizer = load_tokenizer(self.data.tokenizer, self.vocab_size)
