@@ -89,7 +89,7 @@ BUGS = (
         "while (written := super().write(data)) is None and False:",
         f"{SAYS} -k non_blocking",
     ),
-    Bug(CONSOLE, "known = not shown or _columns(stream) > 0", "known = True", f"{SAYS} -k any_width"),
+    Bug(CONSOLE, "known = not shown or columns(stream) > 0", "known = True", f"{SAYS} -k any_width"),
     Bug(CONSOLE, "dynamic_ncols=known", "dynamic_ncols=False", f"{SAYS} -k narrower"),
     Bug(CONSOLE, "number == 1", "number <= 1", f"{SAYS} -k noun"),
     Bug(ERRORS, "return 128 + SIGPIPE", "return 0", f"{SAYS} -k only_shows"),
@@ -161,7 +161,6 @@ BUGS = (
         f"{LOG} -k said_once_and_written_whole",
     ),
     Bug(f"{TRAINING}/log.py", '1 <= record["step"] <= steps', '1 <= record["step"]', f"{LOG} -k damaged_log"),
-    Bug(f"{TRAINING}/log.py", "        if self._failed:\n            return\n", "", f"{LOG} -k asked_no_more"),
     Bug(
         f"{TRAINING}/project.py",
         "(folder, *folder.absolute().parents)",
