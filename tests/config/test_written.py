@@ -192,7 +192,7 @@ def test_rwkv_pefts_names_are_translated_as_on_its_command_line(read, capsys):
 
 def test_a_files_settings_that_flags_leave_without_effect_are_left_out_with_a_note(read, capsys):
     config = read(NEEDED + "bone_r: 8\neval_data: h.jsonl\n", "--peft", "lora", "--data_file", "mine.jsonl")
-    assert (config.adapter.bone_r, config.data.eval_data) == (64, "")
+    assert (config.adapter.bone_r, config.data.eval_data) == (64, ())
     said = capsys.readouterr().out
     assert "bone_r 8 of" in said and "eval_data h.jsonl of" in said
 
