@@ -170,6 +170,15 @@ def test_a_stop_text_ends_the_answer_that_holds_it_and_no_other(model):
     found = generate(model, PROMPTS, max_new=14, stop_id=None, stop_texts=[stop], tokenizer=tokenizer, batch=3)
     assert [tokenizer.decode(answer) for answer in found] == [text.partition(stop)[0] for text in free]
     assert len(free[0]) > len(found[0]) < max(map(len, found))
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(kwargs)
+        return model(*args, **kwargs)
+
+    generate(counting, PROMPTS[:1], max_new=14, stop_id=None, stop_texts=[stop], tokenizer=tokenizer)
+    # The prompt gives the first letter; what would come after the stop text is not computed.
+    assert len(calls) == free[0].index(stop) + len(stop) < 14
 
 
 def test_each_prompt_needs_its_own_number(model):

@@ -71,10 +71,18 @@ BUGS = (
     Bug(PAGE, "self._renewed = step\n            self._renew()", "self._renew()", f"{RENEWED} -k tenth"),
     Bug(
         PAGE,
-        'with spared(f"{self.folder / PAGE} is not renewed',
-        'with spared(f"{self.folder / PAGE} is never renewed',
+        'with spared(f"{self.folder / PAGE} is not renewed; the run goes on", self.report):',
+        "if True:",
         f"{RENEWED} -k costs_the_run",
     ),
+    Bug(
+        PAGE,
+        'with spared(f"{self.folder / PAGE} shows no sample of the data", self.report):',
+        "if True:",
+        f"{RENEWED} -k costs_the_run",
+    ),
+    Bug(PAGE, "        if not trainer.is_global_zero:\n            return\n", "", f"{RENEWED} -k main_process"),
+    Bug(PAGE, "and trainer.is_global_zero and module.window", "and module.window", f"{RENEWED} -k main_process"),
     Bug(PAGE, "(Interrupted, KeyboardInterrupt)", "KeyboardInterrupt", f"{RENEWED} -k ends_early"),
     Bug(
         PAGE,

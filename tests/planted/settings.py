@@ -121,6 +121,10 @@ BUGS = (
     Bug(MEMORY, '(0.5 + 4 / BLOCK),\n        "fp4"', '0.5,\n        "fp4"', f"{PARTS} -k codes_and_scales"),
     Bug(MEMORY, "REPEATS if run.keeps else 0", "REPEATS", f"{PARTS} -k counts_whole"),
     Bug(MEMORY, "(CHECKPOINT if run.recompute.blocks else 0)", "0", f"{PARTS} -k counts_whole"),
+    Bug(MEMORY, "moment.size + times * moment.renewed", "moment.size", f"{PARTS} -k gaps_it_leaves"),
+    Bug(MEMORY, "slack = times * most.renewed", "slack = 0", f"{PARTS} -k counts_whole"),
+    Bug(MEMORY, "CUDA_BYTES, found.total * GAPS", "CUDA_BYTES, 0", f"{PARTS} -k on_a_gpu"),
+    Bug(MEMORY, "run.resident + STARTED +", "run.resident +", f"{PARTS} -k counts_whole"),
     Bug(DEVICES, "sum(map(int, files))", "0", "tests/test_devices.py -k free_memory"),
     Bug(DEVICES, "group = group.parent", "break", "tests/test_devices.py -k free_memory"),
     Bug(

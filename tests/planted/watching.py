@@ -35,6 +35,7 @@ BUGS = (
     Bug(
         f"{TRAINING}/loggers.py", "self._thread.join(max(until - time.monotonic(), 0))", "self._thread.join()", LOGGERS
     ),
+    Bug(f"{TRAINING}/loggers.py", "            self._failed = True\n", "", LOGGERS),
     Bug(f"{TRAINING}/loggers.py", "if self._calls.qsize() > MOST:", "if False:", LOGGERS),
     Bug(f"{TRAINING}/loggers.py", "wandb.login(prompt=False)", "wandb.login()", LOGGERS),
     Bug(

@@ -179,6 +179,10 @@ def test_of_a_large_set_the_same_samples_are_measured_each_time_and_all_at_the_e
     whole = json.loads((folder / "evaluation.json").read_text())
     assert whole["before"]["tokens"] == 4 * 300 and measured["tokens"] == 4
     assert "1 of the 300 samples are measured while training, always the same" in capsys.readouterr().out
+    # Of a run that goes on, twice as long, it stays the same sample.
+    job.run("large", eval_data=rows, eval_samples=0, eval_general="none", epoch_count=2)
+    assert lines_of(folder)[: len(others) + 1] == [first, *others]
+    assert [(line["step"], line["data"]) for line in lines_of(folder)][-3:] == [(n, first["data"]) for n in (4, 5, 6)]
     folder = job.run("large, asked for", eval_data=rows, eval_samples=0, eval_general="none", eval_steps=2)
     assert {line["sets"]["heldout"]["samples"] for line in lines_of(folder)} == {300}
 
@@ -203,13 +207,14 @@ def test_a_continued_run_goes_on_with_the_lines_up_to_its_state(job, files):
     changed = path.read_text().splitlines()
     changed[1] = changed[1].replace('"tokens": ', '"tokens": 1')
     path.write_text("\n".join([*changed, beyond, beyond[:40]]) + "\n")
-    job.run("continued", **flags)
+    # Every other step from here on: what lies beyond the state is not measured anew, and yet it goes.
+    job.run("continued", **(flags | {"eval_steps": 2}))
     found = lines_of(folder)
-    assert [line["step"] for line in found] == [0, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in found] == [0, 2, 3, 4, 6]
     losses = {line["step"]: {name: one["loss"] for name, one in line["sets"].items()} for line in reference}
     assert all({name: one["loss"] for name, one in line["sets"].items()} == losses[line["step"]] for line in found)
     samples = lines_of(folder, "samples.jsonl")
-    assert [one["step"] for one in samples] == list(range(7))
+    assert [one["step"] for one in samples] == [0, 1, 2, 3, 4, 6]
 
 
 def test_measurements_of_other_held_out_data_are_not_gone_on_with(job, files, capsys):

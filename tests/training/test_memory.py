@@ -63,9 +63,24 @@ def test_a_process_on_a_cpu_counts_whole_and_an_allocator_that_gives_back_keeps_
     found, more = parts(ARCH, COUNT, run), parts(ARCH, COUNT, replace(run, resident=400 * MB))
     assert more.total - found.total == 100 * MB
     assert found.slack > 0 == parts(ARCH, COUNT, replace(run, keeps=False)).slack
+    assert 40 * MB < found.framework - run.resident < 70 * MB  # DeepSpeed, its engine, and the kernels of oneDNN
     again = parts(ARCH, COUNT, replace(run, recompute=EVERY_BLOCK))
     assert 50 * MB < again.framework - found.framework < 120 * MB  # what torch.utils.checkpoint imports
     assert again.activations < found.activations / 2
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_on_a_cpu_the_moment_with_the_most_is_that_with_the_gaps_it_leaves(keeps):
+    """In a short sample the logits are most, and yet a block's backward has more with what the heap keeps of it."""
+    run = Run(512, 1, device="cpu", keeps=keeps)
+    found = parts(ARCH, COUNT, run)
+    held = found.weights + found.adapter + found.optimiser + found.framework
+    moments = [
+        (moment.activations + moment.gradients + moment.head, 2 * moment.renewed if keeps else 0)
+        for moment in needs(ARCH, COUNT, run).moments
+    ]
+    assert found.total == pytest.approx(held + max(map(sum, moments)))
+    assert (max(moments) == max(moments, key=sum)) is not keeps  # which the sizes alone would not tell
 
 
 def test_what_a_process_holds_of_its_model_does_not_count_twice(job):

@@ -8,6 +8,7 @@ import pytest
 from rwkv_bone.config import DataConfig
 from rwkv_bone.errors import Interrupted
 from rwkv_bone.report import page
+from rwkv_bone.training import page as training_page
 from rwkv_bone.training.page import RenewPage
 from tests.report.parsed import Page
 from tests.training.conftest import ROWS, log_of
@@ -50,11 +51,23 @@ def test_it_is_renewed_at_each_measurement(job, monkeypatch):
     assert measured[-1] == [0, 20, 40, 60] and [0, 20] in measured and [0, 20, 40] in measured
 
 
-def test_a_page_that_cannot_be_made_costs_the_run_nothing(job, monkeypatch, capsys):
-    monkeypatch.setattr(page, "write", lambda folder: 1 / 0)
-    folder = job.run("spared")
+@pytest.mark.parametrize(
+    ("room", "function", "lost"),
+    [
+        (page, "write", "report.html is not renewed; the run goes on"),
+        (training_page, "atomic_path", "report.html is not renewed; the run goes on"),
+        (training_page, "marked", "report.html shows no sample of the data"),
+    ],
+    ids=["page", "preview", "sample"],
+)
+def test_a_page_that_cannot_be_made_costs_the_run_nothing(job, monkeypatch, capsys, room, function, lost):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(room, function, fail)
+    folder = job.run(f"spared {function}")
     assert (folder / "rwkv-0.pth").is_file() and len(log_of(folder)) == 3
-    assert "report.html is not renewed; the run goes on" in capsys.readouterr().out
+    assert f"warning: No space left on device: {folder}/{lost}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -74,5 +87,11 @@ def test_a_run_that_ends_early_says_so_and_how_to_go_on(tmp_path, error, state):
 
 def test_only_the_main_process_writes(tmp_path):
     renew = RenewPage(tmp_path, DataConfig(("rows",)), 256, environment={}, go_on="", report=print)
-    renew.on_exception(SimpleNamespace(is_global_zero=False), None, KeyboardInterrupt())
+    other = SimpleNamespace(is_global_zero=False)
+    module = SimpleNamespace(
+        first_step=0, total_steps=40, plan=None, window=SimpleNamespace(step=4), window_finished=lambda: True
+    )
+    renew.on_fit_start(other, module)
+    renew.on_train_batch_end(other, module, None, None, 0)
+    renew.on_exception(other, module, KeyboardInterrupt())
     assert list(tmp_path.iterdir()) == []
