@@ -54,7 +54,7 @@ BUGS = (
     ),
     Bug(
         "src/rwkv_bone/inference/stopping.py",
-        "if opened or answer.lstrip().startswith(BEGIN):",
+        "if opened or answer.lstrip().startswith(thinking.BEGIN):",
         "if False:",
         "tests/chat/test_session.py -k however_answers_end",
     ),
@@ -96,7 +96,7 @@ BUGS = (
     ),
     Bug(
         "src/rwkv_bone/chat/batch.py",
-        '        skipped["rows"] += 1\n',
+        '        tally["skipped"] += 1\n',
         "",
         "tests/chat/test_prompts.py -k skipped_and_counted",
     ),
