@@ -277,7 +277,7 @@ def test_what_was_answered_before_an_interruption_is_kept_and_counted(tmp_path, 
 
 
 def test_an_answer_that_a_stop_text_ends_with_its_last_token_has_stopped(tmp_path, capsys, config, monkeypatch):
-    """Of two tokens the second holds three letters and the stop text: what is kept are four tokens, of a letter each."""
+    """Of two tokens the second holds three letters and the stop text: four tokens of a letter are kept."""
 
     class Pieces:
         eod, vocab_size, name, has_marks = 0, 256, "pieces", False

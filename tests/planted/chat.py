@@ -30,7 +30,7 @@ BUGS = (
     ),
     Bug(
         "src/rwkv_bone/chat/session.py",
-        "if path.exists() and not _is_ours(path):",
+        "if path.exists() and not (own and _is_ours(path)):",
         "if False:",
         "tests/chat/test_session.py -k never_written_over",
     ),

@@ -26,6 +26,7 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.inference.sampling import Sampling
 
 WIDE = 120  # columns from which two answers stand side by side
+BESIDE = 35  # columns of a text that stands beside its key
 GAP = "  |  "
 ENDED = {
     "length": "the answer has --max_new {max_new} tokens: /settings max_new N gives the next one more",
@@ -157,11 +158,13 @@ class Talk:
         print(self.style(broken(visible(text)), DIM))
 
     def _table(self, rows: dict[str, str]) -> None:
-        """Print what each key means, in a column of its own."""
+        """Print what each key means: in a column of its own or, on a narrow terminal, below it."""
         wide = max(map(len, rows)) + 2
+        beside = columns() - 1 - wide >= BESIDE
         for key, about in rows.items():
-            lines = wrapped(about, max(columns() - 1 - wide, 20))
-            print(self.style(key.ljust(wide), CYAN) + ("\n" + " " * wide).join(lines))
+            margin = " " * (wide if beside else 2)
+            lines = wrapped(about, max(columns() - 1 - len(margin), 2))
+            print(self.style(key.ljust(wide) if beside else f"{key}\n{margin}", CYAN) + f"\n{margin}".join(lines))
 
     # Commands.
 

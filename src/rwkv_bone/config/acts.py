@@ -161,7 +161,7 @@ ANSWERS = When(("prompts",), bool, "with --prompts, or where prompts come throug
 CHAT: dict[str, When] = {
     **dict.fromkeys(("compare", "thinking", "color", "undo", "history"), TALK),
     **dict.fromkeys(("output", "bad_rows", "sft_field", "batch"), ANSWERS),
-    "overwrite": ANSWERS & given("output"),
+    "overwrite": given("output"),
 }
 HF: dict[str, When] = {
     "eval_field": given("eval_path"),
