@@ -28,6 +28,7 @@ from rwkv_bone.inference.sampling import Sampling
 WIDE = 120  # columns from which two answers stand side by side
 BESIDE = 35  # columns of a text that stands beside its key
 GAP = "  |  "
+TEMPLATES = "(the template's)"  # instead of no stop text
 ENDED = {
     "length": "the answer has --max_new {max_new} tokens: /settings max_new N gives the next one more",
     "closed": "stopped: what is written stays in the conversation; /undo takes it back",
@@ -237,7 +238,7 @@ class Talk:
         """Show what can be changed, or change one."""
         specs = {spec.name: spec for spec in fields(ChatConfig) if spec.name in CHANGEABLE}
         if not words:
-            values = {name: _worded(getattr(self.cfg, name)) or "(the template's)" for name in CHANGEABLE}
+            values = {name: _worded(getattr(self.cfg, name)) or TEMPLATES for name in CHANGEABLE}
             self._table({f"{name} {value}": specs[name].metadata["help"] for name, value in values.items()})
             self._note("/settings NAME VALUE changes one")
             return
@@ -248,7 +249,7 @@ class Talk:
         self.cfg = changed(self.cfg, name, value.strip())
         for session in self.sessions:
             session.sampling, session.stops = sampling_of(self.cfg), self.cfg.stops
-        self._note(f"{name} {_worded(getattr(self.cfg, name)) or '(the template’s)'}")
+        self._note(f"{name} {_worded(getattr(self.cfg, name)) or TEMPLATES}")
 
 
 COMMANDS = {
