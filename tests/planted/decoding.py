@@ -116,7 +116,7 @@ BUGS = (
         f"{INFERENCE}/generate.py",
         "                self.ended = TEXT\n                return False\n",
         "                self.ended = TEXT\n",
-        f"{GENERATE} -k stop_text",
+        f"{GENERATE} -k nothing_is_written_after",
     ),
     Bug(
         f"{INFERENCE}/generate.py",
