@@ -9,6 +9,8 @@
 
 decode      one token for each of --batch sequences, from their states; of one by `inference.decoder.Decoder`
 prefill     a prompt of --prompt tokens, whose last logits and state are kept
+chat        an answer of scripts/chat.sh to a short message, with all that is done to show it, at temperature 0; beside
+            it the package's model alone reads and writes as many tokens
 
 A row gives tokens per second of both, and ours as a multiple of the package's, which has no batch and reads one
 sequence at a time. Time is processor time, in rounds in which both take turns, so that a busy machine disturbs both
@@ -23,6 +25,7 @@ of that type, if they differ.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
@@ -40,7 +43,15 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.timing import append, hardware  # noqa: E402
+from rwkv_bone.chat.flags import ChatConfig  # noqa: E402
+from rwkv_bone.chat.lines import Lines  # noqa: E402
+from rwkv_bone.chat.load import Voice  # noqa: E402
+from rwkv_bone.chat.screen import Style  # noqa: E402
+from rwkv_bone.chat.session import Session  # noqa: E402
+from rwkv_bone.chat.talk import Talk, sampling_of  # noqa: E402
+from rwkv_bone.chat.wording import Wording  # noqa: E402
 from rwkv_bone.config import QUANTS, ModelConfig  # noqa: E402
+from rwkv_bone.data import load_template, load_tokenizer  # noqa: E402
 from rwkv_bone.inference.decoder import Decoder  # noqa: E402
 from rwkv_bone.models import RWKV, architecture_from_scratch, build  # noqa: E402
 from rwkv_bone.ops import select_op  # noqa: E402
@@ -165,7 +176,33 @@ def works_of(model: RWKV, peer: Any | None, ids: list[int], prompt: int, batches
     works = {"ours": read(ids[:prompt])}
     if peer:
         works["rwkv"] = lambda: peer.forward(ids[:prompt], None)
-    return [*rows, ("prefill", 1, prompt, works)]
+    return [*rows, ("prefill", 1, prompt, works), chat_of(model, peer)]
+
+
+MESSAGE = "Write a sentence. "
+ANSWER = 64  # tokens
+
+
+def chat_of(model: RWKV, peer: Any | None) -> tuple[str, int, int, dict[str, Step]]:
+    """A row of `works_of`: a whole answer of the conversation, shown on a terminal that throws it away."""
+    tokenizer = load_tokenizer("auto", model.arch.vocab_size)
+    voice = Voice("", model, "cpu", Wording(load_template("raw", tokenizer.name), tokenizer), "", "")
+    cfg = ChatConfig(load_model="-", temperature=0.0, max_new=ANSWER, history=False)
+    talk = Talk(cfg, [voice], Lines(Style("never"), history=False), Style("never"))
+    ids = voice.encode(MESSAGE)
+    reply = Session(voice, sampling_of(cfg)).answer(MESSAGE)
+    tokens = sum(1 for _ in reply) and reply.tokens  # a random model may end earlier
+
+    def ours() -> None:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+            talk.answer(MESSAGE)
+
+    def theirs() -> None:
+        logits, state = peer.forward(ids, None)
+        for _ in range(tokens - 1):
+            logits, state = peer.forward([int(logits.argmax())], state)
+
+    return "chat", 1, max(tokens, 1), {"ours": ours, **({"rwkv": theirs} if peer else {})}
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def test_rows_hold_what_was_measured_beside_the_package_or_without_it(decode, tm
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         kinds = [(row["dtype"], row["what"], row["batch"]) for row in rows]
         assert kinds == [
-            (t, *what) for t in ("fp32", "bf16") for what in (("decode", 1), ("decode", 3), ("prefill", 1))
+            (t, *what) for t in ("fp32", "bf16") for what in (("decode", 1), ("decode", 3), ("prefill", 1), ("chat", 1))
         ]
         for row in rows:
             assert row["tokens_per_s"] > 0 and row["error"] < 2e-2

@@ -45,7 +45,7 @@ class ScriptedDecoder:
 
     @staticmethod
     def _ids(state):
-        return [] if state is None else [int(number) for number in state[0].wkv[0] if number >= 0]
+        return [] if state is None else [int(number) for number in state[0].wkv[0].tolist() if number >= 0]
 
 
 def scripted_voice(template: str, *texts: str, **options) -> Voice:

@@ -1,21 +1,25 @@
 """Prompts from files and pipes, in the forms of training data, become JSON lines."""
 
-import io
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rwkv_bone import checkpoints
+from rwkv_bone.chat import batch
 from rwkv_bone.chat.batch import answer_prompts
 from rwkv_bone.chat.flags import ChatConfig
 from rwkv_bone.chat.load import load_voices
+from rwkv_bone.chat.main import main
 from rwkv_bone.chat.prompts import read_prompts, text_of
 from rwkv_bone.chat.session import Session
+from rwkv_bone.chat.wording import Wording
 from rwkv_bone.data import load_template
-from rwkv_bone.errors import UserError
+from rwkv_bone.errors import UserError, exit_status
 from rwkv_bone.inference.sampling import Sampling
 from tests.conftest import python_path, random_model
 
@@ -60,14 +64,14 @@ def test_a_row_is_written_as_in_training_up_to_its_response(tmp_path, row, expec
     path.write_text(json.dumps(row) + "\n")
     (prompt,) = read(path)
     assert prompt.fields == row
-    assert text_of(prompt, load_template("world", "bytes"), str, ()) == expected
+    assert text_of(prompt, load_template("world", "bytes"), str, ())[0] == expected
 
 
 def test_ones_own_fields_are_named_as_for_training(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"q": "hi", "note": "x"}) + "\n")
     (prompt,) = read(path)
-    assert text_of(prompt, load_template("raw", "bytes"), str, ("q", "a")) == "hi"
+    assert text_of(prompt, load_template("raw", "bytes"), str, ("q", "a"))[0] == "hi"
     with pytest.raises(UserError, match="rows.jsonl:1: neither 'text' nor 'messages'"):
         text_of(prompt, load_template("raw", "bytes"), str, ())
 
@@ -167,10 +171,144 @@ def test_a_pipe_gives_nothing_but_json_on_standard_output(chat):
     assert "warning: --temperature 3 is unusually large" in result.stderr and "2 answers" in result.stderr
 
 
-def test_what_is_wrong_is_a_sentence_and_status_2(chat):
-    empty = chat(text="")
-    assert (empty.returncode, empty.stdout) == (2, "")
-    assert empty.stderr.endswith("error: standard input: no prompt that can be used\n")
+@pytest.fixture
+def typed(monkeypatch, tmp_path, base):
+    """The program with these arguments, a pipe with this text as its standard input, and no terminal."""
+
+    def run(*arguments: str, text: str = "") -> int:
+        (tmp_path / "piped").write_text(text)
+        monkeypatch.setattr("sys.argv", ["chat", "--load_model", base, *arguments])
+        with open(tmp_path / "piped", encoding="utf-8") as file:
+            monkeypatch.setattr("sys.stdin", file)
+            return exit_status(main)
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [(), ("--prompts", "EMPTY"), ("--output", "answers.jsonl")])
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_no_prompt_at_all_is_said_before_the_model_is_read(tmp_path, monkeypatch, typed, capsys, text, arguments):
+    (tmp_path / "empty.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rwkv_bone.chat.batch.load_voices", lambda cfg: pytest.fail("the model is read"))
+    words = [str(tmp_path / "empty.txt") if word == "EMPTY" else word for word in arguments]
+    assert typed(*words, text=text) == 2
+    out, err = capsys.readouterr()
+    place = words[1] if "--prompts" in words else "standard input"
+    assert (out, err) == (
+        "",
+        f"error: {place}: no prompt that can be used; expected one a line, or a JSON object a line\n",
+    )
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize("flag", [("--undo", "5"), ("--history", "0"), ("--compare", "m.pth"), ("--thinking", "hide")])
+def test_a_setting_of_conversations_is_refused_where_prompts_come_through_a_pipe(typed, capsys, flag):
+    assert typed(*flag, text="hi\n") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"{flag[0]} {flag[1]} has no effect with --prompts -; it acts in a conversation" in err
+
+
+def test_a_setting_of_a_script_that_the_prompts_leave_without_effect_is_left_out_with_a_note(typed, capsys):
+    assert typed("--undo", "5", "--max_new", "1", "--typed", text="hi\n") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["prompt"] == "hi"
+    assert "note: undo=5 of the script is left out: it has no effect with --prompts -" in err
+
+
+def test_the_system_text_goes_to_rows_that_bring_none_and_the_others_are_counted(tmp_path, capsys, config, monkeypatch):
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "b", "system": "Of the row."},
+        {"messages": [{"role": "system", "content": "Its own."}, {"role": "user", "content": "c"}]},
+        {"messages": [{"role": "user", "content": "d"}]},
+        {"text": "e"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = []
+
+    def answers(model, prompts, *, ended, **how):
+        read.extend(bytes(list(ids)).decode() for ids in prompts)
+        return [ended("end") or [] for _ in prompts]
+
+    monkeypatch.setattr("rwkv_bone.chat.batch.generate", answers)
+    answer_prompts(config(prompts=str(tmp_path / "rows.jsonl"), template="world", system="Be kind."))
+    assert read == [
+        "System: Be kind.\n\nUser: a\n\nAssistant:",
+        "System: Of the row.\n\nUser: b\n\nAssistant:",
+        "System: Its own.\n\nUser: c\n\nAssistant:",
+        "System: Be kind.\n\nUser: d\n\nAssistant:",
+        "e",
+    ]
+    assert "--system was left out of 3 rows: a system turn of their own, or a document" in capsys.readouterr().err
+
+
+def test_an_old_output_file_stays_whole_until_the_first_answer_can_be_written(tmp_path, config):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "a"}\n' * 40 + '{"prompt": 3, "generated": "x"}\n')
+    output.write_text("old\n")
+    for changes in ({}, {"load_model": "nowhere.pth"}, {"template": "nonsense"}):
+        with pytest.raises(UserError):
+            answer_prompts(config(prompts=str(prompts), output=str(output), overwrite=True, **changes))
+        assert output.read_text() == "old\n"
+    with pytest.raises(UserError, match="prompts.jsonl is the file of --prompts"):
+        answer_prompts(config(prompts=str(prompts), output=str(prompts), overwrite=True))
+
+
+def test_what_was_answered_before_an_interruption_is_kept_and_counted(tmp_path, config, monkeypatch, capsys):
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    prompts.write_text("a\nb\nc\nd\ne\n")
+    whole, calls = batch.generate, []
+
+    def interrupted(model, prompts, **how):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(model, prompts, **how)
+
+    monkeypatch.setattr("rwkv_bone.chat.batch.generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answer_prompts(config(prompts=str(prompts), output=str(output), batch=2, max_new=2))
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["a", "b", "c", "d"]
+    assert f"4 of 5 prompts answered, in {output}, which is kept" in capsys.readouterr().err
+    with pytest.raises(UserError, match="exists and is kept: give another name, or --overwrite"):
+        answer_prompts(config(prompts=str(prompts), output=str(output)))
+
+
+def test_an_answer_that_a_stop_text_ends_with_its_last_token_has_stopped(tmp_path, capsys, config, monkeypatch):
+    """Of two tokens the second holds three letters and the stop text: four tokens of a letter are kept."""
+
+    class Pieces:
+        eod, vocab_size, name, has_marks = 0, 256, "pieces", False
+        texts = {1: "o", 2: "xyz END"}
+
+        def encode(self, text):
+            return list(text.encode())
+
+        def decode(self, ids):
+            return "".join(self.texts.get(i) or chr(i) for i in ids)
+
+    (tmp_path / "p.txt").write_text("a\n")
+    model = iter([1, 2])
+
+    def voices(cfg):
+        (voice,) = load_voices(cfg)
+        wording = Wording(voice.wording.template, Pieces())
+
+        def call(*arguments, **how):
+            logits, state = voice.model(*arguments, **how)
+            return torch.nn.functional.one_hot(torch.full(logits.shape[:1], next(model)), 256).float(), state
+
+        return [SimpleNamespace(
+            model=call, device="cpu", wording=wording, tokenizer=Pieces(), encode=wording.tokenizer.encode,
+            header="pieces", chosen="",
+        )]  # fmt: skip
+
+    monkeypatch.setattr("rwkv_bone.chat.batch.load_voices", voices)
+    answer_prompts(config(prompts=str(tmp_path / "p.txt"), stop=(" END",), max_new=2))
+    (row,) = lines_of(capsys)
+    assert (row["generated"], row["finish_reason"]) == ("oxyz", "stop")
 
 
 @pytest.mark.parametrize(
@@ -184,10 +322,10 @@ def test_what_is_wrong_is_a_sentence_and_status_2(chat):
         ({"prompts": "nowhere.txt"}, "nowhere.txt does not exist"),
     ],
 )
-def test_each_mistake_names_what_is_wrong(settings, sentence, monkeypatch, config):
-    monkeypatch.setattr("sys.stdin", io.StringIO())
+def test_each_mistake_names_what_is_wrong(settings, sentence, tmp_path, config):
+    (tmp_path / "prompts.txt").write_text("a\n")
     with pytest.raises(UserError, match=sentence):
-        answer_prompts(config(**{"prompts": "nowhere.txt", **settings}))
+        answer_prompts(config(**{"prompts": str(tmp_path / "prompts.txt"), **settings}))
 
 
 @pytest.mark.parametrize(

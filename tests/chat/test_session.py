@@ -175,6 +175,17 @@ def test_files_that_are_no_conversation_are_refused_and_never_written_over(sessi
     with pytest.raises(UserError, match="does not exist"):
         session.load(tmp_path / "none.pth")
     session.save(tmp_path / "talk.pth")
+    session.save(tmp_path / "talk.pth")  # its own
+    saved = (tmp_path / "talk.pth").read_bytes()
+    session.reset()
+    say(session, "two")
+    with pytest.raises(UserError, match="exists and is another conversation"):
+        session.save(tmp_path / "talk.pth")
+    assert (tmp_path / "talk.pth").read_bytes() == saved
+    (tmp_path / "notes.pth").write_text("no conversation")
+    with pytest.raises(UserError, match=r"notes.pth is not a conversation that /save wrote$"):
+        session.load(tmp_path / "notes.pth")
+    session.load(tmp_path / "talk.pth")
     damaged = bytearray((tmp_path / "talk.pth").read_bytes())
     place = damaged.find(session.state[0].wkv.numpy().tobytes()[:64])
     damaged[place + 5] ^= 1

@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 
+from rwkv_bone.chat.flags import ChatConfig, parse_chat
 from rwkv_bone.config import MergeConfig, acts, when_page
 from rwkv_bone.config.acts import asks
 from rwkv_bone.config.fields import worded
@@ -45,6 +46,12 @@ PROGRAMS = {
         {"base_model": "m.pth", "output": "o.pth"},
         lambda argv: parse_convert(argv, "convert"),
     ),
+    "chat": Program(
+        acts.CHAT,
+        {spec.name: spec for spec in fields(ChatConfig)},
+        {"load_model": "m.pth"},
+        lambda argv: parse_chat(argv, "chat"),
+    ),
     "train_hf": Program(
         acts.HF,
         {spec.name: spec for spec in fields(HfConfig)},
@@ -73,6 +80,7 @@ SAMPLES = {
     "eval_path": ("", "h.jsonl"),
     "eval_split": (0.0, 0.1),
     "output": ("o.pth", "o.st", "o.gguf", "o/", "RWKV7-1.5B"),
+    "prompts": ("", "-", "p.jsonl"),
     "samples": (0, 3),
     "train_parts": ((), ("ln",), ("emb", "ln")),
 }

@@ -181,6 +181,27 @@ def test_a_stop_text_ends_the_answer_that_holds_it_and_no_other(model):
     assert len(calls) == free[0].index(stop) + len(stop) < 14
 
 
+def test_why_each_answer_ended_is_told_in_order_and_nothing_is_written_after(model):
+    tokenizer, passes = Letters(), []
+
+    def counted(*arguments, **how):
+        passes.append(how)
+        return model(*arguments, **how)
+
+    free = generate(model, PROMPTS, max_new=14, stop_id=None)
+    texts = [tokenizer.decode(answer) for answer in free]
+    stop = texts[0][5:8]
+    for how, expected in (
+        ({"stop_id": None, "stop_texts": [stop]}, ["text" if stop in text else "length" for text in texts]),
+        ({"stop_id": free[0][5]}, ["end" if free[0][5] in answer else "length" for answer in free]),
+    ):
+        found: list[str] = []
+        generate(model, PROMPTS, max_new=14, tokenizer=tokenizer, ended=found.append, **how)
+        assert found == expected and len(set(found)) == 2
+    generate(counted, PROMPTS[:1], max_new=14, stop_id=None, stop_texts=[stop], tokenizer=tokenizer)
+    assert len(passes) == texts[0].index(stop) + len(stop)  # a token is a letter; the first is of the prompt's pass
+
+
 def test_each_prompt_needs_its_own_number(model):
     for given in ({"max_new": [1, 2]}, {"max_new": 1, "seed": [1]}):
         with pytest.raises(ValueError, match="expected one for each of the 5 prompts"):

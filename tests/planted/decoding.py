@@ -114,11 +114,16 @@ BUGS = (
     Bug(f"{INFERENCE}/generate.py", 'f"{seed} {i}"', "str(seed)", f"{GENERATE} -k beside"),
     Bug(
         f"{INFERENCE}/generate.py",
-        "            if self._writing.stopped:\n                return False\n",
-        "",
-        f"{GENERATE} -k stop_text",
+        "                self.ended = TEXT\n                return False\n",
+        "                self.ended = TEXT\n",
+        f"{GENERATE} -k nothing_is_written_after",
     ),
-    Bug(f"{INFERENCE}/generate.py", " or len(self._ids) >= self._limit:", ":", f"{GENERATE} -k beside"),
+    Bug(
+        f"{INFERENCE}/generate.py",
+        "        if len(self._ids) >= self._limit:\n            return False\n",
+        "",
+        f"{GENERATE} -k beside",
+    ),
     # What is shown, and what is kept.
     Bug(f"{INFERENCE}/stopping.py", 'ready = text.rstrip("\\N{REPLACEMENT CHARACTER}")', "ready = text", STOPPING),
     Bug(

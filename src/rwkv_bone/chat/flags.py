@@ -7,8 +7,10 @@ import sys
 from dataclasses import dataclass
 
 from rwkv_bone.config import BAD_ROWS, QUANTS, setting
+from rwkv_bone.config.acts import CHAT
 from rwkv_bone.config.fields import check_given, check_values
 from rwkv_bone.config.flags import parse_section
+from rwkv_bone.config.layers import TYPED, split_argv
 from rwkv_bone.config.sections import ACCELERATORS, PRECISIONS
 from rwkv_bone.errors import UserError
 
@@ -68,7 +70,11 @@ class ChatConfig:
         "how a message is written: raw, world, g1, g1-think, alpaca, or the path of a template; auto = that of the "
         "adapter's run, else of the model's folder, else world for the World tokenizer, else raw",
     )
-    system: str = setting("", "text of a system turn at the beginning, for templates that have one; empty = none")
+    system: str = setting(
+        "",
+        "text of a system turn at the beginning, for templates that have one, and rows of prompts that bring none; "
+        "empty = none",
+    )
     max_new: int = setting(1000, "largest number of tokens of an answer", at_least=1, at_most=10**7)
     temperature: float = setting(
         1.0, "0 = always the most likely token; higher = more varied", at_least=0, warn_above=2
@@ -124,11 +130,17 @@ class ChatConfig:
         return tuple(text.replace("\\n", "\n") for text in self.stop)
 
 
-def parse_chat(argv: list[str], prog: str) -> ChatConfig:
-    """The settings that `argv` asks for; UserError for anything unknown or missing. Notes go to standard error."""
+def parse_chat(argv: list[str], prog: str, talks: bool = True) -> ChatConfig:
+    """The settings that `argv` asks for; UserError for anything unknown or missing. Notes go to standard error.
+
+    talks: there is a terminal for a conversation. Without one, prompts come through standard input: --prompts -.
+    """
+    if not talks and not any(word.partition("=")[0] == "--prompts" for word in argv):
+        script, typed = split_argv(argv)
+        argv = [*script, TYPED, "--prompts=-", *typed]
     description = "Talk to a model, with or without an adapter, or have it answer a file of prompts."
     with contextlib.redirect_stdout(sys.stderr if wants_other_output(argv) else sys.stdout):
-        return parse_section(prog, description, ChatConfig, argv, examples=EXAMPLES)
+        return parse_section(prog, description, ChatConfig, argv, examples=EXAMPLES, table=CHAT)
 
 
 def wants_other_output(argv: list[str]) -> bool:

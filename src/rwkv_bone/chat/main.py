@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from rwkv_bone.chat.flags import ChatConfig, parse_chat
-from rwkv_bone.errors import UserError, exit_status
+from rwkv_bone.errors import exit_status
 
 PROGRAM = "sh scripts/chat.sh"
 
@@ -13,14 +13,10 @@ PROGRAM = "sh scripts/chat.sh"
 def main(prog: str = PROGRAM) -> None:
     """A conversation, where standard input and output are a terminal; otherwise answers to prompts."""
     talks = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-    cfg = parse_chat(sys.argv[1:], prog)
+    cfg = parse_chat(sys.argv[1:], prog, talks)
     if talks and not cfg.prompts:
-        _refuse(cfg, ("output", "overwrite", "sft_field"), "acts with --prompts, or where prompts come through a pipe")
         _converse(cfg)
     else:
-        _refuse(
-            cfg, ("compare",), "is for a conversation in a terminal: answer the prompts with one model, then the other"
-        )
         from rwkv_bone.chat.batch import answer_prompts
 
         answer_prompts(cfg)
@@ -34,12 +30,6 @@ def _converse(cfg: ChatConfig) -> None:
 
     style = Style(cfg.color)
     Talk(cfg, load_voices(cfg), Lines(style, cfg.history), style).run()
-
-
-def _refuse(cfg: ChatConfig, names: tuple[str, ...], why: str) -> None:
-    for name in names:
-        if getattr(cfg, name):
-            raise UserError(f"--{name} {why}")
 
 
 if __name__ == "__main__":

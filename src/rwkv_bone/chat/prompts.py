@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rwkv_bone.data.conversations.conversation import conversation, layout_of
+from rwkv_bone.data.conversations.conversation import Turn, conversation, layout_of
 from rwkv_bone.data.conversations.layouts import MESSAGES, PAIRS
 from rwkv_bone.data.conversations.turns import ROLE_KEYS, ROLES
 from rwkv_bone.data.conversations.values import json_type, parse_json
@@ -131,16 +131,24 @@ def _is_object(text: str) -> bool:
         return False
 
 
-def text_of(prompt: Prompt, template: Any, first: Callable[[str], str], sft_field: tuple[str, ...]) -> str:
+def text_of(
+    prompt: Prompt, template: Any, first: Callable[[str], str], sft_field: tuple[str, ...], system: str = ""
+) -> tuple[str, bool]:
     """What the model reads for a prompt: as the template of training writes it; a document's text as it is.
 
-    first: of a message alone. UserError, beginning with the row's place, for what cannot be read.
+    Second, whether there was a place for a system text: not in a document, nor beside a row's own. first: of a message
+    alone. UserError, beginning with the row's place, for what cannot be read.
     """
     if prompt.row is None:
-        return first(prompt.text)
+        return first(prompt.text), True
     row = _with_response(prompt.row, sft_field)
     talk = conversation(row, layout_of(row, sft_field, "auto", prompt.where), prompt.where)
-    return talk.document if talk.document is not None else template.prompt(talk)
+    if talk.document is not None:
+        return talk.document, False
+    own = talk.turns[0].role == "system"
+    if system and not own:
+        talk = replace(talk, turns=(Turn("system", system), *talk.turns))
+    return template.prompt(talk), not own
 
 
 def _with_response(row: dict[str, Any], sft_field: tuple[str, ...]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Session:
         self.voice, self.system, self.undo_limit, self.stops = voice, system, undo, stops
         self.turns: list[Turn] = []
         self.state: State | None = None
+        self._file: Path | None = None  # where this conversation was saved last, or is from
         self.sampling = sampling
 
     @property
@@ -100,10 +101,10 @@ class Session:
         return turn
 
     def reset(self) -> None:
-        self.turns, self.state = [], None
+        self.turns, self.state, self._file = [], None, None
 
     def save(self, path: Path) -> None:
-        """Write state and turns, whole or not at all."""
+        """Write state and turns, whole or not at all. UserError where there is any other file than its own."""
         if self.state is None:
             raise UserError("there is nothing to save: no message was answered yet")
         metadata = {
@@ -112,13 +113,18 @@ class Session:
             "system": self.system,
             "turns": [{"message": turn.message, "answer": turn.answer} for turn in self.turns],
         }
-        if path.exists() and not _is_ours(path):
-            raise UserError(f"{path} exists and is no conversation: it is kept, give another name")
-        with atomic_path(path, overwrite=True) as temporary:
+        own = self._file is not None and path.resolve() == self._file
+        if path.exists() and not (own and _is_ours(path)):
+            what = "is another conversation" if _is_ours(path) else "is no conversation"
+            raise UserError(f"{path} exists and {what}: it is kept, give another name")
+        with atomic_path(path, overwrite=own) as temporary:
             checkpoints.save_tensors(temporary, _tensors(self.state), metadata)
+        self._file = path.resolve()
 
     def load(self, path: Path) -> None:
         """Go on with what `save` wrote. UserError, and nothing changed, unless it is of this very model."""
+        if path.exists() and not _is_ours(path):
+            raise UserError(f"{path} is not a conversation that /save wrote")
         tensors = checkpoints.read_state(path)
         turns, system = self._read_metadata(path)
         # Checked against a state of this model, as it is after one token.
@@ -129,19 +135,15 @@ class Session:
             for layer in range(len(like))
         ]
         self.state = on_device(state, self.voice.device)
-        self.turns, self.system = turns, system
+        self.turns, self.system, self._file = turns, system, path.resolve()
 
     def _read_metadata(self, path: Path) -> tuple[list[Turn], str]:
         text = checkpoints.read_record(path, checkpoints.METADATA_RECORD)
         try:
             metadata: Any = json.loads(text or "{}")
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path} is not a conversation that /save wrote")
             turns = [Turn(turn["message"], turn["answer"]) for turn in metadata["turns"]]
             system, voice = metadata["system"], metadata["voice"]
         except (AttributeError, KeyError, TypeError, *JSON_ERRORS) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"{path}: what it says about its conversation is damaged ({error!r})") from None
         if not all(isinstance(text, str) for turn in turns for text in (turn.message, turn.answer, system)):
             raise UserError(f"{path}: what it says about its conversation is damaged (a text is none)")

@@ -26,7 +26,9 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.inference.sampling import Sampling
 
 WIDE = 120  # columns from which two answers stand side by side
+BESIDE = 35  # columns of a text that stands beside its key
 GAP = "  |  "
+TEMPLATES = "(the template's)"  # instead of no stop text
 ENDED = {
     "length": "the answer has --max_new {max_new} tokens: /settings max_new N gives the next one more",
     "closed": "stopped: what is written stays in the conversation; /undo takes it back",
@@ -157,11 +159,13 @@ class Talk:
         print(self.style(broken(visible(text)), DIM))
 
     def _table(self, rows: dict[str, str]) -> None:
-        """Print what each key means, in a column of its own."""
+        """Print what each key means: in a column of its own or, on a narrow terminal, below it."""
         wide = max(map(len, rows)) + 2
+        beside = columns() - 1 - wide >= BESIDE
         for key, about in rows.items():
-            lines = wrapped(about, max(columns() - 1 - wide, 20))
-            print(self.style(key.ljust(wide), CYAN) + ("\n" + " " * wide).join(lines))
+            margin = " " * (wide if beside else 2)
+            lines = wrapped(about, max(columns() - 1 - len(margin), 2))
+            print(self.style(key.ljust(wide) if beside else f"{key}\n{margin}", CYAN) + f"\n{margin}".join(lines))
 
     # Commands.
 
@@ -234,7 +238,7 @@ class Talk:
         """Show what can be changed, or change one."""
         specs = {spec.name: spec for spec in fields(ChatConfig) if spec.name in CHANGEABLE}
         if not words:
-            values = {name: _worded(getattr(self.cfg, name)) or "(the template's)" for name in CHANGEABLE}
+            values = {name: _worded(getattr(self.cfg, name)) or TEMPLATES for name in CHANGEABLE}
             self._table({f"{name} {value}": specs[name].metadata["help"] for name, value in values.items()})
             self._note("/settings NAME VALUE changes one")
             return
@@ -245,7 +249,7 @@ class Talk:
         self.cfg = changed(self.cfg, name, value.strip())
         for session in self.sessions:
             session.sampling, session.stops = sampling_of(self.cfg), self.cfg.stops
-        self._note(f"{name} {_worded(getattr(self.cfg, name)) or '(the template’s)'}")
+        self._note(f"{name} {_worded(getattr(self.cfg, name)) or TEMPLATES}")
 
 
 COMMANDS = {

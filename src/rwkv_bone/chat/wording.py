@@ -99,7 +99,8 @@ class Wording:
             try:
                 self.first(PROBES[0], system)
             except UserError as error:
+                why = f" ({error})" if self.several else ""
                 raise UserError(
                     f"--template {self.template.name} cannot write a system turn: leave it out, or choose --template "
-                    f"world, g1, alpaca or a file that has one ({error})"
+                    f"world, g1, alpaca or a file that has one{why}"
                 ) from None

@@ -137,7 +137,10 @@ def _generation(state: Mapping[str, Tensor], source: str | Path) -> int:
         return any(re.search(pattern, key) for key in keys)
 
     if has(r"\.(bone|disha|(init_)?lora_[AB])$") and not has(r"^emb\.weight$"):
-        raise UserError(f"{source} is an adapter, not a base checkpoint: give it as --peft_load or --peft_checkpoint")
+        raise UserError(
+            f"{source} is an adapter, not a base checkpoint: give it as --peft_load, --peft_checkpoint or --adapter, "
+            "whichever this program has"
+        )
     refuse_unsupported(keys, source)
     if not has(r"^emb\.weight$") or not has(r"^blocks\.0\."):
         raise UserError(

@@ -152,6 +152,17 @@ CONVERT: dict[str, When] = {
     **{name: MODEL & MERGE[name] for name in ("layout", "outtype", "shard_size")},
     "verify": MODEL,
 }
+TALK = When(
+    ("prompts",),
+    lambda name: not name,
+    "in a conversation: without --prompts, and without a pipe (--prompts -)",
+)
+ANSWERS = When(("prompts",), bool, "with --prompts, or where prompts come through a pipe", "--prompts FILE")
+CHAT: dict[str, When] = {
+    **dict.fromkeys(("compare", "thinking", "color", "undo", "history"), TALK),
+    **dict.fromkeys(("output", "bad_rows", "sft_field", "batch"), ANSWERS),
+    "overwrite": given("output"),
+}
 HF: dict[str, When] = {
     "eval_field": given("eval_path"),
     "warmup_ratio": but("lr_scheduler_type", "constant"),

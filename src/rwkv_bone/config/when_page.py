@@ -16,6 +16,7 @@ PROGRAMS = {
     "scripts/preview_data.sh alone": acts.PREVIEW,
     "merge.py": acts.MERGE,
     "scripts/convert.sh": acts.CONVERT,
+    "scripts/chat.sh": acts.CHAT,
     "train_hf.py": acts.HF,
 }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.inference.decoder import PIECE
 from rwkv_bone.inference.sampling import Samplers, Sampling
-from rwkv_bone.inference.stopping import Stop, Writing
+from rwkv_bone.inference.stopping import END, LENGTH, TEXT, Stop, Writing
 from rwkv_bone.models import LayerState
 
 BATCH = 32  # sequences at a time; the state of one takes 21 MB at 2.9B, 34 MB at 7B
@@ -42,6 +42,7 @@ def generate(
     piece: int = PIECE,
     device: torch.device | str = "cpu",
     done: Callable[[int], object] = lambda prompts: None,
+    ended: Callable[[str], object] = lambda why: None,
     seed: int | Sequence[int] = 0,
     **sampling: Any,
 ) -> list[list[int]]:
@@ -50,9 +51,10 @@ def generate(
     model: an `RWKV`, or what passes its arguments on to one. Prompts may have any length but 0; they are never cut.
     max_new: the largest number of new tokens, of all prompts or of each. stop_texts: they end an answer wherever they
     stand in its text, and need the tokenizer; opening: see `Stop`. The states of `batch` sequences and one forward pass
-    of `piece` tokens must fit into memory. done: called after each batch with the number of its prompts. seed: of all
-    prompts, which then draw different numbers, or of each. sampling: the other fields of `Sampling`; without them the
-    most likely token is taken. What a prompt draws does not depend on the other prompts.
+    of `piece` tokens must fit into memory. done: called after each batch with the number of its prompts. ended: called
+    for each answer, in order, with why it ended: `stopping.END`, TEXT or LENGTH. seed: of all prompts, which then draw
+    different numbers, or of each. sampling: the other fields of `Sampling`; without them the most likely token is
+    taken. What a prompt draws does not depend on the other prompts.
 
     ValueError for an empty prompt, a batch or piece below 1, a number of seeds or of max_new that is not that of the
     prompts, and for what `Sampling` and `Stop` refuse.
@@ -77,7 +79,9 @@ def generate(
         written = [_Written(limit, tokenizer if stop_texts else None, stop) for limit in most[some]]
         if any(most[some]):
             _answer(model, prompts[some], written, Samplers(how, seeds[some]), piece, device)
-        answers += [answer.kept() for answer in written]
+        for answer in written:
+            answers.append(answer.kept())
+            ended(answer.ended)
         done(len(prompts[some]))
     return answers
 
@@ -88,16 +92,21 @@ class _Written:
     def __init__(self, limit: int, tokenizer: Tokenizer | None, stop: Stop):
         self._limit, self._stop = limit, stop
         self._ids: list[int] = []
+        self.ended = LENGTH
         self._writing = tokenizer and Writing(tokenizer, stop)
 
     def goes_on(self, token: int) -> bool:
         """Take a token; whether there is another one to come."""
-        if token in self._stop.ids or len(self._ids) >= self._limit:
+        if len(self._ids) >= self._limit:
+            return False
+        if token in self._stop.ids:
+            self.ended = END
             return False
         self._ids.append(token)
         if self._writing:
             self._writing.add(token)
             if self._writing.stopped:
+                self.ended = TEXT
                 return False
         return len(self._ids) < self._limit
 

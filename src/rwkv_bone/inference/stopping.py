@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rwkv_bone.data.conversations.thinking import BEGIN, END
+from rwkv_bone.data.conversations import thinking
 from rwkv_bone.data.tokenizer import Tokenizer
+
+# Why an answer ended: a token of Stop.ids, a text of Stop.texts, or max_new.
+END, TEXT, LENGTH = "end", "text", "length"
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class Stop:
     def find(self, answer: str, start: int = 0) -> int:
         """Where the first stop text begins in an answer, from `start` on; -1 if there is none."""
         # The last ">" of what opens or closes a block may be the model's.
-        opened = self.opening.rfind(BEGIN[:-1]) > self.opening.rfind(END[:-1])
-        if opened or answer.lstrip().startswith(BEGIN):
-            end = answer.find(END)
+        opened = self.opening.rfind(thinking.BEGIN[:-1]) > self.opening.rfind(thinking.END[:-1])
+        if opened or answer.lstrip().startswith(thinking.BEGIN):
+            end = answer.find(thinking.END)
             if end < 0:
                 return -1
             start = max(start, end)

@@ -13,11 +13,11 @@ from collections.abc import Generator, Iterator, Sequence
 from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.inference.decoder import Decoder, State
 from rwkv_bone.inference.sampling import Sampler
-from rwkv_bone.inference.stopping import Stop, Writing
+from rwkv_bone.inference.stopping import END, LENGTH, TEXT, Stop, Writing
 
-# Why an answer ended: a token of Stop.ids, a text of Stop.texts, max_new, the caller (`close`, or an exception such as
-# KeyboardInterrupt), or the caller before the prompt was read.
-END, TEXT, LENGTH, CLOSED, UNREAD = "end", "text", "length", "closed", "unread"
+# Why an answer ended, besides END, TEXT and LENGTH: the caller (`close`, or an exception such as KeyboardInterrupt), or
+# the caller before the prompt was read.
+CLOSED, UNREAD = "closed", "unread"
 
 
 class Answer(Iterator[str]):
