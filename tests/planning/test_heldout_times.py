@@ -1,13 +1,12 @@
 """planning/heldout.py: what measurements take, from parts of one."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.planning.heldout import Costs, TimeHeldOut
 from rwkv_bone.training.heldout_sets import prepare_heldout
+from rwkv_bone.training.measuring import ANSWERS, LOSSES, SAMPLES, Rhythm
 from rwkv_bone.training.prepare import load_data, plan_batches
 
 
@@ -69,8 +68,8 @@ def test_an_answer_takes_its_longest_number_of_tokens(heldout, monkeypatch):
 
 def test_a_run_measures_at_both_ends_and_in_between():
     costs = Costs(whole=4.0, loss=1.0, answers=2.0, samples=0.5)
-    for exact, each in ((False, 1.5), (True, 3.5)):
-        count, seconds = costs.in_a_run(SimpleNamespace(every=10, exact=exact), 30)
+    for what, each in ((LOSSES, 1.0), (SAMPLES, 1.5), (ANSWERS, 3.5)):
+        count, seconds = costs.in_a_run(Rhythm(10, what, ""), 30)
         assert count == 2  # after steps 10 and 20; after the last one it is an end
         assert seconds == 2 * (4.0 + 2.0 + 0.5) + 2 * each
-    assert costs.in_a_run(SimpleNamespace(every=0, exact=False), 30) == (0, 13.0)
+    assert costs.in_a_run(Rhythm(0, LOSSES, ""), 30) == (0, 13.0)

@@ -103,6 +103,16 @@ def test_a_run_that_nothing_makes_fit_is_told_all_there_is_to_try(counted):
         assert flag in found.sentence
 
 
+@pytest.mark.parametrize("kind, words", [
+    ("bone", "a smaller --bone_r or --lora_r"), ("lora", "a smaller --bone_r or --lora_r"),
+    ("none", "--peft bone instead of every weight"), ("state", "a smaller base model"),
+])  # fmt: skip
+def test_only_what_the_run_has_is_advised(kind, words):
+    trained = memory.counted(ARCH, kind, 64)
+    assert choice_for(trained, 2 * GB).sentence.endswith(words)
+    assert choice_for(trained, 2 * GB, run=Run(256, 1, "nf4")).sentence.endswith(f"try {words}")
+
+
 def test_packed_documents_leave_more_states_than_one_long_row(counted):
     run = Run(ctx_len=2048, micro_bsz=2)
     packed = [needed(ARCH, counted, replace(run, document=tokens)) for tokens in (2048, 512, 64)]

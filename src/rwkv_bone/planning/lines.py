@@ -18,7 +18,7 @@ from rwkv_bone.planning.timing import positions_of_a_step
 from rwkv_bone.training import guard
 from rwkv_bone.training.measuring import Rhythm
 from rwkv_bone.training.out_of_memory import Plan, advice, size_text
-from rwkv_bone.training.progress import clock
+from rwkv_bone.training.progress import clock, seconds_text
 from rwkv_bone.training.resume import Saved
 
 INDENT = " " * 10  # the column of labels
@@ -128,13 +128,6 @@ def folder_state(config: TrainConfig, steps: int) -> Iterator[str]:
     else:
         left = counted(steps - saved.step, "step")
         yield f"resume    the run in {folder} has {left} left, after step {saved.step:,}; the plan is of the whole run"
-
-
-def seconds_text(seconds: float) -> str:
-    """`0.084 s`, `2.1 s`, `12 s`, and from two minutes on as a clock."""
-    if seconds >= 120:
-        return clock(seconds)
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.3g} s"
 
 
 def broken(line: str, columns: int) -> list[str]:

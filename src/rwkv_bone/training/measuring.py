@@ -16,6 +16,7 @@ from rwkv_bone.training.best import since_best
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.log import StepLog
 from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.progress import seconds_text
 from rwkv_bone.training.saving import SaveTrained
 
 MEASUREMENTS = 10  # in a run, where they fit
@@ -69,7 +70,7 @@ def rhythm(given: int, total: int, step: float, costs: Mapping[str, float]) -> R
 
 
 def _takes(measurement: float, steps: float) -> str:
-    return f"a measurement takes {measurement:.2g} s, the steps about {steps:.2g} s"
+    return f"a measurement takes {seconds_text(measurement)}, the steps about {seconds_text(steps)}"
 
 
 def _every(total: int, budget: float, cost: float) -> int:

@@ -50,9 +50,10 @@ REPEATS = 2
 # What a process takes on a GPU beside tensors once its free memory is looked at: libraries and their kernels.
 RESERVE = GB // 4
 MB = 2**20
-# Memory of a process on a CPU beside tensors, measured by benchmarks/plan_memory.py --parts. Before the model: Python,
+# Memory of a process on a CPU beside tensors, measured by benchmarks/plan.py --parts. Before the model: Python,
 # PyTorch and Lightning 245 MB, the World tokenizer 235. Then: DeepSpeed 21 MB; its engine, the prefetching thread and
-# the kernels that oneDNN makes 33. Where blocks are computed again: torch.utils.checkpoint imports the compiler, 82.
+# the kernels that oneDNN makes 33. Where blocks or chunks are computed again: torch.utils.checkpoint imports the
+# compiler, 82, unless something has: with some versions of its requirements, Lightning does.
 RESIDENT, STARTED, CHECKPOINT = 480 * MB, 54 * MB, 82 * MB
 
 SHELL_ROWS = 3  # rows of width C that the model keeps around its blocks, RWKV-7's v_first among them
@@ -83,6 +84,7 @@ class Run:
     ranks: int = 1  # processes, on all machines
     offload: bool = False  # the optimiser's state, and at stage 3 the weights, lie in the CPU's memory
     resident: int = RESIDENT  # bytes of the process without the model, on a CPU
+    compiler: bool = False  # the process has PyTorch's compiler in memory already, on a CPU
     keeps: bool = True  # on a CPU: the allocator keeps what is freed (allocator.py)
 
     @property
@@ -261,7 +263,8 @@ def parts(arch: Architecture, count: Counted, run: Run) -> Parts:
         times = REPEATS if run.keeps else 0
         most = max(found.moments, key=lambda moment: moment.size + times * moment.renewed)
         slack = times * most.renewed
-        framework = run.resident + STARTED + (CHECKPOINT if run.recompute.blocks else 0)
+        checkpoint = CHECKPOINT if (run.recompute.blocks or run.chunk_ctx) and not run.compiler else 0
+        framework = run.resident + STARTED + checkpoint
     return Parts(
         weights=found.weights,
         adapter=found.values,

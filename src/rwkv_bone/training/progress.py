@@ -138,3 +138,10 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def seconds_text(seconds: float) -> str:
+    """`0.084 s`, `2.1 s`, `12 s`, and from two minutes on as a clock."""
+    if seconds >= 120:
+        return clock(seconds)
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.3g} s"

@@ -7,6 +7,7 @@ the same numbers whatever is computed again, so the choice is a matter of time a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -69,6 +70,7 @@ def run_of(config: TrainConfig, plan: BatchPlan, device: str, model: RWKV | None
         ranks=plan.world_size,
         offload=offloads(config.run.strategy),
         resident=max(resident, 0) or RESIDENT,
+        compiler="torch._dynamo" in sys.modules,
         keeps=allocator.heap() is not None,
     )
 
@@ -130,7 +132,11 @@ def _remedies(count: Counted, run: Run, bytes_for: Callable[[Run], float], there
     enough = [flag for flag, changed in changes.items() if bytes_for(changed) <= there]
     if enough:
         return f"{' or '.join(enough)} would"
-    return f"try {', '.join([*changes, 'a smaller --bone_r or --lora_r'])}"
+    if count.adapter:
+        less = "a smaller --bone_r or --lora_r"
+    else:  # states have no size to choose
+        less = "a smaller base model" if count.projections else "--peft bone instead of every weight"
+    return f"try {', '.join([*changes, less])}"
 
 
 def _gb(size: float) -> str:
