@@ -10,8 +10,8 @@ random weights that are made here, but the last, which is the bundled model. Eac
 processes of their own. Memory is the most that the training process has had resident, in MB of 2^20 bytes (on a GPU, of
 tensors). The step is the median of all but the first, from the log; the whole is from the start of the program to its
 end. Seconds are those in which the process did not wait for a core that others had (Linux counts them; elsewhere all
-count): so other programs matter less. A row holds the medians of the rounds, and of what the plan says over what the run takes in the same round; the
-last column is how far the runs' own steps differ from round to round.
+count): so other programs matter less. A row holds the medians of the rounds, and of what the plan says over what the
+run takes in the same round; the last column is how far the runs' own steps differ from round to round.
 """
 
 from __future__ import annotations
@@ -112,8 +112,10 @@ def in_this_process(what: str, argv: list[str]) -> None:
     from rwkv_bone.cluster.join import join
     from rwkv_bone.cluster.watch import Watch
     from rwkv_bone.config.flags import parse_train
-    from rwkv_bone.planning.plan import plan
+    from rwkv_bone.imports import uncollected
 
+    with uncollected():
+        from rwkv_bone.planning.plan import plan
     with contextlib.redirect_stdout(io.StringIO()):
         config = parse_train([*argv, "--plan", "1"])
         with join(config) as world, Watch(world, 60) as watch:

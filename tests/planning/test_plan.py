@@ -1,6 +1,9 @@
 """planning/plan.py: what is said before a run, against the run itself, and that nothing is written."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from rwkv_bone.planning.timing import Times
 from rwkv_bone.training import guard
 from rwkv_bone.training.memory import GB, count
 from rwkv_bone.training.prepare import prepare_model
-from tests.conftest import random_model
+from tests.conftest import REPOSITORY, random_model
 from tests.training.conftest import log_of
 
 
@@ -174,6 +177,20 @@ def test_a_mistake_is_refused_by_a_plan_as_by_the_run(job, capsys):
         with pytest.raises(UserError, match=re.escape(words)):
             planned(job, capsys, proj_dir=job.folder / "wrong", **flags)
     assert not (job.folder / "wrong").exists()
+
+
+def test_a_plan_loads_no_library_that_the_run_does_not():
+    """Else it would count their memory and the time of their import as the run's."""
+    said = (
+        "import sys, rwkv_bone.planning.plan; print([n for n in ('torch._dynamo', 'transformers') if n in sys.modules])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", said],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")},
+    )
+    assert found.stdout == "[]\n", found.stderr
 
 
 @pytest.mark.slow
