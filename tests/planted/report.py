@@ -71,7 +71,7 @@ BUGS = (
     Bug(PAGE, "self._renewed = step\n            self._renew()", "self._renew()", f"{RENEWED} -k tenth"),
     Bug(
         PAGE,
-        'with spared(f"{self.folder / PAGE} is not renewed; the run goes on", self.report):',
+        'with spared(f"{self.folder / PAGE} is not renewed; the run goes on", self._report_once):',
         "if True:",
         f"{RENEWED} -k costs_the_run",
     ),

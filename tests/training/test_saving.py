@@ -74,6 +74,8 @@ def test_adapter_log_and_folder_are_on_the_disk_before_the_state_that_tells_of_t
         return f"new {name[1:].split('.')[0]}" if ".partial" in name else name
 
     shown_calls = [(name, *map(shown, paths)) for name, *paths in made if name != "unlink"]
+    page = ("new report", "report.html", "new preview", "preview.json")  # is made from what is there
+    shown_calls = [call for call in shown_calls if call[1] not in page]
     begin = shown_calls.index(("fsync", "new rwkv-0-s2"))
     assert shown_calls[begin : begin + 13] == [
         ("fsync", "new rwkv-0-s2"),
