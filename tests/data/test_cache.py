@@ -320,7 +320,13 @@ def test_every_package_that_data_imports_is_in_the_key():
 
 # Settings of the data that change no entry, and why; whatever else there is must change it.
 NO_PART_OF_AN_ENTRY = {
-    *("data_file", "eval_data", "eval_field", "eval_general", "eval_split"),  # another file, or which rows of it are held out
+    *(
+        "data_file",
+        "eval_data",
+        "eval_field",
+        "eval_general",
+        "eval_split",
+    ),  # another file, or which rows of it are held out
     *("data_weights", "dataload", "long_samples", "max_lost", "ctx_len", "micro_bsz"),  # made of the entry
     "cache_dir",
     "data_type",  # the source and layout that it leads to are

@@ -283,3 +283,28 @@ def test_weights_below_one_leave_a_share_unread(write_jsonl, config):
 def test_windows_read_as_many_tokens_as_they_have(make_stream):
     plan = BatchPlan(make_stream(101, ctx_len=10), micro_bsz=2)
     assert plan.share_read(1) == 20 / 101 and plan.share_read(6) == 1
+
+
+@pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (2, 3)])
+def test_packed_rows_have_few_lengths_and_what_fills_them_is_an_ignored_document(make_dataset, accumulate, world_size):
+    """On a CPU rows of ever new lengths would make the heap grow from step to step (docs/measured.md)."""
+    dataset = make_dataset(200, ctx_len=40)
+    lengths = {sample.origin: len(sample.ids) - 1 for sample in dataset}
+    plan = BatchPlan(dataset, micro_bsz=8, accumulate=accumulate, world_size=world_size, pack=True)
+    seen, positions = Counter(), 0
+    for window in windows(plan, 0):
+        positions += sum(batch.ids.numel() for batch in window)
+        for batch in window:
+            used, width = sum(lengths[row] for row in batch.rows), batch.ids.shape[1]
+            bounds = batch.cu_seqlens.tolist()
+            if not batch.rows:
+                assert (width, bounds) == (1, [0, 1])
+                continue
+            seen[width] += 1
+            # 8 x 40 tokens in sixteenths.
+            assert width % 20 == 0 and used <= width < used + 20 and width <= 320
+            assert batch.tokens == used and batch.widest >= width
+            own = np.cumsum([0, *(lengths[row] for row in batch.rows)]).tolist()
+            assert bounds == (own if used == width else [*own, width])
+            assert (batch.ids[0, used:] == 0).all() and (batch.labels[0, used:] == IGNORED_LABEL).all()
+    assert plan.positions() == positions and len(seen) < 4 < sum(seen.values())

@@ -120,7 +120,12 @@ BUGS = (
     Bug(MEMORY, "adapter=found.values", "adapter=found.trained", f"{PARTS} -k 4_bytes"),
     Bug(MEMORY, '(0.5 + 4 / BLOCK),\n        "fp4"', '0.5,\n        "fp4"', f"{PARTS} -k codes_and_scales"),
     Bug(MEMORY, "REPEATS if run.keeps else 0", "REPEATS", f"{PARTS} -k counts_whole"),
-    Bug(MEMORY, "CHECKPOINT if (run.recompute.blocks or run.chunk_ctx) and not run.compiler else 0", "0", f"{PARTS} -k counts_whole"),
+    Bug(
+        MEMORY,
+        "CHECKPOINT if (run.recompute.blocks or run.chunk_ctx) and not run.compiler else 0",
+        "0",
+        f"{PARTS} -k counts_whole",
+    ),
     Bug(MEMORY, "moment.size + times * moment.renewed", "moment.size", f"{PARTS} -k gaps_it_leaves"),
     Bug(MEMORY, "slack = times * most.renewed", "slack = 0", f"{PARTS} -k counts_whole"),
     Bug(MEMORY, "CUDA_BYTES, found.total * GAPS", "CUDA_BYTES, 0", f"{PARTS} -k on_a_gpu"),

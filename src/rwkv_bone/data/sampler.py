@@ -24,6 +24,7 @@ from rwkv_bone.errors import UserError
 
 IGNORED_LABEL = -100
 PASSES_KEPT = 2
+SIZES = 16  # lengths that a packed row may have
 
 
 @dataclass
@@ -68,7 +69,8 @@ class BatchPlan:
     Padded: `micro_bsz` samples, each a row, as wide as the longest of them needs; the last window of a pass is filled
     up with empty rows (all labels ignored), spread over ranks and micro-batches. `pack`: one row of at most micro_bsz x
     ctx_len tokens, filled with documents one after another; where the last window of a pass has none left, a row of one
-    ignored token.
+    ignored token. The rest of a row up to the next sixteenth of what it may have is a document of ignored tokens: of
+    rows that are all of different lengths no step's memory fits the next, and on a CPU the heap grows and grows.
     unit: where it is given, `micro_bsz` is a multiple of it, and a packed micro-batch joins so many rows of at most
     unit x ctx_len tokens. Then the samples of a step depend on micro_bsz x accumulate alone, not on how they are cut.
     A dataset of `windows` gives random windows of its token stream instead, other windows on each rank, every token
@@ -99,6 +101,7 @@ class BatchPlan:
         # Tokens of a packed row. Samples of a dataset that is meant for windows may be longer than ctx_len.
         self._row = max(unit * dataset.ctx_len, int(dataset.lengths.max()) - 1)
         self.budget = self._joined * self._row  # tokens of a packed micro-batch
+        self._fill = max(self.budget // SIZES, 1)  # the length of a packed row is a multiple of it, or the budget
         self._per_window = accumulate * world_size  # micro-batches of an optimiser step
         self._width = min(dataset.ctx_len, len(dataset.tokens) - 1) if dataset.windows else 0  # T of a stream's windows
         self._fixed_steps = steps_per_epoch
@@ -146,6 +149,8 @@ class BatchPlan:
         lengths = [len(sample.ids) - 1 for sample in samples]
         if self.pack:
             bounds = np.cumsum([0, *(lengths or [1])])
+            if samples and (filled := self._filled(bounds[-1])) > bounds[-1]:
+                bounds = np.append(bounds, filled)
             shape, places = (1, bounds[-1]), [(0, start) for start in bounds[: len(samples)]]
         else:
             bounds = None
@@ -201,7 +206,8 @@ class BatchPlan:
         order = self._pass(0)
         lengths, counts = self.dataset.lengths[order.samples] - 1, np.diff(order.bounds)
         if self.pack:
-            return int(lengths.sum()) + int((counts == 0).sum())
+            rows = np.diff(np.cumsum([0, *lengths])[order.bounds])
+            return sum(self._filled(int(row)) if row else 1 for row in rows)
         widths = np.ones(len(counts), dtype=np.int64)
         np.maximum.at(widths, np.repeat(np.arange(len(counts)), counts), lengths)
         return int((widths * self.micro_bsz).sum())
@@ -275,7 +281,12 @@ class BatchPlan:
         lengths = self.dataset.lengths[order.samples[bounds[0] : bounds[-1]]] - 1
         if self.pack:
             lengths = np.diff(np.cumsum([0, *lengths])[bounds - bounds[0]])
+            return self._filled(int(lengths.max())) if lengths.any() else 1
         return int(lengths.max(initial=1))
+
+    def _filled(self, length: int) -> int:
+        """The length of a packed row of documents that together have this length."""
+        return max(min(-(-length // self._fill) * self._fill, self.budget), length)
 
     def _stream_batch(self, epoch: int, step: int, micro: int, rank: int) -> Batch:
         stream = self.dataset.tokens
