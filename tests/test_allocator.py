@@ -92,6 +92,28 @@ def test_free_memory_is_looked_for_when_resident_memory_has_grown(library, monke
     assert library.asked == ["trim"]
 
 
+def test_what_has_grown_by_a_tenth_from_step_to_step_is_given_back(library, monkeypatch):
+    size = [100 * 2**20]
+    monkeypatch.setattr(allocator, "resident", lambda: size[0])
+    allocator.keep()
+    library.asked.clear()
+
+    def after_steps(*megabytes: int) -> list:
+        for number in megabytes:
+            size[0] = number * 2**20
+            allocator.trim_after_step()
+        return library.asked
+
+    # The first step takes what a step takes: it is what the others are compared with.
+    assert after_steps(300, 310, 330) == []
+    assert after_steps(331) == ["trim"]
+    # And anew: what is needed for good is not given back again and again.
+    assert after_steps(340, 341, 374) == ["trim"]
+    assert after_steps(375) == ["trim", "trim"]
+    allocator.give_back()
+    assert library.asked == ["trim"] * 3
+
+
 CHUNKS = """
 import sys, torch
 from rwkv_bone import allocator

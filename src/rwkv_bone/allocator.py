@@ -4,7 +4,8 @@ none kept that fragments.
 By default glibc hands a large block back to the system as soon as it is freed, and the top of its heap with it. The
 next step gets the same memory again page by page, zeroed: 12 to 15 % of a step's time (docs/measured.md, "The
 allocator"). A step that goes over its row in chunks has the opposite trouble: blocks that outlive a chunk lie between
-freed ones, which then fit nothing, and the heap grows with the row.
+freed ones, which then fit nothing, and the heap grows with the row. Steps whose rows differ in length do the same,
+more slowly.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 LARGEST_BLOCK, MOST_AT_TOP = 2**30, 2**31 - 1  # bytes; an `int`
 SLACK = 2**28  # bytes by which resident memory may grow before what is free within it is looked for
+GROWTH = 0.1  # by which resident memory may grow from one step to a later one before what is free is given back
 SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
@@ -28,10 +30,11 @@ class Heap:
     def __init__(self, library: ctypes.CDLL):
         self._library = library
         self._least = 0  # bytes resident after the last trim
+        self._usual = 0  # after the first step since then; 0: there was none
 
     def keep(self) -> None:
         """From now on keep freed memory for later blocks. What is free so far is given back."""
-        self._library.malloc_trim(ctypes.c_size_t(0))
+        self.give_back()
         self._library.mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
         self._library.mallopt(M_TRIM_THRESHOLD, MOST_AT_TOP)
         self._least = resident()
@@ -39,8 +42,21 @@ class Heap:
     def trim(self) -> None:
         """Give back all free memory, also between blocks, if SLACK bytes have become resident since the last time."""
         if resident() > self._least + SLACK:
-            self._library.malloc_trim(ctypes.c_size_t(0))
+            self.give_back()
             self._least = resident()
+
+    def give_back(self) -> None:
+        """Give back all free memory."""
+        self._library.malloc_trim(ctypes.c_size_t(0))
+
+    def trim_after_step(self) -> None:
+        """Give back all free memory if GROWTH more is resident than after the first step since the last time."""
+        now = resident()
+        if not self._usual:
+            self._usual = now
+        elif now > self._usual * (1 + GROWTH):
+            self.give_back()
+            self._usual = 0
 
 
 @functools.cache
@@ -69,6 +85,18 @@ def trim() -> None:
     """Between two chunks on the CPU: see `Heap.trim`."""
     if found := heap():
         found.trim()
+
+
+def trim_after_step() -> None:
+    """After each optimiser step on the CPU: see `Heap.trim_after_step`."""
+    if found := heap():
+        found.trim_after_step()
+
+
+def give_back() -> None:
+    """After the last step on the CPU: see `Heap.give_back`."""
+    if found := heap():
+        found.give_back()
 
 
 def resident() -> int:

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ import torch
 from rwkv_bone.training.log import StepLog, read_log
 from rwkv_bone.training.module import Window
 from rwkv_bone.training.progress import ProgressLines, clock
+from tests.conftest import python_path
 
 
 class Screen(io.StringIO):
@@ -100,6 +104,22 @@ def test_a_line_has_every_field_of_the_table_and_no_other(tmp_path):
         record = json.loads(line)
         assert sorted(record) == sorted(documented)
         assert record["peak_reserved_mb"] is None and record["peak_memory_mb"] > 0
+
+
+def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it():
+    """On Linux getrusage begins with what the starting process had resident."""
+    child = (
+        "import resource, torch; from rwkv_bone.training.log import peak_memory_mb;"
+        "print(peak_memory_mb(torch.device('cpu')), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)"
+    )
+    parent = (
+        f"import subprocess, sys; held = bytearray(b'x' * 1_500_000_000);"
+        f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))"
+    )
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, env=environment, check=True)
+    peak, usage = map(float, done.stdout.split())
+    assert 100 < peak < 1000 < 1400 < usage
 
 
 def test_the_log_tells_how_long_each_step_waited_for_its_batches(tmp_path):

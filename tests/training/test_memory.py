@@ -61,7 +61,7 @@ def test_weights_are_the_files_bytes_or_those_of_codes_and_scales(quant):
 def test_a_process_on_a_cpu_counts_whole_and_an_allocator_that_gives_back_keeps_nothing():
     run = Run(512, 4, device="cpu", resident=300 * MB)
     found, more = parts(ARCH, COUNT, run), parts(ARCH, COUNT, replace(run, resident=400 * MB))
-    assert more.total - found.total == 100 * MB
+    assert more.total - found.total == pytest.approx(105 * MB)  # a tenth may come on top before it is given back
     assert found.slack > 0 == parts(ARCH, COUNT, replace(run, keeps=False)).slack
     assert 40 * MB < found.framework - run.resident < 70 * MB  # DeepSpeed, its engine, and the kernels of oneDNN
     assert parts(ARCH, COUNT, replace(run, compiler=True)).framework == found.framework
@@ -81,7 +81,9 @@ def test_on_a_cpu_the_moment_with_the_most_is_that_with_the_gaps_it_leaves(keeps
         (moment.activations + moment.gradients + moment.head, 2 * moment.renewed if keeps else 0)
         for moment in needs(ARCH, COUNT, run).moments
     ]
-    assert found.total == pytest.approx(held + max(map(sum, moments)))
+    # The heap grows by up to a tenth before it is given back; half of that is planned.
+    grown = 1.05 if keeps else 1
+    assert found.total == pytest.approx(grown * (held + max(map(sum, moments))))
     assert (max(moments) == max(moments, key=sum)) is not keeps  # which the sizes alone would not tell
 
 

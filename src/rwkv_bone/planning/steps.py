@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from lightning.pytorch import Callback, seed_everything
 
-from rwkv_bone import allocator, signals
+from rwkv_bone import signals
 from rwkv_bone.cluster.watch import Watch
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.data import BatchPlan
@@ -19,6 +19,7 @@ from rwkv_bone.planning.timing import Enough, Times, TimeSteps, times
 from rwkv_bone.quantization import describe
 from rwkv_bone.training import out_of_memory
 from rwkv_bone.training.compiling import CompileBlocks
+from rwkv_bone.training.heap import KeepHeap
 from rwkv_bone.training.heldout import HeldOut
 from rwkv_bone.training.log import peak_memory_mb
 from rwkv_bone.training.module import TrainingModule
@@ -67,15 +68,13 @@ def take_steps(
     )
     held = TimeHeldOut(heldout) if heldout else None
     watcher = TimeSteps()
-    callbacks: list[Callback] = [PlaceModel(prepared.dtype), Agree()]
+    callbacks: list[Callback] = [KeepHeap(), PlaceModel(prepared.dtype), Agree()]
     callbacks += [CompileBlocks(model.compile, say)] if model.compile != "0" else []
     callbacks += [SeedBatches(run.random_seed)] if config.adapter.lora_dropout else []
     callbacks += [held] if held else []
     callbacks += [watcher]
     trainable = count_parameters(prepared.model, trained_only=True)
     trainer = make_trainer(reading, device, trainable, callbacks, watch.world)
-    if device == "cpu":
-        allocator.keep()
     with contextlib.suppress(Enough):
         run_steps(trainer, module, lambda error: out_of_memory.explained(error, where="while steps were timed"))
     return Timed(

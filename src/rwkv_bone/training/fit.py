@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, seed_everything
 
-from rwkv_bone import allocator, cards, console, run_lock
+from rwkv_bone import cards, console, run_lock
 from rwkv_bone.cluster.join import join
 from rwkv_bone.cluster.watch import Watch
 from rwkv_bone.cluster.world import SAME_FILES
@@ -22,6 +22,7 @@ from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import batch_size, guard, out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
+from rwkv_bone.training.heap import KeepHeap
 from rwkv_bone.training.heldout_sets import prepare_heldout
 from rwkv_bone.training.measurements import read_kept
 from rwkv_bone.training.measuring import MeasureWhileTraining
@@ -162,7 +163,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     save = SaveTrained(output, folder, run, earlier=earlier, log=log, go_on=go_on, report=report)
     watch.state = save.state_of_things
     stop = StopOnSignal(save.save_step, save.state_of_things, run.max_minutes)
-    callbacks: list[Callback] = [stop, ShowProgress(), PlaceModel(prepared.dtype), Agree()]
+    callbacks: list[Callback] = [stop, ShowProgress(), KeepHeap(), PlaceModel(prepared.dtype), Agree()]
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
     callbacks += [heldout] if heldout else []
@@ -178,8 +179,6 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
             earlier.record(config, output.metadata)
         project.begin(folder, config, continued=earlier is not None)
         console.keep_lost_output(folder / project.OUTPUT)
-    if device == "cpu":
-        allocator.keep()
 
     def explain(error: BaseException) -> UserError | None:
         return out_of_memory.explained(error, memory, out_of_memory.place_of(module), save.state_of_things())

@@ -28,6 +28,7 @@ from torch import nn
 
 from rwkv_bone.adapters import AdapterLinear
 from rwkv_bone.adapters.registry import split_key
+from rwkv_bone.allocator import GROWTH
 from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.models import RWKV, Recompute
 from rwkv_bone.models.layers import keeps_input
@@ -265,6 +266,9 @@ def parts(arch: Architecture, count: Counted, run: Run) -> Parts:
         slack = times * most.renewed
         checkpoint = CHECKPOINT if (run.recompute.blocks or run.chunk_ctx) and not run.compiler else 0
         framework = run.resident + STARTED + checkpoint
+        if run.keeps:
+            # Between two trims the heap grows by up to GROWTH: half of that is the least error.
+            slack += GROWTH / 2 * (found.weights + found.values + found.optimiser + most.size + framework + slack)
     return Parts(
         weights=found.weights,
         adapter=found.values,
