@@ -1,5 +1,6 @@
 """Output never ends a program: pipes, terminals, disks and encodings may fail, and the work goes on."""
 
+import ast
 import os
 import pty
 import re
@@ -224,3 +225,15 @@ def test_a_bar_that_is_no_terminals_writes_nothing(tmp_path):
 def test_counts_have_their_noun():
     assert [counted(n, "step") for n in (0, 1, 2, 1200)] == ["0 steps", "1 step", "2 steps", "1,200 steps"]
     assert [counted(n, "pass", "passes") for n in (1, 2)] == ["1 pass", "2 passes"]
+
+
+def test_no_bar_is_drawn_before_its_time_since_nobody_would_clear_it():
+    """tqdm draws at once where a description is set, and at its end clears only a bar whose delay was over."""
+    package = Path(__file__).resolve().parents[1] / "src" / "rwkv_bone"
+    found = []
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(getattr(node, "func", None), "attr", "")
+            if isinstance(node, ast.Call) and name in ("set_description_str", "set_description", "refresh"):
+                found.append((path.name, {word.arg: ast.unparse(word.value) for word in node.keywords}.get("refresh")))
+    assert len(found) >= 3 and {refresh for _, refresh in found} == {"False"}

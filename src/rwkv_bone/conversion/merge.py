@@ -103,13 +103,13 @@ def write_model(
                 bar.update(sizes[key])
 
         output.write(temporary, base, fold.shapes, told(checked.tensors()), checked.checksums)
-        bar.set_description_str("reading it back")
+        bar.set_description_str("reading it back", refresh=False)
         found = output.read(temporary)
         for key in checked.compare(found, output.checksums(temporary)):
             bar.update(sizes[key])
         logits = "not compared (--verify 0)"
         if verify:
-            bar.set_description_str("comparing its logits")
+            bar.set_description_str("comparing its logits", refresh=False)
             layer = sum(sizes.values()) / base.arch.n_layer
             logits = verify_logits(found, output, base, adapter, quant, trained_on, lambda: bar.update(layer))
     return Written(output, checked.changes(), logits, [key for key in fold.shapes if key not in checked.kept])
