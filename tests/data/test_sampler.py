@@ -308,3 +308,19 @@ def test_packed_rows_have_few_lengths_and_what_fills_them_is_an_ignored_document
             assert bounds == (own if used == width else [*own, width])
             assert (batch.ids[0, used:] == 0).all() and (batch.labels[0, used:] == IGNORED_LABEL).all()
     assert plan.positions() == positions and len(seen) < 4 < sum(seen.values())
+
+
+def test_ranks_have_about_equal_work_where_micro_batches_join_rows(write_jsonl, config):
+    """Rows are dealt out from the fullest on, so that what one rank has more is less than two rows differ by."""
+    random = np.random.default_rng(0)
+    rows = [{"prompt": f"{i}: ", "response": "r" * int(random.integers(25, 42))} for i in range(96)]
+    dataset = load_dataset(config(write_jsonl(*rows), ctx_len=48), 256)
+    lengths = {sample.origin: len(sample.ids) - 1 for sample in dataset}
+    plan = BatchPlan(dataset, micro_bsz=6, unit=1, world_size=2, pack=True, seed=1)
+    differences = 0
+    for window in windows(plan, 0):
+        one, other = (batch.tokens for batch in window)
+        of_rows = [lengths[row] for batch in window for row in batch.rows]  # two of them would not fit a row
+        assert abs(one - other) <= max(of_rows) - min(of_rows)
+        differences += one != other
+    assert plan.steps_in(0) == 8 and differences

@@ -134,6 +134,14 @@ BUGS = (
         "widest=self._widest(order, mine)",
         f"{SAMPLER} -k widest",
     ),
+    Bug(DATA + "sampler.py", "max(self.budget // SIZES, 1)", "1", f"{SAMPLER} -k few_lengths"),
+    Bug(DATA + "sampler.py", "bounds = np.append(bounds, filled)", "bounds[-1] = filled", f"{SAMPLER} -k few_lengths"),
+    Bug(
+        DATA + "sampler.py",
+        "return self._filled(int(lengths.max())) if",
+        "return int(lengths.max()) if",
+        f"{SAMPLER} -k few_lengths",
+    ),
     Bug(DATA + "sampler.py", "seen[order.samples[:end]] = True", "seen[:end] = True", f"{SAMPLER} -k share_that_a_run"),
     Bug(
         DATA + "sampler.py",

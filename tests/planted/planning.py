@@ -5,7 +5,7 @@ from tests.planted.bug import Bug
 TIMING, LINES, HELD = (f"src/rwkv_bone/planning/{name}.py" for name in ("timing", "lines", "heldout"))
 GUARD, ROWS = "src/rwkv_bone/training/guard.py", "src/rwkv_bone/training/batch_size.py"
 CACHE, SAMPLER = "src/rwkv_bone/data/cache.py", "src/rwkv_bone/data/sampler.py"
-PREPARE = "src/rwkv_bone/training/prepare.py"
+BATCHES = "tests/data/test_sampler.py"
 TIMED, PLAN = "tests/planning/test_timing.py", "tests/planning/test_plan.py"
 GUARDS, CUT = "tests/training/test_guard.py", "tests/training/test_batch_size.py"
 
@@ -25,7 +25,6 @@ BUGS = (
     Bug(HELD, "2 * self.at_the_ends", "self.at_the_ends", "tests/planning/test_heldout_times.py -k both_ends"),
     Bug(LINES, "self.start + self.steps * self.step + self", "self.steps * self.step + self", f"{PLAN} -k adds_up"),
     Bug(LINES, "if (holder := run_lock.holder(folder)) is not None:", "if (holder := None):", f"{PLAN} -k would_find"),
-    Bug(PREPARE, "if base or empty:\n", "if base:\n", f"{PLAN} -k any_size"),
     Bug(GUARD, "* (1 - ERROR)", "", f"{GUARDS} -k certain"),
     Bug(GUARD, "(plan.parts.weights if mapped else 0)", "0", f"{GUARDS} -k mapped"),
     Bug(GUARD, "run.stage < 3 and", "", f"{GUARDS} -k mapped"),
@@ -34,7 +33,7 @@ BUGS = (
     Bug(ROWS, "for found in ways(config):\n", "for found in list(ways(config))[::-1]:\n", f"{CUT} -k largest"),
     Bug(ROWS, "        if needed(arch, count", "        if 2 * needed(arch, count", f"{CUT} -k largest"),
     Bug("src/rwkv_bone/cluster/world.py", "return min(int(self.get", "return max(int(self.get", f"{CUT} -k processes"),
-    Bug(SAMPLER, "// (self._joined * self._per_window))", "// self._per_window)", f"{CUT} -k every_step"),
+    Bug(SAMPLER, "// (self._joined * self._per_window))", "// self._per_window)", f"{BATCHES} -k equal_work"),
     Bug(SAMPLER, "samples] - 1, self._row)", "samples] - 1, self.budget)", f"{CUT} -k every_step"),
     Bug(SAMPLER, "range(micro * self._joined, (micro + 1) * self._joined)", "[micro]", f"{CUT} -k every_step"),
     Bug(

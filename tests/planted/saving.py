@@ -91,6 +91,20 @@ BUGS = (
     Bug(LOG, "and math.isfinite(number)", "", f"{SAVES} -k no_run_can"),
     Bug(LOG, "record and 1 <= record", "record and 0 <= record", f"{SAVES} -k no_run_can"),
     Bug(LOG, "found.keys() - torn", "found.keys()", f"{SAVES} -k no_run_can"),
+    # The memory of a run on a CPU.
+    Bug(LOG, '"VmHWM:"', '"VmMissing:"', "tests/training/test_log.py -k peak_is_of_this"),
+    Bug(
+        "src/rwkv_bone/allocator.py",
+        "self._usual * (1 + GROWTH)",
+        "self._usual",
+        "tests/test_allocator.py -k grown_by_a_tenth",
+    ),
+    Bug(
+        "src/rwkv_bone/allocator.py",
+        "self.give_back()\n            self._usual = 0",
+        "self.give_back()",
+        "tests/test_allocator.py -k grown_by_a_tenth",
+    ),
     # What is said.
     Bug(DISK, "epoch % run.epoch_save == 0", "True", f"{SAVES} -k number_of_saves"),
     Bug(DISK, " - sum(end % run.save_steps == 0 for end in at if run.save_steps)", "", f"{SAVES} -k number_of_saves"),
