@@ -4,17 +4,17 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from rwkv_bone import checkpoints
+from rwkv_bone import allocator, checkpoints
 from rwkv_bone.adapters import ADAPTERS, AdapterSettings, inject
-from rwkv_bone.errors import UserError
 from rwkv_bone.models import build, load_base_into
-from rwkv_bone.training import fit
+from rwkv_bone.training.module import TrainingModule
 from rwkv_bone.training.place import place
 from rwkv_bone.training.strategy import KeepDtypes
 from tests.conftest import clean_environment, python_path, random_model
@@ -215,17 +215,18 @@ def test_each_parameter_is_partitioned_before_the_next_is_copied(mapped):
 
 
 def test_a_run_on_the_cpu_settles_the_allocator_once_before_its_first_step(job, monkeypatch):
-    said = []
+    said, step = [], TrainingModule.training_step
 
-    def steps(trainer, module, explain):
-        said.append("steps")
-        raise UserError("enough")
+    def training_step(module, *rest):
+        said.append("step")
+        return step(module, *rest)
 
-    monkeypatch.setattr(fit.allocator, "keep", lambda: said.append("keep"))
-    monkeypatch.setattr(fit, "run_steps", steps)
-    with pytest.raises(UserError, match="enough"):
-        job.run("settled")
-    assert said == ["keep", "steps"]
+    for name in ("keep", "trim_after_step", "give_back"):
+        monkeypatch.setattr(allocator, name, partial(said.append, name))
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    job.run("settled", epoch_steps=2, accumulate_grad_batches=2)
+    window = ["step", "step", "trim_after_step"]
+    assert said == ["keep", *window, *window, "give_back"]
 
 
 def test_at_stage_3_no_more_than_two_blocks_are_whole_when_backward_begins(job, tmp_path, monkeypatch):

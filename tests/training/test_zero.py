@@ -85,9 +85,11 @@ def test_two_processes_print_once_and_without_noise(stages, stage):
     done = stages[stage][1]
     assert done.stderr == ""
     starts = [line.split()[0] for line in done.stdout.splitlines() if line and not line.startswith(" ")]
-    once = ["after", "chat", "device", "held-out", "kernel", "memory", "model", "next", "results", "steps"]
+    once = ["after", "chat", "device", "kernel", "memory", "model", "next", "results", "steps"]
     once += ["heldout", "loss,", "tokens", "took"]  # the table at the end
-    assert set(starts) == {*once, "adapter", "data", "saving", "before", "step", "measured", "sample"}
+    always = {*once, "adapter", "data", "saving", "before", "step", "measured", "held-out"}
+    # Whether samples are answered and the general text is measured depends on the time that they take.
+    assert always <= set(starts) <= always | {"sample", "general", "forgotten"}
     assert sorted(start for start in starts if start in once) == sorted(once)
 
 
