@@ -94,3 +94,11 @@ def test_it_is_refused_where_nothing_is_measured(job):
 def test_more_measurements_than_there_are_is_said(job, flags, capsys):
     job.run("never", early_stop=9, **flags)
     assert "warning: --early_stop 9 cannot act: the run has 5 measurements" in capsys.readouterr().out
+
+
+def test_a_run_that_is_done_leaves_nothing_that_a_kill_at_its_end_cut_short(job):
+    folder = job.run("cut at the end")
+    before = sorted(path.name for path in folder.iterdir())
+    (folder / ".report.html.5bce98-29392-bbabca09.partial.html").write_text("half")
+    job.run("cut at the end", resume="auto")
+    assert sorted(path.name for path in folder.iterdir()) == before

@@ -155,6 +155,9 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         trained = earlier.trained or folder / f"rwkv-{run.epoch_begin + plan.locate(first - 1)[0]}-s{first}.pth"
         if main and earlier.mend(trained, output.dtypes, output.metadata):
             report(f"resume    {trained.name} was lost or damaged: it is written again, from {earlier.path.name}")
+        if main:
+            with project.spared("what a killed run was writing stays", report):
+                project.tidy(folder)
         for line in [*observers.table(), *complete(config, folder, trained, heldout, stopped)]:
             report(line)
         return trained

@@ -86,6 +86,12 @@ def has_remains(folder: Path) -> bool:
     return bool(_matching(folder, MADE_HERE + UNFINISHED))
 
 
+def tidy(folder: Path) -> None:
+    """Remove what a run that was killed was writing."""
+    for path in _matching(folder, UNFINISHED):
+        path.unlink(missing_ok=True)
+
+
 def begin(folder: Path, config: TrainConfig, continued: bool) -> None:
     """Make the folder ready for the first step: clear it, or tidy it for a run that is `continued`; write config.json.
 
