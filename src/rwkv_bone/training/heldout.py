@@ -197,10 +197,6 @@ class HeldOut(Callback):
         if trainer.is_global_zero:
             self._write()
 
-    def points(self) -> list[tuple[int, float]]:
-        """(step, loss) of the main set, of the measurements made so far."""
-        return [(measured.step, measured.loss) for measured in (self.before, self.after) if measured]
-
     def record(
         self,
         trainer: Trainer,
