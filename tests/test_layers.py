@@ -12,9 +12,9 @@ PACKAGE = REPOSITORY / "src" / "rwkv_bone"
 HEAVY = {"torch", "lightning", "deepspeed", "numpy", "matplotlib", "tokenizers"}
 TRAINERS = {"lightning", "deepspeed", "bitsandbytes", "transformers", "peft"}
 ROOMS = {"adapters", "checkpoints", "cluster", "config", "conversion", "data", "hf", "inference", "models", "ops"}
-ROOMS |= {"chat", "doctor", "planning", "report", "training"}
+ROOMS |= {"chat", "doctor", "evaluation", "planning", "report", "training"}
 # Rooms that hold programs: none of the others imports them.
-PROGRAMS = {"chat", "conversion", "doctor", "hf", "planning"}
+PROGRAMS = {"chat", "conversion", "doctor", "evaluation", "hf", "planning"}
 # For each room, the rooms that importing any of its modules may bring along.
 MAY_IMPORT = {
     "config": set(),
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "inference": {"config", "checkpoints", "ops", "models", "adapters", "data"},
     "conversion": {"config", "checkpoints", "ops", "models", "adapters", "inference"},
     "chat": {"config", "checkpoints", "ops", "models", "adapters", "data", "inference"},
+    "evaluation": {"config", "checkpoints", "ops", "models", "adapters", "data", "inference"},
     "hf": {"config", "checkpoints", "adapters", "data"},
     "cluster": {"config"},
     "report": {"config"},

@@ -116,6 +116,17 @@ def compare(prog: str = "rwkv-bone-compare") -> int:
     return main(prog)
 
 
+def evaluate(prog: str = "rwkv-bone-evaluate") -> int:
+    """Count a model's right answers to a benchmark's questions."""
+
+    def body() -> None:
+        from rwkv_bone.evaluation.main import main
+
+        main(prog)
+
+    return exit_status(body, shows=True)
+
+
 def chat(prog: str = "rwkv-bone-chat") -> int:
     """Talk to a model, or have it answer prompts."""
 
