@@ -205,10 +205,11 @@ def math_answer(text: str) -> str | None:
 def choice_letter(text: str, letters: str = "ABCD") -> str | None:
     """The letter of the option that a text chooses: behind a phrase, at the text's start, or the last one in brackets.
 
-    A letter counts only as it stands alone, so that `A dog` chooses nothing.
+    A letter counts only as it stands alone or before a reason, so that `A dog` chooses nothing.
     """
     text = after_thinking(text).strip()
-    alone = rf"[(（*\s]{{0,9}}(?:option\s|choice\s)?[(（*]{{0,4}}([{letters}])(?=[).:,，。）*\s]{{0,9}}(?:[.:,，。）)*\n]|\Z))"
+    end = r"(?=[).:,，。）*\s]{0,9}(?:[.:,，。）)*\n]|\Z|(?<=\s)(?:because|since|as)\b))"
+    alone = rf"[(（*\s]{{0,9}}(?:option\s|choice\s)?[(（*]{{0,4}}([{letters}]){end}"
     phrases = re.compile(_PHRASE.pattern + r"|正确选项|选择?", re.IGNORECASE | re.VERBOSE)
     behind = re.compile(rf"[\s:：是为]{{0,9}}{alone}")
     chosen = [letter for phrase in phrases.finditer(text) if (letter := behind.match(text, phrase.end()))]
