@@ -6,6 +6,7 @@ show. Imports are late: --help and mistakes in the flags are answered at once.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from rwkv_bone import signals
@@ -110,8 +111,11 @@ def preview(prog: str = "rwkv-bone-preview") -> int:
 
 
 def compare(prog: str = "rwkv-bone-compare") -> int:
-    """Make one page of several runs."""
-    from rwkv_bone.report.compare import main
+    """Make one page of several runs, or compare two evaluations."""
+    if any(os.path.isfile(os.path.join(word, "answers.jsonl")) for word in sys.argv[1:]):
+        from rwkv_bone.evaluation.compare import main
+    else:
+        from rwkv_bone.report.compare import main
 
     return main(prog)
 

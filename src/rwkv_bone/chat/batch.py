@@ -109,7 +109,7 @@ def _answers(cfg: ChatConfig, voice: Voice, asked: Asked, number: int) -> Iterat
     del how["seed"]
     seeds = [f"{cfg.seed} {number + i}" for i in range(len(asked))]
     how |= {"batch": cfg.batch, "stop_texts": cfg.stops or wording.stops}
-    for (prompt, _), (text, why) in zip(asked, voice.write([ids for _, ids in asked], seeds, **how), strict=True):
+    for (prompt, _), (text, why, _) in zip(asked, voice.write([ids for _, ids in asked], seeds, **how), strict=True):
         thinking, answer = taken_apart(text, wording.opening, wording.several)
         found = {ANSWER: answer, REASON: "length" if why == LENGTH else "stop"}
         yield json.dumps({**prompt.fields, **({THOUGHT: thinking} if thinking else {}), **found}, ensure_ascii=False)

@@ -193,6 +193,7 @@ PREVIEW: dict[str, When] = {
 NOTHING: dict[str, Any] = {"eval_samples": 0, "epoch_save": 1, "lora_plus": 1.0, "quant": "none", "compile": "0"}
 # What describes the files of another setting, or the GPUs: with others given, it is left out unless given again.
 BELONGS = {"eval_data": "data_file", "data_weights": "data_file", "eval_path": "data_path", "cards": "devices"}
+BELONGS |= {"data_file": "task"}  # of evaluate.sh
 
 
 def asks(name: str, value: Any, default: Any) -> bool:

@@ -129,7 +129,7 @@ def _record(line: bytes) -> Record | None:
 
 @contextmanager
 def appending(path: Path, size: int) -> Iterator[Callable[[Sequence[Record]], None]]:
-    """Adds records to the file, of which the first `size` bytes are kept; each call's are on the disk when it returns."""
+    """Adds records to the file, of which the first `size` bytes are kept. They are on the disk when a call returns."""
     with open(path, "ab") as file:
         if file.tell() != size:
             file.truncate(size)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -199,7 +198,7 @@ class _Job:
         seeds = [f"{cfg.seed} {place.asked.item.number} {place.sample}" for place in places]
         how = {"temperature": cfg.temperature, "top_p": cfg.top_p, "stop_texts": stops, "batch": cfg.batch}
         written = self.voice.write([place.ids for place in places], seeds, max_new=limits, **how)
-        for place, (text, why) in zip(places, written, strict=True):
+        for place, (text, why, tokens) in zip(places, written, strict=True):
             asked = place.asked
             expected = asked.answers[0] if asked.answers else asked.item.expected
             yield {
@@ -207,6 +206,7 @@ class _Job:
                 "text": text,
                 **judged(cfg, self.task, wording, asked, text),
                 "finish_reason": "length" if why == LENGTH else "stop",
+                "tokens": tokens,
             }
 
     def _chosen(self, places: Sequence[_Place]) -> Iterator[Record]:

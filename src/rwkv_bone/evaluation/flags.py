@@ -75,9 +75,9 @@ class EvaluateConfig:
     )
     extract: str = setting(
         "auto",
-        "what of an answer is judged: what follows #### (GSM8K's rule), lm_eval's flexible rule, what follows MetaMath's "
-        "'The answer is: ', the last number, the last \\boxed, Minerva's 'Final Answer'; auto = whichever of the marks "
-        "of its kind the answer has",
+        "what of an answer is judged: what follows #### (GSM8K's rule), lm_eval's flexible rule, what follows "
+        "MetaMath's 'The answer is: ', the last number, the last \\boxed, Minerva's 'Final Answer'; auto = "
+        "whichever of the marks of its kind the answer has",
         RULES,
     )
     execute_code: bool = setting(
@@ -106,8 +106,10 @@ class EvaluateConfig:
     overwrite: bool = setting(False, "1 = begin anew where the output holds an evaluation; 0 = go on with it")
 
     def __post_init__(self):
+        check_given(self, "load_model", "output")
+        if not self.task:
+            raise UserError(f"--task is missing: expected one of {', '.join(TASKS)}")
         check_values(self)
-        check_given(self, "load_model", "task", "output")
         if any(not text for text in self.stop):
             raise UserError("--stop has an empty text, which would end every answer at once: remove it")
         for word in self.field:

@@ -148,17 +148,17 @@ def _items(cfg: EvaluateConfig, task: Task, sources: list[Rows | Text]) -> Itera
         if isinstance(source, Text):
             for path in source.paths:
                 number += 1
-                yield _caught(lambda s=source, p=path, i=number: _document(s, p, i))
+                yield _caught(_document, source, path, number)
             continue
         for place, raw, _ in source.items():
             number += 1
             where = source.places(place)
-            yield _caught(lambda s=source, r=raw, w=where, i=number: _item(cfg, task, s, r, w, i))
+            yield _caught(_item, cfg, task, source, raw, where, number)
 
 
-def _caught(make: Callable[[], Item]) -> Item | UserError:
+def _caught(make: Callable[..., Item], *arguments: Any) -> Item | UserError:
     try:
-        return make()
+        return make(*arguments)
     except UserError as error:
         return error
 

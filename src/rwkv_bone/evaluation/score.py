@@ -28,7 +28,8 @@ def result_of(cfg: EvaluateConfig, task: Task, records: Sequence[Record]) -> dic
     items = [list(group) for _, group in groupby(records, key=lambda record: record["item"])]
     result: dict[str, Any] = {"task": task.name, "items": len(items), "samples": cfg.samples}
     if task.name == "perplexity":
-        return result | {"scores": _perplexity(records), "counts": {}}
+        tokens = sum(record["tokens"] for record in records)
+        return result | {"scores": _perplexity(records), "counts": {}, "tokens": tokens}
     counts = Counter[str]()
     for record in records:
         counts[CUT] += record.get("finish_reason") == "length"
@@ -36,7 +37,8 @@ def result_of(cfg: EvaluateConfig, task: Task, records: Sequence[Record]) -> dic
         counts[NOTHING] += bool(record.get("text", "").strip()) and record["answer"] is None
         counts[UNJUDGED] += record["right"] is None
     scores = {} if counts[UNJUDGED] else _shares(cfg, task, items)
-    return result | {"scores": scores, "counts": dict(+counts)}
+    written = {"tokens": sum(record["tokens"] for record in records)} if task.written else {}
+    return result | {"scores": scores, "counts": dict(+counts), **written}
 
 
 def _shares(cfg: EvaluateConfig, task: Task, items: list[list[Record]]) -> dict[str, Any]:
@@ -101,7 +103,8 @@ def table_of(task: Task, result: dict[str, Any]) -> list[str]:
     rows = [("", "score", "95 % interval", "right")] if scores else []
     for name, score in scores.items():
         right = f"{score['right']:,} of {score['of']:,}" if "right" in score else ""
-        interval = "-" if score["low"] is None else f"{_shown(score['low'], share, False)} to {_shown(score['high'], share)}"
+        low, high = score["low"], score["high"]
+        interval = "-" if low is None else f"{_shown(low, share, False)} to {_shown(high, share)}"
         rows.append((name, _shown(score["value"], share), interval, right))
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
     lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, wide, strict=True)).rstrip() for row in rows]
@@ -109,7 +112,8 @@ def table_of(task: Task, result: dict[str, Any]) -> list[str]:
         code = counted(counts[UNJUDGED], "answer")
         lines.append(f"no score  {code} not judged: --execute_code 1 runs the code that the model has written, here")
     asked = result["items"] * result["samples"]
-    lines += [f"          {count:,} of {asked:,} {what}" for what, count in counts.items() if what in (CUT, EMPTY, NOTHING)]
+    told = [what for what in (CUT, EMPTY, NOTHING) if what in counts]
+    lines += [f"          {counts[what]:,} of {asked:,} {what}" for what in told]
     if skipped := counts.get("rows skipped"):
         lines.append(f"          {counted(skipped, 'row')} skipped (--bad_rows skip)")
     return lines

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,14 @@ DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory", "ALLOC_FAILED")
 
 log = logging.getLogger("rwkv_bone")
+
+
+class Written(NamedTuple):
+    """An answer. ended: END, TEXT or LENGTH of `stopping`. tokens: how many it has."""
+
+    text: str
+    ended: str
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,8 @@ class Voice:
 
     def write(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[object], *, max_new: int | Sequence[int], **how: Any
-    ) -> Iterator[tuple[str, str]]:
-        """(text, why it ended) of the answer to each prompt, written side by side: END, TEXT or LENGTH of stopping.py.
+    ) -> Iterator[Written]:
+        """The answer to each prompt, written side by side.
 
         prompts: ids. seeds: one each. max_new, how: as `generate` takes them; a character that is cut off by the length
         is left out.
@@ -76,7 +84,7 @@ class Voice:
         for ids, why in zip(written, ends, strict=True):
             whole = WholeText(self.tokenizer)
             text = "".join(map(whole.add, ids))
-            yield (text if why == LENGTH else text + whole.end()), why
+            yield Written(text if why == LENGTH else text + whole.end(), why, len(ids))
 
     @cached_property
     def fingerprint(self) -> str:
