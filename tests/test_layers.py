@@ -34,8 +34,8 @@ MAY_IMPORT = {
     "training": ROOMS - PROGRAMS,
     "planning": ROOMS - PROGRAMS,
 }
-# Imported where peft or transformers are in use: modules that are made of classes of theirs.
-OPTIONAL = {"rwkv_bone.hf.peft_config", "rwkv_bone.hf.callbacks"}
+# Imported where peft, transformers or lm_eval are in use: modules that are made of classes of theirs.
+OPTIONAL = {"rwkv_bone.hf.peft_config", "rwkv_bone.hf.callbacks", "rwkv_bone.evaluation.harness"}
 # The modules beside the rooms.
 MODULES = {
     "allocator": set(),

@@ -140,3 +140,14 @@ def chat(prog: str = "rwkv-bone-chat") -> int:
         main(prog)
 
     return exit_status(body, shows=True)
+
+
+def lm_eval(prog: str = "rwkv-bone-lm-eval") -> int:
+    """Evaluate a model with EleutherAI's lm_eval."""
+
+    def body() -> None:
+        from rwkv_bone.evaluation.harness_main import main
+
+        main(prog)
+
+    return exit_status(body, shows=True)
