@@ -50,16 +50,10 @@ BUGS = (
     # Equality.
     Bug(EQUAL, "x is not None and x == y", "x == y", f"{TEST_EQUAL} -k same_number"),
     Bug(EQUAL, "return -value if sign", "return value if sign", f"{TEST_EQUAL} -k same_number"),
-    Bug(EQUAL, "[0-9]{{1,3}}))?(?:/", "[0-9]{{1,9}}))?(?:/", f"{TEST_EQUAL} -k hangs"),
-        "{1,9}})?)?(?:/".replace(")?)?", ")?"),
-        f"{TEST_EQUAL} -k same_number",
-    ),
     Bug(EQUAL, "len(sides[0]) <= 2", "len(sides[0]) <= 3", f"{TEST_EQUAL} -k same_hendrycks"),
     Bug(EQUAL, "brackets = tokens[0] + tokens[-1]", 'brackets = "()"', f"{TEST_EQUAL} -k same_math"),
     Bug(EQUAL, 'if a.kind not in ("set", "∪")', 'if a.kind not in ("set", "∪", "()")', f"{TEST_EQUAL} -k same_math"),
-    Bug(
-        EQUAL, "        del rest[index]\n", "", f"{TEST_EQUAL} -k same_math"
-    ),
+    Bug(EQUAL, "        del rest[index]\n", "", f"{TEST_EQUAL} -k same_math"),
     Bug(
         EQUAL,
         "if isinstance(a, Fraction) and isinstance(b, Fraction):\n        return False\n",
@@ -72,7 +66,6 @@ BUGS = (
         "value * Fraction(int(found[1]), int(found[3]))",
         f"{TEST_EQUAL} -k same_math",
     ),
-    Bug(FORMULA, "if abs(exponent) * bits <= BITS", "if True", f"{TEST_EQUAL} -k hangs"),
     Bug(FORMULA, "(-1 if number >> 16 & 1 else 1)", "1", f"{TEST_EQUAL} -k same_math"),
     Bug(FORMULA, "self.tokens.append(token[1:])", "pass", f"{TEST_EQUAL} -k same_math"),
     # Programs.
