@@ -5,7 +5,7 @@
 #include "products.h"
 
 // A tile of a matrix product: rows of the matrix by sequences, whose sums all stay in registers.
-constexpr int TALL = LANES == 16 ? 4 : 2, WIDE = 4;
+constexpr int TALL = 4, WIDE = LANES == 16 ? 4 : 2;
 constexpr int ALONE = 8;        // rows of a tile where there is one sequence
 constexpr int64_t DEEP = 1024;  // numbers of a row at a time: those of a tile's rows stay in the first-level cache
 constexpr int64_t MOST = 64;    // sequences at a time
@@ -93,8 +93,11 @@ INLINE vec from_int8(const int8_t* p) {
 #endif
 }
 
-// The sums of four vectors, each the same as `sum` gives.
-INLINE void four_sums(vec a, vec b, vec c, vec d, float* to) {
+typedef float four __attribute__((vector_size(16)));
+typedef float loose_four __attribute__((vector_size(16), aligned(4), may_alias));
+
+// The sums of four vectors.
+INLINE four four_sums(vec a, vec b, vec c, vec d) {
 #if LANES == 16
     const __m512 A = reinterpret_cast<__m512>(a), B = reinterpret_cast<__m512>(b);
     const __m512 C = reinterpret_cast<__m512>(c), D = reinterpret_cast<__m512>(d);
@@ -103,9 +106,9 @@ INLINE void four_sums(vec a, vec b, vec c, vec d, float* to) {
     __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
     all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4e));
     all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xb1));
-    _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all)));
+    return reinterpret_cast<four>(_mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all)));
 #else
-    to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
+    return four{sum(a), sum(b), sum(c), sum(d)};
 #endif
 }
 
@@ -205,33 +208,35 @@ INLINE Rows rows_from(const Op& op, int64_t row) {
             op.kind == FOUR_BITS ? floats(op, 3) + row * op.n / 64 : nullptr, floats(op, 4)};
 }
 
-// y = product, or y += product, of one row.
-INLINE void put(const Op& op, int64_t row, float* y, float product) {
-    const float before = op.add ? y[row] : 0.0f;
-    y[row] = op.kind == INT8 ? std::fma(product, floats(op, 3)[row], before) : before + product;
+// y = product, or y += product, of `count` rows from `row` on.
+INLINE void put(const Op& op, int64_t row, float* y, four products, int count) {
+    loose_four* to = reinterpret_cast<loose_four*>(y + row);
+    if (count == 4 && op.kind != INT8) {
+        *to = op.add ? *to + products : products;
+        return;
+    }
+    for (int i = 0; i < count; i++) {
+        const float before = op.add ? y[row + i] : 0.0f;
+        y[row + i] = op.kind == INT8 ? std::fma(products[i], floats(op, 3)[row + i], before) : before + products[i];
+    }
 }
 
 template <int M, int K>
 INLINE void put_all(const Op& op, const Step& step, int64_t row, int64_t one, vec (&sums)[M][K]) {
-    float products[4];
-    constexpr int TOGETHER = K == 1 && M % 4 == 0 ? 4 : 1;
-    for (int i = 0; i < M; i += TOGETHER) {
-        if constexpr (K == WIDE) {
-            four_sums(sums[i][0], sums[i][1], sums[i][2], sums[i][3], products);
-        } else if constexpr (TOGETHER == 4) {
-            four_sums(sums[i][0], sums[i + 1][0], sums[i + 2][0], sums[i + 3][0], products);
-        } else {
-            four_sums(sums[i][0], vec{}, vec{}, vec{}, products);
-        }
-        for (int j = 0; j < K; j++)
-            for (int t = 0; t < TOGETHER; t++)
-                put(op, row + i + t, vector(op, step, one + j, 2), products[K == WIDE ? j : t]);
+    for (int j = 0; j < K; j++) {
+        float* y = vector(op, step, one + j, 2);
+        if constexpr (M == 1)
+            put(op, row, y, four_sums(sums[0][j], vec{}, vec{}, vec{}), 1);
+        else
+            for (int i = 0; i < M; i += 4)
+                put(op, row + i, y, four_sums(sums[i][j], sums[i + 1][j], sums[i + 2][j], sums[i + 3][j]), 4);
     }
 }
 
 // M rows of the matrix times x of some sequences, from `first` on, in pieces of a row that stay in the cache.
 template <int KIND, int M>
 INLINE void product_of_rows(const Op& op, const Step& step, int64_t row, int64_t first, int64_t end) {
+    using W = Weights<KIND>;
     constexpr bool UNPACKED = KIND != FLOAT32 && !(DOTS && KIND == BFLOAT16);
     const int64_t width = step.width(op);
     const Rows rows = rows_from(op, row);
@@ -243,7 +248,6 @@ INLINE void product_of_rows(const Op& op, const Step& step, int64_t row, int64_t
         // Of many sequences the numbers are unpacked once for all.
         const bool unpack = UNPACKED && end - first > WIDE;
         if (unpack) {
-            using W = Weights<KIND>;
             for (int i = 0; i < M; i++) {
                 float* own = unpacked + i * DEEP;
                 vec w[W::VECTORS];
@@ -253,7 +257,7 @@ INLINE void product_of_rows(const Op& op, const Step& step, int64_t row, int64_t
                 }
             }
         }
-        const int64_t whole = (to - from + Weights<KIND>::STEP - 1) / Weights<KIND>::STEP * Weights<KIND>::STEP;
+        const int64_t whole = (to - from + W::STEP - 1) / W::STEP * W::STEP;
         const Rows floats_of = {reinterpret_cast<const uint8_t*>(unpacked), DEEP * 4, whole, nullptr, nullptr};
         const auto tile = [&](int64_t one, auto wide) {
             constexpr int K = decltype(wide)::value;
@@ -272,7 +276,14 @@ INLINE void product_of_rows(const Op& op, const Step& step, int64_t row, int64_t
         };
         int64_t one = first;
         if constexpr (M <= TALL)
-            for (; one + WIDE <= end; one += WIDE) tile(one, std::integral_constant<int, WIDE>());
+            for (; one + WIDE <= end; one += WIDE) {
+                tile(one, std::integral_constant<int, WIDE>());
+                // Meanwhile the numbers that come next are fetched from memory.
+                const uint8_t* ahead = rows.first + (last ? M * rows.pitch : to * W::BITS / 8);
+                const int64_t bytes = (op.n < DEEP ? op.n : DEEP) * W::BITS / 8, tiles = end - first;
+                for (int64_t at = (one - first) * bytes / tiles; at < (one + WIDE - first) * bytes / tiles; at += 64)
+                    for (int i = 0; i < M; i++) __builtin_prefetch(ahead + i * rows.pitch + at, 0, 2);
+            }
         for (; one < end; one++) tile(one, std::integral_constant<int, 1>());
     }
 }
@@ -424,16 +435,20 @@ static void time7_head(const Op& op, const Step& step, int64_t one, int64_t h) {
     }
     const float* S = step.before[one] + op.state + at * N;
     float* next = step.next[one] + op.state + at * N;
-    for (int64_t i = 0; i < N; i++, S += N, next += N) {
-        vec seen = {}, out = {};
-        for (int64_t j = 0; j < N; j += LANES) seen += load(S + j) * load(a + j);
-        const float sa = sum(seen), value = v[i];
+    for (int64_t i = 0; i < N; i += 4, S += 4 * N, next += 4 * N) {
+        vec seen[4] = {}, out[4] = {};
+        for (int64_t j = 0; j < N; j += LANES)
+            for (int t = 0; t < 4; t++) seen[t] += load(S + t * N + j) * load(a + j);
+        const four sa = four_sums(seen[0], seen[1], seen[2], seen[3]);
         for (int64_t j = 0; j < N; j += LANES) {
-            const vec s = load(S + j) * load(decay + j) + sa * load(b + j) + value * load(k + j);
-            store(next + j, s);
-            out += s * load(r + j);
+            const vec fade = load(decay + j), change = load(b + j), key = load(k + j), read = load(r + j);
+            for (int t = 0; t < 4; t++) {
+                const vec s = load(S + t * N + j) * fade + sa[t] * change + v[i + t] * key;
+                store(next + t * N + j, s);
+                out[t] += s * read;
+            }
         }
-        y[i] = sum(out);
+        *reinterpret_cast<loose_four*>(y + i) = four_sums(out[0], out[1], out[2], out[3]);
     }
     normalize(y, y, N, float(op.eps));
     const float bonus = sum(agreement);
@@ -461,14 +476,18 @@ static void time6_head(const Op& op, const Step& step, int64_t one, int64_t h) {
     const float bonus = sum(agreement);
     const float* S = step.before[one] + op.state + at * N;
     float* next = step.next[one] + op.state + at * N;
-    for (int64_t i = 0; i < N; i++, S += N, next += N) {
-        vec out = {};
+    for (int64_t i = 0; i < N; i += 4, S += 4 * N, next += 4 * N) {
+        vec out[4] = {};
         for (int64_t j = 0; j < N; j += LANES) {
-            const vec s = load(S + j);
-            out += s * load(r + j);
-            store(next + j, s * load(decay + j) + v[i] * load(k + j));
+            const vec fade = load(decay + j), key = load(k + j), read = load(r + j);
+            for (int t = 0; t < 4; t++) {
+                const vec s = load(S + t * N + j);
+                out[t] += s * read;
+                store(next + t * N + j, s * fade + v[i + t] * key);
+            }
         }
-        y[i] = sum(out) + v[i] * bonus;
+        *reinterpret_cast<loose_four*>(y + i) = four_sums(out[0], out[1], out[2], out[3]);
+        for (int t = 0; t < 4; t++) y[i + t] += v[i + t] * bonus;
     }
     normalize(y, y, N, float(op.eps));
     for (int64_t j = 0; j < N; j += LANES) {

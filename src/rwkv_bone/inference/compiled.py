@@ -187,7 +187,7 @@ def _mixes7(steps: Steps, block: Any, x: Vector, normed: Vector, v_first: Vector
         steps.column_sums(second, hidden, y)
     none = att.first
     p = [att.w0, att.a0, None if none else att.v0, att.k_k, att.k_a, att.r_k, att.ln_x.weight, att.ln_x.bias]
-    pointers = [r, k, v, pw, pa, None if none else pv, g, v_first]
+    pointers: list[Vector | Tensor | None] = [r, k, v, pw, pa, None if none else pv, g, v_first]
     pointers += [None if vector is None else steps.parameters(vector) for vector in p]
     steps.time_mix("time7", [*pointers, z], att.n_head, state + C, att.ln_x.eps)
     _project(steps, att.output, z, x, add=True)

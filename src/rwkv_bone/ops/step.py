@@ -125,7 +125,8 @@ class Steps:
             byte = torch.arange(256)
             kind = FOUR_BITS
             pairs = self.parameters(table, torch.stack([table[byte >> 4], table[byte & 15]], dim=1))
-        pointers = [self._matrix(weight), x, y, None if scales is None else self._matrix(scales), pairs]
+        pointers: list[Tensor | Vector | None] = [self._matrix(weight), x, y]
+        pointers += [None if scales is None else self._matrix(scales), pairs]
         self._add("rows", pointers, m=len(y), n=len(x), kind=kind, after=after, add=add)
 
     def column_sums(self, weight: Tensor, x: Vector, y: Vector, *, after: str = "", add: bool = False) -> None:
@@ -136,9 +137,7 @@ class Steps:
     def fold(self, x: Vector, y: Vector) -> None:
         self._add("fold", [x, y], m=len(y), n=len(x))
 
-    def time_mix(
-        self, code: str, pointers: Sequence[Tensor | Vector | None], H: int, state: int, eps: float
-    ) -> None:
+    def time_mix(self, code: str, pointers: Sequence[Tensor | Vector | None], H: int, state: int, eps: float) -> None:
         """code: time7 or time6. state: where that of the WKV operator is."""
         self._add(code, pointers, m=H, n=self.N, state=state, eps=eps)
 
