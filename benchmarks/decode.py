@@ -8,6 +8,9 @@
     python benchmarks/decode.py --json rows.jsonl  append the rows to a file
 
 decode      one token for each of --batch sequences, from their states; of one by `inference.decoder.Decoder`
+generate    short answers to --batch prompts of one token by `inference.generate`, with the choice of tokens; as
+            multiples of what one sequence makes by the same call, by the decoder, and by the model's own forward; and
+            the share of what this processor could make if matrix products of many rows (`torch.mm`) were all it does
 prefill     a prompt of --prompt tokens, whose last logits and state are kept
 chat        an answer of scripts/chat.sh to a short message, with all that is done to show it, at temperature 0; beside
             it the package's model alone reads and writes as many tokens
@@ -50,7 +53,9 @@ from rwkv_bone.chat.session import Session  # noqa: E402
 from rwkv_bone.chat.talk import Talk, sampling_of  # noqa: E402
 from rwkv_bone.config import QUANTS, ModelConfig  # noqa: E402
 from rwkv_bone.data import load_template, load_tokenizer  # noqa: E402
+from rwkv_bone.inference.compiled import compiled, flat_states  # noqa: E402
 from rwkv_bone.inference.decoder import Decoder  # noqa: E402
+from rwkv_bone.inference.generate import generate  # noqa: E402
 from rwkv_bone.inference.voice import Voice  # noqa: E402
 from rwkv_bone.inference.wording import Wording  # noqa: E402
 from rwkv_bone.models import RWKV, architecture_from_scratch, build  # noqa: E402
@@ -125,14 +130,19 @@ def disagreement(model: RWKV, peer: Any | None, ids: list[int], prompt: int) -> 
     decoder = Decoder(model)
     logits, state = decoder.read(ids[:prompt])
     batched, states = logits[None], state
+    together, in_place, one_call = logits[None], flat_states(state), compiled(model)
     theirs, its_state = peer.forward(ids[:prompt], None) if peer else (whole[prompt - 1], None)
     worst = 0.0
     for at in range(prompt, len(ids) + 1):
-        for ours in (logits, batched[0]):
+        for ours in (logits, batched[0], together[0]):
             worst = max(worst, relative_error(ours, theirs), relative_error(ours, whole[at - 1]))
         if at < len(ids):
             logits, state = decoder.step(ids[at], state)
             batched, states = model(torch.tensor([[ids[at]]]), state=states, return_state=True, last_only=True)
+            if one_call:
+                together = one_call.advance([ids[at]], in_place)
+            else:
+                together = batched
             theirs, its_state = peer.forward(ids[at : at + 1], its_state) if peer else (whole[at], None)
     return worst
 
@@ -165,6 +175,9 @@ def works_of(model: RWKV, peer: Any | None, ids: list[int], prompt: int, batches
             return lambda: decoder.step(ids[prompt], state)
         last = torch.tensor([[ids[prompt]]] * batch)
         before = [type(layer)(*(part.repeat_interleave(batch, dim=0) for part in layer)) for layer in state]
+        if one_call := compiled(model):
+            states = flat_states(before)
+            return lambda: one_call.advance([ids[prompt]] * batch, states)
         return lambda: model(last, state=before, return_state=True, last_only=True)
 
     rows: list[tuple] = []
@@ -177,6 +190,47 @@ def works_of(model: RWKV, peer: Any | None, ids: list[int], prompt: int, batches
     if peer:
         works["rwkv"] = lambda: peer.forward(ids[:prompt], None)
     return [*rows, ("prefill", 1, prompt, works), chat_of(model, peer)]
+
+
+SHORT = 16  # tokens of an answer
+MANY = 512  # rows of a matrix product
+
+
+@torch.no_grad()
+def generated(model: RWKV, batches: list[int], rounds: int) -> list[dict]:
+    """Rows of `generate`: tokens per second of a batch, and beside what."""
+    decoder, matrix = Decoder(model), torch.randn(model.arch.dim_ffn, model.arch.n_embd).to(model.dtype)
+    many = torch.randn(MANY, model.arch.n_embd).to(model.dtype)
+
+    def forward(*given: Any, **how: Any) -> Any:  # which `generate` does not know to be a model
+        return model(*given, **how)
+
+    def work(of: Any, batch: int) -> Step:
+        prompts = [[1 + i] for i in range(batch)]
+        return lambda: generate(of, prompts, max_new=SHORT, stop_id=None, batch=batch)
+
+    def by_decoder() -> None:
+        logits, state = decoder.read([1])
+        for _ in range(SHORT - 1):
+            logits, state = decoder.step(int(logits.argmax()), state)
+
+    works = {"decoder": by_decoder, "forward": work(forward, 1), "matrix": lambda: many @ matrix.t()}
+    works |= {f"{batch}": work(model, batch) for batch in {1, *batches}}
+    spent = seconds(works, rounds)
+    one = {name: SHORT / spent[name] for name in ("1", "decoder", "forward")}
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("emb"))
+    most = MANY * matrix.numel() / spent["matrix"] / weights  # tokens a second if nothing but products took time
+    return [
+        {
+            "batch": batch,
+            "tokens_per_s": (speed := batch * SHORT / spent[f"{batch}"]),
+            "of_single": speed / one["1"],
+            "of_decoder": speed / one["decoder"],
+            "of_forward": speed / one["forward"],
+            "of_products": speed / most,
+        }
+        for batch in batches
+    ]
 
 
 MESSAGE = "Write a sentence. "
@@ -235,6 +289,10 @@ def measure(args: argparse.Namespace, dtype: str) -> list[dict]:
             "tokens_per_s": ours,
         }
         rows.append(row | {"rwkv_tokens_per_s": theirs, "ratio": ours / theirs if theirs else None, "error": error})
+    if not args.quant:
+        rows += [
+            rows[0] | {"what": "generate", "ratio": None} | one for one in generated(model, args.batch, args.rounds)
+        ]
     return rows
 
 
@@ -257,6 +315,11 @@ def main() -> int:
             beside = (
                 f", {row['ratio']:.2f} of the rwkv package's {row['rwkv_tokens_per_s']:.1f}" if row["ratio"] else ""
             )
+            if "of_single" in row:
+                beside = (
+                    f", {row['of_single']:.1f} of one sequence's, {row['of_decoder']:.1f} of the decoder's, "
+                    f"{row['of_forward']:.1f} of one by the model's forward, {row['of_products']:.0%} of products'"
+                )
             print(f"{dtype} {row['what']:8} batch {row['batch']:3}: {row['tokens_per_s']:8.1f} tokens/s{beside}")
             append(args.json, row)
     return int(wrong)

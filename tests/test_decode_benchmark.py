@@ -46,12 +46,14 @@ def test_rows_hold_what_was_measured_beside_the_package_or_without_it(decode, tm
         assert decode.run("--json", str(file)) == 0
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         kinds = [(row["dtype"], row["what"], row["batch"]) for row in rows]
-        assert kinds == [
-            (t, *what) for t in ("fp32", "bf16") for what in (("decode", 1), ("decode", 3), ("prefill", 1), ("chat", 1))
-        ]
+        one_type = [("decode", 1), ("decode", 3), ("prefill", 1), ("chat", 1), ("generate", 1), ("generate", 3)]
+        assert kinds == [(t, *what) for t in ("fp32", "bf16") for what in one_type]
         for row in rows:
             assert row["tokens_per_s"] > 0 and row["error"] < 2e-2
-            if peer is Peer:
+            if row["what"] == "generate":
+                assert min(row[f"of_{beside}"] for beside in ("single", "decoder", "forward", "products")) > 0
+                assert row["ratio"] is None and (row["batch"] > 1 or row["of_single"] == 1)
+            elif peer is Peer:
                 assert row["ratio"] == pytest.approx(row["tokens_per_s"] / row["rwkv_tokens_per_s"])
             else:
                 assert row["ratio"] is None

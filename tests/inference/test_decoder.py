@@ -22,6 +22,7 @@ LEVELS = ("portable", "avx2", "avx512")
 SIZES = {
     "usual": {"n_embd": 128, "head_size": 64},
     "half a vector": {"n_embd": 24, "head_size": 8, "dim_ffn": 99},
+    "long rows": {"n_embd": 32, "head_size": 16, "dim_ffn": 2085},
     "odd": {"n_embd": 48, "head_size": 16, "dim_ffn": 101, "vocab_size": 67},
 }
 RANKS = {6: {"mix": 5, "decay": 67}, 7: {"w": 3, "a": 70, "v": 17, "g": 33}}
@@ -61,6 +62,20 @@ def one_by_one(decoder: Decoder, ids=IDS) -> torch.Tensor:
     return torch.stack(rows)
 
 
+def together(model, texts: list[list[int]]) -> torch.Tensor:
+    """[R, T, V]: what follows each token of texts of one length, which are read side by side."""
+    start = module.FlatState(model._start, model._arch.n_head, model._arch.head_size)
+    states = module.flat_states(
+        [LayerState(*(part.repeat(len(texts), *[1] * (part.dim() - 1)) for part in layer)) for layer in start]
+    )
+    return torch.stack([model.advance(ids, states).clone() for ids in zip(*texts, strict=True)], dim=1)
+
+
+def texts_of(R: int) -> list[list[int]]:
+    """Texts of four tokens, none like its neighbours."""
+    return [[(7 * i + 3 * t * t + 5) % 61 for t in range(4)] for i in range(R)]
+
+
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest relative error of a row."""
     return ((found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
@@ -81,6 +96,25 @@ def test_tokens_one_by_one_give_the_logits_of_the_whole_text(level, version, siz
         stored = of_dtype(model, dtype)
         # Only the arithmetic is compared: bfloat16 weights are float64 numbers too.
         assert error(one_by_one(compiled_decoder(stored)), exact(stored)) < limit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_a_sequence_gives_the_same_numbers_beside_any_number_of_others(level, version, size):
+    ranks = RANKS.get(version) if size == "odd" else None
+    model = random_model(seed=3, version=version, low_rank=ranks, n_layer=2, **SIZES[size])
+    texts = texts_of(70)
+    alone = torch.stack([one_by_one(compiled_decoder(model), ids) for ids in texts])
+    for R in (1, 2, 3, 7, 33, 70):
+        assert torch.equal(together(compiled_decoder(model)._compiled, texts[:R]), alone[:R])
+    # To bfloat16 weights a processor may multiply bfloat16 vectors: no worse than the model's forward, which does too.
+    stored = of_dtype(model, torch.bfloat16)
+    found = together(compiled_decoder(stored)._compiled, texts)
+    for R in (1, 2, 7):
+        assert torch.equal(together(compiled_decoder(stored)._compiled, texts[:R]), found[:R])
+    expected = exact(stored, texts[5])
+    assert error(found[5], expected) < error(stored(torch.tensor([texts[5]]))[0], expected)
 
 
 @pytest.mark.parametrize("version", [5, 6, 7])
@@ -139,6 +173,10 @@ def test_adapters_and_quantised_projections_are_part_of_every_token(level, kind,
     # A folded weight in place of codes would take the memory that they save: there the model's forward is taken.
     assert (decoder._compiled is None) == (quant != "none" and str(kind).startswith("bat"))
     assert error(one_by_one(decoder), expected) < 1e-4
+    if one_call := decoder._compiled:
+        texts = texts_of(6)
+        alone = torch.stack([one_by_one(decoder, ids) for ids in texts])
+        assert torch.equal(together(one_call, texts), alone)
 
 
 def test_a_state_is_never_changed_and_can_go_on_twice():
@@ -159,14 +197,16 @@ def test_a_state_is_never_changed_and_can_go_on_twice():
 
 def test_a_step_does_not_depend_on_the_number_of_threads():
     model = random_model(seed=9, n_embd=256, head_size=64, dim_ffn=1024, n_layer=1)  # large enough for several threads
-    decoder, threads, found = compiled_decoder(model), torch.get_num_threads(), []
+    threads, found = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 3):
             torch.set_num_threads(count)
-            found.append(one_by_one(decoder))
+            for stored in (model, of_dtype(model, torch.bfloat16)):
+                decoder = compiled_decoder(stored)
+                found += [one_by_one(decoder), together(decoder._compiled, texts_of(33))]
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert all(map(torch.equal, found[4:], found))
 
 
 def test_a_long_text_is_read_in_pieces():

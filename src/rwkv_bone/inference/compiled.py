@@ -1,12 +1,13 @@
-"""A model as one list of operations for one token of one sequence on the processor: see `ops/step.py`.
+"""A model as one list of operations for one token of each of some sequences on the processor: see `ops/step.py`.
 
 It is the arithmetic of models/v5.py, v6.py and v7.py once more, in their order, for one token, without gradients.
 
-Sizes: C channels, H heads, N head size, V vocabulary.
+Sizes: C channels, H heads, N head size, R sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -17,7 +18,7 @@ from rwkv_bone.adapters.lora import factor_a, factor_b
 from rwkv_bone.models import RWKV, LayerState
 from rwkv_bone.ops import native
 from rwkv_bone.ops.build import BuildError
-from rwkv_bone.ops.step import LARGEST_HEAD, Steps
+from rwkv_bone.ops.step import LARGEST_HEAD, Steps, Vector
 from rwkv_bone.quantization import BLOCK, TABLES, QuantLinear
 
 
@@ -37,7 +38,9 @@ class FlatState(list[LayerState]):
 
 
 class CompiledModel:
-    """`step` is the model's forward of one token. Not for two threads at a time.
+    """`step` is the model's forward of one token, `advance` that of one token of each sequence.
+
+    Not for two threads at a time.
 
     The model must not change afterwards: vectors of parameters are copied, and so are LoRA's and Bat's matrices.
     """
@@ -61,7 +64,8 @@ class CompiledModel:
         for layer, block in enumerate(blocks):
             if layer == 0:
                 steps.norm(x, block.ln0.weight, block.ln0.bias, x, block.ln0.eps)
-            add_mixes(steps, block, x, normed, shared, layer * (2 * C + C * N))
+            with steps.reused():
+                add_mixes(steps, block, x, normed, shared, layer * (2 * C + C * N))
         steps.norm(x, model.ln_out.weight, model.ln_out.bias, normed, model.ln_out.eps)
         _project(steps, model.head, normed, self._logits)
 
@@ -75,8 +79,25 @@ class CompiledModel:
         else:
             before = torch.cat([part.float().flatten() for layer in state for part in layer])
         after = torch.empty_like(before)
-        self._steps.run(token, before, after)
-        return self._logits.clone(), FlatState(after, self._arch.n_head, self._arch.head_size)
+        self._steps.run([token], [before], [after])
+        logits = self._steps.result(self._logits, 1)[0].clone()
+        return logits, FlatState(after, self._arch.n_head, self._arch.head_size)
+
+    @torch.no_grad()
+    def advance(self, tokens: Sequence[int], states: Sequence[Tensor]) -> Tensor:
+        """Read a token of each sequence: its logits, fp32 [R, V], valid until the next call.
+
+        states: of each, as `flat_states` gives them, which become the new ones in their place. They and the tokens must
+        be of this model. In a bfloat16 model what a matrix is multiplied by may be rounded to bfloat16, as in the
+        model's own forward; a sequence's results never depend on the others.
+        """
+        self._steps.run(tokens, states, states, rounded=True)
+        return self._steps.result(self._logits, len(tokens))
+
+
+def flat_states(state: list[LayerState]) -> list[Tensor]:
+    """The state of each sequence for `CompiledModel.advance`: a copy."""
+    return list(torch.cat([part.float().flatten(1) for layer in state for part in layer], dim=1).unbind())
 
 
 def compiled(model: RWKV) -> CompiledModel | None:
@@ -108,7 +129,7 @@ def _folded(module: nn.Module) -> TypeGuard[AdapterLinear]:
     return isinstance(module, AdapterLinear) and not isinstance(module, BoneLinear | LoraLinear)
 
 
-def _project(steps: Steps, layer: nn.Module, x: Tensor, y: Tensor, *, after: str = "", add: bool = False) -> None:
+def _project(steps: Steps, layer: nn.Module, x: Vector, y: Vector, *, after: str = "", add: bool = False) -> None:
     """y = layer(x), added to y if `add`: a plain projection, a quantised one, or either under an adapter."""
     if not isinstance(layer, AdapterLinear):
         return _plain(steps, layer, x, y, after=after, add=add)
@@ -133,7 +154,7 @@ def _project(steps: Steps, layer: nn.Module, x: Tensor, y: Tensor, *, after: str
         steps.rows(layer.merged(layer.weight, tensors, layer.settings), x, y, after=after, add=add)
 
 
-def _plain(steps: Steps, layer: Any, x: Tensor, y: Tensor, **how: Any) -> None:
+def _plain(steps: Steps, layer: Any, x: Vector, y: Vector, **how: Any) -> None:
     if not isinstance(layer, QuantLinear):
         return steps.rows(layer.weight, x, y, **how)
     codes, scales, kind, _ = layer.quantized
@@ -142,13 +163,13 @@ def _plain(steps: Steps, layer: Any, x: Tensor, y: Tensor, **how: Any) -> None:
     return steps.rows(codes, x, y, scales=scales, table=torch.tensor(TABLES[kind]), **how)
 
 
-def _rooms(steps: Steps, count: int, size: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _rooms(steps: Steps, count: int, size: int) -> tuple[Vector, tuple[Vector, ...]]:
     """A vector of `count` parts of `size` numbers, and these."""
     whole = steps.room(count * size)
     return whole, whole.split(size)
 
 
-def _mixes7(steps: Steps, block: Any, x: Tensor, normed: Tensor, v_first: Tensor, state: int) -> None:
+def _mixes7(steps: Steps, block: Any, x: Vector, normed: Vector, v_first: Vector, state: int) -> None:
     att, ffn, C = block.att, block.ffn, len(x)
     mixed, (xr, xw, xk, xv, xa, xg) = _rooms(steps, 6, C)
     _, (r, k, v, pw, pa, pv, g, z) = _rooms(steps, 8, C)
@@ -166,7 +187,7 @@ def _mixes7(steps: Steps, block: Any, x: Tensor, normed: Tensor, v_first: Tensor
         steps.column_sums(second, hidden, y)
     none = att.first
     p = [att.w0, att.a0, None if none else att.v0, att.k_k, att.k_a, att.r_k, att.ln_x.weight, att.ln_x.bias]
-    pointers = [r, k, v, pw, pa, None if none else pv, g, v_first]
+    pointers: list[Vector | Tensor | None] = [r, k, v, pw, pa, None if none else pv, g, v_first]
     pointers += [None if vector is None else steps.parameters(vector) for vector in p]
     steps.time_mix("time7", [*pointers, z], att.n_head, state + C, att.ln_x.eps)
     _project(steps, att.output, z, x, add=True)
@@ -178,18 +199,17 @@ def _mixes7(steps: Steps, block: Any, x: Tensor, normed: Tensor, v_first: Tensor
     _project(steps, ffn.value, hidden, x, add=True)
 
 
-def _mixes6(steps: Steps, block: Any, x: Tensor, normed: Tensor, _: Tensor, state: int) -> None:
+def _mixes6(steps: Steps, block: Any, x: Vector, normed: Vector, _: Vector, state: int) -> None:
     att, C = block.att, len(x)
     mixed, (xw, xk, xv, xr, xg) = _rooms(steps, 5, C)
     steps.norm(x, block.ln1.weight, block.ln1.bias, normed, block.ln1.eps)
     seen = steps.room(C)
-    steps.mix(normed, steps.parameters(att.time_maa_x), seen, state)
+    steps.mix(normed, steps.parameters(att.time_maa_x), seen, state, last=False)
     rank = att.time_maa_w2.shape[1]
-    _, hidden = _rooms(steps, 1, 5 * rank)
-    steps.column_sums(att.time_maa_w1, seen, hidden[0], after="tanh")
-    changes, parts = _rooms(steps, 5, C)
-    for i, part in enumerate(parts):
-        steps.column_sums(att.time_maa_w2[i], hidden[0][i * rank : (i + 1) * rank], part)
+    hidden, changes = steps.room(5 * rank), steps.room(5 * C)
+    steps.column_sums(att.time_maa_w1, seen, hidden, after="tanh")
+    for second, part, change in zip(att.time_maa_w2, hidden.split(rank), changes.split(C), strict=True):
+        steps.column_sums(second, part, change)
     shares = (att.time_maa_w, att.time_maa_k, att.time_maa_v, att.time_maa_r, att.time_maa_g)
     steps.mix(normed, steps.parameters(*shares), mixed, state, changes)
     low, pw = steps.room(att.time_decay_w1.shape[1]), steps.room(C)
@@ -199,7 +219,7 @@ def _mixes6(steps: Steps, block: Any, x: Tensor, normed: Tensor, _: Tensor, stat
     _channel_mix56(steps, block, x, normed, steps.parameters(block.ffn.time_maa_k, block.ffn.time_maa_r), state)
 
 
-def _mixes5(steps: Steps, block: Any, x: Tensor, normed: Tensor, _: Tensor, state: int) -> None:
+def _mixes5(steps: Steps, block: Any, x: Vector, normed: Vector, _: Vector, state: int) -> None:
     att, ffn, C = block.att, block.ffn, len(x)
     mixed, parts = _rooms(steps, 4, C)
     steps.norm(x, block.ln1.weight, block.ln1.bias, normed, block.ln1.eps)
@@ -211,7 +231,7 @@ def _mixes5(steps: Steps, block: Any, x: Tensor, normed: Tensor, _: Tensor, stat
 
 
 def _rest56(
-    steps: Steps, block: Any, x: Tensor, normed: Tensor, given: tuple[Tensor, ...], pw: Tensor | None, state: int
+    steps: Steps, block: Any, x: Vector, normed: Vector, given: tuple[Vector, ...], pw: Vector | None, state: int
 ) -> None:
     """The time mix from the projections on. given: what these take, for r, k, v and the gate."""
     att, C = block.att, len(x)
@@ -224,7 +244,7 @@ def _rest56(
     _project(steps, att.output, z, x, add=True)
 
 
-def _channel_mix56(steps: Steps, block: Any, x: Tensor, normed: Tensor, shares: Tensor, state: int) -> None:
+def _channel_mix56(steps: Steps, block: Any, x: Vector, normed: Vector, shares: Tensor, state: int) -> None:
     """shares: of the previous token, in what key and gate take."""
     ffn, C = block.ffn, len(x)
     mixed, (xk, xr) = _rooms(steps, 2, C)

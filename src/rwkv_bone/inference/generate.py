@@ -2,7 +2,7 @@
 
 Memory grows neither with the number of prompts nor with their length. At most `batch` prompts are worked on at a time.
 They are read packed, one after another, in pieces of `piece` tokens; each piece goes on from the states of the one
-before.
+before. On a CPU a token of each sequence then goes through the model in one call (`compiled.py`).
 
 Sizes: B sequences at a time, D documents of a piece, V vocabulary.
 """
@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rwkv_bone.data.tokenizer import Tokenizer
+from rwkv_bone.inference.compiled import CompiledModel, compiled, flat_states
 from rwkv_bone.inference.decoder import PIECE
 from rwkv_bone.inference.sampling import Samplers, Sampling
 from rwkv_bone.inference.stopping import END, LENGTH, TEXT, Stop, Writing
-from rwkv_bone.models import LayerState
+from rwkv_bone.models import RWKV, LayerState
 
 BATCH = 32  # sequences at a time; the state of one takes 21 MB at 2.9B, 34 MB at 7B
 
@@ -73,12 +74,17 @@ def generate(
     how = Sampling(max_new=min(most, default=0), **sampling)  # which checks each
     stop = Stop(() if stop_id is None else (stop_id,), tuple(stop_texts), opening)
 
+    one_call = compiled(model) if isinstance(model, RWKV) and max(most, default=0) > 1 else None
     answers: list[list[int]] = []
     for start in range(0, len(prompts), batch):
         some = slice(start, start + batch)
         written = [_Written(limit, tokenizer if stop_texts else None, stop) for limit in most[some]]
         if any(most[some]):
-            _answer(model, prompts[some], written, Samplers(how, seeds[some]), piece, device)
+            logits, state = _read(model, prompts[some], piece, device)
+            going = _Together(model, state, device) if one_call is None else _InOneCall(one_call, state)
+            del state  # in one call its copy is what changes
+            _answer(going, logits, written, Samplers(how, seeds[some]), device)
+            del going, logits  # before the next prompts are read
         for answer in written:
             answers.append(answer.kept())
             ended(answer.ended)
@@ -114,27 +120,63 @@ class _Written:
         return self._writing.kept() if self._writing and self._writing.stopped else self._ids
 
 
+class _Going(Protocol):
+    """The sequences that are under way, and their states."""
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these alone."""
+
+    def read(self, tokens: Tensor, ids: list[int]) -> Tensor:
+        """Logits [B, V] of what follows the next token of each, given twice: [B] on the device, and as a list."""
+
+
+class _Together(_Going):
+    """By the model's own forward."""
+
+    def __init__(self, model: StatefulModel, state: list[LayerState], device: torch.device | str):
+        self._model, self._state, self._device = model, state, device
+
+    def keep(self, rows: list[int]) -> None:
+        self._state = _rows(self._state, torch.tensor(rows, device=self._device))
+
+    def read(self, tokens: Tensor, ids: list[int]) -> Tensor:
+        logits, self._state = self._model(tokens[:, None], state=self._state, return_state=True, last_only=True)
+        return logits
+
+
+class _InOneCall(_Going):
+    """By the compiled model, which changes the states where they are."""
+
+    def __init__(self, model: CompiledModel, state: list[LayerState]):
+        self._model, self._states = model, flat_states(state)
+
+    def keep(self, rows: list[int]) -> None:
+        self._states = [self._states[row] for row in rows]
+
+    def read(self, tokens: Tensor, ids: list[int]) -> Tensor:
+        return self._model.advance(ids, self._states)
+
+
 def _answer(
-    model: StatefulModel,
-    prompts: Sequence[Sequence[int]],
+    sequences: _Going,
+    logits: Tensor,
     answers: Sequence[_Written],
     choose: Samplers,
-    piece: int,
     device: torch.device | str,
 ) -> None:
-    """Write the answers to one batch of prompts."""
-    logits, state = _read(model, prompts, piece, device)
+    """Write the answers to one batch of prompts, whose last tokens gave these logits."""
     while True:
         tokens = choose(logits)
-        # The one wait for the device.
-        going = [row for row, token in enumerate(tokens.tolist()) if answers[row].goes_on(token)]
+        ids = tokens.tolist()  # the one wait for the device
+        going = [row for row, token in enumerate(ids) if answers[row].goes_on(token)]
         if not going:
             break
         if len(going) < len(answers):
-            keep = torch.tensor(going, device=device)
-            answers, tokens, state = [answers[row] for row in going], tokens[keep], _rows(state, keep)
+            answers, ids = [answers[row] for row in going], [ids[row] for row in going]
+            tokens = tokens[torch.tensor(going, device=device)]
             choose.keep(going)
-        logits, state = model(tokens[:, None], state=state, return_state=True, last_only=True)
+            sequences.keep(going)
+        logits = sequences.read(tokens, ids)
 
 
 def _read(
