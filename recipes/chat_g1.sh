@@ -1,19 +1,20 @@
 #!/bin/sh
 # Teaches an RWKV-7 G1 model your conversations, in its own form: sh recipes/chat_g1.sh [--flag value ...]
 #
-# Rows are chats (messages or conversations) or prompts and responses; the g1 template writes them as upstream's G1 models
-# read them, with an empty think block (g1-think: with the thinking that rows have), in tokens of World. A part of the rows
-# is held out. Then the model, merged, answers a few prompts.
+# Rows are chats (messages or conversations) or prompts and responses; the g1 template writes them as upstream's G1
+# models read them, with an empty think block (g1-think: with the thinking that rows have), in tokens of World. A part
+# of the rows is held out. Then the model, merged, answers a few prompts.
 #
-# cost [estimate]: a 2.9B and 10,000 chats of 600 tokens, one pass, at 3,000 tokens/s on a card of 24 GB (a fifth of the
-#   H200's 15,400, by the cards' rates; not measured): 0.6 hours; at $0.50 an hour $0.30.
+# cost [estimate]: a 2.9B and 10,000 chats of 600 tokens, one pass, at 3,000 tokens/s on a card of 24 GB (a fifth of
+#   the H200's 15,400, by the cards' rates; not measured): 0.6 hours; at $0.50 an hour $0.30.
 # memory [plan]: in GB of 2^30 bytes on one GPU
 #   14.3 GB: 2.9B, --peft bone --bone_r 64 --ctx_len 4096 --micro_bsz 1 --grad_cp wkv
 #    5.0 GB: 2.9B, --peft bone --bone_r 64 --ctx_len 4096 --micro_bsz 1 --grad_cp 1 --quant nf4
 # size [plan]: trains 47.2 M parameters of a 2.9B
-# expected: no published number. The held-out loss falls; the loss of general text, which shows what is forgotten, rises by
-#   less than 0.1. Where it rises more, lower lr_init or bone_r, or mix in general chats (--data_weights).
-# source: the template is upstream's RWKV7-G1x-templates.txt; the learning rate is what RWKV-PEFT's pages advise for Bone
+# expected: no published number. The held-out loss falls. Watch the loss of general text, which shows what is
+#   forgotten: where it rises, lower lr_init or bone_r, or mix in general chats (--data_weights).
+# source: the template is upstream's RWKV7-G1x-templates.txt; the learning rate is what RWKV-PEFT's pages advise for
+#   Bone
 # data: yours. For a trial: any chats of the Hub with a licence that suits you.
 #
 # --plan 1 says what training would take on this machine; --smoke 1 tries every step on a CPU, with a few own rows.
@@ -23,7 +24,7 @@ set -eu # With Windows line ends these two lines still run, thanks to their comm
 grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
 load_model=models/rwkv7-g1-2.9b.pth # base checkpoint, an RWKV-7 G1; or a name of the Hub
-data_file=data/chats.jsonl          # rows of messages, conversations, or prompts and responses; several files: one a line
+data_file=data/chats.jsonl          # rows of messages, or of prompt and response; several files: one a line
 eval_split=0.02                     # share of the rows that is held out and measured before and after
 prompts=recipes/smoke/prompts.jsonl # prompts that the model answers afterwards
 output=out/chat-g1                  # the run in train/, the merged model, the answers

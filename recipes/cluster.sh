@@ -1,17 +1,18 @@
 #!/bin/sh
-# One run on several machines: NODE_RANK=0 MASTER_ADDR=10.0.0.1 sh recipes/cluster.sh [--flag value ...]
+# One run on several machines: sh recipes/cluster.sh [--flag value ...]
 #
-# Type it on every machine, each with its own NODE_RANK from 0, all with the address of machine 0; torchrun and Slurm set
-# these themselves (docs/clusters.md). Machine 0 writes the results and merges. The same command continues a run.
+# Type NODE_RANK=0 MASTER_ADDR=10.0.0.1 before it on machine 0, and on the others the same address and their own
+# number; torchrun and Slurm set these themselves (docs/clusters.md). Machine 0 writes the results and merges. The
+# same command continues a run.
 #
-# cost [estimate]: 2 machines of 4 H200: 99 M tokens (MetaMathQA's 395,000 rows, 250 each, a guess) at 8 x 15,400 tokens/s
-#   less a tenth for talking (not measured): 15 minutes; at $32 an hour $8.
+# cost [estimate]: 2 machines of 4 H200: 99 M tokens (MetaMathQA's 395,000 rows, 250 each, a guess) at 8 x 15,400
+#   tokens/s less a tenth for talking (not measured): 15 minutes; at $32 an hour $8.
 # memory [plan]: in GB of 2^30 bytes on each GPU; a model that does not fit takes --strategy deepspeed_stage_3
 #   25.3 GB: 2.9B, --peft bone --bone_r 64 --ctx_len 2048 --micro_bsz 4 --grad_cp 0
 #   16.0 GB: 7.2B, --peft bone --bone_r 64 --ctx_len 2048 --micro_bsz 1 --grad_cp 1
 # size [plan]: trains 47.2 M parameters of a 2.9B
-# expected: the adapter of one machine with as many devices, bit for bit (shown with two processes on a CPU, docs/clusters.md;
-#   real machines with GPUs were not tried). No published number.
+# expected: the adapter of one machine with as many devices, bit for bit (shown with two processes on a CPU,
+#   docs/clusters.md; real machines with GPUs were not tried). No published number.
 # source: this repository, docs/clusters.md
 # data: yours; each machine reads its own copy, and they compare them before the first step.
 #

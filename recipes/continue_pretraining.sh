@@ -1,17 +1,18 @@
 #!/bin/sh
 # Goes on pre-training an RWKV-7 on your texts, every weight: sh recipes/continue_pretraining.sh [--flag value ...]
 #
-# Texts are joined in random windows (--dataload get), every token is trained, and the result is an ordinary checkpoint.
-# Then it reads held-out text, and so does the base: perplexity with an interval, and whether the difference is certain.
+# Texts are joined in random windows (--dataload get), every token is trained, and the result is an ordinary
+# checkpoint. Then it reads held-out text, and so does the base: perplexity with an interval, and whether the
+# difference is certain.
 #
-# cost [estimate]: a 0.4B and 100 M tokens at 15,000 tokens/s on a card of 24 GB (from the H200's 15,400 for a 2.9B, by
-#   the cards' rates; not measured): 2 hours; at $0.50 an hour $1.
+# cost [estimate]: a 0.4B and 100 M tokens at 15,000 tokens/s on a card of 24 GB (from the H200's 15,400 for a 2.9B,
+#   by the cards' rates; not measured): 2 hours; at $0.50 an hour $1.
 # memory [plan]: in GB of 2^30 bytes on one GPU
 #   10.8 GB: 0.4B, --peft none --ctx_len 4096 --micro_bsz 1 --grad_cp 0
 #   32.1 GB: 1.5B, --peft none --ctx_len 4096 --micro_bsz 1 --grad_cp 1
 #   61.2 GB: 2.9B, --peft none --ctx_len 4096 --micro_bsz 1 --grad_cp 1
-# expected: no published number. The loss of held-out text of your kind falls; that of general text, which shows what is
-#   forgotten, rises. A third of general text in the mixture (--data_weights) keeps most of it.
+# expected: no published number. The loss of held-out text of your kind falls; that of general text, which shows what
+#   is forgotten, rises. General text in the mixture (several files and --data_weights) keeps more of it.
 # source: this repository; --l2wrap 1e-4 is what RWKV's own pre-training has
 # data: yours: .txt files, or rows of text. Very large ones: sh scripts/prepare_data.sh first (docs/data.md, binidx).
 #

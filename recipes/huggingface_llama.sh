@@ -1,18 +1,20 @@
 #!/bin/sh
-# The experiment that this repository began with: Bone on a Llama, MetaMathQA: sh recipes/huggingface_llama.sh [--flag value ...]
+# The seed of this repository: Bone on a Llama, MetaMathQA: sh recipes/huggingface_llama.sh [--flag value ...]
 #
-# transformers' Trainer with Bone in every linear layer, the paper's settings (AdamW, learning rate 2e-5 along a cosine, 64
-# rows a step, no warm-up, one epoch); writes a PEFT (MiSS) adapter and the merged model. Needs `pip install
-# 'transformers>=5' accelerate`. RWKV models: recipes/metamath_gsm8k.sh.
+# transformers' Trainer with Bone in every linear layer, the paper's settings (AdamW, learning rate 2e-5 along a
+# cosine, 64 rows a step, no warm-up, one epoch); writes a PEFT (MiSS) adapter and the merged model. Needs `pip
+# install 'transformers>=5' accelerate`. RWKV models: recipes/metamath_gsm8k.sh.
 #
-# cost [estimate]: LLaMA2-7B on one H200, 99 M tokens (395,000 rows, 250 each, a guess) at 6,000 tokens/s (from the rate of a
-#   2.9B RWKV there, by size; not measured): 4.6 hours; at $4 an hour $18.
-# memory [estimate]: a 7B in bf16 13 GB, 87 M trained parameters 1.7 GB, activations of 8 rows of 512 tokens 30 GB without
-#   gradient_checkpointing, 4 GB with it. The plan knows RWKV models only.
-# expected [published]: LLaMA2-7B GSM8K 48.16, MATH 8.58 with Bone; 40.75 and 5.22 with LoRA; 43.89 and 6.92 with PiSSA
-# source: arXiv 2409.15371 v5 and v12, table 5; a reviewer doubted LoRA's numbers, and peft's own benchmark has rsLoRA ahead
-# data: meta-math/MetaMathQA (query, response), MIT by its authors' page, as far as we know. This program takes files, so
-#   download it: hf download meta-math/MetaMathQA --repo-type dataset --local-dir data/MetaMathQA
+# cost [estimate]: LLaMA2-7B on one H200, 99 M tokens (395,000 rows, 250 each, a guess) at 6,000 tokens/s (from the
+#   rate of a 2.9B RWKV there, by size; not measured): 4.6 hours; at $4 an hour $18.
+# memory [estimate]: a 7B in bf16 13 GB, 87 M trained parameters 1.7 GB, activations of 8 rows of 512 tokens 30 GB
+#   without gradient_checkpointing, 4 GB with it. The plan knows RWKV models only.
+# expected [published]: LLaMA2-7B GSM8K 48.16, MATH 8.58 with Bone; 40.75 and 5.22 with LoRA; 43.89 and 6.92 with
+#   PiSSA
+# source: arXiv 2409.15371 v5 and v12, table 5; a reviewer doubted LoRA's numbers, and peft's own benchmark has rsLoRA
+#   ahead
+# data: meta-math/MetaMathQA (query, response), MIT by its authors' page, as far as we know. This program takes files,
+#   so download it: hf download meta-math/MetaMathQA --repo-type dataset --local-dir data/MetaMathQA
 #
 # --smoke 1 makes a Llama of random weights and tries every step on a CPU, with a few own rows.
 # Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
@@ -57,4 +59,5 @@ fi
 need model_name_or_path "a model's folder: config.json, weights and tokenizer, such as that of LLaMA2-7B"
 need data_path "MetaMathQA's rows: hf download meta-math/MetaMathQA --repo-type dataset --local-dir data/MetaMathQA"
 (run train_hf.py "$@")
-say "evaluation: pip install lm_eval, then lm_eval --model hf --model_args pretrained=$output_dir/merged --tasks gsm8k"
+say "next: pip install lm_eval, then" \
+    "lm_eval --model hf --model_args pretrained=$output_dir/merged --tasks gsm8k,minerva_math"

@@ -4,7 +4,7 @@
 # A recipe's variables are its settings. Those in $own are for its own steps, all others are flags of the program that
 # trains. A flag on the command line sets its variable, and if it is not in $own it stays in "$@", for that program.
 # Each step sees what an earlier call has finished, says so and goes on; the programs refuse other settings by name.
-own='output methods gsm8k math humaneval execute_code held prompts limit max_new batch_size'
+own='output methods tasks gsm8k math humaneval execute_code held prompts limit max_new batch'
 
 # shellcheck source-path=SCRIPTDIR source=../scripts/lib.sh
 . "$repo/scripts/lib.sh"
@@ -32,7 +32,7 @@ while [ "$_left" -gt 0 ]; do # sets variables; what is not the recipe's own goes
         -h | --help)
             sed -n '2,/^# shellcheck/s/^# \{0,1\}//p' "$0" | sed '$d'
             printf '\nsettings:\n'
-            sed -n 's/^\([a-z][a-z0-9_]*=\)/    --\1/p' "$0"
+            sed -n -e '/^repo=/q' -e 's/^\([a-z][a-z0-9_]*=\)/    --\1/p' "$0"
             exit 0
             ;;
         --?*) ;;
@@ -44,7 +44,12 @@ while [ "$_left" -gt 0 ]; do # sets variables; what is not the recipe's own goes
     case $_name in
         smoke | plan) ;;
         *[!a-z0-9_]*) assigns "$_name" || _name= ;;
-        *) assigns "$_name" || { [ -n "$_kept" ] || die "--$_name is no setting of this recipe (--help lists them)"; _name=; } ;;
+        *)
+            if ! assigns "$_name"; then
+                [ -n "$_kept" ] || die "--$_name is no setting of this recipe (--help lists them)"
+                _name=
+            fi
+            ;;
     esac
     [ -z "$_kept" ] || set -- "$@" "$_word"
     _value='' _count=0
@@ -61,11 +66,14 @@ while [ "$_left" -gt 0 ]; do # sets variables; what is not the recipe's own goes
     esac
     [ -n "$_name" ] || continue
     case $_name$_count in
-        methods[1-9]*) ;;
+        methods[1-9]* | tasks[1-9]*) ;;
         data_file* | eval_data* | *1) ;;
         *) die "--$_name: expected one value" ;;
     esac
-    case $_name$_value in smoke0 | smoke1 | plan0 | plan1) ;; smoke* | plan*) die "--$_name $_value: expected 0 or 1" ;; esac
+    case $_name$_value in
+        smoke0 | smoke1 | plan0 | plan1) ;;
+        smoke* | plan*) die "--$_name $_value: expected 0 or 1" ;;
+    esac
     case $_name in data_file | eval_data) ;; *) eval "$_name=\$_value" && paths_from "$PWD" ;; esac
     given="$given $_name"
 done
@@ -75,7 +83,7 @@ done
 small() {
     [ "$smoke" = 1 ] || return 0
     for _setting in load_model=assets/rwkv7-tiny.pth ctx_len=512 micro_bsz=2 accumulate_grad_batches=1 epoch_count=1 \
-        epoch_steps=2 warmup_steps=0 accelerator=cpu devices=1 limit=2 max_new=24 "$@"; do
+        epoch_steps=2 lr_init=1e-3 lr_final=1e-4 warmup_steps=0 accelerator=cpu devices=1 limit=2 max_new=24 "$@"; do
         case " $given " in *" ${_setting%%=*} "*) ;; *) eval "${_setting%%=*}=\${_setting#*=}" ;; esac
     done
     say 'a smoke run: a tiny model and a few rows; it shows that the steps work, and its numbers mean nothing'
@@ -166,7 +174,9 @@ answers() {
 }
 
 # free_port: a port of this machine that nothing listens on.
-free_port() { "$RWKV_PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+free_port() {
+    "$RWKV_PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
 
 for _name in output prompts; do ! assigns "$_name" || paths_from "$repo"; done
 RWKV_PYTHON=${RWKV_PYTHON:-$(sh "$repo/scripts/setup.sh")}

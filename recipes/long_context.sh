@@ -1,19 +1,20 @@
 #!/bin/sh
 # Trains an RWKV-7 on rows of 32,768 tokens, on a card of 16 GB: sh recipes/long_context.sh [--flag value ...]
 #
-# Each row is read in chunks of 2,048 tokens. The state goes from one to the next, and in backward its gradient goes back
-# through all of them (--bptt_chunks 0), so the gradient is that of the whole row; tests hold both to one another.
+# Each row is read in chunks of 2,048 tokens. The state goes from one to the next, and in backward its gradient goes
+# back through all of them (--bptt_chunks 0), so the gradient is that of the whole row; tests hold both to one
+# another.
 #
-# cost [estimate]: a 2.9B and 10 M tokens at 2,200 tokens/s on a card of 24 GB (a seventh of the H200's 15,400, one more
-#   forward pass included; not measured): 1.3 hours; at $0.50 an hour $0.65.
+# cost [estimate]: a 2.9B and 10 M tokens at 2,200 tokens/s on a card of 24 GB (a seventh of the H200's 15,400, one
+#   more forward pass included; not measured): 1.3 hours; at $0.50 an hour $0.65.
 # memory [plan]: in GB of 2^30 bytes on one GPU; the last two lines are the same row without chunks
 #   12.1 GB: 2.9B, --peft bone --bone_r 64 --ctx_len 32768 --micro_bsz 1 --grad_cp 0 --chunk_ctx 2048
 #    7.1 GB: 1.5B, --peft bone --bone_r 64 --ctx_len 32768 --micro_bsz 1 --grad_cp 0 --chunk_ctx 2048
 #   18.9 GB: 2.9B, --peft bone --bone_r 64 --ctx_len 32768 --micro_bsz 1 --grad_cp 1
 #   79.3 GB: 2.9B, --peft bone --bone_r 64 --ctx_len 32768 --micro_bsz 1 --grad_cp 0
 # size [plan]: trains 47.2 M parameters of a 2.9B
-# expected: no published number. Losses are those of the run without chunks, up to rounding; the held-out loss of long texts
-#   falls. Texts that are shorter than a row teach nothing about long ones: the run says how long yours are.
+# expected: no published number. Losses are those of the run without chunks, up to rounding; the held-out loss of long
+#   texts falls. Texts that are shorter than a row teach nothing about long ones: the run says how long yours are.
 # source: this repository, docs/measured.md, long sequences
 # data: yours: long texts, such as books or code of whole projects; .txt files or rows of text.
 #

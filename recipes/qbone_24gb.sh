@@ -1,11 +1,12 @@
 #!/bin/sh
 # The largest model on a card of 24 GB: Bone on a quantised base: sh recipes/qbone_24gb.sh [--flag value ...]
 #
-# The frozen projections are held in 8 bits, so that a 13.3B fits; the adapter stays fp32 and learns on the rounded weights.
-# The merge rounds in the same way, and writes an ordinary bf16 checkpoint.
+# The frozen projections are held in 8 bits, so that a 13.3B fits; the adapter stays fp32 and learns on the rounded
+# weights. The merge rounds in the same way, and writes an ordinary bf16 checkpoint.
 #
-# cost [estimate]: a 13.3B and 10 M tokens at 600 tokens/s (the rate of a 2.9B on such a card, 3,000, divided by the size;
-#   not measured): 4.6 hours; at $0.50 an hour $2.30. The merged model takes 27 GB on disk, and the base as much.
+# cost [estimate]: a 13.3B and 10 M tokens at 600 tokens/s (the rate of a 2.9B on such a card, 3,000, divided by the
+#   size; not measured): 4.6 hours; at $0.50 an hour $2.30. The merged model takes 27 GB on disk, and the base as
+#   much.
 # memory [plan]: in GB of 2^30 bytes on one GPU: what fits on 24 GB, best first, and what 4 bits would take
 #   23.6 GB: 13.3B, --peft bone --bone_r 64 --ctx_len 4096 --micro_bsz 2 --grad_cp 1 --quant int8
 #   18.6 GB: 13.3B, --peft bone --bone_r 64 --ctx_len 2048 --micro_bsz 1 --grad_cp 1 --quant int8
@@ -13,7 +14,8 @@
 #   21.0 GB: 7.2B, --peft bone --bone_r 64 --ctx_len 4096 --micro_bsz 2 --grad_cp 1
 # size [plan]: trains 143.9 M parameters of a 13.3B
 # expected: no published number for RWKV. The weights are rounded by 0.8 % of their norm in int8, by 9 % in nf4
-#   (docs/memory-and-speed.md), so int8 is taken where it fits. Before you rely on it compare held-out losses with bf16.
+#   (docs/memory-and-speed.md), so int8 is taken where it fits. Before you rely on it compare held-out losses with
+#   bf16.
 # source: this repository; the table "which setting fits which card" in docs/memory-and-speed.md
 # data: yours: rows of prompts and responses, chats or texts.
 #

@@ -1,17 +1,17 @@
 #!/bin/sh
 # Gives a model a persona by its initial state alone: sh recipes/state_persona.sh [--flag value ...]
 #
-# State tuning: the weights stay as they are, and the state that every conversation starts from is trained. The file is
-# small, can be exchanged at run time, and takes the place of a system prompt that costs tokens.
+# State tuning: the weights stay as they are, and the state that every conversation starts from is trained. The file
+# is small, can be exchanged at run time, and takes the place of a system prompt that costs tokens.
 #
-# cost [estimate]: a 2.9B and 300 chats of 200 tokens, 4 times, at 3,000 tokens/s on a card of 24 GB (not measured): under
-#   two minutes, and as long to start; $0.02 at $0.50 an hour.
+# cost [estimate]: a 2.9B and 300 chats of 200 tokens, 4 times, at 3,000 tokens/s on a card of 24 GB (not measured):
+#   under two minutes, and as long to start; $0.02 at $0.50 an hour.
 # memory [plan]: in GB of 2^30 bytes on one GPU
 #    7.4 GB: 2.9B, --peft state --ctx_len 512 --micro_bsz 2 --grad_cp 0
 #    4.3 GB: 1.5B, --peft state --ctx_len 512 --micro_bsz 2 --grad_cp 0
 # size [plan]: trains 5.2 M parameters of a 2.9B
-# expected: no published number. After a few hundred steps answers have the persona's manner. A state holds a manner, not
-#   facts: on this repository's numbers it is right in 30 to 60 of 100 where Bone is in 90 (scripts/run_state.sh).
+# expected: no published number. Held-out chats are not needed to hear it: read the answers. A state holds a manner,
+#   not facts: on this repository's numbers it is right in 30 to 60 of 100 where Bone is in 90 (scripts/run_state.sh).
 # source: this repository; RWKV-PEFT's scripts and pages differ about the rate, from 1 to 1e-3
 # data: yours: a few hundred chats in the persona's voice. With --smoke 1 those of recipes/smoke/persona.jsonl.
 #
