@@ -9,7 +9,7 @@
 #   tokens/s less a tenth for talking (not measured): 15 minutes; at $32 an hour $8.
 # memory [plan]: in GB of 2^30 bytes on each GPU; a model that does not fit takes --strategy deepspeed_stage_3
 #   25.3 GB: 2.9B, --peft bone --bone_r 64 --ctx_len 2048 --micro_bsz 4 --grad_cp 0
-#   16.0 GB: 7.2B, --peft bone --bone_r 64 --ctx_len 2048 --micro_bsz 1 --grad_cp 1
+#   17.5 GB: 7.2B, --peft bone --bone_r 64 --ctx_len 2048 --micro_bsz 1 --grad_cp 1
 # size [plan]: trains 47.2 M parameters of a 2.9B
 # expected: the adapter of one machine with as many devices, bit for bit (shown with two processes on a CPU,
 #   docs/clusters.md; real machines with GPUs were not tried). No published number.

@@ -167,6 +167,7 @@ answers() {
     if [ -s "$_file" ]; then
         say "answered already: $_file"
     else
+        mkdir -p "${_file%/*}"
         sh "$repo/scripts/chat.sh" --load_model "$_model" --prompts "$prompts" "$@" > "$_file.part"
         mv -- "$_file.part" "$_file"
         say "answers: $_file"
