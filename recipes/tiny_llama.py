@@ -1,4 +1,4 @@
-"""A Llama of random weights with a tokenizer of bytes, for `recipes/huggingface_llama.sh --smoke 1`: tiny_llama.py FOLDER"""
+"""Writes a Llama of random weights and a tokenizer of bytes, to try a recipe on: python recipes/tiny_llama.py FOLDER"""
 
 import sys
 
