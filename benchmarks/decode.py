@@ -45,14 +45,14 @@ from torch import Tensor, nn  # noqa: E402
 from benchmarks.timing import append, hardware  # noqa: E402
 from rwkv_bone.chat.flags import ChatConfig  # noqa: E402
 from rwkv_bone.chat.lines import Lines  # noqa: E402
-from rwkv_bone.chat.load import Voice  # noqa: E402
 from rwkv_bone.chat.screen import Style  # noqa: E402
 from rwkv_bone.chat.session import Session  # noqa: E402
 from rwkv_bone.chat.talk import Talk, sampling_of  # noqa: E402
-from rwkv_bone.chat.wording import Wording  # noqa: E402
 from rwkv_bone.config import QUANTS, ModelConfig  # noqa: E402
 from rwkv_bone.data import load_template, load_tokenizer  # noqa: E402
 from rwkv_bone.inference.decoder import Decoder  # noqa: E402
+from rwkv_bone.inference.voice import Voice  # noqa: E402
+from rwkv_bone.inference.wording import Wording  # noqa: E402
 from rwkv_bone.models import RWKV, architecture_from_scratch, build  # noqa: E402
 from rwkv_bone.ops import select_op  # noqa: E402
 from rwkv_bone.quantization import QuantLinear, is_quantized, quantize  # noqa: E402

@@ -24,6 +24,7 @@ ROOMS = {
     "training": (1, "a run: prepared, stepped, saved, continued"),
     "conversion": (2, "adapter + base to one file; formats of others"),
     "chat": (3, "a conversation with a model; many prompts"),
+    "evaluation": (4, "benchmarks: answers counted, runs compared"),
     "inference": (1, "load a model, write text, measure it"),
     "models": (2, "RWKV-5, 6, 7: blocks, time mix, channel mix"),
     "data": (0, "files to batches of token ids"),
@@ -141,11 +142,11 @@ def draw() -> str:
         boxes.append(box(x, y, name, "parse, call, exit", "program"))
         lines.append(arrow((x + WIDTH / 2, y + HEIGHT), (x + WIDTH / 2, y + ROW)))
     y = MARGIN + (top + 1) * ROW
-    column = (3 * COLUMN + WIDTH + MARGIN) / len(GROUND)
+    column = (4 * COLUMN + WIDTH + MARGIN) / len(GROUND)
     for number, (name, words) in enumerate(GROUND.items()):
         folder = f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
         boxes.append(box(MARGIN + number * column, y, folder, words, "ground", column - MARGIN))
-    width, height = 2 * MARGIN + 3 * COLUMN + WIDTH, y + HEIGHT + MARGIN
+    width, height = 2 * MARGIN + 4 * COLUMN + WIDTH, y + HEIGHT + MARGIN
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '

@@ -3,6 +3,7 @@
 #
 # Writes compare.html, or the --output: curves in the same axes, results with the best of each measure marked, settings
 # that differ. Of a single run it makes report.html anew. Needs no GPU. `sh scripts/compare.sh --help` lists the flags.
+# Two folders of sh scripts/evaluate.sh are compared on the terminal, item by item.
 # Paths are relative to where you are.
 # shellcheck disable=SC2034 # the variables are read by lib.sh
 set -eu # With Windows line ends these two lines still run, thanks to their comments; the second reports the line ends.
@@ -21,4 +22,6 @@ case ${1:--} in
     -*) ;;
     *) set -- --runs "$@" ;; # the folders may stand alone
 esac
-run rwkv_bone.report.compare "$@"
+_module=report
+for _word in "$@"; do [ ! -f "$_word/answers.jsonl" ] || _module=evaluation; done
+run "rwkv_bone.$_module.compare" "$@"

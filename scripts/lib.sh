@@ -78,7 +78,7 @@ run() {
                 done
                 IFS=$_spaces
                 ;;
-            columns | data_weights | dataset_field | eval_field | report_to | resume_with | sft_field | stop | target_modules | targets | train_parts) # words
+            columns | data_weights | dataset_field | eval_field | field | report_to | resume_with | sft_field | stop | target_modules | targets | train_parts) # words
                 # shellcheck disable=SC2086
                 set -- "$@" "--$_name" $_value
                 ;;
@@ -87,7 +87,7 @@ run() {
                 ;;
             adapter | bone_load | cache_dir | config | data_path | eval_path | lora_checkpoint | lora_init | \
                 model_name_or_path | output | output_dir | peft_checkpoint | peft_load | pissa_init | proj_dir | \
-                prompts | sample_prompts | state_checkpoint) # a path
+                prompts | sample_prompts | shots_file | state_checkpoint) # a path
                 set -- "$@" "--$_name=$(in_repo "$_value")"
                 ;;
             deepspeed | eval_general | template | tokenizer) # a path or a name

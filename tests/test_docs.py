@@ -32,6 +32,7 @@ from rwkv_bone.config.saved import SECTIONS
 from rwkv_bone.conversion.flags import ConvertConfig
 from rwkv_bone.data.prepare import PrepareConfig
 from rwkv_bone.data.preview import PreviewConfig
+from rwkv_bone.evaluation.flags import EvaluateConfig
 from rwkv_bone.hf.flags import HfConfig
 from tests.conftest import clean_environment
 
@@ -276,7 +277,16 @@ def test_the_file_map_names_what_is_there_and_every_room_of_the_package():
     assert set(COPIED_FOLDERS) <= {name.split("/")[0] for folder, name in entries if not folder}
 
 
-SETTINGS = (*SECTIONS.values(), MergeConfig, ConvertConfig, PrepareConfig, PreviewConfig, HfConfig, ChatConfig)
+SETTINGS = (
+    *SECTIONS.values(),
+    MergeConfig,
+    ConvertConfig,
+    PrepareConfig,
+    PreviewConfig,
+    HfConfig,
+    ChatConfig,
+    EvaluateConfig,
+)
 TOOLS = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "benchmarks").glob("*.py")]
 TOOLS += (REPOSITORY / "tests").glob("*/__main__.py")
 # Of docker, pip, torchrun and Slurm.

@@ -12,9 +12,9 @@ PACKAGE = REPOSITORY / "src" / "rwkv_bone"
 HEAVY = {"torch", "lightning", "deepspeed", "numpy", "matplotlib", "tokenizers"}
 TRAINERS = {"lightning", "deepspeed", "bitsandbytes", "transformers", "peft"}
 ROOMS = {"adapters", "checkpoints", "cluster", "config", "conversion", "data", "hf", "inference", "models", "ops"}
-ROOMS |= {"chat", "doctor", "planning", "report", "training"}
+ROOMS |= {"chat", "doctor", "evaluation", "planning", "report", "training"}
 # Rooms that hold programs: none of the others imports them.
-PROGRAMS = {"chat", "conversion", "doctor", "hf", "planning"}
+PROGRAMS = {"chat", "conversion", "doctor", "evaluation", "hf", "planning"}
 # For each room, the rooms that importing any of its modules may bring along.
 MAY_IMPORT = {
     "config": set(),
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "inference": {"config", "checkpoints", "ops", "models", "adapters", "data"},
     "conversion": {"config", "checkpoints", "ops", "models", "adapters", "inference"},
     "chat": {"config", "checkpoints", "ops", "models", "adapters", "data", "inference"},
+    "evaluation": {"config", "checkpoints", "ops", "models", "adapters", "data", "inference"},
     "hf": {"config", "checkpoints", "adapters", "data"},
     "cluster": {"config"},
     "report": {"config"},
@@ -33,8 +34,8 @@ MAY_IMPORT = {
     "training": ROOMS - PROGRAMS,
     "planning": ROOMS - PROGRAMS,
 }
-# Imported where peft or transformers are in use: modules that are made of classes of theirs.
-OPTIONAL = {"rwkv_bone.hf.peft_config", "rwkv_bone.hf.callbacks"}
+# Imported where peft, transformers or lm_eval are in use: modules that are made of classes of theirs.
+OPTIONAL = {"rwkv_bone.hf.peft_config", "rwkv_bone.hf.callbacks", "rwkv_bone.evaluation.harness"}
 # The modules beside the rooms.
 MODULES = {
     "allocator": set(),
@@ -111,6 +112,8 @@ def test_loading_a_model_reads_no_data_modules():
         "rwkv_bone.chat.flags",
         "rwkv_bone.chat.main",
         "rwkv_bone.conversion.flags",
+        "rwkv_bone.evaluation.flags",
+        "rwkv_bone.evaluation.main",
         "rwkv_bone.hf.flags",
     ],
 )

@@ -25,6 +25,7 @@ from rwkv_bone.conversion.flags import ConvertConfig
 from rwkv_bone.data.prepare import PrepareConfig
 from rwkv_bone.data.preview import PreviewConfig
 from rwkv_bone.errors import UserError
+from rwkv_bone.evaluation.flags import EvaluateConfig
 from rwkv_bone.hf.flags import HfConfig
 from rwkv_bone.training.project import kept
 from tests.nvidia import NOT_LOADED, write_failing_smi, write_program, write_smi, write_torch
@@ -42,6 +43,7 @@ SETTINGS = {
     **dict.fromkeys(MERGE_SCRIPTS, fields(MergeConfig)),
     "run_bone_hf.sh": fields(HfConfig),
     "chat.sh": fields(ChatConfig),
+    "evaluate.sh": fields(EvaluateConfig),
     "convert.sh": fields(ConvertConfig),
     "prepare_data.sh": fields(PrepareConfig),
     "preview_data.sh": [*TRAIN_SETTINGS, *fields(PreviewConfig)],

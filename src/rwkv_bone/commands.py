@@ -6,6 +6,7 @@ show. Imports are late: --help and mistakes in the flags are answered at once.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from rwkv_bone import signals
@@ -110,10 +111,24 @@ def preview(prog: str = "rwkv-bone-preview") -> int:
 
 
 def compare(prog: str = "rwkv-bone-compare") -> int:
-    """Make one page of several runs."""
-    from rwkv_bone.report.compare import main
+    """Make one page of several runs, or compare two evaluations."""
+    if any(os.path.isfile(os.path.join(word, "answers.jsonl")) for word in sys.argv[1:]):
+        from rwkv_bone.evaluation.compare import main
+    else:
+        from rwkv_bone.report.compare import main
 
     return main(prog)
+
+
+def evaluate(prog: str = "rwkv-bone-evaluate") -> int:
+    """Count a model's right answers to a benchmark's questions."""
+
+    def body() -> None:
+        from rwkv_bone.evaluation.main import main
+
+        main(prog)
+
+    return exit_status(body, shows=True)
 
 
 def chat(prog: str = "rwkv-bone-chat") -> int:
@@ -121,6 +136,17 @@ def chat(prog: str = "rwkv-bone-chat") -> int:
 
     def body() -> None:
         from rwkv_bone.chat.main import main
+
+        main(prog)
+
+    return exit_status(body, shows=True)
+
+
+def lm_eval(prog: str = "rwkv-bone-lm-eval") -> int:
+    """Evaluate a model with EleutherAI's lm_eval."""
+
+    def body() -> None:
+        from rwkv_bone.evaluation.harness_main import main
 
         main(prog)
 

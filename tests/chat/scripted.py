@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import torch
 
-from rwkv_bone.chat.load import Voice
-from rwkv_bone.chat.wording import Wording
 from rwkv_bone.data import load_template, load_tokenizer
+from rwkv_bone.inference.voice import Voice
+from rwkv_bone.inference.wording import Wording
 from rwkv_bone.models import LayerState
 
 

@@ -8,9 +8,10 @@ import torch
 from rwkv_bone import checkpoints
 from rwkv_bone.adapters import AdapterSettings, inject
 from rwkv_bone.chat.flags import ChatConfig
-from rwkv_bone.chat.load import enough_memory, load_voices
+from rwkv_bone.chat.load import load_voices
 from rwkv_bone.chat.talk import header
 from rwkv_bone.errors import UserError
+from rwkv_bone.inference.voice import enough_memory
 from tests.conftest import adapter_state, random_model
 
 

@@ -4,23 +4,23 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rwkv_bone import checkpoints
-from rwkv_bone.chat import batch
 from rwkv_bone.chat.batch import answer_prompts
 from rwkv_bone.chat.flags import ChatConfig
 from rwkv_bone.chat.load import load_voices
 from rwkv_bone.chat.main import main
 from rwkv_bone.chat.prompts import read_prompts, text_of
 from rwkv_bone.chat.session import Session
-from rwkv_bone.chat.wording import Wording
 from rwkv_bone.data import load_template
 from rwkv_bone.errors import UserError, exit_status
+from rwkv_bone.inference.generate import generate
 from rwkv_bone.inference.sampling import Sampling
+from rwkv_bone.inference.wording import Wording
 from tests.conftest import python_path, random_model
 
 # (row, what the model reads with the template world)
@@ -232,7 +232,7 @@ def test_the_system_text_goes_to_rows_that_bring_none_and_the_others_are_counted
         read.extend(bytes(list(ids)).decode() for ids in prompts)
         return [ended("end") or [] for _ in prompts]
 
-    monkeypatch.setattr("rwkv_bone.chat.batch.generate", answers)
+    monkeypatch.setattr("rwkv_bone.inference.voice.generate", answers)
     answer_prompts(config(prompts=str(tmp_path / "rows.jsonl"), template="world", system="Be kind."))
     assert read == [
         "System: Be kind.\n\nUser: a\n\nAssistant:",
@@ -259,7 +259,7 @@ def test_an_old_output_file_stays_whole_until_the_first_answer_can_be_written(tm
 def test_what_was_answered_before_an_interruption_is_kept_and_counted(tmp_path, config, monkeypatch, capsys):
     prompts, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
     prompts.write_text("a\nb\nc\nd\ne\n")
-    whole, calls = batch.generate, []
+    whole, calls = generate, []
 
     def interrupted(model, prompts, **how):
         calls.append(len(prompts))
@@ -267,7 +267,7 @@ def test_what_was_answered_before_an_interruption_is_kept_and_counted(tmp_path, 
             raise KeyboardInterrupt
         return whole(model, prompts, **how)
 
-    monkeypatch.setattr("rwkv_bone.chat.batch.generate", interrupted)
+    monkeypatch.setattr("rwkv_bone.inference.voice.generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         answer_prompts(config(prompts=str(prompts), output=str(output), batch=2, max_new=2))
     assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["a", "b", "c", "d"]
@@ -300,10 +300,8 @@ def test_an_answer_that_a_stop_text_ends_with_its_last_token_has_stopped(tmp_pat
             logits, state = voice.model(*arguments, **how)
             return torch.nn.functional.one_hot(torch.full(logits.shape[:1], next(model)), 256).float(), state
 
-        return [SimpleNamespace(
-            model=call, device="cpu", wording=wording, tokenizer=Pieces(), encode=wording.tokenizer.encode,
-            header="pieces", chosen="",
-        )]  # fmt: skip
+        call.arch = voice.model.arch
+        return [replace(voice, model=call, wording=wording)]
 
     monkeypatch.setattr("rwkv_bone.chat.batch.load_voices", voices)
     answer_prompts(config(prompts=str(tmp_path / "p.txt"), stop=(" END",), max_new=2))

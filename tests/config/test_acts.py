@@ -18,6 +18,7 @@ from rwkv_bone.config.saved import SECTIONS
 from rwkv_bone.conversion.flags import ConvertConfig, parse_convert
 from rwkv_bone.data import preview
 from rwkv_bone.errors import UserError
+from rwkv_bone.evaluation.flags import EvaluateConfig, parse_evaluate
 from rwkv_bone.hf.flags import HfConfig
 from tests.conftest import REPOSITORY
 
@@ -52,6 +53,12 @@ PROGRAMS = {
         {"load_model": "m.pth"},
         lambda argv: parse_chat(argv, "chat"),
     ),
+    "evaluate": Program(
+        acts.EVALUATE,
+        {spec.name: spec for spec in fields(EvaluateConfig)},
+        {"load_model": "m.pth", "task": "gsm8k", "output": "o"},
+        lambda argv: parse_evaluate(argv, "evaluate"),
+    ),
     "train_hf": Program(
         acts.HF,
         {spec.name: spec for spec in fields(HfConfig)},
@@ -82,6 +89,8 @@ SAMPLES = {
     "output": ("o.pth", "o.st", "o.gguf", "o/", "RWKV7-1.5B"),
     "prompts": ("", "-", "p.jsonl"),
     "samples": (0, 3),
+    "shots": (0, 4),
+    "temperature": (0.0, 0.7),
     "train_parts": ((), ("ln",), ("emb", "ln")),
 }
 OTHERS = {

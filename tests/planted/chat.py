@@ -23,7 +23,7 @@ BUGS = (
     ),
     Bug("src/rwkv_bone/chat/session.py", "if forgotten >= 0:", "if False:", "tests/chat/test_session.py -k undo_gives"),
     Bug(
-        "src/rwkv_bone/chat/load.py",
+        "src/rwkv_bone/inference/voice.py",
         ", self.wording.template.identity()):",
         "):",
         "tests/chat/test_session.py -k same_model_template",
@@ -59,10 +59,10 @@ BUGS = (
         "tests/chat/test_session.py -k however_answers_end",
     ),
     Bug(
-        "src/rwkv_bone/chat/wording.py",
+        "src/rwkv_bone/inference/wording.py",
         "isinstance(self.template, WorldTemplate)",
         "True",
-        "tests/chat/test_wording.py -k around_messages",
+        "tests/inference/test_wording.py -k around_messages",
     ),
     Bug(
         "src/rwkv_bone/chat/screen.py",
@@ -71,10 +71,10 @@ BUGS = (
         "tests/chat/test_screen.py -k command",
     ),
     Bug(
-        "src/rwkv_bone/chat/shown.py",
+        "src/rwkv_bone/inference/shown.py",
         "held = 0 if final else _beginning_of(END, self._text)",
         "held = 0",
-        "tests/chat/test_shown.py -k told_apart",
+        "tests/inference/test_shown.py -k told_apart",
     ),
     Bug(
         "src/rwkv_bone/chat/batch.py",
@@ -173,7 +173,7 @@ BUGS = (
         "tests/chat/test_session.py -k never_written_over",
     ),
     Bug(
-        "src/rwkv_bone/chat/load.py",
+        "src/rwkv_bone/inference/voice.py",
         "\nimport torch\n",
         "\nimport lightning\nimport torch\n",
         "tests/chat/test_prompts.py -k lightning",

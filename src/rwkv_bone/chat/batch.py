@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_bone.chat.flags import ChatConfig
-from rwkv_bone.chat.load import Voice, enough_memory, load_voices
+from rwkv_bone.chat.load import load_voices
 from rwkv_bone.chat.prompts import STDIN, Prompt, read_prompts, text_of
-from rwkv_bone.chat.shown import taken_apart
 from rwkv_bone.chat.talk import header, sampling_of
 from rwkv_bone.checkpoints import make_folder
 from rwkv_bone.config.names import check_name
 from rwkv_bone.console import counted, with_bar
 from rwkv_bone.errors import UserError
-from rwkv_bone.inference.generate import generate
-from rwkv_bone.inference.stopping import LENGTH, WholeText
+from rwkv_bone.inference.shown import taken_apart
+from rwkv_bone.inference.stopping import LENGTH
+from rwkv_bone.inference.voice import Voice
 
 ANSWER, THOUGHT, REASON = "generated", "generated_thinking", "finish_reason"
 KEPT = "exists and is kept: give another name, or --overwrite"
@@ -105,25 +105,14 @@ def _read(
 
 def _answers(cfg: ChatConfig, voice: Voice, asked: Asked, number: int) -> Iterator[str]:
     """The lines of a batch. number: of its first answer, which its seed follows from."""
-    wording, ends = voice.wording, list[str]()
-    how = asdict(sampling_of(cfg))
-    how |= {"seed": [f"{cfg.seed} {number + i}" for i in range(len(asked))], "batch": cfg.batch, "ended": ends.append}
-    how |= {"stop_id": voice.tokenizer.eod, "stop_texts": cfg.stops or wording.stops, "tokenizer": voice.tokenizer}
-    how |= {"opening": wording.opening}
-    with enough_memory("while prompts were answered"):
-        written = generate(voice.model, [ids for _, ids in asked], device=voice.device, **how)
-    for (prompt, _), ids, why in zip(asked, written, ends, strict=True):
-        text = _text(voice, ids, cut=why == LENGTH)
+    wording, how = voice.wording, asdict(sampling_of(cfg))
+    del how["seed"]
+    seeds = [f"{cfg.seed} {number + i}" for i in range(len(asked))]
+    how |= {"batch": cfg.batch, "stop_texts": cfg.stops or wording.stops}
+    for (prompt, _), (text, why, _) in zip(asked, voice.write([ids for _, ids in asked], seeds, **how), strict=True):
         thinking, answer = taken_apart(text, wording.opening, wording.several)
         found = {ANSWER: answer, REASON: "length" if why == LENGTH else "stop"}
         yield json.dumps({**prompt.fields, **({THOUGHT: thinking} if thinking else {}), **found}, ensure_ascii=False)
-
-
-def _text(voice: Voice, ids: list[int], cut: bool) -> str:
-    """The text of an answer. cut: its last character may lack its end, and is left out then."""
-    whole = WholeText(voice.tokenizer)
-    text = "".join(map(whole.add, ids))
-    return text if cut else text + whole.end()
 
 
 def _ids(cfg: ChatConfig, voice: Voice, prompt: Prompt, tally: Counter[str]) -> list[int]:

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from rwkv_bone import checkpoints
-from rwkv_bone.chat.load import Voice
 from rwkv_bone.checkpoints.atomic import atomic_path
 from rwkv_bone.console import counted, with_bar
 from rwkv_bone.errors import JSON_ERRORS, UserError
@@ -23,6 +22,7 @@ from rwkv_bone.inference.decoder import PIECE, State
 from rwkv_bone.inference.sampling import Sampler, Sampling
 from rwkv_bone.inference.stopping import Stop
 from rwkv_bone.inference.stream import Answer, stream
+from rwkv_bone.inference.voice import Voice
 from rwkv_bone.models import LayerState
 
 FORMAT = "rwkv-bone conversation 1"

@@ -15,15 +15,15 @@ from typing import Any
 
 from rwkv_bone.chat.flags import CHANGEABLE, ChatConfig
 from rwkv_bone.chat.lines import Lines
-from rwkv_bone.chat.load import Voice, enough_memory
 from rwkv_bone.chat.screen import BOLD, CYAN, DIM, Style, broken, columns, padded, visible, wrapped
 from rwkv_bone.chat.session import Reply, Session
-from rwkv_bone.chat.shown import THOUGHT, Shown
 from rwkv_bone.config.fields import check_value, plain
 from rwkv_bone.config.other_names import intended_flag
 from rwkv_bone.console import counted
 from rwkv_bone.errors import UserError
 from rwkv_bone.inference.sampling import Sampling
+from rwkv_bone.inference.shown import THOUGHT, Shown
+from rwkv_bone.inference.voice import Voice, enough_memory
 
 WIDE = 120  # columns from which two answers stand side by side
 BESIDE = 35  # columns of a text that stands beside its key

@@ -163,6 +163,23 @@ CHAT: dict[str, When] = {
     **dict.fromkeys(("output", "bad_rows", "sft_field", "batch"), ANSWERS),
     "overwrite": given("output"),
 }
+READ = ("choice", "perplexity")  # tasks in which nothing is written
+WRITES = but("task", *READ)
+SAMPLES = WRITES & When(("temperature",), lambda heat: heat > 0, "with --temperature above 0", "--temperature 0.7")
+EVALUATE: dict[str, When] = {
+    **dict.fromkeys(("max_new", "temperature", "stop"), WRITES),
+    **dict.fromkeys(("top_p", "samples"), SAMPLES),
+    "seed": When(
+        ("task", "temperature", "shots"),
+        lambda task, heat, shots: bool((heat and task not in READ) or (shots and task != "perplexity")),
+        "where anything is drawn: with --temperature above 0 or with --shots",
+    ),
+    **dict.fromkeys(("template", "system", "shots"), but("task", "perplexity")),
+    "shots_file": given("shots"),
+    "prompt": but("task", "perplexity", "exact"),
+    "extract": only("task", "gsm8k", "math", "svamp"),
+    "execute_code": only("task", "humaneval"),
+}
 HF: dict[str, When] = {
     "eval_field": given("eval_path"),
     "warmup_ratio": but("lr_scheduler_type", "constant"),
@@ -176,6 +193,7 @@ PREVIEW: dict[str, When] = {
 NOTHING: dict[str, Any] = {"eval_samples": 0, "epoch_save": 1, "lora_plus": 1.0, "quant": "none", "compile": "0"}
 # What describes the files of another setting, or the GPUs: with others given, it is left out unless given again.
 BELONGS = {"eval_data": "data_file", "data_weights": "data_file", "eval_path": "data_path", "cards": "devices"}
+BELONGS |= {"data_file": "task"}  # of evaluate.sh
 
 
 def asks(name: str, value: Any, default: Any) -> bool:

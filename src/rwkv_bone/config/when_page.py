@@ -17,6 +17,7 @@ PROGRAMS = {
     "merge.py": acts.MERGE,
     "scripts/convert.sh": acts.CONVERT,
     "scripts/chat.sh": acts.CHAT,
+    "scripts/evaluate.sh": acts.EVALUATE,
     "train_hf.py": acts.HF,
 }
 

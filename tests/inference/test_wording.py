@@ -2,9 +2,9 @@
 
 import pytest
 
-from rwkv_bone.chat.wording import Wording
 from rwkv_bone.data import load_template, load_tokenizer
 from rwkv_bone.errors import UserError
+from rwkv_bone.inference.wording import Wording
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

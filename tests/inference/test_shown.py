@@ -2,7 +2,7 @@
 
 import pytest
 
-from rwkv_bone.chat.shown import Shown, taken_apart
+from rwkv_bone.inference.shown import Shown, taken_apart
 
 CASES = [
     # (what the template writes before the answer, the answer, whether white space is the template's, expected)
