@@ -138,12 +138,18 @@ evaluate() {
 # compare FOLDER FOLDER: two evaluations of the same questions, by McNemar's exact test.
 compare() { [ "$plan" = 1 ] || sh "$repo/scripts/compare.sh" "$@"; }
 
-# compare_methods TASK: the base and each of $methods with the first of these.
+# compare_methods TASK: a table of the base and $methods; the pages of scripts/compare.sh against the first method.
 compare_methods() {
+    [ "$plan" = 0 ] || return 0
     _first=${methods%% *}
+    mkdir -p "$output/comparisons"
     for _method in base $methods; do
-        [ "$_method" = "$_first" ] || compare "$output/answers/$_first-$1" "$output/answers/$_method-$1"
+        [ "$_method" = "$_first" ] || compare "$output/answers/$_first-$1" "$output/answers/$_method-$1" \
+            > "$output/comparisons/$1-$_method.txt"
     done
+    say "comparisons with $_first, item by item: $output/comparisons"
+    # shellcheck disable=SC2086 # the words of $methods
+    "$RWKV_PYTHON" "$repo/recipes/table.py" "$output/answers" "$1" "$_first" base $methods
 }
 
 # of_equal_size METHOD: $_adapter becomes its flags. A block of 64 has as many parameters as LoRA's two matrices of rank
