@@ -49,7 +49,7 @@ SETTINGS = {
     "preview_data.sh": [*TRAIN_SETTINGS, *fields(PreviewConfig)],
     "plan.sh": TRAIN_SETTINGS,
 }
-USES_NEWEST_ADAPTER = (*MERGE_SCRIPTS, "convert.sh", "chat.sh")  # that of proj_dir
+USES_NEWEST_ADAPTER = (*MERGE_SCRIPTS, "convert.sh", "chat.sh", "evaluate.sh")  # that of proj_dir
 SHELLS = ("dash", "bash")
 NOT_PASSED_ON = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_VISIBLE_DEVICES", "PIP_INDEX_URL")
 TOOLS = ("awk", "bash", "dash", "df", "dirname", "grep", "mkdir", "readlink", "rm", "sed", "sh", "sleep", "tr", "uname")
@@ -83,7 +83,7 @@ class Clone:
 
     def echo_modules(self) -> None:
         """Makes the modules that scripts run print their arguments too, as train.py and merge.py here do."""
-        for name in ("chat/main", "conversion/convert", "data/prepare", "data/preview"):
+        for name in ("chat/main", "conversion/convert", "data/prepare", "data/preview", "evaluation/main"):
             (self.root / "src" / "rwkv_bone" / f"{name}.py").write_text(ECHO)
 
     def environment(self) -> dict[str, str]:

@@ -77,6 +77,8 @@ def compare(folders: Sequence[str]) -> Iterator[str]:
     yield ""
     yield f"{a.task}, {counted(len(both), 'item')} in both"
     for name, one, other in (("A", a, b), ("B", b, a)):
+        if sum(map(len, one.items.values())) < one.config["answers"]:
+            yield f"note: {name} is not finished: {len(one.items):,} of its items are answered"
         alone = [item[0]["item"] for key, item in one.items.items() if key not in other.items]
         if alone:
             rows = ", ".join(map(str, alone[:NAMED])) + ", ..." * (len(alone) > NAMED)

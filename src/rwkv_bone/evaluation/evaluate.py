@@ -47,16 +47,16 @@ def evaluate(cfg: EvaluateConfig) -> None:
     with run_lock.held(output, "--output"):
         voice = _loaded(cfg)
         job = _Job(cfg, task, voice, found)
-        asked = job.read(Questions(cfg, task, voice.wording, shots))
+        places = job.read(Questions(cfg, task, voice.wording, shots))
         content = {"model": voice.fingerprint, "data": found.digest, "shots": digest_of(shots)}
         if saved:
             folder.check_content(saved, cfg, content)
         else:
             (output / ANSWERS).unlink(missing_ok=True)
-            folder.write_json(output / CONFIG, _description(cfg, voice, content))
+            folder.write_json(output / CONFIG, _description(cfg, voice, content) | {"answers": len(places)})
         (output / RESULT).unlink(missing_ok=True)
         print(job.heading(len(shots)), flush=True)
-        records, seconds = job.answered(asked, output / ANSWERS)
+        records, seconds = job.answered(places, output / ANSWERS)
         result = {"model": voice.header, "data": found.names, **result_of(cfg, task, records)}
         result["counts"] |= {"rows skipped": job.skipped} if job.skipped else {}
         folder.write_json(output / RESULT, result | {"seconds": round(seconds, 1)})
@@ -149,11 +149,12 @@ class _Job:
         size = self._judge_late(records, places, path, size)
         began, done = time.monotonic(), len(records)
         if done:
-            _note(f"{done:,} of {counted(len(places), 'answer')} are there: going on after them")
+            _note(f"{done:,} of {counted(len(places), 'answer')} are there{': going on' if done < len(places) else ''}")
         doing = "answering" if self.task.written else "reading"
         try:
             with folder.appending(path, size) as add, progress_bar(len(places), doing, initial=done) as bar:
-                for start in range(done - done % self.cfg.batch, len(places), self.cfg.batch):
+                first = done - done % self.cfg.batch if done < len(places) else done
+                for start in range(first, len(places), self.cfg.batch):
                     new = list(self._answers(places[start : start + self.cfg.batch]))[max(0, done - start) :]
                     add(new)
                     records += new
@@ -175,9 +176,13 @@ class _Job:
         """Judge what an earlier process wrote down without --execute_code; the size of the file then."""
         if not self.cfg.execute_code or all(record["right"] is not None for record in records):
             return size
-        for record, place in zip(records, places, strict=False):
-            if record["right"] is None:
-                record |= judged(self.cfg, self.task, self.voice.wording, place.asked, record["text"])
+        late = [
+            (record, place.asked) for record, place in zip(records, places, strict=False) if record["right"] is None
+        ]
+        asked, texts = [one for _, one in late], [record["text"] for record, _ in late]
+        judgements = judged(self.cfg, self.task, self.voice.wording, asked, texts)
+        for (record, _), judgement in zip(late, judgements, strict=True):
+            record |= judgement
         return folder.replace_records(path, records)
 
     def _answers(self, places: Sequence[_Place]) -> Iterator[Record]:
@@ -195,16 +200,16 @@ class _Job:
         limits = [self._max_new] * len(places)
         if self._exact_length:
             limits = [len(self.voice.encode(place.asked.answers[0])) + 1 for place in places]
-        seeds = [f"{cfg.seed} {place.asked.item.number} {place.sample}" for place in places]
+        seeds = [f"{cfg.seed} {place.asked.item.hash} {place.sample}" for place in places]
         how = {"temperature": cfg.temperature, "top_p": cfg.top_p, "stop_texts": stops, "batch": cfg.batch}
-        written = self.voice.write([place.ids for place in places], seeds, max_new=limits, **how)
-        for place, (text, why, tokens) in zip(places, written, strict=True):
-            asked = place.asked
-            expected = asked.answers[0] if asked.answers else asked.item.expected
+        written = list(self.voice.write([place.ids for place in places], seeds, max_new=limits, **how))
+        asked, texts = [place.asked for place in places], [text for text, _, _ in written]
+        judgements = judged(cfg, self.task, wording, asked, texts)
+        for one, (text, why, tokens), judgement in zip(asked, written, judgements, strict=True):
             yield {
-                "expected": expected,
+                "expected": one.answers[0] if one.answers else one.item.expected,
                 "text": text,
-                **judged(cfg, self.task, wording, asked, text),
+                **judgement,
                 "finish_reason": "length" if why == LENGTH else "stop",
                 "tokens": tokens,
             }

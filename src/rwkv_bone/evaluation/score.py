@@ -71,6 +71,8 @@ def _share(right: Sequence[bool | int]) -> dict[str, Any]:
 
 def _mean(values: Sequence[float]) -> dict[str, Any]:
     mean, low, high = mean_interval(values)
+    if mean in (0, 1):  # no spread is seen, which does not mean that there is none
+        low, high = wilson(round(mean) * len(values), len(values))
     known = math.isfinite(low)
     return {"value": mean, "low": max(0.0, low) if known else None, "high": min(1.0, high) if known else None}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rwkv_bone.errors import UserError
-from rwkv_bone.evaluation import extract
+from rwkv_bone.evaluation import code, extract
 from rwkv_bone.evaluation.equal import same_math, same_number
 
 Values = Mapping[str, Any]  # what a row says, under the task's names of fields
@@ -165,8 +165,7 @@ TASKS = {
             "```python\n{prompt}\n```",
             worked="{canonical_solution}",
             joint="",
-            # Chen et al. (2021), section 2.1.
-            stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+            stops=code.STOPS,
             hub=("openai/openai_humaneval", "openai_humaneval/test-*.parquet"),
         ),
         Task(
