@@ -24,7 +24,7 @@ grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: s
 
 load_model=models/rwkv7-0.4b.pth # base checkpoint; or a name of the Hub
 data_file=data/texts             # a folder of texts, or rows of text; several: one a line
-held=data/held.txt               # text of the same kind that is not trained
+held=data/held.jsonl             # rows of text of the same kind that is not trained
 output=out/pretraining           # the run in train/, the measurements of both models
 
 peft=none                   # every weight; bone would train an adapter, in a third of the memory
@@ -52,7 +52,7 @@ repo=${repo:-$(root "$_file" || root "$PWD" || true)}
 [ -d "$repo/src/rwkv_bone" ] || { echo "error: no repository at '${repo:-$PWD}': set repo= in $0" >&2; exit 2; }
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$repo/recipes/lib.sh"
-small 'data_file=assets/corpus_heldout.jsonl' 'held=recipes/smoke/held.txt'
+small 'data_file=assets/corpus_heldout.jsonl' 'held=recipes/smoke/held.jsonl'
 need load_model 'an RWKV-7 checkpoint, such as those of huggingface.co/BlinkDL/rwkv-7-world'
 need held 'a text of the kind of data_file that is not in it'
 evaluate "$output/base" --load_model "$load_model" --task perplexity --data_file "$held"
