@@ -55,7 +55,7 @@ esac
 exec "{python}" "$@"
 """
 COPIED = ("train.py", "merge.py", "train_hf.py", "pyproject.toml", "requirements.txt", "requirements-dev.txt")
-COPIED_FOLDERS = ("assets", "benchmarks", "cuda", "docs", "merge", "scripts", "src", "tests")
+COPIED_FOLDERS = ("assets", "benchmarks", "cuda", "docs", "merge", "recipes", "scripts", "src", "tests")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from tests.nvidia import NOT_LOADED, write_failing_smi, write_program, write_smi
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.sh"))
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.sh"))
 KINDS = ("bone", "bat", "lora", "pissa", "state")
 RUN_SCRIPTS = tuple(f"run_{kind}.sh" for kind in KINDS)
 MERGE_SCRIPTS = tuple(f"merge_{kind}.sh" for kind in KINDS)
@@ -149,7 +150,7 @@ def settings(script: str) -> dict[str, str]:
     return dict(re.findall(r"^([a-z]\w*)=(.*)$", head, re.MULTILINE))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, *RECIPES], ids=lambda path: f"{path.parent.name}/{path.name}")
 @pytest.mark.parametrize("shell", ["sh", *SHELLS])
 def test_scripts_are_valid_in_every_shell(script, shell):
     if not shutil.which(shell):
@@ -161,7 +162,7 @@ def test_shellcheck_has_no_complaint():
     program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if not program:
         pytest.skip("shellcheck is not installed")
-    subprocess.run([program, "-x", *SCRIPTS, REPOSITORY / ".ci" / "run"], check=True, cwd=REPOSITORY)
+    subprocess.run([program, "-x", *SCRIPTS, *RECIPES, REPOSITORY / ".ci" / "run"], check=True, cwd=REPOSITORY)
 
 
 def test_continuous_integration_runs_the_test_script_and_then_the_slow_tests():
