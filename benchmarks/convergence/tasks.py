@@ -70,7 +70,7 @@ def word_problems(folder: Path, models: Path | None) -> Task:
     """Arithmetic word problems to equations."""
     train, heldout = write(folder, "problems", distinct(problems.problem, 2200), heldout=200)
     text = str(ASSETS / "corpus_heldout.jsonl")
-    return Task("problems", "bundled", str(BUNDLED), train, heldout, text, steps=90)
+    return Task("problems", "bundled", str(BUNDLED), train, heldout, text, steps=70)
 
 
 def styles(folder: Path, models: Path | None) -> Task:
@@ -79,7 +79,7 @@ def styles(folder: Path, models: Path | None) -> Task:
     random.Random(SEED).shuffle(found)
     train, heldout = write(folder, "style", [style.row(sentence) for sentence in found], heldout=200)
     text = str(ASSETS / "corpus_heldout.jsonl")
-    return Task("style", "bundled", str(BUNDLED), train, heldout, text, steps=80)
+    return Task("style", "bundled", str(BUNDLED), train, heldout, text, steps=60)
 
 
 def reverse(folder: Path, models: Path | None) -> Task:
