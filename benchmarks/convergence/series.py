@@ -21,6 +21,7 @@ METHODS = ("bone", "lora", "rslora", "full", "pissa", "bat")
 # alpha = 2 r: LoRA scales by 2, rsLoRA by 2 sqrt(r); PiSSA's paper scales by 1. LoRA's other alphas are searched.
 ALPHA = {"lora": 2.0, "rslora": 2.0, "pissa": 1.0}
 SELECTION = (0, 1)
+SELECTIONS = (SELECTION, SELECTION[:1])
 SCALES = (0.25, 0.5, 0.75)
 SCALED_SEEDS = (2, 3, 4)
 VARIANT_SEEDS = (2, 3, 4)
@@ -68,9 +69,9 @@ class Bench:
         searched = [("lora", True)] if self.alphas and "lora" in self.methods else []
         return [(method, False) for method in self.methods] + searched
 
-    def best(self, method: str, searched: bool = False) -> Key | None:
+    def best(self, method: str, searched: bool = False, selection: Sequence[Sequence[int]] = SELECTIONS) -> Key | None:
         """The rate and alpha of least development loss: over both seeds of SELECTION, or else the first alone."""
-        for seeds in (SELECTION, SELECTION[:1]):
+        for seeds in selection:
             losses = {key: loss for key, loss in self._means(method, searched, seeds).items() if loss is not None}
             if losses:
                 return min(losses, key=lambda key: (losses[key], key))
@@ -98,7 +99,7 @@ class Bench:
                 yield row | {"points": [{"development": None}]}
 
     def _start(self, method: str) -> float:
-        return (0.1 if method == "full" else 0.4) / self.width
+        return (0.1 if method == "full" else 0.15) / self.width
 
     def _rates(self, method: str, alpha: float | None, start: float, fine: bool, variant: str = "") -> Iterator[Job]:
         means = self._means(method, True, SELECTION[:1], variant)
@@ -138,19 +139,22 @@ class Bench:
             yield from self._rates("lora", best, known[best][1], True)
 
     def _second(self, method: str, searched: bool) -> Iterator[Job]:
-        """The second seed: of the best, its nearest rates, and of a searched alpha its neighbours at their best."""
-        best = self.best(method, searched)
-        if best is None:
-            return
+        """The second seed: around what is best with the first, then around what is best with both."""
+        for selection in (SELECTIONS[1:], SELECTIONS):
+            best = self.best(method, searched, selection)
+            for key in self._around(method, best, searched) if best else ():
+                yield self._job(method, key, SELECTION[1])
+
+    def _around(self, method: str, best: Key, searched: bool) -> list[Key]:
+        """The best, its nearest rates, and of a searched alpha its neighbours at their best."""
         rate, alpha = best
         rates = sorted(r for r, of in self._means(method, True, SELECTION[:1]) if of == alpha)
         place = rates.index(rate)
-        keys = [(near, alpha) for near in (rate, *rates[max(place - 1, 0) : place], *rates[place + 1 : place + 2])]
+        keys: list[Key] = [(r, alpha) for r in (rate, *rates[max(place - 1, 0) : place], *rates[place + 1 : place + 2])]
         if searched and alpha is not None:
             found = self._alpha_losses()
             keys += [(found[near][1], near) for near in (alpha / 2, alpha * 2) if near in found]
-        for key in keys:
-            yield self._job(method, key, SELECTION[1])
+        return keys
 
     def _seeds(self) -> Iterator[Job]:
         for seed in range(self.seeds):
