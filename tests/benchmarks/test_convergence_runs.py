@@ -2,9 +2,12 @@
 
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +16,24 @@ from benchmarks.convergence import training
 from benchmarks.convergence.__main__ import main
 from benchmarks.convergence.alone import RunFailed, alone
 from benchmarks.convergence.tasks import load_task
-from rwkv_bone import load_model
-from tests.conftest import REPOSITORY
+from rwkv_bone import checkpoints, load_model
+from tests.conftest import REPOSITORY, random_model
 
-SIZES = {"steps": 2, "samples": 2, "development": 4, "heldout": 4, "forgetting": 1, "answers": 2}
+SIZES = {"steps": 2, "samples": 2, "development": 4, "heldout": 4, "forgetting": 1, "answers": 2, "ctx_len": 64}
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    return replace(load_task("numbers", tmp_path_factory.mktemp("data")), **SIZES)
+    """The task of the numbers with few rows and a random model of 2 layers of 32."""
+    folder = tmp_path_factory.mktemp("data")
+    task = load_task("numbers", folder)
+    files = {}
+    for name in ("train_file", "heldout_file", "text_file", "mixed_file"):
+        source = Path(getattr(task, name))
+        files[name] = str(folder / source.name)
+        Path(files[name]).write_text("".join(source.read_text().splitlines(keepends=True)[:24]))
+    checkpoints.write_state(folder / "tiny.pth", random_model(vocab_size=256).state_dict())
+    return replace(task.on("tiny", str(folder / "tiny.pth")), **SIZES, **files)
 
 
 @pytest.fixture(scope="module")
@@ -34,30 +46,36 @@ def job(task, base, method="bone", **more) -> training.Job:
     return training.Job(task, method, **{"rate": 1e-2, "alpha": alpha, "base": base, "r": 8} | more)
 
 
+def own(task) -> list[str]:
+    """Flags for a user's own data and model."""
+    files = ["--train_file", task.train_file, "--heldout_file", task.heldout_file, "--text_file", task.text_file]
+    return [*files, "--base", task.path, "--fields", "prompt", "response"]
+
+
 def results(row: dict) -> dict:
     return {name: row[name] for name in ("losses", "points", "scaled", "trainable")}
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path):
+def call(monkeypatch, tmp_path, task):
     """The command with these words; its exit status and the rows in its output folder."""
 
     def call(*words: str) -> tuple[int, list[dict]]:
-        arguments = ["convergence", "--output", str(tmp_path), "--steps", "2", "--samples", "2", "--measured", "2"]
-        monkeypatch.setattr(sys, "argv", [*arguments, "--bone_r", "8", *words])
+        sizes = ["--steps", "2", "--samples", "2", "--measured", "2", "--ctx_len", "64", "--bone_r", "8"]
+        monkeypatch.setattr(sys, "argv", ["convergence", "--output", str(tmp_path), *sizes, *words])
         status = main()
         return status, [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
 
     return call
 
 
-def test_a_comparison_runs_to_its_end_and_goes_on_where_it_ended(call, monkeypatch, capsys):
+def test_a_comparison_runs_to_its_end_and_goes_on_where_it_ended(call, task, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.convergence.__main__.alone", lambda work, job, threads: work(job))
     # Nothing is searched: the losses rise with the rate's distance from the start.
     monkeypatch.setattr(
         "benchmarks.convergence.series.missing_rates", lambda losses, start, fine: [] if losses else [1e-3]
     )
-    words = ["--tasks", "numbers", "--methods", "bone", "lora", "--fixed_alpha", "--seeds", "3"]
+    words = [*own(task), "--methods", "bone", "lora", "--fixed_alpha", "--seeds", "3"]
     status, rows = call(*words, "--runs", "2")
     assert status == 0 and [row["method"] for row in rows] == ["base", "bone"]
     status, rows = call(*words)
@@ -66,10 +84,10 @@ def test_a_comparison_runs_to_its_end_and_goes_on_where_it_ended(call, monkeypat
         *(("bone", 0), ("lora", 0), ("bone", 1), ("lora", 1), ("bone", 2), ("lora", 2)),
     ]
     said = capsys.readouterr().out
-    assert said.count("numbers bundled bone lr 0.001 seed 2") == 1
+    assert said.count("numbers_train tiny bone lr 0.001 seed 2") == 1
     for row in rows[1:]:
         assert [point["step"] for point in row["points"]] == [0, 1, 2]
-        assert len(row["losses"]) == 2 and row["trainable"] == 55296
+        assert len(row["losses"]) == 2 and row["trainable"] == 4608
         assert {"step_ms", "peak_mb", "threads", "torch", "hardware", "seconds", "width", "layers"} <= set(row)
     assert [one["scale"] for one in rows[-1]["scaled"]] == [0.25, 0.5, 0.75]
     # The same seed gives every method the same batches: the first loss is the base's.
@@ -78,7 +96,7 @@ def test_a_comparison_runs_to_its_end_and_goes_on_where_it_ended(call, monkeypat
     assert by_seed["bone", 0] != pytest.approx(by_seed["bone", 1], rel=1e-4)
 
 
-def test_a_failed_run_is_named_and_the_others_go_on(call, monkeypatch, capsys):
+def test_a_failed_run_is_named_and_the_others_go_on(call, task, monkeypatch, capsys):
     def fails(work, job, threads):
         if job.method == "lora":
             raise RunFailed("out of luck")
@@ -88,22 +106,34 @@ def test_a_failed_run_is_named_and_the_others_go_on(call, monkeypatch, capsys):
     monkeypatch.setattr(
         "benchmarks.convergence.series.missing_rates", lambda losses, start, fine: [] if losses else [1e-3]
     )
-    words = ["--tasks", "numbers", "--methods", "lora", "bone", "--fixed_alpha", "--series", "grid"]
+    words = [*own(task), "--methods", "lora", "bone", "--fixed_alpha", "--series", "grid"]
     status, rows = call(*words)
     assert status == 1 and [row["method"] for row in rows] == ["base", "bone", "bone"]
-    assert "FAILED grid: numbers bundled lora lr 0.001 alpha 2r seed 0: out of luck" in capsys.readouterr().out
+    assert "FAILED grid: numbers_train tiny lora lr 0.001 alpha 2r seed 0: out of luck" in capsys.readouterr().out
 
 
-def test_a_run_in_a_forked_process_is_that_of_a_fresh_one(task, base):
+def test_a_run_in_a_forked_process_is_that_of_this_one(task, base):
     one = job(task, base, "pissa", seed=3)
+    forked = alone(training.train, one)
+    assert forked["threads"] == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert results(forked) == results(training.train(one))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bone", "lora", "full"])
+def test_a_run_in_a_forked_process_is_that_of_a_fresh_one(task, base, method):
+    one = job(task, base, method, seed=3)
     first, second = (alone(training.train, one) for _ in range(2))
-    assert results(first) == results(second) and first["threads"] == 1
+    assert results(first) == results(second)
     program = (
         "import pickle, sys, json; from benchmarks.convergence.training import train; import torch;"
         "torch.set_num_threads(1); print(json.dumps(train(pickle.load(sys.stdin.buffer))))"
     )
-    import pickle
-
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])}
     done = subprocess.run(
         [sys.executable, "-c", program], input=pickle.dumps(one), env=environment, capture_output=True, check=True
@@ -126,10 +156,13 @@ def breaks(how: str) -> dict:
 
 @pytest.mark.parametrize("method", ["bone", "lora", "rslora", "pissa", "bat", "full"])
 def test_every_method_starts_from_the_base_and_trains_about_as_many_parameters(task, base, method):
-    row = training.train(job(task, base, method, rate=1e-12, r=32))
+    row = training.train(job(task, base, method, rate=1e-12))
     assert row["points"][-1]["heldout"] == pytest.approx(base["heldout"], abs=1e-4)
     assert row["points"][-1]["forgetting"] == pytest.approx(0, abs=1e-4)
-    assert row["trainable"] == (1_448_576 - 8_448 if method == "full" else 221_184)
+    # Bone: r x out of 5 projections of 32 outputs and one of 128, in 2 layers; LoRA of rank 4: 4 x (in + out).
+    state = checkpoints.load_base(task.path).state
+    used = sum(tensor.numel() for key, tensor in state.items() if not re.match(r"blocks\.0\.att\.v[012]$", key))
+    assert row["trainable"] == (used if method == "full" else 8 * (5 * 32 + 128) * 2)
 
 
 def test_a_scaled_adapter_is_between_the_base_and_the_adapter(task, base):
@@ -158,7 +191,7 @@ def test_mixed_text_takes_the_place_of_rows(task):
     plans = training.batch_plans(training.Job(task, "bone", variant="mix 0.5"), measured.train)
     of_task, of_text = (plan.batch(0, 1, 0, 0) for plan in plans)
     assert len(of_task.rows) == len(of_text.rows) == 1
-    assert of_task.rows[0].startswith("numbers_train") and of_text.rows[0].startswith("corpus_train")
+    assert "numbers_train" in of_task.rows[0] and "corpus_train" in of_text.rows[0]
     assert of_text.ids.shape[1] <= 64 and of_text.window_tokens >= of_text.ids.shape[1] - 1
 
 
