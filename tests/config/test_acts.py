@@ -206,7 +206,7 @@ def given_in_script(script, *typed):
 def test_what_a_typed_flag_leaves_without_effect_in_a_script_is_left_out_with_a_note(capsys):
     script = "--peft bone --bone_mode bat --bone_r 8 --lr_final 1e-4 --epoch_count 4 --epoch_save 2"
     config = given_in_script(script, "--peft", "lora", "--lr_schedule", "constant", "--epoch_count", "1")
-    assert (config.adapter.kind, config.adapter.bone_r, config.optim.lr_final) == ("lora", 64, 2e-5)
+    assert (config.adapter.kind, config.adapter.bone_r, config.optim.lr_final) == ("lora", 64, -1)
     notes = capsys.readouterr().out.splitlines()
     assert [note.split(" is left out")[0] for note in notes] == [
         "note: bone_mode=bat of the script",
@@ -284,7 +284,7 @@ def test_a_saved_run_gives_way_to_what_is_typed_and_keeps_what_never_acted(tmp_p
 
 
 def test_mistakes_in_a_script_are_told_from_mistakes_that_were_typed():
-    with pytest.raises(UserError, match="^in the script's variables: --lr_init: expected a number, got ''"):
+    with pytest.raises(UserError, match="^in the script's variables: --lr_init: expected a number or auto, got ''"):
         parse_train([*NEEDED, "--lr_init=", "--typed", "--ctx_len", "8"])
     with pytest.raises(UserError, match="^--ctx_len: expected a whole number, got ''"):
         parse_train([*NEEDED, "--typed", "--ctx_len="])

@@ -199,7 +199,7 @@ def test_defaults_that_differ_are_named_in_one_note(capsys):
     parse(line)
     (data, training) = [note for note in notes_of(capsys) if "another default" in note]
     assert data.endswith(": --micro_bsz 8 (there 12)")
-    assert training.endswith(": --lr_init 0.0002 (there 6e-4), --lr_final 2e-05 (there 1e-5)")
+    assert training.endswith(": --lr_init auto (there 6e-4), --lr_final auto (there 1e-5)")
     for words, there in (
         ("--peft lora --op fla", "r 8, alpha 32, dropout 0.01"),
         ("--peft lora --persistent_workers", "r 8, alpha 8"),

@@ -95,7 +95,7 @@ def test_help_explains_every_flag_with_choices_and_default(capsys):
         assert spec.metadata["help"].split(";")[0][:40] in text
         for choice in spec.metadata["choices"] or ():
             assert choice in text
-    assert "(default: 0.0002)" in text and "(default: bone)" in text
+    assert "(default: auto)" in text and "(default: bone)" in text
 
 
 def test_json_round_trip_keeps_every_setting():
@@ -209,8 +209,8 @@ def test_of_a_flag_given_twice_the_last_one_counts():
         (["--help=2"], "--help: ignored explicit argument"),
         (["--bone_r", "many"], "--bone_r: expected a whole number, got 'many'"),
         (["--bone_r", "1.5"], "--bone_r: expected a whole number"),
-        (["--lr_init", "fast"], "--lr_init: expected a number, got 'fast'"),
-        (["--lr_init", "nan"], "--lr_init: expected a number, got 'nan'"),
+        (["--lr_init", "fast"], "--lr_init: expected a number or auto, got 'fast'"),
+        (["--lr_init", "nan"], "--lr_init: expected a number or auto, got 'nan'"),
         (["--lr_init", "1e999"], "--lr_init inf: expected a finite number"),
         (["--grad_cp", "maybe"], "--grad_cp maybe: expected one of 0, 1, wkv, auto"),
         (["--overwrite", "maybe"], "--overwrite: expected 1 or 0, got 'maybe'"),

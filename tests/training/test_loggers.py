@@ -104,7 +104,7 @@ def test_names_of_steps_and_of_every_set_are_told_apart_and_nulls_are_left_out()
 
 def test_every_setting_is_a_hyper_parameter(tmp_path):
     found = hyper_parameters(config(tmp_path, "--bone_r", "8"))
-    assert found["bone_r"] == 8 and found["data_file"] == "d e" and found["lr_init"] == 2e-4
+    assert found["bone_r"] == 8 and found["data_file"] == "d e" and found["beta1"] == 0.9
     assert all(isinstance(value, (str, int, float, bool)) for value in found.values())
 
 

@@ -1,7 +1,8 @@
 """Every setting of a run (`sections.py`), as flags (`flags.py`) and as a saved file (`saved.py`).
 
 `acts.py` says which setting acts when, and `layers.py` tells what a user typed from what a script or a saved run has,
-so that nothing is ignored in silence; `rates.py` doubts learning rates. `pages.py` makes tables of docs/ from these.
+so that nothing is ignored in silence; `rates.py` chooses learning rates, and doubts them. `pages.py` makes tables of
+docs/ from these.
 
 `field_flags.py` says what the flags of RWKV-PEFT and RWKV-LM mean here, with `field_adapters.py` and `pretraining.py`;
 `translate.py` makes settings of them, and `unsaid.py` of what they leave out. `other_names.py` says what other programs

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from rwkv_bone.config.names import suffix_of
+from rwkv_bone.config.sections import AUTO
 
 
 class When(NamedTuple):
@@ -190,7 +191,14 @@ PREVIEW: dict[str, When] = {
     "show_tokens": When(("samples",), lambda count: count > 0, "with --samples above 0", "--samples 1")
 }
 # Values that ask for nothing, besides empty ones, 0 and auto: they are true also where the setting does not act.
-NOTHING: dict[str, Any] = {"eval_samples": 0, "epoch_save": 1, "lora_plus": 1.0, "quant": "none", "compile": "0"}
+NOTHING: dict[str, Any] = {
+    "eval_samples": 0,
+    "epoch_save": 1,
+    "lora_plus": 1.0,
+    "lr_final": AUTO,
+    "quant": "none",
+    "compile": "0",
+}
 # What describes the files of another setting, or the GPUs: with others given, it is left out unless given again.
 BELONGS = {"eval_data": "data_file", "data_weights": "data_file", "eval_path": "data_path", "cards": "devices"}
 BELONGS |= {"data_file": "task"}  # of evaluate.sh

@@ -341,7 +341,7 @@ def _number(kind: type[int] | type[float], auto: int | None = None) -> Callable[
 
     def convert(text: str) -> float:
         if auto is not None and text.strip().lower() == "auto":
-            return auto
+            return kind(auto)
         # The number that stands for auto is no number that anybody means.
         if not re.fullmatch(NUMBERS[kind], text.strip()) or (auto is not None and kind(text) == auto):
             expected = ("a whole number" if kind is int else "a number") + (" or auto" if auto is not None else "")

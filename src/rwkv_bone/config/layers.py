@@ -14,6 +14,7 @@ from typing import Any
 from rwkv_bone.cards import AUTO
 from rwkv_bone.config.acts import BELONGS, Table, When, asks
 from rwkv_bone.config.fields import plain
+from rwkv_bone.config.sections import AUTO as UNDECIDED
 from rwkv_bone.errors import UserError
 from rwkv_bone.launched import Launched
 
@@ -157,6 +158,8 @@ def _remedy(when: When) -> str:
 
 def shown(value: Any) -> str:
     """A setting as one types it."""
+    if value == UNDECIDED:
+        return "auto"
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, tuple):

@@ -23,6 +23,7 @@ from rwkv_bone.config.field_flags import (
     Ignored,
     Means,
 )
+from rwkv_bone.config.fields import worded
 from rwkv_bone.config.flags import ALIASES
 from rwkv_bone.config.pages import table
 from rwkv_bone.config.saved import SECTIONS
@@ -128,7 +129,7 @@ def _same(flags: dict[str, Same], settings: dict[str, Field[object]]) -> str:
     rows = []
     for flag, (default, differs) in flags.items():
         spec = settings[names.get(flag, flag)]
-        here = _written(spec.default)
+        here = _written(worded(spec, spec.default))
         meaning = spec.metadata["help"] if spec.name == flag else f"`--{spec.name}`: {spec.metadata['help']}"
         rows.append((f"`--{flag}`", ERAS.get(flag, "all"), default, here, meaning, differs))
     return table("flag | in | default there | default here | meaning here | what differs", rows)

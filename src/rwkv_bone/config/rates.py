@@ -1,11 +1,13 @@
-"""Learning rates that are allowed and hardly meant."""
+"""Learning rates: those of `--lr_init auto` and `--lr_final auto`, and those that are allowed and hardly meant."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 from rwkv_bone.config.fields import plain
-from rwkv_bone.config.sections import TrainConfig
+from rwkv_bone.config.sections import AUTO, AdapterConfig, OptimConfig, TrainConfig
 
 # AdamW moves each number by about the rate in a step. Weights are around 0.01 to 1, an adapter begins at 0, and a
 # state, which is read once a sequence, takes far larger steps.
@@ -22,6 +24,80 @@ FROM_SCRATCH = (0.01, 4.0)
 STATE = (1e-3, 10.0)  # RWKV-PEFT trains states at 1 to 0.01, whatever the width
 
 
+class Rule(NamedTuple):
+    """rate x (width / WIDTH)^by_width x (size / SIZE)^by_size. size: bone_r, or LoRA's scale times its rank."""
+
+    rate: float
+    by_width: float = 0.0
+    by_size: float = 0.0
+
+
+WIDTH, SIZE = 128, 32
+# docs/bone-or-lora.md says where the numbers come from.
+RULES = {
+    "bone": Rule(3e-3, -1.28, -0.5),
+    "lora": Rule(3e-3, -0.78, -1.0),
+    "pissa": Rule(3e-3, -1.28),
+    "none": Rule(1e-3, -0.78),
+    "state": Rule(0.1),
+    "from scratch": Rule(2e-3, -0.67),
+}
+FINAL = 1 / 30  # of lr_init, at the end of a run
+
+
+def auto_rate(adapter: AdapterConfig, width: int, from_scratch: bool = False) -> float:
+    """What `--lr_init auto` is, on two digits, for a model this wide."""
+    rule = RULES["from scratch" if from_scratch else adapter.peft]
+    rate = rule.rate * (width / WIDTH) ** rule.by_width * (_size(adapter) / SIZE) ** rule.by_size
+    if adapter.peft in ("lora", "pissa"):
+        rate /= adapter.lora_plus**0.5  # between the rate of lora_A and that of lora_B
+    return float(f"{rate:.1e}")
+
+
+def decided(optim: OptimConfig, adapter: AdapterConfig, width: int, from_scratch: bool = False) -> OptimConfig:
+    """The settings with numbers for --lr_init auto and --lr_final auto, on a model this wide."""
+    first = auto_rate(adapter, width, from_scratch) if optim.lr_init == AUTO else optim.lr_init
+    last = float(f"{first * FINAL:.1e}") if optim.lr_final == AUTO else optim.lr_final
+    return replace(optim, lr_init=first, lr_final=last)
+
+
+def continued(optim: OptimConfig, began: OptimConfig) -> OptimConfig:
+    """The settings with the rates that a run began with for --lr_init auto and --lr_final auto."""
+    first = began.lr_init if optim.lr_init == AUTO else optim.lr_init
+    return replace(optim, lr_init=first, lr_final=began.lr_final if optim.lr_final == AUTO else optim.lr_final)
+
+
+def said(asked: OptimConfig, optim: OptimConfig, adapter: AdapterConfig, width: int, goes_on: bool) -> Iterator[str]:
+    """What became of --lr_init auto and --lr_final auto, and why, on a line; nothing where numbers were given.
+
+    asked, optim: before and after `decided`, or, where the run goes on, `continued`.
+    """
+    names = [name for name in ("lr_init", "lr_final") if getattr(asked, name) == AUTO]
+    if optim.lr_schedule == "constant" and "lr_final" in names:
+        names.remove("lr_final")
+    if not names:
+        return
+    found = ", ".join(f"--{name} auto is {plain(getattr(optim, name))}" for name in names)
+    if goes_on:
+        why = "as the run began"
+    elif "lr_init" in names:
+        size = {"bone": f" and bone_r {adapter.bone_r}", "lora": f" and a scale x rank of {plain(_size(adapter))}"}
+        why = f"for --peft {adapter.peft} on a model of width {width}{size.get(adapter.peft, '')}"
+    else:
+        why = "a thirtieth of lr_init"
+    yield f"{found}: {why}"
+
+
+def _size(adapter: AdapterConfig) -> float:
+    """What the step of the weights grows with, as `Rule` has it; SIZE where it depends on none."""
+    if adapter.peft == "bone":
+        return adapter.bone_r
+    if adapter.peft == "lora":
+        alpha = adapter.lora_alpha or adapter.lora_r
+        return alpha * adapter.lora_r**0.5 if adapter.lora_rs else alpha
+    return SIZE
+
+
 def usual_rates(peft: str, width: int, from_scratch: bool = False) -> tuple[float, float]:
     """The lowest and the highest learning rate that a run of this kind, on a model this wide, may be meant to have."""
     if peft == "state":
@@ -34,7 +110,7 @@ def unusual_rate(config: TrainConfig, width: int) -> str:
     """A sentence on a rate outside `usual_rates`, or nothing: also nothing on one that `doubtful_rates` tells of."""
     rate, peft = config.optim.lr_init, config.adapter.peft
     low, high = usual_rates(peft, width, not config.model.load_model)
-    if not rate or low <= rate <= high or rate > HIGHEST[peft]:
+    if rate in (0, AUTO) or low <= rate <= high or rate > HIGHEST[peft]:
         return ""
     size = "large" if rate > high else "small"
     return (
@@ -59,7 +135,7 @@ def doubtful_rates(config: TrainConfig) -> Iterator[str]:
         )
     if not optim.lr_init:
         yield "--lr_init 0: nothing is learnt at this rate"
-    if optim.lr_schedule != "constant" and optim.lr_final > optim.lr_init:
+    if optim.lr_schedule != "constant" and optim.lr_final > optim.lr_init != AUTO:
         yield (
             f"--lr_final {plain(optim.lr_final)} is above --lr_init {plain(optim.lr_init)}: the learning rate rises "
             "to the end of the run"

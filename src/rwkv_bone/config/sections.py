@@ -311,8 +311,19 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr_init: float = setting(2e-4, "learning rate after the warm-up", at_least=0)
-    lr_final: float = setting(2e-5, "learning rate at the end of the run", at_least=0)
+    lr_init: float = setting(
+        float(AUTO),
+        "learning rate after the warm-up; auto = by a rule for what is trained and the model's width, and what the run "
+        "began with where it is continued; config.json then has the number",
+        at_least=0,
+        auto=AUTO,
+    )
+    lr_final: float = setting(
+        float(AUTO),
+        "learning rate at the end of the run; auto = a thirtieth of lr_init",
+        at_least=0,
+        auto=AUTO,
+    )
     lr_schedule: str = setting("cos", "curve of the learning rate from lr_init to lr_final", SCHEDULES)
     warmup_steps: int = setting(
         0, "optimiser steps in which the learning rate rises to lr_init; 0 = no warm-up", at_least=0, at_most=STEPS
@@ -335,7 +346,7 @@ class OptimConfig:
 
     def __post_init__(self):
         check_values(self)
-        if self.lr_schedule == "exp" and not (self.lr_init > 0 and self.lr_final > 0):
+        if self.lr_schedule == "exp" and 0 in (self.lr_init, self.lr_final):
             raise UserError("--lr_schedule exp needs --lr_init and --lr_final above 0; use linear to reach 0")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rwkv_bone.config.field_adapters import set_once
 from rwkv_bone.config.field_flags import ERAS, LATER, TRAIN_FLAGS, VALUES, Y2023, Y2024, Y2025
+from rwkv_bone.config.fields import worded
 from rwkv_bone.config.sections import AdapterConfig, DataConfig, OptimConfig, RunConfig
 
 # What a checkpoint knows. Nobody types it here, and every script of theirs does.
@@ -67,7 +68,8 @@ def epoch_steps(given: dict[str, Any], era: str) -> list[str]:
 
 def _other_defaults(given: dict[str, Any], theirs: dict[str, str]) -> list[str]:
     """A note on the flags of `theirs`, {name: default there}, that are left out; none where all are given."""
-    defaults = {spec.name: spec.default for section in (DataConfig, OptimConfig, RunConfig) for spec in fields(section)}
+    specs = [spec for section in (DataConfig, OptimConfig, RunConfig) for spec in fields(section)]
+    defaults = {spec.name: worded(spec, spec.default) for spec in specs}
     left = [f"--{name} {defaults[name]} (there {value})" for name, value in theirs.items() if name not in given]
     return [f"left out, with another default than in RWKV-PEFT: {', '.join(left)}"] if left else []
 

@@ -16,7 +16,7 @@ import torch
 
 from rwkv_bone import console
 from rwkv_bone.cluster.watch import Watch
-from rwkv_bone.config import TrainConfig
+from rwkv_bone.config import TrainConfig, rates
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.planning import lines
 from rwkv_bone.planning.lines import WholeRun
@@ -56,7 +56,8 @@ def plan(config: TrainConfig, watch: Watch) -> Planned:
     there, total = memory_there(device, run.devices), guard.memory_in_all(device, run.devices)
 
     outline = prepare_model(config, torch.device("meta"), empty=True)
-    arch, counted = outline.arch, count(outline.model)
+    arch, counted, asked = outline.arch, count(outline.model), config
+    config = replace(config, optim=outline.optim)
     data, text = folder_text(outline.folder, config.data)
     reading = replace(config, data=data)
     dataset, split = load_data(reading, arch.vocab_size, config.data, keep=False)
@@ -70,12 +71,14 @@ def plan(config: TrainConfig, watch: Watch) -> Planned:
 
     for line in header(config, outline, module, choice, device, threads, text):
         say(line)
+    for line in rates.said(asked.optim, config.optim, config.adapter, arch.n_embd, False):
+        say(f"rate      {line}")
     for line in lines.memory_parts(memory, total):
         say(line)
     folder = Path(run.proj_dir)
     heldout = prepare_heldout(reading, arch.vocab_size, split, batches, folder, say, keep=False)
     if world.main:
-        for line in lines.folder_state(config, module.total_steps):
+        for line in lines.folder_state(asked, module.total_steps):
             say(line)
     whole = None
     # Processes of a CPU that look one after the other find different amounts free.

@@ -17,7 +17,7 @@ from rwkv_bone import cards, console, run_lock
 from rwkv_bone.cluster.join import join
 from rwkv_bone.cluster.watch import Watch
 from rwkv_bone.cluster.world import SAME_FILES
-from rwkv_bone.config import TrainConfig
+from rwkv_bone.config import TrainConfig, rates
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.errors import UserError
 from rwkv_bone.training import batch_size, guard, out_of_memory, project
@@ -84,11 +84,16 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     if not config.model.load_model:
         guard.check_new_model(config, prepare_model(config, torch.device("meta"), empty=True), device, total)
 
+    asked = config.optim
+    if earlier:
+        config = replace(config, optim=rates.continued(asked, earlier.config.optim))
     seed_everything(run.random_seed, verbose=False)
     with out_of_memory.told("while the base model was read"):
         prepared = prepare_model(config, torch.device(device), continued=earlier is not None)
     model, adapter = prepared.model, config.adapter
-    # Of what is written, config.json included, nothing changes: a user's `auto` stays `auto`.
+    # Of what is written, config.json included, nothing else changes: a user's `auto` stays `auto`. But the rates decide
+    # what comes out, so that a file says which they were.
+    config = replace(config, optim=prepared.optim)
     data, text = folder_text(prepared.folder, config.data)
     reading = replace(config, data=data)
     dataset, split = load_data(reading, prepared.arch.vocab_size, config.data)
@@ -127,6 +132,8 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     if module.steps_left:
         for line in header(config, prepared, module, choice, device, threads, text):
             report(line)
+        for line in rates.said(asked, config.optim, adapter, prepared.arch.n_embd, earlier is not None):
+            report(f"rate      {line}")
         for line in guard.warnings(memory):
             report(f"          {line}")
     measured = earlier.measured if earlier else None

@@ -14,7 +14,7 @@ from rwkv_bone import checkpoints
 from rwkv_bone.adapters import Injection, adapter_keys, inject, load_adapter_file, settings_of
 from rwkv_bone.checkpoints import Architecture
 from rwkv_bone.cluster.world import SAME_FILES, World
-from rwkv_bone.config import DataConfig, TrainConfig
+from rwkv_bone.config import DataConfig, OptimConfig, TrainConfig, rates
 from rwkv_bone.config.saved import shaping
 from rwkv_bone.data import BatchPlan, Dataset, load_dataset
 from rwkv_bone.data.split import split_heldout
@@ -38,6 +38,7 @@ class Prepared:
     injection: Injection | None  # None: every weight is trained
     output: Output
     dtype: torch.dtype  # of the frozen base, once it is placed
+    optim: OptimConfig  # with numbers for rates that are auto
 
 
 def prepare_model(config: TrainConfig, device: torch.device, continued: bool = False, empty: bool = False) -> Prepared:
@@ -52,6 +53,8 @@ def prepare_model(config: TrainConfig, device: torch.device, continued: bool = F
         raise UserError(f"--quant {quant} with --peft none: only frozen weights are quantised, and none is; remove one")
     path = config.model.load_model
     arch, base, label, folder = _load_base(config)
+    optim = rates.decided(config.optim, config.adapter, arch.n_embd, not path)
+    config = replace(config, optim=optim)
     op, kernel = "torch", ""
     if not empty:
         op, kernel = select_op(config.model.op, device, f"wkv{arch.version}", arch.head_size, dtype)
@@ -84,11 +87,11 @@ def prepare_model(config: TrainConfig, device: torch.device, continued: bool = F
             parameter.requires_grad_(name not in unused)
         # fp32: unused tensors are written back with the others, and must not be rounded.
         return Prepared(
-            model, arch, label, folder, kernel, None, Output(tuple(dtypes), metadata, dtypes), torch.float32
+            model, arch, label, folder, kernel, None, Output(tuple(dtypes), metadata, dtypes), torch.float32, optim
         )
     injection = _inject_adapter(config, model, metadata["base"], continued or empty)
     output = Output(tuple(adapter_keys(model)), metadata | injection.metadata())
-    return Prepared(model, arch, label, folder, kernel, injection, output, dtype)
+    return Prepared(model, arch, label, folder, kernel, injection, output, dtype, optim)
 
 
 def _load_base(config: TrainConfig) -> tuple[Architecture, dict[str, Tensor], str, Path | None]:

@@ -20,6 +20,7 @@ from torch import nn
 from rwkv_bone import checkpoints
 from rwkv_bone.config import DataConfig, TrainConfig
 from rwkv_bone.config.changes import DATA, FREE, ON_PURPOSE
+from rwkv_bone.config.fields import worded
 from rwkv_bone.config.layers import shown
 from rwkv_bone.config.saved import from_json, shaping
 from rwkv_bone.console import counted
@@ -202,6 +203,8 @@ class Saved:
             earlier, current = getattr(self.config, section.name), getattr(now, section.name)
             for spec in fields(current):
                 old, new = getattr(earlier, spec.name), getattr(current, spec.name)
+                if spec.metadata["auto"] is not None and worded(spec, new) == "auto":
+                    continue  # it goes on with what the run has, or decides nothing of it
                 if old != new and not self._may_differ(spec.name):
                     changes[spec.name] = (shown(old) or "empty", shown(new) or "empty")
         return changes

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 from rwkv_bone.config import OptimConfig
+from rwkv_bone.config.sections import AUTO
 from rwkv_bone.errors import UserError
 
 # Each goes from `start` at progress 0 to `end` at progress 1.
@@ -26,6 +27,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     In warm-up the rate rises linearly over `warmup_steps` steps, and the last of these has lr_init. The last step of
     the run has exactly lr_final. Two cases keep lr_init to the end: `constant`, and a run of one step.
     """
+    assert AUTO not in (config.lr_init, config.lr_final)
     if step + 1 < config.warmup_steps:
         return config.lr_init * (step + 1) / config.warmup_steps
     peak = max(config.warmup_steps, 1) - 1
