@@ -35,6 +35,7 @@ EXAMPLES = (
     ),
 )
 
+NO_TASKS = "--tasks is missing: expected names of lm_eval's tasks, or paths of .yaml files"
 # The names of these flags as arguments of the model class, where they differ.
 ARGUMENTS = {"load_model": "pretrained", "adapter": "peft"}
 
@@ -85,6 +86,8 @@ def parse(argv: list[str], prog: str) -> tuple[HarnessConfig, list[str]]:
 def main(prog: str = PROGRAM) -> None:
     """Have lm_eval evaluate the model: its tables go to standard output."""
     cfg, words = parse(sys.argv[1:], prog)
+    if not words:  # lm_eval would show its help
+        raise UserError(NO_TASKS)
     try:
         from lm_eval._cli.harness import HarnessCLI
         from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -131,7 +134,7 @@ def _check(cfg: HarnessConfig, args: Any, file: dict[str, Any]) -> None:
     if device and cfg.accelerator != "auto":
         raise UserError(f"--accelerator {cfg.accelerator} and --device {device} of lm_eval say the same: give one")
     if not args.tasks and not file.get("tasks"):
-        raise UserError("--tasks is missing: expected names of lm_eval's tasks, or paths of .yaml files")
+        raise UserError(NO_TASKS)
 
 
 def _raised_by_lm_eval(error: BaseException) -> bool:
