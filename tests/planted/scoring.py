@@ -70,13 +70,17 @@ BUGS = (
     Bug(FORMULA, "self.tokens.append(token[1:])", "pass", f"{TEST_EQUAL} -k same_math"),
     # Programs.
     Bug(CODE, 'report["token"] == token', "True", f"{TEST_CODE} -k claims"),
-    Bug(CODE, "elif process.poll() is not None:", "elif False:", f"{TEST_CODE} -k holds_the_pipe"),
-    Bug(CODE, "os.killpg(process.pid, signal.SIGKILL)", "process.kill()", f"{TEST_CODE} -k holds"),
+    Bug(CODE, "elif process.poll() is not None:", "elif False:", f"{TEST_CODE} -k leaving"),
+    Bug(
+        CODE,
+        "os.killpg(process.pid, signal.SIGKILL)",
+        "os.kill(process.pid, signal.SIGKILL)",
+        f"{TEST_CODE} -k stays_behind",
+    ),
     Bug(CODE, "if outcome.passed and behind", "if False", f"{TEST_CODE} -k holds"),
     Bug(CODE, "min(ends, default=len(text))", "len(text)", f"{TEST_CODE} -k becomes"),
     Bug(CODE, 'text = text.partition("\\n```")[0] if starts else text', "pass", f"{TEST_CODE} -k becomes"),
-    Bug(CODE, "\\n    pass\\n\\n\\n{code}", "\\n\\n\\n{code}", f"{TEST_CODE} -k becomes"),
-    Bug(SANDBOX, "signal.setitimer(signal.ITIMER_PROF, seconds)", "pass", f"{TEST_CODE} -k loop"),
+    Bug(CODE, "\\n    pass\\n\\n\\n{code}", "\\n\\n\\n{code}", f"{TEST_CODE} -k docstring"),
     Bug(SANDBOX, "    watch(os.getcwd())\n", "", f"{TEST_CODE} -k outside"),
     Bug(
         SANDBOX,
@@ -88,6 +92,4 @@ BUGS = (
     Bug(SANDBOX, "names[entry_point] = guarded(function)", "names[entry_point] = function", f"{TEST_CODE} -k equals"),
     Bug(SANDBOX, "if name not in before or", "if True or", f"{TEST_CODE} -k functions"),
     Bug(SANDBOX, "except BaseException as error", "except Exception as error", f"{TEST_CODE} -k exits"),
-    Bug(SANDBOX, "    os.dup2(null, 0)\n", "", f"{TEST_CODE} -k waits"),
-    Bug(SANDBOX, "leave(0)", "sys.exit(0)", f"{TEST_CODE} -k passes_whatever"),
 )

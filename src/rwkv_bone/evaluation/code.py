@@ -41,6 +41,7 @@ CLOCK, GRACE = (
     4,
     4.0,
 )  # on the clock a program has CLOCK times its seconds and GRACE more, for it may have to wait its turn
+PATIENCE = 5.0  # seconds for a child that has reported, or closed its pipe, to end by itself
 REPORTED = 2**16  # bytes of the longest report
 
 
@@ -119,6 +120,7 @@ def run(
             process = _start(folder, writing)
         finally:
             os.close(writing)
+        late = True
         try:
             limits = {"report": writing, "seconds": seconds, "wall": wall, "memory_mb": memory_mb}
             assert process.stdin
@@ -126,7 +128,7 @@ def run(
                 process.stdin.write(json.dumps({**request, **limits}).encode())
             line, late = _report(process, reading, time.monotonic() + wall)
         finally:
-            behind = _kill(process)
+            behind = _kill(process, 0.0 if late else PATIENCE)
             os.close(reading)
     outcome = _outcome(line, request["token"], late, process.returncode, seconds, wall)
     return Outcome(False, "it left processes running") if outcome.passed and behind else outcome
@@ -167,11 +169,10 @@ def _report(process: subprocess.Popen[bytes], reading: int, deadline: float) -> 
     return data, True
 
 
-def _kill(process: subprocess.Popen[bytes]) -> bool:
+def _kill(process: subprocess.Popen[bytes], patience: float) -> bool:
     """End the child and the processes of its session; whether it had ended itself and left some behind."""
-    if process.poll() is None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)  # one that has reported is about to end
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(patience)
     ended = process.returncode is not None
     try:
         os.killpg(process.pid, signal.SIGKILL)

@@ -162,9 +162,7 @@ def described(error: BaseException, source: str) -> str:
 
 def main() -> None:
     """Answer the one request."""
-    request = json.load(sys.stdin)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
+    request = json.load(sys.stdin)  # to its end: a program that asks for input then finds none
     write, leave, report = os.write, os._exit, request["report"]
     limit(request["seconds"], request["wall"], request["memory_mb"])
     watch(os.getcwd())
