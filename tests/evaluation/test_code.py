@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_bone.evaluation import code
-from rwkv_bone.evaluation.code import Outcome, human_eval, run, solution
+from rwkv_bone.evaluation.code import Outcome, run, solution
 
 HUMANEVAL = Path(__file__).resolve().parents[3] / "shared" / "assets" / "data" / "humaneval" / "HumanEval.jsonl.gz"
 PROMPT = (
@@ -263,6 +263,13 @@ right = {0}
 def {0}(*given):
     return changed(right(*given))
 """
+
+
+def human_eval(item: dict[str, str], completion: str) -> Outcome:
+    """Whether a completion passes the tests of HumanEval's item."""
+    name = item["entry_point"]
+    program = solution(item["prompt"], completion, name)
+    return run(program, check=f"{item['test']}\n\ncheck({name})\n", entry_point=name)
 
 
 def right_and_wrong(item: dict[str, str]) -> tuple[str, list[bool]]:

@@ -67,6 +67,20 @@ def test_an_evaluation_that_goes_on_is_compared_as_far_as_it_is(two, evaluations
     assert "left out: 10 items of B alone" in text
 
 
+def test_of_several_samples_only_whole_items_are_compared(evaluations):
+    path = write_rows(evaluations.folder / "s.jsonl", ROWS[:4])
+    folders = []
+    for name, right in (("A", 2), ("B", 4)):
+        evaluations.writes(lambda p, right=right: (p.split()[1] if int(p.split()[1]) <= right else "none", "end"))
+        folders.append(str(evaluations(name, task="gsm8k", data_file=path, samples=2, temperature=1.0)))
+    text = "\n".join(compare(folders))
+    assert "A           50.0 %, mean of samples" in text and "B - A       +50.0 points" in text
+    answers = evaluations.folder / "B" / "answers.jsonl"
+    answers.write_bytes(b"".join(answers.read_bytes().splitlines(keepends=True)[:5]))
+    text = "\n".join(compare(folders))
+    assert "gsm8k, 2 items in both" in text and "left out: 2 items of A alone (rows 3, 4)" in text
+
+
 def test_the_script_and_the_command_know_evaluations_from_runs(two, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["rwkv-bone-compare", *two])
     assert commands.compare() == 0

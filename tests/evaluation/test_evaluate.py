@@ -13,6 +13,7 @@ from rwkv_bone.conversion.merge import merge_files
 from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.errors import UserError
 from rwkv_bone.evaluation import judge
+from rwkv_bone.evaluation.tasks import choices_of, chosen
 from rwkv_bone.inference.evaluate import exact_match
 from rwkv_bone.inference.load import load_model
 from rwkv_bone.inference.voice import Voice, Written
@@ -112,6 +113,30 @@ def test_a_perplexity_is_that_of_each_text_from_the_end_of_another_on(evaluation
     one = evaluations("one", task="perplexity", data_file=str(evaluations.folder / "one.txt"))
     assert records(one)[0]["nats"] == pytest.approx(nats[0], rel=1e-4)
     assert result(one)["scores"]["nats per byte"]["low"] is None
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "place"),
+    [
+        (["b", "a"], "a", 1),
+        (["b", "a"], "A", 0),
+        (["b", "a"], 1, 1),
+        (["1", "0", "2"], "0", 1),
+        ({"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "3", 2),
+        ({"text": ["x", "y"], "label": ["C", "D"]}, "D", 1),
+    ],
+)
+def test_the_right_choice_is_named_in_every_way_that_is_published(choices, answer, place):
+    assert chosen(answer, *choices_of(choices)) == place
+
+
+def test_a_right_choice_that_is_none_is_refused_with_its_row(evaluations):
+    path = write_rows(evaluations.folder / "c.jsonl", [{"question": "?", "choices": ["a", "b"], "answer": "E"}])
+    with pytest.raises(UserError, match=r"c.jsonl:1: the right choice is 'E'; expected a label, a letter"):
+        evaluations(task="choice", data_file=path)
+    path = write_rows(evaluations.folder / "d.jsonl", [{"question": "?", "choices": "a b", "answer": "A"}])
+    with pytest.raises(UserError, match=r"d.jsonl:1: choices: expected a list of two texts or more"):
+        evaluations(task="choice", data_file=path)
 
 
 # --- what an answer depends on ---
@@ -301,6 +326,31 @@ def test_a_long_prompt_is_read_whole(evaluations):
     path = write_rows(evaluations.folder / "r.jsonl", [{"prompt": "word " * 900, "response": "x"}])
     (record,) = records(evaluations(task="exact", data_file=path))
     assert record["prompt"] == "word " * 900
+
+
+def test_an_answer_stops_where_its_turn_or_its_publisher_does(evaluations, monkeypatch):
+    seen = []
+
+    def write(voice, prompts, seeds, *, stop_texts, max_new, **how):
+        seen.append((tuple(stop_texts), max_new))
+        yield from (Written("", "end", 0) for _ in prompts)
+
+    monkeypatch.setattr(Voice, "write", write)
+    path = write_rows(evaluations.folder / "r.jsonl", WORD_PROBLEMS[:1])
+    evaluations("raw", task="gsm8k", data_file=path)
+    evaluations("world", task="gsm8k", data_file=path, template="world")
+    evaluations("own", task="gsm8k", data_file=path, template="world", stop=("\\n\\nUser:",), max_new=7)
+    pair = write_rows(evaluations.folder / "p.jsonl", [{"prompt": "a", "response": "four"}])
+    evaluations("exact", task="exact", data_file=pair, template="world")
+    assert seen == [(("Question:",), [512]), (("\n\n",), [512]), (("\n\nUser:",), [7]), ((), [6])]
+
+
+def test_what_is_thought_is_not_judged(evaluations):
+    path = write_rows(evaluations.folder / "r.jsonl", WORD_PROBLEMS[:3])
+    answers = iter([">\n#### 9\n</think>\n#### 2", ">\n#### 4", ">\n1\n</think>\nIt is 6."])
+    evaluations.writes(lambda prompt: (next(answers), "end"))
+    found = records(evaluations(task="gsm8k", data_file=path, template="g1-think"))
+    assert [(one["answer"], one["right"]) for one in found] == [("2", True), (None, False), ("6", True)]
 
 
 # --- what is counted ---

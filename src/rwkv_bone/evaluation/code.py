@@ -26,7 +26,6 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -97,23 +96,15 @@ def _unfenced(text: str, header: re.Pattern[str]) -> str:
     return "\n".join(lines[first:last])
 
 
-def human_eval(
-    item: Mapping[str, str], completion: str, *, seconds: float = SECONDS, memory_mb: int = MEMORY_MB
-) -> Outcome:
-    """Whether a completion passes the tests of HumanEval's item: its `prompt`, `test` and `entry_point`."""
-    program = solution(item["prompt"], completion, item["entry_point"])
-    check = f"{item['test']}\n\ncheck({item['entry_point']})\n"
-    return run(program, check=check, entry_point=item["entry_point"], seconds=seconds, memory_mb=memory_mb)
-
-
 def run(
     program: str, *, check: str = "", entry_point: str = "", seconds: float = SECONDS, memory_mb: int = MEMORY_MB
 ) -> Outcome:
     """Run a program, then its check, in a child process; passed if both end without an error. Threads may call it.
 
-    check: code that tests the program, and sees what it has defined; kept apart from it, a program cannot swallow its
-    check, and what it has put in place of built-in functions does not serve there. entry_point: the function that the
-    check calls; it must return no objects of the program's own classes, which could equal anything.
+    check: code that tests the program, and sees what it has defined: of HumanEval the item's `test` and a line
+    `check(entry_point)`. Kept apart, a program cannot swallow its check, and what it has put in place of built-in
+    functions does not serve there. entry_point: the function that the check calls; it must return no objects of the
+    program's own classes, which could equal anything.
     seconds: of CPU time; on the clock it may take longer (`CLOCK`, `GRACE`). memory_mb: of address space.
     """
     if os.name != "posix":

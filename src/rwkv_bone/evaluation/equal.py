@@ -86,16 +86,27 @@ def _hendrycks(text: str) -> str | None:
     text = "0" + text if text.startswith(".") else text
     sides = text.split("=")
     text = sides[1] if len(sides) == 2 and len(sides[0]) <= 2 else text
-    if re.search(r"\\sqrt\Z|\\frac *(?:\Z|\\frac)", text):
-        return None
-    text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(" ", "")
-    text = re.sub(r"\\frac([^{])(\{|.)", lambda found: rf"\frac{{{found[1]}}}" + _braced(found[2]), text)
+    for command, arguments in ((r"\sqrt", 1), (r"\frac", 2)):
+        if (braced := _braced(text, command, arguments)) is None:
+            return None
+        text = braced.replace(" ", "")
     text = r"\frac{1}{2}" if text == "0.5" else text
     return re.sub(r"\A(0|-?[1-9][0-9]*)/(0|-?[1-9][0-9]*)\Z", r"\\frac{\1}{\2}", text)
 
 
-def _braced(text: str) -> str:
-    return text if text == "{" else f"{{{text}}}"
+def _braced(text: str, command: str, arguments: int) -> str | None:
+    r"""\frac12 as \frac{1}{2}: braces around lone characters behind a command. None where it ends the text."""
+    first, *pieces = text.split(command)
+    for at, piece in enumerate(pieces):
+        if not piece:
+            return None
+        if piece.startswith("{"):
+            continue
+        if len(piece) < arguments:
+            return text
+        lone = [letter if letter == "{" else f"{{{letter}}}" for letter in piece[:arguments]]
+        pieces[at] = "".join(lone) + piece[arguments:]
+    return command.join([first, *pieces])
 
 
 # ---- mathematics

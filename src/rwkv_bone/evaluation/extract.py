@@ -20,7 +20,6 @@ the block, give `<think>` + text: of a text that was cut while thinking the rule
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from fractions import Fraction
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -233,22 +232,3 @@ def code_block(text: str, containing: str = "") -> str | None:
         for indent, _, _, body in re.findall(fences, after_thinking(text), re.MULTILINE | re.DOTALL)
     ]
     return next((block for block in blocks if containing in block), blocks[0] if blocks else None)
-
-
-RULES: dict[str, Callable[[str], str | None]] = {
-    rule.__name__: rule
-    for rule in (
-        after_hashes,
-        flexible,
-        metamath_number,
-        metamath_text,
-        boxed,
-        minerva,
-        last_number,
-        final_answer,
-        number_answer,
-        math_answer,
-        choice_letter,
-        code_block,
-    )
-}
