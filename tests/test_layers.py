@@ -112,6 +112,7 @@ def test_loading_a_model_reads_no_data_modules():
         "rwkv_bone.chat.flags",
         "rwkv_bone.chat.main",
         "rwkv_bone.conversion.flags",
+        "rwkv_bone.evaluation.harness_main",
         "rwkv_bone.evaluation.flags",
         "rwkv_bone.evaluation.main",
         "rwkv_bone.hf.flags",

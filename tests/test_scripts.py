@@ -26,6 +26,7 @@ from rwkv_bone.data.prepare import PrepareConfig
 from rwkv_bone.data.preview import PreviewConfig
 from rwkv_bone.errors import UserError
 from rwkv_bone.evaluation.flags import EvaluateConfig, parse_evaluate
+from rwkv_bone.evaluation.harness_main import HarnessConfig
 from rwkv_bone.hf.flags import HfConfig
 from rwkv_bone.training.project import kept
 from tests.nvidia import NOT_LOADED, write_failing_smi, write_program, write_smi, write_torch
@@ -44,12 +45,13 @@ SETTINGS = {
     "run_bone_hf.sh": fields(HfConfig),
     "chat.sh": fields(ChatConfig),
     "evaluate.sh": fields(EvaluateConfig),
+    "lm_eval.sh": fields(HarnessConfig),
     "convert.sh": fields(ConvertConfig),
     "prepare_data.sh": fields(PrepareConfig),
     "preview_data.sh": [*TRAIN_SETTINGS, *fields(PreviewConfig)],
     "plan.sh": TRAIN_SETTINGS,
 }
-USES_NEWEST_ADAPTER = (*MERGE_SCRIPTS, "convert.sh", "chat.sh", "evaluate.sh")  # that of proj_dir
+USES_NEWEST_ADAPTER = (*MERGE_SCRIPTS, "convert.sh", "chat.sh", "evaluate.sh", "lm_eval.sh")  # that of proj_dir
 SHELLS = ("dash", "bash")
 NOT_PASSED_ON = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_VISIBLE_DEVICES", "PIP_INDEX_URL")
 TOOLS = ("awk", "bash", "dash", "df", "dirname", "grep", "mkdir", "readlink", "rm", "sed", "sh", "sleep", "tr", "uname")
@@ -83,7 +85,8 @@ class Clone:
 
     def echo_modules(self) -> None:
         """Makes the modules that scripts run print their arguments too, as train.py and merge.py here do."""
-        for name in ("chat/main", "conversion/convert", "data/prepare", "data/preview", "evaluation/main"):
+        names = "chat/main conversion/convert data/prepare data/preview evaluation/main evaluation/harness_main"
+        for name in names.split():
             (self.root / "src" / "rwkv_bone" / f"{name}.py").write_text(ECHO)
 
     def environment(self) -> dict[str, str]:
@@ -486,7 +489,7 @@ def test_a_script_without_an_adapter_says_how_to_make_one(script, ready):
     kind = script.removeprefix("merge_").removesuffix(".sh") if script in MERGE_SCRIPTS else "bone"
     what = "state" if kind == "state" else "adapter"
     expected = f"error: no {what} rwkv-N.pth in out/{kind}; sh scripts/run_{kind}.sh makes one"
-    if script in ("chat.sh", "evaluate.sh"):
+    if script in ("chat.sh", "evaluate.sh", "lm_eval.sh"):
         expected += f"; for the model alone give --load_model {ready.root}/assets/rwkv7-tiny.pth"
     assert sentence(ready.sh(script)) == expected
 
