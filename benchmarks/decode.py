@@ -192,7 +192,7 @@ def works_of(model: RWKV, peer: Any | None, ids: list[int], prompt: int, batches
     return [*rows, ("prefill", 1, prompt, works), chat_of(model, peer)]
 
 
-SHORT = 16  # tokens of an answer
+SHORT = 32  # tokens of an answer
 MANY = 512  # rows of a matrix product
 
 

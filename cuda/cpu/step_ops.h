@@ -275,7 +275,7 @@ INLINE void product_of_rows(const Op& op, const Step& step, int64_t row, int64_t
                 for (int i = 0; i < M; i++) kept[one - first + j][i] = sums[i][j];
         };
         int64_t one = first;
-        if constexpr (M <= TALL)
+        if constexpr (M == TALL)
             for (; one + WIDE <= end; one += WIDE) {
                 tile(one, std::integral_constant<int, WIDE>());
                 // Meanwhile the numbers that come next are fetched from memory.

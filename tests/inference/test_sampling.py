@@ -39,6 +39,7 @@ def test_a_drawn_token_is_the_one_at_its_number(top_k, top_p, size, spread):
     """Also where more tokens are needed than the likeliest ones: with almost equal logits."""
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(6, size, generator=generator) * spread).double().float()
+    logits[::2] *= 5  # whose likeliest tokens are enough
     numbers = torch.tensor([[0.0], [0.2], [0.5], [0.77], [0.9], [0.96]])
     how = Sampling(temperature=0.8, top_p=top_p, top_k=top_k)
     found = _drawn(logits, how, numbers)

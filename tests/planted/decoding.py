@@ -6,7 +6,7 @@ INFERENCE, OPS = "src/rwkv_bone/inference", "cuda/cpu/step_ops.h"
 DECODER, SAMPLING = "tests/inference/test_decoder.py", "tests/inference/test_sampling.py"
 STOPPING, STREAM, GENERATE = (f"tests/inference/test_{name}.py" for name in ("stopping", "stream", "generate"))
 COMPILED, WHOLE = f"{INFERENCE}/compiled.py", f"{DECODER} -k whole_text"
-ADAPTED = f"{DECODER} -k adapters"
+ADAPTED, TOGETHER = f"{DECODER} -k adapters", f"{DECODER} -k any_number"
 
 BUGS = (
     # The operations of a token.
@@ -17,36 +17,48 @@ BUGS = (
         WHOLE,
     ),
     Bug(OPS, "if (changes) share += load(changes + at);", "", WHOLE),
-    Bug(OPS, "store(step.next + op.state + i, own);", "", WHOLE),
+    Bug(OPS, "if (op.add) store(next + i, own);", "", WHOLE),
     Bug(OPS, "const vec removal = load(a + j) * inverse;", "const vec removal = load(a + j);", WHOLE),
-    Bug(OPS, "y[i] = sum(out) + v[i] * bonus;", "y[i] = sum(out);", WHOLE),
+    Bug(OPS, "y[i + t] += v[i + t] * bonus;", ";", WHOLE),
+    Bug(OPS, "s * fade + v[i + t] * key);", "s + v[i + t] * key);", WHOLE),
+    Bug(OPS, "normal * open * sigmoid(open)", "normal * sigmoid(open)", WHOLE),
+    Bug(OPS, "* fade + sa[t] * change", "* fade + change", WHOLE),
     Bug(
         OPS,
-        "store(next + j, s * load(decay + j) + v[i] * load(k + j));",
-        "store(next + j, s + v[i] * load(k + j));",
-        WHOLE,
-    ),
-    Bug(OPS, "normal * gate * sigmoid(gate)", "normal * sigmoid(gate)", WHOLE),
-    Bug(OPS, "* load(decay + j) + sa * load(b + j)", "* load(decay + j) + load(b + j)", WHOLE),
-    Bug(
-        OPS,
-        "load(floats(op, 5) + at + j));\n            store(v + j, value + (",
-        "load(floats(op, 5) + at + j));\n            store(v + j, value - (",
+        "load(pv + j));\n            store(v + j, value + (",
+        "load(pv + j));\n            store(v + j, value - (",
         WHOLE,
     ),
     Bug(OPS, "for (int64_t j = 0; i + j < n; j++) y[i + j] = rest[j];", "", WHOLE),
-    Bug(OPS, "for (; column < end; column++) {", "for (; column + 1 < end; column++) {", WHOLE),
-    Bug(OPS, "pair_up(room, op.n);", "", WHOLE),
-    Bug(OPS, "row < begin + BLOCK && row < op.m", "row < begin + BLOCK && row + 1 < op.m", WHOLE),
-    Bug(OPS, "op.add ? y[row] + product : product", "product", WHOLE),
+    Bug(OPS, "for (; column < end; column++)", "for (; column + 1 < end; column++)", WHOLE),
+    Bug(OPS, "if (paired(op.kind)) pair_up(to, n);", "", WHOLE),
+    Bug(OPS, "for (; at < end; at++) product_of_rows", "for (; at + 1 < end; at++) product_of_rows", WHOLE),
+    Bug(OPS, "*to = op.add ? *to + products : products;", "*to = products;", WHOLE),
+    Bug(OPS, "if (begin < end) add_step<KIND, M, K, true>", "if (false) add_step<KIND, M, K, true>", WHOLE),
+    Bug(OPS, "floats(op, 3)[row + i], before)", "floats(op, 3)[0], before)", ADAPTED),
+    Bug(OPS, "rows.scales[(i * rows.n + at) / 64]", "rows.scales[at / 64]", ADAPTED),
+    # Of a token of several sequences.
+    Bug(OPS, "            if (from)\n", "            if (false)\n", TOGETHER),
+    Bug(OPS, "kept[one - first + j][i] = sums[i][j];", "kept[j][i] = sums[i][j];", TOGETHER),
+    Bug(OPS, "const float* x = step.prepared + one * width;", "const float* x = step.prepared;", TOGETHER),
+    Bug(OPS, "own + at - from + v * LANES, w[v]", "own + v * LANES, w[v]", TOGETHER),
+    Bug(OPS, "w[v] * x[j * step.stride + i]", "w[v] * x[i]", TOGETHER),
+    Bug(OPS, "time7_head(op, step, i / op.m, i % op.m)", "time7_head(op, step, 0, i % op.m)", TOGETHER),
+    Bug(OPS, "read_row(op.kind, op.p[0], step.tokens[one]", "read_row(op.kind, op.p[0], step.tokens[0]", TOGETHER),
     Bug(
         OPS,
-        "rest += row[i] * x[i];\n    return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;",
-        "rest += row[i];\n    return sum(sums[0] + sums[1]) + rest;",
-        ADAPTED,
+        "add_products<FLOAT32, M, K>(floats_of, 0, whole,",
+        "add_products<KIND, M, K>(rows, from, to - 1,",
+        TOGETHER,
     ),
-    Bug(OPS, "op.n) * scales[row]", "op.n) * scales[0]", ADAPTED),
-    Bug(OPS, "scales + at / 64,", "scales,", ADAPTED),
+    Bug(OPS, "own, x + i, (i + LANES < op.n ? LANES :", "own, x + i, (i + LANES < op.n ? LANES - 1 :", TOGETHER),
+    Bug(COMPILED, ", state, last=False)", ", state)", TOGETHER),
+    Bug(
+        COMPILED,
+        "self._steps.run([token], [before], [after])",
+        "self._steps.run([token], [before], [after], rounded=True)",
+        WHOLE,
+    ),
     Bug(OPS, "begin + i < op.n; i++) y[i] +=", "begin + op.m <= op.n; i++) y[i] +=", ADAPTED),
     Bug(OPS, "_mm512_srli_epi32(codes, 4)", "_mm512_srli_epi32(codes, 5)", ADAPTED),
     Bug(COMPILED, "        steps.fold(x, folded)\n", "", ADAPTED),
@@ -54,11 +66,11 @@ BUGS = (
     Bug(COMPILED, "if any(_folded(module) and module.weight is None for module in modules):", "if False:", ADAPTED),
     Bug(COMPILED, "if start is not None:", "if False:", f"{DECODER} -k initial_state"),
     Bug(COMPILED, "after = torch.empty_like(before)", "after = before", f"{DECODER} -k never_changed"),
-    Bug(COMPILED, "self._logits.clone()", "self._logits", WHOLE),
+    Bug(COMPILED, "result(self._logits, 1)[0].clone()", "result(self._logits, 1)[0]", WHOLE),
     Bug(
         COMPILED,
-        "for layer in state for part in layer]",
-        "for part in zip(*state) for part in part]",
+        "flatten() for layer in state for part in layer]",
+        "flatten() for part in zip(*state) for part in part]",
         f"{DECODER} -k prompt_read",
     ),
     Bug(
@@ -82,7 +94,13 @@ BUGS = (
     ),
     Bug(f"{INFERENCE}/sampling.py", "if self.max_new < 0:", "if self.max_new < -1:", f"{SAMPLING} -k means_nothing"),
     Bug(f"{INFERENCE}/sampling.py", "before >= sampling.top_p", "before > 1", f"{SAMPLING} -k at_its_number"),
-    Bug(f"{INFERENCE}/sampling.py", "if first < wanted and not", "if False and not", f"{SAMPLING} -k at_its_number"),
+    Bug(f"{INFERENCE}/sampling.py", "        if len(rows):", "        if False:", f"{SAMPLING} -k at_its_number"),
+    Bug(
+        f"{INFERENCE}/sampling.py",
+        "sampling, numbers[rows])",
+        "sampling, numbers[: len(rows)])",
+        f"{SAMPLING} -k at_its_number",
+    ),
     Bug(
         f"{INFERENCE}/sampling.py",
         "cumulated <= numbers * total",
@@ -111,6 +129,19 @@ BUGS = (
         f"{SAMPLING} {GENERATE} -k beside",
     ),
     Bug(f"{INFERENCE}/generate.py", "            choose.keep(going)\n", "", f"{GENERATE} -k beside"),
+    Bug(f"{INFERENCE}/generate.py", "            sequences.keep(going)\n", "", f"{GENERATE} -k beside"),
+    Bug(
+        f"{INFERENCE}/generate.py",
+        "            del going, logits",
+        "            pass",
+        f"{GENERATE} -k number_of_prompts",
+    ),
+    Bug(
+        f"{INFERENCE}/generate.py",
+        "compiled(model) if isinstance(model, RWKV)",
+        "None if isinstance(model, RWKV)",
+        f"{GENERATE} -k nothing_but_prompts",
+    ),
     Bug(f"{INFERENCE}/generate.py", 'f"{seed} {i}"', "str(seed)", f"{GENERATE} -k beside"),
     Bug(
         f"{INFERENCE}/generate.py",

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LIKELIEST = 1024  # tokens among which the processor looks for the set of top_p, before it sorts the whole vocabulary
+# Tokens among which the processor looks for the set of top_p, first the few, before it sorts the whole vocabulary.
+FEW, LIKELIEST = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,23 @@ def _drawn(logits: Tensor, sampling: Sampling, numbers: Tensor) -> Tensor:
     wanted = min(sampling.top_k or size, size)
     # Sorting a vocabulary takes a processor as long as a small model takes for a token. Nearly always the likeliest
     # tokens are enough. To ask whether they are would make a GPU wait; it sorts fast.
-    first = min(wanted, LIKELIEST) if logits.device.type == "cpu" else wanted
-    likeliest, order = probability.topk(first, dim=-1)
-    if first < wanted and not bool((likeliest.sum(dim=-1) >= sampling.top_p).all()):
-        likeliest, order = probability.topk(wanted, dim=-1)
+    on_cpu = logits.device.type == "cpu"
+    first, *more = (*(count for count in (FEW, LIKELIEST) if on_cpu and count < wanted), wanted)
+    tokens, enough = _drawn_among(first, probability, sampling, numbers)
+    for count in more:
+        rows = (~enough).nonzero().squeeze(-1)
+        if len(rows):
+            tokens[rows], enough[rows] = _drawn_among(count, probability[rows], sampling, numbers[rows])
+    return tokens
+
+
+def _drawn_among(count: int, probability: Tensor, sampling: Sampling, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens [B] among the `count` likeliest of each row, bool [B] whether these reach top_p)."""
+    likeliest, order = probability.topk(count, dim=-1)
     before = likeliest.cumsum(dim=-1) - likeliest  # of all tokens that are more likely
     kept = likeliest.masked_fill(before >= sampling.top_p, 0.0)
-    return order.gather(-1, _at(kept.cumsum(dim=-1), numbers)).squeeze(-1)
+    tokens = order.gather(-1, _at(kept.cumsum(dim=-1), numbers)).squeeze(-1)
+    return tokens, likeliest.sum(dim=-1) >= sampling.top_p
 
 
 def _at(cumulated: Tensor, numbers: Tensor) -> Tensor:
