@@ -25,7 +25,7 @@ from rwkv_bone.conversion.flags import ConvertConfig
 from rwkv_bone.data.prepare import PrepareConfig
 from rwkv_bone.data.preview import PreviewConfig
 from rwkv_bone.errors import UserError
-from rwkv_bone.evaluation.flags import EvaluateConfig
+from rwkv_bone.evaluation.flags import EvaluateConfig, parse_evaluate
 from rwkv_bone.hf.flags import HfConfig
 from rwkv_bone.training.project import kept
 from tests.nvidia import NOT_LOADED, write_failing_smi, write_program, write_smi, write_torch
@@ -238,7 +238,7 @@ def test_every_variable_of_a_script_is_passed(script, shell, ready):
     expected = list(settings(script))
     if script in USES_NEWEST_ADAPTER:
         expected.remove("proj_dir")
-        expected.append("adapter" if script in ("convert.sh", "chat.sh") else "peft_checkpoint")
+        expected.append("peft_checkpoint" if script in MERGE_SCRIPTS else "adapter")
     assert flags == expected
 
 
@@ -454,7 +454,7 @@ def test_what_an_interrupted_run_saved_last_is_its_newest_adapter(names, newest,
 @pytest.mark.parametrize("script", USES_NEWEST_ADAPTER)
 def test_the_best_adapter_and_another_folder_can_be_asked_for(script, ready, tmp_path):
     ready.echo_modules()
-    alone = script in ("convert.sh", "chat.sh")
+    alone = script not in MERGE_SCRIPTS
     kind = "bone" if alone else script.removeprefix("merge_").removesuffix(".sh")
     flag = "adapter" if alone else "peft_checkpoint"
     for folder in (ready.root / "out" / kind, tmp_path / "of mine"):
@@ -483,10 +483,10 @@ def test_the_best_adapter_and_another_folder_can_be_asked_for(script, ready, tmp
 
 @pytest.mark.parametrize("script", USES_NEWEST_ADAPTER)
 def test_a_script_without_an_adapter_says_how_to_make_one(script, ready):
-    kind = "bone" if script in ("convert.sh", "chat.sh") else script.removeprefix("merge_").removesuffix(".sh")
+    kind = script.removeprefix("merge_").removesuffix(".sh") if script in MERGE_SCRIPTS else "bone"
     what = "state" if kind == "state" else "adapter"
     expected = f"error: no {what} rwkv-N.pth in out/{kind}; sh scripts/run_{kind}.sh makes one"
-    if script == "chat.sh":
+    if script in ("chat.sh", "evaluate.sh"):
         expected += f"; for the model alone give --load_model {ready.root}/assets/rwkv7-tiny.pth"
     assert sentence(ready.sh(script)) == expected
 
@@ -506,6 +506,16 @@ def test_chat_takes_the_newest_adapter_unless_a_model_is_named(ready):
     assert parsed("--adapter", "a.pth") == (base, "a.pth")
     assert parsed("--load_model", "m.pth") == ("m.pth", "")
     assert parsed("--load_model=m.pth", "--adapter", "a.pth") == ("m.pth", "a.pth")
+
+
+def test_evaluation_leaves_the_rows_of_its_script_out_where_another_task_is_named(ready):
+    ready.echo_modules()
+
+    def rows(*words):
+        return parse_evaluate(arguments(ready.sh("evaluate.sh", "--load_model", "m.pth", *words)), "evaluate").data_file
+
+    assert rows() == rows("--task", "exact") == f"{ready.root}/assets/numbers_heldout.jsonl"
+    assert rows("--task", "gsm8k") == "" and rows("--task", "gsm8k", "--data_file", "t.jsonl") == "t.jsonl"
 
 
 @pytest.mark.parametrize("name", ["peft_checkpoint", "lora_checkpoint"])

@@ -61,18 +61,16 @@ def solution(prompt: str, completion: str, entry_point: str) -> str:
     """
     text = after_thinking(completion)
     header = re.compile(rf"^(?:async )?def {re.escape(entry_point)}\b", re.MULTILINE)
-    body, fence, _ = text.partition("\n```")
-    if fence and body.lstrip("\n").startswith(("    ", "\t")):
-        # The prompt itself has opened the fence: the first one in the text closes it.
-        text, block = body, None
-    else:
-        block = code_block(text, f"def {entry_point}(")
+    starts = re.match(r"\n*(?: {4}|\t| {0,3}(?:(?:async def|def|from|import|class)\b|@))", text)
+    # A text that starts as code has no fence, or its first one closes one that the prompt has opened.
+    text = text.partition("\n```")[0] if starts else text
+    block = None if starts else code_block(text, f"def {entry_point}(")
     if block is not None:
         if header.search(block):
             return _after(prompt, block)
         lines = [line for line in block.splitlines() if line.strip()]
         return prompt + (block if lines and lines[0][0] in " \t" else textwrap.indent(block, "    ")) + "\n"
-    if re.match(r"\n* {0,3}(?:async def|def|from|import|class|@)\b", text):
+    if starts and not starts[0].endswith(("    ", "\t")):
         text = text.lstrip()
     if header.search(text):
         return _after(prompt, _unfenced(text, header))
