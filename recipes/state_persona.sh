@@ -5,7 +5,7 @@
 # is small, can be exchanged at run time, and takes the place of a system prompt that costs tokens.
 #
 # cost [estimate]: a 2.9B and 300 chats of 200 tokens, 4 times, at 3,000 tokens/s on a card of 24 GB (not measured):
-#   under two minutes, and as long to start; $0.02 at $0.50 an hour.
+#   under two minutes, and as long to start; at $0.50 an hour $0.02.
 # memory [plan]: in GB of 2^30 bytes on one GPU
 #    9.2 GB: 2.9B, --peft state --ctx_len 512 --micro_bsz 2 --grad_cp 0
 #    5.3 GB: 1.5B, --peft state --ctx_len 512 --micro_bsz 2 --grad_cp 0

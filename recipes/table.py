@@ -36,7 +36,10 @@ def table(answers: Path, task: str, first: str, methods: list[str]) -> list[str]
             line += f" ({gained} gained, {lost} lost)"
         lines.append(line)
     tests = len([method for method in methods if method != first])
-    return [*lines, f"p: McNemar's exact test on the same items; {tests} tests, so take p < {0.05 / tests:.3g} as certain"]
+    return [
+        *lines,
+        f"p: McNemar's exact test on the same items; {tests} tests, so take p < {0.05 / tests:.3g} as certain",
+    ]
 
 
 def main() -> None:

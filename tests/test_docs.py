@@ -288,6 +288,7 @@ SETTINGS = (
     EvaluateConfig,
 )
 TOOLS = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "benchmarks").glob("*.py")]
+TOOLS += (REPOSITORY / "recipes").glob("*.sh")
 TOOLS += (REPOSITORY / "tests").glob("*/__main__.py")
 # Of docker, pip, torchrun and Slurm.
 OF_OTHERS = {"gpus", "force-reinstall", "index-url", "logdir", "nnodes", "no-python", "requeue", "signal"}

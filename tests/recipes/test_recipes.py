@@ -111,6 +111,17 @@ def test_the_five_methods_train_equally_many_parameters(size):
     assert set(trained.values()) == {64 * 9 * width * layers} == {32 * 18 * width * layers}
 
 
+def test_the_page_lists_every_recipe_with_the_cost_of_its_header():
+    page = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)\.sh` \| (.*) \|$", page, re.MULTILINE))
+    assert sorted(rows) == NAMES
+    for name, row in rows.items():
+        (cost,) = re.findall(r"^# cost \[estimate\]: (.*)$", header(name), re.MULTILINE)
+        assert f"sh recipes/{name}.sh" in row
+        # The last sum of the header is what comes out of its rate.
+        assert re.findall(r"\$[\d.]*\d", row) == re.findall(r"\$[\d.]*\d", cost)[-1:]
+
+
 def text_methods() -> list[str]:
     return re.search(r"^methods='(.*?)'", text_of("metamath_gsm8k"), re.MULTILINE)[1].split()
 
