@@ -46,6 +46,11 @@ def test_the_same_files_are_written_every_time(made, name, tmp_path):
         assert Path(getattr(again, file)).read_bytes() == Path(getattr(made[name], file)).read_bytes()
 
 
+def test_rows_have_different_prompts_however_few_there_are():
+    made = tasks.distinct(lambda draw: {"prompt": draw.randrange(9), "response": draw.random()}, 9)
+    assert sorted(row["prompt"] for row in made) == list(range(9))
+
+
 def test_an_equation_is_that_of_its_problem_and_evaluates_to_the_answer():
     draw, operations = random.Random(3), set()
     for _ in range(500):
