@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from benchmarks.convergence.grid import mean, missing_alphas, missing_rates
-from benchmarks.convergence.training import BASE, Job
+from benchmarks.convergence.training import Job
 
 SERIES = ("grid", "seeds", "ranks", "variants")
 METHODS = ("bone", "lora", "rslora", "full", "pissa", "bat")
@@ -175,8 +175,3 @@ class Bench:
                 for seed in VARIANT_SEEDS:
                     for variant in variants:
                         yield self._job(method, key, seed, variant=variant)
-
-
-def base_job(job: Job) -> Job:
-    """The measurement of the untrained model that other runs of this task begin with."""
-    return replace(job, method=BASE, rate=0.0, alpha=None, seed=0, variant="", scales=())

@@ -17,6 +17,7 @@ from benchmarks.convergence.__main__ import main
 from benchmarks.convergence.alone import RunFailed, alone
 from benchmarks.convergence.tasks import load_task
 from rwkv_bone import checkpoints, load_model
+from rwkv_bone.errors import UserError
 from tests.conftest import REPOSITORY, random_model
 
 SIZES = {"steps": 2, "samples": 2, "development": 4, "heldout": 4, "forgetting": 1, "answers": 2, "ctx_len": 64}
@@ -146,11 +147,15 @@ def test_how_a_forked_run_broke_is_told():
         alone(breaks, "raise")
     with pytest.raises(RunFailed, match="status 7"):
         alone(breaks, "exit")
+    with pytest.raises(UserError, match="^wrong field$"):
+        alone(breaks, "wrong field")
 
 
 def breaks(how: str) -> dict:
     if how == "exit":
         os._exit(7)
+    if how != "raise":
+        raise UserError(how)
     return {"never": 1 / 0}
 
 
@@ -219,6 +224,7 @@ def test_an_average_over_steps_is_computed_as_by_hand():
     [
         (["--train_file", "x"], "--heldout_file"),
         (["--train_file", "x", "--heldout_file", "y"], "--base"),
+        (["--train_file", "x", "--heldout_file", "./x", "--base", "m"], "must not be trained on"),
         (["--train_file", "x", "--heldout_file", "y", "--base", "m", "--tasks", "numbers"], "--tasks"),
         (["--fields", "q"], "--fields"),
     ],

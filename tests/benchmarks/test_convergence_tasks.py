@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.convergence import problems, style, tasks
 from rwkv_bone.data import load_tokenizer
+from rwkv_bone.errors import UserError
 
 ADAPTED = "blinkdl-reverse/rwkv7-reverse-L2-D32-ft.pth"
 
@@ -93,5 +94,5 @@ def test_digits_are_reversed_and_read_with_the_models_own_ids(made):
 
 def test_the_reverse_task_says_which_file_it_lacks(tmp_path):
     for models in (None, tmp_path):
-        with pytest.raises(FileNotFoundError, match=rf"reverse needs {ADAPTED}.*--models"):
+        with pytest.raises(UserError, match=rf"reverse needs {ADAPTED}.*--models"):
             tasks.load_task("reverse", tmp_path, models)
