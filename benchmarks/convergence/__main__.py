@@ -66,7 +66,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--fields", nargs="+", default=(), help="of your data, as --sft_field")
     parser.add_argument("--tokenizer", default="auto")
     parser.add_argument("--bone_r", type=int, default=32, help="sets the number of parameters of all adapters")
-    parser.add_argument("--seeds", type=int, default=8, help="at the best rate of each method")
+    parser.add_argument(
+        "--seeds", type=int, default=8, help="at the best rate of each method; 1: the search sees no second one"
+    )
     parser.add_argument("--fixed_alpha", action="store_true", help="LoRA with alpha 2r alone")
     parser.add_argument("--coarse", action="store_true", help="rates a factor of 3 apart alone")
     parser.add_argument("--steps", type=int, help="default: the task's")

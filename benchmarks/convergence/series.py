@@ -120,7 +120,7 @@ class Bench:
             yield from self._rates(method, ALPHA.get(method), self._start(method), self.fine)
         if ("lora", True) in self.arms():
             yield from self._alphas()
-        for method, searched in self.arms():
+        for method, searched in self.arms() if self.seeds > 1 else ():
             yield from self._second(method, searched)
 
     def _alphas(self) -> Iterator[Job]:
