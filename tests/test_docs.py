@@ -287,7 +287,7 @@ SETTINGS = (
     ChatConfig,
     EvaluateConfig,
 )
-TOOLS = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "benchmarks").glob("*.py")]
+TOOLS = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "benchmarks").rglob("*.py")]
 TOOLS += (REPOSITORY / "recipes").glob("*.sh")
 TOOLS += (REPOSITORY / "tests").glob("*/__main__.py")
 # Of docker, pip, torchrun and Slurm.
