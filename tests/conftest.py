@@ -1,5 +1,6 @@
 """Fixtures that every test may use: files by others, and tiny random checkpoints."""
 
+import gc
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,15 @@ def tiny_checkpoint(tmp_path):
         return path
 
     return make
+
+
+def pytest_configure():
+    gc.disable()  # collecting thousands of tests makes nothing but what stays
+
+
+def pytest_collection_finish():
+    gc.freeze()  # nor is it looked at again whenever a test or a library collects garbage
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -147,7 +147,7 @@ def test_chunked_context_on_two_processes_saves_the_adapter_of_the_whole_run(gen
     stage = {5: 1, 6: 2, 7: 3}[version]
     whole = generation_job.run("whole", op="torch", epoch_count=1)
     flags = {"chunk_ctx": 8, "devices": 2, "micro_bsz": 1, "op": "torch", "grad_cp": 1, "epoch_count": 1}
-    folder, done = generation_job.start("chunks", strategy=f"deepspeed_stage_{stage}", **flags)
+    folder, done = generation_job.ranks("chunks", strategy=f"deepspeed_stage_{stage}", **flags)
     assert done.returncode == 0, done.stderr
     assert "chunks of 8 tokens; gradient exact" in done.stdout
     assert largest_difference(adapter_of(folder), adapter_of(whole)) < 2e-5

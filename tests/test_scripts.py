@@ -115,7 +115,8 @@ class Clone:
 
 
 @pytest.fixture
-def clone(tmp_path):
+def clone(tmp_path, monkeypatch):
+    monkeypatch.delenv("RWKV_PYTHON", raising=False)
     return Clone(tmp_path)
 
 

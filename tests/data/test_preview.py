@@ -131,6 +131,7 @@ esac
     )
     stand_in.chmod(0o755)
     environment = clean_environment() | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": "mine"}
+    environment.pop("RWKV_PYTHON", None)  # of the shell that runs these tests
     command = ["sh", REPOSITORY / "scripts" / "preview_data.sh", "--samples", "1"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

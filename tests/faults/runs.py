@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from tests.conftest import REPOSITORY, clean_environment, python_path
 from tests.faults.disk import Disk
+from tests.faults.server import rank_environments
 from tests.faults.shim import CHANGES, Faults, Operation, compile_shim, read_trace
 
 # The fields of a log's line that depend on the machine.
@@ -173,21 +173,13 @@ class Bench:
     def call(self, program: str, argv: list[str], faults: Faults | None = None, processes: int = 1, **more) -> Done:
         """Run a program as a process, or as several that a launcher starts; the first has the faults."""
         self.out.unlink(missing_ok=True)
-        jobs: list[dict] = []
-        port = _free_port() if processes > 1 else 0
-        for rank in range(processes):
-            environment = {}
-            if processes > 1:
-                environment = {
-                    "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
-                    "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "faults",
-                    "TORCHELASTIC_USE_AGENT_STORE": "False",
-                }  # fmt: skip
-            jobs.append({
+        jobs = [
+            {
                 "program": program, "argv": argv, "output": str(self.out), "draws": self.draws,
-                "environment": {name: str(value) for name, value in environment.items()},
-                "faults": faults.to_dict() if faults and not rank else None,
-            })  # fmt: skip
+                "environment": environment, "faults": faults.to_dict() if faults and not rank else None,
+            }
+            for rank, environment in enumerate(rank_environments(processes))
+        ]  # fmt: skip
         request = {"processes": jobs, "timeout": TIMEOUT, **more}
         server = self.server()
         assert server.stdin and server.stdout
@@ -455,12 +447,6 @@ def _session(leader: int) -> list[int]:
             if int(words[3]) == leader and words[0] not in "ZX":
                 found.append(int(entry.name))
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _resumes_by_itself() -> bool:

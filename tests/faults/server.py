@@ -2,9 +2,10 @@
 
     python -m tests.faults.server      (with the shim preloaded; one request and one answer a line, as JSON)
 
-A request is {"processes": [{"program", "argv", "environment", "faults", "output", "draws"}], "timeout"}: processes
-that run together, as a launcher starts them; draws: whether a loss curve is drawn. When one is killed, so are the
-others, as on a machine that loses its power. The answer is {"statuses", "timed_out"}; a status below 0 is a signal.
+A request is {"processes": [{"program", "argv", "environment", "faults", "output", "errors", "draws"}], "timeout"}:
+processes that run together, as a launcher starts them; errors: where standard error goes, if not to the output; draws:
+whether a loss curve is drawn. When one is killed, so are the others, as on a machine that loses its power. The answer
+is {"statuses", "timed_out"}; a status below 0 is a signal.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -22,6 +24,21 @@ WARM = (
     "rwkv_bone.conversion.flags", "rwkv_bone.commands", "torch._dynamo", "matplotlib.pyplot",
     "deepspeed", "safetensors.torch",
 )  # fmt: skip
+
+
+def rank_environments(processes: int) -> list[dict[str, str]]:
+    """What a launcher would tell each of several processes; nothing to a single one."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }  # fmt: skip
+    ranks = ({"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in range(processes))
+    return [{name: str(value) for name, value in rank.items()} for rank in ranks]
 
 
 def program(name: str, argv: list[str]) -> int:
@@ -40,7 +57,8 @@ def child(job: dict) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         out = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(out, 1)
-        os.dup2(out, 2)
+        errors = job.get("errors")
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if errors else out, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115

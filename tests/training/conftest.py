@@ -4,15 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from rwkv_bone import checkpoints
 from rwkv_bone.config.flags import parse_train
+from tests import ranks
 from tests.conftest import REPOSITORY, clean_environment, python_path, random_model
 
 # Responses of unequal length, so that ranks and micro-batches have unequal numbers of trained tokens.
@@ -40,11 +43,17 @@ class Job:
         own, more = ([w for name, value in d.items() for w in (f"--{name}", str(value))] for d in (self.flags, flags))
         return [*own, "--typed", *more]  # as a script passes its variables, and what its user types over them
 
-    def run(self, name: str, **flags) -> Path:
-        """Train in this process, on one device; returns proj_dir."""
+    def run(self, name: str, draws: bool = False, **flags) -> Path:
+        """Train in this process, on one device; returns proj_dir.
+
+        draws: with a real loss curve, which takes as long as all else of such a run; otherwise one byte stands for it.
+        """
+        from rwkv_bone.training import curve
         from rwkv_bone.training.fit import fit
 
-        fit(parse_train(self.argv({**flags, "proj_dir": self.folder / name})))
+        picture = curve.draw_loss if draws else lambda path, *_: path.write_bytes(b"-")
+        with mock.patch.object(curve, "draw_loss", picture):
+            fit(parse_train(self.argv({**flags, "proj_dir": self.folder / name})))
         return self.folder / name
 
     def batch(self, device: str, runs: list[Run]) -> dict[str, str | None]:
@@ -66,6 +75,12 @@ class Job:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(results.read_text())
+
+    def ranks(self, name: str, devices: int, **flags) -> tuple[Path, subprocess.CompletedProcess]:
+        """As `start`, on several devices whose processes need not be started anew; returns the same."""
+        argv = self.argv({**flags, "devices": devices, "proj_dir": self.folder / name})
+        with tempfile.TemporaryDirectory() as said:
+            return self.folder / name, ranks.train(argv, devices, Path(said))
 
     def launch(self, name: str, environment: dict[str, str] | None = None, **flags) -> subprocess.Popen:
         """Start `python train.py` and do not wait for it. environment: variables beside those of a clean one."""

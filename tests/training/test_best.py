@@ -181,7 +181,7 @@ def test_several_processes_measure_and_save_the_same_as_one(job, flags, strategy
     flags |= {"early_stop": 5, "eval_samples": 1}
     alone = job.run(f"alone {strategy}", **flags)
     two = {"devices": 2, "micro_bsz": 2, "strategy": strategy}
-    folder, done = job.start(f"two {strategy}", **flags, **two)
+    folder, done = job.ranks(f"two {strategy}", **flags, **two)
     assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = lines_of(folder), lines_of(alone)
     assert [(line["step"], line["best"]) for line in ours] == [(line["step"], line["best"]) for line in theirs]

@@ -71,7 +71,7 @@ def test_two_processes_skip_the_same_steps_and_stop_together(job, nan_base, caps
     with pytest.raises(UserError) as stopped:
         job.run(alone.name, **flags)
     skipped = [line for line in capsys.readouterr().out.splitlines() if "; the step was skipped (" in line]
-    folder, done = job.start(name, devices=2, strategy=f"deepspeed_stage_{stage}", **(flags | more))
+    folder, done = job.ranks(name, devices=2, strategy=f"deepspeed_stage_{stage}", **(flags | more))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     steps = [r"optimiser step (\d+)", str(stopped.value)], [r"optimiser step (\d+)", done.stderr]
     ours, theirs = (re.findall(*one) for one in steps)
@@ -240,7 +240,7 @@ def test_a_run_whose_every_step_is_bad_is_told_to_look_at_its_base(job):
 
 def test_a_run_reads_its_log_with_skipped_steps_and_draws_it(job, capsys):
     with spoilt(s1="nan", s3="nan"):
-        folder = job.run("log", epoch_count=2)
+        folder = job.run("log", draws=True, epoch_count=2)
     assert (folder / "loss.png").stat().st_size
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     losses = [line["loss"] for line in log_of(folder)]

@@ -113,7 +113,7 @@ def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it():
         "print(peak_memory_mb(torch.device('cpu')), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)"
     )
     parent = (
-        f"import subprocess, sys; held = bytearray(b'x' * 1_500_000_000);"
+        f"import subprocess, sys; held = bytearray(b'x') * 1_500_000_000;"
         f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))"
     )
     environment = {**os.environ, "PYTHONPATH": python_path()}

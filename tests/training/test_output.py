@@ -130,7 +130,7 @@ def test_a_curve_that_cannot_be_drawn_is_said_and_the_run_ends_well(job, monkeyp
         raise ModuleNotFoundError("No module named 'matplotlib'")
 
     monkeypatch.setattr(curve, "draw_loss", draw)
-    folder = job.run("no matplotlib")
+    folder = job.run("no matplotlib", draws=True)
     output = capsys.readouterr().out
     assert (
         f"warning: No module named 'matplotlib': there is no loss curve; its numbers are in {folder}/train_log.jsonl\n"
@@ -140,7 +140,7 @@ def test_a_curve_that_cannot_be_drawn_is_said_and_the_run_ends_well(job, monkeyp
     assert "\nnext      " in output
     # A continued run does not leave the curve of its first part.
     (folder / "loss.png").write_text("old")
-    job.run("no matplotlib", resume=1, epoch_count=2)
+    job.run("no matplotlib", draws=True, resume=1, epoch_count=2)
     assert not (folder / "loss.png").exists()
 
 

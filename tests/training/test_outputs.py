@@ -37,6 +37,7 @@ def memorised(job):
     try:
         folder = job.run(
             "memorised",
+            draws=True,
             precision="bf16",
             micro_bsz=11,
             epoch_count=40,

@@ -27,7 +27,7 @@ def test_one_packed_row_trains_the_adapter_of_a_padded_batch(job, padded, flags)
 
 def test_rows_on_two_processes_one_of_them_with_nothing_left_do_the_same(job, padded):
     flags = {"dataload": "pack", "micro_bsz": 1, "ctx_len": 48, "devices": 2, "accumulate_grad_batches": 2}
-    folder, done = job.start("spread", strategy="deepspeed_stage_3", epoch_count=2, **flags)
+    folder, done = job.ranks("spread", strategy="deepspeed_stage_3", epoch_count=2, **flags)
     assert done.returncode == 0, done.stderr
     assert "packed into 3 rows of at most 48 tokens" in done.stdout
     assert "a step is 48 tokens x 2 forward passes x 2 devices" in done.stdout

@@ -589,7 +589,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(terminated):
 
 @pytest.fixture(scope="module")
 def not_terminated(job):
-    folder, done = job.start("not terminated", **LONG)
+    folder, done = job.ranks("not terminated", **LONG)
     assert done.returncode == 0, done.stderr
     return folder
 

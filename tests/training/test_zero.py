@@ -96,7 +96,7 @@ def test_two_processes_print_once_and_without_noise(stages, stage):
 @pytest.mark.slow
 def test_two_processes_at_stage_3_train_on_a_quantised_base_as_one_does(job):
     reference = job.run("quantised-whole", quant="nf4")
-    folder, done = job.start("quantised-3", quant="nf4", devices=2, micro_bsz=2, strategy="deepspeed_stage_3")
+    folder, done = job.ranks("quantised-3", quant="nf4", devices=2, micro_bsz=2, strategy="deepspeed_stage_3")
     assert done.returncode == 0, done.stderr
     assert_same_run(folder, reference)
 
@@ -108,6 +108,6 @@ def test_an_adapted_head_trains_at_stage_3_on_ranks_of_unequal_numbers_of_traine
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = {"data_file": tmp_path / "rows.jsonl", "targets": "head", "ctx_len": 2048, "epoch_count": STEPS}
     reference = job.run("head-whole", **flags)
-    folder, done = job.start("head-3", devices=2, micro_bsz=2, strategy="deepspeed_stage_3", **flags)
+    folder, done = job.ranks("head-3", devices=2, micro_bsz=2, strategy="deepspeed_stage_3", **flags)
     assert done.returncode == 0, done.stderr
     assert_same_run(folder, reference, "rwkv-2.pth")
