@@ -219,6 +219,19 @@ def best_rate(losses: Mapping[float, float]) -> float | None:
     return float(np.exp(-b / (2 * a))) if a > 0 else rates[place]
 
 
+def at_rate(values: Mapping[float, float], rate: float, *, logarithm: bool = True) -> float | None:
+    """A loss at a rate between those that were tried, by lines through them in the logarithm of the rate.
+
+    logarithm: of the loss too. None beyond the rates with finite losses.
+    """
+    rates = sorted(one for one, value in values.items() if math.isfinite(value))
+    if not rates or not rates[0] <= rate <= rates[-1]:
+        return None
+    heights = [math.log(values[one]) if logarithm else values[one] for one in rates]
+    found = float(np.interp(math.log(rate), np.log(rates), heights))
+    return math.exp(found) if logarithm else found
+
+
 def power_law(widths: Sequence[float], rates: Sequence[float]) -> tuple[float, float]:
     """(factor, exponent) of rate = factor x width^exponent, by least squares in logarithms."""
     exponent, constant = np.polyfit(np.log(widths), np.log(rates), 1)

@@ -152,6 +152,12 @@ def test_the_best_rate_lies_between_those_that_were_tried():
     assert s.best_rate({1e-3: 1.0, 2e-3: 0.5, 4e-3: math.inf}) is None
 
 
+def test_a_loss_between_rates_lies_on_a_line_of_logarithms():
+    assert s.at_rate({1e-4: 1.0, 1e-2: 4.0}, 1e-3) == pytest.approx(2.0)
+    assert s.at_rate({1e-4: 1.0, 1e-2: 4.0}, 1e-3, logarithm=False) == pytest.approx(2.5)
+    assert s.at_rate({1e-4: 1.0, 1e-3: math.inf}, 5e-4) is None
+
+
 def test_a_power_law_is_found_again():
     assert s.power_law([32, 128, 256], [0.4 * width**-1.25 for width in (32, 128, 256)]) == pytest.approx((0.4, -1.25))
 

@@ -47,6 +47,14 @@ def test_numbers_that_are_given_stay_and_the_end_is_a_thirtieth():
     optim, _ = settings("--lr_init", "0", "--lr_final", "1e-6")
     assert decided(optim, adapter, 4096) == optim
     assert decided(settings("--lr_init", "0")[0], adapter, 4096).lr_final == 0
+    optim, adapter = settings("--peft", "state")
+    found = decided(optim, adapter, 4096)
+    assert (found.lr_init, found.lr_final) == (0.1, 0.01)
+
+
+def test_no_weight_moves_faster_on_a_toy_than_models_that_were_tried_liked():
+    assert auto_rate(settings("--bone_r", "4")[1], 16) == 0.01
+    assert auto_rate(settings("--peft", "state")[1], 16) == 0.1
 
 
 @pytest.mark.parametrize("width", [32, 128, 768, 2560, 4096])

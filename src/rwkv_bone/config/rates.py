@@ -42,7 +42,8 @@ RULES = {
     "state": Rule(0.1),
     "from scratch": Rule(2e-3, -0.67),
 }
-FINAL = 1 / 30  # of lr_init, at the end of a run
+MOST = 0.01  # of weights: models narrower than WIDTH were not better above it
+FINAL, FINAL_OF_STATE = 1 / 30, 1 / 10  # of lr_init, at the end of a run
 
 
 def auto_rate(adapter: AdapterConfig, width: int, from_scratch: bool = False) -> float:
@@ -51,13 +52,14 @@ def auto_rate(adapter: AdapterConfig, width: int, from_scratch: bool = False) ->
     rate = rule.rate * (width / WIDTH) ** rule.by_width * (_size(adapter) / SIZE) ** rule.by_size
     if adapter.peft in ("lora", "pissa"):
         rate /= adapter.lora_plus**0.5  # between the rate of lora_A and that of lora_B
-    return float(f"{rate:.1e}")
+    return float(f"{rate if adapter.peft == 'state' else min(rate, MOST):.1e}")
 
 
 def decided(optim: OptimConfig, adapter: AdapterConfig, width: int, from_scratch: bool = False) -> OptimConfig:
     """The settings with numbers for --lr_init auto and --lr_final auto, on a model this wide."""
     first = auto_rate(adapter, width, from_scratch) if optim.lr_init == AUTO else optim.lr_init
-    last = float(f"{first * FINAL:.1e}") if optim.lr_final == AUTO else optim.lr_final
+    share = FINAL_OF_STATE if adapter.peft == "state" else FINAL
+    last = float(f"{first * share:.1e}") if optim.lr_final == AUTO else optim.lr_final
     return replace(optim, lr_init=first, lr_final=last)
 
 
@@ -84,7 +86,7 @@ def said(asked: OptimConfig, optim: OptimConfig, adapter: AdapterConfig, width: 
         size = {"bone": f" and bone_r {adapter.bone_r}", "lora": f" and a scale x rank of {plain(_size(adapter))}"}
         why = f"for --peft {adapter.peft} on a model of width {width}{size.get(adapter.peft, '')}"
     else:
-        why = "a thirtieth of lr_init"
+        why = f"a {'tenth' if adapter.peft == 'state' else 'thirtieth'} of lr_init"
     yield f"{found}: {why}"
 
 

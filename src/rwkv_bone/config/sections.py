@@ -320,7 +320,7 @@ class OptimConfig:
     )
     lr_final: float = setting(
         float(AUTO),
-        "learning rate at the end of the run; auto = a thirtieth of lr_init",
+        "learning rate at the end of the run; auto = a thirtieth of lr_init, of a state a tenth",
         at_least=0,
         auto=AUTO,
     )
