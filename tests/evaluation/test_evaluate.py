@@ -408,7 +408,7 @@ def test_code_is_written_down_unless_its_execution_is_asked_for_also_afterwards(
 
 def test_of_several_samples_the_majority_and_pass_at_k_are_told(evaluations):
     path = write_rows(evaluations.folder / "r.jsonl", WORD_PROBLEMS[:2])
-    answers = iter(["#### 2", "#### 2.0", "#### 5", "I pass", "#### 9", "#### 9", "#### 4", ""])
+    answers = iter(["#### 5", "#### 2", "#### 2.0", "I pass", "#### 9", "#### 9", "#### 4", ""])
     evaluations.writes(lambda prompt: (next(answers), "end"))
     out = evaluations(task="gsm8k", data_file=path, samples=4, temperature=0.7)
     scores = {name: score["value"] for name, score in result(out)["scores"].items()}
