@@ -89,7 +89,7 @@ FAIL = {
         "AssertionError",
     ),
     "claims success": (
-        'import os\nfor at in range(3, 64):\n    try:\n        os.write(at, b\'{"token": "", "reason": ""}\\n\')\n'
+        'import os\nfor at in range(3, 999):\n    try:\n        os.write(at, b\'{"token": "", "reason": ""}\\n\')\n'
         "    except OSError:\n        pass\n",
         "it ended itself",
     ),
@@ -248,6 +248,12 @@ def test_a_completion_without_code_does_not_pass(completion):
     except SyntaxError:
         return
     assert names["more"](1) is None
+
+
+def test_a_prompt_without_a_docstring_may_be_written_again():
+    names: dict = {}
+    exec(solution("def more(x):\n", WHOLE.replace("helper", ""), "more"), names)
+    assert names["more"](1) == 2
 
 
 def test_a_completion_of_an_item_is_run_with_its_tests():
