@@ -477,7 +477,10 @@ def test_the_command_passes_lm_evals_flags_on_as_they_are(run, bundled, tmp_path
         ((*MODEL, "--tasks", "x", "--model", "hf"), "--model: the model is given by --load_model"),
         ((*MODEL, "--tasks", "x", "--model_args", "a=1"), "--model_args: the model is given"),
         ((*MODEL, "--tasks", "x", "--accelerator", "cpu", "--device", "cuda"), "say the same: give one"),
-        ((*MODEL, "--tasks", "x", "--adaptor", "a.pth"), "unrecognized arguments: --adaptor a.pth"),
+        (
+            (*MODEL, "--tasks", "x", "--adaptor", "a.pth"),
+            "--adaptor is not a flag of rwkv-bone-lm-eval; did you mean --adapter?",
+        ),
         ((*MODEL, "--tasks", "x", "--quant", "int3"), "--quant int3: expected one of"),
     ],
 )

@@ -74,6 +74,7 @@ BUGS = (
     Bug(
         COMMAND, "if getattr(args, name) is not None or file.get(name):", "if False:", f"{TASKS} -k 'wrong or another'"
     ),
+    Bug(COMMAND, "    if unknown:\n", "    if False:\n", f"{TASKS} -k wrong"),
     Bug(COMMAND, "if not _raised_by_lm_eval(error):", "if True:", f"{TASKS} -k wrong"),
     Bug(COMMAND, "if device and cfg.accelerator", "if False and cfg.accelerator", f"{TASKS} -k wrong"),
 )
