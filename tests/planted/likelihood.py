@@ -10,7 +10,7 @@ CUT, ONCE = f"{PAIRS} -k 'however_it_is_cut and how1-7'", f"{PAIRS} -k 'once or 
 BUGS = (
     # Texts in pieces, from states.
     Bug(LIKELIHOOD, "trunk.context[:-1] for trunk", "trunk.context for trunk", CUT),
-    Bug(LIKELIHOOD, "        branches.sort(key=lambda branch: branch[1] is None)\n", "", CUT),
+    Bug(LIKELIHOOD, "        branches.sort(key=lambda branch: branch[1] is None)\n", "", f"{PAIRS} -k how0-7"),
     Bug(LIKELIHOOD, "if start <= begin < stop]", "if start < begin < stop]", CUT),
     Bug(LIKELIHOOD, "if start < end <= stop]", "if start < end < stop]", CUT),
     Bug(LIKELIHOOD, "carried = [] if stop in ends else [_rows(after, slice(len(inside), None))]", "carried = []", CUT),
