@@ -17,7 +17,6 @@ BUGS = (
     Bug(LIKELIHOOD, "before = [*carried, *(", "before = [*(", CUT),
     Bug(LIKELIHOOD, "        states[number] = state\n", "        states[number] = root\n", CUT),
     Bug(LIKELIHOOD, "[root] * len(longer)", "[None] * len(longer)", CUT),
-    Bug(LIKELIHOOD, "return first[: next(same, len(first))]", "return first[: next(same, 0)]", ONCE),
     Bug(LIKELIHOOD, "shared = _beginning(texts) if len(texts) > 1 else []", "shared: list[int] = []", ONCE),
     Bug(LIKELIHOOD, "if trunks and sum(len(t.pairs) for t in trunks)", "if trunks and sum(1 for t in trunks)", ONCE),
     # What is made of the logits.
