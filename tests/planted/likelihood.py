@@ -10,14 +10,13 @@ CUT, ONCE = f"{PAIRS} -k 'however_it_is_cut and how1-7'", f"{PAIRS} -k 'once or 
 BUGS = (
     # Texts in pieces, from states.
     Bug(LIKELIHOOD, "trunk.context[:-1] for trunk", "trunk.context for trunk", CUT),
-    Bug(LIKELIHOOD, "        branches.sort(key=lambda branch: branch[1] is None)\n", "", CUT),
+    Bug(LIKELIHOOD, "        branches.sort(key=lambda branch: branch[1] is None)\n", "", f"{PAIRS} -k how0-7"),
     Bug(LIKELIHOOD, "if start <= begin < stop]", "if start < begin < stop]", CUT),
     Bug(LIKELIHOOD, "if start < end <= stop]", "if start < end < stop]", CUT),
     Bug(LIKELIHOOD, "carried = [] if stop in ends else [_rows(after, slice(len(inside), None))]", "carried = []", CUT),
     Bug(LIKELIHOOD, "before = [*carried, *(", "before = [*(", CUT),
     Bug(LIKELIHOOD, "        states[number] = state\n", "        states[number] = root\n", CUT),
     Bug(LIKELIHOOD, "[root] * len(longer)", "[None] * len(longer)", CUT),
-    Bug(LIKELIHOOD, "return first[: next(same, len(first))]", "return first[: next(same, 0)]", ONCE),
     Bug(LIKELIHOOD, "shared = _beginning(texts) if len(texts) > 1 else []", "shared: list[int] = []", ONCE),
     Bug(LIKELIHOOD, "if trunks and sum(len(t.pairs) for t in trunks)", "if trunks and sum(1 for t in trunks)", ONCE),
     # What is made of the logits.
@@ -74,6 +73,7 @@ BUGS = (
     Bug(
         COMMAND, "if getattr(args, name) is not None or file.get(name):", "if False:", f"{TASKS} -k 'wrong or another'"
     ),
+    Bug(COMMAND, "    if unknown:\n", "    if False:\n", f"{TASKS} -k wrong"),
     Bug(COMMAND, "if not _raised_by_lm_eval(error):", "if True:", f"{TASKS} -k wrong"),
     Bug(COMMAND, "if device and cfg.accelerator", "if False and cfg.accelerator", f"{TASKS} -k wrong"),
 )

@@ -13,6 +13,7 @@ from rwkv_bone.config import QUANTS, setting
 from rwkv_bone.config.fields import check_given, check_values
 from rwkv_bone.config.flags import Parser, add_fields
 from rwkv_bone.config.layers import split_argv
+from rwkv_bone.config.other_names import intended_flag
 from rwkv_bone.config.sections import ACCELERATORS, PRECISIONS
 from rwkv_bone.errors import UserError, exit_status
 
@@ -32,6 +33,10 @@ EXAMPLES = (
         "five worked examples before each question, every answer kept",
         "sh scripts/lm_eval.sh --load_model my-model.pth --tasks gsm8k --num_fewshot 5 --output_path out/lm_eval "
         "--log_samples",
+    ),
+    (
+        "tasks of your own, from a folder of .yaml files",
+        "sh scripts/lm_eval.sh --load_model my-model.pth --tasks mine --include_path tasks",
     ),
 )
 
@@ -69,8 +74,8 @@ class HarnessConfig:
         check_given(self, "load_model")
 
 
-def parse(argv: list[str], prog: str) -> tuple[HarnessConfig, list[str]]:
-    """(the settings, the words for lm_eval) of a command line; UserError for a wrong value of a flag of ours."""
+def split(argv: list[str], prog: str) -> tuple[dict[str, Any], list[str], list[str]]:
+    """({setting: value}, the words for lm_eval, our flags) of a command line; UserError for a wrong value of ours."""
     parser = Parser(prog, DESCRIPTION, EXAMPLES)
     parser.epilog = EPILOG
     add_fields(parser.add_argument_group("settings"), HarnessConfig)
@@ -80,14 +85,12 @@ def parse(argv: list[str], prog: str) -> tuple[HarnessConfig, list[str]]:
         given, others = parser.parse_known_args(words)
         values |= vars(given)
         rest += others
-    return HarnessConfig(**values), rest
+    return values, rest, [option for action in parser._actions for option in action.option_strings]
 
 
 def main(prog: str = PROGRAM) -> None:
     """Have lm_eval evaluate the model: its tables go to standard output."""
-    cfg, words = parse(sys.argv[1:], prog)
-    if not words:  # lm_eval would show its help
-        raise UserError(NO_TASKS)
+    values, words, ours = split(sys.argv[1:], prog)
     try:
         from lm_eval._cli.harness import HarnessCLI
         from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -98,8 +101,12 @@ def main(prog: str = PROGRAM) -> None:
         raise UserError("lm_eval is not installed: pip install -r requirements/lm_eval.txt") from None
 
     setup_logging()
-    sys.argv = ["lm-eval", "run", *words]
     cli = HarnessCLI()
+    _check_known(cli, words, ours, prog)
+    cfg = HarnessConfig(**values)
+    if not words:  # lm_eval would show its help
+        raise UserError(NO_TASKS)
+    sys.argv = ["lm-eval", "run", *words]
     args = cli.parse_args()
     file = EvaluatorConfig.load_yaml_config(args.config) if args.config else {}
     _check(cfg, args, file)
@@ -122,6 +129,16 @@ def main(prog: str = PROGRAM) -> None:
         if not _raised_by_lm_eval(error):
             raise
         raise UserError(f"lm_eval: {error}") from error
+
+
+def _check_known(cli: Any, words: list[str], ours: list[str], prog: str) -> None:
+    """UserError for a flag that is neither ours nor lm_eval's."""
+    theirs = cli._subparsers.choices["run"]
+    _, unknown = theirs.parse_known_args(words)
+    if unknown:
+        meant = intended_flag(unknown[0], [*ours, *theirs._option_string_actions])
+        hint = f"; did you mean {meant}?" if meant else ""
+        raise UserError(f"{unknown[0].split('=')[0]} is not a flag of {prog}{hint} (--help lists them)")
 
 
 def _check(cfg: HarnessConfig, args: Any, file: dict[str, Any]) -> None:
