@@ -12,7 +12,7 @@ import pytest
 
 from tests.planted import tables
 from tests.planted.bug import ROOT, Bug
-from tests.planted.run import run_tests
+from tests.planted.run import CONTEXT, run_tests
 
 TABLES = tables()
 
@@ -46,6 +46,7 @@ def test_a_bug_is_planted_and_removed_again(tmp_path):
     [("assert True", "passed"), ("assert False", "failed"), ("import pytest; pytest.skip('')", "all skipped")],
 )
 def test_the_outcome_of_the_tests_is_told_apart(tmp_path, body, outcome):
+    CONTEXT.set_forkserver_preload(["pytest", "torch"])  # these tests use no more
     Path(tmp_path, "test_it.py").write_text(f"def test_it():\n    {body}\n")
     assert run_tests(tmp_path, "test_it.py") == outcome
     assert run_tests(tmp_path, "test_it.py -k nothing").startswith("pytest ended with 5")
