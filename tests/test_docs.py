@@ -277,7 +277,7 @@ def test_the_file_map_names_what_is_there_and_every_room_of_the_package():
 
 
 SETTINGS = (*SECTIONS.values(), MergeConfig, ConvertConfig, PrepareConfig, PreviewConfig, HfConfig, ChatConfig)
-TOOLS = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "benchmarks").glob("*.py")]
+TOOLS = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "benchmarks").rglob("*.py")]
 TOOLS += (REPOSITORY / "tests").glob("*/__main__.py")
 # Of docker, pip, torchrun and Slurm.
 OF_OTHERS = {"gpus", "force-reinstall", "index-url", "logdir", "nnodes", "no-python", "requeue", "signal"}
