@@ -87,7 +87,7 @@ def forgetting(rows: Sequence[Row]) -> str:
     """Bone against every other arm: forgetting where a run's held-out loss falls to a level that most reach."""
     found = []
     for name, mine in tasks(rows):
-        runs = {arm: s.at_best(arm.of(mine)) for arm in ARMS}
+        runs = {arm: [row for row in s.at_best(arm.of(mine)) if row["seed"] not in s.SELECTION] for arm in ARMS}
         level = s.common_level(runs.values())
         ours = s.on_the_way(runs[BONE], level)
         for arm in ARMS[1:]:
