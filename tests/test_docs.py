@@ -290,7 +290,7 @@ SETTINGS = (
 TOOLS = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "benchmarks").rglob("*.py")]
 TOOLS += (REPOSITORY / "recipes").glob("*.sh")
 TOOLS += (REPOSITORY / "tests").glob("*/__main__.py")
-# Of docker, pip, torchrun and Slurm.
+# Of docker, pip, torchrun, Slurm and lm_eval.
 OF_OTHERS = {"gpus", "force-reinstall", "index-url", "logdir", "nnodes", "no-python", "requeue", "signal"}
 OF_OTHERS |= {
     "master_addr",
@@ -301,6 +301,11 @@ OF_OTHERS |= {
     "ntasks-per-node",
     "gpus-per-node",
     "cpus-per-task",
+    "apply_chat_template",
+    "gen_kwargs",
+    "include_path",
+    "output_path",
+    "tasks",
 }
 
 
