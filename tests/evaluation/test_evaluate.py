@@ -406,6 +406,50 @@ def test_code_is_written_down_unless_its_execution_is_asked_for_also_afterwards(
     assert result(out)["scores"]["accuracy"]["right"] == 1 and "not judged" not in result(out)["counts"]
 
 
+def judged_as(evaluations, task, row, answer, extract):
+    """(whether an answer is right, what the result and the terminal say of how it was judged)."""
+    path = write_rows(evaluations.folder / "rule.jsonl", [row])
+    evaluations.writes(lambda prompt: (answer, "end"))
+    out = evaluations("rule", task=task, data_file=path, extract=extract, overwrite=True)
+    return records(out)[0]["right"], result(out)["judged_by"]
+
+
+HALF = {"problem": "1/2?", "solution": r"It is $\boxed{\frac{1}{2}}$."}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "answer", "extract", "right", "words"),
+    [
+        # MATH's script compares tidied strings: 2/4 is no 1/2, but \dfrac12 and 0.5 are.
+        ("math", HALF, r"\boxed{\frac{2}{4}}", "boxed", False, r"the last \boxed; equal as strings, by MATH's"),
+        ("math", HALF, r"\boxed{\dfrac12}", "boxed", True, r"MATH's published rule (--extract boxed)"),
+        ("math", HALF, "The answer is: 2/4", "metamath", False, "'The answer is: '; equal as strings, by MATH's"),
+        ("math", HALF, "The answer is: 0.5", "metamath", True, "(--extract metamath)"),
+        ("math", HALF, "Final Answer: The final answer is $2/4$. I hope it is correct.", "minerva", True, "by value"),
+        ("math", HALF, r"So \boxed{\frac{2}{4}}", "auto", True, "whichever mark of an answer it has; equal by value"),
+        # GSM8K's strict and flexible match compare strings: 18.0 is no 18, but $1,200. is 1200.
+        (
+            "gsm8k",
+            {"question": "?", "answer": "#### 18"},
+            "#### 18.0",
+            "hashes",
+            False,
+            "####; equal as strings, by lm_",
+        ),
+        ("gsm8k", {"question": "?", "answer": "#### 18"}, "so 18.0", "flexible", False, "lm_eval's rule for GSM8K"),
+        ("gsm8k", {"question": "?", "answer": "#### 1,200"}, "so $1,200.", "flexible", True, "(--extract flexible)"),
+        ("gsm8k", {"question": "?", "answer": "#### 18"}, "so 18.0", "number", True, "last number; equal as numbers"),
+        ("gsm8k", {"question": "?", "answer": "#### 18"}, "The answer is: 18.0", "metamath", True, "equal as numbers"),
+        # SVAMP writes every answer as 8.0, so strings would never be equal.
+        ("svamp", {"question": "?", "answer": 8.0}, "so 8", "flexible", True, "equal as numbers (--extract flexible)"),
+    ],
+)
+def test_each_rule_judges_as_those_who_publish_by_it(evaluations, capsys, task, row, answer, extract, right, words):
+    found, by = judged_as(evaluations, task, row, answer, extract)
+    assert (found, words in by) == (right, True), by
+    assert f"\njudged by {by}\n" in capsys.readouterr().out
+
+
 def test_of_several_samples_the_majority_and_pass_at_k_are_told(evaluations):
     path = write_rows(evaluations.folder / "r.jsonl", WORD_PROBLEMS[:2])
     answers = iter(["#### 5", "#### 2", "#### 2.0", "I pass", "#### 9", "#### 9", "#### 4", ""])

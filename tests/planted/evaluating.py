@@ -50,7 +50,7 @@ BUGS = (
     Bug(f"{ROOM}/tasks.py", "        return texts.index(word)\n", "        return 0\n", f"{TEST} named_in_every_way"),
     Bug(f"{ROOM}/tasks.py", "    if word in labels:\n", "    if False:\n", f"{TEST} named_in_every_way"),
     Bug(f"{ROOM}/score.py", "pass_at_k(k, count, n)", "pass_at_k(k, count, 1)", f"{TEST} majority_and_pass"),
-    Bug(f"{ROOM}/score.py", "majority(answers, task.same)", "majority(answers)", f"{TEST} majority_and_pass"),
+    Bug(f"{ROOM}/score.py", "majority(answers, same)", "majority(answers)", f"{TEST} majority_and_pass"),
     Bug(
         f"{ROOM}/score.py",
         'counts[CUT] += record.get("finish_reason") == "length"',
