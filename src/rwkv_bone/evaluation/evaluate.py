@@ -57,7 +57,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
         (output / RESULT).unlink(missing_ok=True)
         print(job.heading(len(shots)), flush=True)
         records, seconds = job.answered(places, output / ANSWERS)
-        result = {"model": voice.header, "data": found.names, "judged_by": judged_by(cfg, task)}
+        result: dict[str, Any] = {"model": voice.header, "data": found.names, "judged_by": judged_by(cfg, task)}
         result |= result_of(cfg, task, records)
         result["counts"] |= {"rows skipped": job.skipped} if job.skipped else {}
         folder.write_json(output / RESULT, result | {"seconds": round(seconds, 1)})
