@@ -16,7 +16,7 @@ BUGS = (
         f"{TEST} cut_while_it_thinks",
     ),
     Bug(f"{ROOM}/answers.py", "if not isinstance(found.get(name), kind):", "if False:", f"{COMPARE} damaged_or"),
-    Bug(f"{ROOM}/compare.py", "if lacks := sorted(needed - record.keys()):", "if []:", f"{COMPARE} damaged_or"),
+    Bug(f"{ROOM}/compare.py", "if missing := sorted(needed - record.keys()):", "if []:", f"{COMPARE} damaged_or"),
     Bug(f"{ROOM}/compare.py", "    if not items:\n", "    if False:\n", f"{COMPARE} damaged_or"),
     Bug(f"{ROOM}/compare.py", "folder in folders}) == 1:", "folder in folders}) == 0:", f"{COMPARE} be_compared"),
     Bug(f"{ROOM}/answers.py", 'if not line.endswith(b"\\n"):', "if False:", f"{TEST} kill_at_any_byte"),

@@ -57,8 +57,8 @@ def read(folder: Path) -> Evaluation:
     needed = {"item", "hash", *(("nats", "bytes") if task == "perplexity" else ("right",))}
     seen: dict[str, set[int]] = {}
     for number, record in enumerate(records_of(folder / ANSWERS)[0], 1):
-        if lacks := sorted(needed - record.keys()):
-            raise UserError(f"{folder / ANSWERS}:{number}: no {', '.join(lacks)}: of another version; {ANEW}")
+        if missing := sorted(needed - record.keys()):
+            raise UserError(f"{folder / ANSWERS}:{number}: no {', '.join(missing)}: of another version; {ANEW}")
         of = seen.setdefault(record["hash"], set())
         of.add(record["item"])
         items.setdefault((record["hash"], len(of)), []).append(record)
