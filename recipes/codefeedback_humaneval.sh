@@ -70,6 +70,7 @@ benchmarks() { # benchmarks NAME MODEL: the answers of one model
         --template "$template" --max_new "$max_new" --batch "$batch" --limit "$limit" --execute_code "$execute_code"
 }
 
+check_methods "$@"
 benchmarks base "$load_model" # first, so that what is missing shows before the training
 for _method in $methods; do
     of_equal_size "$_method"

@@ -111,6 +111,18 @@ train() {
     (run train.py --proj_dir "$_folder" "$@")
 }
 
+# check_methods FLAG...: ends here if train.py would refuse the recipe's settings, with these flags, for one of $methods:
+# a mistyped flag shows before the base has answered for an hour.
+check_methods() {
+    [ "$plan" = 0 ] || return 0 # which refuses them itself
+    for _method in $methods; do
+        of_equal_size "$_method"
+        # shellcheck disable=SC2086 # the words of $_adapter
+        _said=$(run rwkv_bone.config.flags --proj_dir "$output/$_method" $_adapter "$@" 2>&1) ||
+            { printf '%s\n' "$_said" >&2; exit 2; }
+    done
+}
+
 # last_of FOLDER: the file of the last epoch there.
 last_of() { printf '%s\n' "$1/rwkv-$((epoch_count - 1)).pth"; }
 

@@ -21,9 +21,10 @@
 #   docs/bone-or-lora.md.
 # source: arXiv 2409.15371 v12, table 9, and RWKV-PEFT issue 54 for RWKV-7; rates and batch: the paper's section on
 #   setup
-# data: meta-math/MetaMathQA (query, response), made by GPT-3.5 from the training rows of GSM8K and MATH; openai/gsm8k
-#   and MATH by Hendrycks et al. All are MIT by their authors' pages, as far as we know: read them before you pass on
-#   a model.
+# data: meta-math/MetaMathQA (query, response), made by GPT-3.5 from the training rows of GSM8K and MATH. Its card on
+#   the Hub says MIT, since November 2023 (its authors: MetaMath issue 8; before that CC BY-NC 4.0); a catalogue of
+#   others lists CC BY-SA 4.0. openai/gsm8k and MATH by Hendrycks et al. are MIT by their authors' pages. Read them,
+#   and OpenAI's terms, before you pass on a model.
 #
 # --plan 1 says what training would take on this machine; --smoke 1 tries every step on a CPU, with a few own rows.
 # Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
@@ -79,6 +80,7 @@ benchmarks() { # benchmarks NAME MODEL: the answers of one model
     done
 }
 
+check_methods "$@"
 benchmarks base "$load_model" # first, so that what is missing shows before the training
 for _method in $methods; do
     of_equal_size "$_method"

@@ -451,3 +451,15 @@ def test_pairs_come_from_rows_of_any_format(tmp_path, config):
     assert load_pairs(config(path), path, tokenizer, limit=2) == [(row["prompt"], row["response"]) for row in ROWS[:2]]
     (tmp_path / "book.txt").write_text("a text")
     assert load_pairs(config(path), str(tmp_path / "book.txt"), tokenizer) == []
+
+
+def test_a_name_that_is_empty_or_a_folders_own_dot_is_told_in_a_sentence(tmp_path, config, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
+    monkeypatch.chdir(tmp_path)
+    for name in ("", " "):
+        for kind in ("auto", "text", "binidx"):
+            with pytest.raises(UserError, match="^the name of a file is empty: expected a file, a folder"):
+                open_source(name, kind)
+    with pytest.raises(UserError, match="expected the name of a .bin/.idx pair"):
+        open_source(".", "binidx")
+    assert [row for _, row, _ in open_source(".").items()]  # the folder itself

@@ -1,13 +1,19 @@
 """Two evaluations on the same items, compared on the terminal."""
 
+import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from rwkv_bone import commands
+from rwkv_bone.config.checksum import sealed
 from rwkv_bone.errors import UserError
+from rwkv_bone.evaluation.answers import line_of
 from rwkv_bone.evaluation.compare import compare
 from tests.conftest import REPOSITORY
 from tests.evaluation.answering import write_rows
@@ -51,11 +57,52 @@ def test_what_cannot_be_compared_is_refused(two, evaluations, tmp_path):
     text = str(evaluations("text", task="perplexity", data_file=path))
     with pytest.raises(UserError, match="expected the same task"):
         list(compare([two[0], text]))
-    assert "B - A       +0.0000 nats per byte" in "\n".join(compare([text, text + "/."]))
+    copy = str(shutil.copytree(text, tmp_path / "copy"))
+    assert "B - A       +0.0000 nats per byte" in "\n".join(compare([text, copy]))
+    with pytest.raises(UserError, match="that is the same folder twice"):
+        list(compare([text, text + "/."]))
     other = write_rows(tmp_path / "o.jsonl", [{"question": "1 and 0?", "answer": "#### 7"}])
     evaluations.writes(lambda prompt: ("7", "end"))
     with pytest.raises(UserError, match="no item in common"):
         list(compare([two[0], str(evaluations("o", task="gsm8k", data_file=other))]))
+
+
+def test_a_damaged_or_unfinished_folder_is_told_in_one_sentence(two):
+    a, b = map(Path, two)
+    config, answers = json.loads((a / "config.json").read_text()), (a / "answers.jsonl").read_bytes()
+    record = json.loads(answers.splitlines()[0])
+
+    def without(content, *names):
+        return sealed({name: value for name, value in content.items() if name not in (*names, "crc32")})
+
+    def refused(match, *, of=config, lines=answers, raw=None):
+        (a / "config.json").write_text(json.dumps(of) if raw is None else raw)
+        (a / "answers.jsonl").write_bytes(lines)
+        for folders in ([a, b], [b, a]):
+            with pytest.raises(UserError, match=match):
+                list(compare(list(map(str, folders))))
+
+    for name in ("answers", "settings", "model", "content"):
+        refused(f"A/config.json: no '{name}' that can be read: .* --overwrite 1 begins anew", of=without(config, name))
+    for name in ("task", "samples"):
+        of = without({**config, "settings": {n: v for n, v in config["settings"].items() if n != name}})
+        refused(f"A/config.json: its settings lack {name}", of=of)
+    refused("A/config.json: damaged", of={**config, "answers": 41})
+    refused("A/config.json: damaged", of=without({**config, "evaluation": 2}))
+    refused("A/config.json: cannot be read", raw=json.dumps(config)[:99])
+    refused("A holds the config.json of something else", of={"data": {}})
+    refused("A has no answers yet", lines=b"")
+    refused("A has no answers yet", lines=answers[:50])
+    refused("A/answers.jsonl:1: no right: of another version", lines=line_of(without(record, "right")))
+    refused("A/answers.jsonl:1: no hash, item: of", lines=line_of(without(record, "hash", "item")))
+    (a / "answers.jsonl").unlink()
+    with pytest.raises(UserError, match=r"A holds no evaluation \(it has no answers.jsonl\)"):
+        list(compare(two))
+
+
+def test_a_comparison_does_without_torch():
+    code = "import sys, rwkv_bone.evaluation.compare; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")})
 
 
 def test_an_evaluation_that_goes_on_is_compared_as_far_as_it_is(two, evaluations):

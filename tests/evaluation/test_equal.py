@@ -76,7 +76,7 @@ def test_what_sympy_transforms_and_writes_in_latex_stays_the_same():
     """sympy writes both sides; its own rules say that they are equal, and that adding to one makes them differ."""
     sympy = pytest.importorskip("sympy", reason="sympy is not installed")
     draw = random.Random(0)
-    for _ in range(25):
+    for _ in range(15):
         formula = random_formula(sympy, draw, 3)
         other = draw.choice([sympy.expand, sympy.together, sympy.factor_terms, sympy.nsimplify])(formula)
         a, b = sympy.latex(formula), sympy.latex(other)
@@ -180,7 +180,7 @@ HOSTILE += [
 def test_no_answer_hangs_or_breaks_the_comparison():
     """Bounded work is held by what is counted, not by a clock: an evaluation of 9**9**9**9 would not come back."""
     draw = random.Random(0)
-    hostile = HOSTILE + ["".join(draw.choices(PIECES, k=draw.choice((3, 8, 40, 300)))) for _ in range(150)]
+    hostile = HOSTILE + ["".join(draw.choices(PIECES, k=draw.choice((3, 8, 40, 300)))) for _ in range(60)]
     for text in hostile:
         for same in (same_math, same_number, same_string, same_hendrycks):
             assert same(text, "5") is same("5", text) is False, (same, text[:99])

@@ -164,7 +164,13 @@ def test_a_kill_at_any_byte_loses_no_whole_answer_and_changes_none(drawn, capsys
     whole, ends = path.read_bytes(), result(out)
     assert len(set(one["text"] for one in records(out))) == 21
     lines = [0, *(i + 1 for i, byte in enumerate(whole) if byte == ord("\n"))]
-    places = {*lines, *(end - 1 for end in lines[1:]), *range(0, len(whole), 997), *range(len(whole) - 9, len(whole))}
+    # Every third line: of batches of four these are all places.
+    places = {
+        *lines[::3],
+        *(end - 1 for end in lines[1::3]),
+        *range(0, len(whole), 1997),
+        *range(len(whole) - 3, len(whole)),
+    }
     for place in sorted(places):
         path.write_bytes(whole[:place])
         (out / "result.json").unlink(missing_ok=True)
@@ -353,6 +359,84 @@ def test_what_is_thought_is_not_judged(evaluations):
     assert [(one["answer"], one["right"]) for one in found] == [("2", True), (None, False), ("6", True)]
 
 
+# --- rows as they are published: few, written for these tests, in the layouts of the files ---
+
+
+def questions_and_answers(evaluations, task, rows, answers=(), **settings):
+    """[(prompt, expected, right)] where the model writes these answers, one after another."""
+    said = iter(answers)
+    if answers:
+        evaluations.writes(lambda prompt: (next(said), "end"))
+    path = write_rows(evaluations.folder / "published.jsonl", rows)
+    found = records(evaluations("published", task=task, data_file=path, overwrite=True, **settings))
+    return [(one["prompt"], one["expected"], one["right"]) for one in found]
+
+
+def test_rows_of_math_are_read_as_published(evaluations):
+    about = {"level": "Level 5", "type": "Algebra"}
+    rows = [
+        {"problem": "Half of $x$ is 3. Find $x$.", "solution": r"$x = 2 \cdot 3 = \boxed{6}$.", **about},
+        {"problem": "Where do they meet?", "solution": r"At $\boxed{\left(1, \frac{1}{2}\right)}$.", **about},
+        {"problem": "Solve.", "solution": r"First $\boxed{1}$, no: $\boxed{x \le \text{ 3}}$", **about},
+        {"problem": "How many?", "solution": "...", "answer": "1,000", "subject": "Algebra", "unique_id": "a/1.json"},
+    ]
+    said = [r"So $\boxed{6}$.", r"The answer is $(1, 0.5)$.", r"\boxed{3}", r"\boxed{1000}"]
+    found = questions_and_answers(evaluations, "math", rows, said)
+    assert found[0][0] == "Problem:\nHalf of $x$ is 3. Find $x$.\n\nSolution:"
+    expected = ["6", r"\left(1, \frac{1}{2}\right)", r"x \le \text{ 3}", "1,000"]
+    assert [(one, right) for _, one, right in found] == list(zip(expected, [True, True, False, True], strict=True))
+
+
+def test_rows_of_svamp_are_read_as_published_and_as_on_the_hub(evaluations):
+    body, question = "Ann has 8 pens. She gives 3 away.", "How many has she now?"
+    published = {"ID": "chal-1", "Body": body, "Question": question, "Equation": "( 8.0 - 3.0 )", "Answer": 5.0}
+    hub = {**published, "Answer": "5.0", "Type": "Subtraction", "question_concat": f"{body} {question}"}
+    rows = [published, hub, {name: hub[name] for name in ("question_concat", "Answer")}]
+    rows.append({name: hub[name] for name in ("Body", "question_concat", "Answer")})
+    found = questions_and_answers(evaluations, "svamp", rows, ["8 - 3 = 5", "#### 5", "It is 5.", "8"])
+    assert {prompt for prompt, _, _ in found} == {f"Question: {body} {question}\nAnswer:"}
+    assert [(expected, right) for _, expected, right in found] == [("5.0", True)] * 3 + [("5.0", False)]
+
+
+def test_rows_of_multiple_choice_are_read_as_published(evaluations):
+    arc = {"text": ["a stone", "rain", "sand"], "label": ["1", "2", "3"]}
+    rows = [
+        {"id": "Q1", "question": "What is wet?", "choices": arc, "answerKey": "2"},  # ARC
+        {
+            "question": "What is wet?",
+            "subject": "x",
+            "choices": ["a stone", "rain", "sand", "fire"],
+            "answer": 1,
+        },  # MMLU
+        {"question": "What is wet?", "choices": ["a stone", "rain"], "answer": "B"},
+        {"ind": 4, "ctx_a": "He", "ctx_b": "", "ctx": "He went", "endings": ["up.", "off."], "label": "1"},  # HellaSwag
+    ]
+    found = questions_and_answers(evaluations, "choice", rows)
+    prompts = ["Question: What is wet?\nAnswer:"] * 3 + ["Question: He went\nAnswer:"]
+    assert [(prompt, expected) for prompt, expected, _ in found] == list(
+        zip(prompts, ["rain", "rain", "rain", "off."], strict=True)
+    )
+    assert result(evaluations.folder / "published")["judged_by"] == "the likeliest choice"
+
+
+def test_an_answer_that_is_cut_while_it_thinks_is_cut_and_not_right(evaluations):
+    path = write_rows(evaluations.folder / "r.jsonl", WORD_PROBLEMS[:2])
+    cut = iter([(">\nSo #### 2\nThe answer is 2, \\boxed{2}", "length"), (">\n#### 4\n</think>\n#### 4", "length")])
+    evaluations.writes(lambda prompt: next(cut))
+    out = evaluations(task="gsm8k", data_file=path, template="g1-think")
+    assert [(one["answer"], one["right"], one["finish_reason"]) for one in records(out)] == [
+        (None, False, "length"),
+        ("4", True, "length"),
+    ]
+    assert records(out)[0]["prompt"].endswith("Assistant: <think")
+    assert result(out)["counts"] == {"cut by length": 2, "without an answer that the rule finds": 1}
+    # Code of thoughts is not run.
+    code = write_rows(evaluations.folder / "code.jsonl", CODE[1:])
+    evaluations.writes(lambda prompt: (">\n```python\ndef one():\n    return 1\n```", "length"))
+    out = evaluations("code", task="humaneval", data_file=code, template="g1-think", execute_code=True)
+    assert records(out)[0]["right"] is False and result(out)["counts"]["cut by length"] == 1
+
+
 # --- what is counted ---
 
 
@@ -404,6 +488,50 @@ def test_code_is_written_down_unless_its_execution_is_asked_for_also_afterwards(
     evaluations(task="humaneval", data_file=path, execute_code=True)
     assert [record["right"] for record in records(out)] == [True, False]
     assert result(out)["scores"]["accuracy"]["right"] == 1 and "not judged" not in result(out)["counts"]
+
+
+def judged_as(evaluations, task, row, answer, extract):
+    """(whether an answer is right, what the result and the terminal say of how it was judged)."""
+    path = write_rows(evaluations.folder / "rule.jsonl", [row])
+    evaluations.writes(lambda prompt: (answer, "end"))
+    out = evaluations("rule", task=task, data_file=path, extract=extract, overwrite=True)
+    return records(out)[0]["right"], result(out)["judged_by"]
+
+
+HALF = {"problem": "1/2?", "solution": r"It is $\boxed{\frac{1}{2}}$."}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "answer", "extract", "right", "words"),
+    [
+        # MATH's script compares tidied strings: 2/4 is no 1/2, but \dfrac12 and 0.5 are.
+        ("math", HALF, r"\boxed{\frac{2}{4}}", "boxed", False, r"the last \boxed; equal as strings, by MATH's"),
+        ("math", HALF, r"\boxed{\dfrac12}", "boxed", True, r"MATH's published rule (--extract boxed)"),
+        ("math", HALF, "The answer is: 2/4", "metamath", False, "'The answer is: '; equal as strings, by MATH's"),
+        ("math", HALF, "The answer is: 0.5", "metamath", True, "(--extract metamath)"),
+        ("math", HALF, "Final Answer: The final answer is $2/4$. I hope it is correct.", "minerva", True, "by value"),
+        ("math", HALF, r"So \boxed{\frac{2}{4}}", "auto", True, "whichever mark of an answer it has; equal by value"),
+        # GSM8K's strict and flexible match compare strings: 18.0 is no 18, but $1,200. is 1200.
+        (
+            "gsm8k",
+            {"question": "?", "answer": "#### 18"},
+            "#### 18.0",
+            "hashes",
+            False,
+            "####; equal as strings, by",
+        ),
+        ("gsm8k", {"question": "?", "answer": "#### 18"}, "so 18.0", "flexible", False, "lm_eval's rule for GSM8K"),
+        ("gsm8k", {"question": "?", "answer": "#### 1,200"}, "so $1,200.", "flexible", True, "(--extract flexible)"),
+        ("gsm8k", {"question": "?", "answer": "#### 18"}, "so 18.0", "number", True, "last number; equal as numbers"),
+        ("gsm8k", {"question": "?", "answer": "#### 18"}, "The answer is: 18.0", "metamath", True, "equal as numbers"),
+        # SVAMP writes every answer as 8.0, so strings would never be equal.
+        ("svamp", {"question": "?", "answer": 8.0}, "so 8", "flexible", True, "equal as numbers (--extract flexible)"),
+    ],
+)
+def test_each_rule_judges_as_those_who_publish_by_it(evaluations, capsys, task, row, answer, extract, right, words):
+    found, by = judged_as(evaluations, task, row, answer, extract)
+    assert (found, words in by) == (right, True), by
+    assert f"\njudged by {by}\n" in capsys.readouterr().out
 
 
 def test_of_several_samples_the_majority_and_pass_at_k_are_told(evaluations):

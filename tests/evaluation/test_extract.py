@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_bone.evaluation import extract
-from rwkv_bone.evaluation.extract import after_hashes, boxed, choice_letter, code_block, flexible, last_number
+from rwkv_bone.evaluation.extract import after_hashes, boxed, code_block, flexible, last_number
 from tests.evaluation.published import gsm8k_filters, hendrycks
 
 CASES = [json.loads(line) for line in Path(__file__).with_name("cases.jsonl").read_text("utf-8").splitlines()]
@@ -62,7 +62,7 @@ def test_a_long_text_takes_a_time_in_proportion(rule):
         "a_",
         "^{",
     ):
-        RULES[rule]((piece * 100_000)[:100_000])
+        RULES[rule]((piece * 40_000)[:40_000])
 
 
 # ---- lm_eval
@@ -126,7 +126,7 @@ def test_the_gold_answers_of_gsm8k_are_read_by_every_rule():
     bundled = Path(__file__).resolve().parents[1] / "assets" / "data" / "gsm8k" / "train.jsonl"
     files = [path.read_text("utf-8") for path in (bundled, GSM8K) if path.exists()]
     rows = [json.loads(line) for file in files for line in file.splitlines()]
-    for answer in (row["answer"] for row in rows):
+    for answer in (row["answer"] for row in rows[::3]):
         gold = str(int(answer.split("####")[1].replace(",", "")))
         assert after_hashes(answer) == last_number(answer) == extract.number_answer(answer) == gold
         assert (flexible(answer) or "").replace(",", "") == extract.final_answer(answer).replace(",", "") == gold
@@ -137,7 +137,6 @@ def test_the_gold_answers_of_gsm8k_are_read_by_every_rule():
 # ---- options
 
 
-def test_other_letters_and_blocks_may_be_asked_for():
-    assert choice_letter("The answer is (G).", "ABCDEFGHIJ") == "G"
+def test_another_block_may_be_asked_for():
     assert code_block("```\na\n```\n```python\ndef f(x): pass\n```", "def f(") == "def f(x): pass\n"
     assert code_block("```\na\n```", "def f(") == "a\n"

@@ -4,8 +4,21 @@ from tests.planted.bug import Bug
 
 ROOM = "src/rwkv_bone/evaluation"
 TEST = "tests/evaluation/test_evaluate.py -k"
+COMPARE = "tests/evaluation/test_compare.py -k"
 
 BUGS = (
+    Bug(f"{ROOM}/tasks.py", "published.get(name, same)", "same", f"{TEST} judges_as_those"),
+    Bug(f"{ROOM}/items.py", "if body and not values", "if body or not values", f"{TEST} svamp"),
+    Bug(
+        f"{ROOM}/judge.py",
+        "[taken_apart(text, wording.opening, wording.several)[1] for text in texts]",
+        "list(texts)",
+        f"{TEST} cut_while_it_thinks",
+    ),
+    Bug(f"{ROOM}/answers.py", "if not isinstance(found.get(name), kind):", "if False:", f"{COMPARE} damaged_or"),
+    Bug(f"{ROOM}/compare.py", "if missing := sorted(needed - record.keys()):", "if []:", f"{COMPARE} damaged_or"),
+    Bug(f"{ROOM}/compare.py", "    if not items:\n", "    if False:\n", f"{COMPARE} damaged_or"),
+    Bug(f"{ROOM}/compare.py", "folder in folders}) == 1:", "folder in folders}) == 0:", f"{COMPARE} be_compared"),
     Bug(f"{ROOM}/answers.py", 'if not line.endswith(b"\\n"):', "if False:", f"{TEST} kill_at_any_byte"),
     Bug(f"{ROOM}/answers.py", "            file.truncate(size)\n", "            pass\n", f"{TEST} kill_at_any_byte"),
     Bug(f"{ROOM}/answers.py", "            elif torn:\n", "            elif False:\n", f"{TEST} damage_are_refused"),
@@ -50,7 +63,7 @@ BUGS = (
     Bug(f"{ROOM}/tasks.py", "        return texts.index(word)\n", "        return 0\n", f"{TEST} named_in_every_way"),
     Bug(f"{ROOM}/tasks.py", "    if word in labels:\n", "    if False:\n", f"{TEST} named_in_every_way"),
     Bug(f"{ROOM}/score.py", "pass_at_k(k, count, n)", "pass_at_k(k, count, 1)", f"{TEST} majority_and_pass"),
-    Bug(f"{ROOM}/score.py", "majority(answers, task.same)", "majority(answers)", f"{TEST} majority_and_pass"),
+    Bug(f"{ROOM}/score.py", "majority(answers, same)", "majority(answers)", f"{TEST} majority_and_pass"),
     Bug(
         f"{ROOM}/score.py",
         'counts[CUT] += record.get("finish_reason") == "length"',

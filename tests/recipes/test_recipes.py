@@ -234,6 +234,24 @@ def kept(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in files if path.name != "resume.pth"}
 
 
+@pytest.mark.parametrize("name", ["metamath_gsm8k", "codefeedback_humaneval"])
+def test_a_flag_that_training_refuses_shows_before_the_base_has_answered(name, programs, tmp_path):
+    """The Python here answers for the one program that reads the flags, and writes down every other call."""
+    (tmp_path / "python").rename(tmp_path / "others")
+    reads = f'case $2 in rwkv_bone.config.flags) exec "{sys.executable}" "$@" ;; esac'
+    write_program(tmp_path / "python", f'{reads}\nexec "{tmp_path}/others" "$@"')
+    for flags, sentence in (
+        (["--lr_initt", "3e-4"], "--lr_initt is not a flag of train.py; did you mean --lr_init?"),
+        (["--lr_init", "fast"], "--lr_init: expected a number or auto, got 'fast'"),
+        (["--methods", "lora dora"], "--methods: dora is none of lora rslora pissa bone bat"),
+    ):
+        result, calls = programs(name, "--smoke", "1", "--output", "here", *flags)
+        assert (result.returncode, calls) == (2, []), result.stderr
+        assert result.stderr.splitlines()[-1].startswith(f"error: {sentence}")
+    result, calls = programs(name, "--smoke", "1", "--output", "here", "--methods", "lora")
+    assert calls[0][1] == "rwkv_bone.evaluation.main", result.stderr
+
+
 def smoked(name: str, folder: Path) -> str:
     """What a recipe prints with --smoke 1, without a network."""
     where = "--output_dir" if name == "huggingface_llama" else "--output"

@@ -416,3 +416,14 @@ def print_notes(notes: Iterable[str], warnings: Iterable[str] = ()) -> None:
     if launched.speaks():
         for line in [*(f"note: {note}" for note in notes), *(f"warning: {warning}" for warning in warnings)]:
             print(line, flush=True)
+
+
+if __name__ == "__main__":  # for recipes: whether train.py accepts these flags, before anything else is done
+    import sys
+
+    from rwkv_bone.errors import exit_status
+
+    def main() -> None:
+        parse_train(sys.argv[1:])
+
+    sys.exit(exit_status(main))

@@ -10,11 +10,10 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from rwkv_bone.checkpoints.atomic import atomic_path, sync_folder
 from rwkv_bone.config.checksum import KEY, is_intact, sealed
 from rwkv_bone.errors import JSON_ERRORS, UserError
 from rwkv_bone.evaluation.flags import EvaluateConfig
@@ -25,6 +24,10 @@ FORMAT = 1  # of the folder
 FREE = ("output", "overwrite", "execute_code")
 BY_CONTENT = {"model": ("load_model", "adapter"), "data": ("data_file",), "shots": ("shots_file",)}
 
+# What config.json holds, besides its format and checksum.
+MEANT = {"model": str, "template": str, "settings": dict, "content": dict, "versions": dict, "answers": int}
+ANEW = "sh scripts/evaluate.sh with --overwrite 1 begins anew"
+
 Record = dict[str, Any]
 
 
@@ -34,18 +37,27 @@ def settings_of(cfg: EvaluateConfig) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """What config.json says; None where there is none. UserError for a damaged one, or one of something else."""
+    """What config.json says; None where there is none. UserError for a damaged one, or one of something else.
+
+    It has the keys of `MEANT`, and its settings those of this version.
+    """
     path = folder / CONFIG
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, *JSON_ERRORS) as error:
-        raise UserError(f"{path}: cannot be read ({error}): damaged; --overwrite 1 begins anew") from error
+        raise UserError(f"{path}: cannot be read ({error}): damaged; {ANEW}") from error
     if not isinstance(found, dict) or "evaluation" not in found:
-        raise UserError(f"--output {folder} holds the config.json of something else: give another folder")
+        raise UserError(f"{folder} holds the config.json of something else, not of an evaluation: give another folder")
     if not is_intact(found, ()) or found["evaluation"] != FORMAT:
-        raise UserError(f"{path}: damaged, or of another version; --overwrite 1 begins anew")
+        raise UserError(f"{path}: damaged, or of another version; {ANEW}")
+    for name, kind in MEANT.items():
+        if not isinstance(found.get(name), kind):
+            raise UserError(f"{path}: no {name!r} that can be read: damaged, or of another version; {ANEW}")
+    lacks = [spec.name for spec in fields(EvaluateConfig) if spec.name not in found["settings"]]
+    if lacks:
+        raise UserError(f"{path}: its settings lack {', '.join(lacks)}: of another version; {ANEW}")
     return found
 
 
@@ -80,6 +92,10 @@ def _shown(value: Any) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    from rwkv_bone.checkpoints.atomic import (
+        atomic_path,
+    )  # late: that package brings torch, which a comparison needs not
+
     with atomic_path(path, overwrite=True) as temporary:
         temporary.write_text(json.dumps(sealed(dict(content)), indent=2) + "\n", encoding="utf-8")
 
@@ -130,6 +146,8 @@ def _record(line: bytes) -> Record | None:
 @contextmanager
 def appending(path: Path, size: int) -> Iterator[Callable[[Sequence[Record]], None]]:
     """Adds records to the file, of which the first `size` bytes are kept. They are on the disk when a call returns."""
+    from rwkv_bone.checkpoints.atomic import sync_folder
+
     with open(path, "ab") as file:
         if file.tell() != size:
             file.truncate(size)
@@ -145,6 +163,8 @@ def appending(path: Path, size: int) -> Iterator[Callable[[Sequence[Record]], No
 
 def replace_records(path: Path, records: Sequence[Record]) -> int:
     """Write the file anew with these records; its size."""
+    from rwkv_bone.checkpoints.atomic import atomic_path
+
     data = b"".join(map(line_of, records))
     with atomic_path(path, overwrite=True) as temporary:
         temporary.write_bytes(data)

@@ -17,7 +17,7 @@ from rwkv_bone.config.fields import check_values
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.console import counted
 from rwkv_bone.errors import UserError, exit_status
-from rwkv_bone.evaluation.answers import ANSWERS, CONFIG, Record, read_config, records_of
+from rwkv_bone.evaluation.answers import ANEW, ANSWERS, CONFIG, Record, read_config, records_of
 from rwkv_bone.evaluation.statistics import mcnemar, mean_interval, paired_difference
 
 PROGRAM = "sh scripts/compare.sh"
@@ -53,12 +53,17 @@ def read(folder: Path) -> Evaluation:
         lacks = f"it has no {ANSWERS}" if config else f"it has no {CONFIG}" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder} holds no evaluation ({lacks}): expected the --output of sh scripts/evaluate.sh")
     items: dict[tuple[str, int], list[Record]] = {}
-    samples = config["settings"]["samples"]
+    task, samples = config["settings"]["task"], config["settings"]["samples"]
+    needed = {"item", "hash", *(("nats", "bytes") if task == "perplexity" else ("right",))}
     seen: dict[str, set[int]] = {}
-    for record in records_of(folder / ANSWERS)[0]:
+    for number, record in enumerate(records_of(folder / ANSWERS)[0], 1):
+        if missing := sorted(needed - record.keys()):
+            raise UserError(f"{folder / ANSWERS}:{number}: no {', '.join(missing)}: of another version; {ANEW}")
         of = seen.setdefault(record["hash"], set())
         of.add(record["item"])
         items.setdefault((record["hash"], len(of)), []).append(record)
+    if not items:
+        raise UserError(f"{folder} has no answers yet: run its sh scripts/evaluate.sh again, which goes on")
     return Evaluation(folder, config, {key: item for key, item in items.items() if len(item) == samples})
 
 
@@ -66,6 +71,8 @@ def compare(folders: Sequence[str]) -> Iterator[str]:
     """The lines of the comparison. UserError where there is nothing to compare."""
     if len(folders) != 2:
         raise UserError(f"--runs {' '.join(folders)}: evaluations are compared two at a time")
+    if len({Path(folder).resolve() for folder in folders}) == 1:
+        raise UserError(f"--runs {' '.join(folders)}: that is the same folder twice: expected two evaluations")
     a, b = (read(Path(folder)) for folder in folders)
     if a.task != b.task:
         raise UserError(f"{a.folder} is of --task {a.task}, {b.folder} of --task {b.task}: expected the same task")

@@ -26,7 +26,7 @@ from rwkv_bone.evaluation.flags import EvaluateConfig
 from rwkv_bone.evaluation.items import Found, digest_of, read_items, worked_examples
 from rwkv_bone.evaluation.judge import judged
 from rwkv_bone.evaluation.questions import Asked, Questions
-from rwkv_bone.evaluation.score import result_of, table_of
+from rwkv_bone.evaluation.score import judged_by, result_of, table_of
 from rwkv_bone.evaluation.tasks import TASKS, Task
 from rwkv_bone.inference.likelihood import log_likelihoods, rolling
 from rwkv_bone.inference.stopping import LENGTH
@@ -57,7 +57,8 @@ def evaluate(cfg: EvaluateConfig) -> None:
         (output / RESULT).unlink(missing_ok=True)
         print(job.heading(len(shots)), flush=True)
         records, seconds = job.answered(places, output / ANSWERS)
-        result = {"model": voice.header, "data": found.names, **result_of(cfg, task, records)}
+        result: dict[str, Any] = {"model": voice.header, "data": found.names, "judged_by": judged_by(cfg, task)}
+        result |= result_of(cfg, task, records)
         result["counts"] |= {"rows skipped": job.skipped} if job.skipped else {}
         folder.write_json(output / RESULT, result | {"seconds": round(seconds, 1)})
     print("\n".join(["", *table_of(task, result), "", f"answers   {output / ANSWERS}"]))
@@ -132,6 +133,8 @@ class _Job:
             most = "one token more than the response" if self._exact_length else f"{self._max_new:,} tokens"
             many = f", {cfg.samples} for each question" if cfg.samples > 1 else ""
             lines.append(f"answers   {how}, at most {most}{many}")
+        if by := judged_by(cfg, self.task):
+            lines.append(f"judged by {by}")
         return "\n".join(lines)
 
     @property

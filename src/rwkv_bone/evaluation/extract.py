@@ -1,6 +1,6 @@
 r"""The answer within a model's text, by each benchmark's published rule. Pure functions: text -> answer, or None.
 
-| rule | the number it reproduces | compared by (equal.py) |
+| rule | the number it reproduces | compared by (equal.py; tasks.py) |
 |---|---|---|
 | `after_hashes` | GSM8K as published (Cobbe et al. 2021); lm_eval's gsm8k, strict-match | `same_string` |
 | `flexible` | lm_eval's gsm8k, flexible-extract | `same_string` |
@@ -10,7 +10,6 @@ r"""The answer within a model's text, by each benchmark's published rule. Pure f
 | `minerva` | MATH four-shot (Lewkowycz et al. 2022); lm_eval's minerva_math | `same_math` |
 | `last_number` | SVAMP, and GSM8K of chat models: the last number, read with care (no script) | `same_number` |
 | `number_answer`, `math_answer` | none: the first of the marks above that the text has, for one's own comparisons | |
-| `choice_letter` | none: multiple choice is published by likelihood; this is for chat models | equality |
 | `code_block` | HumanEval and MBPP of chat models, with `code.solution` | tests |
 
 Every rule looks only behind the last `</think>`; a text that still thinks has no answer. Where the prompt has opened
@@ -199,26 +198,6 @@ def math_answer(text: str) -> str | None:
     """
     formulas = re.findall(r"\$([^$\n]+)\$", after_thinking(text))
     return boxed(text) or final_answer(text) or (formulas[-1].strip() or None if formulas else None)
-
-
-def choice_letter(text: str, letters: str = "ABCD") -> str | None:
-    """The letter of the option that a text chooses: behind a phrase, at the text's start, or the last one in brackets.
-
-    A letter counts only as it stands alone or before a reason, so that `A dog` chooses nothing.
-    """
-    text = after_thinking(text).strip()
-    end = r"(?=[).:,，。）*\s]{0,9}(?:[.:,，。）)*\n]|\Z|(?<=\s)(?:because|since|as)\b))"
-    alone = rf"[(（*\s]{{0,9}}(?:option\s|choice\s)?[(（*]{{0,4}}([{letters}]){end}"
-    phrases = re.compile(_PHRASE.pattern + r"|正确选项|选择?", re.IGNORECASE | re.VERBOSE)
-    behind = re.compile(rf"[\s:：是为]{{0,9}}{alone}")
-    chosen = [letter for phrase in phrases.finditer(text) if (letter := behind.match(text, phrase.end()))]
-    if chosen:
-        return chosen[-1][1]
-    if first := re.match(alone, text):
-        return first[1]
-    marks = (r"[(（]{}[)）]", r"\*\*{}[.:]?\*\*", r"\\boxed\{{(?:\\text\{{)?\(?{}\b")
-    marked = re.findall("|".join(mark.format(f"([{letters}])") for mark in marks), text)
-    return "".join(marked[-1]) if marked else None
 
 
 def code_block(text: str, containing: str = "") -> str | None:

@@ -210,8 +210,9 @@ def _values(row: dict[str, Any], where: str, task: Task, names: dict[str, str]) 
         values.update(_choice(values, where))
     if task.name == "math" and "answer" not in values and "solution" not in values:
         raise UserError(f"{where}: neither 'solution' nor 'answer'. Name one with --field solution=FIELD")
-    if "body" in values:  # a word problem in two fields
-        values["question"] = f"{values.pop('body')} {values['question']}"
+    body = values.pop("body", "")  # a word problem in two fields, unless the question has both
+    if body and not values["question"].startswith(body):
+        values["question"] = f"{body} {values['question']}"
     return values
 
 

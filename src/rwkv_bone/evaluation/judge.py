@@ -26,9 +26,10 @@ def judged(
     answers = [taken_apart(text, wording.opening, wording.several)[1] for text in texts]
     if task.name == "humaneval":
         return _run(cfg, asked, answers)
-    found = list(map(task.rules[cfg.extract], answers))
+    extract, same = task.rules[cfg.extract]
+    found = list(map(extract, answers))
     return [
-        {"answer": answer, "right": answer is not None and task.same(answer, one.item.expected)}
+        {"answer": answer, "right": answer is not None and same(answer, one.item.expected)}
         for one, answer in zip(asked, found, strict=True)
     ]
 

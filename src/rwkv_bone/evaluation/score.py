@@ -13,9 +13,19 @@ from rwkv_bone.console import counted
 from rwkv_bone.evaluation.answers import Record
 from rwkv_bone.evaluation.flags import EvaluateConfig
 from rwkv_bone.evaluation.statistics import majority, mean_interval, pass_at_k, wilson
-from rwkv_bone.evaluation.tasks import Task
+from rwkv_bone.evaluation.tasks import EQUALITIES, Same, Task
 
 CUT, EMPTY, NOTHING, UNJUDGED = "cut by length", "empty", "without an answer that the rule finds", "not judged"
+# What --extract takes of an answer.
+MARKS = {
+    "auto": "whichever mark of an answer it has",
+    "hashes": "the number behind ####",
+    "flexible": "lm_eval's flexible match, the last number",
+    "metamath": "what follows 'The answer is: '",
+    "number": "the last number",
+    "boxed": "the last \\boxed",
+    "minerva": "Minerva's 'Final Answer'",
+}
 PASS_AT = (1, 5, 10, 50, 100)
 
 
@@ -51,16 +61,17 @@ def _shares(cfg: EvaluateConfig, task: Task, items: list[list[Record]]) -> dict[
         return scores
     scores = {"accuracy, mean of samples": _mean([count / k for count in right])}
     if task.rules or task.name == "exact":
-        scores[f"maj@{k}"] = _share([_majority_right(task, item) for item in items])
+        same = task.rules[cfg.extract].same if task.rules else str.__eq__
+        scores[f"maj@{k}"] = _share([_majority_right(same, item) for item in items])
     for n in sorted({n for n in PASS_AT if n <= k} | {k}):
         scores[f"pass@{n}"] = _mean([pass_at_k(k, count, n) for count in right])
     return scores
 
 
-def _majority_right(task: Task, item: list[Record]) -> bool:
+def _majority_right(same: Same, item: list[Record]) -> bool:
     """Whether the answer that most samples give is right."""
     answers = [record["answer"] for record in item]
-    found = majority(answers, task.same)
+    found = majority(answers, same)
     return found is not None and bool(item[answers.index(found)]["right"])
 
 
@@ -96,6 +107,17 @@ def _ratio(parts: Sequence[float], sizes: Sequence[int]) -> dict[str, Any]:
     residue = [(part - ratio * size) / mean for part, size in zip(parts, sizes, strict=True)]
     _, low, high = mean_interval(residue)
     return {"value": ratio, "low": ratio + low, "high": ratio + high}
+
+
+def judged_by(cfg: EvaluateConfig, task: Task) -> str:
+    """How answers are judged, in words; empty for a perplexity."""
+    if task.rules:
+        return f"{MARKS[cfg.extract]}; {EQUALITIES[task.rules[cfg.extract].same]} (--extract {cfg.extract})"
+    return {
+        "exact": "the whole answer, letter by letter",
+        "humaneval": "the task's tests" if cfg.execute_code else "nothing yet (--execute_code 0)",
+        "choice": "the likeliest choice",
+    }.get(task.name, "")
 
 
 def table_of(task: Task, result: dict[str, Any]) -> list[str]:

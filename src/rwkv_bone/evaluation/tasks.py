@@ -8,21 +8,37 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from rwkv_bone.errors import UserError
 from rwkv_bone.evaluation import code, extract
-from rwkv_bone.evaluation.equal import same_math, same_number
+from rwkv_bone.evaluation.equal import same_hendrycks, same_math, same_number, same_string
 
 Values = Mapping[str, Any]  # what a row says, under the task's names of fields
-Rule = Callable[[str], "str | None"]
+Extract = Callable[[str], "str | None"]
+Same = Callable[[str, str], bool]
+
+
+class Rule(NamedTuple):
+    """One way to judge an answer: what of it counts, and when that is the expected answer."""
+
+    extract: Extract
+    same: Same
+
+
+EQUALITIES: dict[Same, str] = {
+    same_number: "equal as numbers",
+    same_math: "equal by value",
+    same_string: "equal as strings, by lm_eval's rule for GSM8K",
+    same_hendrycks: "equal as strings, by MATH's published rule",
+}
 
 
 def _hashes_or_number(text: str) -> str | None:
     return extract.after_hashes(text) or extract.number_answer(text)
 
 
-NUMBERS: dict[str, Rule] = {
+_MARKS: dict[str, Extract] = {
     "auto": _hashes_or_number,
     "hashes": extract.after_hashes,
     "flexible": extract.flexible,
@@ -31,7 +47,20 @@ NUMBERS: dict[str, Rule] = {
     "boxed": extract.boxed,
     "minerva": extract.minerva,
 }
-FORMULAS: dict[str, Rule] = {**NUMBERS, "auto": extract.math_answer, "metamath": extract.metamath_text}
+
+
+def _rules(same: Same, marks: Mapping[str, Extract], published: Mapping[str, Same]) -> dict[str, Rule]:
+    """The rules by --extract: those in `published` compare as their publishers do, the others by `same`."""
+    return {name: Rule(mark, published.get(name, same)) for name, mark in marks.items()}
+
+
+NUMBERS = _rules(same_number, _MARKS, {})
+GSM8K = _rules(same_number, _MARKS, {"hashes": same_string, "flexible": same_string})
+MATH = _rules(
+    same_math,
+    {**_MARKS, "auto": extract.math_answer, "metamath": extract.metamath_text},
+    {"boxed": same_hendrycks, "metamath": same_hendrycks},
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +86,6 @@ class Task:
     stops: tuple[str, ...] = ()
     max_new: int = 512
     rules: Mapping[str, Rule] = field(default_factory=dict)
-    same: Callable[[str, str], bool] = str.__eq__
     hub: tuple[str, str] = ("", "")
 
     @property
@@ -132,8 +160,7 @@ TASKS = {
             message="{question}",
             worked="{answer}",
             stops=("Question:",),
-            rules=NUMBERS,
-            same=same_number,
+            rules=GSM8K,
             hub=("openai/gsm8k", "main/test-*.parquet"),
         ),
         Task(
@@ -146,8 +173,7 @@ TASKS = {
             worked="{solution}",
             stops=("Problem:",),
             max_new=1024,
-            rules=FORMULAS,
-            same=same_math,
+            rules=MATH,
             hub=("EleutherAI/hendrycks_math", "*/test-*.parquet"),
         ),
         Task(
@@ -179,7 +205,6 @@ TASKS = {
             stops=("Question:",),
             max_new=256,
             rules=NUMBERS,
-            same=same_number,
             hub=("ChilleD/SVAMP", "**/test*"),
         ),
         Task(

@@ -28,7 +28,7 @@ def find_pair(path: Path) -> Path | None:
     """The common name (without .bin or .idx) of the pair that `path` names, or None if it names no pair."""
     if path.suffix in (".bin", ".idx"):
         return path.with_suffix("")
-    if path.is_file():
+    if path.is_file() or not path.name:  # such as a folder's own "." or "/"
         return None
     if any(part_of(path, suffix).exists() for suffix in (".bin", ".idx")):
         return path
@@ -36,7 +36,9 @@ def find_pair(path: Path) -> Path | None:
 
 
 def part_of(pair: Path, suffix: str) -> Path:
-    """The file of a pair with this ending, .bin or .idx."""
+    """The file of a pair with this ending, .bin or .idx. UserError for a path without a name, such as "."."""
+    if not pair.name:
+        raise UserError(f"{pair}: expected the name of a .bin/.idx pair")
     return pair.with_name(pair.name + suffix)
 
 

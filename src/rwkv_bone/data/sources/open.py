@@ -47,6 +47,8 @@ def open_source(
     columns: names of the columns of a table without a header (--columns); () = the first line may name them.
     fields: the names in --sft_field; a first line with one of them is a header.
     """
+    if not name.strip():
+        raise UserError("the name of a file is empty: expected a file, a folder, or a name of the Hugging Face Hub")
     path, options = Path(name), Options(columns, fields)
     pair = find_pair(path)
     folder = _folder(name, path, pair, data_type)
