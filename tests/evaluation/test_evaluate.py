@@ -1,6 +1,7 @@
 """An evaluation from rows to its files: what is asked, what is kept, and what never depends on anything else."""
 
 import json
+import os
 import random
 
 import pytest
@@ -17,6 +18,7 @@ from rwkv_bone.evaluation.tasks import choices_of, chosen
 from rwkv_bone.inference.evaluate import exact_match
 from rwkv_bone.inference.load import load_model
 from rwkv_bone.inference.voice import Voice, Written
+from rwkv_bone.models import RWKV
 from tests.conftest import adapter_state, random_model
 from tests.evaluation.answering import records, result, write_rows
 
@@ -326,6 +328,19 @@ def test_rows_that_cannot_be_used_stop_or_are_skipped_and_counted(evaluations, c
     assert "r.jsonl:3: its answer holds no right answer" in said.err and "2 rows skipped (--bad_rows skip)" in said.out
     # A bad row beyond the limit is not asked about.
     evaluations("limited", task="gsm8k", data_file=path, limit=1)
+
+
+def test_worked_examples_are_read_once_for_all_questions(evaluations, monkeypatch):
+    path = write_rows(evaluations.folder / "test.jsonl", WORD_PROBLEMS[:5])
+    train = write_rows(evaluations.folder / "train.jsonl", WORD_PROBLEMS)
+    read, forward = [], RWKV.forward
+    monkeypatch.setattr(RWKV, "forward", lambda self, ids, **how: read.append(ids.numel()) or forward(self, ids, **how))
+    out = evaluations(task="gsm8k", data_file=path, shots_file=train, shots=2, batch=2, max_new=4)
+    asked = [record["prompt"] for record in records(out)]
+    shared = len(os.path.commonprefix(asked))  # a token is a byte
+    assert shared > 60 and len(set(asked)) == 5
+    # Each batch shares a little more, if that is not worth a pass: the rest of each question is read.
+    assert sum(read) == shared + sum(len(prompt) - shared for prompt in asked)
 
 
 def test_a_long_prompt_is_read_whole(evaluations):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_bone.adapters import AdapterSettings, inject
-from rwkv_bone.inference.generate import BATCH, PIECE, generate
+from rwkv_bone.inference.generate import BATCH, PIECE, generate, read_beginning
 from rwkv_bone.models import LayerState
 from tests.conftest import random_model
 from tests.live_bytes import LiveBytes
@@ -169,6 +169,42 @@ def test_on_a_processor_the_model_itself_reads_nothing_but_prompts(model, monkey
     answers = generate(model, PROMPTS, max_new=[4, 1, 6, 3, 5], stop_id=None, batch=3)
     assert [len(answer) for answer in answers] == [4, 1, 6, 3, 5]
     assert read == [sum(map(len, PROMPTS[:3])), sum(map(len, PROMPTS[3:]))]
+
+
+@pytest.mark.parametrize("version", [5, 6, 7])
+@pytest.mark.parametrize("piece", [7, 64])
+def test_what_prompts_begin_with_and_equal_prompts_are_read_once(version, piece):
+    model, read = random_model(seed=3, version=version).eval(), []
+    model.add_time_state()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.att.time_state.normal_(generator=torch.Generator().manual_seed(0))
+    [examples] = prompts_of(20)
+    # The third is nothing but what the others begin with, so its last token is read with the rest of each.
+    prompts = [examples + rest for rest in ([5, 6, 7], [9], [], [5, 6, 7], [1, 2, 3, 4, 5, 6])]
+    expected = [slowly(model, prompt, 6, None) for prompt in prompts]
+    assert len(set(map(tuple, expected))) > 2
+
+    def counted(ids, **how):
+        read.append(ids.numel())
+        return model(ids, **how)
+
+    assert generate(counted, prompts, max_new=6, stop_id=None, piece=piece) == expected
+    assert sum(read) == 19 + (4 + 2 + 1 + 7) + 5 * 5
+    # One that several calls share.
+    known = read_beginning(model, prompts, piece=piece)
+    read.clear()
+    assert generate(counted, prompts, max_new=6, stop_id=None, piece=piece, batch=2, known=known) == expected
+    assert sum(read) == (4 + 2) + (1 + 4) + 7 + 5 * 5
+    with pytest.raises(ValueError, match="begin with its 19 tokens"):
+        generate(model, [prompts[0], examples[:19]], max_new=1, known=known)
+    with pytest.raises(ValueError, match="begin with its 19 tokens"):
+        generate(model, [prompts[0], [*examples[:18], 0, 1]], max_new=1, known=known)
+
+
+def test_a_beginning_that_is_short_gets_no_pass_of_its_own(model):
+    assert read_beginning(model, [[1] * 15 + [2, 3], [1] * 15 + [4, 5]]) is None
+    assert read_beginning(model, [[1] * 17 + [2]]) is None
 
 
 def test_a_stop_text_ends_the_answer_that_holds_it_and_no_other(model):

@@ -7,6 +7,7 @@ DECODER, SAMPLING = "tests/inference/test_decoder.py", "tests/inference/test_sam
 STOPPING, STREAM, GENERATE = (f"tests/inference/test_{name}.py" for name in ("stopping", "stream", "generate"))
 COMPILED, WHOLE = f"{INFERENCE}/compiled.py", f"{DECODER} -k whole_text"
 ADAPTED, TOGETHER = f"{DECODER} -k adapters", f"{DECODER} -k any_number"
+ONCE = f"{GENERATE} -k read_once"
 
 BUGS = (
     # The operations of a token.
@@ -141,6 +142,31 @@ BUGS = (
         "compiled(model) if isinstance(model, RWKV)",
         "None if isinstance(model, RWKV)",
         f"{GENERATE} -k nothing_but_prompts",
+    ),
+    # What prompts begin with.
+    Bug(f"{INFERENCE}/generate.py", "    if shared:\n        [start] =", "    if shared:\n        _ =", ONCE),
+    Bug(f"{INFERENCE}/generate.py", "known.state if known else None, piece", "None, piece", ONCE),
+    Bug(
+        f"{INFERENCE}/generate.py",
+        "enumerate(dict.fromkeys(map(tuple, prompts)))",
+        "enumerate(map(tuple, prompts))",
+        ONCE,
+    ),
+    Bug(
+        f"{INFERENCE}/generate.py",
+        "return torch.cat(logits)[of], _rows(state, of)",
+        "return torch.cat(logits)[of], state",
+        ONCE,
+    ),
+    Bug(f"{INFERENCE}/generate.py", "beginning([prompt[:-1] for prompt in prompts])", "beginning(prompts)", ONCE),
+    Bug(f"{INFERENCE}/generate.py", ">= SHORTEST else ()", ">= 1 else ()", f"{GENERATE} -k short"),
+    Bug(f"{INFERENCE}/generate.py", "len(prompt) > len(begun) and ", "", ONCE),
+    Bug(f"{INFERENCE}/generate.py", " and tuple(prompt[: len(begun)]) == begun for", " for", ONCE),
+    Bug(
+        "src/rwkv_bone/evaluation/evaluate.py",
+        'how["known"] = known',
+        'how["known"] = None',
+        "tests/evaluation/test_evaluate.py -k read_once",
     ),
     Bug(f"{INFERENCE}/generate.py", 'f"{seed} {i}"', "str(seed)", f"{GENERATE} -k beside"),
     Bug(

@@ -2,7 +2,8 @@
 
 from tests.planted.bug import Bug
 
-LIKELIHOOD, HARNESS = "src/rwkv_bone/inference/likelihood.py", "src/rwkv_bone/evaluation/harness.py"
+LIKELIHOOD, PACKED = "src/rwkv_bone/inference/likelihood.py", "src/rwkv_bone/inference/packed.py"
+HARNESS = "src/rwkv_bone/evaluation/harness.py"
 COMMAND = "src/rwkv_bone/evaluation/harness_main.py"
 PAIRS, TASKS = "tests/inference/test_likelihood.py", "tests/evaluation/test_harness.py"
 CUT, ONCE = f"{PAIRS} -k 'however_it_is_cut and how1-7'", f"{PAIRS} -k 'once or share'"
@@ -11,20 +12,20 @@ BUGS = (
     # Texts in pieces, from states.
     Bug(LIKELIHOOD, "trunk.context[:-1] for trunk", "trunk.context for trunk", CUT),
     Bug(LIKELIHOOD, "        branches.sort(key=lambda branch: branch[1] is None)\n", "", f"{PAIRS} -k how0-7"),
-    Bug(LIKELIHOOD, "if start <= begin < stop]", "if start < begin < stop]", CUT),
-    Bug(LIKELIHOOD, "if start < end <= stop]", "if start < end < stop]", CUT),
-    Bug(LIKELIHOOD, "carried = [] if stop in ends else [_rows(after, slice(len(inside), None))]", "carried = []", CUT),
-    Bug(LIKELIHOOD, "before = [*carried, *(", "before = [*(", CUT),
+    Bug(PACKED, "if start <= begin < stop]", "if start < begin < stop]", CUT),
+    Bug(PACKED, "if start < end <= stop]", "if start < end < stop]", CUT),
+    Bug(PACKED, "carried = [] if stop in ends else [rows(after, slice(len(inside), None))]", "carried = []", CUT),
+    Bug(PACKED, "before = [*carried, *(", "before = [*(", CUT),
     Bug(LIKELIHOOD, "        states[number] = state\n", "        states[number] = root\n", CUT),
     Bug(LIKELIHOOD, "[root] * len(longer)", "[None] * len(longer)", CUT),
-    Bug(LIKELIHOOD, "shared = _beginning(texts) if len(texts) > 1 else []", "shared: list[int] = []", ONCE),
+    Bug(LIKELIHOOD, "shared = beginning(texts) if len(texts) > 1 else []", "shared: list[int] = []", ONCE),
     Bug(LIKELIHOOD, "if trunks and sum(len(t.pairs) for t in trunks)", "if trunks and sum(1 for t in trunks)", ONCE),
     # What is made of the logits.
     Bug(LIKELIHOOD, "bool(right.all())", "bool(right.any())", CUT),
     Bug(LIKELIHOOD, "argmax(dim=1) == label", "argmin(dim=1) == label", CUT),
     Bug(LIKELIHOOD, "Likelihood(0.0, 0, True)", "Likelihood(0.0, 0, False)", CUT),
     Bug(LIKELIHOOD, "yield Likelihood(-loss.sum().item()", "yield Likelihood(loss.sum().item()", CUT),
-    Bug(LIKELIHOOD, "        del logits  # before the next ones are made\n", "", f"{PAIRS} -k memory"),
+    Bug(PACKED, "        del logits  # before the next ones are made\n", "", f"{PAIRS} -k memory"),
     Bug(
         LIKELIHOOD,
         "piece = min(piece, rows_at_a_time(",

@@ -3,6 +3,7 @@
 Answers are numbered: item by item, sample by sample. Batches are cut from this list at the same places whatever was
 done before, so an answer has the same neighbours in a run that was interrupted and in one that was not. What an answer
 is follows from its own question and its own random numbers; its neighbours can only change the rounding of a sum.
+What all questions begin with, such as worked examples, is read once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from rwkv_bone.evaluation.judge import judged
 from rwkv_bone.evaluation.questions import Asked, Questions
 from rwkv_bone.evaluation.score import judged_by, result_of, table_of
 from rwkv_bone.evaluation.tasks import TASKS, Task
+from rwkv_bone.inference.generate import Known, read_beginning
 from rwkv_bone.inference.likelihood import log_likelihoods, rolling
 from rwkv_bone.inference.stopping import LENGTH
 from rwkv_bone.inference.voice import Voice, enough_memory, load_voice, trained_with
@@ -156,9 +159,10 @@ class _Job:
         doing = "answering" if self.task.written else "reading"
         try:
             with folder.appending(path, size) as add, progress_bar(len(places), doing, initial=done) as bar:
+                known = self._known(places) if done < len(places) else None
                 first = done - done % self.cfg.batch if done < len(places) else done
                 for start in range(first, len(places), self.cfg.batch):
-                    new = list(self._answers(places[start : start + self.cfg.batch]))[max(0, done - start) :]
+                    new = list(self._answers(places[start : start + self.cfg.batch], known))[max(0, done - start) :]
                     add(new)
                     records += new
                     bar.update(len(new))
@@ -188,14 +192,23 @@ class _Job:
             record |= judgement
         return folder.replace_records(path, records)
 
-    def _answers(self, places: Sequence[_Place]) -> Iterator[Record]:
+    def _known(self, places: Sequence[_Place]) -> Known | None:
+        """What all questions that are answered in writing begin with, read."""
+        if not self.task.written:
+            return None
+        with enough_memory("while prompts were read"):
+            return read_beginning(self.voice.model, [place.ids for place in places], device=self.voice.device)
+
+    def _answers(self, places: Sequence[_Place], known: Known | None) -> Iterator[Record]:
         """The records of a batch."""
-        make = {"choice": self._chosen, "perplexity": self._likely}.get(self.task.name, self._written)
+        make = {"choice": self._chosen, "perplexity": self._likely}.get(
+            self.task.name, partial(self._written, known=known)
+        )
         for place, record in zip(places, make(places), strict=True):
             item, sample, digest = _name(place)
             yield {"item": item, "sample": sample, "hash": digest, "prompt": place.asked.prompt, **record}
 
-    def _written(self, places: Sequence[_Place]) -> Iterator[Record]:
+    def _written(self, places: Sequence[_Place], known: Known | None) -> Iterator[Record]:
         cfg, wording = self.cfg, self.voice.wording
         stops = cfg.stops
         if not stops and self.task.name != "exact":  # there a response ends as in training: with the document
@@ -205,6 +218,7 @@ class _Job:
             limits = [len(self.voice.encode(place.asked.answers[0])) + 1 for place in places]
         seeds = [f"{cfg.seed} {place.asked.item.hash} {place.sample}" for place in places]
         how = {"temperature": cfg.temperature, "top_p": cfg.top_p, "stop_texts": stops, "batch": cfg.batch}
+        how["known"] = known
         written = list(self.voice.write([place.ids for place in places], seeds, max_new=limits, **how))
         asked, texts = [place.asked for place in places], [text for text, _, _ in written]
         judgements = judged(cfg, self.task, wording, asked, texts)

@@ -2,31 +2,53 @@
 
 Memory grows neither with the number of prompts nor with their length. At most `batch` prompts are worked on at a time.
 They are read packed, one after another, in pieces of `piece` tokens; each piece goes on from the states of the one
-before. On a CPU a token of each sequence then goes through the model in one call (`compiled.py`).
+before. What the prompts of a batch begin with in common, such as worked examples, is read once, and so are equal
+prompts: this changes the rounding of sums and nothing else. On a CPU a token of each sequence then goes through the
+model in one call (`compiled.py`).
 
-Sizes: B sequences at a time, D documents of a piece, V vocabulary.
+Sizes: B sequences at a time, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rwkv_bone.data.tokenizer import Tokenizer
 from rwkv_bone.inference.compiled import CompiledModel, compiled, flat_states
-from rwkv_bone.inference.decoder import PIECE
+from rwkv_bone.inference.decoder import PIECE, State
+from rwkv_bone.inference.packed import StatefulModel, beginning, joined, pieces, rows, states_after
 from rwkv_bone.inference.sampling import Samplers, Sampling
 from rwkv_bone.inference.stopping import END, LENGTH, TEXT, Stop, Writing
 from rwkv_bone.models import RWKV, LayerState
 
 BATCH = 32  # sequences at a time; the state of one takes 21 MB at 2.9B, 34 MB at 7B
+SHORTEST = 16  # tokens of a common beginning that are worth a pass of their own
 
-# `RWKV.forward` with return_state: (logits [B, V], the new state).
-StatefulModel = Callable[..., tuple[Tensor, list[LayerState]]]
+
+class Known(NamedTuple):
+    """What all of some prompts begin with, and the state after it, of one row."""
+
+    tokens: tuple[int, ...]
+    state: State
+
+
+def shared_beginning(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """What prompts begin with in common, without the last token of any: none where reading it once gains nothing."""
+    shared = beginning([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else ()
+    return tuple(shared) if len(shared) >= SHORTEST else ()
+
+
+@torch.no_grad()
+def read_beginning(
+    model: StatefulModel, prompts: Sequence[Sequence[int]], *, piece: int = PIECE, device: torch.device | str = "cpu"
+) -> Known | None:
+    """What these prompts begin with, read for several calls of `generate`; None where that gains nothing."""
+    tokens = shared_beginning(prompts)
+    return Known(tokens, *states_after(model, [tokens], [None], piece, device)) if tokens else None
 
 
 @torch.no_grad()
@@ -42,6 +64,7 @@ def generate(
     batch: int = BATCH,
     piece: int = PIECE,
     device: torch.device | str = "cpu",
+    known: Known | None = None,
     done: Callable[[int], object] = lambda prompts: None,
     ended: Callable[[str], object] = lambda why: None,
     seed: int | Sequence[int] = 0,
@@ -52,16 +75,19 @@ def generate(
     model: an `RWKV`, or what passes its arguments on to one. Prompts may have any length but 0; they are never cut.
     max_new: the largest number of new tokens, of all prompts or of each. stop_texts: they end an answer wherever they
     stand in its text, and need the tokenizer; opening: see `Stop`. The states of `batch` sequences and one forward pass
-    of `piece` tokens must fit into memory. done: called after each batch with the number of its prompts. ended: called
-    for each answer, in order, with why it ended: `stopping.END`, TEXT or LENGTH. seed: of all prompts, which then draw
-    different numbers, or of each. sampling: the other fields of `Sampling`; without them the most likely token is
-    taken. What a prompt draws does not depend on the other prompts.
+    of `piece` tokens must fit into memory. known: what every prompt begins with, already read. done: called after each
+    batch with the number of its prompts. ended: called for each answer, in order, with why it ended: `stopping.END`,
+    TEXT or LENGTH. seed: of all prompts, which then draw different numbers, or of each. sampling: the other fields of
+    `Sampling`; without them the most likely token is taken. What a prompt draws does not depend on the other prompts.
 
-    ValueError for an empty prompt, a batch or piece below 1, a number of seeds or of max_new that is not that of the
-    prompts, and for what `Sampling` and `Stop` refuse.
+    ValueError for an empty prompt, one that does not begin as `known` and go on, a batch or piece below 1, a number of
+    seeds or of max_new that is not that of the prompts, and for what `Sampling` and `Stop` refuse.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt is empty: it needs at least one token to continue from")
+    begun = known.tokens if known else ()
+    if not all(len(prompt) > len(begun) and tuple(prompt[: len(begun)]) == begun for prompt in prompts):
+        raise ValueError(f"known: expected every prompt to begin with its {len(begun)} tokens, and to go on")
     if min(batch, piece) < 1:
         raise ValueError(f"batch {batch}, piece {piece}: expected at least 1")
     if stop_texts and tokenizer is None:
@@ -80,7 +106,8 @@ def generate(
         some = slice(start, start + batch)
         written = [_Written(limit, tokenizer if stop_texts else None, stop) for limit in most[some]]
         if any(most[some]):
-            logits, state = _read(model, prompts[some], piece, device)
+            rests = [prompt[len(begun) :] for prompt in prompts[some]]
+            logits, state = _read(model, rests, known.state if known else None, piece, device)
             going = _Together(model, state, device) if one_call is None else _InOneCall(one_call, state)
             del state  # in one call its copy is what changes
             _answer(going, logits, written, Samplers(how, seeds[some]), device)
@@ -133,7 +160,7 @@ class _Going(Protocol):
 class _Together(_Going):
     """By the model's own forward."""
 
-    def __init__(self, model: StatefulModel, state: list[LayerState], device: torch.device | str):
+    def __init__(self, model: StatefulModel, state: State, device: torch.device | str):
         self._model, self._state, self._device = model, state, device
 
     def keep(self, rows: list[int]) -> None:
@@ -147,7 +174,7 @@ class _Together(_Going):
 class _InOneCall(_Going):
     """By the compiled model, which changes the states where they are."""
 
-    def __init__(self, model: CompiledModel, state: list[LayerState]):
+    def __init__(self, model: CompiledModel, state: State):
         self._model, self._states = model, flat_states(state)
 
     def keep(self, rows: list[int]) -> None:
@@ -180,32 +207,27 @@ def _answer(
 
 
 def _read(
-    model: StatefulModel, prompts: Sequence[Sequence[int]], piece: int, device: torch.device | str
-) -> tuple[Tensor, list[LayerState]]:
-    """Read prompts, packed one after another: (logits [B, V] of what follows each, the state after each)."""
-    tokens, ends = list(chain.from_iterable(prompts)), list(accumulate(map(len, prompts)))
-    logits: list[Tensor] = []  # of the prompts that have ended so far
-    states: list[list[LayerState]] = []
-    state: list[LayerState] | None = None  # of the prompt that goes on in the next piece
-    for start in range(0, len(tokens), piece):
-        ids = torch.tensor([tokens[start : start + piece]], device=device)
-        stop = start + ids.shape[1]
-        inside = [end - start for end in ends if start < end <= stop]
-        bounds = [0, *inside] if stop in ends else [0, *inside, stop - start]
-        cu_seqlens = torch.tensor(bounds, device=device)
-        out, state = model(ids, state=state, cu_seqlens=cu_seqlens, return_state=True, last_only=True)
-        n = len(inside)  # the prompts that end here; one more may go on in the next piece
-        logits.append(out[:n].clone())  # a view would keep the rows of every piece in memory
-        states.append(_rows(state, slice(n)))
-        state = _rows(state, slice(n, None))
-    joined = [LayerState(*map(torch.cat, zip(*layer, strict=True))) for layer in zip(*states, strict=True)]
-    return torch.cat(logits), joined
+    model: StatefulModel, prompts: Sequence[Sequence[int]], start: State | None, piece: int, device: torch.device | str
+) -> tuple[Tensor, State]:
+    """Read prompts from `start` on: (logits [B, V] of what follows each, the state after each)."""
+    places = {text: place for place, text in enumerate(dict.fromkeys(map(tuple, prompts)))}  # of different prompts
+    shared = shared_beginning(list(places))
+    if shared:
+        [start] = states_after(model, [shared], [start], piece, device)
+    texts, made = [text[len(shared) :] for text in places], list[Tensor]()
+    logits: list[Tensor] = []
+    states: list[State] = []
+    for ended, after in pieces(model, texts, [start] * len(texts), piece, device, made.append, last_only=True):
+        logits.append(made.pop()[:ended].clone())  # a view would keep the rows of every piece in memory
+        states.append(rows(after, slice(ended)))
+        del after
+    state = joined(states)
+    if len(places) == len(prompts):
+        return torch.cat(logits), state
+    of = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
+    return torch.cat(logits)[of], _rows(state, of)
 
 
-def _rows(state: list[LayerState], rows: Tensor | slice) -> list[LayerState]:
-    """The states of some of the sequences, a copy in any case: a view would keep the others in memory too."""
-
-    def copy(part: Tensor) -> Tensor:
-        return part[rows].clone() if isinstance(rows, slice) else part[rows]
-
-    return [LayerState(*map(copy, layer)) for layer in state]
+def _rows(state: State, some: Tensor) -> State:
+    """The states of some of the sequences, a copy."""
+    return [LayerState(*(part[some] for part in layer)) for layer in state]

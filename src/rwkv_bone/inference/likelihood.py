@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, chain, groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,8 @@ from torch import Tensor
 from rwkv_bone.errors import UserError
 from rwkv_bone.inference.decoder import PIECE, State
 from rwkv_bone.inference.generate import BATCH
-from rwkv_bone.models import RWKV, LayerState
+from rwkv_bone.inference.packed import beginning, pieces, states_after
+from rwkv_bone.models import RWKV
 from rwkv_bone.ops.cross_entropy import rows_at_a_time, softmax_gradient_
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -126,33 +127,16 @@ def _batches(pairs: Sequence[Pair], batch: int) -> Iterator[list[_Trunk]]:
 
 def _states(model: RWKV, texts: Sequence[Sequence[int]], piece: int, device: torch.device | str) -> list[State | None]:
     """The state after each text, of one row; None after an empty one: the start of a document."""
-    shared = _beginning(texts) if len(texts) > 1 else []
+    shared = beginning(texts) if len(texts) > 1 else []
     root: State | None = None
     if shared:
-        [root] = _read_all(model, [shared], [None], piece, device)
+        [root] = states_after(model, [shared], [None], piece, device)
     rests = [text[len(shared) :] for text in texts]
     longer = [number for number, rest in enumerate(rests) if rest]
     states: list[State | None] = [root] * len(texts)
-    read = _read_all(model, [rests[number] for number in longer], [root] * len(longer), piece, device)
+    read = states_after(model, [rests[number] for number in longer], [root] * len(longer), piece, device)
     for number, state in zip(longer, read, strict=True):
         states[number] = state
-    return states
-
-
-def _beginning(texts: Sequence[Sequence[int]]) -> Sequence[int]:
-    """What all texts begin with."""
-    first, last = min(map(list, texts)), max(map(list, texts))  # whatever lies between these begins as both do
-    same = (number for number, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
-    return first[: next(same, len(first))]
-
-
-def _read_all(
-    model: RWKV, texts: Sequence[Sequence[int]], starts: Sequence[State | None], piece: int, device: torch.device | str
-) -> list[State]:
-    """The state after each text, read from `starts` on."""
-    states: list[State] = []
-    for ended, after in _pieces(model, texts, starts, piece, device, lambda logits: None, last_only=True):
-        states += (_rows(after, slice(row, row + 1)) for row in range(ended))
     return states
 
 
@@ -172,57 +156,10 @@ def _score(
         likeliest.append(logits[0].argmax(dim=1) == label)
         losses.append(softmax_gradient_(logits[0], label, gradient=False))
 
-    for _ in _pieces(model, branches, starts, piece, device, measure):
+    for _ in pieces(model, branches, starts, piece, device, measure):
         pass
     lengths = [len(branch) for branch in branches]
     # The one wait for the device.
     nats, greedy = torch.cat(losses).cpu().double().split(lengths), torch.cat(likeliest).cpu().split(lengths)
     for loss, right in zip(nats, greedy, strict=True):
         yield Likelihood(-loss.sum().item(), len(loss), bool(right.all()))
-
-
-def _pieces(
-    model: RWKV,
-    texts: Sequence[Sequence[int]],
-    starts: Sequence[State | None],
-    piece: int,
-    device: torch.device | str,
-    take: Callable[[Tensor], None],
-    **how: Any,
-) -> Iterator[tuple[int, State]]:
-    """Read texts, packed, from `starts` on: (how many texts end in it, the states) of each piece.
-
-    No text is empty, and no start but None comes after None. The states have one row for each text of the piece; one
-    more than those that end in it is there where a text goes on in the next piece. take: called with the logits of each
-    piece, which nothing holds afterwards. how: for the model's forward.
-    """
-    tokens, ends = list(chain.from_iterable(texts)), list(accumulate(map(len, texts)))
-    begins = [0, *ends]
-    carried: list[State] = []  # of the text that goes on, one or none
-    for start in range(0, len(tokens), piece):
-        ids = torch.tensor([tokens[start : start + piece]], device=device)
-        stop = start + ids.shape[1]
-        inside = [end - start for end in ends if start < end <= stop]
-        bounds = [0, *inside] if stop in ends else [0, *inside, stop - start]
-        new = [state for begin, state in zip(begins, starts, strict=False) if start <= begin < stop]
-        before = [*carried, *(state for state in new if state is not None)]
-        logits, after = model(
-            ids,
-            state=_joined(before) if before else None,
-            cu_seqlens=torch.tensor(bounds, device=device),
-            return_state=True,
-            **how,
-        )
-        take(logits)
-        del logits  # before the next ones are made
-        yield len(inside), after
-        carried = [] if stop in ends else [_rows(after, slice(len(inside), None))]
-
-
-def _joined(states: Sequence[State]) -> State:
-    return [LayerState(*map(torch.cat, zip(*layer, strict=True))) for layer in zip(*states, strict=True)]
-
-
-def _rows(state: State, rows: slice) -> State:
-    """The states of some texts, a copy: a view would keep the others in memory too."""
-    return [LayerState(*(part[rows].clone() for part in layer)) for layer in state]
