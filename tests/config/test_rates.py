@@ -37,6 +37,24 @@ def test_a_rate_falls_with_what_its_step_grows_with(words, ratio, width):
     assert auto_rate(adapter, width) == pytest.approx(expected, rel=0.05)  # two digits
 
 
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [  # 20^1.28 is 46.3, 20^0.78 is 10.4, 20^0.67 is 7.44
+        (("--bone_r", "64"), 4.6e-5),  # as docs/adapters.md says
+        (("--bone_r", "32", "--bone_mode", "bat"), 6.5e-5),
+        (("--peft", "lora", "--lora_r", "32"), 2.9e-4),
+        (("--peft", "lora", "--lora_r", "64", "--lora_rs", "1"), 1.8e-5),  # scale x rank is 64 x 8
+        (("--peft", "pissa"), 6.5e-5),
+        (("--peft", "none"), 9.7e-5),
+        (("--peft", "state"), 0.1),
+    ],
+)
+def test_the_rates_of_a_model_twenty_times_as_wide_as_the_rules(words, rate):
+    assert auto_rate(settings(*words)[1], 2560) == rate
+    if "none" in words:
+        assert auto_rate(settings(*words)[1], 2560, from_scratch=True) == 2.7e-4
+
+
 def test_numbers_that_are_given_stay_and_the_end_is_a_thirtieth():
     optim, adapter = settings("--bone_r", "32")
     found = decided(optim, adapter, 128)

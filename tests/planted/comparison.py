@@ -11,6 +11,11 @@ COUNTS, SHOWN = (f"tests/benchmarks/test_convergence_{name}.py" for name in ("st
 
 BUGS = (
     Bug(RATES, "(width / WIDTH) ** rule.by_width", "(WIDTH / width) ** rule.by_width", RULE),
+    Bug(RATES, "Rule(3e-3, -1.28, -0.5)", "Rule(3e-3, -0.78, -0.5)", f"{RULE} -k twenty_times"),
+    Bug(RATES, '"lora": Rule(3e-3, -0.78, -1.0)', '"lora": Rule(3e-3, -1.28, -1.0)', f"{RULE} -k twenty_times"),
+    Bug(RATES, "        return adapter.bone_r\n", "        return SIZE\n", RULE),
+    Bug(RATES, 'in ("lora", "pissa"):\n        rate', 'in ("lora",):\n        rate', f"{RUNS} -k rule"),
+    Bug(RATES, "began.lr_final if optim.lr_final == AUTO else", "began.lr_final if False else", f"{RULE} -k began"),
     Bug(RATES, "alpha * adapter.lora_r**0.5 if adapter.lora_rs", "alpha if adapter.lora_rs", RULE),
     Bug(RATES, "adapter.lora_plus**0.5", "adapter.lora_plus", RULE),
     Bug(RATES, "adapter.lora_alpha or adapter.lora_r", "adapter.lora_alpha or SIZE", RULE),
@@ -20,6 +25,14 @@ BUGS = (
     Bug(RATES, "optim.lr_final > optim.lr_init != AUTO", "optim.lr_final > optim.lr_init", f"{RULE} -k known"),
     Bug(RESUME, 'is not None and worded(spec, new) == "auto"', "is None", f"{RUNS} -k goes_on"),
     Bug(PREPARE, "    config = replace(config, optim=optim)\n", "", f"{RUNS} -k rule"),
+    Bug(PREPARE, "config.adapter, arch.n_embd, not path", "config.adapter, arch.n_embd", f"{RUNS} -k rule"),
+    Bug(PREPARE, "config.adapter, arch.n_embd, not path", "config.adapter, arch.n_layer, not path", f"{RUNS} -k rule"),
+    Bug(
+        "src/rwkv_bone/training/fit.py",
+        "config = replace(config, optim=rates.continued(asked, earlier.config.optim))",
+        "pass",
+        f"{RUNS} -k goes_on",
+    ),
     Bug("src/rwkv_bone/training/fit.py", "    config = replace(config, optim=prepared.optim)\n", "", f"{RUNS} -k rule"),
     Bug("src/rwkv_bone/planning/plan.py", "    config = replace(config, optim=outline.optim)\n", "", f"{RUNS} -k plan"),
     Bug("src/rwkv_bone/config/sections.py", "0 in (self.lr_init, self.lr_final)", "False", f"{RULE} -k word"),
