@@ -29,7 +29,7 @@ from benchmarks.convergence.series import METHODS, SERIES, Bench  # noqa: E402
 from benchmarks.convergence.tasks import ASSETS, TASKS, Task, load_task  # noqa: E402
 from benchmarks.convergence.training import BASE, Job, train  # noqa: E402
 from rwkv_bone.checkpoints import load_base  # noqa: E402
-from rwkv_bone.errors import exit_status  # noqa: E402
+from rwkv_bone.errors import UserError, exit_status  # noqa: E402
 
 
 def main() -> int:
@@ -125,7 +125,9 @@ def complete(bench: Bench, series: str, file: Path, options: argparse.Namespace)
         name += f" lr {job.rate:g}" + (f" alpha {job.alpha:g}r" if job.alpha else "") + f" seed {job.seed}"
         try:
             row = alone(train, job, options.threads)
-        except RunFailed as error:
+        except (RunFailed, UserError) as error:
+            if isinstance(error, UserError) and not job.variant:
+                raise  # a file or a flag, so no other run would do better; a variant may not fit this model
             bench.failed.append(job)
             print(f"FAILED {series}: {name}: {error}", flush=True)
             continue
