@@ -102,6 +102,9 @@ def test_what_auto_became_is_said_with_its_reason_and_nothing_where_numbers_were
     assert list(said(optim, decided(optim, adapter, 128), adapter, 128, False)) == [
         "--lr_final auto is 0.0001: a thirtieth of lr_init"
     ]
+    optim, adapter = settings("--bone_r", "32", "--lr_final", "1e-2")
+    (line,) = said(optim, decided(optim, adapter, 128), adapter, 128, False)
+    assert line.startswith("--lr_init auto is 0.003: ") and "--lr_final 0.01 is above it" in line
     optim, adapter = settings("--lr_init", "3e-3", "--lr_schedule", "constant")
     assert not list(said(optim, decided(optim, adapter, 128), adapter, 128, False))
     optim, adapter = settings("--lr_init", "3e-3", "--lr_final", "0")
@@ -114,6 +117,7 @@ def test_auto_is_a_word_everywhere_and_its_number_is_none(capsys):
         parse("--lr_init", "-1")
     parse("--lr_schedule", "constant", "--lr_final", "auto")  # asks for nothing
     parse("--lr_schedule", "exp")
+    parse("--lr_final", "1e-6")
     with pytest.raises(UserError, match="--lr_schedule exp needs"):
         parse("--lr_schedule", "exp", "--lr_init", "0")
     assert "warning" not in capsys.readouterr().out
