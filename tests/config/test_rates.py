@@ -22,9 +22,9 @@ def settings(*words):
         (("--bone_r", "32"), 1.0),
         (("--bone_r", "128"), 0.5),  # the step of the weights' effect grows with the root of r
         (("--peft", "lora", "--lora_r", "16", "--lora_alpha", "32"), 1.0),
-        (("--peft", "lora", "--lora_r", "64", "--lora_alpha", "64"), 0.5),  # and with LoRA's alpha
-        (("--peft", "lora", "--lora_r", "64"), 0.5),
-        (("--peft", "lora", "--lora_r", "16", "--lora_alpha", "16", "--lora_rs", "1"), 0.5),
+        (("--peft", "lora", "--lora_r", "64", "--lora_alpha", "64"), 0.616),  # 2^-0.7
+        (("--peft", "lora", "--lora_r", "64"), 0.616),
+        (("--peft", "lora", "--lora_r", "16", "--lora_alpha", "16", "--lora_rs", "1"), 0.616),
         (("--peft", "lora", "--lora_r", "32", "--lora_plus", "16"), 0.25),
         (("--peft", "pissa", "--lora_r", "64"), 1.0),
     ],

@@ -36,7 +36,7 @@ WIDTH, SIZE = 128, 32
 # docs/bone-or-lora.md says where the numbers come from.
 RULES = {
     "bone": Rule(3e-3, -1.28, -0.5),
-    "lora": Rule(3e-3, -0.78, -1.0),
+    "lora": Rule(3e-3, -0.78, -0.7),
     "pissa": Rule(3e-3, -1.28),
     "none": Rule(1e-3, -0.78),
     "state": Rule(0.1),
