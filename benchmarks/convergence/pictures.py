@@ -219,7 +219,11 @@ def rule(arm: Arm, width: float) -> float:
 
 def changes(rows: Sequence[Row]) -> Figure:
     """What a change does to held-out loss and forgetting, with the plain run's way between the two."""
-    names = {name: mine for name, mine in tasks(rows) if any(row["variant"] for row in mine if row["method"] == "bone")}
+    names = {
+        name: mine
+        for name, mine in tasks(rows)
+        if any(row["variant"] or row.get("scaled") for row in mine if row["method"] == "bone")
+    }
     made, axes = figure(max(1, len(names)), 4.4)
     for one, (name, mine) in zip(axes, names.items(), strict=False):
         key = s.chosen(ARMS[0].of(mine))
@@ -232,7 +236,7 @@ def changes(rows: Sequence[Row]) -> Figure:
         for scale in sorted({item["scale"] for row in plain.values() for item in row.get("scaled") or ()}):
             if (found := change(plain, scaled(plain, scale))) is not None:
                 shown.append((f"x {scale:g}", found[0].difference, found[1].difference))
-        seeds = sorted({row["seed"] for row in mine if row["variant"]} & plain.keys())
+        seeds = sorted(seed for seed, row in plain.items() if row.get("scaled"))
         for number, seed in enumerate(seeds):
             end = plain[seed]["points"][-1]
             way = [

@@ -210,6 +210,33 @@ def rule_for(method: str, row: Row) -> float:
     return auto_rate(adapter, row["width"])
 
 
+def by_choice_of_rate(rows: Sequence[Row]) -> str:
+    """The forgetting with which every arm reaches one held-out loss at the end of a run, by choice of its rate."""
+    made = []
+    for name, mine in tasks(rows):
+        found = {arm: ends_by_rate(arm, mine) for arm in ARMS if arm.alpha is not None or arm.method != "lora"}
+        least = [points[-1]["heldout"] for points in found.values() if points]
+        level = 1.03 * max(least, default=math.inf)
+        for arm, points in found.items():
+            lost = s.forgetting_at({"points": points}, level)
+            if lost is not None:
+                made.append((name, f"{level:.4g}", arm.name, f"{lost:+.2f}"))
+    return table("task | held-out loss at the end | method | forgetting", made)
+
+
+def ends_by_rate(arm: Arm, rows: Sequence[Row]) -> list[Row]:
+    """The ends of an arm's runs, first seed, from the lowest rate to the one of least loss, as points of a way."""
+    runs = sorted((row for row in arm.of(rows) if row["seed"] == 0), key=lambda row: row["rate"])
+    losses = [s.last(row, "heldout") for row in runs]
+    if not any(math.isfinite(loss) for loss in losses):
+        return []
+    best = losses.index(min(losses))
+    return [
+        {"step": step, "heldout": s.last(row, "heldout"), "forgetting": s.last(row, "forgetting")}
+        for step, row in enumerate(runs[: best + 1])
+    ]
+
+
 def variants(rows: Sequence[Row]) -> str:
     """What a change of Bone, or LoRA, does to held-out loss and forgetting, against the same without it, by seed."""
     found = []
@@ -329,6 +356,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "steps": steps,
     "rates": rates,
     "forgetting": forgetting,
+    "by choice of rate": by_choice_of_rate,
     "variants": variants,
 }
 
