@@ -251,6 +251,14 @@ def changes(rows: Sequence[Row]) -> Figure:
                 linewidth=1,
                 label="" if number else "plain Bone, on its way",
             )
+        lower = [row for row in first_seed(ARMS[0], mine) if key and row["rate"] <= key[0]]
+        if lower and math.isfinite(s.last(lower[-1], "heldout")):
+            end = lower[-1]
+            x = [100 * (s.last(row, "heldout") / s.last(end, "heldout") - 1) for row in lower]
+            y = [s.last(row, "forgetting") - s.last(end, "forgetting") for row in lower]
+            one.plot(
+                x, y, color="#000000", marker="x", linestyle="--", linewidth=1, label="plain Bone, lower rates (seed 0)"
+            )
         one.plot(0, 0, marker="o", color="#0072B2", markersize=8, linestyle="", label="plain Bone, at its end")
         for variant, loss, lost in shown:
             family = variant.split()[0]
