@@ -24,6 +24,7 @@ from rwkv_bone.config.sections import AdapterConfig  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "convergence.jsonl"
 ENOUGH = 0.05  # p, after correction
+FEWEST = 3  # pairs: with two, a chance likeness makes the smallest p of all
 NONE = "–"
 BONE = ARMS[0]
 
@@ -72,7 +73,7 @@ def comparisons(rows: Sequence[Row]) -> str:
     for name, mine in tasks(rows):
         ours = s.tested(BONE.of(mine))
         for arm in ARMS[1:]:
-            if result := s.paired(ours, s.tested(arm.of(mine))):
+            if (result := s.paired(ours, s.tested(arm.of(mine)))) and result.pairs >= FEWEST:
                 found.append((name, arm.name, result))
     made = [
         (name, arm, relative(result), *tests(result, p))
@@ -92,7 +93,7 @@ def forgetting(rows: Sequence[Row]) -> str:
         ours = s.on_the_way(runs[BONE], level)
         for arm in ARMS[1:]:
             theirs = s.on_the_way(runs[arm], level)
-            if result := s.paired(ours, theirs, ratio=False):
+            if (result := s.paired(ours, theirs, ratio=False)) and result.pairs >= FEWEST:
                 found.append((name, level, arm.name, ours, theirs, result))
     corrected = s.holm([one[-1].p for one in found])
     made = [
@@ -299,7 +300,7 @@ def change(plain: dict[int, Row], changed: dict[int, Row]) -> tuple[Paired, Pair
     way = {seed: s.forgetting_at(pairs[seed][1], level[seed]) for seed in pairs}
     equal = {seed: value for seed, value in way.items() if value is not None}
     results = s.paired(*ends), s.paired(*lost, ratio=False), s.paired(lost[0], equal, ratio=False)
-    if results[0] is None or results[1] is None or results[2] is None:
+    if results[0] is None or results[1] is None or results[2] is None or results[2].pairs < FEWEST:
         return None
     return results[0], results[1], results[2]
 
