@@ -38,9 +38,9 @@ STYLES: dict[str, dict[str, str]] = {
 DRAWN = tuple(arm for arm in ARMS if arm.name != "LoRA, alpha searched")
 # Learning rates that others chose for Bone (MiSS): (width, rate). Whether a better one was near is not known.
 PUBLISHED = {
-    "paper, 7B": (4096, 2e-5),
-    "PEFT's comparison, 3B": (3072, 1e-4),
-    "RWKV-PEFT's script, RWKV-7 2.9B": (2560, 2e-5),
+    "the paper": (4096, 2e-5),
+    "PEFT's benchmark": (3072, 1e-4),
+    "RWKV-PEFT": (2560, 2e-5),
 }
 
 
@@ -180,18 +180,22 @@ def rates_by_width(rows: Sequence[Row]) -> Figure:
                 width, top, color="#0072B2", marker="o", markersize=5, linestyle="", label="best here (bar: within 5 %)"
             )
         widths = [32 * 2 ** (step / 4) for step in range(29)]
-        one.plot(widths, [rule(arm, width) for width in widths], color="#D55E00", linewidth=1.5, label="--lr_init auto")
+        one.plot(
+            widths,
+            [rule(arm, width) for width in widths],
+            color="#D55E00",
+            linewidth=1.5,
+            label="--lr_init auto, r 32 (LoRA 16)",
+        )
         if title == "Bone":
             for name, (width, rate) in PUBLISHED.items():
                 one.plot(width, rate, color="#000000", marker="x", linestyle="", label="published, not searched")
-                one.annotate(
-                    name.split(",")[0],
-                    (width, rate),
-                    textcoords="offset points",
-                    xytext=(-6, 5),
-                    fontsize=7,
-                    ha="right",
-                )
+                below = name == "the paper"
+                place: dict[str, Any] = {"xytext": (4, -11) if below else (-6, 5), "ha": "right"}
+                one.annotate(name, (width, rate), textcoords="offset points", fontsize=7, **place)
+            wide = [width for width in widths if width > 256]
+            doubled = [rule(arm, width, r=64) for width in wide]
+            one.plot(wide, doubled, color="#D55E00", linewidth=1, linestyle=":", label="--lr_init auto, r 64")
         if title != "Bone":
             factor = 10 if arm.method == "lora" else 1
             law = [5e-5 * factor * (2000 / width) ** 0.781 for width in widths]
@@ -201,9 +205,11 @@ def rates_by_width(rows: Sequence[Row]) -> Figure:
                 color="#000000",
                 linestyle="--",
                 linewidth=1,
-                label="Schulman et al. 2025, Llama (alpha 32)",
+                label="Schulman et al. 2025",
             )
-        one.set(title=title, xscale="log", yscale="log", xlabel="width of the model", xlim=(24, 5500))
+        one.set(
+            title=title, xscale="log", yscale="log", xlabel="width of the model", xlim=(24, 5500), ylim=(1e-5, 4e-2)
+        )
         one.set_xticks([32, 128, 512, 2048, 4096], ["32", "128", "512", "2048", "4096"])
         one.minorticks_off()
     axes[0].set_ylabel("learning rate")
@@ -211,15 +217,19 @@ def rates_by_width(rows: Sequence[Row]) -> Figure:
     return made
 
 
-def rule(arm: Arm, width: float) -> float:
+def rule(arm: Arm, width: float, r: int = 32) -> float:
     """--lr_init auto with the sizes of this comparison: Bone r 32, LoRA r 16 and alpha 32."""
     kind = {"bone": "bone", "lora": "lora", "full": "none"}[arm.method]
-    return auto_rate(AdapterConfig(peft=kind, bone_r=32, lora_r=16, lora_alpha=32.0), round(width))
+    return auto_rate(AdapterConfig(peft=kind, bone_r=r, lora_r=16, lora_alpha=32.0), round(width))
 
 
 def changes(rows: Sequence[Row]) -> Figure:
     """What a change does to held-out loss and forgetting, with the plain run's way between the two."""
-    names = {name: mine for name, mine in tasks(rows) if any(row["variant"] for row in mine if row["method"] == "bone")}
+    names = {
+        name: mine
+        for name, mine in tasks(rows)
+        if any(row["variant"] or row.get("scaled") for row in mine if row["method"] == "bone")
+    }
     made, axes = figure(max(1, len(names)), 4.4)
     for one, (name, mine) in zip(axes, names.items(), strict=False):
         key = s.chosen(ARMS[0].of(mine))
@@ -232,7 +242,7 @@ def changes(rows: Sequence[Row]) -> Figure:
         for scale in sorted({item["scale"] for row in plain.values() for item in row.get("scaled") or ()}):
             if (found := change(plain, scaled(plain, scale))) is not None:
                 shown.append((f"x {scale:g}", found[0].difference, found[1].difference))
-        seeds = sorted({row["seed"] for row in mine if row["variant"]} & plain.keys())
+        seeds = sorted(seed for seed, row in plain.items() if row.get("scaled"))
         for number, seed in enumerate(seeds):
             end = plain[seed]["points"][-1]
             way = [
@@ -246,6 +256,14 @@ def changes(rows: Sequence[Row]) -> Figure:
                 color="#999999",
                 linewidth=1,
                 label="" if number else "plain Bone, on its way",
+            )
+        lower = [row for row in first_seed(ARMS[0], mine) if key and row["rate"] <= key[0]]
+        if lower and math.isfinite(s.last(lower[-1], "heldout")):
+            end = lower[-1]
+            x = [100 * (s.last(row, "heldout") / s.last(end, "heldout") - 1) for row in lower]
+            y = [s.last(row, "forgetting") - s.last(end, "forgetting") for row in lower]
+            one.plot(
+                x, y, color="#000000", marker="x", linestyle="--", linewidth=1, label="plain Bone, lower rates (seed 0)"
             )
         one.plot(0, 0, marker="o", color="#0072B2", markersize=8, linestyle="", label="plain Bone, at its end")
         for variant, loss, lost in shown:

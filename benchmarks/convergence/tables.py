@@ -24,6 +24,7 @@ from rwkv_bone.config.sections import AdapterConfig  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "convergence.jsonl"
 ENOUGH = 0.05  # p, after correction
+FEWEST = 3  # pairs: with two, a chance likeness makes the smallest p of all
 NONE = "–"
 BONE = ARMS[0]
 
@@ -72,7 +73,7 @@ def comparisons(rows: Sequence[Row]) -> str:
     for name, mine in tasks(rows):
         ours = s.tested(BONE.of(mine))
         for arm in ARMS[1:]:
-            if result := s.paired(ours, s.tested(arm.of(mine))):
+            if (result := s.paired(ours, s.tested(arm.of(mine)))) and result.pairs >= FEWEST:
                 found.append((name, arm.name, result))
     made = [
         (name, arm, relative(result), *tests(result, p))
@@ -92,7 +93,7 @@ def forgetting(rows: Sequence[Row]) -> str:
         ours = s.on_the_way(runs[BONE], level)
         for arm in ARMS[1:]:
             theirs = s.on_the_way(runs[arm], level)
-            if result := s.paired(ours, theirs, ratio=False):
+            if (result := s.paired(ours, theirs, ratio=False)) and result.pairs >= FEWEST:
                 found.append((name, level, arm.name, ours, theirs, result))
     corrected = s.holm([one[-1].p for one in found])
     made = [
@@ -210,6 +211,33 @@ def rule_for(method: str, row: Row) -> float:
     return auto_rate(adapter, row["width"])
 
 
+def by_choice_of_rate(rows: Sequence[Row]) -> str:
+    """The forgetting with which every arm reaches one held-out loss at the end of a run, by choice of its rate."""
+    made = []
+    for name, mine in tasks(rows):
+        found = {arm: ends_by_rate(arm, mine) for arm in ARMS if arm.alpha is not None or arm.method != "lora"}
+        least = [points[-1]["heldout"] for points in found.values() if points]
+        level = 1.03 * max(least, default=math.inf)
+        for arm, points in found.items():
+            lost = s.forgetting_at({"points": points}, level)
+            if lost is not None:
+                made.append((name, f"{level:.4g}", arm.name, f"{lost:+.2f}"))
+    return table("task | held-out loss at the end | method | forgetting", made)
+
+
+def ends_by_rate(arm: Arm, rows: Sequence[Row]) -> list[Row]:
+    """The ends of an arm's runs, first seed, from the lowest rate to the one of least loss, as points of a way."""
+    runs = sorted((row for row in arm.of(rows) if row["seed"] == 0), key=lambda row: row["rate"])
+    losses = [s.last(row, "heldout") for row in runs]
+    if not any(math.isfinite(loss) for loss in losses):
+        return []
+    best = losses.index(min(losses))
+    return [
+        {"step": step, "heldout": s.last(row, "heldout"), "forgetting": s.last(row, "forgetting")}
+        for step, row in enumerate(runs[: best + 1])
+    ]
+
+
 def variants(rows: Sequence[Row]) -> str:
     """What a change of Bone, or LoRA, does to held-out loss and forgetting, against the same without it, by seed."""
     found = []
@@ -272,7 +300,7 @@ def change(plain: dict[int, Row], changed: dict[int, Row]) -> tuple[Paired, Pair
     way = {seed: s.forgetting_at(pairs[seed][1], level[seed]) for seed in pairs}
     equal = {seed: value for seed, value in way.items() if value is not None}
     results = s.paired(*ends), s.paired(*lost, ratio=False), s.paired(lost[0], equal, ratio=False)
-    if results[0] is None or results[1] is None or results[2] is None:
+    if results[0] is None or results[1] is None or results[2] is None or results[2].pairs < FEWEST:
         return None
     return results[0], results[1], results[2]
 
@@ -329,6 +357,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "steps": steps,
     "rates": rates,
     "forgetting": forgetting,
+    "by choice of rate": by_choice_of_rate,
     "variants": variants,
 }
 

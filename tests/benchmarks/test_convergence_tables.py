@@ -98,6 +98,17 @@ def test_a_change_is_compared_with_the_plain_run_where_that_had_the_same_loss(ro
     assert halved[6].startswith(f"{expected:+.2f} [")
 
 
+def test_by_choice_of_its_rate_an_arm_reaches_a_loss_with_less_forgetting():
+    runs = [
+        run("bone", rate, 0, end, lost) for rate, end, lost in ((1e-3, 0.8, 0.1), (3e-3, 0.2, 1.1), (9e-3, 0.3, 5.0))
+    ]
+    runs += [run("pissa", rate, 0, end, 2.0) for rate, end in ((1e-3, 0.9), (3e-3, 0.4), (9e-3, 0.5))]
+    found = {line[2]: line for line in cells(tables.by_choice_of_rate(runs))}
+    level = 1.03 * 0.4
+    assert found["Bone"][1] == "0.412"
+    assert found["Bone"][3] == f"{0.1 + math.log(0.8 / level) / math.log(4):+.2f}" and found["PiSSA"][3] == "+2.00"
+
+
 def test_at_the_rate_of_auto_the_loss_is_read_between_those_that_were_tried(rows):
     found = {line[0]: line for line in cells(tables.rates(rows))}
     assert found["Bone"][3:7] == ["0.003", "0.003 to 0.003", "0.003", "+0 %"]

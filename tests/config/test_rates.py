@@ -22,9 +22,9 @@ def settings(*words):
         (("--bone_r", "32"), 1.0),
         (("--bone_r", "128"), 0.5),  # the step of the weights' effect grows with the root of r
         (("--peft", "lora", "--lora_r", "16", "--lora_alpha", "32"), 1.0),
-        (("--peft", "lora", "--lora_r", "64", "--lora_alpha", "64"), 0.5),  # and with LoRA's alpha
-        (("--peft", "lora", "--lora_r", "64"), 0.5),
-        (("--peft", "lora", "--lora_r", "16", "--lora_alpha", "16", "--lora_rs", "1"), 0.5),
+        (("--peft", "lora", "--lora_r", "64", "--lora_alpha", "64"), 0.616),  # 2^-0.7
+        (("--peft", "lora", "--lora_r", "64"), 0.616),
+        (("--peft", "lora", "--lora_r", "16", "--lora_alpha", "16", "--lora_rs", "1"), 0.616),
         (("--peft", "lora", "--lora_r", "32", "--lora_plus", "16"), 0.25),
         (("--peft", "pissa", "--lora_r", "64"), 1.0),
     ],
@@ -120,6 +120,9 @@ def test_what_auto_became_is_said_with_its_reason_and_nothing_where_numbers_were
     assert list(said(optim, decided(optim, adapter, 128), adapter, 128, False)) == [
         "--lr_final auto is 0.0001: a thirtieth of lr_init"
     ]
+    optim, adapter = settings("--bone_r", "32", "--lr_final", "1e-2")
+    (line,) = said(optim, decided(optim, adapter, 128), adapter, 128, False)
+    assert line.startswith("--lr_init auto is 0.003: ") and "--lr_final 0.01 is above it" in line
     optim, adapter = settings("--lr_init", "3e-3", "--lr_schedule", "constant")
     assert not list(said(optim, decided(optim, adapter, 128), adapter, 128, False))
     optim, adapter = settings("--lr_init", "3e-3", "--lr_final", "0")
@@ -132,6 +135,7 @@ def test_auto_is_a_word_everywhere_and_its_number_is_none(capsys):
         parse("--lr_init", "-1")
     parse("--lr_schedule", "constant", "--lr_final", "auto")  # asks for nothing
     parse("--lr_schedule", "exp")
+    parse("--lr_final", "1e-6")
     with pytest.raises(UserError, match="--lr_schedule exp needs"):
         parse("--lr_schedule", "exp", "--lr_init", "0")
     assert "warning" not in capsys.readouterr().out

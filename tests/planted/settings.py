@@ -73,8 +73,8 @@ BUGS = (
     ),
     Bug(
         "src/rwkv_bone/config/rates.py",
-        "optim.lr_final > optim.lr_init",
-        "optim.lr_final < optim.lr_init",
+        "optim.lr_final > optim.lr_init != AUTO",
+        "optim.lr_final < optim.lr_init != AUTO",
         f"{TESTS} -k hardly_meant",
     ),
     Bug("src/rwkv_bone/config/rates.py", '"state": 10.0', '"state": 0.1', f"{TESTS} -k hardly_meant"),

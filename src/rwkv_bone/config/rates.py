@@ -36,7 +36,7 @@ WIDTH, SIZE = 128, 32
 # docs/bone-or-lora.md says where the numbers come from.
 RULES = {
     "bone": Rule(3e-3, -1.28, -0.5),
-    "lora": Rule(3e-3, -0.78, -1.0),
+    "lora": Rule(3e-3, -0.78, -0.7),
     "pissa": Rule(3e-3, -1.28),
     "none": Rule(1e-3, -0.78),
     "state": Rule(0.1),
@@ -87,7 +87,9 @@ def said(asked: OptimConfig, optim: OptimConfig, adapter: AdapterConfig, width: 
         why = f"for --peft {adapter.peft} on a model of width {width}{size.get(adapter.peft, '')}"
     else:
         why = f"a {'tenth' if adapter.peft == 'state' else 'thirtieth'} of lr_init"
-    yield f"{found}: {why}"
+    rises = optim.lr_schedule != "constant" and asked.lr_init == AUTO and optim.lr_final > optim.lr_init
+    last = f"; --lr_final {plain(optim.lr_final)} is above it: the learning rate rises to the end of the run"
+    yield f"{found}: {why}{last if rises else ''}"
 
 
 def _size(adapter: AdapterConfig) -> float:
