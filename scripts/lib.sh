@@ -78,7 +78,7 @@ run() {
                 done
                 IFS=$_spaces
                 ;;
-            columns | data_weights | dataset_field | eval_field | field | report_to | resume_with | sft_field | stop | target_modules | targets | train_parts) # words
+            columns | data_weights | dataset_field | eval_field | report_to | resume_with | sft_field | stop | target_modules | targets | task_field | train_parts) # words
                 # shellcheck disable=SC2086
                 set -- "$@" "--$_name" $_value
                 ;;

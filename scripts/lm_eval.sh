@@ -1,9 +1,9 @@
 #!/bin/sh
-# Evaluates a model on the tasks of EleutherAI's lm_eval: sh scripts/lm_eval.sh --tasks NAME,... [--flag value ...]
+# Evaluates a model on the tasks of EleutherAI's lm_eval: sh scripts/lm_eval.sh [--flag value ...]
 #
 # As it stands: the bundled model with the newest adapter of scripts/run_bone.sh. Another model: --load_model my-model.pth,
 # alone or with --adapter out/mine/rwkv-1.pth. Every flag but those of the model goes to lm_eval as it is; the data of
-# its tasks come from the Hugging Face Hub. First: pip install -r requirements/lm_eval.txt
+# its tasks (--tasks gsm8k,arc_easy) come from the Hugging Face Hub. First: pip install -r requirements/lm_eval.txt
 # Each variable but proj_dir is the flag of its name; `sh scripts/lm_eval.sh --help` lists the others.
 # Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
 # shellcheck disable=SC2034 # the variables are read by lib.sh

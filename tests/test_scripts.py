@@ -334,15 +334,15 @@ def test_paths_are_the_repositorys_and_texts_stay_as_they_are(ready):
     """Every setting that is text is of one of these kinds: a new one belongs into scripts/lib.sh and here."""
     paths = (
         "adapter base_model cache_dir compare config data_path eval_path load_model model_name_or_path output "
-        "output_dir peft_checkpoint peft_load pissa_init proj_dir prompts sample_prompts"
+        "output_dir peft_checkpoint peft_load pissa_init proj_dir prompts sample_prompts shots_file"
     ).split()
     files = ["data_file", "eval_data", "input"]
     words = (
         "columns data_weights dataset_field eval_field report_to resume_with sft_field stop target_modules targets "
-        "train_parts"
+        "task_field train_parts"
     ).split()
     names = ["deepspeed", "eval_general", "template", "tokenizer"]  # or files
-    texts = "cards dataset_split field hf_base mask_id my_testing sft_split shard_size system wandb".split()
+    texts = "cards dataset_split field hf_base mask_id my_testing prompt sft_split shard_size system wandb".split()
     known = {spec.name: spec for specs in SETTINGS.values() for spec in specs}
     textual = {
         name for name, spec in known.items() if type(spec.default) in (str, tuple) and not spec.metadata["choices"]

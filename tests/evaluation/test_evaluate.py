@@ -299,15 +299,17 @@ def test_worked_examples_are_drawn_by_the_seed_and_never_evaluated_beyond_the_li
 def test_fields_of_ones_own_are_named_and_a_wrong_name_is_refused(evaluations):
     rows = write_rows(evaluations.folder / "r.jsonl", [{"q": "1+1?", "a": {"value": 2}}])
     settings = {"task": "gsm8k", "data_file": rows}
-    assert prompts(evaluations, "own", **settings, field=("question=q", "answer=a.value")) == [
+    assert prompts(evaluations, "own", **settings, task_field=("question=q", "answer=a.value")) == [
         "Question: 1+1?\nAnswer:"
     ]
-    with pytest.raises(UserError, match=r"r.jsonl:1: no field 'question'; found: q, a. Name it with --field question="):
+    with pytest.raises(
+        UserError, match=r"r.jsonl:1: no field 'question'; found: q, a. Name it with --task_field question="
+    ):
         evaluations("no", **settings)
-    with pytest.raises(UserError, match=r"^--field text=q: --task gsm8k has the fields question, answer"):
-        evaluations("no", **settings, field=("text=q",))
+    with pytest.raises(UserError, match=r"^--task_field text=q: --task gsm8k has the fields question, answer"):
+        evaluations("no", **settings, task_field=("text=q",))
     with pytest.raises(UserError, match=r"^--prompt 'Q: {query}': {query} is no field of --task gsm8k"):
-        evaluations("no", **settings, field=("question=q", "answer=a.value"), prompt="Q: {query}")
+        evaluations("no", **settings, task_field=("question=q", "answer=a.value"), prompt="Q: {query}")
 
 
 def test_rows_that_cannot_be_used_stop_or_are_skipped_and_counted(evaluations, capsys):

@@ -61,7 +61,7 @@ class EvaluateConfig:
         "",
         "rows to evaluate on: a file, a folder, or a name of the Hub; empty = the test rows of the task, from the Hub",
     )
-    field: tuple[str, ...] = setting(
+    task_field: tuple[str, ...] = setting(
         (), "names of the fields of your rows where they are not the task's: question=q answer=a.value"
     )
     limit: int = setting(0, "number of rows to evaluate, the first ones; 0 = all", at_least=0)
@@ -112,10 +112,10 @@ class EvaluateConfig:
         check_values(self)
         if any(not text for text in self.stop):
             raise UserError("--stop has an empty text, which would end every answer at once: remove it")
-        for word in self.field:
+        for word in self.task_field:
             name, equals, value = word.partition("=")
             if not (name and equals and value):
-                raise UserError(f"--field {word}: expected NAME=FIELD, such as question=q")
+                raise UserError(f"--task_field {word}: expected NAME=FIELD, such as question=q")
         if self.shots and not self.shots_file:
             raise UserError(
                 f"--shots_file is missing: --shots {self.shots} takes worked examples from it, such as the task's "
@@ -130,7 +130,7 @@ class EvaluateConfig:
     @property
     def fields(self) -> dict[str, str]:
         """{name of the task: the user's name}."""
-        return dict(word.split("=", 1) for word in self.field)
+        return dict(word.split("=", 1) for word in self.task_field)
 
 
 def parse_evaluate(argv: list[str], prog: str) -> EvaluateConfig:

@@ -140,7 +140,7 @@ def _items(cfg: EvaluateConfig, task: Task, sources: list[Rows | Text]) -> Itera
     unknown = cfg.fields.keys() - task.fields.keys()
     if unknown:
         raise UserError(
-            f"--field {min(unknown)}={cfg.fields[min(unknown)]}: --task {task.name} has the fields "
+            f"--task_field {min(unknown)}={cfg.fields[min(unknown)]}: --task {task.name} has the fields "
             f"{', '.join(task.fields)}"
         )
     number = 0
@@ -188,7 +188,7 @@ def _item(cfg: EvaluateConfig, task: Task, source: Rows, raw: Any, where: str, n
 
 def _values(row: dict[str, Any], where: str, task: Task, names: dict[str, str]) -> dict[str, Any]:
     """What the row says under the task's names."""
-    fields = Fields(row, where, "--field")
+    fields = Fields(row, where, "--task_field")
     values: dict[str, Any] = {}
     for name, usual in task.fields.items():
         own = names.get(name)
@@ -196,8 +196,8 @@ def _values(row: dict[str, Any], where: str, task: Task, names: dict[str, str]) 
         if not there:
             if name not in task.optional:
                 raise UserError(
-                    f"{where}: no field {name!r}; found: {', '.join(map(str, row)) or 'none'}. Name it with --field "
-                    f"{name}=FIELD"
+                    f"{where}: no field {name!r}; found: {', '.join(map(str, row)) or 'none'}. "
+                    f"Name it with --task_field {name}=FIELD"
                 )
         elif name in ("choices", "answer") and task.name == "choice":
             found = find(row, there[0])
@@ -209,7 +209,7 @@ def _values(row: dict[str, Any], where: str, task: Task, names: dict[str, str]) 
     if task.name == "choice":
         values.update(_choice(values, where))
     if task.name == "math" and "answer" not in values and "solution" not in values:
-        raise UserError(f"{where}: neither 'solution' nor 'answer'. Name one with --field solution=FIELD")
+        raise UserError(f"{where}: neither 'solution' nor 'answer'. Name one with --task_field solution=FIELD")
     body = values.pop("body", "")  # a word problem in two fields, unless the question has both
     if body and not values["question"].startswith(body):
         values["question"] = f"{body} {values['question']}"
@@ -234,7 +234,7 @@ def _choice(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _pair(cfg: EvaluateConfig, row: dict[str, Any], where: str, number: int) -> Item:
     names = tuple(cfg.fields[name] for name in ("prompt", "response", "messages") if name in cfg.fields)
-    layout = layout_of(row, names, "sft", where, "--field")
+    layout = layout_of(row, names, "sft", where, "--task_field")
     talk = conversation(row, layout, where)
     if talk.document is not None:
         raise UserError(f"{where}: a text without a response: --task exact takes rows of prompt and response")
