@@ -9,7 +9,7 @@ inside; they are chosen by the loss on rows taken out of the training data. What
 rows, which nothing was chosen by. Forgetting is the loss on text of the kind that the base was trained on.
 
 Results go to `runs.jsonl` in the output folder as they come; called again, the command does what is missing. A run that
-fails is named, and the others go on; exit status 1 tells of it.
+fails is named, and the others go on; exit status 1 tells of it, 2 of files or flags that are wrong.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.convergence.series import METHODS, SERIES, Bench  # noqa: E402
 from benchmarks.convergence.tasks import ASSETS, TASKS, Task, load_task  # noqa: E402
 from benchmarks.convergence.training import BASE, Job, train  # noqa: E402
 from rwkv_bone.checkpoints import load_base  # noqa: E402
+from rwkv_bone.errors import UserError, exit_status  # noqa: E402
 
 
 def main() -> int:
@@ -65,7 +66,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--fields", nargs="+", default=(), help="of your data, as --sft_field")
     parser.add_argument("--tokenizer", default="auto")
     parser.add_argument("--bone_r", type=int, default=32, help="sets the number of parameters of all adapters")
-    parser.add_argument("--seeds", type=int, default=8, help="at the best rate of each method")
+    parser.add_argument(
+        "--seeds", type=int, default=8, help="at the best rate of each method; 1: the search sees no second one"
+    )
     parser.add_argument("--fixed_alpha", action="store_true", help="LoRA with alpha 2r alone")
     parser.add_argument("--coarse", action="store_true", help="rates a factor of 3 apart alone")
     parser.add_argument("--steps", type=int, help="default: the task's")
@@ -86,6 +89,8 @@ def read_options() -> argparse.Namespace:
         parser.error("--train_file needs --base, the model to train")
     if options.train_file and options.tasks:
         parser.error("--train_file is a task of its own: remove --tasks")
+    if options.train_file and Path(options.train_file).resolve() == Path(options.heldout_file).resolve():
+        parser.error("--heldout_file is the --train_file: what is reported must not be trained on")
     if options.fields and not options.train_file:
         parser.error("--fields names fields of --train_file, which is not given")
     return options
@@ -98,12 +103,8 @@ def tasks(options: argparse.Namespace, folder: Path) -> list[Task]:
         files = options.train_file, options.heldout_file, options.text_file
         found = [Task(name, "", "", *files, tokenizer=options.tokenizer, fields=tuple(options.fields), ctx_len=512)]
     else:
-        found = []
-        for name in options.tasks or [name for name in TASKS if name != "reverse"]:
-            try:
-                found.append(load_task(name, folder, options.models))
-            except FileNotFoundError as error:
-                sys.exit(f"{error}")
+        chosen = options.tasks or [name for name in TASKS if name != "reverse"]
+        found = [load_task(name, folder, options.models) for name in chosen]
     if options.base:
         found = [task.on(options.base_name or Path(options.base).stem, options.base) for task in found]
     sizes = {name: getattr(options, name) for name in ("steps", "samples", "ctx_len") if getattr(options, name)}
@@ -124,7 +125,9 @@ def complete(bench: Bench, series: str, file: Path, options: argparse.Namespace)
         name += f" lr {job.rate:g}" + (f" alpha {job.alpha:g}r" if job.alpha else "") + f" seed {job.seed}"
         try:
             row = alone(train, job, options.threads)
-        except RunFailed as error:
+        except (RunFailed, UserError) as error:
+            if isinstance(error, UserError) and not job.variant:
+                raise  # a file or a flag, so no other run would do better; a variant may not fit this model
             bench.failed.append(job)
             print(f"FAILED {series}: {name}: {error}", flush=True)
             continue
@@ -154,4 +157,5 @@ def read_runs(file: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    found: list[int] = []
+    sys.exit(exit_status(lambda: found.append(main())) or found[0])

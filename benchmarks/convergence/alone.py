@@ -24,7 +24,10 @@ class RunFailed(Exception):
 
 
 def alone(work: Callable[[Any], dict], argument: Any, threads: int = 1) -> dict:
-    """work(argument), of a module that can be imported, computed with `threads` threads in a new process."""
+    """work(argument), of a module that can be imported, computed with `threads` threads in a new process.
+
+    RunFailed for a run that broke; UserError as it was raised there.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([MODULE])
     # The server imports by PYTHONPATH alone.
@@ -45,16 +48,21 @@ def alone(work: Callable[[Any], dict], argument: Any, threads: int = 1) -> dict:
         process.terminate()
         raise
     process.join()
-    if isinstance(result, str):
-        raise RunFailed(result)
+    if isinstance(result, Exception):
+        raise result
     return result
 
 
 def _body(sender: Connection, work: Callable[[Any], dict], argument: Any, threads: int) -> None:
+    # Imported by the server, and not where nothing is computed.
     import torch
+
+    from rwkv_bone.errors import UserError
 
     torch.set_num_threads(threads)
     try:
         sender.send(work(argument))
+    except UserError as error:
+        sender.send(error)
     except Exception:
-        sender.send(traceback.format_exc())
+        sender.send(RunFailed(traceback.format_exc()))

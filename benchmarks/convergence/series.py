@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from benchmarks.convergence.grid import mean, missing_alphas, missing_rates
-from benchmarks.convergence.training import BASE, Job
+from benchmarks.convergence.training import Job
 
 SERIES = ("grid", "seeds", "ranks", "variants")
 METHODS = ("bone", "lora", "rslora", "full", "pissa", "bat")
@@ -120,7 +120,7 @@ class Bench:
             yield from self._rates(method, ALPHA.get(method), self._start(method), self.fine)
         if ("lora", True) in self.arms():
             yield from self._alphas()
-        for method, searched in self.arms():
+        for method, searched in self.arms() if self.seeds > 1 else ():
             yield from self._second(method, searched)
 
     def _alphas(self) -> Iterator[Job]:
@@ -175,8 +175,3 @@ class Bench:
                 for seed in VARIANT_SEEDS:
                     for variant in variants:
                         yield self._job(method, key, seed, variant=variant)
-
-
-def base_job(job: Job) -> Job:
-    """The measurement of the untrained model that other runs of this task begin with."""
-    return replace(job, method=BASE, rate=0.0, alpha=None, seed=0, variant="", scales=())

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.convergence import problems, style
+from rwkv_bone.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ASSETS = REPOSITORY / "assets"
@@ -55,7 +56,7 @@ class Task:
 def load_task(name: str, folder: Path, models: Path | None = None) -> Task:
     """One of TASKS. folder: where generated rows go; models: where the reverse model may be.
 
-    FileNotFoundError, with a sentence for the user, where a task needs a file that is not there.
+    UserError where a task needs a file that is not there.
     """
     return TASKS[name](folder, models)
 
@@ -87,7 +88,7 @@ def reverse(folder: Path, models: Path | None) -> Task:
     """A model that reverses 10 to 14 digits learns 22 to 30; what it may forget is what it could do."""
     path = (models or Path()) / REVERSE
     if not models or not path.is_file():
-        raise FileNotFoundError(f"the task reverse needs {REVERSE}: give its folder's folder with --models")
+        raise UserError(f"--tasks reverse needs {REVERSE}, a model of others: give the folder it is in with --models")
     train, heldout = write(folder, "reverse", distinct(lambda draw: digits(draw, 22, 30), 4200), heldout=200)
     _, old = write(folder, "reverse_old", distinct(lambda draw: digits(draw, 10, 14), 200), heldout=100)
     return Task(

@@ -17,6 +17,7 @@ from benchmarks.convergence.__main__ import main
 from benchmarks.convergence.alone import RunFailed, alone
 from benchmarks.convergence.tasks import load_task
 from rwkv_bone import checkpoints, load_model
+from rwkv_bone.errors import UserError
 from tests.conftest import REPOSITORY, random_model
 
 SIZES = {"steps": 2, "samples": 2, "development": 4, "heldout": 4, "forgetting": 1, "answers": 2, "ctx_len": 64}
@@ -146,11 +147,15 @@ def test_how_a_forked_run_broke_is_told():
         alone(breaks, "raise")
     with pytest.raises(RunFailed, match="status 7"):
         alone(breaks, "exit")
+    with pytest.raises(UserError, match="^wrong field$"):
+        alone(breaks, "wrong field")
 
 
 def breaks(how: str) -> dict:
     if how == "exit":
         os._exit(7)
+    if how != "raise":
+        raise UserError(how)
     return {"never": 1 / 0}
 
 
@@ -167,8 +172,9 @@ def test_every_method_starts_from_the_base_and_trains_about_as_many_parameters(t
 
 def test_a_scaled_adapter_is_between_the_base_and_the_adapter(task, base):
     for method in ("bone", "lora"):
-        row = training.train(job(task, base, method, scales=(0.0, 1.0)))
-        nothing, all_of_it = row["scaled"]
+        row = training.train(job(task, base, method, scales=(1.0, 0.0, 1.0)))
+        before, nothing, all_of_it = row["scaled"]
+        assert before == all_of_it
         assert nothing["heldout"] == pytest.approx(base["heldout"], abs=1e-5)
         assert all_of_it["heldout"] == pytest.approx(row["points"][-1]["heldout"], abs=1e-5)
         assert all_of_it["heldout"] != pytest.approx(base["heldout"], abs=1e-3)
@@ -184,6 +190,12 @@ def test_variants_change_what_they_are_named_for(task, base):
     assert training.train(job(task, base, variant="r 16"))["trainable"] == 2 * plain["trainable"]
     mixed = training.train(job(task, base, variant="mix 0.5"))
     assert mixed["losses"][0] != plain["losses"][0]
+
+
+def test_rows_that_rates_are_chosen_by_are_not_trained(task):
+    measured = training.Measured(task, load_model(task.path), torch.device("cpu"))
+    origins = [{part[i].origin for i in range(len(part))} for part in (measured.train, measured.development)]
+    assert [len(part) for part in origins] == [20, 4] and not origins[0] & origins[1]
 
 
 def test_mixed_text_takes_the_place_of_rows(task):
@@ -212,6 +224,7 @@ def test_an_average_over_steps_is_computed_as_by_hand():
     [
         (["--train_file", "x"], "--heldout_file"),
         (["--train_file", "x", "--heldout_file", "y"], "--base"),
+        (["--train_file", "x", "--heldout_file", "./x", "--base", "m"], "must not be trained on"),
         (["--train_file", "x", "--heldout_file", "y", "--base", "m", "--tasks", "numbers"], "--tasks"),
         (["--fields", "q"], "--fields"),
     ],

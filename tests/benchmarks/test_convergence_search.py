@@ -115,6 +115,12 @@ def test_every_method_is_searched_to_its_own_best_and_then_seen_with_more_seeds(
     assert run_all(on, "seeds", valley) == []
 
 
+def test_with_one_seed_a_search_ends_without_a_second():
+    on = bench(seeds=1)
+    assert {job.seed for job in run_all(on, "grid", valley)} == {0}
+    assert on.best("bone") == (0.0123, None) and on.missing("seeds") is None
+
+
 def test_the_best_is_chosen_by_both_seeds_and_by_development_rows():
     on = bench(methods=("bone",))
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.convergence import problems, style, tasks
 from rwkv_bone.data import load_tokenizer
+from rwkv_bone.errors import UserError
 
 ADAPTED = "blinkdl-reverse/rwkv7-reverse-L2-D32-ft.pth"
 
@@ -44,6 +45,11 @@ def test_the_same_files_are_written_every_time(made, name, tmp_path):
     again = tasks.load_task(name, tmp_path / "data", tmp_path)
     for file in ("train_file", "heldout_file", "text_file"):
         assert Path(getattr(again, file)).read_bytes() == Path(getattr(made[name], file)).read_bytes()
+
+
+def test_rows_have_different_prompts_however_few_there_are():
+    made = tasks.distinct(lambda draw: {"prompt": draw.randrange(9), "response": draw.random()}, 9)
+    assert sorted(row["prompt"] for row in made) == list(range(9))
 
 
 def test_an_equation_is_that_of_its_problem_and_evaluates_to_the_answer():
@@ -88,5 +94,5 @@ def test_digits_are_reversed_and_read_with_the_models_own_ids(made):
 
 def test_the_reverse_task_says_which_file_it_lacks(tmp_path):
     for models in (None, tmp_path):
-        with pytest.raises(FileNotFoundError, match=rf"reverse needs {ADAPTED}.*--models"):
+        with pytest.raises(UserError, match=rf"reverse needs {ADAPTED}.*--models"):
             tasks.load_task("reverse", tmp_path, models)
