@@ -52,5 +52,5 @@ def test_a_run_goes_on_with_auto_as_it_began_with_numbers(job, capsys):
 
 
 def test_a_plan_has_the_numbers_too(job, capsys, untimed):  # noqa: F811
-    assert "--lr_init auto is " in planned(job, capsys, **AUTO)
+    assert "--lr_init auto is 0.01, --lr_final auto is 0.00033: " in planned(job, capsys, **AUTO)
     assert "--lr_init auto" not in planned(job, capsys)
