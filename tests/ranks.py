@@ -54,6 +54,6 @@ def train(argv: list[str], processes: int, folder: Path) -> subprocess.Completed
     server.stdin.write(json.dumps({"processes": jobs, "timeout": TIMEOUT}) + "\n")
     server.stdin.flush()
     answer = json.loads(server.stdout.readline())
-    assert not answer["timed_out"]
-    said = (path.read_text(errors="replace") for path in (output, errors))
+    said = [path.read_text(errors="replace") if path.exists() else "" for path in (output, errors)]
+    assert not answer["timed_out"], "\n".join(said)
     return subprocess.CompletedProcess(argv, answer["statuses"][0], *said)
