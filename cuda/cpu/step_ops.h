@@ -435,20 +435,16 @@ static void time7_head(const Op& op, const Step& step, int64_t one, int64_t h) {
     }
     const float* S = step.before[one] + op.state + at * N;
     float* next = step.next[one] + op.state + at * N;
-    for (int64_t i = 0; i < N; i += 4, S += 4 * N, next += 4 * N) {
-        vec seen[4] = {}, out[4] = {};
-        for (int64_t j = 0; j < N; j += LANES)
-            for (int t = 0; t < 4; t++) seen[t] += load(S + t * N + j) * load(a + j);
-        const four sa = four_sums(seen[0], seen[1], seen[2], seen[3]);
+    for (int64_t i = 0; i < N; i++, S += N, next += N) {
+        vec seen = {}, out = {};
+        for (int64_t j = 0; j < N; j += LANES) seen += load(S + j) * load(a + j);
+        const float sa = sum(seen), value = v[i];
         for (int64_t j = 0; j < N; j += LANES) {
-            const vec fade = load(decay + j), change = load(b + j), key = load(k + j), read = load(r + j);
-            for (int t = 0; t < 4; t++) {
-                const vec s = load(S + t * N + j) * fade + sa[t] * change + v[i + t] * key;
-                store(next + t * N + j, s);
-                out[t] += s * read;
-            }
+            const vec state = load(S + j) * load(decay + j) + sa * load(b + j) + value * load(k + j);
+            store(next + j, state);
+            out += state * load(r + j);
         }
-        *reinterpret_cast<loose_four*>(y + i) = four_sums(out[0], out[1], out[2], out[3]);
+        y[i] = sum(out);
     }
     normalize(y, y, N, float(op.eps));
     const float bonus = sum(agreement);
@@ -476,18 +472,14 @@ static void time6_head(const Op& op, const Step& step, int64_t one, int64_t h) {
     const float bonus = sum(agreement);
     const float* S = step.before[one] + op.state + at * N;
     float* next = step.next[one] + op.state + at * N;
-    for (int64_t i = 0; i < N; i += 4, S += 4 * N, next += 4 * N) {
-        vec out[4] = {};
+    for (int64_t i = 0; i < N; i++, S += N, next += N) {
+        vec out = {};
         for (int64_t j = 0; j < N; j += LANES) {
-            const vec fade = load(decay + j), key = load(k + j), read = load(r + j);
-            for (int t = 0; t < 4; t++) {
-                const vec s = load(S + t * N + j);
-                out[t] += s * read;
-                store(next + t * N + j, s * fade + v[i + t] * key);
-            }
+            const vec state = load(S + j);
+            out += state * load(r + j);
+            store(next + j, state * load(decay + j) + v[i] * load(k + j));
         }
-        *reinterpret_cast<loose_four*>(y + i) = four_sums(out[0], out[1], out[2], out[3]);
-        for (int t = 0; t < 4; t++) y[i + t] += v[i + t] * bonus;
+        y[i] = sum(out) + v[i] * bonus;
     }
     normalize(y, y, N, float(op.eps));
     for (int64_t j = 0; j < N; j += LANES) {

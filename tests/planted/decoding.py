@@ -20,10 +20,10 @@ BUGS = (
     Bug(OPS, "if (changes) share += load(changes + at);", "", WHOLE),
     Bug(OPS, "if (op.add) store(next + i, own);", "", WHOLE),
     Bug(OPS, "const vec removal = load(a + j) * inverse;", "const vec removal = load(a + j);", WHOLE),
-    Bug(OPS, "y[i + t] += v[i + t] * bonus;", ";", WHOLE),
-    Bug(OPS, "s * fade + v[i + t] * key);", "s + v[i + t] * key);", WHOLE),
+    Bug(OPS, "sum(out) + v[i] * bonus", "sum(out)", WHOLE),
+    Bug(OPS, "state * load(decay + j) + v[i] * load(k + j)", "state + v[i] * load(k + j)", WHOLE),
     Bug(OPS, "normal * open * sigmoid(open)", "normal * sigmoid(open)", WHOLE),
-    Bug(OPS, "* fade + sa[t] * change", "* fade + change", WHOLE),
+    Bug(OPS, "+ sa * load(b + j)", "+ load(b + j)", WHOLE),
     Bug(
         OPS,
         "load(pv + j));\n            store(v + j, value + (",
