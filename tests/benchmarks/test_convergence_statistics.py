@@ -149,6 +149,7 @@ def test_the_best_rate_lies_between_those_that_were_tried():
 
     assert s.best_rate({rate: loss(rate) for rate in (5e-4, 1e-3, 3e-3, 9e-3)}) == pytest.approx(2e-3)
     assert s.best_rate({1e-3: 1.0, 2e-3: 2.0, 3e-3: 3.0}) is None  # at an end
+    assert s.best_rate({1e-3: 3.0, 2e-3: 2.0, 3e-3: 1.0}) is None
     assert s.best_rate({1e-3: 1.0, 2e-3: 0.5, 4e-3: math.inf}) is None
 
 

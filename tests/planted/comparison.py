@@ -22,7 +22,7 @@ BUGS = (
     Bug(RATES, "min(rate, MOST)", "rate", f"{RULE} -k toy"),
     Bug(RATES, "first * share", "RULES[adapter.peft].rate * share", RULE),
     Bug(RATES, 'optim.lr_schedule == "constant" and "lr_final" in names', "False", f"{RULE} -k said"),
-    Bug(RATES, "optim.lr_final > optim.lr_init != AUTO", "optim.lr_final > optim.lr_init", f"{RULE} -k known"),
+    Bug(RATES, "optim.lr_final > optim.lr_init != AUTO", "optim.lr_final > optim.lr_init", f"{RULE} -k word"),
     Bug(RESUME, 'is not None and worded(spec, new) == "auto"', "is None", f"{RUNS} -k goes_on"),
     Bug(PREPARE, "    config = replace(config, optim=optim)\n", "", f"{RUNS} -k rule"),
     Bug(PREPARE, "config.adapter, arch.n_embd, not path", "config.adapter, arch.n_embd", f"{RUNS} -k rule"),
