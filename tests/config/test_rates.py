@@ -134,6 +134,7 @@ def test_auto_is_a_word_everywhere_and_its_number_is_none(capsys):
     with pytest.raises(UserError, match="--lr_init: expected a number or auto, got '-1'"):
         parse("--lr_init", "-1")
     parse("--lr_schedule", "constant", "--lr_final", "auto")  # asks for nothing
+    parse("--lr_final", "1e-6")  # nor does it rise to that
     parse("--lr_schedule", "exp")
     parse("--lr_final", "1e-6")
     with pytest.raises(UserError, match="--lr_schedule exp needs"):
