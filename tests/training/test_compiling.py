@@ -96,6 +96,7 @@ def is_float(x) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
+@pytest.mark.slow
 def test_wrong_gradients_are_refused_by_name(job, backend):
     backend(scaled(1.5, forward=False))
     with pytest.raises(UserError, match=r"--compile 1: with compiled blocks the gradient of blocks\.\d\..* is off by"):

@@ -62,6 +62,7 @@ def test_of_the_forward_passes_of_a_step_only_the_last_waits(job):
     assert steps[2:4] == [{}, OURS]
 
 
+@pytest.mark.slow
 def test_two_processes_wait_no_more_often_than_one(job, tmp_path):
     flags = {"devices": 2, "dataload": "pack", "micro_bsz": 1, "ctx_len": 32, "epoch_count": 2, "epoch_save": 9}
     environment = clean_environment()
