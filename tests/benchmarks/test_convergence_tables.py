@@ -122,7 +122,5 @@ def test_every_picture_is_drawn(rows, tmp_path):
 
 
 def test_the_page_has_the_tables_that_its_rows_make_today():
-    if not tables.RESULTS.is_file():
-        pytest.skip(f"there is no {tables.RESULTS.name} in benchmarks/results yet")
     page = PAGE.read_text(encoding="utf-8")
     assert tables.filled(page, statistics.read(tables.RESULTS)) == page, f"python -m {tables.__name__} --write {PAGE}"

@@ -39,7 +39,8 @@ def drawn(evaluations):
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """A tokenizer.json of the twelve characters that the third-party model knows; # ends a document."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     folder = tmp_path_factory.mktemp("digits")
     letters = {letter: number for number, letter in enumerate("0123456789,#")}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="#"))
@@ -566,7 +567,6 @@ def test_of_several_samples_the_majority_and_pass_at_k_are_told(evaluations):
 
 
 def test_where_there_is_no_network_one_sentence_says_what_is_missing(evaluations, monkeypatch, tmp_path):
-    pytest.importorskip("huggingface_hub")
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

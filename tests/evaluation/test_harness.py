@@ -401,7 +401,7 @@ def test_scores_of_lm_eval_are_those_computed_by_hand(bundled, tmp_path):
 @pytest.mark.slow
 def test_item_for_item_the_numbers_are_those_of_lm_evals_own_class_on_another_implementation(tmp_path):
     """lm_eval's HFLM on `rwkv7-hf`, which reads the folder that we export: model, tokens and numbers are theirs."""
-    pytest.importorskip("rwkv7_hf")
+    pytest.importorskip("rwkv7_hf", reason="rwkv7-hf is not installed")
     from lm_eval.models.huggingface import HFLM
     from rwkv7_hf import RWKV7ForCausalLM
     from transformers import AutoTokenizer
