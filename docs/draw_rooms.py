@@ -26,6 +26,7 @@ ROOMS = {
     "chat": (3, "a conversation with a model; many prompts"),
     "evaluation": (4, "benchmarks: answers counted, runs compared"),
     "inference": (1, "load a model, write text, measure it"),
+    "preferences": (3, "DPO, ORPO, SimPO, KTO: losses of answers"),
     "models": (2, "RWKV-5, 6, 7: blocks, time mix, channel mix"),
     "data": (0, "files to batches of token ids"),
     "adapters": (1, "Bone, Bat, LoRA, PiSSA around a projection"),

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "src" / "rwkv_bone"
 HEAVY = {"torch", "lightning", "deepspeed", "numpy", "matplotlib", "tokenizers"}
 TRAINERS = {"lightning", "deepspeed", "bitsandbytes", "transformers", "peft"}
 ROOMS = {"adapters", "checkpoints", "cluster", "config", "conversion", "data", "hf", "inference", "models", "ops"}
-ROOMS |= {"chat", "doctor", "evaluation", "planning", "report", "training"}
+ROOMS |= {"chat", "doctor", "evaluation", "planning", "preferences", "report", "training"}
 # Rooms that hold programs: none of the others imports them.
 PROGRAMS = {"chat", "conversion", "doctor", "evaluation", "hf", "planning"}
 # For each room, the rooms that importing any of its modules may bring along.
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "cluster": {"config"},
     "report": {"config"},
     "doctor": {"config", "ops"},
+    "preferences": {"config", "data"},
     "training": ROOMS - PROGRAMS,
     "planning": ROOMS - PROGRAMS,
 }

@@ -24,6 +24,7 @@ from rwkv_bone.config.sections import (
     MergeConfig,
     ModelConfig,
     OptimConfig,
+    PreferenceConfig,
     RunConfig,
     TrainConfig,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "MergeConfig",
     "ModelConfig",
     "OptimConfig",
+    "PreferenceConfig",
     "RunConfig",
     "TrainConfig",
     "setting",

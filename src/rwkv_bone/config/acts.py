@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from rwkv_bone.config.names import suffix_of
-from rwkv_bone.config.sections import AUTO
+from rwkv_bone.config.sections import AUTO, CONVERSATIONS
 
 
 class When(NamedTuple):
@@ -65,7 +65,6 @@ def listed(words: Any) -> str:
 
 
 ADAPTERS = ("bone", "lora", "pissa")
-CONVERSATIONS = ("auto", "sft", "table", "hf")  # values of --data_type with which rows may be conversations
 MARKED = ("qa", "se")  # masks that look for turns in the text of documents
 
 TRAIN: dict[str, When] = {
@@ -103,6 +102,13 @@ TRAIN: dict[str, When] = {
     ),
     "mask_id": only("loss_mask", "se"),
     **dict.fromkeys(("long_samples", "max_lost"), but("dataload", "get")),
+    "beta": but("task", "sft"),
+    "gamma": only("task", "simpo"),
+    "label_smoothing": only("task", "dpo", "simpo"),
+    "sft_weight": only("task", "dpo", "orpo", "simpo"),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), only("task", "kto")),
+    "reference": only("task", "dpo", "kto") & given("peft_load"),
+    "l2wrap": only("task", "sft"),
     "lr_final": but("lr_schedule", "constant"),
     "overwrite": but("resume", "1"),
     "resume": When(

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from rwkv_bone.config.other_names import intended_flag
 from rwkv_bone.config.saved import SECTIONS
-from rwkv_bone.config.sections import AdapterConfig, ModelConfig, OptimConfig
+from rwkv_bone.config.sections import AdapterConfig, ModelConfig, OptimConfig, PreferenceConfig
 from rwkv_bone.errors import UserError
 
 # A continued run may change these settings. Those of the first group change no number beyond rounding.
@@ -26,7 +26,8 @@ FREE = EQUIVALENT | OUTSIDE_THE_STEPS | COMPARED
 # What --resume_with may name: none of these decides which values are trained, or how rows become samples.
 OPTIMISER = {spec.name for spec in fields(OptimConfig)} | {"lora_plus", "lora_dropout", "precision", "epoch_steps"}
 DATA = {"data_file", "data_weights", "data_type", "sft_split", "sft_field", "columns", "bad_rows"}
-ON_PURPOSE = OPTIMISER | DATA
+LOSS = {spec.name for spec in fields(PreferenceConfig)} - {"reference"}
+ON_PURPOSE = OPTIMISER | DATA | LOSS
 SETTINGS = {spec.name for section in SECTIONS.values() for spec in fields(section)}
 
 

@@ -34,6 +34,9 @@ STRATEGIES = (
 )
 PRECISIONS = ("bf16", "fp32")
 SCHEDULES = ("cos", "exp", "linear", "constant")
+TASKS = ("sft", "dpo", "orpo", "simpo", "kto")
+REFERENCES = ("start", "base")
+CONVERSATIONS = ("auto", "sft", "table", "hf")  # values of --data_type with which rows may be conversations
 DATA_TYPES = ("auto", "jsonl", "sft", "binidx", "table", "hf", "text", "tokens")
 DATALOADS = ("pack", "pad", "only", "get")
 LOSS_MASKS = ("response", "last", "none", "pad", "qa", "se")
@@ -179,6 +182,12 @@ class DataConfig:
     data_file: tuple[str, ...] = setting(
         (), "training data: one or more files or folders, in the formats of docs/data.md"
     )
+    task: str = setting(
+        "sft",
+        "what rows teach: their texts and responses (sft), which of two answers is better (dpo, orpo, simpo: fields "
+        "chosen and rejected), or which answers are good (kto: field label)",
+        TASKS,
+    )
     data_type: str = setting("auto", "format of data_file; auto = recognised by its content", DATA_TYPES)
     data_weights: tuple[str, ...] = setting(
         (), "how often a pass over the data contains each data_file, such as 1 0.5; empty = each once", repeats=True
@@ -307,6 +316,74 @@ class DataConfig:
             raise UserError(
                 f"--dataload only trains one sample a batch: set --micro_bsz 1 (now {self.micro_bsz or 'auto'})"
             )
+        if self.task != "sft":
+            self._check_preference()
+
+    def _check_preference(self) -> None:
+        """UserError for what answers that are compared cannot have."""
+        task = f"--task {self.task}"
+        if self.dataload == "get":
+            raise UserError(f"{task} compares whole answers, and --dataload get cuts windows anywhere: use pack or pad")
+        if self.long_samples == "split":
+            raise UserError(f"{task} compares whole answers, and --long_samples split would cut them: use cut or drop")
+        if self.loss_mask not in ("response", "last"):
+            raise UserError(
+                f"{task} compares answers, which --loss_mask response marks (last: the last turn of each); got "
+                f"{self.loss_mask}"
+            )
+        if self.data_type not in CONVERSATIONS:
+            raise UserError(
+                f"{task} reads rows with answers, which --data_type {self.data_type} has not: leave it out, or use "
+                f"{', '.join(CONVERSATIONS[1:])}"
+            )
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """The loss of --task dpo, orpo, simpo and kto; `preferences.decided` has the numbers that auto stands for."""
+
+    beta: float = setting(
+        float(AUTO),
+        "how strongly a difference counts: of dpo and kto the weight of staying near the reference, of simpo the scale "
+        "of the rewards, of orpo the weight of the odds ratio; auto = 0.1, of simpo 2",
+        above=0,
+        at_most=10**4,
+        warn_above=100,
+        auto=AUTO,
+    )
+    gamma: float = setting(
+        float(AUTO),
+        "margin by which simpo wants the chosen answer's reward to be above the other's; auto = 1",
+        at_least=0,
+        at_most=10**4,
+        auto=AUTO,
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "share of the pairs in which the two answers are taken to be the wrong way round; 0 = none",
+        at_least=0,
+        below=0.5,
+    )
+    sft_weight: float = setting(
+        float(AUTO),
+        "weight of the chosen answer's own loss, nats per token, which is added; auto = 1 for orpo, else 0",
+        at_least=0,
+        at_most=10**4,
+        auto=AUTO,
+    )
+    desirable_weight: float = setting(1.0, "weight of the good answers of kto", at_least=0, at_most=10**4)
+    undesirable_weight: float = setting(1.0, "weight of the bad answers of kto", at_least=0, at_most=10**4)
+    reference: str = setting(
+        "start",
+        "what dpo and kto compare with, where --peft_load gives an adapter: the model that the run begins with, or the "
+        "base without an adapter",
+        REFERENCES,
+    )
+
+    def __post_init__(self):
+        check_values(self)
+        if not self.desirable_weight and not self.undesirable_weight:
+            raise UserError("--desirable_weight 0 and --undesirable_weight 0: nothing would be learnt")
 
 
 @dataclass(frozen=True)
@@ -479,6 +556,7 @@ class TrainConfig:
     model: ModelConfig
     adapter: AdapterConfig
     data: DataConfig
+    preference: PreferenceConfig
     optim: OptimConfig
     run: RunConfig
 

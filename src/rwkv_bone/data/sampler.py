@@ -28,6 +28,24 @@ SIZES = 16  # lengths that a packed row may have
 
 
 @dataclass
+class Answers:
+    """What of a micro-batch the losses on whole answers need: U units, S = U x members sequences, R label rows.
+
+    A unit is a pair of answers, chosen and rejected (members 2), or one answer with its label (members 1). Sequence
+    u x members + m of the batch is member m of unit u.
+    """
+
+    sequence: torch.Tensor  # int64 [R]: the sequence of each of `Batch.label_rows`
+    units: torch.Tensor  # int64 [U]: their numbers in the dataset
+    members: int
+    window_units: int  # of the whole window: all micro-batches of the step, on all ranks
+    good: torch.Tensor | None = None  # bool [U]: KTO's labels
+    # KTO, in a window's first micro-batch: for each of the window's micro-batches of this rank, its prompts with
+    # answers of other prompts, one sequence a unit, in the order of `units`.
+    mismatched: tuple[Batch, ...] = ()
+
+
+@dataclass
 class Batch:
     """One micro-batch. Its tensors are in the CPU's memory until `to` moves them; `host` is then the batch there."""
 
@@ -39,6 +57,7 @@ class Batch:
     window_tokens: int  # trained labels of the whole window: all micro-batches of the step, on all ranks
     widest: int  # the largest T among the ranks, which run this micro-batch at the same time
     cu_seqlens: torch.Tensor | None = None  # packed: int64 [D + 1], where each document begins and the last one ends
+    answers: Answers | None = None  # of preference data
     host: Batch | None = None  # after `to`: the batch in the CPU's memory, to be read without waiting for a GPU
 
     def to(self, device: torch.device | str) -> Batch:

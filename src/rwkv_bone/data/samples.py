@@ -45,6 +45,10 @@ class Documents:
     prompts: np.ndarray | None = None  # uint64 [D]: equal for equal prompts, see `prompt_hash`; None: not known yet
     turns: bool = False  # conversations, which lose their sense where they are split
     tools: int = 0  # rows that have tools
+    # Preference data. A row makes `members` documents, one after another: 2 are the chosen answer and the rejected one.
+    members: int = 1
+    answers: np.ndarray | None = None  # int64 [D]: how many ids are before each document's answer; None: no preferences
+    good: np.ndarray | None = None  # bool [D]: KTO's label; None: no labels
     notes: tuple[str, ...] = ()  # further lines for the user: what was changed or not used, where the cache is
     lost: tuple[Lost, ...] = ()  # what did not become documents
     kept: Kept | None = None

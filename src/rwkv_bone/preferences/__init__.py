@@ -1,0 +1,1 @@
+"""Preference tuning: the losses of DPO, ORPO, SimPO and KTO on the log-probabilities of whole answers."""
