@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from rwkv_bone.config.sections import AUTO, PreferenceConfig
 
-# The papers' usual values: DPO (Rafailov et al., arXiv 2305.18290), ORPO (Hong et al., arXiv 2403.07691), SimPO (Meng et
-# al., arXiv 2405.14734), KTO (Ethayarajh et al., arXiv 2402.01306).
+# The papers' usual values: DPO (Rafailov et al., arXiv 2305.18290), ORPO (Hong et al., arXiv 2403.07691), SimPO (Meng
+# et al., arXiv 2405.14734), KTO (Ethayarajh et al., arXiv 2402.01306).
 BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
 GAMMA = 1.0
 SFT_WEIGHT = {"orpo": 1.0}  # the others have none
