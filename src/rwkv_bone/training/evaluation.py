@@ -55,7 +55,9 @@ class Measured:
         if self.preference is None:
             text = f"loss {self.loss:.4f} nats per token ({counted(self.tokens, 'token')})"
         else:
-            text = f"loss {self.loss:.4f} per {unit_of(self.preference)}, {', '.join(preference_words(self.preference))}"
+            text = (
+                f"loss {self.loss:.4f} per {unit_of(self.preference)}, {', '.join(preference_words(self.preference))}"
+            )
         if self.exact is not None:
             correct = sum(answer.correct for answer in self.answers)
             text += f", exact match {self.exact:.1%} ({correct} of {len(self.answers)})"
@@ -70,7 +72,7 @@ def unit_of(preference: Mapping[str, float | None]) -> str:
 def preference_words(preference: Mapping[str, float | None]) -> list[str]:
     """`accuracy 71.2%`, `margin 0.523`, `KL 0.0123`: what a line says of held-out answers."""
     how = {"reward_accuracy": "accuracy {:.1%}", "reward_margin": "margin {:.3f}", "divergence": "KL {:.4f}"}
-    return [text.format(value) for name, text in how.items() if (value := preference[name]) is not None]
+    return [text.format(value) for name, text in how.items() if (value := preference.get(name)) is not None]
 
 
 def write_measured(path: Path, data: str, before: Measured | None, after: Measured | None) -> None:

@@ -5,10 +5,12 @@ Sizes: n units, M members of a unit, R labelled tokens, N positions, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from rwkv_bone.console import with_bar
 from rwkv_bone.data import Batch, BatchPlan, Dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
+from rwkv_bone.data.sampler import Answers
 from rwkv_bone.preferences.divergence import Rows, divergence, places
 from rwkv_bone.preferences.losses import kl_estimate
 from rwkv_bone.preferences.objective import SUMS, Objective, figures, summed
@@ -41,10 +44,8 @@ class MeasureAnswers:
     measured there the rows are kept, in the file too, for a run that goes on.
     """
 
-    def __init__(
-        self, objective: Objective, kept: Kept, *, micro_bsz: int, chunk: int, report: Callable[[str], None]
-    ):
-        self.objective, self.reference = objective, None
+    def __init__(self, objective: Objective, kept: Kept, *, micro_bsz: int, chunk: int, report: Callable[[str], None]):
+        self.objective = objective
         self._kept, self._micro_bsz, self._chunk, self._report = kept, micro_bsz, chunk, report
         self.reference: Reference | None = None
         self._references: dict[str, Tensor] = {}  # float64 [n, M], of kto [n, M + 1]
@@ -86,9 +87,11 @@ class MeasureAnswers:
     def __call__(self, module: TrainingModule, name: str, dataset: Dataset) -> Loss:
         """Measure a dataset that `begin` knows under this name, by the module as it is."""
         reference, members = self._references.get(name), dataset.members
-        plan = BatchPlan(dataset, micro_bsz=self._micro_bsz, pack=True)
+        each = dataset.subset(np.arange(len(dataset)))
+        each.repeats = None  # once, whatever --data_weights says
+        plan = BatchPlan(each, micro_bsz=self._micro_bsz, pack=True)
         rows = None if self._silent else Rows(module.model.ln_out, places(dataset))
-        found: list[tuple[Tensor, Batch]] = []
+        found: list[tuple[Tensor, Answers]] = []
         gains: list[tuple[Tensor, Tensor]] = []  # kto: log-probabilities of prompts with answers of others
         tokens, steps = 0, plan.total_steps(1)
         for step in with_bar(range(steps), steps, "measuring the held-out loss"):
@@ -99,7 +102,7 @@ class MeasureAnswers:
             else:
                 with rows.of(batch):
                     nll = self._run(module, batch)
-            found.append((nll, batch))
+            found.append((nll, batch.answers))
             tokens += batch.window_tokens
             for other in batch.answers.mismatched if self.objective.needs_mismatched else ():
                 assert other.answers and reference is not None
@@ -108,9 +111,7 @@ class MeasureAnswers:
         kl = kl_estimate(*map(torch.cat, zip(*gains, strict=True))) if gains else None
         loss = torch.zeros((), dtype=torch.float64, device=module.device)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=module.device)
-        for nll, batch in found:
-            answers = batch.answers
-            assert answers
+        for nll, answers in found:
             judged = None if reference is None else reference[answers.units, :members]
             outcome = self.objective(nll, answers, judged, kl)
             loss, sums = loss + outcome.loss, sums + outcome.sums
@@ -121,10 +122,10 @@ class MeasureAnswers:
     def _run(self, module: TrainingModule, batch: Batch) -> Tensor:
         """-log p of each labelled token, [R]."""
         # The module itself is called, not its model: at stage 3 DeepSpeed's hooks begin with that call.
-        model, where = module, batch
+        where, model = batch, module
         if self._chunk:
             assert batch.host
-            model, where = partial(chunked_loss, module, chunk=self._chunk), batch.host
+            where, model = batch.host, partial(chunked_loss, module, chunk=self._chunk)
         packed = {"label_rows": where.label_rows, "cu_seqlens": where.cu_seqlens}
         return model(batch.ids, labels=batch.labels, per_token=True, **packed)
 
@@ -139,7 +140,7 @@ class MeasureAnswers:
                     self._kept.keep(_rows_of(name), rows, data_fingerprint(dataset))
         model = module.model
         found = divergence(rows, self._starts[name], model.head, model.arch.vocab_size).double().mean().item()
-        return found if torch.isfinite(torch.tensor(found)) else None
+        return found if math.isfinite(found) else None
 
 
 def _rows_of(name: str) -> str:

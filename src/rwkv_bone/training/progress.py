@@ -127,7 +127,8 @@ def answer_words(records: Sequence[dict]) -> dict[str, str]:
 def heldout_words(measurements: Sequence[dict]) -> dict[str, str]:
     """What a line shows of them: `held-out 0.0123 v`, `best 0.0119 at 300`, `general 1.2404 ^`.
 
-    Of pairs: `held-out 0.5123 v, 71%`, with the share of them in which the chosen answer is above. v is lower than the measurement before, ^ higher, = within a thousandth. The best is named while it is an older one.
+    v is lower than the measurement before, ^ higher, = within a thousandth. The best is named while it is an older one.
+    Of pairs the share of them that are right follows: `held-out 0.5123 v, 71%`.
     """
     losses = main_losses(measurements)
     if not losses:
