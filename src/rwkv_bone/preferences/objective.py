@@ -36,6 +36,16 @@ FIGURES = (
 )
 
 
+# The settings that act on each task, as the header of a run names them.
+ACTING = {
+    "dpo": ("beta", "label_smoothing", "sft_weight"),
+    "orpo": ("beta", "sft_weight"),
+    "simpo": ("beta", "gamma", "label_smoothing", "sft_weight"),
+    "kto": ("beta", "desirable_weight", "undesirable_weight"),
+}
+BALANCED = 0.95, 1.4  # the paper of KTO advises 1 to 4/3; a little more, so that rounded weights will do
+
+
 class Outcome(NamedTuple):
     """The loss of a micro-batch, to be differentiated, and what is added up for its figures."""
 
@@ -54,6 +64,24 @@ class Objective:
         self.config, self.task = decided(config, task), task
         self.needs_reference = task in REFERRING
         self.needs_mismatched = task == "kto"
+        self.unit = "answer" if task == "kto" else "pair"
+
+    def sentence(self) -> str:
+        """The task and its settings, as they were decided."""
+        return " ".join([f"{self.task}:", *(f"--{name} {getattr(self.config, name):g}" for name in ACTING[self.task])])
+
+    def balance(self, good: int, bad: int) -> str:
+        """Kto's weights by which both labels count alike, of so many answers of each; empty where they do already.
+
+        KTO (arXiv 2402.01306, section 4.3): desirable_weight x good is to be between 1 and 4/3 of undesirable_weight x
+        bad.
+        """
+        for_good, for_bad = self.config.desirable_weight * good, self.config.undesirable_weight * bad
+        if not for_good or not for_bad or BALANCED[0] <= for_good / for_bad <= BALANCED[1]:
+            return ""
+        if for_good > for_bad:
+            return f"--undesirable_weight {for_good / bad:.3g}"
+        return f"--desirable_weight {for_bad / good:.3g}"
 
     def __call__(self, nll: Tensor, answers: Answers, reference: Tensor | None, kl: Tensor | None) -> Outcome:
         """nll [R]: -log p of each labelled token, in the order of `answers.sequence`. reference [U, M]: the summed

@@ -180,7 +180,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
 
     reference = None
     if objective and start:
-        reference = Reference(reading, start, output, mismatched=objective.needs_mismatched, report=report)
+        reference = Reference(reading, objective, start, output, report)
     log = observers.log
     save = SaveTrained(output, folder, run, earlier=earlier, log=log, go_on=go_on, report=report)
     watch.state = save.state_of_things

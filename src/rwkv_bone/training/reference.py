@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from rwkv_bone import checkpoints
 from rwkv_bone.cluster.signs import progress
 from rwkv_bone.config import TrainConfig
-from rwkv_bone.config.preferences import PAIRED
 from rwkv_bone.console import counted, with_bar
 from rwkv_bone.data import Batch, BatchPlan, Dataset
 from rwkv_bone.errors import UserError
-from rwkv_bone.preferences.objective import summed
+from rwkv_bone.preferences.objective import Objective, summed
 from rwkv_bone.training import project
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.gather import full_shape, gathered
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from rwkv_bone.training.saving import Output
 
 TRAINING = "training"  # the name under which the file has the log-probabilities of the training data
-UNITS = {"kto": ("answer",)} | dict.fromkeys(PAIRED, ("pair",))  # what a unit of a task is called
 
 
 @dataclass(frozen=True)
@@ -105,15 +103,14 @@ class Reference(Callback):
     """Have the log-probabilities of all units that a run reads before its first step, and give them to the module.
 
     config: of a run that goes through the model as in training, so that the pass needs no more memory than a step.
-    output: which part of the model is trained, and the fingerprints of base and data. mismatched: whether those of
-    prompts with other prompts' answers are needed, too.
+    objective: what they are for. output: which part of the model is trained, and the fingerprints of base and data.
     """
 
     def __init__(
-        self, config: TrainConfig, start: Start, output: Output, *, mismatched: bool, report: Callable[[str], None]
+        self, config: TrainConfig, objective: Objective, start: Start, output: Output, report: Callable[[str], None]
     ):
-        self.start, self.keys, self.mismatched, self.report = start, output.keys, mismatched, report
-        self.task, self.micro_bsz, self.chunk = config.data.task, config.data.micro_bsz, config.model.chunk_ctx
+        self.objective, self.start, self.keys, self.report = objective, start, output.keys, report
+        self.micro_bsz, self.chunk = config.data.micro_bsz, config.model.chunk_ctx
         self.kept = Kept(Path(config.run.proj_dir) / project.REFERENCE)
         about = {name: output.metadata[name] for name in ("base", "architecture", "kind", "quant", "start")}
         self._made_from = about | {"precision": config.run.precision}
@@ -149,7 +146,7 @@ class Reference(Callback):
         To be called on every rank. Returns float64 [n, M] (kto: M + 1) on the module's device, NaN where not asked for.
         """
         units = np.arange(len(dataset)) if units is None else units
-        shape, made_from = (len(dataset), dataset.members + self.mismatched), self.made_from(data)
+        shape, made_from = (len(dataset), dataset.members + self.objective.needs_mismatched), self.made_from(data)
         found = self.kept.read(name, made_from) if trainer.is_global_zero else None
         if found is None or found.shape != shape:
             if module.first_step and self.kept.problem:
@@ -161,9 +158,9 @@ class Reference(Callback):
             self.report(f"reference {self._counted(name, len(units))} as {self.kept.path} has them")
             return table
         begin = time.perf_counter()
-        how: dict[str, Any] = {"micro_bsz": self.micro_bsz, "chunk": self.chunk, "mismatched": self.mismatched}
+        how: dict[str, Any] = {"mismatched": self.objective.needs_mismatched}
         with self.model(trainer, module):
-            rows = log_probabilities(module, dataset, unknown, **how)
+            rows = log_probabilities(module, dataset, unknown, micro_bsz=self.micro_bsz, chunk=self.chunk, **how)
         table[torch.from_numpy(unknown).to(module.device)] = rows
         said = f"reference {self._counted(name, len(unknown))} in {time.perf_counter() - begin:.0f} s"
         if trainer.is_global_zero:
@@ -175,7 +172,7 @@ class Reference(Callback):
 
     def _counted(self, name: str, units: int) -> str:
         of = "" if name == TRAINING else f" of {name}"
-        return f"log-probabilities of {counted(units, *UNITS[self.task])}{of}"
+        return f"log-probabilities of {counted(units, self.objective.unit)}{of}"
 
     @contextmanager
     def model(self, trainer: Trainer, module: TrainingModule) -> Iterator[None]:
@@ -185,10 +182,11 @@ class Reference(Callback):
         """
         obstacle, other = trainer.strategy.broadcast((self.start.obstacle, self.start.values is not None))
         if obstacle:
+            folder = self.kept.path.parent
             raise UserError(
-                f"the log-probabilities that --task {self.task} compares with are needed and cannot be had again: "
-                f"{obstacle}. Mend that, or put {self.kept.path.name} back into {self.kept.path.parent} from a copy; "
-                "another --proj_dir begins a new run"
+                f"--task {self.objective.task} compares with log-probabilities of the model that the run began with, "
+                f"which cannot be had again: {obstacle}. Mend that, or put {self.kept.path.name} back into {folder} "
+                "from a copy; another --proj_dir begins a new run"
             )
         if not other:
             yield
