@@ -55,9 +55,8 @@ class Measured:
         if self.preference is None:
             text = f"loss {self.loss:.4f} nats per token ({counted(self.tokens, 'token')})"
         else:
-            text = (
-                f"loss {self.loss:.4f} per {unit_of(self.preference)}, {', '.join(preference_words(self.preference))}"
-            )
+            words = [f"loss {self.loss:.4f} per {unit_of(self.preference)}", *preference_words(self.preference)]
+            text = ", ".join(words)
         if self.exact is not None:
             correct = sum(answer.correct for answer in self.answers)
             text += f", exact match {self.exact:.1%} ({correct} of {len(self.answers)})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -122,7 +122,7 @@ class MeasureAnswers:
     def _run(self, module: TrainingModule, batch: Batch) -> Tensor:
         """-log p of each labelled token, [R]."""
         # The module itself is called, not its model: at stage 3 DeepSpeed's hooks begin with that call.
-        where, model = batch, module
+        where, model = batch, cast("Callable[..., Tensor]", module)
         if self._chunk:
             assert batch.host
             where, model = batch.host, partial(chunked_loss, module, chunk=self._chunk)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,7 @@ def prepare_heldout(
     every = run.eval_steps if run.eval_steps != AUTO else records[-1]["every"] if records else None
     answers = None
     if data.task != "sft":
-        how = {"micro_bsz": data.micro_bsz, "chunk": config.model.chunk_ctx, "report": report}
+        how: dict[str, Any] = {"micro_bsz": data.micro_bsz, "chunk": config.model.chunk_ctx, "report": report}
         answers = MeasureAnswers(Objective(config.preference, data.task), Kept(folder / project.REFERENCE), **how)
     return HeldOut(
         sets,
@@ -147,10 +148,10 @@ def _parts(
         if not earlier and share < 1:
             part = cut(one.dataset, samples_within(one.dataset, share * int(one.dataset.lengths.sum())))
         if part is not one.dataset:
+            whole = counted(len(one.dataset), one.dataset.unit)
             report(
-                f"held-out  {one.name}: {len(part):,} of the {counted(len(one.dataset), one.dataset.unit)} are measured while "
-                "training, always the same, as all would take too much of the time (--eval_steps N takes all); before "
-                "and after, all are"
+                f"held-out  {one.name}: {len(part):,} of the {whole} are measured while training, always the same, as all "
+                "would take too much of the time (--eval_steps N takes all); before and after, all are"
             )
         yield replace(one, part=part)
 

@@ -15,14 +15,14 @@ One JSON object a line, with a checksum as in `train_log.jsonl`. A line that is 
 
 | field of a set | |
 |---|---|
-| loss | nats per trained token; of preference data the task's loss of a pair, or of an answer with its label; null if it is
-  no finite number |
+| loss | nats per trained token, of preference data the task's loss of a pair or answer; null if it is no finite number |
 | tokens, samples | the trained tokens and samples that were measured |
 | exact_match, prompts | the share of answers that are right, and their number; null and 0 where it was not measured |
-| preference | of preference data alone: `FIGURES` of preferences/objective.py, and `divergence`: KL(model now, model that the
-  run began with), nats per token of the good answers; each is a number, or null where there is none |
+| preference | only of preference data: {figure: number, or null where there is none}; see below |
 
-A sample has step, set, prompt, expected (null if nothing is) and text, the model's greedy answer.
+The figures are FIGURES of preferences/objective.py and `divergence`, KL(the model, what it was when the run began) in
+nats per token of the chosen answers. A sample has step, set, prompt, expected (null if nothing is) and text, the
+model's greedy answer.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def chosen_falls(records: Sequence[dict], task: str) -> Advice | None:
     first, last = (figures(some, "logp_chosen") for some in (records[:size], records[-size:]))
     if len(records) < 3 * size or min(len(first), len(last)) < WINDOW / 2:
         return None
-    if not _fell(first.mean(), last.mean()) or rank_z(last, first) < SURE:
+    if not _fell(first.mean(), last.mean()) or rank_z(last.tolist(), first.tolist()) < SURE:
         return None
     return _fall(task, first.mean(), last.mean(), "")
 
