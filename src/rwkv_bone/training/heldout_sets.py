@@ -150,8 +150,8 @@ def _parts(
         if part is not one.dataset:
             whole = counted(len(one.dataset), one.dataset.unit)
             report(
-                f"held-out  {one.name}: {len(part):,} of the {whole} are measured while training, always the same, as all "
-                "would take too much of the time (--eval_steps N takes all); before and after, all are"
+                f"held-out  {one.name}: {len(part):,} of the {whole} are measured while training, always the same, as "
+                "all would take too much of the time (--eval_steps N takes all); before and after, all are"
             )
         yield replace(one, part=part)
 

@@ -15,7 +15,7 @@ One JSON object a line, with a checksum as in `train_log.jsonl`. A line that is 
 
 | field of a set | |
 |---|---|
-| loss | nats per trained token, of preference data the task's loss of a pair or answer; null if it is no finite number |
+| loss | nats per trained token, of preference data the task's loss of a pair or answer; null if not finite |
 | tokens, samples | the trained tokens and samples that were measured |
 | exact_match, prompts | the share of answers that are right, and their number; null and 0 where it was not measured |
 | preference | only of preference data: {figure: number, or null where there is none}; see below |

@@ -20,7 +20,7 @@ FALL = 0.1  # of the log-probability of chosen answers, nats per token and as a 
 GONE = 0.01  # a loss per pair at which its gradient is 2 % of what it was: that of -log sigmoid(x) is 1 - exp(-loss)
 FAR = 0.5  # nats per token of divergence that the chosen answers do not explain
 PUSHED = 0.1  # a reward from which answers are pushed up or down
-LIKELY = 2.0  # standard errors of a 95 % confidence interval
+LIKELY = 3.0  # standard errors of a confidence interval of 99.7 %
 
 
 def of_steps(records: Sequence[dict], *, task: str, settings: PreferenceConfig, total_steps: int) -> list[Advice]:
@@ -118,7 +118,7 @@ def saturated(records: Sequence[dict], task: str, settings: PreferenceConfig, to
 def accuracy_at_chance(records: Sequence[dict], total_steps: int) -> Advice | None:
     """After half of the run, and 60 steps, no more pairs of the last quarter of the steps are right than a coin gives.
 
-    The 95 % confidence interval ends below 55 %, and above that of the first quarter by less than 5 points: where the
+    The confidence interval ends below 55 %, and above that of the first quarter by less than 5 points: where the
     pairs are too few to tell, nothing is said.
     """
     records = [record for record in records if record.get("reward_accuracy") is not None]
@@ -187,10 +187,10 @@ def _margin_falls(measurements: Sequence[dict], records: Sequence[dict]) -> Advi
 
 
 def _holds(records: Sequence[dict], name: str, step: int, last: int) -> bool:
-    """Whether a figure of training is no lower since `step` than in as many steps before it."""
-    since = figures([one for one in records if step < one["step"] <= last], name)
-    before = figures([one for one in records if one["step"] <= step], name)[-len(since) or None :]
-    return bool(len(since) and len(before) and since.mean() >= before.mean())
+    """Whether a figure of training is no lower in the window before step `last` than in that before `step`."""
+    size = window_of(len(records))
+    at, now = (figures([one for one in records if end - size < one["step"] <= end], name) for end in (step, last))
+    return bool(len(at) and len(now) and now.mean() >= at.mean())
 
 
 def _turned(what: str, now: str, highest: str, last: int, step: int) -> Advice:
