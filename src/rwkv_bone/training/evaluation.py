@@ -64,8 +64,8 @@ class Measured:
 
 
 def unit_of(preference: Mapping[str, float | None]) -> str:
-    """What the loss is of: `pair`, or `answer` where there are no pairs, and so no accuracy."""
-    return "answer" if preference["reward_accuracy"] is None else "pair"
+    """What the loss is of: `pair`, or `answer` with its label, which alone has the estimate of the divergence."""
+    return "pair" if preference["kl"] is None else "answer"
 
 
 def preference_words(preference: Mapping[str, float | None]) -> list[str]:

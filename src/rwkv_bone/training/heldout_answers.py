@@ -117,6 +117,8 @@ class MeasureAnswers:
             loss, sums = loss + outcome.loss, sums + outcome.sums
         moved = None if rows is None else self._moved(module, name, dataset, rows.all())
         preference = figures(sums.tolist()) | {"divergence": moved}
+        if preference["reward_chosen"] == preference["reward_rejected"] == 0:
+            preference["reward_accuracy"] = None  # before the first step: no answer is above the other
         return Loss(loss.item() / len(dataset), tokens, preference)
 
     def _run(self, module: TrainingModule, batch: Batch) -> Tensor:

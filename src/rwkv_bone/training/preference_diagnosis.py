@@ -118,15 +118,15 @@ def saturated(records: Sequence[dict], task: str, settings: PreferenceConfig, to
 def accuracy_at_chance(records: Sequence[dict], total_steps: int) -> Advice | None:
     """After half of the run, and 60 steps, no more pairs of the last quarter of the steps are right than a coin gives.
 
-    The confidence interval ends below 55 %, and above that of the first quarter by less than 5 points: where the
-    pairs are too few to tell, nothing is said.
+    The confidence interval ends below 55 %, where the pairs are too few for that nothing is said; and the share has not
+    surely risen since the first quarter.
     """
     records = [record for record in records if record.get("reward_accuracy") is not None]
     if len(records) < max(3 * WINDOW, total_steps / 2):
         return None
     quarter = len(records) // 4
     (first, first_error), (last, error) = _share(records[1 : quarter + 1]), _share(records[-quarter:])
-    if last + LIKELY * error >= 0.55 or last - first + LIKELY * math.hypot(error, first_error) >= 0.05:
+    if last + LIKELY * error >= 0.55 or last - first >= LIKELY * math.hypot(error, first_error):
         return None
     return Advice(
         "accuracy at chance",
@@ -219,7 +219,7 @@ def far(measurements: Sequence[dict], task: str) -> Advice | None:
     return Advice(
         "far from the start",
         f"the model has moved far from the one that the run began with: a divergence of {moved[last]:.2f} nats per "
-        f"token on held-out answers after step {last}, and the chosen ones have become likelier by "
+        f"token on held-out answers after step {last}, where the log-probability of the chosen ones has changed by "
         f"{now - chosen[0][1]:+.2f}",
         f"lower --lr_init{beta}, or take fewer steps; look at the answers (samples.jsonl) and at the general text",
     )

@@ -65,8 +65,8 @@ def _of_set(name: str, measurements: Sequence[dict]) -> Iterator[str]:
     label = f"{name} (per token)" if general and _of_answers(measurements[-1]) else name
     yield _row(label, *_before_after([one["loss"] for _, one in points], best, "{:.4f}", "{:+.4f}"))
     for label, figure, number, change, scale in ANSWERS:
-        values = [scale * one[figure] for one in answers if one[figure] is not None]
-        if values:
+        values = [None if one[figure] is None else scale * one[figure] for one in answers]
+        if any(value is not None for value in values):
             yield _row(label, *_before_after(values, ("", ""), number, change))
     exact = [one["exact_match"] for _, one in points if one["exact_match"] is not None]
     if exact:
@@ -78,12 +78,14 @@ def _of_answers(measurement: dict) -> dict[str, float | None] | None:
     return measurement["sets"].get(measurement["main"], {}).get("preference")
 
 
-def _before_after(values: Sequence[float], best: tuple[str, str], number: str, change: str) -> Iterator[str]:
-    yield number.format(values[0])
+def _before_after(values: Sequence[float | None], best: tuple[str, str], number: str, change: str) -> Iterator[str]:
+    """The cells of a row; None: there is no such value."""
+    first, last = values[0], values[-1]
+    yield "" if first is None else number.format(first)
     yield from best
     if len(values) > 1:
-        yield number.format(values[-1])
-        yield change.format(values[-1] - values[0])
+        yield "" if last is None else number.format(last)
+        yield "" if first is None or last is None else change.format(last - first)
 
 
 def forgotten(measurements: Sequence[dict]) -> Iterator[str]:
