@@ -288,7 +288,7 @@ class DataConfig:
         check_given(self, "data_file")
         for name in ("sft_field", "eval_field"):
             names = common_fields(getattr(self, name)) if name == "eval_field" else getattr(self, name)
-            if len(names) > 2:
+            if len(names) > (2 if self.task == "sft" else 3):
                 raise UserError(
                     f"--{name} takes the names of prompt and response, or one name, of the messages; got {len(names)}: "
                     f"{' '.join(names)}. Several fields of the prompt are joined by +: --{name} "

@@ -15,18 +15,19 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
 import numpy as np
 
 from rwkv_bone import signals
 from rwkv_bone.console import counted, progress_bar
-from rwkv_bone.data.conversations.conversation import Layout, conversation
+from rwkv_bone.data.conversations.conversation import Conversation, Layout, conversation
+from rwkv_bone.data.conversations.preference import answers_of
 from rwkv_bone.data.conversations.remarks import Remarks
 from rwkv_bone.data.dataset import prompt_hash
 from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.lost import Lost
-from rwkv_bone.data.masks import encode
+from rwkv_bone.data.masks import encode, encode_answer
 from rwkv_bone.data.sources.rows import Places
 from rwkv_bone.data.spelled import spelled_tokens
 from rwkv_bone.data.templates.builtin import load_template
@@ -39,6 +40,7 @@ BLOCK = 1 << 21  # bytes of rows that a process is given at a time
 PARALLEL = 1 << 26  # bytes of data above which several processes are worth their start, a second each
 PROCESSES = 16
 ORIGINS_SHOWN = 3
+ALIKE = "both answers of a pair are the same"  # the reason of rows that are left out whatever --bad_rows says
 SKIP_HINT = "(--bad_rows skip leaves such rows out and counts them)"
 
 Block = tuple[list, int]  # (items, their size in bytes)
@@ -52,6 +54,8 @@ class Encoded:
     lengths: np.ndarray  # int64 [D]
     trained: np.ndarray | None = None  # bool [N]
     prompts: np.ndarray | None = None  # uint64 [D]: hashes of the prompts, see `dataset.prompt_hash`
+    answers: np.ndarray | None = None  # int64 [D]: ids before each document's answer, of preference data
+    good: np.ndarray | None = None  # bool [D]: whether the answer is labelled as good, of KTO's data
     numbers: np.ndarray | None = None  # int64 [D]: number of each document's row in the source
     skipped: list[tuple[str, int]] = field(default_factory=list)  # (reason, number of the row)
     remarks: Mapping[str, int] = field(default_factory=dict)  # see `remarks.Remarks`
@@ -103,7 +107,8 @@ class Skipped:
         found = []
         for reason, (count, first) in self.counts.items():
             named = ", ".join(places(number) for number in first) + ", ..." * (count > len(first))
-            what = f"{name}: skipped (--bad_rows skip), {reason}: {counted(count, unit[:-1])} ({named})"
+            how = "left out" if reason == ALIKE else "skipped (--bad_rows skip)"
+            what = f"{name}: {how}, {reason}: {counted(count, unit[:-1])} ({named})"
             found.append(Lost(what, count / rows, unit, f"mend these {unit}"))
         return found
 
@@ -132,35 +137,95 @@ class RowSettings:
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
         template = load_template(self.template, tokenizer.name, self.tool_format)
         dtype, may_exceed = token_dtype(self.vocab_size), tokenizer.vocab_size > self.vocab_size
+        compared = bool(self.layout.rejected or self.layout.label)
 
-        def encode_row(row: dict, where: str) -> tuple[np.ndarray, np.ndarray, list[Mapping[str, int]], bool]:
-            talk = conversation(row, self.layout, where)
-            ids, trained = encode(template.render(talk), tokenizer, self.loss_mask, self.mask_id)
+        def remarks_of(talk: Conversation) -> list[Mapping[str, int]]:
+            return [talk.remarks, template.remarks(talk), spelled_tokens(talk, tokenizer)]
+
+        def checked(ids: np.ndarray, where: str) -> np.ndarray:
             if may_exceed:
                 check_ids(ids, self.vocab_size, where, lambda token: tokenizer.decode([token]))
-            remarks = [talk.remarks, template.remarks(talk), spelled_tokens(talk, tokenizer)]
-            return ids.astype(dtype), trained, remarks, has_tools(talk)
+            return ids.astype(dtype)
+
+        def encode_row(row: dict, where: str) -> _Row:
+            talk = conversation(row, self.layout, where)
+            ids, trained = encode(template.render(talk), tokenizer, self.loss_mask, self.mask_id)
+            document = _Document(checked(ids, where), trained, int(np.argmax(trained)))
+            return _Row([document], remarks_of(talk), has_tools(talk))
+
+        def encode_answers(row: dict, where: str) -> _Row:
+            answers, documents = answers_of(row, self.layout, where), []
+            for answer in answers:
+                talk = answer.conversation
+                responses = sum(turn.role == "assistant" for turn in talk.turns[: answer.prompt])
+                ids, trained, prompt = encode_answer(template.render(talk), tokenizer, self.loss_mask, responses)
+                if not trained.any():
+                    raise UserError(f"{where}: an answer of which nothing is trained: there is nothing to compare")
+                documents.append(_Document(checked(ids, where), trained, prompt, answer.good))
+            shared = min([_common(*(one.ids for one in documents)), *(one.prompt for one in documents)])
+            if not shared:
+                raise UserError(
+                    f"{where}: no prompt before the answers: fill it, or give a --template that marks turns"
+                )
+            alike = len(documents) > 1 and np.array_equal(documents[0].ids, documents[-1].ids)
+            documents = [] if alike else [one._replace(prompt=shared) for one in documents]
+            talk = answers[0].conversation
+            return _Row(
+                documents, [one for answer in answers for one in remarks_of(answer.conversation)], has_tools(talk)
+            )
 
         def encode_block(block: Block) -> Encoded:
-            rows = list(self.reader.each(block[0], encode_row))
-            good = [(number, *row) for number, row in rows if not isinstance(row, str)]
-            numbers, ids, masks, found, tools = zip(*good, strict=True) if good else ((), (), (), (), ())
+            rows = list(self.reader.each(block[0], encode_answers if compared else encode_row))
+            good = [(number, row) for number, row in rows if not isinstance(row, str)]
+            found = [(number, document) for number, row in good for document in row.documents]
+            ids, masks = [document.ids for _, document in found], [document.trained for _, document in found]
             remarks = Remarks()
-            for one in chain.from_iterable(found):
+            for one in chain.from_iterable(row.remarks for _, row in good):
                 remarks.add(one)
+            reasons = [
+                (row if isinstance(row, str) else ALIKE, n) for n, row in rows if isinstance(row, str) or not row[0]
+            ]
             return Encoded(
                 np.concatenate([np.empty(0, dtype=dtype), *ids]),
                 np.array([len(row) for row in ids], dtype=np.int64),
                 np.concatenate([np.empty(0, dtype=bool), *masks]),
-                np.array([prompt_hash(row, int(np.argmax(mask))) for row, mask in zip(ids, masks, strict=True)], "u8"),
-                np.array(numbers, dtype=np.int64),
-                [(reason, number) for number, reason in rows if isinstance(reason, str)],
+                # Of answers that are compared the prompt alone counts, however short it is.
+                np.array(
+                    [prompt_hash(one.ids[: one.prompt if compared else None], one.prompt) for _, one in found], "u8"
+                ),
+                np.array([one.prompt for _, one in found], dtype=np.int64) if compared else None,
+                np.array([one.good for _, one in found], dtype=bool) if compared else None,
+                np.array([number for number, _ in found], dtype=np.int64),
+                reasons,
                 remarks.counts,
-                sum(tools),
+                sum(row.tools for _, row in good),
                 block[1],
             )
 
         return encode_block
+
+
+class _Document(NamedTuple):
+    ids: np.ndarray
+    trained: np.ndarray  # bool, as long
+    prompt: int  # ids before the first target; of preference data, before the answer
+    good: bool = False
+
+
+class _Row(NamedTuple):
+    documents: list[_Document]  # none: a pair whose answers are alike
+    remarks: list[Mapping[str, int]]
+    tools: bool
+
+
+def _common(ids: np.ndarray, *others: np.ndarray) -> int:
+    """How many ids at the beginning are the same in all of them."""
+    count = len(ids)
+    for other in others:
+        count = min(count, len(other))
+        different = np.flatnonzero(ids[:count] != other[:count])
+        count = int(different[0]) if len(different) else count
+    return count
 
 
 @dataclass(frozen=True)
