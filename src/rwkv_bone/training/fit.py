@@ -89,8 +89,8 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
 
     asked = config.optim
     if earlier:
-        goes_on = preferences.continued(config.preference, earlier.config.preference)
-        config = replace(config, optim=rates.continued(asked, earlier.config.optim), preference=goes_on)
+        config = replace(config, optim=rates.continued(asked, earlier.config.optim))
+        config = replace(config, preference=preferences.continued(config.preference, earlier.config.preference))
     seed_everything(run.random_seed, verbose=False)
     with out_of_memory.told("while the base model was read"):
         prepared = prepare_model(config, torch.device(device), continued=earlier is not None)
