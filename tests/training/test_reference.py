@@ -54,6 +54,12 @@ def half(run, whole, tmp_path):
     return train
 
 
+def labels(path):
+    rows = [{"prompt": p, "completion": (c, r)[n % 2], "label": n % 2 == 0} for n, (p, c, r) in enumerate(PAIRS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def numbers(folder):
     return [{name: value for name, value in line.items() if name not in TIMES} for line in log_of(folder)]
 
@@ -106,6 +112,43 @@ def test_a_run_that_was_killed_goes_on_with_the_reference_of_its_beginning(run, 
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reference ")]
     assert said in lines[0] and str(folder / project.REFERENCE) in lines[0]
     assert len(lines) == (2 if harm else 1) and "log-probabilities of 7 pairs" in lines[-1]
+
+
+# fmt: off
+VARIANTS = {
+    "stage 2, labels": {"strategy": "deepspeed_stage_2", "task": "kto"},
+    "stage 3, recomputed": {"strategy": "deepspeed_stage_3", "grad_cp": 1},
+    "stage 2 with offload": {"strategy": "deepspeed_stage_2_offload"},
+    "stage 3 with offload, labels": {"strategy": "deepspeed_stage_3_offload", "task": "kto"},
+    "packed, accumulation": {"dataload": "pack", "ctx_len": 13, "micro_bsz": 1, "accumulate_grad_batches": 2},
+    "labels, chunks, accumulation": {"task": "kto", "chunk_ctx": 4, "micro_bsz": 1, "accumulate_grad_batches": 2},
+    "lora with dropout, labels": {"peft": "lora", "lora_r": 4, "lora_dropout": 0.5, "task": "kto"},
+    "pissa in bf16": {"peft": "pissa", "lora_r": 4, "precision": "bf16"},
+    "bat and parts of the base": {"bone_mode": "bat", "train_parts": "[ln, time, head]"},
+    "initial state": {"peft": "state"},
+    "every weight": {"peft": "none", "lr_init": 1e-3, "precision": "bf16"},
+    "every weight at stage 3": {"peft": "none", "lr_init": 1e-3, "strategy": "deepspeed_stage_3"},
+    "nf4": {"quant": "nf4"},
+    "without a reference": {"task": "orpo"},
+}
+# fmt: on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_of_whatever_is_trained_a_lost_reference_is_computed_again_to_the_bit(run, job, tmp_path, name):
+    flags = {"epoch_count": 3} | VARIANTS[name]
+    if flags.get("task") == "kto":
+        flags["data_file"] = labels(tmp_path / "labels.jsonl")
+    with dying_after(4), pytest.raises(Killed):
+        run(tmp_path / "half", **flags)
+    (tmp_path / "half" / project.REFERENCE).unlink(missing_ok=True)
+    run(tmp_path / "half", **flags)
+    run(tmp_path / "whole", **flags)
+    assert numbers(tmp_path / "half") == numbers(tmp_path / "whole")
+    for file in ("resume.pth", "rwkv-2.pth"):
+        ours, theirs = (checkpoints.read_state(tmp_path / part / file) for part in ("half", "whole"))
+        assert largest_difference(ours, theirs) == 0
 
 
 @pytest.mark.parametrize("harm", ["gone", "other values"])
@@ -198,13 +241,11 @@ def test_the_reference_is_computed_without_dropout(run, tmp_path):
 
 
 def test_every_answers_log_probability_is_that_of_plain_pytorch(job, whole, tmp_path):
-    labels = tmp_path / "labels.jsonl"
-    rows = [{"prompt": p, "completion": (c, r)[n % 2], "label": n % 2 == 0} for n, (p, c, r) in enumerate(PAIRS)]
-    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    labelled = job.run("labelled", task="kto", data_file=labels)
+    answers = labels(tmp_path / "labels.jsonl")
+    labelled = job.run("labelled", task="kto", data_file=answers)
     model = random_model(vocab_size=256)
     model.load_state_dict(checkpoints.read_state(job.flags["load_model"]))
-    for folder, task, file in ((whole["new"][0], "dpo", job.folder / "pairs.jsonl"), (labelled, "kto", labels)):
+    for folder, task, file in ((whole["new"][0], "dpo", job.folder / "pairs.jsonl"), (labelled, "kto", answers)):
         data = parse_train(job.argv({"task": task, "data_file": file, "proj_dir": folder})).data
         dataset = load_dataset(data, 256)
         for unit in range(len(dataset)):
