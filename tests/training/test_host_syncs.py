@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rwkv_bone.config import ModelConfig, OptimConfig
+from rwkv_bone.config import ModelConfig
 from rwkv_bone.data import Batch
 from rwkv_bone.models import NOTHING
 from rwkv_bone.ops import cross_entropy
@@ -115,8 +115,8 @@ def test_a_step_reads_no_value_of_what_is_on_the_device(chunk, pack):
         return (loss, []) if chunk else loss
 
     running = ModelConfig("base.pth", chunk_ctx=chunk)
-    module = SimpleNamespace(model=model, config=OptimConfig(), running=running, recompute=NOTHING)
-    TrainingModule._loss(module, batch.to("meta"), 1 / 24)
+    module = SimpleNamespace(model=model, running=running, recompute=NOTHING)
+    TrainingModule._run(module, batch.to("meta"), l2wrap=0.0, loss_scale=1 / 24)
     lengths = [part.shape[1] for part in (ids.split(chunk, 1) if chunk else [ids])]
     assert seen == [(length, True, pack) for length in lengths]
 

@@ -296,6 +296,7 @@ def test_the_estimate_of_kl_is_made_without_dropout_and_takes_no_random_number(r
     assert states[0][2] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_line_of_the_log_of_texts_is_as_it_was(job):
-    line = log_of(job.run("texts"))[0]
-    assert not {"units", *FIGURES} & line.keys()
+def test_a_line_of_the_log_has_the_figures_of_answers_and_that_of_texts_is_as_it_was(job, whole):
+    texts, answers = log_of(job.run("texts"))[0], log_of(whole["dpo"])[0]
+    assert answers.keys() - texts.keys() == {"units", "reward_accuracy", *FIGURES}
+    assert not texts.keys() - answers.keys()

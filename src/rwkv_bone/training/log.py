@@ -51,8 +51,6 @@ class StepLog(Callback):
     | lr | learning rate, before a parameter's own multiple |
     | tokens, trained_tokens | input tokens, padding not counted; those that are targets |
     | grad_norm | 2-norm of the gradient, before clipping; null if it is no finite number: the step was then skipped |
-    | units | of --task dpo and its kin: pairs or labelled answers, over which `loss` is then the mean |
-    | reward_chosen, ... | of these tasks: FIGURES of preferences/objective.py; null where there are none |
 
     | field | of this process, the main one |
     |---|---|
@@ -65,6 +63,9 @@ class StepLog(Callback):
     | field | |
     |---|---|
     | crc32 | checksum of the others: a damaged line is as good as missing |
+
+    Where answers are compared, as by --task dpo, a line also has `units`, the pairs or labelled answers over which
+    `loss` is then the mean, and each of FIGURES in preferences/objective.py, null where there is none.
 
     kept: the lines of an earlier process, of the steps that a continued run does not repeat. A log that cannot be
     written is reported once and costs no more than its lines; at the end of the run it is tried again, whole.
