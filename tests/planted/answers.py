@@ -18,7 +18,7 @@ BUGS = (
         READ_TESTS,
     ),
     Bug(READ, "(whole and isinstance(row[chosen], str)) or ", "", READ_TESTS),
-    Bug(READ, "if not prompts and (whole or _speaks(row[chosen])):", "if not prompts and whole:", READ_TESTS),
+    Bug(READ, "(not prompts and (whole or _speaks(row[chosen])))", "(not prompts and whole)", READ_TESTS),
     Bug(READ, "and len({str(row.get(name)).strip() for name in prompts}) > 1", "and False", READ_TESTS),
     Bug(READ, 'isinstance(row.get(prompts[0]), str) else "named"', 'True else "named"', READ_TESTS),
     Bug(READ, "return names or inside or [", "return names or [", READ_TESTS),
