@@ -189,6 +189,8 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
     callbacks += [reference] if reference else []
+    if heldout and heldout.answers:
+        heldout.answers.reference = reference
     callbacks += [heldout] if heldout else []
     callbacks += [*observers.callbacks, save]
     callbacks += [MeasureWhileTraining(heldout, log, save, run, report)] if heldout else []
