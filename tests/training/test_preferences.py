@@ -244,7 +244,8 @@ def test_a_step_of_answers_whose_loss_is_not_finite_is_skipped(run, monkeypatch,
     lines = log_of(run("skipped", "dpo", epoch_count=2, max_bad_steps=1))
     assert lines[1]["loss"] is lines[1]["reward_margin"] is lines[1]["grad_norm"] is None and lines[1]["units"] == 3
     assert lines[3]["loss"] is not None and len(lines) == 4
-    assert "the loss is not a finite number, from pairs.jsonl:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "optimiser step 2: the loss is not a finite number, from" in said and "pairs.jsonl:" in said
 
 
 def test_the_estimate_of_kl_is_made_without_dropout_and_takes_no_random_number(run, monkeypatch):

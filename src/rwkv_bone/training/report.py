@@ -64,7 +64,7 @@ def header(
     for line in [*plan.dataset.summary_lines(), *plan.summary_lines()]:
         yield line if line.startswith(WARNING) else f"data      {line}"
     read = plan.share_read(module.total_steps)
-    one = module.objective.unit if module.objective else "sample"
+    one = plan.dataset.unit
     batch = counted(plan.budget, "token") if plan.pack else counted(plan.micro_bsz, one)
     passes = counted(plan.accumulate, "forward pass", "forward passes")
     yield (
