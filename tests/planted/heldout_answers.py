@@ -56,6 +56,8 @@ BUGS = (
         f"{RULED} -k accuracy_that_falls"),
     Bug(RULES, "and now.mean() >= at.mean()", "", f"{RULED} -k accuracy_that_falls"),
     Bug(RULES, "or after < before:", "or False:", f"{RULED} -k margin_that_falls"),
+    Bug(TRAINING + "diagnosis.py", 'lowest / math.sqrt(main["samples"]) if main.get("preference") else 0.0', "0.0",
+        f"{RULED} -k few_pairs"),
     Bug(RULES, "older > old > now and ", "", f"{RULED} -k margin_that_falls"),
     Bug(RULES, " - max(0.0, now - chosen[0][1]) < FAR", " < FAR", f"{RULED} -k moves_far"),
     Bug(RULES, " or abs(means[0] - means[1]) >= shared", "", f"{RULED} -k one_way"),
