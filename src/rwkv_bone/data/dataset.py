@@ -334,6 +334,15 @@ class Dataset:
                 found.append((documents, mine, begins[mine], lengths[mine]))
         return found
 
+    def preference_columns(self) -> dict[str, np.ndarray]:
+        """{what it is: integers [n]}: all that units have beside their sequences; of other data nothing."""
+        if self.unit == "sample":
+            return {}
+        columns = {f"{self.members} answers after": self._prompt_lengths}
+        if self.good is not None and self._other is not None:
+            columns |= {"good": self.good, "others after": (self._all or self)._prompt_lengths[self._other]}
+        return columns
+
     def _documents_read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(starts, lengths) of the documents of a part that the stream of tokens has."""
         documents = self._parts[number]

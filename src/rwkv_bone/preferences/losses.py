@@ -84,9 +84,8 @@ def kto(
     kl is their z0, a scalar: see `kl_estimate`.
     """
     gain = beta * (policy - reference - kl)
-    weight = torch.where(good, desirable_weight, undesirable_weight).to(gain.dtype)
-    # 1 - s(x) = s(-x), which keeps its digits for large x.
-    return weight * torch.sigmoid(torch.where(good, -gain, gain))
+    # 1 - s(x) = s(-x), which keeps its digits where x is large.
+    return torch.where(good, desirable_weight * torch.sigmoid(-gain), undesirable_weight * torch.sigmoid(gain))
 
 
 def kl_estimate(policy: Tensor, reference: Tensor) -> Tensor:

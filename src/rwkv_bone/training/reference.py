@@ -233,7 +233,7 @@ def log_probabilities(
 
     batches = MicroBatches(plan, plan.total_steps(1), module.global_rank, 0, module.device.type == "cuda")
     try:
-        with evaluating(module):
+        with evaluating(module, "the reference was computed"):
             for batch in with_bar(batches, len(batches), doing):
                 batch = batch.to(module.device)
                 assert batch.answers
