@@ -29,29 +29,25 @@ AVERAGED = "Training is drawn as its moving average, over a twentieth of a run."
 
 
 class Preference(NamedTuple):
-    """A chart of what was measured of answers that are compared. columns: {column: (name of its line, colour)}."""
+    """A chart of what was measured of answers that are compared. columns: {column: which answers it is of}."""
 
     title: str
     unit: str
-    columns: dict[str, tuple[str, int]]
+    columns: dict[str, str]
 
 
-CHOSEN, REJECTED = ("chosen", 2), ("rejected", 4)
+ANSWERS = {"chosen": (2, 2), "rejected": (4, 4)}  # colours of training and held-out data
 PREFERENCES = {
-    "accuracy": Preference(
-        "Accuracy", "share of pairs with the chosen answer's reward above", {"reward_accuracy": ("accuracy", 0)}
-    ),
-    "margin": Preference("Margin", "reward of chosen answers minus that of rejected", {"reward_margin": ("margin", 0)}),
-    "rewards": Preference("Rewards", "mean of the answers", {"reward_chosen": CHOSEN, "reward_rejected": REJECTED}),
+    "accuracy": Preference("Accuracy", "share of pairs with the chosen answer's reward above", {"reward_accuracy": ""}),
+    "margin": Preference("Margin", "reward of chosen answers minus that of rejected", {"reward_margin": ""}),
+    "rewards": Preference("Rewards", "mean", {"reward_chosen": "chosen", "reward_rejected": "rejected"}),
     "logp": Preference(
-        "Log-probability", "nats per token of the answers", {"logp_chosen": CHOSEN, "logp_rejected": REJECTED}
+        "Log-probability", "nats per token of the answers", {"logp_chosen": "chosen", "logp_rejected": "rejected"}
     ),
-    GAP: Preference("Gap", "log-probability of chosen minus rejected answers, nats per token", {GAP: ("gap", 0)}),
-    DIVERGENCE: Preference(
-        "Divergence from the start", "nats per token of held-out chosen answers", {DIVERGENCE: ("divergence", 1)}
-    ),
-    "nll": Preference("Loss of the chosen answers", "nats per token", {"nll": CHOSEN}),
-    "kl": Preference("KL estimate of kto", "nats per answer, from prompts with answers of others", {"kl": ("kl", 0)}),
+    GAP: Preference("Gap", "log-probability of chosen minus rejected answers, nats per token", {GAP: ""}),
+    DIVERGENCE: Preference("Divergence from the start", "nats per token of held-out chosen answers", {DIVERGENCE: ""}),
+    "nll": Preference("Loss of the chosen answers", "nats per token", {"nll": ""}),
+    "kl": Preference("KL estimate of kto", "nats per answer, from prompts with answers of others", {"kl": ""}),
 }
 BESIDE = ("rewards", "logp")  # of one run alone: of several, GAP says it in a line each
 Entry = tuple[Run, str, int]  # a run, its label, its colour
@@ -120,21 +116,15 @@ def _preference(entries: Sequence[Entry], name: str, most: int, alone: bool) -> 
     """Training beside held-out data."""
     chart, series = PREFERENCES[name], []
     for run, label, number in entries:
-        for column, (line, color) in chart.columns.items():
-            trained, heldout = (
-                ("training", "held-out") if len(chart.columns) == 1 else (f"{line}, training", f"{line}, held-out")
-            )
-            series.append(
-                _average(
-                    run, column, trained if alone else f"{label}, training", color if alone else number, most, alone
-                )
-            )
-            series.append(
-                _points(
-                    run.figures(column), heldout if alone else f"{label}, held-out", color if alone else number, most
-                )
-            )
-    return {"id": name, "title": chart.title, "unit": chart.unit, "log": False, "series": series, "note": AVERAGED}
+        for column, line in chart.columns.items():
+            # Of a run alone, two lines have a colour each, and a single one has those of the loss.
+            of, colors = f"{line}, " if line else "", ANSWERS.get(line, (0, 1))
+            if not alone:
+                of, colors = f"{label}, ", (number, number)
+            series.append(_average(run, column, f"{of}training", colors[0], most, alone))
+            series.append(_points(run.figures(column), f"{of}held-out", colors[1], most))
+    note = AVERAGED if name != DIVERGENCE else "Measured on held-out data alone."
+    return {"id": name, "title": chart.title, "unit": chart.unit, "log": False, "series": series, "note": note}
 
 
 def _general(entries: Sequence[Entry], most: int, alone: bool) -> dict[str, Any]:

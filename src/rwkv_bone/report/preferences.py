@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import chain
 
 from rwkv_bone.config.acts import TRAIN
-from rwkv_bone.config.preferences import BETA, GAMMA, SFT_WEIGHT
+from rwkv_bone.config.preferences import BETA, GAMMA, REFERRING, SFT_WEIGHT
 from rwkv_bone.config.sections import PreferenceConfig
 from rwkv_bone.report import charts
-from rwkv_bone.report.html import NONE, Html, change, loss, percent, shown, table, tag
+from rwkv_bone.report.html import NONE, Html, loss, percent, shown, table, tag
 from rwkv_bone.report.run import DIVERGENCE, Run
 
 TASKS = {"dpo": "DPO", "orpo": "ORPO", "simpo": "SimPO", "kto": "KTO", "sft": "Preferences"}
 # What of FIGURES and DIVERGENCE a page shows -> (its name, how it is written).
 SHOWN: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "reward_accuracy": ("accuracy", percent),
-    "reward_margin": ("margin", change),
-    "reward_chosen": ("reward, chosen", change),
-    "reward_rejected": ("reward, rejected", change),
+    "reward_margin": ("margin", loss),
+    "reward_chosen": ("reward, chosen", loss),
+    "reward_rejected": ("reward, rejected", loss),
     "logp_chosen": ("log-probability, chosen", loss),
     "logp_rejected": ("log-probability, rejected", loss),
     "nll": ("loss of chosen", loss),
@@ -73,7 +73,7 @@ def in_words(run: Run) -> str:
     parts = []
     for column, begin, said in (
         ("reward_accuracy", "The share of held-out pairs with the chosen answer above", percent),
-        ("reward_margin", "The margin of held-out rewards", change),
+        ("reward_margin", "The margin of held-out rewards", loss),
         ("logp_chosen", "The log-probability of a token of chosen answers", loss),
         ("logp_rejected", "that of rejected ones", loss),
     ):
@@ -109,3 +109,38 @@ def moved(before: float, after: float, said: Callable[[float | None], str]) -> s
     """`rose from 50.0% to 97.0%`."""
     how = "fell" if after < before else "rose" if after > before else "stayed"
     return f"{how} from {said(before)} to {said(after)}"
+
+
+def order(run: Run) -> str:
+    """What of an answer has to be higher, that a pair counts in a run's accuracy."""
+    return "the reward against a reference" if run.task in REFERRING else "the log-probability per token"
+
+
+def scale(run: Run) -> str:
+    """What a run's rewards, and so its margin, are measured in."""
+    beta = run.config.get("preference", {}).get("beta", "auto")
+    return f"--task {run.task} --beta {shown(BETA.get(run.task, beta) if beta == 'auto' else beta)}"
+
+
+def differing(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
+    """A line for each measure that is not of one kind in all of the runs."""
+
+    def grouped(kind: Callable[[Run], str], has: Callable[[Run], object]) -> str:
+        """`kind: label, label; kind: label`; nothing where there is one kind alone."""
+        found: dict[str, list[str]] = {}
+        for run, label in zip(runs, labels, strict=True):
+            if has(run):
+                found.setdefault(kind(run), []).append(label)
+        return "; ".join(f"{of}: {', '.join(group)}" for of, group in found.items()) if len(found) > 1 else ""
+
+    lines = []
+    if tasks := grouped(lambda run: f"--task {run.task}", lambda run: True):
+        lines.append(
+            f"losses of different tasks cannot be compared ({tasks}); the gap in log-probability, the divergence, "
+            "exact answers and the loss of general text can"
+        )
+    if orders := grouped(order, lambda run: run.ends("reward_accuracy")):
+        lines.append(f"accuracy is not judged, since it counts pairs by different numbers ({orders})")
+    if scales := grouped(scale, lambda run: run.ends("reward_margin")):
+        lines.append(f"margins are not judged, since they have different scales ({scales})")
+    return lines
