@@ -288,7 +288,7 @@ class DataConfig:
         check_given(self, "data_file")
         for name in ("sft_field", "eval_field"):
             names = common_fields(getattr(self, name)) if name == "eval_field" else getattr(self, name)
-            if len(names) > 2:
+            if len(names) > 2 and self.task == "sft":
                 raise UserError(
                     f"--{name} takes the names of prompt and response, or one name, of the messages; got {len(names)}: "
                     f"{' '.join(names)}. Several fields of the prompt are joined by +: --{name} "
@@ -322,6 +322,14 @@ class DataConfig:
     def _check_preference(self) -> None:
         """UserError for what answers that are compared cannot have."""
         task = f"--task {self.task}"
+        for name in ("sft_field", "eval_field"):
+            names = common_fields(getattr(self, name)) if name == "eval_field" else getattr(self, name)
+            if names and len(names) not in (2, 3):
+                three = "prompt, answer and label" if self.task == "kto" else "prompt, chosen and rejected answer"
+                raise UserError(
+                    f"{task}: --{name} takes the names of {three}, or of the last two where they hold whole "
+                    f"conversations; got {len(names)}: {' '.join(names)}"
+                )
         if self.dataload == "get":
             raise UserError(f"{task} compares whole answers, and --dataload get cuts windows anywhere: use pack or pad")
         if self.long_samples == "split":
