@@ -184,8 +184,10 @@ def test_a_margin_that_falls_on_held_out_data_and_not_in_training_is_told():
     training = log(250, reward_margin=np.linspace(0, 2, 250))
     turned = {"reward_margin": [0.0, 0.5, 1.0, 0.9, 0.7, 0.6]}
     (advice,) = of_measurements(measured(**turned), training, task="simpo")
-    assert advice.kind == "over-optimised" and "margin falls" in advice.warning and "1.000 after step 100" in (
-        advice.warning
+    assert (
+        advice.kind == "over-optimised"
+        and "margin falls" in advice.warning
+        and "1.000 after step 100" in (advice.warning)
     )
     assert of_measurements(measured(loss=[0.7, 0.6, 0.5, 0.45, 0.44, 0.43], **turned), training, task="simpo") == []
     assert of_measurements(measured(reward_margin=[0.0, 0.5, 1.0, 0.95, 0.9, 0.85]), training, task="simpo") == []

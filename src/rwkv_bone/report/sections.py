@@ -330,15 +330,25 @@ def said(words: str) -> Html:
 def trained(run: Run) -> Html:
     """A sample of the training data, what is trained of it marked."""
     parts = []
-    for one in [one for one in run.preview.get("samples", []) if isinstance(one, dict)][:SAMPLES]:
+    samples = [one for one in run.preview.get("samples", []) if isinstance(one, dict)]
+    worse = ("rejected", "bad")  # answers that become less probable
+    for one in samples[: SAMPLES * (2 if run.compares else 1)]:
         pieces = [piece for piece in one.get("pieces", []) if isinstance(piece, list) and len(piece) == 2][:PIECES]
-        marked = [tag("mark", words) if is_trained else tag("span", words) for is_trained, words in pieces]
+        look = "worse" if one.get("answer") in worse else None
+        marked = [tag("mark", words, class_=look) if is_trained else tag("span", words) for is_trained, words in pieces]
         more = f"... {one['more']:,} more tokens" if type(one.get("more")) is int and one["more"] > 0 else ""
         about = f"{one.get('origin', '')}: {one.get('tokens', 0):,} tokens, {one.get('trained', 0):,} of them trained"
+        about = f"{one['answer']}, {about}" if isinstance(one.get("answer"), str) else about
         parts += [tag("h3", about), tag("pre", *marked, tag("i", more), dir="auto")]
     if not parts:
         return Html("")
-    words = join(tag("mark", "Marked"), " is what is trained; the rest is read only. <end> is the end of a document.")
+    if any("answer" in one for one in samples):
+        better = join(tag("mark", "Marked so"), " is to become more probable, ", tag("mark", "so", class_="worse"))
+        words = join(better, " less probable; prompts are read only. <end> is the end of a document.")
+    else:
+        words = join(
+            tag("mark", "Marked"), " is what is trained; the rest is read only. <end> is the end of a document."
+        )
     lines = [str(line) for line in run.preview.get("data", [])]
     listed = tag("ul", *(tag("li", line) for line in lines)) if lines else ""
     return section("data", "What is trained", tag("p", words, class_="muted"), *parts, listed)
