@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from itertools import chain
 
 from rwkv_bone.config.acts import TRAIN
 from rwkv_bone.config.preferences import BETA, GAMMA, REFERRING, SFT_WEIGHT
 from rwkv_bone.config.sections import PreferenceConfig
 from rwkv_bone.report import charts
-from rwkv_bone.report.html import NONE, Html, loss, percent, shown, table, tag
+from rwkv_bone.report.html import Html, loss, percent, shown, table, tag
 from rwkv_bone.report.run import DIVERGENCE, Run
 
 TASKS = {"dpo": "DPO", "orpo": "ORPO", "simpo": "SimPO", "kto": "KTO", "sft": "Preferences"}
@@ -43,7 +42,7 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
             then = f"; step {first:,}: {said(before)}" if len(measured) > 1 else ""
             found.append((name, said(now), f"{of}, step {step:,}{then}"))
         elif rows := charts.rows_of(run, column):
-            found.append((name, said(rows[-1][2]), f"training, steps {rows[-1][0]:,.0f} to {rows[-1][1]:,.0f}"))
+            found.append((name, said(rows[-1][2]), steps_of(rows[-1])))
     return found
 
 
@@ -52,20 +51,24 @@ def content(run: Run) -> list[Html]:
     if not run.compares:
         return []
     trained, first, last = charts.rows_of(run, "loss"), run.first(), run.last()
-    held = [(loss(first[1]), loss(last[1] if last else None))] if first else []
-    rows = [[f"loss, mean of the {run.unit}s", loss(trained[-1][2] if trained else None), *chain(*held)]]
+    when = [point[0] for point in (first, last) if point]  # the steps of held-out columns
+    rows = [[f"loss, mean of the {run.unit}s", loss(trained[-1][2] if trained else None)]]
+    rows[0] += [loss(point[1]) for point in (first, last) if point]
     for column, (name, said) in SHOWN.items():
-        stretch, measured = charts.rows_of(run, column), run.ends(column)
+        stretch, measured = charts.rows_of(run, column), dict(run.ends(column))
         if stretch or measured:
-            held = [(said(measured[0][1]), said(measured[-1][1])) if measured else (NONE, NONE)] if first else []
-            rows.append([name, said(stretch[-1][2] if stretch else None), *chain(*held)])
-    head = ["", f"training, steps {trained[-1][0]:,.0f} to {trained[-1][1]:,.0f}" if trained else "training"]
-    if first:
-        head += [f"held-out, step {first[0]:,}", f"held-out, step {last[0]:,}" if last else "held-out, later"]
+            rows.append([name, said(stretch[-1][2] if stretch else None), *(said(measured.get(step)) for step in when)])
+    head = ["", steps_of(trained[-1]) if trained else "training", *(f"held-out, step {step:,}" for step in when)]
     results = table(head, rows, "Training beside held-out data") if trained or first else Html("")
     words = in_words(run)
     parts = [tag("p", words) if words else Html(""), results, objective(run)]
     return [part for part in parts if part]
+
+
+def steps_of(stretch: Sequence[float]) -> str:
+    """`training, steps 229 to 240`, of a stretch of `charts.rows_of`."""
+    first, last = (f"{step:,.0f}" for step in stretch[:2])
+    return f"training, step {last}" if first == last else f"training, steps {first} to {last}"
 
 
 def in_words(run: Run) -> str:
@@ -79,7 +82,9 @@ def in_words(run: Run) -> str:
     ):
         measured = run.ends(column)
         if len(measured) > 1:
-            parts.append(f"{begin} {moved(measured[0][1], measured[1][1], said)}")
+            (begun, before), (_, after) = measured
+            since = f" since step {begun:,}" if begun else ""  # at step 0 no reward of dpo is above another
+            parts.append(f"{begin} {moved(before, after, said)}{since}")
     sentences = [*parts[:-2], "; ".join(parts[-2:])] if len(parts) > 2 else parts
     if away := run.figures(DIVERGENCE):
         step, distance = away[-1]
