@@ -59,7 +59,7 @@ def numbers(folder):
 
 
 def table(folder, name=TRAINING):
-    return checkpoints.read_state(folder / project.REFERENCE)[name]
+    return checkpoints.read_state(folder / project.REFERENCE)[name].clone()
 
 
 def assert_same_to_the_bit(folder, reference):
@@ -180,9 +180,9 @@ def test_overwriting_a_run_removes_its_reference_and_a_folder_with_one_has_remai
 def test_an_answer_without_a_finite_probability_is_named_before_the_first_step(run, job, tmp_path):
     state = dict(checkpoints.read_state(job.flags["load_model"]))
     state["emb.weight"] = state["emb.weight"].clone()
-    state["emb.weight"][ord("4")] = torch.inf
+    state["emb.weight"][ord("4")] = 3e38  # the norm after it squares this
     checkpoints.write_state(tmp_path / "base.pth", state)
-    with pytest.raises(UserError, match=r"no finite probability \(pairs.jsonl:") as error:
+    with pytest.raises(UserError, match=r"no finite probability \(.*pairs.jsonl:") as error:
         run("infinite", load_model=tmp_path / "base.pth")
     assert "precision fp32" in str(error.value)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 
 from rwkv_bone.config import DataConfig
 from rwkv_bone.config.heldout import each_set
-from rwkv_bone.data.conversations.conversation import conversation
+from rwkv_bone.data.conversations.conversation import Conversation, conversation
+from rwkv_bone.data.conversations.preference import answers_of
 from rwkv_bone.data.dataset import Dataset
 from rwkv_bone.data.part import Part
 from rwkv_bone.data.sources.rows import Rows
@@ -67,7 +68,7 @@ def load_dataset(
 def load_pairs(cfg: DataConfig, path: str, tokenizer: Tokenizer, limit: int | None = None) -> list[tuple[str, str]]:
     """(prompt, last response) as the template writes them, of the first `limit` rows of held-out data.
 
-    Empty if `path` holds documents.
+    Of preference data the response is the chosen one, or one that is labelled as good. Empty if `path` holds documents.
     """
     part = Part(cfg, tokenizer.vocab_size, path, held_out=True)
     if not isinstance(part.source, Rows):
@@ -77,12 +78,22 @@ def load_pairs(cfg: DataConfig, path: str, tokenizer: Tokenizer, limit: int | No
         return []
     template = load_template(cfg.template, tokenizer.name, cfg.tool_format)
 
-    def pair_of(row: dict, where: str) -> tuple[str, str]:
-        talk = conversation(row, layout, where)
+    def talks_of(row: dict, where: str) -> list[Conversation]:
+        if layout.compares:
+            return [answer.conversation for answer in answers_of(row, layout, where) if answer.good]
+        return [conversation(row, layout, where)]
+
+    def pairs_of(row: dict, where: str) -> list[tuple[str, str]]:
         # What is trained ends a document; what a model writes ends before that.
-        response = decode_marked(tokenizer, encode_marked(tokenizer, template.response(talk))).partition(END_MARK)[0]
-        return template.prompt(talk), response
+        return [
+            (
+                template.prompt(talk),
+                decode_marked(tokenizer, encode_marked(tokenizer, template.response(talk))).partition(END_MARK)[0],
+            )
+            for talk in talks_of(row, where)
+        ]
 
     reader = RowReader(part.source.parse, part.source.places, part.skip)
     items = ((number, raw) for number, raw, _ in part.source.items())
-    return list(islice((pair for _, pair in reader.each(items, pair_of) if not isinstance(pair, str)), limit))
+    found = (pairs for _, pairs in reader.each(items, pairs_of) if not isinstance(pairs, str))
+    return list(islice(chain.from_iterable(found), limit))

@@ -198,7 +198,7 @@ class Part:
             kind += f", template {template.name}"
         if layout.kind != "text" or cfg.loss_mask in ("qa", "se"):
             kind += f", trained on {TRAINED[cfg.loss_mask] if cfg.task == 'sft' else COMPARED[self.task_kind]}"
-        rows = len(np.unique(arrays["numbers"]))
+        rows = len(arrays["lengths"]) // (2 if layout.rejected else 1)
         self.lost += Skipped(record["skipped"]).lost(self.name, source.places, rows)
         if not len(arrays["lengths"]):
             reasons = "; ".join(one.what.removeprefix(f"{self.name}: ") for one in self.lost)

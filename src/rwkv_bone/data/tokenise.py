@@ -15,23 +15,20 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
 from rwkv_bone import signals
 from rwkv_bone.console import counted, progress_bar
-from rwkv_bone.data.conversations.conversation import Conversation, Layout, conversation
-from rwkv_bone.data.conversations.preference import answers_of
+from rwkv_bone.data.conversations.conversation import Layout
 from rwkv_bone.data.conversations.remarks import Remarks
 from rwkv_bone.data.dataset import prompt_hash
+from rwkv_bone.data.encode import RowEncoder, token_dtype
 from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.lost import Lost
-from rwkv_bone.data.masks import encode, encode_answer
 from rwkv_bone.data.sources.rows import Places
-from rwkv_bone.data.spelled import spelled_tokens
 from rwkv_bone.data.templates.builtin import load_template
-from rwkv_bone.data.templates.tools import has_tools
 from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.devices import usable_cores
 from rwkv_bone.errors import UserError
@@ -40,7 +37,7 @@ BLOCK = 1 << 21  # bytes of rows that a process is given at a time
 PARALLEL = 1 << 26  # bytes of data above which several processes are worth their start, a second each
 PROCESSES = 16
 ORIGINS_SHOWN = 3
-ALIKE = "both answers of a pair are the same"  # the reason of rows that are left out whatever --bad_rows says
+ALIKE = "chosen and rejected are the same"  # the reason of rows that are left out whatever --bad_rows says
 SKIP_HINT = "(--bad_rows skip leaves such rows out and counts them)"
 
 Block = tuple[list, int]  # (items, their size in bytes)
@@ -54,18 +51,13 @@ class Encoded:
     lengths: np.ndarray  # int64 [D]
     trained: np.ndarray | None = None  # bool [N]
     prompts: np.ndarray | None = None  # uint64 [D]: hashes of the prompts, see `dataset.prompt_hash`
-    answers: np.ndarray | None = None  # int64 [D]: ids before each document's answer, of preference data
-    good: np.ndarray | None = None  # bool [D]: whether the answer is labelled as good, of KTO's data
     numbers: np.ndarray | None = None  # int64 [D]: number of each document's row in the source
+    answers: np.ndarray | None = None  # int64 [D]: ids before each document's answer, of preference data
+    good: np.ndarray | None = None  # bool [D]: whether the answer was chosen or is labelled as good, of preference data
     skipped: list[tuple[str, int]] = field(default_factory=list)  # (reason, number of the row)
     remarks: Mapping[str, int] = field(default_factory=dict)  # see `remarks.Remarks`
     tools: int = 0  # rows that have tools
     bytes: int = 0  # of the source
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and int32 that holds every id."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
 @dataclass(frozen=True)
@@ -136,96 +128,37 @@ class RowSettings:
     def encoder(self) -> Callable[[Block], Encoded]:
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
         template = load_template(self.template, tokenizer.name, self.tool_format)
-        dtype, may_exceed = token_dtype(self.vocab_size), tokenizer.vocab_size > self.vocab_size
-        compared = bool(self.layout.rejected or self.layout.label)
-
-        def remarks_of(talk: Conversation) -> list[Mapping[str, int]]:
-            return [talk.remarks, template.remarks(talk), spelled_tokens(talk, tokenizer)]
-
-        def checked(ids: np.ndarray, where: str) -> np.ndarray:
-            if may_exceed:
-                check_ids(ids, self.vocab_size, where, lambda token: tokenizer.decode([token]))
-            return ids.astype(dtype)
-
-        def encode_row(row: dict, where: str) -> _Row:
-            talk = conversation(row, self.layout, where)
-            ids, trained = encode(template.render(talk), tokenizer, self.loss_mask, self.mask_id)
-            document = _Document(checked(ids, where), trained, int(np.argmax(trained)))
-            return _Row([document], remarks_of(talk), has_tools(talk))
-
-        def encode_answers(row: dict, where: str) -> _Row:
-            answers, documents = answers_of(row, self.layout, where), []
-            for answer in answers:
-                talk = answer.conversation
-                responses = sum(turn.role == "assistant" for turn in talk.turns[: answer.prompt])
-                ids, trained, prompt = encode_answer(template.render(talk), tokenizer, self.loss_mask, responses)
-                if not trained.any():
-                    raise UserError(f"{where}: an answer of which nothing is trained: there is nothing to compare")
-                documents.append(_Document(checked(ids, where), trained, prompt, answer.good))
-            shared = min([_common(*(one.ids for one in documents)), *(one.prompt for one in documents)])
-            if not shared:
-                raise UserError(
-                    f"{where}: no prompt before the answers: fill it, or give a --template that marks turns"
-                )
-            alike = len(documents) > 1 and np.array_equal(documents[0].ids, documents[-1].ids)
-            documents = [] if alike else [one._replace(prompt=shared) for one in documents]
-            talk = answers[0].conversation
-            return _Row(
-                documents, [one for answer in answers for one in remarks_of(answer.conversation)], has_tools(talk)
-            )
+        encode = RowEncoder(self.layout, template, tokenizer, self.vocab_size, self.loss_mask, self.mask_id)
+        compared = self.layout.compares
 
         def encode_block(block: Block) -> Encoded:
-            rows = list(self.reader.each(block[0], encode_answers if compared else encode_row))
+            rows = list(self.reader.each(block[0], encode))
             good = [(number, row) for number, row in rows if not isinstance(row, str)]
             found = [(number, document) for number, row in good for document in row.documents]
             ids, masks = [document.ids for _, document in found], [document.trained for _, document in found]
             remarks = Remarks()
             for one in chain.from_iterable(row.remarks for _, row in good):
                 remarks.add(one)
+            # Of answers that are compared the prompt alone counts, however short it is.
+            hashes = [prompt_hash(one.ids[: one.prompt] if compared else one.ids, one.prompt) for _, one in found]
             reasons = [
-                (row if isinstance(row, str) else ALIKE, n) for n, row in rows if isinstance(row, str) or not row[0]
+                (row if isinstance(row, str) else "" if row.documents else ALIKE, number) for number, row in rows
             ]
             return Encoded(
-                np.concatenate([np.empty(0, dtype=dtype), *ids]),
+                np.concatenate([np.empty(0, dtype=encode.dtype), *ids]),
                 np.array([len(row) for row in ids], dtype=np.int64),
                 np.concatenate([np.empty(0, dtype=bool), *masks]),
-                # Of answers that are compared the prompt alone counts, however short it is.
-                np.array(
-                    [prompt_hash(one.ids[: one.prompt if compared else None], one.prompt) for _, one in found], "u8"
-                ),
+                np.array(hashes, "u8"),
+                np.array([number for number, _ in found], dtype=np.int64),
                 np.array([one.prompt for _, one in found], dtype=np.int64) if compared else None,
                 np.array([one.good for _, one in found], dtype=bool) if compared else None,
-                np.array([number for number, _ in found], dtype=np.int64),
-                reasons,
-                remarks.counts,
-                sum(row.tools for _, row in good),
-                block[1],
+                skipped=[(reason, number) for reason, number in reasons if reason],
+                remarks=remarks.counts,
+                tools=sum(row.tools for _, row in good),
+                bytes=block[1],
             )
 
         return encode_block
-
-
-class _Document(NamedTuple):
-    ids: np.ndarray
-    trained: np.ndarray  # bool, as long
-    prompt: int  # ids before the first target; of preference data, before the answer
-    good: bool = False
-
-
-class _Row(NamedTuple):
-    documents: list[_Document]  # none: a pair whose answers are alike
-    remarks: list[Mapping[str, int]]
-    tools: bool
-
-
-def _common(ids: np.ndarray, *others: np.ndarray) -> int:
-    """How many ids at the beginning are the same in all of them."""
-    count = len(ids)
-    for other in others:
-        count = min(count, len(other))
-        different = np.flatnonzero(ids[:count] != other[:count])
-        count = int(different[0]) if len(different) else count
-    return count
 
 
 @dataclass(frozen=True)

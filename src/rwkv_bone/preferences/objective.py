@@ -64,7 +64,6 @@ class Objective:
         self.config, self.task = decided(config, task), task
         self.needs_reference = task in REFERRING
         self.needs_mismatched = task == "kto"
-        self.unit = "answer" if task == "kto" else "pair"
 
     def sentence(self) -> str:
         """The task and its settings, as they were decided."""
@@ -101,12 +100,12 @@ class Objective:
             found = losses.kto(logp[:, 0], reference[:, 0], answers.good, kl, beta=config.beta, **weights)
             sums = _labelled_sums(logp, tokens, rewards, answers.good, kl)
         else:
-            smoothing = {"label_smoothing": config.label_smoothing}
+            smoothing = config.label_smoothing
             if self.task == "dpo":
                 assert reference is not None
-                found = losses.dpo(*logp.T, *reference.T, beta=config.beta, **smoothing)
+                found = losses.dpo(*logp.T, *reference.T, beta=config.beta, label_smoothing=smoothing)
             elif self.task == "simpo":
-                found = losses.simpo(*mean.T, beta=config.beta, gamma=config.gamma, **smoothing)
+                found = losses.simpo(*mean.T, beta=config.beta, gamma=config.gamma, label_smoothing=smoothing)
             else:
                 found = losses.orpo(*mean.T, beta=config.beta)
             if config.sft_weight:

@@ -105,12 +105,12 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     reading = batch_size.agreed(config, reading, world)
     plan = plan_batches(reading, dataset, batch_size.unit(config))
     output = prepared.output.with_data(dataset)
+    agree_on_files(world, config, model, output.metadata)
     objective = None if data.task == "sft" else Objective(config.preference, data.task)
     start = None
     if objective and objective.needs_reference:
-        start = reference_start(config, prepared, earlier.metadata.get("start", "") if earlier else None)
+        start = reference_start(config, prepared, earlier, main)
         output = replace(output, metadata=output.metadata | {"start": start.name})
-    agree_on_files(world, config, model, output.metadata)
     if earlier:
         earlier.check(output.metadata, config)
         if main:
@@ -189,6 +189,8 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
     callbacks += [reference] if reference else []
+    if heldout and heldout.answers:
+        heldout.answers.reference = reference
     callbacks += [heldout] if heldout else []
     callbacks += [*observers.callbacks, save]
     callbacks += [MeasureWhileTraining(heldout, log, save, run, report)] if heldout else []

@@ -157,24 +157,20 @@ class Reference(Callback):
         table = from_main(found.to(module.device))
         unknown = units[table.isnan().any(1).cpu().numpy()[units]]
         if not len(unknown):
-            self.report(f"reference {self._counted(name, len(units))} as {self.kept.path} has them")
+            self.report(f"reference {_counted(dataset, name, len(units))} as {self.kept.path} has them")
             return table
         begin = time.perf_counter()
         how: dict[str, Any] = {"mismatched": self.objective.needs_mismatched}
         with self.model(trainer, module):
             rows = log_probabilities(module, dataset, unknown, micro_bsz=self.micro_bsz, chunk=self.chunk, **how)
         table[torch.from_numpy(unknown).to(module.device)] = rows
-        said = f"reference {self._counted(name, len(unknown))} in {time.perf_counter() - begin:.0f} s"
+        said = f"reference {_counted(dataset, name, len(unknown))} in {time.perf_counter() - begin:.0f} s"
         if trainer.is_global_zero:
             with project.spared("a continued run computes them anew", self.report):
                 self.kept.keep(name, table, made_from)
                 said += f", kept in {self.kept.path}"
         self.report(said)
         return table
-
-    def _counted(self, name: str, units: int) -> str:
-        of = "" if name == TRAINING else f" of {name}"
-        return f"log-probabilities of {counted(units, self.objective.unit)}{of}"
 
     @contextmanager
     def model(self, trainer: Trainer, module: TrainingModule) -> Iterator[None]:
@@ -199,6 +195,11 @@ class Reference(Callback):
         yield
         for key in self.keys:
             exchange(parameters[key], before[key])
+
+
+def _counted(dataset: Dataset, name: str, units: int) -> str:
+    of = "" if name == TRAINING else f" of {name}"
+    return f"log-probabilities of {counted(units, dataset.unit)}{of}"
 
 
 @torch.no_grad()
@@ -236,7 +237,7 @@ def log_probabilities(
 
     batches = MicroBatches(plan, plan.total_steps(1), module.global_rank, 0, module.device.type == "cuda")
     try:
-        with evaluating(module):
+        with evaluating(module, "the reference was computed"):
             for batch in with_bar(batches, len(batches), doing):
                 batch = batch.to(module.device)
                 assert batch.answers

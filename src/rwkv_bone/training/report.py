@@ -64,7 +64,7 @@ def header(
     for line in [*plan.dataset.summary_lines(), *plan.summary_lines()]:
         yield line if line.startswith(WARNING) else f"data      {line}"
     read = plan.share_read(module.total_steps)
-    one = module.objective.unit if module.objective else "sample"
+    one = plan.dataset.unit
     batch = counted(plan.budget, "token") if plan.pack else counted(plan.micro_bsz, one)
     passes = counted(plan.accumulate, "forward pass", "forward passes")
     yield (
@@ -106,9 +106,8 @@ def _task(config: TrainConfig, objective: Objective, dataset: Dataset) -> Iterat
         only, never = ("good", "bad") if good else ("bad", "good")
         yield f"{WARNING}every answer is labelled {only}, so that nothing shows what is {never}: little can be learnt"
         return
-    yield f"          {counted(good, 'good answer')} and {counted(bad, 'bad one')}"
     if advised := objective.balance(good, bad):
-        yield f"          they do not count alike, as the paper of KTO advises: {advised} would do it"
+        yield f"          good and bad answers do not count alike, as the paper of KTO advises: {advised} would do it"
 
 
 def report_results(

@@ -51,15 +51,24 @@ class Layout:
     label: str = ""  # of preference data: the field that says whether the response is good
 
     def __str__(self) -> str:
-        *names, last = (*self.fields, *filter(None, (self.rejected, self.label)))
+        *names, last = self.named
         named = f"{', '.join(names)} and {last}" if names else last
         return named + (f", with {', '.join(self.beside)}" if self.beside else "")
 
     @property
+    def compares(self) -> bool:
+        """Whether its answers are compared with others, and not all trained."""
+        return bool(self.rejected or self.label)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The names of all its fields, in the order in which the user gives them."""
+        return (*self.fields, *filter(None, (self.rejected, self.label)))
+
+    @property
     def names(self) -> frozenset[str]:
         """The top-level names that are read, where a row has them."""
-        named = (*self.fields, *filter(None, (self.rejected, self.label)))
-        steps = [part.split(".") for name in named for part in (name, *name.split("+"))]
+        steps = [part.split(".") for name in self.named for part in (name, *name.split("+"))]
         tops = {".".join(step[:count]) for step in steps for count in range(1, len(step) + 1)}
         return frozenset(tops.union(*({name, name.title(), name.upper()} for name in beside(self.kind))))
 
@@ -86,7 +95,7 @@ def layout_of(
 def with_beside(found: Layout, fields: Fields) -> Layout:
     """The layout with the names of what this first row has beside its fields."""
     row = fields.row
-    for name in (*found.fields, *filter(None, (found.rejected, found.label))):  # they are not beside themselves
+    for name in found.named:  # they are not beside themselves
         for part in parts(row, name):
             if find(row, part):
                 fields.get(part)

@@ -125,7 +125,8 @@ def _pair(fields: Fields, chosen: str, rejected: str) -> Layout:
     row, flag = fields.row, fields.flag
     prompts = [*dict.fromkeys(_prompt_names(fields))]
     whole = _is_whole(row[chosen])
-    if not prompts and (whole or _speaks(row[chosen])):
+    # With a prompt a text is an answer, unless it is the JSON of a conversation, as tables of text hold one.
+    if (whole and isinstance(row[chosen], str)) or (not prompts and (whole or _speaks(row[chosen]))):
         return Layout("messages", (chosen,), flag, rejected=rejected)
     if not prompts:
         raise UserError(
@@ -221,8 +222,8 @@ def _prompt(fields: Fields, layout: Layout, remarks: Counter[str]) -> list[Turn]
 def _whole(fields: Fields, name: str, layout: Layout, prompt: list[Turn], remarks: Counter[str]) -> list[Turn]:
     """The whole conversation that ends with the answer in the field `name`."""
     where, value = fields.where, fields.get(name)
-    if isinstance(value, dict) and (layout.kind == "messages" or any(key in value for key in ROLE_KEYS + TEXT_KEYS)):
-        value = [value]
+    if isinstance(value, dict) and any(key in value for key in TEXT_KEYS):
+        value = [value if any(key in value for key in ROLE_KEYS) else {"role": "assistant"} | value]
     if layout.kind == "messages" or is_turns({name: value}, name):
         items = _items(value)
         if not items and isinstance(value, str):
