@@ -1,5 +1,7 @@
 """Prompts that both answers of a pair share, computed once: the same losses and gradients as of whole documents."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from rwkv_bone.data.sampler import Answers
 from rwkv_bone.models import EVERY_BLOCK, NOTHING
 from rwkv_bone.training import prompts
 from tests.conftest import random_model
+from tests.training.conftest import adapter_of, largest_difference, log_of
 
 # Each pair: its prompt, chosen and rejected. Two answers may begin alike; one prompt is too short to be shared.
 PAIRS = [("abcdefgh", "ijk", "lm"), ("no", "pqr", "s"), ("tuvwxyz", "same first", "same last"), ("abcdef", "g", "h")]
@@ -116,3 +119,46 @@ def test_a_row_that_shares_nothing_calls_the_model_as_often(pairs):
     where = {"label_rows": batch.label_rows, "cu_seqlens": batch.cu_seqlens}
     torch.testing.assert_close(losses, model(batch.ids, labels=batch.labels, per_token=True, **where))
     assert len(seen) == 2
+
+
+# Of 8 pairs half have a prompt that is shared, the others one that is not: with a pair at a time two processes differ.
+ROWS = [
+    ("each word of this prompt is read only once " * (n % 2) + f"{n}:", f"{n * n}", f"{n + n}") for n in range(11, 19)
+]
+
+
+@pytest.fixture(scope="module")
+def runs(job):
+    """Flags of a run on these pairs, and the folder of one whose batches are padded, where nothing is shared."""
+    path = job.folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "chosen": c, "rejected": r}) + "\n" for p, c, r in ROWS))
+    flags = {"task": "dpo", "data_file": path, "ctx_len": 60, "epoch_count": 4, "micro_bsz": 8, "adam_eps": 1e-3}
+    return flags, job.run("padded", **flags, dataload="pad")
+
+
+def assert_same(folder, other):
+    ours, theirs = log_of(folder), log_of(other)
+    assert len(ours) == len(theirs) == 4
+    for key in ("loss", "grad_norm", "reward_margin", "logp_chosen", "logp_rejected"):
+        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], rel=1e-4, abs=1e-6)
+    assert largest_difference(adapter_of(folder, "rwkv-3.pth"), adapter_of(other, "rwkv-3.pth")) < 1e-5
+
+
+def test_a_run_that_shares_prompts_trains_what_one_does_that_does_not(job, runs, monkeypatch):
+    flags, padded = runs
+    monkeypatch.undo()
+    shared = []
+    of_row = prompts.cut
+    monkeypatch.setattr(prompts, "cut", lambda *given: shared.append(of_row(*given)) or shared[-1])
+    assert_same(job.run("packed", **flags, dataload="pack"), padded)
+    assert sum(made.pairs for made in shared) == 5 * len(ROWS) // 2  # of the reference, and of four epochs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_two_processes_of_which_one_shares_a_prompt_train_the_same(job, runs, stage):
+    flags, padded = runs
+    more = {"dataload": "pack", "micro_bsz": 1, "accumulate_grad_batches": 4, "strategy": f"deepspeed_stage_{stage}"}
+    folder, done = job.ranks(f"two {stage}", 2, **(flags | more))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(folder, padded)
