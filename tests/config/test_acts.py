@@ -87,6 +87,7 @@ SAMPLES = {
     "eval_path": ("", "h.jsonl"),
     "eval_split": (0.0, 0.1),
     "output": ("o.pth", "o.st", "o.gguf", "o/", "RWKV7-1.5B"),
+    "peft_load": ("", "a.pth"),
     "prompts": ("", "-", "p.jsonl"),
     "samples": (0, 3),
     "shots": (0, 4),
@@ -102,6 +103,7 @@ OTHERS = {
     "loss_mask": "last",
     "epoch_save": 2,
     "rank_timeout": 120,
+    "label_smoothing": 0.25,
     "resume_with": ("lr_init",),
 }
 
@@ -260,6 +262,48 @@ def test_held_out_data_of_a_script_gives_way_to_what_is_typed(script, typed, lef
     assert ("of the script is left out" in capsys.readouterr().out) == changed
 
 
+@pytest.mark.parametrize(
+    ("script", "typed", "left"),
+    [
+        ("--task dpo --beta 0.3 --sft_weight 0.5", "--task simpo", (-1, -1)),
+        ("--task dpo --beta 0.3 --sft_weight 0", "--task orpo --beta 0.2", (0.2, -1)),
+        ("--task dpo --beta 0.3 --sft_weight 0.5", "--task dpo", (0.3, 0.5)),
+        ("--task dpo --beta auto", "--task simpo", (-1, -1)),
+        ("--task dpo --beta 0.3 --data_file mine", "--ctx_len 64", (0.3, -1)),
+    ],
+)
+def test_strengths_of_a_scripts_task_give_way_to_another_task_and_its_data_does_not(script, typed, left, capsys):
+    config = given_in_script(script, *typed.split())
+    assert (config.preference.beta, config.preference.sft_weight) == left
+    assert config.data.data_file == (("mine",) if "mine" in script else ("d",))
+    notes = capsys.readouterr().out
+    assert ("is left out: it belongs to that task" in notes) == (-1 in left and "0.3 --sft" in script)
+
+
+@pytest.mark.parametrize(
+    ("typed", "remedy"),
+    [
+        ("--beta 0.9", r"acts with --task dpo, orpo, simpo or kto \(Adam's are --beta1 and --beta2\): .* --task dpo$"),
+        ("--task dpo --gamma 1", "give --task simpo$"),
+        ("--task kto --sft_weight 0.1", "give --task dpo$"),
+        ("--task orpo --label_smoothing 0.1", "give --task dpo$"),
+        ("--task dpo --desirable_weight 2", "give --task kto$"),
+        ("--task dpo --reference base", "give --peft_load$"),
+        ("--reference base", "give --task dpo$"),
+        ("--task dpo --l2wrap 1e-4", "give --task sft$"),
+    ],
+)
+def test_a_setting_of_another_task_is_refused_with_what_it_takes(typed, remedy):
+    with pytest.raises(UserError, match=f"^{typed.split()[-2]} .* has no effect .*{remedy}"):
+        parse_train([*NEEDED, *typed.split()])
+
+
+def test_what_is_so_in_every_task_may_be_said_in_every_task():
+    said = "--beta auto --gamma 0 --sft_weight 0 --desirable_weight 1 --undesirable_weight 1 --reference start"
+    for task in ("sft", "dpo", "orpo", "simpo", "kto"):
+        assert parse_train([*NEEDED, "--task", task, *said.split()]).preference.gamma == 0
+
+
 def test_two_flags_that_exclude_each_other_are_refused_where_both_are_typed():
     for argv in (["--eval_data", "h", "--eval_split", "0.1"], ["--resume", "--overwrite", "--config", "c.json"]):
         with pytest.raises(UserError, match=r"has no effect|cannot be read"):
@@ -297,6 +341,7 @@ def test_mistakes_in_a_script_are_told_from_mistakes_that_were_typed():
         *("--ctx_len=100000000", "--micro_bsz=1000000", "--epoch_count=1000000000", "--devices=1000", "--beta1=1"),
         *("--adam_eps=0", "--lora_dropout=1", "--lora_alpha=-1", "--ctx_len=1_000", "--ctx_len=1e3", "--ctx_len="),
         *("--ctx_len=８", "--lr_init=1_0", "--my_testing=garbage", "--eval_split=1", "--data_weights=nan"),
+        *("--beta=0", "--beta=-1", "--gamma=-0.5", "--sft_weight=-2", "--label_smoothing=0.5", "--desirable_weight=-1"),
         *("--grad_clip=nan", "--weight_decay=-0.1", "--l2wrap=1e400", "--epoch_steps=-1", "--warmup_steps=2e9"),
     ],
 )
@@ -314,6 +359,7 @@ def test_a_number_that_cannot_be_meant_is_refused_by_name(flag):
         ("--peft state --lr_init 0.5 --lr_final 0.1", ""),
         ("--lr_init 1e-5 --lr_final 1e-4", "--lr_final 0.0001 is above --lr_init 1e-05"),
         ("--lr_init 1e-5 --lr_schedule constant", ""),
+        ("--task dpo --beta 500", "--beta 500 is unusually large"),
         ("--weight_decay 3", "--weight_decay 3 is unusually large"),
         ("--peft lora --lr_init 0.1 --lora_plus 16", "--lora_plus 16 makes the rate of lora_B 1.6"),
         ("--lr_init 1e-4 --ctx_len 07", ""),

@@ -28,6 +28,8 @@ def parse(*names):
         ("template", "decides how rows become samples"),
         ("ctx_len", "decides how rows become samples"),
         ("eval_split", "decides how rows become samples"),
+        ("task", "decides how rows become samples"),
+        ("reference", "the log-probabilities that its answers are compared with"),
     ],
 )
 def test_what_cannot_change_in_a_run_is_refused_with_the_reason(name, reason):
@@ -47,6 +49,7 @@ def test_a_name_that_is_no_setting_is_refused(name, hint):
 def test_optimiser_schedule_horizon_and_data_may_change():
     names = ["lr_init", "lr_final", "lr_schedule", "warmup_steps", "weight_decay", "grad_clip", "beta1", "l2wrap"]
     names += ["epoch_count", "epoch_steps", "data_file", "precision", "save_minutes"]
+    names += ["beta", "gamma", "label_smoothing", "sft_weight", "desirable_weight", "undesirable_weight"]
     assert parse(*names) == tuple(names)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_bone.config import MergeConfig, flags
+from rwkv_bone.config import MergeConfig, PreferenceConfig, flags
 from rwkv_bone.config.acts import TRAIN
 from rwkv_bone.config.saved import from_json, to_json
 from rwkv_bone.errors import UserError
@@ -18,6 +18,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
 MERGE = ["--base_model", "base.pth", "--peft_checkpoint", "out/rwkv-0.pth", "--output", "merged.pth"]
 SPECS = [spec for section in flags.SECTIONS.values() for spec in fields(section)]
+# Settings of preference tuning, {task: what acts with it}: no two tasks go together.
+PREFERENCES = {
+    "dpo": {"beta": 0.5, "label_smoothing": 0.25, "sft_weight": 0.5, "reference": "base"},
+    "orpo": {"beta": 0.5, "sft_weight": 0.0},
+    "simpo": {"beta": 10.0, "gamma": 0.0, "label_smoothing": 0.25, "sft_weight": 0.5},
+    "kto": {"beta": 0.5, "desirable_weight": 0.0, "undesirable_weight": 1.5, "reference": "base"},
+}
+OF_TASKS = {"task"}.union(*PREFERENCES.values())
 
 
 def train(*words):
@@ -46,6 +54,7 @@ def changed_everywhere():
         "eval_field",
         "save_minutes",
         "resume_with",
+        *OF_TASKS,
     }
     expected = {spec.name: other_value(spec) for spec in SPECS if spec.name not in unread}
     expected["eval_steps"] = 5  # 0 leaves --early_stop without effect
@@ -76,12 +85,18 @@ def test_every_setting_is_a_flag():
     words, expected = changed_everywhere()
     unread = {spec.name: spec.default for spec in SPECS if spec.name not in expected}
     assert settings(flags.parse_train(words)) == expected | unread
-    others = {spec.name: other_value(spec) for spec in SPECS if spec.name in unread}
+    others = {spec.name: other_value(spec) for spec in SPECS if spec.name in unread.keys() - OF_TASKS}
     others |= {"data_weights": ("0.5", "2"), "resume_with": ("lr_init", "data_file")}
     words = []
     for name, value in others.items():
         words += [f"--{name}", *(value if isinstance(value, tuple) else [str(value)])]
     assert settings(train("--peft", "lora", "--data_file", "a", "b", *words)).items() >= others.items()
+    for task, given in PREFERENCES.items():
+        words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        config = train("--task", task, "--peft_load", "a.pth", *words)
+        assert settings(config).items() >= ({"task": task} | given).items()
+        assert from_json(to_json(config)) == config
+    assert OF_TASKS == {"task", *PreferenceConfig.__dataclass_fields__}
     assert unread and unread.keys() | expected.keys() == {spec.name for spec in SPECS}
 
 
@@ -115,6 +130,7 @@ def test_config_file_of_an_older_version_gets_defaults_for_what_it_lacks():
     text = json.dumps({"model": {"load_model": "a.pth"}, "data": {"data_file": ["b"]}, "optim": {"lr_init": 1}})
     config = from_json(text)
     assert config.optim.lr_init == 1.0 and config.adapter.bone_r == 64
+    assert (config.data.task, config.preference) == ("sft", PreferenceConfig())
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 
 from rwkv_bone.config import flags
 from rwkv_bone.config.field_flags import MERGE_FLAGS, TRAIN_FLAGS
-from rwkv_bone.config.other_names import OTHER_NAMES, intended_flag
+from rwkv_bone.config.other_names import NOT_HERE, OTHER_NAMES, intended_flag
 from rwkv_bone.conversion.flags import ConvertConfig
 from rwkv_bone.data.prepare import PrepareConfig
 from rwkv_bone.errors import UserError
@@ -66,6 +66,17 @@ PROGRAMS = {
         ("--Learning-Rate", "lr_init"),
         ("--train.max_seq_length", "ctx_len"),
         ("optimizer.lr=2e-5", "lr_init"),
+        ("--dpo_beta", "beta"),
+        ("--pref_beta", "beta"),
+        ("--orpo_alpha", "beta"),
+        ("--simpo_gamma", "gamma"),
+        ("--rpo_alpha", "sft_weight"),
+        ("--pref_ftx", "sft_weight"),
+        ("--pref_loss", "task"),
+        ("--loss_type", "task"),
+        ("--kto_rejected_weight", "undesirable_weight"),
+        ("--rlhf_train_file", "data_file"),
+        ("--betas", "beta1"),
     ],
 )
 def test_names_of_other_trainers_are_answered_with_the_flag_of_train(typed, meant):
@@ -74,6 +85,28 @@ def test_names_of_other_trainers_are_answered_with_the_flag_of_train(typed, mean
     assert f"{name} is not a flag of train.py; did you mean --{meant}?" in error_of(
         flags.parse_train, *needed, typed, "8"
     )
+
+
+@pytest.mark.parametrize(
+    "typed, told",
+    [
+        ("--dpo", "it is --task dpo"),
+        ("--train.ref-model=x", "no second model is loaded"),
+        ("--max_prompt_length", "--ctx_len bounds prompt and answer together"),
+        ("--gamma_beta_ratio", "--gamma is that ratio times --beta"),
+    ],
+)
+def test_what_is_no_setting_here_is_answered_with_what_is_so_instead(typed, told):
+    needed = ["--data_file", "rows.jsonl", "--load_model", "base.pth"]
+    assert f"is not a flag of train.py; {told}" in error_of(flags.parse_train, *needed, typed, "8")
+    # Of another program it is a word like any other.
+    assert told not in error_of(flags.parse_merge, typed, "8")
+
+
+def test_what_is_no_setting_here_is_neither_a_setting_nor_another_name():
+    told = {name for names in NOT_HERE.values() for name in names}
+    assert not told & {flag.removeprefix("--") for known, _ in PROGRAMS.values() for flag in known}
+    assert not told & {name for names in OTHER_NAMES.values() for name in names.split()}
 
 
 @pytest.mark.parametrize(

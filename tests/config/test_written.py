@@ -92,6 +92,10 @@ SAME = [
     ("devices: 2,3", ["--devices", "2,3"]),
     ("devices: [2, 3]", ["--devices", "2,3"]),
     ("bone_r: &size 8\nctx_len: *size", ["--bone_r", "8", "--ctx_len", "8"]),
+    (
+        "task: dpo\npreference: {beta: auto, sft_weight: 0.2}",
+        ["--task", "dpo", "--beta", "auto", "--sft_weight", "0.2"],
+    ),
     ("epoch_count: 20\nsave_minutes: 0.5", ["--epoch_count", "20", "--save_minutes", "0.5"]),
 ]
 
@@ -128,6 +132,12 @@ REFUSED = [
     ("config: b.yaml", "line 3: config: there is no such setting"),
     ("datasets:\n  - path: a", "line 3: datasets: expected a value"),
     ("optim: {lr: 1}", "line 3: optim.lr: there is no such setting; did you mean lr_init?"),
+    ("preference: {task: dpo}", "line 3: preference.task: task is in section data, not in preference"),
+    (
+        "task: dpo\ngamma: 1",
+        "gamma 1 of {file} has no effect with --task dpo; it acts with --task simpo: remove that line",
+    ),
+    ("dpo_beta: 1", "line 3: dpo_beta: there is no such setting; did you mean beta?"),
     ("data: {lr_init: 1}", "line 3: data.lr_init: lr_init is in section optim, not in data"),
     ("trainer: {lr_init: 1}", "line 3: trainer.lr_init: there is no section trainer"),
     ("ctx_len: 8\nlr_init: 1\nctx_len: 9", "line 5: ctx_len is there twice, in line 3 too"),

@@ -62,3 +62,30 @@ def documents(ids, lengths, mask=None, first: int = 0) -> Documents:
     trained = None if mask is None else np.asarray(mask, dtype=bool)
     places = Places(("made up ",))
     return Documents("made up", "", np.asarray(ids), starts, lengths, trained, places, np.arange(len(lengths)))
+
+
+def preferences(rows, good=None, name: str = "made up", first: int = 0) -> Documents:
+    """Documents of rows (prompt, answer, ...), each a sequence of ids: a pair has two answers, KTO's row one.
+
+    Every token of an answer is trained. first: the number of the first row, from which its place follows.
+    """
+    members, places = len(rows[0]) - 1, Places((f"{name} ",))
+    texts = [[*prompt, *answer] for prompt, *answers in rows for answer in answers]
+    lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    prompts = np.repeat([len(row[0]) for row in rows], members).astype(np.int64)
+    hashes = np.repeat([hash(tuple(row[0])) % 2**64 for row in rows], members).astype(np.uint64)
+    mask = [t >= before for length, before in zip(lengths, prompts, strict=True) for t in range(length)]
+    return Documents(
+        name,
+        f"{name}: made up",
+        np.concatenate([np.array(text, dtype=np.int64) for text in texts]),
+        np.cumsum(lengths) - lengths,
+        lengths,
+        np.array(mask),
+        places,
+        np.repeat(np.arange(len(rows)) + first, members),
+        prompts=hashes,
+        members=members,
+        answers=prompts,
+        good=None if good is None else np.array(good, dtype=bool),
+    )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rwkv_bone.data import fingerprint, load_dataset
 from rwkv_bone.data.dataset import Dataset
 from rwkv_bone.data.fingerprint import data_fingerprint, of_this_format
-from tests.data.conftest import documents
+from tests.data.conftest import documents, preferences
 
 RANDOM = np.random.default_rng(0)
 
@@ -114,6 +114,33 @@ def test_the_side_of_a_sample_is_part_of_the_fingerprint_of_a_split():
     assert len(set(found)) == len(found)
     assert data_fingerprint(dataset.subset(np.arange(7))) == data_fingerprint(dataset)
     assert found[0] == of(documents(np.arange(1, 25), [8, 8, 8]))
+
+
+def test_all_that_answers_are_compared_by_is_part_of_it():
+    """A continued run would go on with log-probabilities of other answers, or learn the opposite."""
+    pairs = [([1, 2, 3], [4, 5], [6, 7]), ([8, 9], [10, 11], [12]), ([1, 2, 3], [4], [5, 6])]
+    single, good = [row[:2] for row in pairs], [True, False, True]
+    other_prompt = preferences(single, good)
+    other_prompt.prompts[1:] = 5  # so that the first row's answer follows the second one's prompt, not the third's
+    longer = preferences(pairs)
+    longer.answers[:] += 1
+    found = [
+        of(preferences(pairs)),
+        of(preferences([(prompt, rejected, chosen) for prompt, chosen, rejected in pairs])),
+        of(preferences([*pairs[1:], pairs[0]])),
+        of(longer),
+        of(documents(preferences(pairs).tokens, preferences(pairs).lengths, preferences(pairs).trained)),
+        of(preferences(single, good)),
+        of(preferences(single, [False, True, True])),
+        of(preferences(single, [True, True, True])),
+        of(other_prompt),
+    ]
+    assert len(set(found)) == len(found)
+    assert of(preferences(pairs)) == found[0] and of(preferences(single, good)) == found[5]
+    # The answers that follow other prompts may be of rows that are held out.
+    parts = [[*single, ([20], [answer])] for answer in (21, 22)]
+    first, second = (data_fingerprint(Dataset([preferences(p, [True] * 4)], 99).subset(np.arange(3))) for p in parts)
+    assert first != second
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

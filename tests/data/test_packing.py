@@ -22,10 +22,11 @@ FEW = settings(max_examples=40, deadline=None, derandomize=True)
 class Samples:
     """Samples in which every token tells whose it is: id 1000 i + position. Every third token is not trained."""
 
-    windows = False
+    windows, members, unit, good = False, 1, "sample", None
 
     def __init__(self, lengths, ctx_len: int, repeats=None):
         self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.positions = self.widths = self.lengths - 1
         self.ctx_len = ctx_len
         self.repeats = None if repeats is None else np.asarray(repeats, dtype=np.float64)
         self.trained_counts = np.array([int(self[i].trained.sum()) for i in range(len(self))])
@@ -36,6 +37,9 @@ class Samples:
     def __getitem__(self, index: int) -> Sample:
         positions = np.arange(self.lengths[index])
         return Sample((1000 * index + positions).astype(np.int32), positions % 3 > 0, str(index))
+
+    def sequences(self, index: int) -> tuple[Sample]:
+        return (self[index],)
 
 
 lengths_and_budget = st.integers(4, 40).flatmap(

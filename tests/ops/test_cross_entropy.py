@@ -175,6 +175,148 @@ def test_evaluating_a_trained_head_makes_no_gradient(dtype):
     assert shapes == [(int((labels != -100).sum()), len(weight))]
 
 
+# The loss of each row.
+
+
+def per_token_sample(rows=37, vocab=101, width=24, dtype=torch.float64):
+    """(hidden, weight, labels, label_rows out of order, a factor for each of them)"""
+    hidden, weight, labels = sample(rows, width, vocab, dtype)
+    generator = torch.Generator().manual_seed(1)
+    where = (labels != -100).nonzero().squeeze(1)
+    where = where[torch.randperm(len(where), generator=generator)]
+    return hidden, weight, labels, where, torch.randn(len(where), generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 5, 1024])
+@pytest.mark.parametrize("trained", ["both", "hidden", "head"])
+def test_the_loss_of_each_row_and_its_gradients_equal_plain_pytorch_in_float64(chunk_rows, trained):
+    hidden, weight, labels, where, factors = per_token_sample()
+    hidden, weight = hidden.requires_grad_(trained != "head"), weight.requires_grad_(trained != "hidden")
+    inputs = [x for x in (hidden, weight) if x.requires_grad]
+    expected = F.cross_entropy((hidden @ weight.T)[where], labels[where], reduction="none")
+    found = linear_cross_entropy(hidden, weight, labels, label_rows=where, chunk_rows=chunk_rows, per_token=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    # Twice: what is kept for backward is not used up.
+    for factor in (factors, 2 - factors):
+        wanted, got = (torch.autograd.grad((x * factor).sum(), inputs, retain_graph=True) for x in (expected, found))
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_the_loss_of_each_row_passes_gradcheck():
+    hidden, weight, labels, where, _ = per_token_sample(rows=9, vocab=13, width=5)
+
+    def losses(hidden, weight):
+        return linear_cross_entropy(hidden, weight, labels, label_rows=where, chunk_rows=4, per_token=True)
+
+    assert torch.autograd.gradcheck(losses, (hidden, weight))
+
+
+def test_the_losses_of_rows_are_those_of_the_sum_and_of_an_adapted_head():
+    hidden, weight, labels, where, factors = per_token_sample(rows=2100, dtype=torch.float32)
+    head, adapted = Head(24, 101), Adapted(24, 101)
+    head.weight = adapted.weight = torch.nn.Parameter(weight.detach())
+    each = head(hidden, labels, label_rows=where, per_token=True)
+    other = adapted_head_loss(adapted, hidden, labels, 0.0, where, per_token=True)
+    assert each.dtype == other.dtype == torch.float32 and each.shape == where.shape
+    torch.testing.assert_close(each.sum(), head(hidden, labels))
+    torch.testing.assert_close(each, other)
+    one, two = (torch.autograd.grad((x * factors).sum(), (hidden, head.weight)) for x in (each, other))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    found = head(hidden, labels, per_token=True)
+    assert torch.equal(found, each[where.argsort()])  # looked for, rows come in their order
+
+
+def test_no_labelled_row_gives_no_loss_and_zero_gradient():
+    hidden, weight, _ = sample(dtype=torch.float32)
+    adapted = Adapted(24, 101)
+    adapted.weight = torch.nn.Parameter(weight.detach())
+    labels = torch.full((37,), -100)
+    found = [linear_cross_entropy(hidden, weight, labels, per_token=True)]
+    found.append(adapted_head_loss(adapted, hidden, labels, 0.0, per_token=True))
+    for losses, head in zip(found, (weight, adapted.weight), strict=True):
+        assert losses.shape == (0,) and losses.dtype == torch.float32
+        for gradient in torch.autograd.grad(losses.sum(), (hidden, head)):
+            assert gradient.abs().max() == 0
+
+
+@pytest.mark.parametrize(("factor", "most"), [(1 / 777, 1e-3), (1 / 515, 1e-3), (3 / 3077, 2.5e-3), (1e-30, 1e-3)])
+def test_in_bf16_the_gradients_of_an_answers_rows_have_hardly_a_common_error(factor, most):
+    """Rows are multiplied in float32; in bf16 the factor of an answer would be off by up to 0.4 %, in all its tokens.
+
+    But a factor just below a power of two, such as 3 / 3077, is lost when numbers that are rounded are rounded again.
+    """
+    hidden, weight, labels, where, _ = per_token_sample(rows=300, vocab=1009, width=64, dtype=torch.float32)
+    low, matrix = hidden.detach().bfloat16().requires_grad_(), (weight.detach() / 8).bfloat16().requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (low, matrix)]
+    nll = F.cross_entropy((exact[0] @ exact[1].T)[where], labels[where], reduction="none")
+    wanted = torch.autograd.grad((nll * factor).sum(), exact)
+    found = linear_cross_entropy(low, matrix, labels, label_rows=where, chunk_rows=64, per_token=True)
+    assert (found - nll).abs().max() < 0.03 and found.dtype == torch.float32  # the logits, below 8, are of bf16
+    for got, expected in zip(torch.autograd.grad((found * factor).sum(), (low, matrix)), wanted, strict=True):
+        assert got.dtype == torch.bfloat16 and relative_error(got, expected) < 5e-3
+        assert abs(float((got.double() * expected).sum() / expected.square().sum()) - 1) < most
+
+
+def test_losses_of_rows_keep_their_gradient_alone_and_never_the_logits_of_all():
+    rows, vocab, width = 600, 4096, 24
+    hidden, weight, labels = sample(rows, width, vocab, torch.bfloat16)
+    weight, kept = weight.detach(), int((labels != -100).sum())
+    with LiveBytes() as live:
+        losses = linear_cross_entropy(hidden, weight, labels, chunk_rows=50, per_token=True)
+        assert live.now < kept * width * 2 + 100 * rows
+        losses.sum().backward()
+    assert live.peak < 1.2 * 50 * vocab * 2 + 3 * hidden.nbytes
+    with torch.no_grad(), LiveBytes() as live:
+        losses = linear_cross_entropy(hidden, weight, labels, chunk_rows=50, per_token=True)
+        assert live.now == losses.nbytes
+    assert live.peak < 1.2 * 50 * vocab * 2 + 3 * hidden.nbytes
+
+
+def test_losses_of_rows_through_a_trained_head_hold_one_chunk_of_logits_beside_its_gradient():
+    rows, vocab = 600, 4096
+    hidden, weight, labels = sample(rows, 24, vocab, torch.float32)
+    with LiveBytes() as live:
+        linear_cross_entropy(hidden, weight, labels, chunk_rows=50, per_token=True).sum().backward()
+    assert live.peak < 1.2 * 50 * vocab * 4 + 5 * hidden.nbytes + 3 * weight.nbytes
+
+
+def test_losses_of_rows_take_two_products_of_the_head_forward_and_none_in_backward():
+    """As their sum does; without gradients, one. A trained head's rows go through it once more."""
+    hidden, weight, labels = sample(dtype=torch.float32)
+    counts = []
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counts[-1] += func.__name__.startswith(("mm", "addmm"))
+            return func(*args, **(kwargs or {}))
+
+    def counted(function):
+        counts.append(0)
+        with Products():
+            return function()
+
+    for matrix in (weight.detach(), weight):
+        losses = counted(lambda matrix=matrix: linear_cross_entropy(hidden, matrix, labels, per_token=True))
+        counted(losses.sum().backward)
+    with torch.no_grad():
+        counted(lambda: linear_cross_entropy(hidden, weight, labels, per_token=True))
+    assert counts == [2, 0, 2, 2, 1]
+
+
+def test_losses_of_rows_wait_for_nothing_if_rows_are_known():
+    hidden, weight, labels, where, _ = per_token_sample(dtype=torch.float32)
+    with HostSyncs() as syncs:
+        linear_cross_entropy(hidden, weight, labels, label_rows=where, per_token=True).sum().backward()
+    assert not syncs.found
+
+
+def test_losses_of_rows_refuse_what_acts_on_their_sum():
+    hidden, weight, labels = sample()
+    for options in ({"l2wrap": 1e-4}, {"loss_scale": 0.5}):
+        with pytest.raises(ValueError, match="act on the sum"):
+            linear_cross_entropy(hidden, weight, labels, per_token=True, **options)
+
+
 # Rows and their gradient: the C++ form at each level, and the definition.
 
 LEVELS = ("portable", "avx2", "avx512")
@@ -318,12 +460,14 @@ def test_without_a_compiler_the_head_has_the_same_loss_and_gradient(dtype, monke
         torch.testing.assert_close(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
 
 
-def test_the_head_is_one_graph_under_torch_compile():
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_head_is_one_graph_under_torch_compile(per_token):
     hidden, weight, labels = sample(rows=64, dtype=torch.float32)
     rows = (labels != -100).nonzero().squeeze(1)
 
     def loss(hidden, weight):
-        return linear_cross_entropy(hidden, weight, labels, label_rows=rows, chunk_rows=32)
+        losses = linear_cross_entropy(hidden, weight, labels, label_rows=rows, chunk_rows=32, per_token=per_token)
+        return losses.square().sum()
 
     expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)

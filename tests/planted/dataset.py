@@ -70,11 +70,11 @@ BUGS = (
     Bug(DATA + "samples.py", '"cut" if documents.turns else "split"', '"split"', f"{LOST} -k conversations"),
     Bug(
         DATA + "samples.py",
-        "_share(targets.sum() - samples.trained.sum(), targets.sum())",
-        "_share((full[too_long] - limit).sum(), full.sum())",
+        "share(targets.sum() - samples.trained.sum(), targets.sum())",
+        "share((full[too_long] - limit).sum(), full.sum())",
         f"{LOST} -k of_trained_tokens",
     ),
-    Bug(DATA + "samples.py", "_share(full[empty].sum(), full.sum())", "0.0", f"{LOST} -k finds_nothing"),
+    Bug(DATA + "samples.py", "share(full[empty].sum(), full.sum())", "0.0", f"{LOST} -k finds_nothing"),
     # What is lost.
     Bug(DATA + "lost.py", "if 1 - kept > limit", "if 1 - kept >= limit", f"{LOST} -k one_half"),
     Bug(DATA + "lost.py", "kept *= 1 - min(", "kept = 1 - min(", f"{LOST} -k together"),
@@ -130,8 +130,8 @@ BUGS = (
     ),
     Bug(
         DATA + "sampler.py",
-        "widest=self._widest(order, mine - rank)",
-        "widest=self._widest(order, mine)",
+        "self._widest(order, mine - rank)",
+        "self._widest(order, mine)",
         f"{SAMPLER} -k widest",
     ),
     Bug(DATA + "sampler.py", "max(self.budget // SIZES, 1)", "1", f"{SAMPLER} -k few_lengths"),

@@ -86,8 +86,8 @@ BUGS = (
     Bug(f"{ROOM}/compare.py", "if len(item) == samples}", "}", "tests/evaluation/test_compare.py -k samples"),
     Bug(
         "src/rwkv_bone/config/acts.py",
-        'BELONGS |= {"data_file": "task"}  # of evaluate.sh\n',
-        "",
+        'BELONGS | ({"data_file": "task"} if table is EVALUATE else {})',
+        "BELONGS",
         "tests/test_scripts.py -k evaluation_leaves",
     ),
 )

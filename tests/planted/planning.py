@@ -34,7 +34,7 @@ BUGS = (
     Bug(ROWS, "        if needed(arch, count", "        if 2 * needed(arch, count", f"{CUT} -k largest"),
     Bug("src/rwkv_bone/cluster/world.py", "return min(int(self.get", "return max(int(self.get", f"{CUT} -k processes"),
     Bug(SAMPLER, "// (self._joined * self._per_window))", "// self._per_window)", f"{BATCHES} -k equal_work"),
-    Bug(SAMPLER, "samples] - 1, self._row)", "samples] - 1, self.budget)", f"{CUT} -k every_step"),
+    Bug(SAMPLER, "[samples], self._row)", "[samples], self.budget)", f"{CUT} -k every_step"),
     Bug(SAMPLER, "range(micro * self._joined, (micro + 1) * self._joined)", "[micro]", f"{CUT} -k every_step"),
     Bug(
         "src/rwkv_bone/training/resume.py",

@@ -35,13 +35,14 @@ def test_the_head_is_told_the_factor_that_its_loss_is_multiplied_by(world, accum
         config=OptimConfig(),
         running=ModelConfig("base.pth"),
         recompute=NOTHING,
+        objective=None,
         first_step=0,
         global_rank=0,
         device=torch.device("cpu"),
         model=model,
         _table=torch.zeros(world, accumulate + 2 + len(ASKS), dtype=torch.float64),
     )
-    module._loss = lambda *arguments: TrainingModule._loss(module, *arguments)
+    module._run = lambda *arguments, **options: TrainingModule._run(module, *arguments, **options)
     for micro in range(accumulate):
         TrainingModule.training_step(module, batch, micro).backward()
     for factor, loss in zip(told, made, strict=True):

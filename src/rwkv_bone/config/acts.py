@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from rwkv_bone.config.names import suffix_of
-from rwkv_bone.config.sections import AUTO, CONVERSATIONS
+from rwkv_bone.config.sections import AUTO, CONVERSATIONS, TASKS
 
 
 class When(NamedTuple):
@@ -21,9 +21,14 @@ class When(NamedTuple):
     holds: Callable[..., bool]  # of their values, in this order
     words: str  # goes on from "acts"
     remedy: str = ""  # a flag with which it acts
+    parts: tuple[When, ...] = ()  # of a condition that is made of several
 
     def met(self, values: Mapping[str, Any]) -> bool:
         return self.holds(*(values[name] for name in self.names))
+
+    def remedy_for(self, values: Mapping[str, Any]) -> str:
+        """A flag with which the first part that does not hold would; nothing if no single flag does it."""
+        return next((part.remedy for part in self.parts or (self,) if not part.met(values)), "")
 
     def __and__(self, other: When) -> When:
         count = len(self.names)
@@ -32,7 +37,8 @@ class When(NamedTuple):
             return self.holds(*values[:count]) and other.holds(*values[count:])
 
         words = f"{self.words}, and {other.words}"
-        return When(self.names + other.names, both, words, self.remedy or other.remedy)
+        parts = (*(self.parts or (self,)), *(other.parts or (other,)))
+        return When(self.names + other.names, both, words, parts=parts)
 
 
 Table = Mapping[str, When]
@@ -102,7 +108,9 @@ TRAIN: dict[str, When] = {
     ),
     "mask_id": only("loss_mask", "se"),
     **dict.fromkeys(("long_samples", "max_lost"), but("dataload", "get")),
-    "beta": but("task", "sft"),
+    "beta": only("task", *TASKS[1:])._replace(
+        words=f"with --task {listed(TASKS[1:])} (Adam's are --beta1 and --beta2)"
+    ),
     "gamma": only("task", "simpo"),
     "label_smoothing": only("task", "dpo", "simpo"),
     "sft_weight": only("task", "dpo", "orpo", "simpo"),
@@ -197,21 +205,31 @@ PREVIEW: dict[str, When] = {
     "show_tokens": When(("samples",), lambda count: count > 0, "with --samples above 0", "--samples 1")
 }
 # Values that ask for nothing, besides empty ones, 0 and auto: they are true also where the setting does not act.
-NOTHING: dict[str, Any] = {
-    "eval_samples": 0,
-    "epoch_save": 1,
-    "lora_plus": 1.0,
-    "lr_final": AUTO,
-    "quant": "none",
-    "compile": "0",
+NOTHING: dict[str, tuple[Any, ...]] = {
+    "eval_samples": (0,),
+    "epoch_save": (1,),
+    "lora_plus": (1.0,),
+    "lr_final": (AUTO,),
+    "quant": ("none",),
+    "compile": ("0",),
+    "beta": (AUTO,),
+    **dict.fromkeys(("gamma", "sft_weight"), (AUTO, 0.0)),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), (1.0,)),
+    "reference": ("start",),
 }
-# What describes the files of another setting, or the GPUs: with others given, it is left out unless given again.
+# What describes the files of another setting, the GPUs or a loss: with others given, it is left out unless given again.
+# 0.1 is a usual --beta of dpo, and of simpo one that teaches next to nothing.
 BELONGS = {"eval_data": "data_file", "data_weights": "data_file", "eval_path": "data_path", "cards": "devices"}
-BELONGS |= {"data_file": "task"}  # of evaluate.sh
+BELONGS |= {"beta": "task", "sft_weight": "task"}
 
 
 def asks(name: str, value: Any, default: Any) -> bool:
     """Whether a value of a setting asks for anything, so that the setting must act."""
     if name in NOTHING:
-        return value != NOTHING[name]
+        return value not in NOTHING[name]
     return value != default or bool(default and default != "auto")
+
+
+def belonging(table: Table) -> Mapping[str, str]:
+    """`BELONGS` of the program with this table: rows of evaluate.sh are questions of its --task."""
+    return BELONGS | ({"data_file": "task"} if table is EVALUATE else {})

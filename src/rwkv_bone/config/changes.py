@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields
 
-from rwkv_bone.config.other_names import intended_flag
+from rwkv_bone.config.other_names import hint
 from rwkv_bone.config.saved import SECTIONS
 from rwkv_bone.config.sections import AdapterConfig, ModelConfig, OptimConfig, PreferenceConfig
 from rwkv_bone.errors import UserError
@@ -35,9 +35,8 @@ def check_names(names: Iterable[str]) -> None:
     """UserError for a word of --resume_with that is no setting, or one that cannot change in a run."""
     for name in names:
         if name not in SETTINGS:
-            meant = intended_flag(f"--{name}", [f"--{known}" for known in sorted(SETTINGS)])
-            hint = f"; did you mean {meant.removeprefix('--')}?" if meant else ""
-            raise UserError(f"--resume_with {name}: there is no such setting{hint} (train.py --help lists them)")
+            told = hint(f"--{name}", [f"--{known}" for known in sorted(SETTINGS)]).replace("mean --", "mean ")
+            raise UserError(f"--resume_with {name}: there is no such setting{told} (train.py --help lists them)")
         if reason := _obstacle(name):
             raise UserError(f"--resume_with {name}: {reason}")
 
@@ -55,6 +54,8 @@ def _obstacle(name: str) -> str:
         return f"it decides what is trained, which is what the saved state holds; {new}"
     if name in {spec.name for spec in fields(ModelConfig)}:
         return f"it changes what the frozen model computes, which the adapter has learnt to go with; {new}"
+    if name == "reference":
+        return f"the run keeps the log-probabilities that its answers are compared with; {new}"
     if name == "random_seed":
         return f"the order of the data follows from it, so that samples would be left out and repeated; {new}"
     return f"it decides how rows become samples; {new}, from the newest adapter with --peft_load"

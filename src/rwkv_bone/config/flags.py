@@ -22,7 +22,7 @@ from rwkv_bone.config.acts import Table, listed
 from rwkv_bone.config.changes import check_names
 from rwkv_bone.config.fields import check_value, doubtful, is_switch, worded
 from rwkv_bone.config.layers import Layers, shown, split_argv
-from rwkv_bone.config.other_names import intended_flag
+from rwkv_bone.config.other_names import hint
 from rwkv_bone.config.rates import doubtful_rates
 from rwkv_bone.config.saved import SECTIONS, build, earlier_settings
 from rwkv_bone.errors import UserError
@@ -260,9 +260,8 @@ class Parser(argparse.ArgumentParser):
         if action is None or name in ("config", "help"):
             hidden = {"-h", *(f"--{name}" for name in ("config", "help", *self._hidden))}
             known = [option for option in self._option_string_actions if option not in hidden]
-            meant = intended_flag(f"--{name}", known)
-            hint = f"; did you mean {meant.removeprefix('--')}?" if meant else ""
-            raise UserError(f"there is no such setting{hint} ({self.prog} --help lists them)")
+            told = hint(f"--{name}", known).replace("did you mean --", "did you mean ")
+            raise UserError(f"there is no such setting{told} ({self.prog} --help lists them)")
         if isinstance(action, _Words):
             return action.dest, tuple(word for word in words if word)
         if name in ("devices", "cards"):
@@ -277,9 +276,8 @@ class Parser(argparse.ArgumentParser):
     def _read(self, argv: list[str], known: list[str]) -> dict[str, Any]:
         given, extra = self.parse_known_args(argv)
         if extra:
-            meant = intended_flag(extra[0], known)
-            hint = f"; did you mean {meant}?" if meant else ""
-            raise UserError(f"{extra[0].split('=')[0]} is not a flag of {self.prog}{hint} (--help lists them)")
+            told = hint(extra[0], known)
+            raise UserError(f"{extra[0].split('=')[0]} is not a flag of {self.prog}{told} (--help lists them)")
         lists = [option for action in self._actions if isinstance(action, _Words) for option in action.option_strings]
         for flag in lists:
             if (count := sum(word.partition("=")[0] == flag for word in argv)) > 1:

@@ -63,7 +63,7 @@ def check_sets(cfg: DataConfig) -> None:
         if equals and sets and name not in names:
             raise UserError(f"--eval_field {word}: no held-out set is named {name}; there are {', '.join(names)}")
         words = fields.split(",")
-        if equals and not (all(words) and len(words) <= 2):
+        if equals and not (all(words) and len(words) <= (2 if cfg.task == "sft" else 3)):
             raise UserError(f"--eval_field {word}: expected the fields of a set, such as {name}=question,answer")
 
 

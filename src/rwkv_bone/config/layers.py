@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rwkv_bone.cards import AUTO
-from rwkv_bone.config.acts import BELONGS, Table, When, asks
+from rwkv_bone.config.acts import Table, When, asks, belonging
 from rwkv_bone.config.fields import plain
 from rwkv_bone.config.sections import AUTO as UNDECIDED
 from rwkv_bone.errors import UserError
@@ -55,7 +55,7 @@ class Layers:
 
     def settle(self, table: Table) -> dict[str, Any]:
         """Leave out what cannot act, in place, with notes; the settings that are left. UserError for what was typed."""
-        self._leave_out_what_belongs()
+        self._leave_out_what_belongs(belonging(table))
         # What each layer is without those above it.
         saved = {**self.defaults, **self.saved}
         script = {**(saved if self.config_in_script else self.defaults), **self.overridden, **self.script}
@@ -64,7 +64,7 @@ class Layers:
         now = self.values()
         for name, when in table.items():
             if name in self.typed and asks(name, now[name], self.defaults[name]) and not when.met(now):
-                raise UserError(f"--{name} {shown(now[name])} {_no_effect(name, when, now)}: {_remedy(when)}")
+                raise UserError(f"--{name} {shown(now[name])} {_no_effect(name, when, now)}: {_remedy(when, now)}")
         return {**self.saved, **self.script, **self.typed}
 
     def put_file_over_script(self) -> None:
@@ -90,14 +90,15 @@ class Layers:
                     self.notes.append(f"{told(name, value)} is left out: {what}")
             self.script[name] = number
 
-    def _leave_out_what_belongs(self) -> None:
-        """What describes other files than those that were typed."""
-        for name, owner in BELONGS.items():
+    def _leave_out_what_belongs(self, belongs: Mapping[str, str]) -> None:
+        """What describes other files, or another loss, than was typed."""
+        for name, owner in belongs.items():
             continued = self.typed.get("resume") in (True, "1") and owner != "devices"
             if owner not in self.typed or name in self.typed or continued:
                 continue
             for layer, told in ((self.script, self._of_script), (self.saved, self._of_saved)):
-                if owner in layer and layer.get(name) and layer[owner] != self.typed[owner]:
+                given = name in layer and layer[name] != self.defaults[name]
+                if given and owner in layer and layer[owner] != self.typed[owner]:
                     self.notes.append(
                         f"{told(name, layer.pop(name))} is left out: it belongs to that {owner}, and --{owner} was "
                         f"given; --{name} says what belongs to this one"
@@ -152,8 +153,9 @@ def _stated(name: str, value: Any) -> str:
     return f"without --{name}" if value in ("", (), 0) else f"with --{name} {shown(value)}"
 
 
-def _remedy(when: When) -> str:
-    return "remove it" + (f", or give {when.remedy}" if when.remedy else " or the other")
+def _remedy(when: When, values: Mapping[str, Any]) -> str:
+    remedy = when.remedy_for(values)
+    return "remove it" + (f", or give {remedy}" if remedy else " or the other")
 
 
 def shown(value: Any) -> str:

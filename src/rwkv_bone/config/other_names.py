@@ -1,8 +1,8 @@
 """What other trainers call our settings, so that the error for a flag typed from habit names the right one.
 
 Nothing here is accepted as a flag: `--lr` is an error that names `--lr_init`. Names are those of Hugging Face's
-TrainingArguments, PEFT's LoraConfig, TRL, axolotl, LLaMA-Factory, litgpt and torchtune. RWKV-PEFT's flags, which are
-accepted, are in `field_flags.py`.
+TrainingArguments, PEFT's LoraConfig, TRL, axolotl, LLaMA-Factory, litgpt, torchtune, and for preferences also of
+ms-swift and OpenMOSE's trainer. RWKV-PEFT's flags, which are accepted, are in `field_flags.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OTHER_NAMES = {
     "lora_weights peft_model peft_model_id",
     # The data.
     "data_file data_path input": "data dataset datasets dataset_name dataset_path dataset_dir data_dir data_files "
-    "train_data train_dataset train_file",
+    "train_data train_dataset train_file rlhf_train_file dpo_train_file",
     "eval_data eval_path": "eval_file eval_dataset val_data val_file valid_data validation_data validation_file "
     "test_data test_file test_datasets",
     "eval_split": "val_split val_split_fraction val_set_size val_size test_size validation_split_percentage",
@@ -46,12 +46,20 @@ OTHER_NAMES = {
     "dataload": "packing packed sample_packing",
     "cache_dir": "dataset_prepared_path",
     "workers": "num_workers num_proc dataset_num_proc preprocessing_num_workers",
+    # Preferences.
+    "task": "loss_type pref_loss stage rl rlhf_type",
+    "beta": "dpo_beta pref_beta orpo_beta simpo_beta kto_beta cpo_beta rl_beta orpo_alpha",
+    "gamma": "simpo_gamma",
+    "label_smoothing": "dpo_label_smoothing",
+    "sft_weight": "pref_ftx dpo_ftx kto_ftx rpo_alpha cpo_alpha dpo_alpha simpo_alpha",
+    "desirable_weight": "kto_desirable_weight kto_chosen_weight",
+    "undesirable_weight": "kto_undesirable_weight kto_rejected_weight",
     # The optimiser.
     "lr_init learning_rate": "lr base_lr peak_lr max_lr",
     "lr_final": "min_lr final_lr",
     "lr_schedule lr_scheduler_type": "lr_scheduler scheduler",
     "warmup_steps warmup_ratio": "warmup lr_warmup_steps num_warmup_steps lr_warmup_fraction",
-    "beta1": "adam_beta1",
+    "beta1": "adam_beta1 betas adam_betas",
     "beta2": "adam_beta2",
     "adam_eps": "adam_epsilon",
     "grad_clip max_grad_norm": "max_norm clip_grad clip_grad_norm gradient_clipping",
@@ -74,6 +82,39 @@ OTHER_NAMES = {
     "wandb": "report_to wandb_project",
     "verify": "safe_merge",
 }
+# What is no setting of a program that has the one on the left: what others call it, and what is so instead.
+NO_REFERENCE = "no second model is loaded: dpo and kto compare with the model that the run begins with"
+ANSWERS_KEPT = "--ctx_len bounds prompt and answer together; of a prompt that is too long the beginning is cut off"
+NOT_HERE = {
+    "beta": {
+        **{task: f"it is --task {task}" for task in ("dpo", "orpo", "simpo", "kto")},
+        "wpo": "there is no WPO; --task has dpo, orpo, simpo and kto",
+        **dict.fromkeys(("ref_model", "ref_model_name_or_path", "reference_model", "model_ref"), NO_REFERENCE),
+        **dict.fromkeys(("ref_adapters", "ref_model_adapters", "sync_ref_model"), NO_REFERENCE),
+        "precompute_ref_log_probs": "the log-probabilities of the reference are always computed before the first step",
+        "reference_free": "the tasks without a reference are --task simpo and --task orpo",
+        **dict.fromkeys(("max_prompt_length", "max_prompt_len", "max_completion_length"), ANSWERS_KEPT),
+        **dict.fromkeys(("max_target_length", "rlhf_max_corpus_len", "truncation_mode"), ANSWERS_KEPT),
+        **dict.fromkeys(("gamma_beta_ratio", "simpo_gamma_beta_ratio"), "--gamma is that ratio times --beta"),
+    },
+}
+
+
+def hint(word: str, flags: Collection[str]) -> str:
+    """What to say of an unknown word of a command line: the flag it most likely means, what is so instead, or nothing.
+
+    flags: those that the program has, such as --lr_init.
+    """
+    for name, told in NOT_HERE.items():
+        if f"--{name}" in flags and (reason := told.get(_plain(word))):
+            return f"; {reason}"
+    meant = intended_flag(word, flags)
+    return f"; did you mean {meant}?" if meant else ""
+
+
+def _plain(word: str) -> str:
+    """The name in `--train.max-steps=3`: max_steps."""
+    return word.partition("=")[0].lstrip("-").rpartition(".")[2].replace("-", "_").lower()
 
 
 def intended_flag(word: str, flags: Collection[str]) -> str | None:
@@ -82,8 +123,7 @@ def intended_flag(word: str, flags: Collection[str]) -> str | None:
     A name of another program wins over a similar spelling. Dashes inside a name, capitals, a prefix as in
     `--train.epochs` and the form `epochs=2` do not prevent a match.
     """
-    word = word.partition("=")[0]
-    name = word.lstrip("-").rpartition(".")[2].replace("-", "_").lower()
+    word, name = word.partition("=")[0], _plain(word)
     rows = [ours.split() for ours, others in OTHER_NAMES.items() if name in others.split()]
     # Our own programs differ too: --lr_init of train.py is --learning_rate of train_hf.py.
     rows += [ours.split() for ours in OTHER_NAMES if name in ours.split()]

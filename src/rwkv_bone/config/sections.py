@@ -184,8 +184,8 @@ class DataConfig:
     )
     task: str = setting(
         "sft",
-        "what rows teach: their texts and responses (sft), which of two answers is better (dpo, orpo, simpo: fields "
-        "chosen and rejected), or which answers are good (kto: field label)",
+        "what rows teach: texts and responses (sft), which of two answers is better (dpo, orpo, simpo: fields chosen "
+        "and rejected), or whether an answer is good (kto: field label)",
         TASKS,
     )
     data_type: str = setting("auto", "format of data_file; auto = recognised by its content", DATA_TYPES)
@@ -288,7 +288,7 @@ class DataConfig:
         check_given(self, "data_file")
         for name in ("sft_field", "eval_field"):
             names = common_fields(getattr(self, name)) if name == "eval_field" else getattr(self, name)
-            if len(names) > 2:
+            if len(names) > 2 and self.task == "sft":
                 raise UserError(
                     f"--{name} takes the names of prompt and response, or one name, of the messages; got {len(names)}: "
                     f"{' '.join(names)}. Several fields of the prompt are joined by +: --{name} "
@@ -322,18 +322,26 @@ class DataConfig:
     def _check_preference(self) -> None:
         """UserError for what answers that are compared cannot have."""
         task = f"--task {self.task}"
+        for name in ("sft_field", "eval_field"):
+            names = common_fields(getattr(self, name)) if name == "eval_field" else getattr(self, name)
+            if names and len(names) not in (2, 3):
+                three = "prompt, answer and label" if self.task == "kto" else "prompt, chosen and rejected answer"
+                raise UserError(
+                    f"{task}: --{name} takes the names of {three}, or of the last two where they hold whole "
+                    f"conversations; got {len(names)}: {' '.join(names)}"
+                )
         if self.dataload == "get":
             raise UserError(f"{task} compares whole answers, and --dataload get cuts windows anywhere: use pack or pad")
         if self.long_samples == "split":
             raise UserError(f"{task} compares whole answers, and --long_samples split would cut them: use cut or drop")
         if self.loss_mask not in ("response", "last"):
             raise UserError(
-                f"{task} compares answers, which --loss_mask response marks (last: the last turn of each); got "
-                f"{self.loss_mask}"
+                f"{task} compares answers, and --loss_mask {self.loss_mask} does not mark these alone: use response, "
+                "or last for the last turn of each"
             )
         if self.data_type not in CONVERSATIONS:
             raise UserError(
-                f"{task} reads rows with answers, which --data_type {self.data_type} has not: leave it out, or use "
+                f"{task} reads rows with answers, and --data_type {self.data_type} has none: leave it out, or use "
                 f"{', '.join(CONVERSATIONS[1:])}"
             )
 
@@ -344,8 +352,8 @@ class PreferenceConfig:
 
     beta: float = setting(
         float(AUTO),
-        "how strongly a difference counts: of dpo and kto the weight of staying near the reference, of simpo the scale "
-        "of the rewards, of orpo the weight of the odds ratio; auto = 0.1, of simpo 2",
+        "strength of the preference: how near dpo and kto stay to the reference (higher = nearer), the scale of "
+        "simpo's rewards, or the weight of orpo's odds ratio; auto = 0.1, for simpo 2",
         above=0,
         at_most=10**4,
         warn_above=100,
@@ -366,13 +374,14 @@ class PreferenceConfig:
     )
     sft_weight: float = setting(
         float(AUTO),
-        "weight of the chosen answer's own loss, nats per token, which is added; auto = 1 for orpo, else 0",
+        "weight of the chosen answer's own loss in nats per token, which is added to the task's; auto = 1 for orpo, "
+        "else 0",
         at_least=0,
         at_most=10**4,
         auto=AUTO,
     )
-    desirable_weight: float = setting(1.0, "weight of the good answers of kto", at_least=0, at_most=10**4)
-    undesirable_weight: float = setting(1.0, "weight of the bad answers of kto", at_least=0, at_most=10**4)
+    desirable_weight: float = setting(1.0, "weight of kto's good answers", at_least=0, at_most=10**4)
+    undesirable_weight: float = setting(1.0, "weight of kto's bad answers", at_least=0, at_most=10**4)
     reference: str = setting(
         "start",
         "what dpo and kto compare with, where --peft_load gives an adapter: the model that the run begins with, or the "

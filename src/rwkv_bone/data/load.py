@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
+
+import numpy as np
 
 from rwkv_bone.config import DataConfig
 from rwkv_bone.config.heldout import each_set
-from rwkv_bone.data.conversations.conversation import conversation
+from rwkv_bone.console import counted
+from rwkv_bone.data.conversations.conversation import Conversation, conversation
+from rwkv_bone.data.conversations.preference import answers_of
 from rwkv_bone.data.dataset import Dataset
+from rwkv_bone.data.lost import WARNING
 from rwkv_bone.data.part import Part
+from rwkv_bone.data.samples import Documents
 from rwkv_bone.data.sources.rows import Rows
 from rwkv_bone.data.templates.builtin import load_template
 from rwkv_bone.data.tokenise import RowReader
 from rwkv_bone.data.tokenizer import END_MARK, Tokenizer, decode_marked, encode_marked
 from rwkv_bone.data.used import check_tools, check_used
 from rwkv_bone.errors import UserError
+
+NEARLY = 1.1  # numbers of good and bad answers that are this near to balance count as balanced
 
 
 def load_dataset(
@@ -50,6 +60,8 @@ def load_dataset(
     found = [part.documents() for part in parts]
     if path is None:
         check_tools(typed or cfg, found, held_out)
+    if path is None and cfg.task == "kto" and (line := balance_line(found)):
+        found[-1] = replace(found[-1], notes=(*found[-1].notes, line))
     if weights:
         found = [
             replace(one, kind=f"{one.kind}; weight {weight:g}") for one, weight in zip(found, weights, strict=True)
@@ -64,25 +76,63 @@ def load_dataset(
     )
 
 
+def balance_line(found: Sequence[Documents]) -> str:
+    """What is to be said of the numbers of good and bad answers; empty if they are balanced.
+
+    The paper (Ethayarajh et al., arXiv 2402.01306, section 4.2) has the weight of the good answers times their number
+    between 1 and 4/3 of the same for bad ones.
+    """
+    labels = np.concatenate([np.asarray(documents.good) for documents in found])
+    good, bad = int(np.count_nonzero(labels)), int(np.count_nonzero(~labels))
+    if not (good and bad):
+        kind, remedy = ("good", "bad ones, or give --task sft") if good else ("bad", "good ones")
+        number = counted(good + bad, "answer")
+        return f"{WARNING}--task kto learns from good and bad answers, and all {number} are {kind}: add {remedy}"
+    ratio = good / bad
+    if 1 / NEARLY <= ratio <= NEARLY * 4 / 3:
+        return ""
+    flag, low = ("undesirable", 0.75 * ratio) if ratio > 1 else ("desirable", 1 / ratio)
+    return (
+        f"{good:,} good and {counted(bad, 'bad answer')}: --{flag}_weight {low:.3g} to {low * 4 / 3:.3g} balances them "
+        "(their weights times their numbers as 1 to 4/3 of good ones to 1 of bad ones)"
+    )
+
+
 def load_pairs(cfg: DataConfig, path: str, tokenizer: Tokenizer, limit: int | None = None) -> list[tuple[str, str]]:
     """(prompt, last response) as the template writes them, of the first `limit` rows of held-out data.
 
-    Empty if `path` holds documents.
+    Of preference data the response is the chosen one, or one that is labelled as good. Empty if `path` holds documents.
     """
     part = Part(cfg, tokenizer.vocab_size, path, held_out=True)
     if not isinstance(part.source, Rows):
         return []
-    layout = part.layout(part.source)
+    try:
+        layout = part.layout(part.source)
+    except UserError:
+        if cfg.task != "sft":  # a file of prompts may have one response each, whatever the task
+            with suppress(UserError):
+                return load_pairs(replace(cfg, task="sft", sft_field=(), eval_field=()), path, tokenizer, limit)
+        raise
     if layout.kind == "text":
         return []
     template = load_template(cfg.template, tokenizer.name, cfg.tool_format)
 
-    def pair_of(row: dict, where: str) -> tuple[str, str]:
-        talk = conversation(row, layout, where)
+    def talks_of(row: dict, where: str) -> list[Conversation]:
+        if layout.compares:
+            return [answer.conversation for answer in answers_of(row, layout, where) if answer.good]
+        return [conversation(row, layout, where)]
+
+    def pairs_of(row: dict, where: str) -> list[tuple[str, str]]:
         # What is trained ends a document; what a model writes ends before that.
-        response = decode_marked(tokenizer, encode_marked(tokenizer, template.response(talk))).partition(END_MARK)[0]
-        return template.prompt(talk), response
+        return [
+            (
+                template.prompt(talk),
+                decode_marked(tokenizer, encode_marked(tokenizer, template.response(talk))).partition(END_MARK)[0],
+            )
+            for talk in talks_of(row, where)
+        ]
 
     reader = RowReader(part.source.parse, part.source.places, part.skip)
     items = ((number, raw) for number, raw, _ in part.source.items())
-    return list(islice((pair for _, pair in reader.each(items, pair_of) if not isinstance(pair, str)), limit))
+    found = (pairs for _, pairs in reader.each(items, pairs_of) if not isinstance(pairs, str))
+    return list(islice(chain.from_iterable(found), limit))

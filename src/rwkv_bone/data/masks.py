@@ -27,7 +27,7 @@ from itertools import chain
 
 import numpy as np
 
-from rwkv_bone.data.templates.segments import DOCUMENT, PROMPT, RESPONSE, Segment
+from rwkv_bone.data.templates.segments import DOCUMENT, MASKED, PROMPT, RESPONSE, Segment
 from rwkv_bone.data.tokenizer import Tokenizer, encode_marked
 from rwkv_bone.errors import UserError
 
@@ -48,6 +48,27 @@ def encode(
     The first id is no target: nothing predicts it. A template may have written the end of the document itself; there is
     one end all the same.
     """
+    ids, trained, _ = _encode(segments, tokenizer, loss_mask, mask_id)
+    return ids, trained
+
+
+def encode_answer(
+    segments: Sequence[Segment], tokenizer: Tokenizer, loss_mask: str, responses: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """ids and trained as `encode` has them, and how many of the ids are before the answer and before every target.
+
+    responses: how many of the responses, at the beginning, are the prompt's.
+    """
+    ids, trained, lengths = _encode(segments, tokenizer, loss_mask)
+    answers = [i for i, segment in enumerate(segments) if segment.role in (RESPONSE, MASKED)]
+    border = sum(lengths[: answers[responses]]) if responses < len(answers) else len(ids)
+    return ids, trained, min(border, int(np.argmax(trained)))
+
+
+def _encode(
+    segments: Sequence[Segment], tokenizer: Tokenizer, loss_mask: str, mask_id: str = ""
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """ids and trained as `encode` has them, and the number of ids of each segment."""
     pieces = [encode_marked(tokenizer, segment.text) for segment in segments]
     if pieces[-1][-1:] != [tokenizer.eod]:
         # The end-of-document id goes with the last segment.
@@ -60,11 +81,12 @@ def encode(
     chosen = {RESPONSE, DOCUMENT}
     if loss_mask in ("none", "pad", "se"):
         chosen |= {PROMPT}
-    trained = np.repeat([role in chosen for role in roles], [len(piece) for piece in pieces])
+    lengths = [len(piece) for piece in pieces]
+    trained = np.repeat([role in chosen for role in roles], lengths)
     if loss_mask == "se" or (loss_mask == "qa" and roles[-1] == DOCUMENT):
         trained &= stream_mask(ids, tokenizer, loss_mask, mask_id)
     trained[0] = False
-    return ids, trained
+    return ids, trained, lengths
 
 
 def stream_mask(ids: np.ndarray, tokenizer: Tokenizer, loss_mask: str, mask_id: str = "") -> np.ndarray:

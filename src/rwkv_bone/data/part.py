@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from rwkv_bone.config import DataConfig
+from rwkv_bone.config.preferences import PAIRED
 from rwkv_bone.data.cache import SMALL, Arrays, Build, Cache, Entry, code_hash, in_memory, library_versions
 from rwkv_bone.data.conversations.conversation import Layout, check_named, layout_of
+from rwkv_bone.data.conversations.preference import preference_layout
 from rwkv_bone.data.conversations.remarks import Remarks
 from rwkv_bone.data.lost import Lost
 from rwkv_bone.data.masks import parse_mask_id, stream_mask
@@ -42,6 +44,7 @@ TRAINED = {
     "none": "prompt and response",
     "pad": "prompt and response",
 }
+COMPARED = {"pairs": "the chosen answer against the rejected one", "labels": "good answers and bad ones"}
 CONVERSATIONS, ROWS_OF_TEXT, TEXT, TOKEN_IDS = "conversations", "rows of text", "text", "token ids"
 EMPTY_FILES = "empty files, left out"
 
@@ -75,12 +78,23 @@ class Part:
         self.keys: list[str] = []  # of the entries in the cache
         self.store: Cache | None = None
         self._layout: Layout | None = None
+        self._check_task()
         given = self.flag if self.fields is cfg.eval_field else "--sft_field"
         if self.fields and cfg.data_type == "jsonl":
             raise UserError(f"{given} has no meaning with --data_type jsonl, which reads the field 'text': remove one")
         if held_out and cfg.eval_field and not isinstance(self.source, Rows):
             raise UserError(f"--eval_field has no meaning with {name}, which has no fields: remove it")
         self._check_split()
+
+    def _check_task(self) -> None:
+        """UserError where answers are to be compared and the source has no rows."""
+        if self.cfg.task != "sft" and not isinstance(self.source, Rows):
+            found = TOKEN_IDS if isinstance(self.source, Tokens) else TEXT
+            expected = "a prompt, a chosen and a rejected answer" if self.task_kind == "pairs" else "answers and labels"
+            raise UserError(
+                f"{self.name}: --task {self.cfg.task} reads rows with {expected}, and this is {found}: give such rows, "
+                "or --task sft"
+            )
 
     def _check_split(self) -> None:
         """UserError where a split or a slice is asked for that the source cannot have."""
@@ -96,12 +110,17 @@ class Part:
 
     @property
     def reads(self) -> str:
-        """What the file holds: CONVERSATIONS, ROWS_OF_TEXT, TEXT or TOKEN_IDS."""
+        """What the file holds:         CONVERSATIONS, ROWS_OF_TEXT, TEXT or TOKEN_IDS."""
         if isinstance(self.source, Tokens):
             return TOKEN_IDS
         if isinstance(self.source, Text):
             return TEXT
         return ROWS_OF_TEXT if self.layout(self.source).kind == "text" else CONVERSATIONS
+
+    @property
+    def task_kind(self) -> str:
+        """What a row becomes: "text", "pairs" or "labels"; the tasks of one kind read the same."""
+        return "text" if self.cfg.task == "sft" else "pairs" if self.cfg.task in PAIRED else "labels"
 
     @property
     def has_named_fields(self) -> bool:
@@ -137,7 +156,9 @@ class Part:
                 if isinstance(raw, UserError):
                     raise raw
                 row = source.parse(raw, where)
-                return layout_of(row, self.fields, self.cfg.data_type, where, self.flag, self.others_have_fields)
+                if self.cfg.task == "sft":
+                    return layout_of(row, self.fields, self.cfg.data_type, where, self.flag, self.others_have_fields)
+                return preference_layout(row, self.fields, self.cfg.task, where, self.flag, self.others_have_fields)
             except UserError as error:
                 first_error = first_error or error
         if first_error:
@@ -164,6 +185,7 @@ class Part:
             "rows": source.kind,
             "columns": cfg.columns,
             "split": asdict(self.split),
+            "task": self.task_kind,
             "layout": asdict(layout),
             "template": template.identity(),
             "tool_format": cfg.tool_format,
@@ -175,12 +197,13 @@ class Part:
         if layout.kind != "text":
             kind += f", template {template.name}"
         if layout.kind != "text" or cfg.loss_mask in ("qa", "se"):
-            kind += f", trained on {TRAINED[cfg.loss_mask]}"
-        self.lost += Skipped(record["skipped"]).lost(self.name, source.places, len(arrays["lengths"]))
+            kind += f", trained on {TRAINED[cfg.loss_mask] if cfg.task == 'sft' else COMPARED[self.task_kind]}"
+        rows = len(arrays["lengths"]) // (2 if layout.rejected else 1)
+        self.lost += Skipped(record["skipped"]).lost(self.name, source.places, rows)
         if not len(arrays["lengths"]):
             reasons = "; ".join(one.what.removeprefix(f"{self.name}: ") for one in self.lost)
             raise UserError(f"{self.name}: no row can be used: {reasons}")
-        check_named(record["remarks"], len(arrays["lengths"]), self.name)
+        check_named(record["remarks"], rows, self.name)
         self._remark(record)
         tokens, lengths, prompts, numbers = (arrays[name] for name in ("tokens", "lengths", "prompts", "numbers"))
         return self._documents(
@@ -193,6 +216,9 @@ class Part:
             prompts=prompts,
             turns=layout.kind != "text",
             tools=record["tools"],
+            members=2 if cfg.task in PAIRED else 1,
+            answers=arrays.get("answers"),
+            good=arrays.get("good") if cfg.task == "kto" else None,
         )
 
     def _of_text(self, source: Text) -> Documents:
@@ -299,6 +325,8 @@ class Part:
                     lengths=block.lengths,
                     trained=block.trained,
                     prompts=block.prompts,
+                    answers=block.answers,
+                    good=block.good,
                     numbers=block.numbers,
                 )
                 progress.add(block.bytes, len(block.tokens))

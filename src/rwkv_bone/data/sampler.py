@@ -11,14 +11,14 @@ Sizes: B rows of a micro-batch, T positions, D documents of a packed row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import RLock
 
 import numpy as np
 import torch
 
-from rwkv_bone.data.dataset import Dataset
+from rwkv_bone.data.dataset import Dataset, Sample
 from rwkv_bone.data.packing import best_fit
 from rwkv_bone.errors import UserError
 
@@ -44,6 +44,15 @@ class Answers:
     # answers of other prompts, one sequence a unit, in the order of `units`.
     mismatched: tuple[Batch, ...] = ()
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor], of_batch: Callable[[Batch], Batch]) -> Answers:
+        return replace(
+            self,
+            sequence=function(self.sequence),
+            units=function(self.units),
+            good=None if self.good is None else function(self.good),
+            mismatched=tuple(map(of_batch, self.mismatched)),
+        )
+
 
 @dataclass
 class Batch:
@@ -52,7 +61,7 @@ class Batch:
     ids: torch.Tensor  # int64 [B, T]; packed [1, T]
     labels: torch.Tensor  # int64 [B, T]: the target of each position, -100 where none is trained
     label_rows: torch.Tensor  # int64 [R]: the trained positions in the flattened labels, ascending
-    rows: list[str]  # where the samples came from; shorter than B if the batch was filled up with empty rows
+    rows: list[str]  # where the samples came from; fewer than the batch has room for if it has empty rows
     tokens: int  # of this micro-batch, padding not counted
     window_tokens: int  # trained labels of the whole window: all micro-batches of the step, on all ranks
     widest: int  # the largest T among the ranks, which run this micro-batch at the same time
@@ -62,16 +71,18 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """On `device`. A copy from pinned memory is only queued there; nothing waits for it."""
-        return replace(self._map(lambda x: x.to(device, non_blocking=True)), host=self)
+        moved = self._map(lambda x: x.to(device, non_blocking=True), lambda batch: batch.to(device))
+        return replace(moved, host=self)
 
     def pinned(self) -> Batch:
         """Copied to page-locked memory, which a GPU can read while the CPU goes on."""
-        return self._map(torch.Tensor.pin_memory)
+        return self._map(torch.Tensor.pin_memory, Batch.pinned)
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor], of_batch: Callable[[Batch], Batch]) -> Batch:
         bounds = None if self.cu_seqlens is None else function(self.cu_seqlens)
         ids, labels, label_rows = map(function, (self.ids, self.labels, self.label_rows))
-        return replace(self, ids=ids, labels=labels, label_rows=label_rows, cu_seqlens=bounds)
+        answers = None if self.answers is None else self.answers.map(function, of_batch)
+        return replace(self, ids=ids, labels=labels, label_rows=label_rows, cu_seqlens=bounds, answers=answers)
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,9 @@ class BatchPlan:
     unit x ctx_len tokens. Then the samples of a step depend on micro_bsz x accumulate alone, not on how they are cut.
     A dataset of `windows` gives random windows of its token stream instead, other windows on each rank, every token
     trained; a pass is then the number of windows that together have as many tokens as the stream.
+    Of preference data a sample is a unit with all its members, each a document, or a row of a padded batch: neighbours,
+    in one micro-batch, which has room for so many times the rows and tokens. KTO's answers take the room that their
+    prompts with other answers need, if that is more.
     """
 
     def __init__(
@@ -118,11 +132,15 @@ class BatchPlan:
         self.pack = pack and not dataset.windows
         self._joined = micro_bsz // unit
         # Tokens of a packed row. Samples of a dataset that is meant for windows may be longer than ctx_len.
-        self._row = max(unit * dataset.ctx_len, int(dataset.lengths.max()) - 1)
+        self._row = max(unit * dataset.members * dataset.ctx_len, int(dataset.positions.max()))
         self.budget = self._joined * self._row  # tokens of a packed micro-batch
         self._fill = max(self.budget // SIZES, 1)  # the length of a packed row is a multiple of it, or the budget
         self._per_window = accumulate * world_size  # micro-batches of an optimiser step
         self._width = min(dataset.ctx_len, len(dataset.tokens) - 1) if dataset.windows else 0  # T of a stream's windows
+        # The length of each sample, in a packed row or side by side in padded ones, and its room in a packed row.
+        self._lengths = self._room = dataset.positions if self.pack else dataset.widths
+        if dataset.good is not None:
+            self._room = np.maximum(self._lengths, dataset.mismatched_widths)
         self._fixed_steps = steps_per_epoch
         self._pass_steps: dict[int, int] = {}
         self._passes: dict[int, Pass] = {}
@@ -160,11 +178,22 @@ class BatchPlan:
             epoch, step = self._locate_in_passes(epoch * self._fixed_steps + step)
         order = self._pass(epoch)
         first = step * self._per_window
-        begin, end = order.bounds[first], order.bounds[first + self._per_window]
-        window_tokens = int(self.dataset.trained_counts[order.samples[begin:end]].sum())
+        window = order.samples[order.bounds[first] : order.bounds[first + self._per_window]]
+        window_tokens = int(self.dataset.trained_counts[window].sum())
         mine = first + micro * self.world_size + rank
-        begin, end = order.bounds[mine : mine + 2]
-        samples = [self.dataset[index] for index in order.samples[begin:end]]
+        units = order.samples[slice(*order.bounds[mine : mine + 2])]
+        batch = self._of(
+            [self.dataset.sequences(unit) for unit in units], window_tokens, self._widest(order, mine - rank)
+        )
+        if self.dataset.unit != "sample":
+            batch.answers = self._answers(batch, units, len(window))
+            if self.dataset.good is not None and micro == 0:
+                batch.answers.mismatched = tuple(self._mismatched(order, first, rank))
+        return batch
+
+    def _of(self, units: Sequence[tuple[Sample, ...]], window_tokens: int, widest: int) -> Batch:
+        """The micro-batch of these units, each with its members."""
+        samples = [sample for unit in units for sample in unit]
         lengths = [len(sample.ids) - 1 for sample in samples]
         if self.pack:
             bounds = np.cumsum([0, *(lengths or [1])])
@@ -173,7 +202,8 @@ class BatchPlan:
             shape, places = (1, bounds[-1]), [(0, start) for start in bounds[: len(samples)]]
         else:
             bounds = None
-            shape, places = (self.micro_bsz, max(lengths, default=1)), [(row, 0) for row in range(len(samples))]
+            rows = self.micro_bsz * self.dataset.members
+            shape, places = (rows, max(lengths, default=1)), [(row, 0) for row in range(len(samples))]
         ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED_LABEL, dtype=np.int64)
         for sample, length, (row, start) in zip(samples, lengths, places, strict=True):
             ids[row, start : start + length] = sample.ids[:-1]
@@ -182,26 +212,50 @@ class BatchPlan:
             ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
             label_rows=torch.from_numpy(np.flatnonzero(labels != IGNORED_LABEL)),
-            rows=[sample.origin for sample in samples],
+            rows=[first.origin for first, *_ in units],
             tokens=sum(lengths),
             window_tokens=window_tokens,
-            widest=self._widest(order, mine - rank),
+            widest=widest,
             cu_seqlens=None if bounds is None else torch.from_numpy(bounds),
         )
+
+    def _answers(self, batch: Batch, units: np.ndarray, window_units: int) -> Answers:
+        """Which label of a micro-batch of these units belongs to which of its sequences."""
+        if batch.cu_seqlens is None:
+            sequence = batch.label_rows // batch.ids.shape[1]
+        else:
+            sequence = torch.searchsorted(batch.cu_seqlens, batch.label_rows, right=True) - 1
+        good = None if self.dataset.good is None else torch.from_numpy(self.dataset.good[units])
+        return Answers(sequence, torch.from_numpy(units), self.dataset.members, window_units, good)
+
+    def _mismatched(self, order: Pass, first: int, rank: int) -> Iterator[Batch]:
+        """See `Answers`. first: the window's first micro-batch."""
+        window = order.samples[order.bounds[first] : order.bounds[first + self._per_window]]
+        window_tokens = int(self.dataset.mismatched_counts[window].sum())
+        for begin in range(first, first + self._per_window, self.world_size):
+            units = order.samples[slice(*order.bounds[begin + rank : begin + rank + 2])]
+            samples = [(self.dataset.mismatched(unit),) for unit in units]
+            batch = self._of(samples, window_tokens, self._widest(order, begin, self.dataset.mismatched_widths))
+            batch.answers = self._answers(batch, units, len(window))
+            yield batch
 
     def share_read(self, steps: int) -> float:
         """The share of the data's trained tokens that the first `steps` optimiser steps read at least once."""
         dataset = self.dataset
         if dataset.windows:  # drawn anywhere: as many tokens as that
             return min(1.0, steps * self._per_window * self.micro_bsz * self._width / len(dataset.tokens))
-        seen = np.zeros(len(dataset), dtype=bool)
+        return float(dataset.trained_counts[self.units_read(steps)].sum() / dataset.trained_counts.sum())
+
+    def units_read(self, steps: int) -> np.ndarray:
+        """int64, ascending: the numbers of the samples that the first `steps` optimiser steps read at least once."""
+        seen = np.zeros(len(self.dataset), dtype=bool)
         number = 0
         while steps > 0 and not seen.all():
             order, taken = self._pass(number), self.steps_in_pass(number)
             end = order.bounds[min(steps, taken) * self._per_window]
             seen[order.samples[:end]] = True
             number, steps = number + 1, steps - taken
-        return float(dataset.trained_counts[seen].sum() / dataset.trained_counts.sum())
+        return np.flatnonzero(seen)
 
     def summary_lines(self) -> list[str]:
         """How full the micro-batches of the first pass are, for the user."""
@@ -209,27 +263,28 @@ class BatchPlan:
             return []
         order = self._pass(0)
         counts = np.diff(order.bounds)
-        used = int((self.dataset.lengths[order.samples] - 1).sum())
+        used = int(self.dataset.positions[order.samples].sum())
         if self.pack:
             rows = int((counts > 0).sum())
             unused = 1 - used / (rows * self.budget)
             count = f"{rows:,} row{'s' * (rows != 1)}"
             return [f"packed into {count} of at most {self.budget:,} tokens, {unused:.1%} of that unused"]
         padding = 1 - used / self.positions()
-        return [f"padded to the longest sample of each batch: {padding:.1%} of all positions are padding"]
+        longest = "answer" if self.dataset.unit == "pair" else self.dataset.unit
+        return [f"padded to the longest {longest} of each batch: {padding:.1%} of all positions are padding"]
 
     def positions(self) -> int:
         """The positions, padding included, that all micro-batches of the first pass have together."""
         if self.dataset.windows:
             return self.steps_in_pass(0) * self._per_window * self.micro_bsz * self._width
         order = self._pass(0)
-        lengths, counts = self.dataset.lengths[order.samples] - 1, np.diff(order.bounds)
+        lengths, counts = self._lengths[order.samples], np.diff(order.bounds)
         if self.pack:
             rows = np.diff(np.cumsum([0, *lengths])[order.bounds])
             return sum(self._filled(int(row)) if row else 1 for row in rows)
         widths = np.ones(len(counts), dtype=np.int64)
         np.maximum.at(widths, np.repeat(np.arange(len(counts)), counts), lengths)
-        return int((widths * self.micro_bsz).sum())
+        return int((widths * self.micro_bsz * self.dataset.members).sum())
 
     def _locate_in_passes(self, step: int) -> tuple[int, int]:
         number = 0
@@ -270,7 +325,7 @@ class BatchPlan:
         random = np.random.default_rng([self.seed, number])
         samples = random.permutation(np.repeat(np.arange(len(self.dataset)), self._counts(number)))
         if self.pack:
-            places = self._spread(best_fit(self.dataset.lengths[samples] - 1, self._row), samples, random)
+            places = self._spread(best_fit(self._room[samples], self._row), samples, random)
             # Each window deals out its rows over its micro-batches, as below its samples.
             window, row = np.divmod(places, self._joined * self._per_window)
             places = window * self._per_window + row % self._per_window
@@ -287,17 +342,20 @@ class BatchPlan:
 
         So the ranks, which run neighbouring micro-batches at the same time, have about equal work.
         """
-        fill = np.bincount(rows, weights=self.dataset.lengths[samples] - 1)
+        fill = np.bincount(rows, weights=self._lengths[samples])
         order = random.permutation(len(fill))
         order = order[np.lexsort((-fill[order], np.arange(len(fill)) // (self._joined * self._per_window)))]
         place = np.empty(len(fill), dtype=np.int64)
         place[order] = np.arange(len(fill))
         return place[rows]
 
-    def _widest(self, order: Pass, first: int) -> int:
-        """T of the widest of the micro-batches that all ranks run at the same time, the first of which is `first`."""
+    def _widest(self, order: Pass, first: int, lengths: np.ndarray | None = None) -> int:
+        """T of the widest of the micro-batches that all ranks run at the same time, the first of which is `first`.
+
+        lengths: of each sample of the dataset, where it is not its own.
+        """
         bounds = order.bounds[first : first + self.world_size + 1]
-        lengths = self.dataset.lengths[order.samples[bounds[0] : bounds[-1]]] - 1
+        lengths = (self._lengths if lengths is None else lengths)[order.samples[bounds[0] : bounds[-1]]]
         if self.pack:
             lengths = np.diff(np.cumsum([0, *lengths])[bounds - bounds[0]])
             return self._filled(int(lengths.max())) if lengths.any() else 1

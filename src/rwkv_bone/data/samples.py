@@ -3,7 +3,9 @@
 A document is a list of ids of which some are targets; it may lie anywhere in a memory-mapped file. A sample is a
 document of at most `ctx_len` predictions (`ctx_len` + 1 ids), or what --long_samples makes of a longer one.
 
-Sizes: D documents of a source, N tokens of a source, n samples.
+Of preference data a sample is a unit: the answers of one row, see `units.py`.
+
+Sizes: D documents of a source, N tokens of a source, n samples, M members of a unit (1 where there are no pairs).
 """
 
 from __future__ import annotations
@@ -66,9 +68,9 @@ class Documents:
 class Samples:
     """The samples of one source, in the order of its documents, and what the user should know of how they were made."""
 
-    document: np.ndarray  # int64 [n]: number of the document
-    start: np.ndarray  # int64 [n]: position of the first id in the source's tokens
-    length: np.ndarray  # int64 [n]: ids
+    document: np.ndarray  # int64 [n]: number of the document, of a unit its first
+    start: np.ndarray  # int64 [n, M]: position of the first id in the source's tokens
+    length: np.ndarray  # int64 [n, M]: ids
     trained: np.ndarray  # int64 [n]: targets, at least one
     notes: list[str] = field(default_factory=list)
     lost: list[Lost] = field(default_factory=list)
@@ -92,12 +94,13 @@ def count_trained(trained: np.ndarray | None, starts: np.ndarray, ends: np.ndarr
 
 def uncut(documents: Documents) -> Samples:
     """Each document that has a target, uncut, for batches that are windows of all tokens."""
+    assert documents.answers is None  # windows would cut answers
     starts, lengths = np.asarray(documents.starts), np.asarray(documents.lengths)
     return _with_targets(documents, np.arange(len(starts)), starts, lengths)
 
 
 def samples_of(documents: Documents, ctx_len: int, long_samples: str) -> Samples:
-    """The samples of one source. long_samples: auto, cut, drop or split."""
+    """The samples of one source without preferences. long_samples: auto, cut, drop or split."""
     full, starts, limit = np.asarray(documents.lengths), np.asarray(documents.starts), ctx_len + 1
     index, lengths = np.arange(len(full)), full
     too_long = np.flatnonzero(full > limit)
@@ -111,7 +114,7 @@ def samples_of(documents: Documents, ctx_len: int, long_samples: str) -> Samples
             Lost(
                 f"{documents.name}: dropped (--long_samples drop): {counted(len(too_long), 'sample')} longer than "
                 f"--ctx_len {ctx_len} ({documents.named(too_long)})",
-                _share(targets[too_long].sum(), targets.sum()),
+                share(targets[too_long].sum(), targets.sum()),
                 remedy="raise --ctx_len",
             )
         )
@@ -135,7 +138,7 @@ def samples_of(documents: Documents, ctx_len: int, long_samples: str) -> Samples
             Lost(
                 f"{documents.name}: cut at --ctx_len {ctx_len}: {counted(len(too_long), 'sample')}, "
                 f"{int((full[too_long] - limit).sum()):,} tokens left out",
-                _share(targets.sum() - samples.trained.sum(), targets.sum()),
+                share(targets.sum() - samples.trained.sum(), targets.sum()),
                 remedy="raise --ctx_len, give --long_samples split",
             )
         )
@@ -150,7 +153,7 @@ def samples_of(documents: Documents, ctx_len: int, long_samples: str) -> Samples
             Lost(
                 f"{documents.name}: left out, no token to train on: {counted(len(empty), 'sample')} "
                 f"({documents.named(empty)})",
-                _share(full[empty].sum(), full.sum()),
+                share(full[empty].sum(), full.sum()),
                 "tokens",
                 "check --loss_mask, which marks nothing there",
             )
@@ -162,8 +165,8 @@ def samples_of(documents: Documents, ctx_len: int, long_samples: str) -> Samples
 def _with_targets(documents: Documents, index: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Samples:
     counts = count_trained(documents.trained, starts, starts + lengths)
     some = np.flatnonzero(counts)
-    return Samples(index[some], starts[some], lengths[some], counts[some])
+    return Samples(index[some], starts[some, None], lengths[some, None], counts[some])
 
 
-def _share(part: int, all_of_it: int) -> float:
+def share(part: int, all_of_it: int) -> float:
     return float(part) / max(int(all_of_it), 1)

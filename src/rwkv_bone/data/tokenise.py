@@ -21,16 +21,14 @@ import numpy as np
 
 from rwkv_bone import signals
 from rwkv_bone.console import counted, progress_bar
-from rwkv_bone.data.conversations.conversation import Layout, conversation
+from rwkv_bone.data.conversations.conversation import Layout
 from rwkv_bone.data.conversations.remarks import Remarks
 from rwkv_bone.data.dataset import prompt_hash
+from rwkv_bone.data.encode import RowEncoder, token_dtype
 from rwkv_bone.data.ids import check_ids
 from rwkv_bone.data.lost import Lost
-from rwkv_bone.data.masks import encode
 from rwkv_bone.data.sources.rows import Places
-from rwkv_bone.data.spelled import spelled_tokens
 from rwkv_bone.data.templates.builtin import load_template
-from rwkv_bone.data.templates.tools import has_tools
 from rwkv_bone.data.tokenizer import load_tokenizer
 from rwkv_bone.devices import usable_cores
 from rwkv_bone.errors import UserError
@@ -39,6 +37,7 @@ BLOCK = 1 << 21  # bytes of rows that a process is given at a time
 PARALLEL = 1 << 26  # bytes of data above which several processes are worth their start, a second each
 PROCESSES = 16
 ORIGINS_SHOWN = 3
+ALIKE = "chosen and rejected are the same"  # the reason of rows that are left out whatever --bad_rows says
 SKIP_HINT = "(--bad_rows skip leaves such rows out and counts them)"
 
 Block = tuple[list, int]  # (items, their size in bytes)
@@ -53,15 +52,12 @@ class Encoded:
     trained: np.ndarray | None = None  # bool [N]
     prompts: np.ndarray | None = None  # uint64 [D]: hashes of the prompts, see `dataset.prompt_hash`
     numbers: np.ndarray | None = None  # int64 [D]: number of each document's row in the source
+    answers: np.ndarray | None = None  # int64 [D]: ids before each document's answer, of preference data
+    good: np.ndarray | None = None  # bool [D]: whether the answer was chosen or is labelled as good, of preference data
     skipped: list[tuple[str, int]] = field(default_factory=list)  # (reason, number of the row)
     remarks: Mapping[str, int] = field(default_factory=dict)  # see `remarks.Remarks`
     tools: int = 0  # rows that have tools
     bytes: int = 0  # of the source
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and int32 that holds every id."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,8 @@ class Skipped:
         found = []
         for reason, (count, first) in self.counts.items():
             named = ", ".join(places(number) for number in first) + ", ..." * (count > len(first))
-            what = f"{name}: skipped (--bad_rows skip), {reason}: {counted(count, unit[:-1])} ({named})"
+            how = "left out" if reason == ALIKE else "skipped (--bad_rows skip)"
+            what = f"{name}: {how}, {reason}: {counted(count, unit[:-1])} ({named})"
             found.append(Lost(what, count / rows, unit, f"mend these {unit}"))
         return found
 
@@ -131,33 +128,34 @@ class RowSettings:
     def encoder(self) -> Callable[[Block], Encoded]:
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
         template = load_template(self.template, tokenizer.name, self.tool_format)
-        dtype, may_exceed = token_dtype(self.vocab_size), tokenizer.vocab_size > self.vocab_size
-
-        def encode_row(row: dict, where: str) -> tuple[np.ndarray, np.ndarray, list[Mapping[str, int]], bool]:
-            talk = conversation(row, self.layout, where)
-            ids, trained = encode(template.render(talk), tokenizer, self.loss_mask, self.mask_id)
-            if may_exceed:
-                check_ids(ids, self.vocab_size, where, lambda token: tokenizer.decode([token]))
-            remarks = [talk.remarks, template.remarks(talk), spelled_tokens(talk, tokenizer)]
-            return ids.astype(dtype), trained, remarks, has_tools(talk)
+        encode = RowEncoder(self.layout, template, tokenizer, self.vocab_size, self.loss_mask, self.mask_id)
+        compared = self.layout.compares
 
         def encode_block(block: Block) -> Encoded:
-            rows = list(self.reader.each(block[0], encode_row))
-            good = [(number, *row) for number, row in rows if not isinstance(row, str)]
-            numbers, ids, masks, found, tools = zip(*good, strict=True) if good else ((), (), (), (), ())
+            rows = list(self.reader.each(block[0], encode))
+            good = [(number, row) for number, row in rows if not isinstance(row, str)]
+            found = [(number, document) for number, row in good for document in row.documents]
+            ids, masks = [document.ids for _, document in found], [document.trained for _, document in found]
             remarks = Remarks()
-            for one in chain.from_iterable(found):
+            for one in chain.from_iterable(row.remarks for _, row in good):
                 remarks.add(one)
+            # Of answers that are compared the prompt alone counts, however short it is.
+            hashes = [prompt_hash(one.ids[: one.prompt] if compared else one.ids, one.prompt) for _, one in found]
+            reasons = [
+                (row if isinstance(row, str) else "" if row.documents else ALIKE, number) for number, row in rows
+            ]
             return Encoded(
-                np.concatenate([np.empty(0, dtype=dtype), *ids]),
+                np.concatenate([np.empty(0, dtype=encode.dtype), *ids]),
                 np.array([len(row) for row in ids], dtype=np.int64),
                 np.concatenate([np.empty(0, dtype=bool), *masks]),
-                np.array([prompt_hash(row, int(np.argmax(mask))) for row, mask in zip(ids, masks, strict=True)], "u8"),
-                np.array(numbers, dtype=np.int64),
-                [(reason, number) for number, reason in rows if isinstance(reason, str)],
-                remarks.counts,
-                sum(tools),
-                block[1],
+                np.array(hashes, "u8"),
+                np.array([number for number, _ in found], dtype=np.int64),
+                np.array([one.prompt for _, one in found], dtype=np.int64) if compared else None,
+                np.array([one.good for _, one in found], dtype=bool) if compared else None,
+                skipped=[(reason, number) for reason, number in reasons if reason],
+                remarks=remarks.counts,
+                tools=sum(row.tools for _, row in good),
+                bytes=block[1],
             )
 
         return encode_block

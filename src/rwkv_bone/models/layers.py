@@ -125,7 +125,7 @@ class Head(Linear):
     """hidden [..., C] -> logits [..., V]; with labels [...] -> their summed fp32 loss, without logits.
 
     `label_rows` [R] int64: the positions in the flattened labels that are not -100, if the caller knows them.
-    l2wrap, loss_scale: see `linear_cross_entropy`.
+    l2wrap, loss_scale, per_token: see `linear_cross_entropy`.
     """
 
     def forward(
@@ -135,19 +135,32 @@ class Head(Linear):
         l2wrap: float = 0.0,
         label_rows: Tensor | None = None,
         loss_scale: float = 1.0,
+        per_token: bool = False,
     ) -> Tensor:
         if labels is None:
             return super().forward(hidden)
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
         return linear_cross_entropy(
-            hidden, self.weight, labels, label_rows=label_rows, l2wrap=l2wrap, loss_scale=loss_scale
+            hidden,
+            self.weight,
+            labels,
+            label_rows=label_rows,
+            l2wrap=l2wrap,
+            loss_scale=loss_scale,
+            per_token=per_token,
         )
 
 
 def adapted_head_loss(
-    head: nn.Module, hidden: Tensor, labels: Tensor, l2wrap: float, label_rows: Tensor | None = None
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    l2wrap: float,
+    label_rows: Tensor | None = None,
+    per_token: bool = False,
 ) -> Tensor:
-    """The summed loss for a head that an adapter has replaced. hidden [..., C], labels [...].
+    """The summed loss for a head that an adapter has replaced; per_token: of each labelled row. hidden [..., C],
+    labels [...].
 
     It never holds the logits of all rows: they are computed a chunk of rows at a time, and once more in backward. That
     is one more product of the head than `Head` needs.
@@ -157,7 +170,10 @@ def adapted_head_loss(
     hidden, labels = hidden[rows], labels[rows]
 
     def chunk_loss(product: Callable[[Tensor], Tensor], part: Tensor, target: Tensor) -> Tensor:
-        logits = product(part).float()
+        logits = product(part)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if per_token:
+            return F.cross_entropy(logits, target, reduction="none")
         loss = F.cross_entropy(logits, target, reduction="sum")
         if l2wrap:
             # L2Wrap adds to the gradient and not to the loss: the gradient is that of half the largest logit squared.
@@ -166,11 +182,10 @@ def adapted_head_loss(
         return loss
 
     def loss(product: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
         # Without a labelled row there is one chunk, without rows: every rank goes through the head.
-        for part, target in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
-            total = total + checkpoint(chunk_loss, product, part, target, use_reentrant=False)
-        return total
+        parts = zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True)
+        losses = [checkpoint(chunk_loss, product, *part, use_reentrant=False) for part in parts]
+        return torch.cat(losses) if per_token else sum(losses, hidden.new_zeros((), dtype=torch.float32))
 
     # Ranks have unequal numbers of chunks. At stage 3 all must gather the head equally often: once for all chunks.
     return head(hidden, within=loss)

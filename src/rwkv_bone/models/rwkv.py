@@ -3,7 +3,7 @@
 Notable:
 - parameter names are the checkpoint's keys
 - what differs between generations, the time mix and the channel mix, is in one file each, registered in GENERATIONS
-- one forward serves training, evaluation and generation: with labels it returns the loss, with a state it goes on where
+- one forward serves training, evaluation and generation: with labels it returns losses, with a state it goes on where
   an earlier call ended
 - there are no positions and no attention mask: a token sees the past only through the state and the token before it
 - the head is not tied to the embedding, and layer 0 has one more norm (ln0), on the embedding
@@ -138,6 +138,7 @@ class RWKV(nn.Module):
         cu_seqlens: Tensor | None = None,
         l2wrap: float = 0.0,
         loss_scale: float = 1.0,
+        per_token: bool = False,
         recompute: Recompute = NOTHING,
     ) -> Tensor | tuple[Tensor, list[LayerState]]:
         """Logits, or the summed loss, of token ids.
@@ -152,14 +153,18 @@ class RWKV(nn.Module):
         UserError for a state of other rows, or of another model.
         loss_scale: what the caller is going to multiply the loss by. The loss is not multiplied, but gradients are then
         rounded once less.
+        per_token: return the loss of each labelled position instead of their sum, which l2wrap and loss_scale are for.
         recompute: what backward computes again, to save memory.
 
         Returns logits [B, T, V] in `self.dtype`; with last_only just those of each sequence's last position, [B, V] or
-        packed [D, V]; with labels instead the fp32 sum of the cross-entropy over labelled positions. With return_state
-        it returns a pair of that and the new state.
+        packed [D, V]; with labels instead the fp32 sum of the cross-entropy over labelled positions, or per_token that
+        of each, [R] in the order of label_rows: -log p of the label, in nats. With return_state it returns a pair of
+        that and the new state.
         """
         if last_only and labels is not None:
             raise ValueError("last_only is for logits: with labels every labelled position counts")
+        if per_token and (labels is None or l2wrap or loss_scale != 1):
+            raise ValueError("per_token is for labels, without l2wrap and loss_scale, which act on the sum")
         sequences = len(ids) if cu_seqlens is None else len(cu_seqlens) - 1
         if state is not None:
             self._check_state(state, sequences, packed=cu_seqlens is not None)
@@ -187,9 +192,9 @@ class RWKV(nn.Module):
         if labels is None:
             result = self.head(hidden)
         elif isinstance(self.head, Head):
-            result = self.head(hidden, labels, l2wrap, label_rows, loss_scale)
+            result = self.head(hidden, labels, l2wrap, label_rows, loss_scale, per_token)
         else:
-            result = adapted_head_loss(self.head, hidden, labels, l2wrap, label_rows)
+            result = adapted_head_loss(self.head, hidden, labels, l2wrap, label_rows, per_token)
         return (result, after) if return_state else result
 
     def _check_state(self, state: list[LayerState], sequences: int, packed: bool) -> None:

@@ -37,7 +37,8 @@ def chunked_loss(
 ) -> Tensor:
     """The summed loss of `model(ids, labels=labels, cu_seqlens=cu_seqlens)`, with memory for one chunk of tokens.
 
-    ids and labels [B, T], or packed [1, T] with cu_seqlens [D + 1]; options go to the model as well.
+    ids and labels [B, T], or packed [1, T] with cu_seqlens [D + 1]; options go to the model as well. With
+    per_token=True among them it is the loss of each labelled position, [R] in the order of label_rows.
     chunk: tokens of a chunk. bptt_chunks: the gradient is cut after this many chunks, as in truncated backpropagation
     through time (0 = never).
     label_rows: the positions in labels.flatten() that are not -100 (None = they are looked up). How the chunks are cut
@@ -51,7 +52,7 @@ def chunked_loss(
         ids, labels = F.pad(ids, (0, extra)), F.pad(labels, (0, extra), value=IGNORED_LABEL)
         cu_seqlens = None if cu_seqlens is None else F.pad(cu_seqlens, (0, 1), value=widest)
     T = ids.shape[1]
-    where = to_device(_label_rows(values(label_rows), unpadded, T, chunk), ids.device)
+    *where, places = to_device(_label_rows(values(label_rows), unpadded, T, chunk), ids.device)
     starts = range(0, T, chunk)
     documents: Sequence[Tensor | None] = [None] * len(starts)
     goes_on = [True] * len(starts)  # whether a document of the chunk before goes on in this one
@@ -71,7 +72,7 @@ def chunked_loss(
             after = [LayerState(*(rows[-1:].clone() for rows in layer)) for layer in after]
         return loss, after
 
-    total = torch.zeros((), device=ids.device)
+    losses: list[Tensor] = []  # one a chunk
     state: list[LayerState] | None = None
     parts = zip(ids.split(chunk, 1), labels.split(chunk, 1), where, documents, strict=True)
     for number, part in enumerate(parts):
@@ -81,8 +82,10 @@ def chunked_loss(
         if state is not None and bptt_chunks and number % bptt_chunks == 0:
             state = [LayerState(*(rows.detach() for rows in layer)) for layer in state]
         loss, state = checkpoint(run, *part, state, use_reentrant=False)
-        total = total + loss
-    return total
+        losses.append(loss)
+    if options.get("per_token"):
+        return torch.cat(losses)[places]  # with several rows, each chunk has labels of each
+    return sum(losses, torch.zeros((), device=ids.device))
 
 
 def values(x: Tensor) -> np.ndarray:
@@ -101,14 +104,16 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> Sequence[Te
 def _label_rows(rows: np.ndarray, unpadded: int, T: int, chunk: int) -> list[np.ndarray]:
     """For each chunk, the positions of its labels within the flattened labels of that chunk alone.
 
-    rows: positions of all labels within the flattened labels [B, unpadded], before padding to [B, T].
+    rows: positions of all labels within the flattened labels [B, unpadded], before padding to [B, T]. At the end of the
+    list: where in the chunks' labels, one chunk after another, each of `rows` is.
     """
     row, position = np.divmod(rows, unpadded)
     number, inside = np.divmod(position, chunk)
     starts = np.arange(0, T, chunk)
     local = row * np.minimum(chunk, T - starts)[number] + inside
     order = np.argsort(number, kind="stable")
-    return np.split(local[order], np.searchsorted(number[order], np.arange(1, len(starts))))
+    chunks = np.split(local[order], np.searchsorted(number[order], np.arange(1, len(starts))))
+    return [*chunks, np.argsort(order)]
 
 
 def _documents(bounds: np.ndarray, T: int, chunk: int) -> list[np.ndarray]:

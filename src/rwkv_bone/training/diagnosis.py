@@ -66,13 +66,15 @@ def of_steps(
     grad_clip: float,
     from_scratch: bool = False,
     process_began: int = 0,
+    per_token: bool = True,
 ) -> list[Advice]:
-    """What the lines of the log tell. process_began: the step after which this process began."""
+    """What the lines of the log tell. process_began: the step after which this process began. per_token: so the loss
+    is, and not of whole answers."""
     recent = records[-HISTORY:]
     found = [
         loss_rises(recent, first=records[: window_of(len(records))]),
         gradient_grows(recent, grad_clip),
-        loss_of_guessing(records, vocab_size, from_scratch),
+        loss_of_guessing(records, vocab_size, from_scratch) if per_token else None,
         loss_unchanged(records, measurements, total_steps),
     ]
     ours = [record for record in recent if record["step"] > process_began]

@@ -20,6 +20,7 @@ from rwkv_bone.cluster.world import SAME_FILES
 from rwkv_bone.config import TrainConfig, rates
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.errors import UserError
+from rwkv_bone.preferences.objective import Objective
 from rwkv_bone.training import batch_size, guard, out_of_memory, project
 from rwkv_bone.training.compiling import CompileBlocks
 from rwkv_bone.training.heap import KeepHeap
@@ -36,8 +37,10 @@ from rwkv_bone.training.prepare import (
     load_data,
     plan_batches,
     prepare_model,
+    reference_start,
 )
 from rwkv_bone.training.recompute import Agree, decide, memory_there, run_of
+from rwkv_bone.training.reference import Reference
 from rwkv_bone.training.report import complete, following, header, program, report_results
 from rwkv_bone.training.resume import look, looked
 from rwkv_bone.training.resume_file import RestoreMoments
@@ -102,6 +105,11 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     reading = batch_size.agreed(config, reading, world)
     plan = plan_batches(reading, dataset, batch_size.unit(config))
     output = prepared.output.with_data(dataset)
+    objective = None if data.task == "sft" else Objective(config.preference, data.task)
+    start = None
+    if objective and objective.needs_reference:
+        start = reference_start(config, prepared, earlier.metadata.get("start", "") if earlier else None)
+        output = replace(output, metadata=output.metadata | {"start": start.name})
     agree_on_files(world, config, model, output.metadata)
     if earlier:
         earlier.check(output.metadata, config)
@@ -122,6 +130,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
         first,
         adapter.lora_plus,
         choice.recompute,
+        objective=objective,
         bad_steps=bad_steps,
         max_bad_steps=run.max_bad_steps,
         report=report,
@@ -169,6 +178,9 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
             report(line)
         return trained
 
+    reference = None
+    if objective and start:
+        reference = Reference(reading, objective, start, output, report)
     log = observers.log
     save = SaveTrained(output, folder, run, earlier=earlier, log=log, go_on=go_on, report=report)
     watch.state = save.state_of_things
@@ -176,6 +188,9 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     callbacks: list[Callback] = [stop, ShowProgress(), KeepHeap(), PlaceModel(prepared.dtype), Agree()]
     # After those: what is compiled is placed, and knows what is computed again.
     callbacks += [CompileBlocks(config.model.compile, report)] if config.model.compile != "0" else []
+    callbacks += [reference] if reference else []
+    if heldout and heldout.answers:
+        heldout.answers.reference = reference
     callbacks += [heldout] if heldout else []
     callbacks += [*observers.callbacks, save]
     callbacks += [MeasureWhileTraining(heldout, log, save, run, report)] if heldout else []

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from rwkv_bone.cluster.signs import progress
 
 
-def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
-    """A context in which this rank has the full `parameter`. Every rank must enter it."""
+def gathered(parameter: nn.Parameter, writes: bool = False) -> AbstractContextManager[None]:
+    """A context in which this rank has the full `parameter`. Every rank must enter it.
+
+    writes: what the main process has written into it by the end of the context, every rank has.
+    """
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter])
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if writes else None)
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:

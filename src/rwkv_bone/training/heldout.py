@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from lightning.pytorch import Callback, Trainer
 
+from rwkv_bone.config.heldout import MAIN
 from rwkv_bone.data import Dataset
 from rwkv_bone.data.fingerprint import data_fingerprint
 from rwkv_bone.data.tokenizer import Tokenizer, encode_marked
@@ -24,9 +25,10 @@ from rwkv_bone.inference.generate import generate
 from rwkv_bone.training import project
 from rwkv_bone.training.best import Best, is_best, read_best, since_best
 from rwkv_bone.training.context import chunked_loss
-from rwkv_bone.training.evaluation import Measured, read_measured, write_measured
+from rwkv_bone.training.evaluation import Measured, preference_words, read_measured, write_measured
+from rwkv_bone.training.heldout_answers import Loss, MeasureAnswers
 from rwkv_bone.training.measurements import Lines
-from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.module import TrainingModule, evaluating
 
 SHOWN = 4  # sample prompts printed
 LONGEST = 100  # tokens of an answer to a sample prompt
@@ -50,6 +52,11 @@ class HeldOutSet:
     def data(self) -> str:
         """A hash of what is measured each time."""
         return blake2b(data_fingerprint(self.part).encode(), digest_size=8).hexdigest()
+
+    def name_of(self, dataset: Dataset) -> str:
+        """What `dataset` or `part` is called beside other data of the run."""
+        name = MAIN if self.name == MAIN else f"{MAIN} {self.name}"
+        return name if dataset is self.dataset else f"{name}, part"
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class HeldOut(Callback):
     held (`found`), if the data is still the same. kept: the measurements of an earlier process that this run goes on
     from, and the answers to sample prompts. every: optimiser steps between measurements, if that is known. early_stop:
     what `since_best` may come to, 0 = anything. guess: the loss of a model that knows nothing, in nats per token.
+    answers: measures the sets of preference data.
 
     records, samples: the lines of `measurements.jsonl` and `samples.jsonl`. listeners: called on the main process with
     each record, once it is written. save: to be set before the run begins.
@@ -103,10 +111,11 @@ class HeldOut(Callback):
         every: int | None = None,
         early_stop: int = 0,
         guess: float = math.inf,
+        answers: MeasureAnswers | None = None,
     ):
         self.sets, self.prompts, self.tokenizer = list(sets), list(prompts), tokenizer
         self.micro_bsz, self.chunk, self.path, self.report = micro_bsz, chunk, path, report
-        self.early_stop, self.guess = early_stop, guess
+        self.early_stop, self.guess, self.answers = early_stop, guess, answers
         self.save: SavesBest | None = None
         self.listeners: list[Callable[[dict], None]] = []
         self.before: Measured | None = None
@@ -160,11 +169,11 @@ class HeldOut(Callback):
     def on_fit_start(self, trainer: Trainer, module: TrainingModule) -> None:
         # A run that was stopped in its last measurement has no step left. Lightning then calls no hook but this one.
         if not module.steps_left:
-            self._begin(trainer)
+            self._begin(trainer, module)
             self.finish(trainer, module)
 
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
-        self._begin(trainer)
+        self._begin(trainer, module)
         step, last = module.first_step, self.records[-1]["step"] if self.records else -1
         if self.before is None:
             self.before = self._measure(module, step)
@@ -281,10 +290,10 @@ class HeldOut(Callback):
         """One set as the record has it. main: the whole main set, if that was measured."""
         known = main if one is self.main else None
         if known and one.part is one.dataset:
-            loss, tokens = known.loss, known.tokens
+            found = Loss(known.loss, known.tokens, known.preference)
         else:
             with self._timed("loss"):
-                loss, tokens = self._loss(module, one.part)
+                found = self._loss(module, one, one.part)
         match: float | None = None
         if exact and one.pairs:
             if known:
@@ -293,11 +302,12 @@ class HeldOut(Callback):
                 with self._timed("exact_match"):
                     match, _ = self._answers(module, one)
         return {
-            "loss": loss if math.isfinite(loss) else None,
-            "tokens": tokens,
+            "loss": found.loss if math.isfinite(found.loss) else None,
+            "tokens": found.tokens,
             "samples": len(one.part),
             "exact_match": match,
             "prompts": 0 if match is None else len(one.pairs),
+            **({} if found.preference is None else {"preference": found.preference}),
         }
 
     def _measure(self, module: TrainingModule, step: int) -> Measured:
@@ -307,18 +317,21 @@ class HeldOut(Callback):
         answers: list[Answer] = []
         with evaluating(module):
             with self._timed("loss"):
-                loss, tokens = self._loss(module, self.main.dataset)
+                found = self._loss(module, self.main, self.main.dataset)
             if self.main.pairs:
                 with self._timed("exact_match"):
                     exact, answers = self._answers(module, self.main)
         if self.main.part is not self.main.dataset:
             self._costs["loss"] = 0.0  # a part is measured each time
-        return Measured(loss, tokens, exact, answers, step)
+        return Measured(found.loss, found.tokens, exact, answers, step, found.preference)
 
-    def _loss(self, module: TrainingModule, dataset: Dataset) -> tuple[float, int]:
+    def _loss(self, module: TrainingModule, one: HeldOutSet, dataset: Dataset) -> Loss:
+        """Of a set, or of its part."""
+        if self.answers and not one.general:
+            return self.answers(module, one.name_of(dataset), dataset)
         # The module itself is called, not its model: at stage 3 DeepSpeed's hooks begin with that call.
         sum_of = partial(chunked_loss, module, chunk=self.chunk) if self.chunk else module
-        return heldout_loss(sum_of, dataset, micro_bsz=self.micro_bsz, device=module.device)
+        return Loss(*heldout_loss(sum_of, dataset, micro_bsz=self.micro_bsz, device=module.device))
 
     def _answers(self, module: TrainingModule, one: HeldOutSet) -> tuple[float, list[Answer]]:
         assert self.tokenizer
@@ -352,7 +365,12 @@ class HeldOut(Callback):
         yield
         self._costs[what] += time.perf_counter() - begin
 
-    def _begin(self, trainer: Trainer) -> None:
+    def _begin(self, trainer: Trainer, module: TrainingModule) -> None:
+        if self.answers:
+            # Of the others only a part is measured, be that the whole.
+            measured = [(self.main, self.main.dataset), *((one, one.part) for one in self.sets if not one.general)]
+            datasets = {one.name_of(dataset): dataset for one, dataset in measured}
+            self.answers.begin(trainer, module, datasets)
         if not trainer.is_global_zero:
             return
         self._lines.begin()
@@ -368,6 +386,7 @@ class HeldOut(Callback):
             numbers.append(f"{name} {'not finite' if one['loss'] is None else format(one['loss'], '.4f')}")
             if name == record["main"] and self.best:
                 numbers[-1] += " (best)" if record["best"] else f" (best {self.best.loss:.4f}, step {self.best.step})"
+            numbers[-1] = ", ".join([numbers[-1], *preference_words(one.get("preference") or {})])
             if one["exact_match"] is not None:
                 numbers[-1] += f", exact match {one['exact_match']:.1%}"
         yield f"measured  step {record['step']}: {'; '.join(numbers)}"
@@ -377,14 +396,6 @@ class HeldOut(Callback):
     def _write(self) -> None:
         with project.spared("the measurement is only shown here", self.report):
             write_measured(self.path, self._data, self.before, self.after)
-
-
-@contextlib.contextmanager
-def evaluating(module: TrainingModule) -> Iterator[None]:
-    """In this context no dropout acts, which is for training alone. An error leaves it there: see `place_of`."""
-    module.eval()
-    yield
-    module.train()
 
 
 def shown(text: str, width: int = 100) -> str:

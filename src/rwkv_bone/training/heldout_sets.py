@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +18,12 @@ from rwkv_bone.data import BatchPlan, Dataset, load_dataset, load_pairs, load_to
 from rwkv_bone.data.lost import WARNING
 from rwkv_bone.data.tokenizer import Tokenizer, read_text
 from rwkv_bone.errors import UserError
+from rwkv_bone.preferences.objective import Objective
 from rwkv_bone.training import project
 from rwkv_bone.training.heldout import HeldOut, HeldOutSet, Prompt
+from rwkv_bone.training.heldout_answers import MeasureAnswers
 from rwkv_bone.training.measuring import FEWEST, MEASUREMENTS, SHARE
+from rwkv_bone.training.reference import Kept
 
 PROSE = Path(__file__).parent.parent / "data" / "general.jsonl"
 SAMPLES = 4  # held-out prompts that are answered at each measurement
@@ -57,6 +61,10 @@ def prepare_heldout(
         sets.append(general)
     records, samples = _comparable(kept, sets, report)
     every = run.eval_steps if run.eval_steps != AUTO else records[-1]["every"] if records else None
+    answers = None
+    if data.task != "sft":
+        how: dict[str, Any] = {"micro_bsz": data.micro_bsz, "chunk": config.model.chunk_ctx, "report": report}
+        answers = MeasureAnswers(Objective(config.preference, data.task), Kept(folder / project.REFERENCE), **how)
     return HeldOut(
         sets,
         _prompts(config, sets[0], vocab_size, tokenizer, report),
@@ -70,12 +78,14 @@ def prepare_heldout(
         every=every,
         early_stop=run.early_stop,
         guess=math.log(vocab_size) if data.eval_general == "auto" else math.inf,
+        answers=answers,
     )
 
 
 def training_tokens(plan: BatchPlan, steps: int) -> float:
     """About how many input tokens a device trains on in so many steps."""
-    each = plan.budget if plan.pack else plan.micro_bsz * min(float(plan.dataset.lengths.mean()), plan.dataset.ctx_len)
+    data = plan.dataset
+    each = plan.budget if plan.pack else plan.micro_bsz * min(float(data.lengths.mean()), data.members * data.ctx_len)
     return steps * plan.accumulate * each
 
 
@@ -102,7 +112,7 @@ def _named(
     """The sets that the user named, whole."""
     data, limit = config.data, config.run.eval_samples
     if split is not None:
-        report(f"held-out  --eval_split {data.eval_split:g} of the training data; {counted(len(split), 'sample')}")
+        report(f"held-out  --eval_split {data.eval_split:g} of the training data; {counted(len(split), split.unit)}")
         _say_notes(split, report)
         pairs = split.pairs(tokenizer, limit) if tokenizer and limit else []
         yield HeldOutSet(MAIN, split, split, tuple(pairs))
@@ -111,7 +121,7 @@ def _named(
         # Held-out rows are read whole whatever the training batches are.
         dataset = load_dataset(replace(own, dataload="pad"), vocab_size, one.path, keep=keep)
         name = f"{one.name}: " if len(data.eval_data) > 1 else ""
-        report(f"held-out  {name}{dataset.summary_lines()[0]}; {counted(len(dataset), 'sample')}")
+        report(f"held-out  {name}{dataset.summary_lines()[0]}; {counted(len(dataset), dataset.unit)}")
         _say_notes(dataset, report)
         pairs = load_pairs(own, one.path, tokenizer, limit) if tokenizer and limit else []
         yield HeldOutSet(one.name, dataset, dataset, tuple(pairs))
@@ -138,10 +148,10 @@ def _parts(
         if not earlier and share < 1:
             part = cut(one.dataset, samples_within(one.dataset, share * int(one.dataset.lengths.sum())))
         if part is not one.dataset:
+            whole = counted(len(one.dataset), one.dataset.unit)
             report(
-                f"held-out  {one.name}: {len(part):,} of the {counted(len(one.dataset), 'sample')} are measured while "
-                "training, always the same, as all would take too much of the time (--eval_steps N takes all); before "
-                "and after, all are"
+                f"held-out  {one.name}: {len(part):,} of the {whole} are measured while training, always the same, as "
+                "all would take too much of the time (--eval_steps N takes all); before and after, all are"
             )
         yield replace(one, part=part)
 
@@ -158,7 +168,7 @@ def _general(
     asked = config.data.eval_general
     if asked == "none" or (asked == "auto" and kept and not _measured(kept, GENERAL)):
         return None
-    data = replace(config.data, eval_field=fields_of(config.data, GENERAL), eval_data=())
+    data = replace(config.data, task="sft", eval_field=fields_of(config.data, GENERAL), eval_data=())
     if asked == "auto":
         # It is rows of text, whatever the settings say of the user's own data.
         default = DataConfig(data_file=data.data_file)

@@ -51,6 +51,8 @@ class StepLog(Callback):
     | lr | learning rate, before a parameter's own multiple |
     | tokens, trained_tokens | input tokens, padding not counted; those that are targets |
     | grad_norm | 2-norm of the gradient, before clipping; null if it is no finite number: the step was then skipped |
+    | units | of --task dpo and its kin: pairs or labelled answers, over which `loss` is then the mean |
+    | reward_chosen, ... | of these tasks: FIGURES of preferences/objective.py; null where there are none |
 
     | field | of this process, the main one |
     |---|---|
@@ -115,7 +117,7 @@ class StepLog(Callback):
         seconds, self._begin = now - self._begin, now
         waited, self._waited = module.batches.waited - self._waited, module.batches.waited
         reserved = peak_reserved_mb(module.device)
-        record = vars(module.window) | {
+        record = module.window.record() | {
             "tokens_per_s": round(module.window.tokens / seconds, 1),
             "seconds": round(seconds, 6),
             "data_wait_ms": round(1000 * waited, 3),

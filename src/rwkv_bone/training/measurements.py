@@ -15,11 +15,14 @@ One JSON object a line, with a checksum as in `train_log.jsonl`. A line that is 
 
 | field of a set | |
 |---|---|
-| loss | nats per trained token; null if it is no finite number |
+| loss | nats per trained token, of preference data the task's loss of a pair or answer; null if not finite |
 | tokens, samples | the trained tokens and samples that were measured |
 | exact_match, prompts | the share of answers that are right, and their number; null and 0 where it was not measured |
+| preference | only of preference data: {figure: number, or null where there is none}; see below |
 
-A sample has step, set, prompt, expected (null if nothing is) and text, the model's greedy answer.
+The figures are FIGURES of preferences/objective.py and `divergence`, KL(the model, what it was when the run began) in
+nats per token of the chosen answers. A sample has step, set, prompt, expected (null if nothing is) and text, the
+model's greedy answer.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from rwkv_bone.checkpoints import atomic_path
 from rwkv_bone.config.checksum import KEY, is_intact, sealed
 from rwkv_bone.config.fields import is_number
 from rwkv_bone.errors import JSON_ERRORS
+from rwkv_bone.preferences.objective import FIGURES
 from rwkv_bone.training import project
 
 RECORD = {
@@ -140,4 +144,11 @@ def _is(value: Any, kind: Any) -> bool:
 def _is_set(one: Any) -> bool:
     numbers = (one[name] is None or is_number(one[name]) for name in ("loss", "exact_match"))
     counts: Collection[Any] = [one[name] for name in ("tokens", "samples", "prompts")]
-    return all(numbers) and all(type(count) is int for count in counts)
+    return all(numbers) and all(type(count) is int for count in counts) and is_preference(one.get("preference"))
+
+
+def is_preference(value: Any) -> bool:
+    """Whether it is what a set has as `preference`: None, or every figure as a number or None."""
+    if value is None:
+        return True
+    return all(value[name] is None or is_number(value[name]) for name in (*FIGURES, "divergence"))

@@ -2,7 +2,8 @@
 
 An optimiser step consumes a *window*: `accumulate` micro-batches on each of `world_size` ranks. The gradient of a
 window is that of (sum of the loss over its trained tokens) / (number of its trained tokens), however the window is
-divided among devices, forward passes and micro-batches.
+divided among devices, forward passes and micro-batches. Where answers are compared (--task dpo and its kin), the same
+holds of the losses of its units, pairs or labelled answers, and their number.
 
 On a GPU the Python code of a step runs ahead of the arithmetic, as long as nothing asks for a value. Only `Fetched`
 does, once in an optimiser step.
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from rwkv_bone.data import Batch, BatchPlan
 from rwkv_bone.data.prefetch import Prefetch
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import NOTHING, RWKV, Recompute
+from rwkv_bone.preferences.objective import SUMS, Objective, figures, summed
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
 from rwkv_bone.training.schedule import learning_rate
@@ -49,11 +52,20 @@ class Window:
 
     step: int  # 1 is the first of the run
     epoch: int  # 0 is the first of the run
-    loss: float | None  # mean over trained tokens, nats
+    loss: float | None  # mean over trained tokens, nats; where answers are compared, over units
     lr: float
     tokens: int  # input tokens, padding not counted
     trained_tokens: int
     grad_norm: float | None  # before clipping; None: the step was skipped
+    units: int | None = None  # pairs or labelled answers; None: answers are not compared
+    figures: Mapping[str, float | None] | None = None  # FIGURES of preferences/objective.py
+
+    def record(self) -> dict[str, Any]:
+        """These numbers, as a line of the log has them."""
+        numbers = {name: value for name, value in vars(self).items() if name not in ("units", "figures")}
+        if self.figures is None:
+            return numbers
+        return numbers | {"units": self.units, **self.figures}
 
 
 class BadStep(NamedTuple):
@@ -137,7 +149,8 @@ class TrainingModule(LightningModule):
 
     first_step: the number of the last optimiser step of an earlier process, if this run continues one; bad_steps:
     those among them that were skipped. max_bad_steps: how many may be, in the whole run; each is told to `report`.
-    lora_plus: see `parameter_groups`. recompute: what backward computes again.
+    lora_plus: see `parameter_groups`. recompute: what backward computes again. objective: the loss of answers that are
+    compared; None: that of tokens. Where it needs one, `reference` is to be set before the first step.
 
     At the end of each window the ranks exchange numbers, and any part of a run may have one exchanged. Before it, such
     as in `on_before_optimizer_step`, a rank sets `asks[name]`, a name of ASKS; after it, such as in
@@ -155,6 +168,7 @@ class TrainingModule(LightningModule):
         lora_plus: float = 1.0,
         recompute: Recompute = NOTHING,
         *,
+        objective: Objective | None = None,
         bad_steps: Sequence[BadStep] = (),
         max_bad_steps: int = 0,
         report: Callable[[str], None] = print,
@@ -162,7 +176,10 @@ class TrainingModule(LightningModule):
         super().__init__()
         self.model, self.plan, self.epochs, self.config = model, plan, epochs, config
         self.running, self.first_step, self.lora_plus = running, first_step, lora_plus
-        self.recompute = recompute
+        self.recompute, self.objective = recompute, objective
+        # Numbers of units, int64 [U] -> their answers' log-probabilities, float64 [U, members], and with labels that of
+        # the prompt with another's answer in a further column.
+        self.reference: Callable[[Tensor], Tensor] | None = None
         self.total_steps = plan.total_steps(epochs)
         self.steps_left = max(0, self.total_steps - first_step)  # for this process to take; fewer in a run that is over
         self.window: Window | None = None  # the last window that is finished
@@ -172,11 +189,13 @@ class TrainingModule(LightningModule):
         self.asks = dict.fromkeys(ASKS, 0)  # by this rank
         self.asked = dict.fromkeys(ASKS, 0)  # by any rank, as known at the end of the last window
         self.batches: MicroBatches | None = None
-        self._micro = self._trained = self._tokens = 0
+        self._micro = self._trained = self._units = self._tokens = 0
         self._step = first_step
-        # The numbers of the current window. Each rank has a row: the loss of each of its micro-batches, then what it
-        # asks, input tokens and gradient norm.
-        self._table = torch.zeros(plan.world_size, plan.accumulate + len(ASKS) + 2, dtype=torch.float64)
+        # The numbers of the current window. Each rank has a row: the loss of each of its micro-batches, the sums of the
+        # objective, then what it asks, input tokens and gradient norm.
+        self._sums = slice(plan.accumulate, plan.accumulate + (len(SUMS) if objective else 0))
+        self._table = torch.zeros(plan.world_size, self._sums.stop + len(ASKS) + 2, dtype=torch.float64)
+        self._kl: Tensor | None = None  # the objective's estimate of the current window
         self._fetched: Fetched | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,18 +237,57 @@ class TrainingModule(LightningModule):
                 f"optimiser step {self._step + 1} has no trained token: every label of {self._rows()} is masked; "
                 "look at these rows, at --loss_mask and at --ctx_len (a response beyond it is cut off)"
             )
-        # Each trained token of the window counts alike. DeepSpeed divides by world_size when it averages over ranks.
-        per_token = self.plan.world_size / self._trained
-        loss = self._loss(batch, per_token)
+        # Each trained token (or unit) of the window counts alike. DeepSpeed divides by world_size when it averages over
+        # ranks.
+        if self.objective:
+            assert batch.answers
+            self._units = batch.answers.window_units
+            scale = self.plan.world_size / self._units
+            loss = self._answers_loss(self.objective, batch)
+        else:
+            scale = self.plan.world_size / self._trained
+            loss = self._run(batch, l2wrap=self.config.l2wrap, loss_scale=scale)
         self._table[self.global_rank, self._micro] = loss.detach()
         self._tokens += batch.tokens
         # If the loss is not a finite number, this makes the scale and with it every gradient NaN, on every rank once
         # they are reduced. DeepSpeed then takes no step, and `finish_window` finds the reason.
-        return loss * (per_token + 0 * loss.detach())
+        return loss * (scale + 0 * loss.detach())
 
-    def _loss(self, batch: Batch, scale: float) -> Tensor:
-        """Sum over the trained tokens of one micro-batch. scale: what it is multiplied by before backward."""
-        options = {"l2wrap": self.config.l2wrap, "loss_scale": scale, "recompute": self.recompute}
+    def _answers_loss(self, objective: Objective, batch: Batch) -> Tensor:
+        """The sum of the losses of a micro-batch's units; what else is summed goes to the table."""
+        answers, reference = batch.answers, None
+        assert answers
+        if objective.needs_reference:
+            assert self.reference
+            reference = self.reference(answers.units)
+        if objective.needs_mismatched and self._micro == 0:
+            self._kl = self._estimate_kl(batch)
+        nll = self._run(batch, per_token=True)
+        judged = None if reference is None else reference[:, : answers.members]
+        loss, sums = objective(nll, answers, judged, self._kl)
+        self._table[self.global_rank, self._sums] += sums
+        return loss
+
+    @torch.no_grad()
+    def _estimate_kl(self, first: Batch) -> Tensor:
+        """KTO's estimate of the KL divergence from the reference, from all units of the window, on all ranks.
+
+        first: the first micro-batch of the window, which brings along the mismatched sequences of all.
+        """
+        assert first.answers and self.reference
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with evaluating(self):
+            for batch in first.answers.mismatched:
+                assert batch.answers
+                logp, _ = summed(self._run(batch, per_token=True), batch.answers)
+                total += (logp[:, 0] - self.reference(batch.answers.units)[:, -1]).sum()
+        if dist.is_initialized() and self.plan.world_size > 1:
+            dist.all_reduce(total)
+        return (total / first.answers.window_units).clamp(min=0)
+
+    def _run(self, batch: Batch, **options: Any) -> Tensor:
+        """The model on one micro-batch: the sum over its trained tokens, or with per_token that of each."""
+        options["recompute"] = self.recompute
         if self.running.chunk_ctx:
             assert batch.host
             return chunked_loss(
@@ -250,7 +308,7 @@ class TrainingModule(LightningModule):
         """Give every rank the window's numbers of all ranks, and the optimiser its learning rate."""
         self._set_rates(optimizer)
         # fill_ because an assignment would copy the number to the GPU and wait for that.
-        for place, number in enumerate([*self.asks.values(), self._tokens], self.plan.accumulate):
+        for place, number in enumerate([*self.asks.values(), self._tokens], self._sums.stop):
             self._table[self.global_rank, place].fill_(number)
         if dist.is_initialized() and self.plan.world_size > 1:
             dist.all_reduce(self._table)
@@ -273,14 +331,18 @@ class TrainingModule(LightningModule):
         assert self._fetched
         rows, accumulate = self._fetched.tolist(), self.plan.accumulate
         losses = [loss for row in rows for loss in row[:accumulate]]
-        *asked, tokens, norms = zip(*(row[accumulate:] for row in rows), strict=True)
+        *asked, tokens, norms = zip(*(row[self._sums.stop :] for row in rows), strict=True)
         self.asked = {name: int(max(numbers)) for name, numbers in zip(ASKS, asked, strict=True)}
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         skipped = not all(map(math.isfinite, norms))
         assert skipped or not bad, "DeepSpeed took a step on a gradient that is not finite"
         epoch, _ = self.plan.locate(self._step)
-        loss, norm = None if bad else sum(losses) / self._trained, None if skipped else norms[0]
+        loss = None if bad else sum(losses) / (self._units if self.objective else self._trained)
+        norm = None if skipped else norms[0]
         self.window = Window(self._step + 1, epoch, loss, self._rate, int(sum(tokens)), self._trained, norm)
+        if self.objective:
+            sums = [sum(column) for column in zip(*(row[self._sums] for row in rows), strict=True)]
+            self.window = replace(self.window, units=self._units, figures=figures(sums))
         if skipped:
             self._skip(BadStep(self._step + 1, "loss" if bad else "gradient", self._rows(bad or range(len(losses)))))
         else:
@@ -330,3 +392,11 @@ class TrainingModule(LightningModule):
             rows += self.plan.batch(epoch, step, micro, rank).rows
         more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
         return ", ".join(rows[:8]) + more
+
+
+@contextmanager
+def evaluating(module: TrainingModule) -> Iterator[None]:
+    """In this context no dropout acts, which is for training alone. An error leaves it there: see `place_of`."""
+    module.eval()
+    yield
+    module.train()

@@ -21,6 +21,7 @@ from rwkv_bone.data.split import split_heldout
 from rwkv_bone.errors import UserError
 from rwkv_bone.models import RWKV, architecture_from_scratch, build, init_from_scratch, load_base_into
 from rwkv_bone.ops import regions, select_op
+from rwkv_bone.training.reference import Start
 from rwkv_bone.training.saving import Output
 from rwkv_bone.training.schedule import check_schedule
 from rwkv_bone.training.strategy import DTYPES
@@ -39,6 +40,7 @@ class Prepared:
     output: Output
     dtype: torch.dtype  # of the frozen base, once it is placed
     optim: OptimConfig  # with numbers for rates that are auto
+    base_values: dict[str, Tensor] | None = None  # of the trained part without --peft_load, for --reference base
 
 
 def prepare_model(config: TrainConfig, device: torch.device, continued: bool = False, empty: bool = False) -> Prepared:
@@ -89,9 +91,20 @@ def prepare_model(config: TrainConfig, device: torch.device, continued: bool = F
         return Prepared(
             model, arch, label, folder, kernel, None, Output(tuple(dtypes), metadata, dtypes), torch.float32, optim
         )
-    injection = _inject_adapter(config, model, metadata["base"], continued or empty)
-    output = Output(tuple(adapter_keys(model)), metadata | injection.metadata())
-    return Prepared(model, arch, label, folder, kernel, injection, output, dtype, optim)
+    injection = inject(
+        model,
+        settings=settings_of(config.adapter),
+        targets=config.adapter.targets or None,
+        train_parts=config.adapter.train_parts,
+    )
+    keys = tuple(adapter_keys(model))
+    base_values = None
+    if config.preference.reference == "base" and not empty:
+        base_values = {key: model.get_parameter(key).detach().clone() for key in keys}
+    if not (continued or empty):  # a continued run has the values that became of those in the file
+        load_started(config, model, injection, metadata["base"])
+    output = Output(keys, metadata | injection.metadata())
+    return Prepared(model, arch, label, folder, kernel, injection, output, dtype, optim, base_values)
 
 
 def _load_base(config: TrainConfig) -> tuple[Architecture, dict[str, Tensor], str, Path | None]:
@@ -109,16 +122,10 @@ def _load_base(config: TrainConfig) -> tuple[Architecture, dict[str, Tensor], st
     return architecture_from_scratch(config.model), {}, "from scratch", None
 
 
-def _inject_adapter(config: TrainConfig, model: RWKV, base: str, continued: bool) -> Injection:
-    """Inject the adapter, filled from --peft_load if that is given. base: the fingerprint of the base model."""
-    injection = inject(
-        model,
-        settings=settings_of(config.adapter),
-        targets=config.adapter.targets or None,
-        train_parts=config.adapter.train_parts,
-    )
+def load_started(config: TrainConfig, model: RWKV, injection: Injection, base: str) -> None:
+    """Fill the adapter from --peft_load, if that is given. base: the fingerprint of the base model."""
     path, quant = config.adapter.peft_load, config.model.quant
-    if path and not continued:  # a continued run has the values that became of those in the file
+    if path:
         adapter = load_adapter_file(model, path, injection, base=base, base_file=config.model.load_model)
         metadata = adapter.metadata
         trained_on = metadata.get("quant", "none") if metadata else quant
@@ -128,7 +135,34 @@ def _inject_adapter(config: TrainConfig, model: RWKV, base: str, continued: bool
                 f"--peft_load {path} was trained with --quant {trained_on}, this run has --quant {quant}: give --quant "
                 f"{trained_on}"
             )
-    return injection
+
+
+def reference_start(config: TrainConfig, prepared: Prepared, recorded: str | None) -> Start:
+    """The model that dpo and kto compare with. To be called before a continued run loads its saved values.
+
+    recorded: the name of that model, of a run that is continued.
+    """
+    model, keys, path = prepared.model, prepared.output.keys, config.adapter.peft_load
+    if config.preference.reference == "base":
+        return Start("base", prepared.base_values)
+    if recorded is None:
+        return Start(_start_name(config, prepared))
+    try:
+        if prepared.injection:
+            load_started(config, model, prepared.injection, prepared.output.metadata["base"])
+    except UserError as error:
+        return Start(recorded, obstacle=str(error))
+    if _start_name(config, prepared) != recorded:
+        return Start(recorded, obstacle=f"--peft_load {path} holds other values than when the run began")
+    # What loads the saved values, and places the model, leaves these tensors as they are.
+    return Start(recorded, {key: model.get_parameter(key).data for key in keys})
+
+
+def _start_name(config: TrainConfig, prepared: Prepared) -> str:
+    """What the trained part of a run that begins now holds: a new adapter changes nothing of the base."""
+    if config.adapter.peft_load:
+        return checkpoints.fingerprint({key: prepared.model.get_parameter(key) for key in prepared.output.keys})
+    return "base" if config.model.load_model else f"seed {config.run.random_seed}"
 
 
 def count_parameters(model: nn.Module, trained_only: bool = False) -> int:

@@ -14,13 +14,15 @@ from rwkv_bone.training.diagnosis import general_losses, main_losses
 from rwkv_bone.training.log import StepLog
 from rwkv_bone.training.measurements import added
 from rwkv_bone.training.module import TrainingModule
+from rwkv_bone.training.preference_diagnosis import held_out
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 # From the most important to the least: a terminal shows as many as fit.
-IMPORTANT = ("step", "loss", "left", "held-out", "best", "speed", "general", "epoch", "lr")
-SHOWN = ("step", "loss", "held-out", "best", "general", "left", "speed", "epoch", "lr")  # from left to right
+IMPORTANT = ("step", "loss", "left", "held-out", "accuracy", "best", "margin", "speed", "general", "epoch", "lr")
+# From left to right.
+SHOWN = ("step", "loss", "accuracy", "margin", "held-out", "best", "general", "left", "speed", "epoch", "lr")
 BAR = 12  # columns of the shortest bar, with what is around it
 SAME = 0.001  # relative change of a loss that is no trend
 
@@ -62,12 +64,14 @@ class ProgressLines(Callback):
         # Averages over the last steps: the numbers of a single small batch jump too much to read.
         recent = self.step_log.records[-20:]
         losses = [r["loss"] for r in recent if r["loss"] is not None]
+        answers = answer_words(recent)
         recent = recent[-ours:]
         speed = sum(r["tokens"] for r in recent) / sum(r["seconds"] for r in recent)
         words = {
             "step": f"step {done}/{total}",
             "epoch": f"epoch {window.epoch + 1}/{module.epochs}",
             "loss": f"loss {sum(losses) / len(losses):.4f}" if losses else "loss not finite",
+            **answers,
             **self._held_out,
             "lr": f"lr {window.lr:.2e}",
             "speed": f"{speed:,.0f} tokens/s",
@@ -77,7 +81,8 @@ class ProgressLines(Callback):
             # The terminal is gone: what is said from now on goes to a file.
             self._bar.disable, self._bar = True, None
         if self._bar is None:
-            order = ("step", "epoch", "loss", "held-out", "best", "general", "lr", "speed", "left")
+            order = ["step", "epoch", *(name for name in SHOWN[1:] if name not in ("left", "speed", "epoch", "lr"))]
+            order += ["lr", "speed", "left"]
             print("  ".join(words[name] for name in order if name in words), file=self.stream, flush=True)
             return
         line, free = fitted(words, (columns(self.stream) or UNKNOWN_WIDTH) - 1)
@@ -108,15 +113,30 @@ def fitted(words: dict[str, str], width: int) -> tuple[str, int]:
     return "  ".join(words[name] for name in SHOWN if name in chosen), free
 
 
+def answer_words(records: Sequence[dict]) -> dict[str, str]:
+    """What a line shows of the answers in these steps of preference tuning: `accuracy 71%`, `margin 0.52`."""
+    how = {"accuracy": ("reward_accuracy", "accuracy {:.0%}"), "margin": ("reward_margin", "margin {:.2f}")}
+    words = {}
+    for name, (figure, text) in how.items():
+        values = [record[figure] for record in records if record.get(figure) is not None]
+        if values:
+            words[name] = text.format(sum(values) / len(values))
+    return words
+
+
 def heldout_words(measurements: Sequence[dict]) -> dict[str, str]:
     """What a line shows of them: `held-out 0.0123 v`, `best 0.0119 at 300`, `general 1.2404 ^`.
 
     v is lower than the measurement before, ^ higher, = within a thousandth. The best is named while it is an older one.
+    Of pairs the share of them that are right follows: `held-out 0.5123 v, 71%`.
     """
     losses = main_losses(measurements)
     if not losses:
         return {}
     words = {"held-out": f"held-out {_with_trend([loss for _, loss in losses])}"}
+    shares = held_out(measurements, "reward_accuracy")
+    if shares:
+        words["held-out"] += f", {shares[-1][1]:.0%}"
     after = [(loss, step) for step, loss in losses if step]
     if after and min(after)[1] != losses[-1][0]:
         words["best"] = "best {:.4f} at {}".format(*min(after))

@@ -18,6 +18,7 @@ CONFIG, LOG, PLOT, EVALUATION = "config.json", "train_log.jsonl", "loss.png", "e
 PAGE, PREVIEW = "report.html", "preview.json"
 MEASUREMENTS, SAMPLES, WARNINGS = "measurements.jsonl", "samples.jsonl", "warnings.jsonl"
 BEST = "rwkv-best.pth"  # the trained parameters with the lowest held-out loss
+REFERENCE = "reference.safetensors"  # log-probabilities by the model that dpo and kto compare with
 RUN_IDS = "report_to.json"  # of this run in the programs of --report_to
 RESUME_FILE, PREVIOUS_FILE = STATES = "resume.pth", "resume.previous.pth"
 NEVER = ("never", "0")  # values of --resume with which a folder of results is refused
@@ -28,7 +29,7 @@ BEGUN = ".begun"
 SAVED = "rwkv-[0-9]*.pth"
 MADE_HERE = (
     *(CONFIG, LOG, PLOT, PAGE, PREVIEW, EVALUATION, MEASUREMENTS, SAMPLES, OUTPUT, RESUME_FILE, PREVIOUS_FILE, SAVED),
-    *("rwkv-[0-9]*.json", BEST, "rwkv-best.json", WARNINGS, RUN_IDS),
+    *("rwkv-[0-9]*.json", BEST, "rwkv-best.json", WARNINGS, RUN_IDS, REFERENCE),
 )
 RESULTS = (LOG, RESUME_FILE, PREVIOUS_FILE, SAVED, BEST)
 UNFINISHED = tuple(f".{name}.*.partial*" for name in MADE_HERE)  # what a killed run was writing

@@ -12,8 +12,10 @@ from pathlib import Path
 from rwkv_bone.checkpoints import atomic_path
 from rwkv_bone.config import TrainConfig
 from rwkv_bone.console import counted
+from rwkv_bone.data import Dataset
 from rwkv_bone.data.lost import WARNING, percent
 from rwkv_bone.devices import describe_devices
+from rwkv_bone.preferences.objective import Objective
 from rwkv_bone.quantization import describe
 from rwkv_bone.training import project
 from rwkv_bone.training.disk import saving_lines, unused_saves
@@ -56,11 +58,14 @@ def header(
     else:
         trained, total = count_parameters(prepared.model, trained_only=True), count_parameters(prepared.model)
         yield f"trained   every weight: {trained:,} of {total:,} parameters"
+    if module.objective:
+        yield from _task(config, module.objective, plan.dataset)
     yield from text
     for line in [*plan.dataset.summary_lines(), *plan.summary_lines()]:
         yield line if line.startswith(WARNING) else f"data      {line}"
     read = plan.share_read(module.total_steps)
-    batch = counted(plan.budget, "token") if plan.pack else counted(plan.micro_bsz, "sample")
+    one = plan.dataset.unit
+    batch = counted(plan.budget, "token") if plan.pack else counted(plan.micro_bsz, one)
     passes = counted(plan.accumulate, "forward pass", "forward passes")
     yield (
         f"steps     {counted(module.total_steps, 'optimiser step')} in {counted(module.epochs, 'epoch')}; a step is "
@@ -68,7 +73,7 @@ def header(
     )
     if not config.data.micro_bsz:
         yield (
-            f"          --micro_bsz auto: {counted(plan.micro_bsz, 'sample')} at once, of the "
+            f"          --micro_bsz auto: {counted(plan.micro_bsz, one)} at once, of the "
             f"{plan.micro_bsz * plan.accumulate:,} that each device has in a step, whatever fits"
         )
     if read < 1:
@@ -83,6 +88,27 @@ def header(
         cut = config.model.bptt_chunks
         gradient = f"cut after every {cut} (--bptt_chunks)" if cut else "exact"
         yield f"context   sequences run in chunks of {counted(config.model.chunk_ctx, 'token')}; gradient {gradient}"
+
+
+def _task(config: TrainConfig, objective: Objective, dataset: Dataset) -> Iterator[str]:
+    """What answers are compared by, and whether kto's two labels count alike."""
+    compared = ""
+    if objective.needs_reference:
+        path = config.adapter.peft_load if config.preference.reference == "start" else ""
+        other = f"the base with {path}" if path else "the base model"
+        compared = f"; compared with {other if config.model.load_model else 'the model as it begins'}"
+    yield f"task      {objective.sentence()}{compared}"
+    if dataset.good is None:
+        return
+    good = int(dataset.good.sum())
+    bad = len(dataset) - good
+    if not good or not bad:
+        only, never = ("good", "bad") if good else ("bad", "good")
+        yield f"{WARNING}every answer is labelled {only}, so that nothing shows what is {never}: little can be learnt"
+        return
+    yield f"          {counted(good, 'good answer')} and {counted(bad, 'bad one')}"
+    if advised := objective.balance(good, bad):
+        yield f"          they do not count alike, as the paper of KTO advises: {advised} would do it"
 
 
 def report_results(

@@ -10,11 +10,20 @@ from collections.abc import Iterator, Sequence
 
 from rwkv_bone.console import counted
 from rwkv_bone.training.diagnosis import general_losses
+from rwkv_bone.training.evaluation import unit_of
 from rwkv_bone.training.progress import clock
 
 NAME, CELL = 24, 11  # columns of a set's name, and of each of the five numbers: 79 in all
 # Changes of the general loss, in nats a token, that are called so; e to their power is how much less likely tokens are.
 NOTHING, LITTLE, MUCH = 0.01, 0.1, 0.5
+# Rows of a set of preference data: what it is called, the figure, how it and its change are written, times what.
+ANSWERS = (
+    ("  accuracy", "reward_accuracy", "{:.1f}%", "{:+.1f}", 100),
+    ("  margin", "reward_margin", "{:.4f}", "{:+.4f}", 1),
+    ("  log p, chosen", "logp_chosen", "{:.4f}", "{:+.4f}", 1),
+    ("  log p, rejected", "logp_rejected", "{:.4f}", "{:+.4f}", 1),
+    ("  KL from the start", "divergence", "{:.4f}", "{:+.4f}", 1),
+)
 
 
 def table(
@@ -24,7 +33,9 @@ def table(
     if measurements:
         last = measurements[-1]["step"]
         after = f"step {last:,}" if records and records[-1]["step"] > last else "after"
-        yield "\n" + _row("loss, nats per token", "before", "best", "at step", after, "change")
+        main = _of_answers(measurements[-1])
+        loss = f"loss per {unit_of(main)}" if main else "loss, nats per token"
+        yield "\n" + _row(loss, "before", "best", "at step", after, "change")
         for name in measurements[-1]["sets"]:
             yield from _of_set(name, [one for one in measurements if name in one["sets"]])
     yield from forgotten(measurements)
@@ -46,21 +57,35 @@ def _of_set(name: str, measurements: Sequence[dict]) -> Iterator[str]:
     if not points:
         yield _row(name, "not finite")
         return
-    trained = [] if name == measurements[-1]["general"] else [(one["loss"], step) for step, one in points if step]
+    answers = [one["preference"] for _, one in points if one.get("preference")]
+    general = name == measurements[-1]["general"]
+    trained = [] if general else [(one["loss"], step) for step, one in points if step]
     loss, step = min(trained, default=(None, None))
     best = ("", "") if loss is None else (f"{loss:.4f}", f"{step:,}")
-    yield _row(name, *_before_after([one["loss"] for _, one in points], best, "{:.4f}", "{:+.4f}"))
+    label = f"{name} (per token)" if general and _of_answers(measurements[-1]) else name
+    yield _row(label, *_before_after([one["loss"] for _, one in points], best, "{:.4f}", "{:+.4f}"))
+    for label, figure, number, change, scale in ANSWERS:
+        values = [None if one[figure] is None else scale * one[figure] for one in answers]
+        if any(value is not None for value in values):
+            yield _row(label, *_before_after(values, ("", ""), number, change))
     exact = [one["exact_match"] for _, one in points if one["exact_match"] is not None]
     if exact:
         yield _row("  exact answers", *_before_after([100 * share for share in exact], ("", ""), "{:.1f}%", "{:+.1f}"))
 
 
-def _before_after(values: Sequence[float], best: tuple[str, str], number: str, change: str) -> Iterator[str]:
-    yield number.format(values[0])
+def _of_answers(measurement: dict) -> dict[str, float | None] | None:
+    """What it has of the main set, where that is preference data."""
+    return measurement["sets"].get(measurement["main"], {}).get("preference")
+
+
+def _before_after(values: Sequence[float | None], best: tuple[str, str], number: str, change: str) -> Iterator[str]:
+    """The cells of a row; None: there is no such value."""
+    first, last = values[0], values[-1]
+    yield "" if first is None else number.format(first)
     yield from best
     if len(values) > 1:
-        yield number.format(values[-1])
-        yield change.format(values[-1] - values[0])
+        yield "" if last is None else number.format(last)
+        yield "" if first is None or last is None else change.format(last - first)
 
 
 def forgotten(measurements: Sequence[dict]) -> Iterator[str]:

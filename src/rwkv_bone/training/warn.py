@@ -10,10 +10,11 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from rwkv_bone.config import TrainConfig
+from rwkv_bone.config.preferences import decided
 from rwkv_bone.config.rates import unusual_rate
 from rwkv_bone.data import Dataset
 from rwkv_bone.data.lost import WARNING
-from rwkv_bone.training import diagnosis
+from rwkv_bone.training import diagnosis, preference_diagnosis
 from rwkv_bone.training.diagnosis import Advice
 from rwkv_bone.training.log import StepLog
 from rwkv_bone.training.measurements import Lines, added, read_lines
@@ -49,6 +50,7 @@ class WarnOnce(Callback):
         self._lines = Lines(path, kept, report)
         self._measurements = list(measurements)
         self._look: Callable[..., list[Advice]] | None = None
+        self._answers: Callable[[Sequence[dict]], list[Advice]] | None = None  # of preference tuning
 
     @property
     def given(self) -> list[dict]:
@@ -58,14 +60,20 @@ class WarnOnce(Callback):
     def on_fit_start(self, trainer: Trainer, module: TrainingModule) -> None:
         if not trainer.is_global_zero or not module.steps_left:
             return
+        task = self.config.data.task
         self._look = partial(
             diagnosis.of_steps,
+            per_token=task == "sft",
             total_steps=module.total_steps,
             vocab_size=self.vocab_size,
             grad_clip=self.config.optim.grad_clip,
             from_scratch=not self.config.model.load_model,
             process_began=module.first_step,
         )
+        if task != "sft":
+            settings = decided(self.config.preference, task)
+            about = {"task": task, "settings": settings, "total_steps": module.total_steps}
+            self._answers = partial(preference_diagnosis.of_steps, **about)
         self._lines.begin()
         self._give(module.first_step, of_start(self.config, module.plan.dataset, self.width))
 
@@ -77,11 +85,15 @@ class WarnOnce(Callback):
             if step % EVERY == 0 or step == module.total_steps:
                 with spared("the run goes on, and is not watched for signs of trouble", self.report):
                     self._give(step, self._look(self.step_log.records, self._measurements))
+                    self._give(step, self._answers(self.step_log.records) if self._answers else ())
 
     def measured(self, record: dict) -> None:
         """Listens to the measurements of held-out data."""
         self._measurements = added(self._measurements, record)
-        self._give(record["step"], diagnosis.of_measurements(self._measurements, self.step_log.records))
+        known = self._measurements, self.step_log.records
+        self._give(record["step"], diagnosis.of_measurements(*known))
+        if (task := self.config.data.task) != "sft":
+            self._give(record["step"], preference_diagnosis.of_measurements(*known, task=task))
 
     def _give(self, step: int, found: Iterable[Advice]) -> None:
         for advice in found:
@@ -96,6 +108,8 @@ def of_start(config: TrainConfig, dataset: Dataset, width: int) -> Iterator[Advi
     """What can be told before the first step. width: of the model."""
     if rate := unusual_rate(config, width):
         yield Advice("learning rate", rate, "watch the first steps; docs/adapters.md has the rates that were measured")
+    if config.data.task != "sft":
+        return  # prompts are read alone there, however long they are
     trained, tokens = int(dataset.trained_counts.sum()), int(dataset.lengths.sum()) - len(dataset)
     yield from diagnosis.of_data(trained, tokens)
 

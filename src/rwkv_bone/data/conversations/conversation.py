@@ -52,20 +52,30 @@ def conversation(row: Mapping[str, Any], layout: Layout, where: str) -> Conversa
     if layout.kind == "text":
         document = fields.filled(layout.fields[0])
     else:
-        turns = _turns(fields, layout, remarks)
-        if turns[0].role != "system" and (system := fields.optional_text(*SYSTEM)):
-            turns = [Turn("system", system), *turns]
-        tools = _tools(fields, may_be_other=layout.kind != "messages")
+        turns = with_system(_turns(fields, layout, remarks), fields)
+        tools = tools_of(fields, may_be_other=layout.kind != "messages")
         if not any(turn.trained for turn in turns if turn.role == "assistant"):
             remarks[NOTHING_TRAINED] += 1
+    count_unused(fields, remarks)
+    return Conversation(where, tuple(turns), document, tools, dict(+remarks) if remarks else {})
+
+
+def with_system(turns: list[Turn], fields: Fields) -> list[Turn]:
+    """The turns after the system text of the row, unless they begin with one or the row has none."""
+    if turns[0].role != "system" and (system := fields.optional_text(*SYSTEM)):
+        return [Turn("system", system), *turns]
+    return turns
+
+
+def count_unused(fields: Fields, remarks: Counter[str]) -> None:
+    """Count what of the row was not read."""
     for name in fields.missing:
-        remarks[f"{MISSING}{name!r}{OF_SEVERAL}{layout.flag}"] += 1
+        remarks[f"{MISSING}{name!r}{OF_SEVERAL}{fields.flag}"] += 1
     for name in fields.unread():
         remarks[unused(name)] += 1
     for name in fields.usual(WEIGHTS):
-        if isinstance(row[name], int | float) and row[name] != 1:
+        if isinstance(fields.row[name], int | float) and fields.row[name] != 1:
             remarks[unused(name)] += 1
-    return Conversation(where, tuple(turns), document, tools, dict(+remarks) if remarks else {})
 
 
 def check_named(remarks: Mapping[str, int], rows: int, where: str) -> None:
@@ -80,23 +90,27 @@ def _turns(fields: Fields, layout: Layout, remarks: Counter[str]) -> list[Turn]:
     if layout.kind == "messages":
         turns = turns_of(fields.get(layout.fields[0]), layout.fields[0], fields.where, remarks)
     else:
-        turns = [*_prompt(fields, layout, remarks), *_response(fields, layout.fields[1], remarks)]
+        turns = [*prompt_of(fields, layout, remarks), *response_of(fields, layout.fields[1], remarks)]
         for name in fields.usual(("label",)):
             if fields.row[name] is False:
                 remarks[BAD_EXAMPLES] += 1
+    return to_last_response(turns, layout.fields[-1], fields.where, remarks)
+
+
+def to_last_response(turns: list[Turn], name: str, where: str, remarks: Counter[str]) -> list[Turn]:
+    """Without the turns after the last response, which are counted. UserError if there is none; name: the field's."""
     answered = next((i for i in range(len(turns), 0, -1) if turns[i - 1].role == "assistant"), 0)
     if not answered:
-        name = layout.fields[-1]
-        raise UserError(f"{fields.where}: no turn of the assistant in {name!r}: there is nothing to train on")
+        raise UserError(f"{where}: no turn of the assistant in {name!r}: there is nothing to train on")
     if answered < len(turns):
         remarks[UNANSWERED] += len(turns) - answered
     return turns[:answered]
 
 
-def _prompt(fields: Fields, layout: Layout, remarks: Counter[str]) -> list[Turn]:
+def prompt_of(fields: Fields, layout: Layout, remarks: Counter[str]) -> list[Turn]:
     """The history and the user's turn; or the turns that the prompt is."""
     name = layout.fields[0]
-    if _is_turns(fields.row, name):
+    if is_turns(fields.row, name):
         turns = turns_of(fields.get(name), name, fields.where, remarks)
         remarks[IN_PROMPT] += sum(turn.role == "assistant" and turn.trained for turn in turns)
         return [replace(turn, trained=turn.role != "assistant") for turn in turns]
@@ -106,21 +120,21 @@ def _prompt(fields: Fields, layout: Layout, remarks: Counter[str]) -> list[Turn]
     return [*_history(fields, remarks), Turn("user", prompt, material=material)]
 
 
-def _response(fields: Fields, name: str, remarks: Counter[str]) -> list[Turn]:
-    if _is_turns(fields.row, name):
+def response_of(fields: Fields, name: str, remarks: Counter[str]) -> list[Turn]:
+    if is_turns(fields.row, name):
         return turns_of(fields.get(name), name, fields.where, remarks)
     text = fields.filled(name)
     thinking = fields.optional_text(*THINKING)
     return [response(text, thinking, fields.where, "", remarks)]
 
 
-def _is_turns(row: Mapping[str, Any], name: str) -> bool:
+def is_turns(row: Mapping[str, Any], name: str) -> bool:
     found = find(row, name)
     value = found[1] if found else None
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _tools(fields: Fields, may_be_other: bool) -> tuple[Any, ...]:
+def tools_of(fields: Fields, may_be_other: bool) -> tuple[Any, ...]:
     """The tools on offer, where the row has any. may_be_other: what is no list of objects is another kind of field."""
     for name in fields.usual(TOOLS):
         tools = fields.row[name]

@@ -5,6 +5,9 @@ pair      prompt and response under usual names (`PAIRS`), with the `CONTEXT` of
 named     the two names of --sft_field. Each may be several fields, `a+b`, and a dotted path, `a.b`
 messages  a list of turns under a usual name (`MESSAGES`), or the one field in --sft_field
 
+A preference task adds a field to the last three (preference.py): the answer that was rejected, beside which the
+response is the one that was chosen; or the label that says whether the response is good.
+
 Usual names hold in any case (Question, question). Where fields could be read in two ways none is guessed.
 """
 
@@ -44,16 +47,30 @@ class Layout:
     flag: str = field(default="--sft_field", compare=False)  # the setting that names fields, for messages
     instead: bool = field(default=False, compare=False)  # the names that the user gave do not fit: these are usual ones
     beside: tuple[str, ...] = field(default=(), compare=False)  # what the first row has beside them, for messages
+    rejected: str = ""  # of preference data: the field of the other answer
+    label: str = ""  # of preference data: the field that says whether the response is good
 
     def __str__(self) -> str:
-        return " and ".join(self.fields) + (f", with {', '.join(self.beside)}" if self.beside else "")
+        *names, last = self.named
+        named = f"{', '.join(names)} and {last}" if names else last
+        return named + (f", with {', '.join(self.beside)}" if self.beside else "")
+
+    @property
+    def compares(self) -> bool:
+        """Whether its answers are compared with others, and not all trained."""
+        return bool(self.rejected or self.label)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The names of all its fields, in the order in which the user gives them."""
+        return (*self.fields, *filter(None, (self.rejected, self.label)))
 
     @property
     def names(self) -> frozenset[str]:
         """The top-level names that are read, where a row has them."""
-        steps = [part.split(".") for name in self.fields for part in (name, *name.split("+"))]
+        steps = [part.split(".") for name in self.named for part in (name, *name.split("+"))]
         tops = {".".join(step[:count]) for step in steps for count in range(1, len(step) + 1)}
-        return frozenset(tops.union(*({name, name.title(), name.upper()} for name in _beside(self.kind))))
+        return frozenset(tops.union(*({name, name.title(), name.upper()} for name in beside(self.kind))))
 
 
 def layout_of(
@@ -72,17 +89,25 @@ def layout_of(
     """
     fields = Fields(row, where, flag)
     found = _named_layout(fields, sft_field, data_type, or_usual) if sft_field else _usual_layout(fields, data_type)
-    for name in found.fields:  # so that they are not found beside themselves
+    return with_beside(found, fields)
+
+
+def with_beside(found: Layout, fields: Fields) -> Layout:
+    """The layout with the names of what this first row has beside its fields."""
+    row = fields.row
+    for name in found.named:  # they are not beside themselves
         for part in parts(row, name):
             if find(row, part):
                 fields.get(part)
-    there = [name for name in fields.usual(_beside(found.kind)) if says(row[name])]
+    there = [name for name in fields.usual(beside(found.kind)) if says(row[name])]
     more = [name for name in there if name.lower() in CONTEXT][1:]  # one of them is read
     others = [name for name in there if name.lower() in SYSTEM + THINKING and not isinstance(row[name], str)]
+    if found.rejected:
+        others += [name for name in there if name.lower() in THINKING]  # which of the answers it led to is not known
     return replace(found, beside=tuple(name for name in there if name not in more + others))
 
 
-def _beside(kind: str) -> tuple[str, ...]:
+def beside(kind: str) -> tuple[str, ...]:
     """The usual names of what is read beside the fields of a layout of this kind."""
     if kind == "text":
         return ()
@@ -93,9 +118,7 @@ def _beside(kind: str) -> tuple[str, ...]:
 def _named_layout(fields: Fields, sft_field: tuple[str, ...], data_type: str, or_usual: bool) -> Layout:
     row = fields.row
     try:
-        for name in sft_field:
-            there = [part for part in parts(row, name) if find(row, part)]
-            fields.get(there[0] if there else parts(row, name)[0])
+        check_there(fields, sft_field)
     except UserError as error:
         if not or_usual:
             raise
@@ -109,6 +132,13 @@ def _named_layout(fields: Fields, sft_field: tuple[str, ...], data_type: str, or
     value = found[1] if found else ""
     is_text = isinstance(value, str) and not value.lstrip().startswith("[")
     return Layout("text" if is_text else "messages", sft_field, fields.flag)
+
+
+def check_there(fields: Fields, names: Iterable[str]) -> None:
+    """UserError for a name that the row does not have; of several, `a+b`, it must have one."""
+    for name in names:
+        there = [part for part in parts(fields.row, name) if find(fields.row, part)]
+        fields.get(there[0] if there else parts(fields.row, name)[0])
 
 
 def _usual_layout(fields: Fields, data_type: str) -> Layout:
@@ -133,25 +163,29 @@ def _usual_layout(fields: Fields, data_type: str) -> Layout:
 
 def _candidates(fields: Fields, data_type: str) -> list[Layout]:
     row, flag = fields.row, fields.flag
-    pairs = list(_pairs(fields))
+    pairs = list(usual_pairs(fields))
     _refuse_preferences(fields, pairs)
     found = [Layout("text", (name,), flag) for name in fields.usual(("text",)) if data_type != "sft"]
     found += [Layout("messages", (name,), flag) for name in fields.usual(MESSAGES) if isinstance(row[name], list | str)]
     return found + [Layout("pair", names, flag) for names in pairs]
 
 
-def _pairs(fields: Fields) -> Iterable[tuple[str, str]]:
+def usual_pairs(fields: Fields) -> Iterable[tuple[str, str]]:
     """Every pair of fields with usual names of prompt and response."""
     found: dict[tuple[str, str], None] = {}
     for prompts, responses in PAIRS:
-        names = fields.usual(prompts)
-        if fields.usual(("instruction",)):
-            names = [name for name in names if name.lower() != "input"]  # it is what the instruction is about
-        for prompt in names:
-            bodies = fields.usual((BODY,)) if prompt.lower() == QUESTION else []
+        for prompt in usual_prompts(fields, prompts):
             for response in fields.usual(responses):
-                found["+".join([*bodies, prompt]), response] = None
+                found[prompt, response] = None
     return found
+
+
+def usual_prompts(fields: Fields, prompts: tuple[str, ...]) -> Iterable[str]:
+    """The fields with these usual names of prompts; a question with its body, if it has one."""
+    for prompt in fields.usual(prompts):
+        if prompt.lower() == "input" and fields.usual(("instruction",)):
+            continue  # it is what the instruction is about
+        yield "+".join([*(fields.usual((BODY,)) if prompt.lower() == QUESTION else []), prompt])
 
 
 def _refuse_preferences(fields: Fields, pairs: list[tuple[str, str]]) -> None:
@@ -164,13 +198,14 @@ def _refuse_preferences(fields: Fields, pairs: list[tuple[str, str]]) -> None:
         )
         names = chosen if says_all or not prompt else [prompt[0], chosen[0]]
         raise UserError(
-            f"{where}: preference data, with a response that was chosen and one that was rejected, for DPO and the "
-            f"like. This program trains on good responses alone: {flag} {' '.join(names)} takes those chosen"
+            f"{where}: preference data, with a response that was chosen and one that was rejected, where every one is "
+            f"trained (--task sft): train.py --task dpo, orpo or simpo learns from both, and {flag} {' '.join(names)} "
+            "trains on those chosen alone"
         )
     labels = [name for name in fields.usual(("label",)) if str(row[name]).lower() in ("true", "false")]
     if labels and pairs:
         raise UserError(
-            f"{where}: with a field {labels[0]!r} that is true or false this is preference data for KTO: some of the "
-            "responses are bad. This program trains on every response it reads: keep the good rows, in a file of their "
-            f"own, and give {flag} {' '.join(pairs[0])}"
+            f"{where}: with a field {labels[0]!r} that is true or false this is preference data: some of the responses "
+            "are bad, where every one is trained (--task sft). train.py --task kto learns from both kinds; to train on "
+            f"the good ones alone, keep their rows in a file of their own and give {flag} {' '.join(pairs[0])}"
         )
