@@ -6,6 +6,7 @@ TRAINING = "src/rwkv_bone/training/"
 HELDOUT, SETS, WHEN = TRAINING + "heldout.py", TRAINING + "heldout_sets.py", TRAINING + "measuring.py"
 MODULE = TRAINING + "module.py"
 BEST, LINES, SAVING = TRAINING + "best.py", TRAINING + "measurements.py", TRAINING + "saving.py"
+MODULE = TRAINING + "module.py"
 NAMES = "src/rwkv_bone/config/heldout.py"
 TESTS = "tests/training/test_"
 

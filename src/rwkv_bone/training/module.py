@@ -31,6 +31,7 @@ from rwkv_bone.models import NOTHING, RWKV, Recompute
 from rwkv_bone.preferences.objective import SUMS, Objective, figures, summed
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
+from rwkv_bone.training.prompts import shared_prompts
 from rwkv_bone.training.schedule import learning_rate
 
 # What ranks ask of one another at the end of a window: `TrainingModule.asks`, `TrainingModule.asked`.
@@ -303,6 +304,8 @@ class TrainingModule(LightningModule):
                 widest=batch.widest,
                 **options,
             )
+        if batch.answers and batch.answers.members == 2 and batch.cu_seqlens is not None:
+            return shared_prompts(self.model, batch, recompute=self.recompute)
         packed = {"cu_seqlens": batch.cu_seqlens, "label_rows": batch.label_rows}
         return self.model(batch.ids, labels=batch.labels, **packed, **options)
 
