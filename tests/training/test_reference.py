@@ -231,6 +231,13 @@ def test_a_reference_that_was_computed_in_vain_is_found_again(run, whole, tmp_pa
     assert "log-probabilities of 7 pairs in " in capsys.readouterr().out
 
 
+def test_of_a_file_with_weights_each_unit_that_is_read_is_computed_once(run, whole):
+    weighted = table(run("weighted", data_weights="0.5", epoch_count=1))
+    read = ~weighted.isnan().any(1)
+    assert 0 < read.sum() < len(PAIRS)
+    assert weighted[read].numpy() == pytest.approx(table(whole["new"][0])[read].numpy(), abs=1e-4)
+
+
 def test_the_reference_is_computed_without_dropout(run, tmp_path):
     """While the steps have it: so the first one differs from the reference."""
     flags = {"peft": "lora", "lora_r": 4}
