@@ -231,10 +231,14 @@ def test_a_reference_that_was_computed_in_vain_is_found_again(run, whole, tmp_pa
     assert "log-probabilities of 7 pairs in " in capsys.readouterr().out
 
 
-def test_of_a_file_with_weights_each_unit_that_is_read_is_computed_once(run, whole):
-    weighted = table(run("weighted", data_weights="0.5", epoch_count=1))
+def test_of_a_file_with_weights_each_unit_that_is_read_is_computed_once(run, pairs, whole, tmp_path):
+    lines, files = pairs.read_text().splitlines(keepends=True), (tmp_path / "1.jsonl", tmp_path / "2.jsonl")
+    for file, part in zip(files, (lines[:4], lines[4:]), strict=True):
+        file.write_text("".join(part))
+    names = f"[{files[0]}, {files[1]}]"
+    weighted = table(run(tmp_path / "out", data_file=names, data_weights="[0.5, 2]", epoch_count=1))
     read = ~weighted.isnan().any(1)
-    assert 0 < read.sum() < len(PAIRS)
+    assert 5 <= read.sum() < len(PAIRS)  # two of the first four, and all others twice
     assert weighted[read].numpy() == pytest.approx(table(whole["new"][0])[read].numpy(), abs=1e-4)
 
 
