@@ -291,13 +291,11 @@ def labelled(good, bad) -> Documents:
     [
         (10, 10, ""),
         (40, 30, ""),
-        (30, 10, "30 good and 10 bad answers: --undesirable_weight 2.25 to 3 balances them"),
-        (10, 40, "10 good and 40 bad answers: --desirable_weight 4 to 5.33 balances them"),
         (5, 0, "warning: --task kto learns from good and bad answers, and all are good (5 answers): add bad ones"),
         (0, 1, "warning: --task kto learns from good and bad answers, and all are bad (1 answer): add good ones"),
     ],
 )
-def test_numbers_of_good_and_bad_answers_that_do_not_balance_are_said(good, bad, expected):
+def test_answers_of_one_kind_alone_are_said(good, bad, expected):
     line = balance_line([labelled(good, bad)])
     assert line.startswith(expected) and bool(line) == bool(expected)
     assert balance_line([labelled(good, 0), labelled(0, bad)]) == line

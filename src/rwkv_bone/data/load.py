@@ -25,8 +25,6 @@ from rwkv_bone.data.tokenizer import END_MARK, Tokenizer, decode_marked, encode_
 from rwkv_bone.data.used import check_tools, check_used
 from rwkv_bone.errors import UserError
 
-NEARLY = 1.1  # numbers of good and bad answers that are this near to balance count as balanced
-
 
 def load_dataset(
     cfg: DataConfig,
@@ -77,10 +75,9 @@ def load_dataset(
 
 
 def balance_line(found: Sequence[Documents]) -> str:
-    """What is to be said of the numbers of good and bad answers; empty if they are balanced.
+    """What is to be said where all answers are good, or all are bad; else nothing.
 
-    The paper (Ethayarajh et al., arXiv 2402.01306, section 4.2) has the weight of the good answers times their number
-    between 1 and 4/3 of the same for bad ones.
+    Whether both kinds count alike depends on --desirable_weight and --undesirable_weight, too: `Objective.balance`.
     """
     labels = np.concatenate([np.asarray(documents.good, dtype=bool) for documents in found])
     good, bad = int(np.count_nonzero(labels)), int(np.count_nonzero(~labels))
@@ -88,14 +85,7 @@ def balance_line(found: Sequence[Documents]) -> str:
         kind, remedy = ("good", "bad ones, or give --task sft") if good else ("bad", "good ones")
         number = counted(good + bad, "answer")
         return f"{WARNING}--task kto learns from good and bad answers, and all are {kind} ({number}): add {remedy}"
-    ratio = good / bad
-    if 1 / NEARLY <= ratio <= NEARLY * 4 / 3:
-        return ""
-    flag, low = ("undesirable", 0.75 * ratio) if ratio > 1 else ("desirable", 1 / ratio)
-    return (
-        f"{good:,} good and {counted(bad, 'bad answer')}: --{flag}_weight {low:.3g} to {low * 4 / 3:.3g} balances them "
-        "(their weights times their numbers as 1 to 4/3 of good ones to 1 of bad ones)"
-    )
+    return ""
 
 
 def load_pairs(cfg: DataConfig, path: str, tokenizer: Tokenizer, limit: int | None = None) -> list[tuple[str, str]]:

@@ -101,12 +101,7 @@ def _task(config: TrainConfig, objective: Objective, dataset: Dataset) -> Iterat
     if dataset.good is None:
         return
     good = int(dataset.good.sum())
-    bad = len(dataset) - good
-    if not good or not bad:
-        only, never = ("good", "bad") if good else ("bad", "good")
-        yield f"{WARNING}every answer is labelled {only}, so that nothing shows what is {never}: little can be learnt"
-        return
-    if advised := objective.balance(good, bad):
+    if advised := objective.balance(good, len(dataset) - good):
         yield f"          good and bad answers do not count alike, as the paper of KTO advises: {advised} would do it"
 
 
