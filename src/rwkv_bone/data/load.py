@@ -93,8 +93,8 @@ def balance_line(found: Sequence[Documents]) -> str:
         return ""
     flag, low = ("undesirable", 0.75 * ratio) if ratio > 1 else ("desirable", 1 / ratio)
     return (
-        f"{good:,} good and {counted(bad, 'bad answer')}: --{flag}_weight {low:.3g} to {low * 4 / 3:.3g} balances them "
-        "(their weights times their numbers as 1 to 4/3 of good ones to 1 of bad ones)"
+        f"{good:,} good and {counted(bad, 'bad answer')}: --{flag}_weight {low:.3g} to {low * 4 / 3:.3g} would balance "
+        "them (KTO's paper: weight times number of the good ones is 1 to 4/3 of that of the bad ones)"
     )
 
 
