@@ -46,7 +46,7 @@ def template_of(tmp_path_factory):
 
 def encoder(layout, template, tokenizer="bytes", loss_mask="response"):
     loaded = load_template(template, tokenizer)
-    return RowEncoder(layout, loaded, TOKENIZERS[tokenizer], SIZES[tokenizer], loss_mask, "")
+    return RowEncoder(layout, loaded, TOKENIZERS[tokenizer], SIZES[tokenizer], loss_mask, "").encode
 
 
 def parts(documents: Documents) -> list[tuple]:
@@ -174,7 +174,8 @@ def test_a_prompt_ends_where_the_ids_of_the_answers_begin_to_differ():
     source += "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
     template = JinjaTemplate("t", {"default": "x" + source}, {})
     layout = preference_layout(row, (), "dpo", "f:1")
-    chosen, rejected = RowEncoder(layout, template, TOKENIZERS["bytes"], 256, "response", "")(row, "f:1").documents
+    compare = RowEncoder(layout, template, TOKENIZERS["bytes"], 256, "response", "").encode
+    chosen, rejected = compare(row, "f:1").documents
     assert (text_of(chosen.ids), text_of(rejected.ids)) == ("x2ab\0", "x4ac4de\0")
     assert chosen.prompt == rejected.prompt == 1
 

@@ -50,8 +50,8 @@ BUGS = (
     # Ids, masks and hashes.
     Bug(
         MASKS,
-        "return ids, trained, min(border, int(np.argmax(trained)))",
-        "return ids, trained, int(np.argmax(trained))",
+        "return ids, trained, min(border, int(trained.argmax()))",
+        "return ids, trained, int(trained.argmax())",
         ENCODE_TESTS,
     ),
     Bug(MASKS, "sum(lengths[: answers[responses]])", "sum(lengths[: answers[0]])", ENCODE_TESTS),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class RowEncoder:
-    """From a row and its place to `Row`. UserError for a row that cannot be used."""
+    """`encode` makes a `Row` of a row and its place. UserError for a row that cannot be used."""
 
     def __init__(
         self, layout: Layout, template: Template, tokenizer: Tokenizer, vocab_size: int, loss_mask: str, mask_id: str
@@ -48,15 +48,13 @@ class RowEncoder:
         self.layout, self.template, self.tokenizer = layout, template, tokenizer
         self.vocab_size, self.loss_mask, self.mask_id = vocab_size, loss_mask, mask_id
         self.dtype, self._may_exceed = token_dtype(vocab_size), tokenizer.vocab_size > vocab_size
-
-    def __call__(self, row: Mapping, where: str) -> Row:
-        return self._compared(row, where) if self.layout.compares else self._trained(row, where)
+        self.encode: Callable[[Mapping, str], Row] = self._compared if layout.compares else self._trained
 
     def _trained(self, row: Mapping, where: str) -> Row:
         talk = conversation(row, self.layout, where)
         ids, trained = encode(self.template.render(talk), self.tokenizer, self.loss_mask, self.mask_id)
         remarks = (talk.remarks, self.template.remarks(talk), spelled_tokens(talk, self.tokenizer))
-        return Row((Document(self._checked(ids, where), trained, int(np.argmax(trained))),), remarks, has_tools(talk))
+        return Row((Document(self._checked(ids, where), trained, int(trained.argmax())),), remarks, has_tools(talk))
 
     def _compared(self, row: Mapping, where: str) -> Row:
         """The prompt is the same for all answers of a row: the ids that all have before their answers."""

@@ -62,7 +62,7 @@ def encode_answer(
     ids, trained, lengths = _encode(segments, tokenizer, loss_mask)
     answers = [i for i, segment in enumerate(segments) if segment.role in (RESPONSE, MASKED)]
     border = sum(lengths[: answers[responses]]) if responses < len(answers) else len(ids)
-    return ids, trained, min(border, int(np.argmax(trained)))
+    return ids, trained, min(border, int(trained.argmax()))
 
 
 def _encode(

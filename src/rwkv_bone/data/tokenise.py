@@ -128,11 +128,11 @@ class RowSettings:
     def encoder(self) -> Callable[[Block], Encoded]:
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
         template = load_template(self.template, tokenizer.name, self.tool_format)
-        encode = RowEncoder(self.layout, template, tokenizer, self.vocab_size, self.loss_mask, self.mask_id)
+        encoder = RowEncoder(self.layout, template, tokenizer, self.vocab_size, self.loss_mask, self.mask_id)
         compared = self.layout.compares
 
         def encode_block(block: Block) -> Encoded:
-            rows = list(self.reader.each(block[0], encode))
+            rows = list(self.reader.each(block[0], encoder.encode))
             good = [(number, row) for number, row in rows if not isinstance(row, str)]
             found = [(number, document) for number, row in good for document in row.documents]
             ids, masks = [document.ids for _, document in found], [document.trained for _, document in found]
@@ -145,7 +145,7 @@ class RowSettings:
                 (row if isinstance(row, str) else "" if row.documents else ALIKE, number) for number, row in rows
             ]
             return Encoded(
-                np.concatenate([np.empty(0, dtype=encode.dtype), *ids]),
+                np.concatenate([np.empty(0, dtype=encoder.dtype), *ids]),
                 np.array([len(row) for row in ids], dtype=np.int64),
                 np.concatenate([np.empty(0, dtype=bool), *masks]),
                 np.array(hashes, "u8"),

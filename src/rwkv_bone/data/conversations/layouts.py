@@ -198,14 +198,13 @@ def _refuse_preferences(fields: Fields, pairs: list[tuple[str, str]]) -> None:
         )
         names = chosen if says_all or not prompt else [prompt[0], chosen[0]]
         raise UserError(
-            f"{where}: preference data, with a response that was chosen and one that was rejected, where every one is "
-            f"trained (--task sft): train.py --task dpo, orpo or simpo learns from both, and {flag} {' '.join(names)} "
-            "trains on those chosen alone"
+            f"{where}: preference data, with a response that was chosen and one that was rejected: train.py --task "
+            f"dpo, orpo or simpo learns from both, and {flag} {' '.join(names)} trains on those chosen alone"
         )
     labels = [name for name in fields.usual(("label",)) if str(row[name]).lower() in ("true", "false")]
     if labels and pairs:
         raise UserError(
-            f"{where}: with a field {labels[0]!r} that is true or false this is preference data: some of the responses "
-            "are bad, where every one is trained (--task sft). train.py --task kto learns from both kinds; to train on "
-            f"the good ones alone, keep their rows in a file of their own and give {flag} {' '.join(pairs[0])}"
+            f"{where}: preference data, as the field {labels[0]!r} is true or false: some of the responses are bad. "
+            "train.py --task kto learns from both kinds; to train on the good ones alone, keep their rows in a file of "
+            f"their own and give {flag} {' '.join(pairs[0])}"
         )
