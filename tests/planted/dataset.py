@@ -98,8 +98,13 @@ BUGS = (
         "remarks.counts = dict(block.remarks)",
         f"{CACHE} -k remarks_are_added_up",
     ),
-    Bug(DATA + "tokenise.py", "talk.remarks, template.remarks(talk), ", "talk.remarks, ", f"{CACHE} -k remarks_name"),
-    Bug(DATA + "tokenise.py", "[talk.remarks, template", "[template", f"{CACHE} -k remarks"),
+    Bug(
+        DATA + "encode.py",
+        "(talk.remarks, self.template.remarks(talk), ",
+        "(talk.remarks, ",
+        f"{CACHE} -k remarks_name",
+    ),
+    Bug(DATA + "encode.py", "(talk.remarks, self.template", "(self.template", f"{CACHE} -k remarks"),
     # Keys of the cache.
     Bug(DATA + "cache.py", 'folder.rglob("*.py")', 'folder.glob("[a-r]*.py")', f"{CACHE} -k any_module"),
     Bug(DATA + "part.py", '            "libraries": library_versions(),\n', "", f"{CACHE} -k other_code"),
