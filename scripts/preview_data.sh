@@ -1,8 +1,9 @@
 #!/bin/sh
 # Shows what a run would train on: sh scripts/preview_data.sh [--flag value ...]
 #
-# Prints a few samples, trained tokens in green, and counts of samples, tokens, what is trained, and what is cut or left
-# out. Takes the flags of the run scripts: give it the ones you train with. Nothing is trained, no GPU is needed.
+# Prints a few samples, trained tokens in green (of rejected answers in red), and counts of samples, tokens, what is
+# trained, and what is cut or left out. Takes the flags of the run scripts: give it the ones you train with. Nothing is
+# trained, no GPU is needed.
 # As it stands: the data of run_bone.sh. Each variable is the flag of its name; `sh scripts/preview_data.sh --help`
 # lists the others.
 # Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.

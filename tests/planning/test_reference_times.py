@@ -8,6 +8,7 @@ import torch
 
 from rwkv_bone.data import BatchPlan
 from rwkv_bone.data.dataset import Dataset
+from rwkv_bone.planning import reference
 from rwkv_bone.planning.heldout import forward_positions
 from rwkv_bone.planning.reference import TimeReference
 from tests.data.conftest import preferences
@@ -16,27 +17,20 @@ CTX = 32
 
 
 class Module:
-    """Takes a millisecond a position, by its own clock, and twice as long the first time."""
+    """Has a clock of its own, on which a pass takes a millisecond a position, and the first one twice that."""
 
     def __init__(self, plan: BatchPlan, steps: int, labelled: bool):
-        self.now, self.device, self.global_rank = 0.0, torch.device("cpu"), 0
-        self.plan, self.total_steps = plan, steps
-        self.objective = SimpleNamespace(needs_mismatched=labelled)
-        self._seen = 0
+        self.now, self.device, self.plan, self.total_steps = 0.0, torch.device("cpu"), plan, steps
+        self.objective, self._slow = SimpleNamespace(needs_mismatched=labelled), 2
 
-    def eval(self): ...
-
-    def train(self): ...
-
-    def __call__(self, ids, labels, label_rows, cu_seqlens, per_token):
-        assert per_token and not torch.is_grad_enabled()
-        self._seen += 1
-        self.now += 0.001 * ids.numel() * (2 if self._seen == 1 else 1)
-        return torch.zeros(len(label_rows))
+    def log_probabilities(self, module, dataset, units, *, micro_bsz, chunk, mismatched, doing):
+        assert module is self and (micro_bsz, chunk) == (2, 0)
+        sequences = len(units) * (dataset.members + mismatched)
+        self.now, self._slow = self.now + 0.001 * self._slow * CTX * sequences, 1
 
 
 def rows(count: int, members: int) -> list[tuple]:
-    """Prompt and answer have so many ids that they fill a row of a packed batch."""
+    """Prompt and answer have CTX + 1 ids, so that each answer is CTX positions."""
     return [([i, 1, 2], *([[3] * (CTX - 2)] * members)) for i in range(count)]
 
 
@@ -48,7 +42,7 @@ def test_labelled_answers_are_read_twice():
 
 
 @pytest.mark.parametrize(("members", "steps"), [(2, 100), (1, 100), (2, 5)])
-def test_it_is_the_time_of_all_answers_that_the_run_reads(members, steps):
+def test_it_is_the_time_of_all_answers_that_the_run_reads(monkeypatch, members, steps):
     labels = [i % 2 > 0 for i in range(60)]
     dataset = Dataset([preferences(rows(60, members), None if members == 2 else labels)], CTX)
     held = Dataset([preferences(rows(10, members), None if members == 2 else labels[:10])], CTX)
@@ -56,6 +50,7 @@ def test_it_is_the_time_of_all_answers_that_the_run_reads(members, steps):
     main = SimpleNamespace(dataset=held, part=part, general=False)
     heldout = SimpleNamespace(main=main, sets=[main, SimpleNamespace(dataset=held, part=held, general=True)])
     module = Module(BatchPlan(dataset, micro_bsz=2, pack=True), steps, members == 1)
+    monkeypatch.setattr(reference, "log_probabilities", module.log_probabilities)
     watch = TimeReference(heldout, 2, 0, lambda: module.now)
     watch.on_train_start(None, module)
     units = min(60, 2 * steps)

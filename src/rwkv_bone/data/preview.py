@@ -38,12 +38,9 @@ EXAMPLES = (
         "sh scripts/preview_data.sh --load_model my-model.pth --data_file chat.jsonl --template g1 --samples 5",
     ),
     (
-        "counts only, with long samples left out",
-        "sh scripts/preview_data.sh --load_model my-model.pth --data_file mine.jsonl --long_samples drop --samples 0",
-    ),
-    (
-        "pairs of answers, chosen and rejected",
-        "sh scripts/preview_data.sh --load_model my-model.pth --data_file pairs.jsonl --task dpo",
+        "pairs of answers for DPO, counts only, with long ones left out",
+        "sh scripts/preview_data.sh --load_model my-model.pth --data_file pairs.jsonl --task dpo --long_samples drop "
+        "--samples 0",
     ),
 )
 BAR = 40
