@@ -13,6 +13,7 @@ OBJECTIVE, STEP, REFERENCE, DATASET, SAMPLER = (
 ROWS, TOKENS, FORMULAS = (
     f"tests/{name}.py" for name in ("ops/test_cross_entropy", "models/test_token_losses", "preferences/test_losses")
 )
+PROMPTS, SHARED = "src/rwkv_bone/training/prompts.py", "tests/training/test_prompts.py"
 SUMMED, RUNS, CUT = (
     f"tests/{name}.py" for name in ("preferences/test_objective", "training/test_preferences", "data/test_units")
 )
@@ -75,4 +76,8 @@ BUGS = (
     Bug(REFERENCE, "] = run(other)[:, 0]", "] = run(batch)[:, 0]", f"{RUNS} -k plain"),
     Bug(DATASET, 'np.arange(len(self)), side="right")', 'np.arange(len(self)), side="left")', CUT),
     Bug(SAMPLER, "good=None if self.good is None else function(self.good),", "good=self.good,", f"{CUT} -k device"),
+    # The prompt that both answers share.
+    Bug(PROMPTS, "rows.unsqueeze(1).expand(-1, 2, *rows.shape[1:]).flatten(0, 1)", "torch.cat([rows, rows])", SHARED),
+    Bug(PROMPTS, "before[one : one + 2].min()", "before[one]", SHARED),
+    Bug(PROMPTS, "torch.cat([nothing, losses])[order]", "torch.cat([nothing, losses])", SHARED),
 )
