@@ -6,8 +6,16 @@ HEAD, LAYERS, MODEL, CONTEXT, LOSSES = (
     f"src/rwkv_bone/{name}.py"
     for name in ("ops/cross_entropy", "models/layers", "models/rwkv", "training/context", "preferences/losses")
 )
+OBJECTIVE, STEP, REFERENCE, DATASET, SAMPLER = (
+    f"src/rwkv_bone/{name}.py"
+    for name in ("preferences/objective", "training/module", "training/reference", "data/dataset", "data/sampler")
+)
 ROWS, TOKENS, FORMULAS = (
     f"tests/{name}.py" for name in ("ops/test_cross_entropy", "models/test_token_losses", "preferences/test_losses")
+)
+PROMPTS, SHARED = "src/rwkv_bone/training/prompts.py", "tests/training/test_prompts.py"
+SUMMED, RUNS, CUT = (
+    f"tests/{name}.py" for name in ("preferences/test_objective", "training/test_preferences", "data/test_units")
 )
 
 BUGS = (
@@ -55,4 +63,21 @@ BUGS = (
     Bug(LOSSES, "undesirable_weight * torch.sigmoid(gain)", "undesirable_weight * torch.sigmoid(-gain)", FORMULAS),
     Bug(LOSSES, ".mean().clamp(min=0)", ".mean()", f"{FORMULAS} -k divergence"),
     Bug(LOSSES, "(policy - reference).detach()", "(policy - reference)", f"{FORMULAS} -k divergence"),
+    # More of a step, beside those of preference_runs.py and units.py.
+    Bug(OBJECTIVE, "rewards = config.beta * mean", "rewards = config.beta * logp", SUMMED),
+    Bug(OBJECTIVE, "rewards[:, 0] > rewards[:, 1]", "rewards[:, 0] >= rewards[:, 1]", SUMMED),
+    Bug(STEP, "scale = self.plan.world_size / self._units", "scale = 1 / self._units", f"{RUNS} -k two_processes"),
+    Bug(
+        STEP,
+        "(total / first.answers.window_units).clamp(min=0)",
+        "total / first.answers.window_units",
+        "tests/training/test_kl_estimate.py",
+    ),
+    Bug(REFERENCE, "] = run(other)[:, 0]", "] = run(batch)[:, 0]", f"{RUNS} -k plain"),
+    Bug(DATASET, 'np.arange(len(self)), side="right")', 'np.arange(len(self)), side="left")', CUT),
+    Bug(SAMPLER, "good=None if self.good is None else function(self.good),", "good=self.good,", f"{CUT} -k device"),
+    # The prompt that both answers share.
+    Bug(PROMPTS, "rows.unsqueeze(1).expand(-1, 2, *rows.shape[1:]).flatten(0, 1)", "torch.cat([rows, rows])", SHARED),
+    Bug(PROMPTS, "before[one : one + 2].min()", "before[one]", SHARED),
+    Bug(PROMPTS, "torch.cat([nothing, losses])[order]", "torch.cat([nothing, losses])", SHARED),
 )
