@@ -228,7 +228,7 @@ def test_rewards_of_kto_that_are_pushed_one_way_are_told_with_the_weight_that_ba
         )
         assert words in advice.remedy and f"{'down' if good < 0 else 'up'}, rather than apart" in advice.warning
     assert told(labelled(-0.3, -0.9), task="kto") == {}, "more apart than pushed"
-    assert told(labelled(-0.6, 0.9), task="kto") == {} == told(labelled(-0.05, -0.08), task="kto")
+    assert told(labelled(-0.6, 0.9), task="kto") == {} == told(labelled(-0.05, -0.08, spread=0.01), task="kto")
     assert told(labelled(-0.6, -0.9, spread=3.0), task="kto") == {}, "noise"
     assert told(labelled(-0.6, -0.9), task="dpo") == {}
 
@@ -236,7 +236,7 @@ def test_rewards_of_kto_that_are_pushed_one_way_are_told_with_the_weight_that_ba
 def test_an_estimate_of_kto_that_explodes_is_told():
     assert told(labelled(2.0, -2.0, kl=40.0), task="kto") == {"kl explodes": 60}
     assert told(labelled(2.0, -2.0, kl=40.0), task="kto", beta=0.01) == {}
-    assert told(labelled(2.0, -2.0, kl=np.where(np.arange(120) % 20 == 0, 500.0, 5.0)), task="kto") == {}
+    assert told(labelled(2.0, -2.0, kl=np.where(np.arange(120) % 20 == 0, 900.0, 5.0)), task="kto") == {}
 
 
 def test_lines_without_figures_tell_nothing():
