@@ -38,7 +38,7 @@ BUGS = (
     Bug(SETS, "        if data.task == \"sft\":\n            raise\n", "        raise\n", f"{RUNS} -k prompts"),
     Bug(LINES, ' and is_preference(one.get("preference"))', "", f"{RUNS} -k missing"),
     Bug(BAR, 'if record.get(figure) is not None]', "]", "tests/training/test_progress.py -k preference"),
-    Bug(TABLE, 'yield "" if last is None else', 'yield "-" if last is None else', "tests/training/test_summary.py"),
+    Bug(TABLE, 'yield "" if first is None else', 'yield "0" if first is None else', "tests/training/test_summary.py"),
     Bug(WARN, 'per_token=task == "sft"', "per_token=True", "tests/training/test_warn.py -k preference"),
     Bug(WARN, '    if config.data.task != "sft":\n        return', "    if False:\n        return",
         "tests/training/test_warn.py -k preference"),
