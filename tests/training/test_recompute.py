@@ -10,6 +10,7 @@ import torch
 from rwkv_bone.adapters import AdapterSettings, inject
 from rwkv_bone.checkpoints import read_state
 from rwkv_bone.config.flags import parse_train
+from rwkv_bone.data.dataset import Dataset
 from rwkv_bone.models import EVERY_BLOCK, Recompute, build
 from rwkv_bone.training import fit as fit_module
 from rwkv_bone.training import recompute
@@ -17,6 +18,7 @@ from rwkv_bone.training.memory import GB, Counted, Run, count, needs
 from rwkv_bone.training.prepare import load_data, plan_batches
 from rwkv_bone.training.recompute import decide, levels, needed
 from tests.conftest import random_model
+from tests.data.conftest import preferences
 from tests.test_memory_page import memory
 
 ARCH = memory.shape(7, 32, 2560, 65536)
@@ -209,3 +211,19 @@ def test_a_run_is_described_by_its_rows_as_they_are(job):
     packed = recompute.run_of(config, plan_batches(config, dataset), "cpu")
     assert (packed.length, packed.rows, packed.whole) == (100, 1, 4 * config.data.ctx_len)
     assert packed.document == int(dataset.lengths.mean())
+
+
+@pytest.mark.parametrize("how", ["pad", "pack"])
+def test_a_pair_counts_as_both_of_its_answers(job, counted, how):
+    """As many tokens go through the model as the fullest batch has; every setting of memory follows from that."""
+    rows = [([1] * 5, [2] * (1 + i % 3), [3] * (1 + i % 4)) for i in range(20)]
+    flags = {"dataload": how, "ctx_len": 12, "micro_bsz": 3}
+    config = parse_train([word for word in job.argv(flags) if word != "--typed"])
+    plan = plan_batches(config, Dataset([preferences(rows)], 12))
+    run = recompute.run_of(config, plan, "cuda")
+    most = max(plan.batch(0, step, 0, 0).ids.numel() for step in range(plan.steps_in(0)))
+    # A padded batch has one id less than the longest answer, and a packed one sixteenths of its room.
+    assert run.tokens == (most + 6 if how == "pad" else 72) and most > 36
+    assert run.rows == (6 if how == "pad" else 1) and run.document == (0 if how == "pad" else 7)
+    # So it is a run of twice as many samples.
+    assert needed(ARCH, counted, run) == needed(ARCH, counted, replace(run, members=1, micro_bsz=6))

@@ -1,9 +1,9 @@
 """--micro_bsz auto: how many samples go through the model at once, for the memory that is free.
 
-A step then has SAMPLES x accumulate_grad_batches samples on each device, or packed rows of up to ctx_len tokens each:
-as many as with the default of --micro_bsz. Which these are depends on the settings alone (`BatchPlan` with a unit of
-1). What fits decides only how many of them go through the model together, as --grad_cp auto decides what is computed
-again: results are equal up to rounding, and a run goes on where other memory is free.
+A step then has SAMPLES x accumulate_grad_batches samples on each device, or packed rows of up to ctx_len tokens each,
+of pairs twice that: as many as with the default of --micro_bsz. Which these are depends on the settings alone
+(`BatchPlan` with a unit of 1). What fits decides only how many of them go through the model together, as --grad_cp auto
+decides what is computed again: results are equal up to rounding, and a run goes on where other memory is free.
 """
 
 from __future__ import annotations

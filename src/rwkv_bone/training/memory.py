@@ -15,6 +15,10 @@ For a run that trains an adapter on one device (ZeRO stage 1 or 2; `share_of` sa
 On a CPU all of the process counts, as the system counts it (its peak resident memory): what it has resident when it is
 asked, without the model; what it loads later; and what its allocator keeps of freed memory (REPEATS).
 
+Where answers are compared (--task dpo and its kin) a sample may be a pair, of twice the tokens. The loss of each token
+keeps a row of width C for each until backward, as the sum of the losses does. The passes without a gradient, those of
+the reference and of KTO's other answers, have no more tokens and keep nothing: they take less.
+
 What only few runs have is estimated from above. tests/test_memory_page.py holds `kept_by_layer` to what autograd keeps
 on a processor.
 """
@@ -87,15 +91,16 @@ class Run:
     resident: int = RESIDENT  # bytes of the process without the model, on a CPU
     compiler: bool = False  # the process has PyTorch's compiler in memory already, on a CPU
     keeps: bool = True  # on a CPU: the allocator keeps what is freed (allocator.py)
+    members: int = 1  # sequences of a sample: 2 of a pair of answers, which are in one forward pass
 
     @property
     def rows(self) -> int:
-        return 1 if self.document else self.micro_bsz
+        return 1 if self.document else self.micro_bsz * self.members
 
     @property
     def whole(self) -> int:
         """Tokens of a row."""
-        return self.ctx_len * (self.micro_bsz if self.document else 1)
+        return self.ctx_len * (self.micro_bsz * self.members if self.document else 1)
 
     @property
     def length(self) -> int:

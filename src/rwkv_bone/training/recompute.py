@@ -53,8 +53,8 @@ def run_of(config: TrainConfig, plan: BatchPlan, device: str, model: RWKV | None
 
     model: what of it is in memory already, as adapters and quantised weights are, does not count as the process's.
     """
-    settings, lengths = config.model, plan.dataset.lengths
-    longest = config.data.ctx_len if plan.pack else min(config.data.ctx_len, int(lengths.max()))
+    settings, dataset = config.model, plan.dataset
+    longest = config.data.ctx_len if plan.pack else min(config.data.ctx_len, int(dataset.widths.max()) + 1)
     tensors = [*model.parameters(), *model.buffers()] if model else []
     resident = allocator.resident() - sum(map(resident_bytes, tensors))
     return Run(
@@ -65,13 +65,14 @@ def run_of(config: TrainConfig, plan: BatchPlan, device: str, model: RWKV | None
         precision=config.run.precision,
         device=device,
         accumulate=config.run.accumulate_grad_batches,
-        document=max(int(lengths.mean()), 1) if plan.pack else 0,
+        document=max(int(dataset.lengths.mean() / dataset.members), 1) if plan.pack else 0,
         stage=zero_stage(config.run.strategy),
         ranks=plan.world_size,
         offload=offloads(config.run.strategy),
         resident=max(resident, 0) or RESIDENT,
         compiler="torch._dynamo" in sys.modules,
         keeps=allocator.heap() is not None,
+        members=dataset.members,
     )
 
 
