@@ -36,7 +36,7 @@ BUGS = (
     Bug("src/rwkv_bone/training/fit.py", "    config = replace(config, optim=prepared.optim)\n", "", f"{RUNS} -k rule"),
     Bug("src/rwkv_bone/planning/plan.py", "    config = replace(config, optim=outline.optim)\n", "", f"{RUNS} -k plan"),
     Bug("src/rwkv_bone/config/sections.py", "0 in (self.lr_init, self.lr_final)", "False", f"{RULE} -k word"),
-    Bug("src/rwkv_bone/config/acts.py", '"lr_final": AUTO', '"lr_final": 2e-5', f"{RULE} -k word"),
+    Bug("src/rwkv_bone/config/acts.py", '"lr_final": (AUTO,)', '"lr_final": (2e-5,)', f"{RULE} -k word"),
     Bug(STATISTICS, "if set(seeds) <= set(of)", "if set(seeds) & set(of)", COUNTS),
     Bug(STATISTICS, 'if row["seed"] not in SELECTION}\n\n\ndef paired', "}\n\n\ndef paired", f"{COUNTS} -k tested"),
     Bug(STATISTICS, "ddof=1) / math.sqrt(len(differences))", "ddof=0) / math.sqrt(len(differences))", COUNTS),

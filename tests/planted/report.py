@@ -4,6 +4,9 @@ from tests.planted.bug import Bug
 
 REPORT, PAGE = "src/rwkv_bone/report", "src/rwkv_bone/training/page.py"
 RUN, SHOWN, COMPARED = "tests/report/test_run.py", "tests/report/test_page.py", "tests/report/test_compare.py"
+PREFERRED = "tests/report/test_preferences.py"
+CURVE, CURVES = "src/rwkv_bone/training/curve.py", "tests/training/test_curve.py"
+LOGGERS, SENT = "src/rwkv_bone/training/loggers.py", "tests/training/test_loggers.py"
 SERIES, RENEWED = "tests/report/test_series.py", "tests/training/test_page.py"
 
 BUGS = (
@@ -23,7 +26,7 @@ BUGS = (
         "value else None for value in y",
         f"{SHOWN} -k gap",
     ),
-    Bug(f"{REPORT}/charts.py", "span(len(losses), most)", "1", f"{SHOWN} -k long_run"),
+    Bug(f"{REPORT}/charts.py", "span(len(table), most)", "1", f"{SHOWN} -k long_run"),
     Bug(f"{REPORT}/html.py", "return words if len(words) <= most", "return words if most", f"{SHOWN} -k long_run"),
     Bug(f"{REPORT}/sections.py", "if value == default:", "if value != default:", f"{SHOWN} -k differ_come_first"),
     Bug(
@@ -90,4 +93,65 @@ BUGS = (
         "if True:\n            stopped",
         f"{RENEWED} -k main_process",
     ),
+    # Answers that are compared.
+    Bug(f"{REPORT}/charts.py", "or (run.compares and name == run.general):", ":", f"{PREFERRED} -k general_text"),
+    Bug(
+        f"{REPORT}/charts.py",
+        "_points(run.figures(column),",
+        '_points(run.figures("reward_margin"),',
+        f"{PREFERRED} -k beside",
+    ),
+    Bug(
+        f"{REPORT}/charts.py",
+        'chart | {"id": f"loss-{task}"',
+        'chart | {"id": "loss"',
+        f"{PREFERRED} -k different_tasks",
+    ),
+    Bug(
+        f"{REPORT}/run.py",
+        "return [point for point in dict.fromkeys((first, last))",
+        "return [point for point in (last, first)",
+        f"{PREFERRED} -k same_numbers",
+    ),
+    Bug(
+        f"{REPORT}/run.py",
+        'known["logp_chosen"] - known["logp_rejected"]',
+        'known["logp_rejected"]',
+        f"{PREFERRED} -k different_tasks",
+    ),
+    Bug(
+        f"{REPORT}/preferences.py",
+        "*(said(measured.get(step)) for step in when)",
+        "*(said(one) for one in measured.values())",
+        f"{PREFERRED} -k no_number",
+    ),
+    Bug(
+        f"{REPORT}/preferences.py",
+        '"sft_weight": SFT_WEIGHT.get(run.task, 0.0)',
+        '"sft_weight": 0.0',
+        f"{PREFERRED} -k numbers_for_auto",
+    ),
+    Bug(f"{REPORT}/preferences.py", "or not when.met(acting)", "", f"{PREFERRED} -k numbers_for_auto"),
+    Bug(f"{REPORT}/compare.py", "and len(kinds) == 1 and", "and", f"{PREFERRED} -k judged"),
+    Bug(
+        f"{REPORT}/compare.py",
+        'Measure("divergence", _figure(DIVERGENCE), loss, min',
+        'Measure("divergence", _figure(DIVERGENCE), loss, max',
+        f"{PREFERRED} -k different_tasks",
+    ),
+    Bug(
+        f"{REPORT}/sections.py",
+        'look = "worse" if one.get("answer") in worse else None',
+        "look = None",
+        f"{PREFERRED} -k both_answers",
+    ),
+    Bug(
+        PAGE,
+        "for sample, answer in zip(dataset.sequences(index)",
+        "for sample, answer in zip(dataset.sequences(index)[::-1]",
+        f"{RENEWED} -k both_answers",
+    ),
+    Bug(CURVE, 'if compares and line["label"].endswith(FORGOTTEN)', "if False", f"{CURVES} -k panel"),
+    Bug(CURVE, "if value is not None]\n    return", "]\n    return", f"{CURVES} -k panel"),
+    Bug(LOGGERS, '| one.get("preference", {})', "", f"{SENT} -k figure"),
 )

@@ -7,6 +7,8 @@ TESTS = "tests/config/test_acts.py"
 MEMORY, RECOMPUTE = (f"src/rwkv_bone/training/{name}.py" for name in ("memory", "recompute"))
 DEVICES, RECOMPUTE_TESTS = "src/rwkv_bone/devices.py", "tests/training/test_recompute.py -k 'not writes and not bits'"
 PARTS = "tests/training/test_memory.py"
+OTHERS, CHANGES = (f"src/rwkv_bone/config/{name}.py" for name in ("other_names", "changes"))
+OTHER_TESTS, CHANGE_TESTS = "tests/config/test_other_names.py", "tests/config/test_changes.py"
 
 WRITTEN, FLAGS = (f"src/rwkv_bone/config/{name}.py" for name in ("written", "flags"))
 CARDS, FILE_TESTS, CARD_TESTS = "src/rwkv_bone/cards.py", "tests/config/test_written.py", "tests/test_cards.py"
@@ -161,4 +163,13 @@ BUGS = (
     Bug(ACTS, ', "cards": "devices"}', "}", f"{CARD_TESTS} -k 'script or elsewhere'"),
     Bug(ACTS, "devices != 1 or nodes > 1", "devices * nodes > 1", f"{CARD_TESTS} -k several"),
     Bug(FLAGS, "        split_devices(values)\n        return", "        return", CARD_TESTS),
+    # Preferences.
+    Bug(ACTS, '"beta": "task", "sft_weight": "task"', '"sft_weight": "task"', f"{TESTS} -k strengths"),
+    Bug(ACTS, '({"data_file": "task"} if table is EVALUATE else {})', '{"data_file": "task"}', f"{TESTS} -k strengths"),
+    Bug(LAYERS, "name in layer and layer[name] != self.defaults[name]", "layer.get(name)", f"{TESTS} -k strengths"),
+    Bug(ACTS, 'if not part.met(values)), "")', '), "")', f"{TESTS} -k another_task"),
+    Bug(ACTS, '"gamma", "sft_weight"), (AUTO, 0.0)', '"gamma", "sft_weight"), (AUTO,)', f"{TESTS} -k may_be_said"),
+    Bug(ACTS, '"gamma": only("task", "simpo")', '"gamma": but("task", "sft")', f"{TESTS} -k another_task"),
+    Bug(OTHERS, 'if f"--{name}" in flags and (reason', "if (reason", f"{OTHER_TESTS} -k so_instead"),
+    Bug(CHANGES, "{spec.name for spec in fields(PreferenceConfig)} - ", "set() - ", f"{CHANGE_TESTS} -k may_change"),
 )

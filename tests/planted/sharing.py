@@ -11,8 +11,8 @@ BUGS = (
     ),
     Bug(
         "src/rwkv_bone/training/curve.py",
-        'records = [record for record in records if record["loss"] is not None]',
-        "records = list(records)",
+        "for step, value in points if value is not None]\n    return",
+        "for step, value in points]\n    return",
         "tests/training/test_failures.py -k draws_it",
     ),
     Bug(
