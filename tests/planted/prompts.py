@@ -23,7 +23,7 @@ BUGS = (
     Bug(PROMPTS, "torch.cat([nothing, losses])[order]", "torch.cat([nothing, losses])", f"{TESTS} -k whole_documents"),
     # Prompts that are not worth their states are shared.
     Bug(PROMPTS, "length if length >= least else 0", "length", f"{TESTS} -k worth"),
-    # A rank whose pairs share nothing calls the model once.
+    # Prompts are computed twice.
     Bug(
         "src/rwkv_bone/training/module.py",
         "batch.answers.members == 2 and batch.cu_seqlens is not None",
