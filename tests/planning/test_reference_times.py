@@ -8,6 +8,7 @@ import torch
 
 from rwkv_bone.data import BatchPlan
 from rwkv_bone.data.dataset import Dataset
+from rwkv_bone.planning.heldout import forward_positions
 from rwkv_bone.planning.reference import TimeReference
 from tests.data.conftest import preferences
 
@@ -37,6 +38,13 @@ class Module:
 def rows(count: int, members: int) -> list[tuple]:
     """Prompt and answer have so many ids that they fill a row of a packed batch."""
     return [([i, 1, 2], *([[3] * (CTX - 2)] * members)) for i in range(count)]
+
+
+def test_labelled_answers_are_read_twice():
+    """Once after their own prompt, once after another's: 2 x (2 + 5 + 1 + 3) ids, of which four are only read."""
+    labels = Dataset([preferences([([1, 2], [3] * 5), ([4], [5] * 3)], [True, False])], CTX)
+    pairs = Dataset([preferences([([1, 2], [3] * 5, [4] * 3)])], CTX)
+    assert (forward_positions(labels), forward_positions(pairs)) == (18, 10)
 
 
 @pytest.mark.parametrize(("members", "steps"), [(2, 100), (1, 100), (2, 5)])

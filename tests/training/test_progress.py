@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from rwkv_bone.training.module import Window
-from rwkv_bone.training.progress import IMPORTANT, SHOWN, ProgressLines, fitted, heldout_words
+from rwkv_bone.training.progress import IMPORTANT, SHOWN, ProgressLines, answer_words, fitted, heldout_words
 
 WORDS = {
     "step": "step 340/752",
@@ -23,7 +23,10 @@ WORDS = {
     "speed": "9,123 tokens/s",
     "epoch": "epoch 2/4",
     "lr": "lr 1.00e-03",
+    "accuracy": "accuracy 71%",
+    "margin": "margin 0.52",
 }
+ANSWERS = ("accuracy", "margin")  # what only preference tuning shows
 
 
 def measured(step, loss, general=None):
@@ -40,7 +43,12 @@ def words(*points):
     [
         (39, "step 340/752  loss 0.0123  0:35 left"),
         (10, ""),
-        (79, "step 340/752  loss 0.0123  held-out 0.0140 ^  best 0.0123 at 300  0:35 left"),
+        (79, "step 340/752  loss 0.0123  accuracy 71%  held-out 0.0140 ^  0:35 left"),
+        (
+            119,
+            "step 340/752  loss 0.0123  accuracy 71%  margin 0.52  held-out 0.0140 ^  best 0.0123 at 300  0:35 left  "
+            "9,123 tokens/s",
+        ),
         (199, "  ".join(WORDS[name] for name in SHOWN)),
     ],
 )
@@ -53,8 +61,28 @@ def test_every_word_has_a_place():
     assert sorted(IMPORTANT) == sorted(SHOWN) == sorted(WORDS)
 
 
+def test_eighty_columns_have_room_for_the_best_of_a_run_without_preferences():
+    rest = {name: word for name, word in WORDS.items() if name not in ANSWERS}
+    assert fitted(rest, 79)[0] == "step 340/752  loss 0.0123  held-out 0.0140 ^  best 0.0123 at 300  0:35 left"
+
+
+def test_preference_tuning_shows_accuracy_and_margin_of_the_last_steps_and_of_held_out_pairs():
+    assert answer_words([{"loss": 1.0}]) == {}
+    steps = [{"reward_accuracy": share, "reward_margin": margin} for share, margin in ((0.5, 0.1), (0.75, 0.4))]
+    none = dict.fromkeys(("reward_accuracy", "reward_margin"))  # of a step that was skipped
+    assert answer_words([*steps, none]) == {"accuracy": "accuracy 62%", "margin": "margin 0.25"}
+    assert answer_words([{"reward_accuracy": None, "reward_margin": -0.1}]) == {"margin": "margin -0.10"}
+    line = measured(5, 1.5)
+    line["sets"]["mine"]["preference"] = {"reward_accuracy": 0.712}
+    assert heldout_words([measured(0, 2.0), line])["held-out"] == "held-out 1.5000 v, 71%"
+    progress = begun(Lines())
+    progress.step_log.records.append({"tokens": 1, "seconds": 1.0, "loss": 0.7} | steps[1])
+    step(progress, 5)
+    assert "  loss 0.8500  accuracy 75%  margin 0.40  lr 1.00e-03  " in progress.stream.getvalue()
+
+
 def test_without_held_out_data_the_rest_fits_into_eighty_columns():
-    rest = {name: word for name, word in WORDS.items() if name not in ("held-out", "best", "general")}
+    rest = {name: word for name, word in WORDS.items() if name not in ("held-out", "best", "general", *ANSWERS)}
     assert fitted(rest, 79)[0] == "step 340/752  loss 0.0123  0:35 left  9,123 tokens/s  epoch 2/4  lr 1.00e-03"
 
 

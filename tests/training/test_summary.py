@@ -45,6 +45,31 @@ def test_a_whole_run_with_several_sets():
     assert found[8] == "tokens 100,000; 2,000 a second in the steps; peak memory 500 MiB".split()
 
 
+def test_a_set_of_answers_has_rows_for_its_figures_and_the_general_text_is_per_token():
+    def preference(margin, share, moved, kl=None):
+        figures = {"reward_margin": margin, "reward_accuracy": share, "divergence": moved, "kl": kl}
+        return figures | {"logp_chosen": -1 - margin, "logp_rejected": -2.0}
+
+    run = [measured(0, 0.6931, 1.2), measured(50, 0.5, 1.25)]
+    for line, figures in zip(run, (preference(0.0, None, 0.0), preference(0.25, 0.712, 0.0456)), strict=True):
+        line["sets"]["heldout"]["preference"] = figures
+    found = cells([], run)
+    assert found[0][:3] == ["loss", "per", "pair"]
+    assert found[1] == ["heldout", "0.6931", "0.5000", "50", "0.5000", "-0.1931"]
+    assert found[2] == ["accuracy", "71.2%"]
+    assert found[3] == ["margin", "0.0000", "0.2500", "+0.2500"]
+    assert found[4] == ["log", "p,", "chosen", "-1.0000", "-1.2500", "-0.2500"]
+    assert found[6] == ["KL", "from", "the", "start", "0.0000", "0.0456", "+0.0456"]
+    assert found[7] == ["general", "(per", "token)", "1.2000", "1.2500", "+0.0500"]
+    head, _, accuracy, *_ = [line for line in "\n".join(table([], run, [], 50)).splitlines() if line]
+    assert head.index("after") + len("after") == accuracy.index("71.2%") + len("71.2%")
+    for line in run:
+        line["sets"]["heldout"]["preference"] = preference(0.5, None, None, kl=1.5)
+    found = cells([], run)
+    assert found[0][:3] == ["loss", "per", "answer"]
+    assert [row[0] for row in found[2:6]] == ["margin", "log", "log", "general"]
+
+
 def test_numbers_stand_under_their_heads():
     head, row = table([], [measured(0, 2.0), measured(77, 0.5)], [], 77)
     for name, cell in (("before", "2.0000"), ("best", "0.5000"), ("at step", "77"), ("change", "-1.5000")):

@@ -18,7 +18,7 @@ def config(*words):
     return parse_train(["--load_model", "m.pth", "--data_file", "d", *words])
 
 
-def play(path, losses=RISING, first=0, kept=(), main=True, trained=50, report=None, words=(), measure=None):
+def play(path, losses=RISING, first=0, kept=(), main=True, trained=50, report=None, words=(), measure=None, more=()):
     """Lead the callback through the steps after `first`; returns it and what was said."""
     said = []
     step_log = SimpleNamespace(records=[])
@@ -36,7 +36,7 @@ def play(path, losses=RISING, first=0, kept=(), main=True, trained=50, report=No
     warn.on_fit_start(trainer, module)
     for i, loss in enumerate(losses, start=1):
         line = {"step": i, "loss": loss, "grad_norm": 1.0, "seconds": 0.1, "tokens_per_s": 1e4, "data_wait_ms": 0}
-        step_log.records.append(line)
+        step_log.records.append(line | (more[i - 1] if more else {}))
         if i > first:
             warn.on_train_batch_end(trainer, module, None, None, i)
             if measure and i % 50 == 0:
@@ -58,6 +58,25 @@ def test_a_warning_comes_once_with_its_remedy_and_into_the_file(tmp_path):
     (line,) = lines(path)
     assert is_intact(line, ()) and line["kind"] == "loss rises" and line["step"] % 20 == 0
     assert said[0] == f"warning: {line['warning']}; {line['remedy']}"
+
+
+def test_preference_tuning_has_rules_of_its_own_and_none_of_a_loss_per_token(tmp_path):
+    figures = {"reward_chosen": -0.6, "reward_rejected": -0.9, "reward_margin": 0.3, "units": 8, "logp_chosen": -1.0}
+    figures |= {"reward_accuracy": None, "kl": 0.0}
+
+    def measure(step):
+        preference = figures | {"divergence": 0.9}
+        sets = {"mine": {"loss": 0.45, "samples": 40, "preference": preference}}
+        return {"step": step, "main": "mine", "general": None, "sets": sets}
+
+    steps = np.random.default_rng(0).normal(0, 0.02, 80)
+    losses, more = 6 + steps, [figures | {"reward_chosen": -0.6 + d, "reward_rejected": -0.9 - d} for d in steps]
+    kto = ("--task", "kto", "--eval_data", "e")
+    play(tmp_path / "kto.jsonl", losses, trained=4, words=kto, measure=measure, more=more)
+    found = [(line["kind"], line["step"]) for line in lines(tmp_path / "kto.jsonl")]
+    assert found == [("far from the start", 50), ("rewards of one sign", 60)], "a large loss, or a small share, is told"
+    play(tmp_path / "sft.jsonl", losses, trained=4, more=more)
+    assert [line["kind"] for line in lines(tmp_path / "sft.jsonl")] == ["masked", "loss of guessing"]
 
 
 def test_a_good_run_leaves_no_file(tmp_path):

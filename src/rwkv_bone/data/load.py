@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, islice
 
+import numpy as np
+
 from rwkv_bone.config import DataConfig
 from rwkv_bone.config.heldout import each_set
+from rwkv_bone.console import counted
 from rwkv_bone.data.conversations.conversation import Conversation, conversation
 from rwkv_bone.data.conversations.preference import answers_of
 from rwkv_bone.data.dataset import Dataset
+from rwkv_bone.data.lost import WARNING
 from rwkv_bone.data.part import Part
+from rwkv_bone.data.samples import Documents
 from rwkv_bone.data.sources.rows import Rows
 from rwkv_bone.data.templates.builtin import load_template
 from rwkv_bone.data.tokenise import RowReader
 from rwkv_bone.data.tokenizer import END_MARK, Tokenizer, decode_marked, encode_marked
 from rwkv_bone.data.used import check_tools, check_used
 from rwkv_bone.errors import UserError
+
+NEARLY = 1.1  # numbers of good and bad answers that are this near to balance count as balanced
 
 
 def load_dataset(
@@ -51,6 +60,8 @@ def load_dataset(
     found = [part.documents() for part in parts]
     if path is None:
         check_tools(typed or cfg, found, held_out)
+    if path is None and cfg.task == "kto" and (line := balance_line(found)):
+        found[-1] = replace(found[-1], notes=(*found[-1].notes, line))
     if weights:
         found = [
             replace(one, kind=f"{one.kind}; weight {weight:g}") for one, weight in zip(found, weights, strict=True)
@@ -65,6 +76,28 @@ def load_dataset(
     )
 
 
+def balance_line(found: Sequence[Documents]) -> str:
+    """What is to be said of the numbers of good and bad answers; empty if they are balanced.
+
+    The paper (Ethayarajh et al., arXiv 2402.01306, section 4.2) has the weight of the good answers times their number
+    between 1 and 4/3 of the same for bad ones.
+    """
+    labels = np.concatenate([np.asarray(documents.good, dtype=bool) for documents in found])
+    good, bad = int(np.count_nonzero(labels)), int(np.count_nonzero(~labels))
+    if not (good and bad):
+        kind, remedy = ("good", "bad ones, or give --task sft") if good else ("bad", "good ones")
+        number = counted(good + bad, "answer")
+        return f"{WARNING}--task kto learns from good and bad answers, and all are {kind} ({number}): add {remedy}"
+    ratio = good / bad
+    if 1 / NEARLY <= ratio <= NEARLY * 4 / 3:
+        return ""
+    flag, low = ("undesirable", 0.75 * ratio) if ratio > 1 else ("desirable", 1 / ratio)
+    return (
+        f"{good:,} good and {counted(bad, 'bad answer')}: --{flag}_weight {low:.3g} to {low * 4 / 3:.3g} balances them "
+        "(their weights times their numbers as 1 to 4/3 of good ones to 1 of bad ones)"
+    )
+
+
 def load_pairs(cfg: DataConfig, path: str, tokenizer: Tokenizer, limit: int | None = None) -> list[tuple[str, str]]:
     """(prompt, last response) as the template writes them, of the first `limit` rows of held-out data.
 
@@ -73,7 +106,13 @@ def load_pairs(cfg: DataConfig, path: str, tokenizer: Tokenizer, limit: int | No
     part = Part(cfg, tokenizer.vocab_size, path, held_out=True)
     if not isinstance(part.source, Rows):
         return []
-    layout = part.layout(part.source)
+    try:
+        layout = part.layout(part.source)
+    except UserError:
+        if cfg.task != "sft":  # a file of prompts may have one response each, whatever the task
+            with suppress(UserError):
+                return load_pairs(replace(cfg, task="sft", sft_field=(), eval_field=()), path, tokenizer, limit)
+        raise
     if layout.kind == "text":
         return []
     template = load_template(cfg.template, tokenizer.name, cfg.tool_format)

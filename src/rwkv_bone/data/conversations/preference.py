@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from rwkv_bone.config.preferences import PAIRED
 from rwkv_bone.data.conversations.conversation import (
+    IN_PROMPT,
     Conversation,
     count_unused,
     is_turns,
@@ -51,9 +52,7 @@ TRUTH = {
 # HH's texts begin with a person's turn, and every turn stands after a blank line.
 SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
-# Remarks.
-IN_BOTH = "responses that the conversations of both answers share, read and not trained"
-BEFORE_LABEL = "responses before the last, which is what the label is about: read and not trained"
+EARLIER = "responses before the answers that are compared, read and not trained"  # a remark
 
 
 class Answer(NamedTuple):
@@ -187,8 +186,8 @@ def answers_of(row: Mapping[str, Any], layout: Layout, where: str) -> tuple[Answ
     else:
         last = max(i for i, turn in enumerate(talks[0]) if turn.role == "assistant")
         shared = len(prompt) if _same(prompt, talks[0][: len(prompt)]) and prompt else last
-    earlier = sum(turn.role == "assistant" and turn.trained for turn in talks[0][:shared])
-    remarks[IN_BOTH if layout.rejected else BEFORE_LABEL] += earlier
+    del remarks[IN_PROMPT]
+    remarks[EARLIER] += sum(turn.role == "assistant" for turn in talks[0][:shared])
     before = with_system([replace(turn, trained=turn.role != "assistant") for turn in talks[0][:shared]], fields)
     tools = tools_of(fields, may_be_other=layout.kind != "messages")
     count_unused(fields, remarks)
