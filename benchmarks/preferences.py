@@ -4,10 +4,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.preferences --size 0.1B --bsz 1 --vocabularies 65536 --precision bf16
 
 Both sides are an RWKV-7 of random weights with Bone, whose layers and operators are ours on both: what differs is what
-the trainers do. Ours packs the pairs of a step into one row and reads the reference's log-probabilities from a table.
-TRL pads them and either does the same (`cached`, its precompute_ref_log_probs), or has the reference give them in each
-step (`each step`, what it does unless told otherwise). Neither computes anything again to save memory (--grad_cp 0,
-gradient_checkpointing False). Random pairs share their prompt, 20 to 250 tokens, and have answers of 40 to 250.
+the trainers do. Ours packs the pairs of a step into one row, computes a prompt once for both of its answers, and reads
+the reference's log-probabilities from a table. TRL pads them, and either has such a table (`cached`: its
+precompute_ref_log_probs) or runs the reference in each step (`each step`: what it does unless told otherwise). Neither
+computes anything again to save memory (--grad_cp 0, gradient_checkpointing False). Random pairs share their prompt, 20
+to 250 tokens, and have answers of 40 to 250.
 
 TRL's head scores every position on a CPU, padding and prompts included; on a GPU with Triton only the answers'. --head
 answers has it do so here, too (the default is both, one row each).
@@ -15,8 +16,9 @@ answers has it do so here, too (the default is both, one row each).
 The first step of both is compared: loss, rewards and the adapter's gradients. Then they take turns, a batch of pairs
 each; time is processor time of all threads on a CPU. Ratios are ours to TRL's, below 1 where ours is faster or smaller:
 of a step alone, and with the pass that makes the table, spread over 1 epoch and over 3. Peak is the most bytes of
-tensors held at once, beyond weights and moments. Exits with 1 if the two do not agree to rounding, or if a ratio to TRL
-with cached log-probabilities is above 0.70.
+tensors held at once, beyond weights and moments; positions are those that go through the trained model, padding
+included. Exits with 1 if the two do not agree to rounding, or if a ratio to TRL with cached log-probabilities, whose
+head scores all as it does there, is above 0.70.
 """
 
 from __future__ import annotations
@@ -201,10 +203,6 @@ class Trl:
             inputs = {name: x for name, x in inputs.items() if not name.startswith("ref_")}
         return self.trainer.training_step(self.trainer.model, inputs)
 
-    def positions(self, units: Sequence[int]) -> int:
-        """What goes through the model in a step, padding included."""
-        return self._collated(units)["input_ids"].numel()
-
     def first(self, units: Sequence[int]) -> First:
         loss = self.backward(units)
         said = self.trainer._metrics["train"]
@@ -366,6 +364,17 @@ def variants(sides: Sides, heads: Sequence[str]) -> dict[tuple[str, str], Callab
     return {(head, how): step(head, how == CACHED) for head in heads for how in (CACHED, EACH_STEP)}
 
 
+@contextmanager
+def counted(sides: Sides) -> Iterator[list[int]]:
+    """The positions, padding included, that go through either trained model within, call by call."""
+    went: list[int] = []
+    models = sides.ours.module.model, sides.trl.trainer.model.model.rwkv
+    hooks = [model.emb.register_forward_hook(lambda _, ids, __: went.append(ids[0].numel())) for model in models]
+    yield went
+    for hook in hooks:
+        hook.remove()
+
+
 def measured(
     sides: Sides, of_reference: dict[str, Took], heads: Sequence[str], rounds: int, device: torch.device
 ) -> list[dict]:
@@ -378,12 +387,13 @@ def measured(
     everybody = {OURS: ours} | theirs
     peaks = {name: peak_bytes(lambda run=run: run(0), device) for name, run in everybody.items()}
     took: dict[Any, list[Took]] = {name: [] for name in everybody}
+    positions = dict.fromkeys(everybody, 0)
     for turn in range(rounds):
         for name in list(everybody)[:: -1 if turn % 2 else 1]:
-            took[name].append(timed(lambda name=name, turn=turn: everybody[name](turn), device))
+            with counted(sides) as went:
+                took[name].append(timed(lambda name=name, turn=turn: everybody[name](turn), device))
+            positions[name] += sum(went)
 
-    mine = sum(batch.ids.numel() for batch in sides.ours.batches[:rounds])
-    positions = mine, sum(sides.trl.positions(units) for units in sides.units[:rounds])
     pairs, all_pairs = [len(units) for units in sides.units], sum(map(len, sides.units))
     clock = "processor" if device.type == "cpu" else "wall"
 
@@ -411,7 +421,7 @@ def measured(
                 "seconds_of_a_pair": [of_pair(OURS), of_pair(name)],
                 "ratio": statistics.median(ratios),
                 "spread": [min(ratios), max(ratios)],
-                "positions_ratio": positions[0] / positions[1],
+                "positions_ratio": positions[OURS] / positions[name],
                 "wall_ratio": of_pair(OURS, "wall") / of_pair(name, "wall"),
                 **passes,
                 "peak_mb": [round(peaks[one] / 2**20, 1) for one in (OURS, name)],
@@ -475,16 +485,16 @@ def main() -> int:
                     }
                     append(args.json, row | about | {"difference": found})
                     for name in ("ratio", "peak_ratio"):
-                        if row["reference"] == CACHED and row[name] > BAR:
+                        if (row["head"], row["reference"]) == ("all", CACHED) and row[name] > BAR:
                             wrong.append(f"{what}, head {row['head']}: {name} {row[name]:.2f}, the bar is {BAR:.2f}")
     print("\n".join(wrong) if wrong else "both sides agree, and every bar is met")
     return bool(wrong)
 
 
 def agree(found: dict[str, float], precision: str) -> bool:
-    """To rounding. Rewards have no scale of their own: they are of the order of 1."""
+    """To rounding. Loss and rewards are differences of sums of hundreds of log-probabilities, which round first."""
     loss, gradients = LIMITS[precision]
-    limits = {"loss": loss, "rewards": 10 * loss, "gradients": gradients}
+    limits = {"loss": 10 * loss, "rewards": 10 * loss, "gradients": gradients}
     return all(found[name] <= limit for name, limit in limits.items())
 
 

@@ -86,7 +86,7 @@ def shared_prompts(model: Callable[..., Any], batch: Batch, *, recompute: Recomp
     assert host.cu_seqlens is not None
     made = cut(values(host.ids[0]), values(host.cu_seqlens), values(host.label_rows), len(batch.answers.units), least)
     piece = max(host.ids.shape[1] // PIECES, 1)
-    extra = [-len(positions) % piece for positions in (made.shared, made.rest)]
+    extra = [-len(made.shared) % piece if made.pairs else 0, -len(made.rest) % piece]
     bounds = [
         np.append(bounds, bounds[-1] + more) if more else bounds
         for bounds, more in zip((made.shared_bounds, made.rest_bounds), extra, strict=True)
