@@ -1,4 +1,4 @@
-"""Write the preference sets: preferences_train.jsonl, preferences_heldout.jsonl, voices_train.jsonl, voices_heldout.jsonl.
+"""Write the preference sets: preferences_train.jsonl and voices_train.jsonl, each with its _heldout.jsonl, and prompts.
 
     python assets/make_preferences.py [FOLDER]
 
@@ -25,6 +25,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 PLAIN_SENTENCE = re.compile(r"[A-Z][A-Za-z ,;'-]{29,119}[.!?]")  # short, and without names of chapters or speakers
 FIRST_ADDRESS = "To the Congress of the United States: Once again "  # 1961: where the novel ends in the corpus
 HELDOUT_BEGINNINGS = 8  # every eighth
+PROMPTS = ("The ", "Our ", "Every ", "They ")  # pairs begin with two words
 
 
 def other_word(words: list[str], draw: random.Random) -> list[str]:
@@ -100,7 +101,7 @@ def voice_pairs(source: Path) -> tuple[list[dict[str, str]], list[dict[str, str]
     sides: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
     for number, beginning in enumerate(sorted(novel.keys() & addresses.keys())):
         side = sides[number % HELDOUT_BEGINNINGS == 0]
-        for chosen, rejected in zip(novel[beginning], addresses[beginning]):
+        for chosen, rejected in zip(novel[beginning], addresses[beginning], strict=False):  # the fewer decide
             side.append({"prompt": beginning, "chosen": chosen, "rejected": rejected})
     draw = random.Random(SEED)
     for side in sides:
@@ -119,6 +120,7 @@ def main() -> None:
     train, heldout = voice_pairs(HERE / "corpus_train.jsonl")
     write(folder / "voices_train.jsonl", train)
     write(folder / "voices_heldout.jsonl", heldout)
+    write(folder / "voices_prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
 
 
 if __name__ == "__main__":

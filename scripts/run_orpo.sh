@@ -16,6 +16,7 @@ grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: s
 load_model=assets/rwkv7-tiny.pth           # base checkpoint; its sizes are read from the file
 data_file=assets/preferences_train.jsonl   # rows of prompt, chosen and rejected; several files: one a line
 eval_data=assets/preferences_heldout.jsonl # pairs kept out of training, measured before and after
+eval_steps=181                             # optimiser steps between measurements
 proj_dir=out/orpo                          # results: adapters rwkv-N.pth, log, curves
 
 task=orpo # dpo, orpo, simpo; kto takes rows of prompt, response and label
