@@ -1,7 +1,7 @@
 """A step of --task dpo beside one of TRL's DPOTrainer: the same model, adapter, pairs, precision and optimiser.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.preferences                       the bundled shape, vocabularies 256 and 65536
-    OMP_NUM_THREADS=1 python -m benchmarks.preferences --size 0.1B --bsz 2 --vocabularies 65536 --precision bf16
+    OMP_NUM_THREADS=1 python -m benchmarks.preferences             the bundled shape, vocabularies of 256 and of 65536
+    OMP_NUM_THREADS=1 python -m benchmarks.preferences --size 0.1B --bsz 1 --vocabularies 65536 --precision bf16
 
 Both sides are an RWKV-7 of random weights with Bone, whose layers and operators are ours on both: what differs is what
 the trainers do. Ours packs the pairs of a step into one row and reads the reference's log-probabilities from a table.
@@ -67,8 +67,8 @@ CACHED, EACH_STEP = "cached", "each step"  # where the reference's log-probabili
 EPOCHS = (1, 3)
 OURS = "ours"
 TITLES = (
-    f"{'TRL: head, reference':>21} {'ours, TRL: ms a pair':>21} {'ratio':>6} {'all steps':>14} {'wall':>6} {'positions':>9}"
-    f"{'1 epoch':>8} {'3 epochs':>8} {'peak: ours, TRL, ratio':>28}"
+    f"{'TRL: head, reference':>21} {'ours, TRL: ms a pair':>21} {'ratio':>6} {'all steps':>14} {'wall':>6}"
+    f"{'positions':>10}{'1 epoch':>8} {'3 epochs':>8} {'peak: ours, TRL, ratio':>28}"
 )
 
 
@@ -79,7 +79,7 @@ class Pair(NamedTuple):
 
 
 class First(NamedTuple):
-    """What a step without the optimiser's gave. rewards: mean of the chosen, mean of the rejected, share of the right."""
+    """What forward and backward gave. rewards: mean of the chosen, mean of the rejected, share of pairs in order."""
 
     loss: float
     rewards: tuple[float, float, float]
@@ -395,7 +395,9 @@ def measured(
 
     rows = []
     for name in theirs:
-        ratios = [getattr(mine, clock) / getattr(other, clock) for mine, other in zip(took[OURS], took[name], strict=True)]
+        ratios = [
+            getattr(mine, clock) / getattr(other, clock) for mine, other in zip(took[OURS], took[name], strict=True)
+        ]
         head, how = name
         passes = {f"ratio_{epochs}_epochs": with_pass(OURS, OURS, epochs) for epochs in EPOCHS}
         for epochs in EPOCHS:
@@ -427,8 +429,8 @@ def line(row: dict) -> str:
     peaks = "{:,.0f} MB {:,.0f} MB".format(*row["peak_mb"])
     name = f"{row['head']}, {row['reference']}"
     return (
-        f"{name:>21} {times:>21} {row['ratio']:>6.2f} {spread:>14} {row['wall_ratio']:>6.2f} {row['positions_ratio']:>9.2f}"
-        f"{passes} {peaks:>21} {row['peak_ratio']:>6.2f}"
+        f"{name:>21} {times:>21} {row['ratio']:>6.2f} {spread:>14} {row['wall_ratio']:>6.2f}"
+        f"{row['positions_ratio']:>10.2f}{passes} {peaks:>21} {row['peak_ratio']:>6.2f}"
     )
 
 
@@ -465,7 +467,12 @@ def main() -> int:
                 print(TITLES)
                 for row in measured(sides, of_reference, args.head, args.rounds, device):
                     print(line(row), flush=True)
-                    about = {"size": args.size, "vocabulary": vocabulary, "precision": precision, "lengths": args.lengths}
+                    about = {
+                        "size": args.size,
+                        "vocabulary": vocabulary,
+                        "precision": precision,
+                        "lengths": args.lengths,
+                    }
                     append(args.json, row | about | {"difference": found})
                     for name in ("ratio", "peak_ratio"):
                         if row["reference"] == CACHED and row[name] > BAR:

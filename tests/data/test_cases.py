@@ -131,7 +131,7 @@ def test_numbers_are_read_as_they_are_written(samples):
 
 
 def test_preference_data_is_called_by_its_name(samples):
-    with pytest.raises(UserError, match="preference.jsonl:1: preference data.*--sft_field prompt chosen"):
+    with pytest.raises(UserError, match="preference.jsonl:1: preference data.*--task dpo.*--sft_field prompt chosen"):
         samples("preference.jsonl")
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from rwkv_bone.data.conversations.conversation import BAD_EXAMPLES, IN_PROMPT, Layout, Turn, conversation, layout_of
+from rwkv_bone.data.conversations.preference import preference_layout
 from rwkv_bone.data.conversations.remarks import unused
 from rwkv_bone.data.load import load_dataset
 from rwkv_bone.errors import UserError
@@ -196,6 +197,8 @@ def test_a_prompt_and_a_completion_may_be_lists_of_turns():
 def test_preference_data_says_what_it_is_and_the_advice_works(row, advice):
     found = error(row)
     assert "preference data" in found and f"--sft_field {advice}" in found
+    task = "kto" if "label" in row else "dpo"
+    assert f"train.py --task {task}" in found and preference_layout(row, (), task, "f:1").compares
     turns = read(row, *advice.split()).turns
     assert [turn.role for turn in turns] == ["user", "assistant"]
     assert turns[1].text in ("b", "yes")

@@ -26,7 +26,7 @@ class Samples:
 
     def __init__(self, lengths, ctx_len: int, repeats=None):
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.positions = self.widths = self.lengths - 1
+        self.positions = self.widths = self.room = self.lengths - 1
         self.ctx_len = ctx_len
         self.repeats = None if repeats is None else np.asarray(repeats, dtype=np.float64)
         self.trained_counts = np.array([int(self[i].trained.sum()) for i in range(len(self))])

@@ -113,6 +113,13 @@ def test_what_is_beside_the_answers_belongs_to_both():
     layout = preference_layout(row, (), "dpo", "f:1")
     assert str(layout) == "prompt, chosen and rejected, with context, system, history, tools"
     assert layout.names >= {"prompt", "chosen", "rejected", "system", "tools"}
+    # Which of two answers a thought led to is not known; a list of turns has no context.
+    assert str(preference_layout(FORMS["texts"] | {"reasoning": "why"}, (), "dpo", "f:1")) == (
+        "prompt, chosen and rejected"
+    )
+    assert str(preference_layout(FORMS["OpenAI"], (), "dpo", "f:1")) == (
+        "input.messages, preferred_output and non_preferred_output"
+    )
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,58 @@ def test_what_is_cut_and_left_out_is_said_with_the_reason(write_jsonl, capsys):
     assert "field 'response' is empty" in text and "---" not in text
 
 
+PAIRS = (
+    {"prompt": "2+2=", "chosen": "four", "rejected": "five!"},
+    {"prompt": "name it: ", "chosen": "a\nb", "rejected": "c"},
+)
+
+
+def test_pairs_show_their_prompt_once_and_both_answers(write_jsonl, capsys):
+    """The chosen answer where a trained one stands, the rejected one in other brackets, or in red."""
+    words = ("--data_file", write_jsonl(*PAIRS), "--task", "dpo", "--ctx_len", "10", "--micro_bsz", "3")
+    lines = lines_of(capsys, *words)
+    path = words[1]
+    assert lines[:9] == [
+        f"--- {path}:1: prompt 4 tokens, chosen 5, rejected 6",
+        "2+2=[[four<end>]]",
+        "rejected: {{five!<end>}}",
+        "",
+        f"--- {path}:2: prompt 7 tokens, chosen 4, rejected 2",
+        "... 2 tokens of the prompt, at its beginning, cut off",
+        "me it: [[a⏎",
+        "b<end>]]",
+        "rejected: {{c<end>}}",
+    ]
+    # 9 + 10 + 11 + 9 tokens, and 5 + 6 + 4 + 2 in answers; the longer answers make 10 and 11.
+    assert "2 pairs, 39 tokens, 17 of them trained; longest 11 with the longer answer" in lines
+    assert "trained: 43.6% of the tokens, 8.5 a pair" in lines
+    assert (
+        "answers in tokens: chosen mean 4.5, median 4, 95% up to 5; rejected mean 4.0, median 4, 95% up to 6; the "
+        "chosen one is the longer in 50.0% of the pairs"
+    ) in lines
+    assert "length in tokens with the longer answer: mean 10.5, median 10, 95% up to 11" in lines
+    assert "packed (--dataload pack): 1 x 60 tokens, 41.7% of them unused" in lines
+    assert "one answer a row: 4 x 10 tokens, 12.5% of them unused" in lines
+    lines = lines_of(capsys, *words, "--color", "always", "--show_tokens", "3")
+    assert lines[1:5] == [
+        "... 1 more token",
+        "\033[2m+2=\033[0m\033[32mfou\033[0m",
+        "... 2 more tokens, 2 of them trained",
+        "rejected: \033[31mfiv\033[0m",
+    ]
+
+
+def test_labelled_answers_show_whether_they_are_good(write_jsonl, capsys):
+    rows = ({"prompt": f"{i}?", "completion": "yes" if i % 2 else "no", "label": bool(i % 2)} for i in range(3))
+    lines = lines_of(capsys, "--data_file", write_jsonl(*rows), "--task", "kto")
+    told = [line.partition(": ")[2] for line in lines if line.startswith("---")]
+    assert told == ["prompt 2 tokens, bad answer 3", "prompt 2 tokens, good answer 4", "prompt 2 tokens, bad answer 3"]
+    assert [line for line in lines if "?" in line] == ["0?{{no<end>}}", "1?[[yes<end>]]", "2?{{no<end>}}"]
+    assert "3 answers, 1 good and 2 bad, 16 tokens, 10 of them trained; longest 6" in lines
+    assert "trained: 62.5% of the tokens, 3.3 an answer" in lines
+    assert "answers in tokens: good mean 4.0, median 4, 95% up to 4; bad mean 3.0, median 3, 95% up to 3" in lines
+
+
 def test_a_stream_of_random_windows_has_no_packing(write_jsonl, capsys):
     path = write_jsonl({"text": "abc"}, {"text": "defgh"})
     lines = lines_of(capsys, "--data_file", path, "--dataload", "get", "--ctx_len", "4")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_bone.data import BatchPlan
+from rwkv_bone.data import BatchPlan, load_tokenizer
 from rwkv_bone.data.dataset import Dataset
 from rwkv_bone.errors import UserError
 from tests.data.conftest import preferences, windows
@@ -280,6 +280,20 @@ def test_an_answer_without_a_trained_token_is_left_out_with_its_pair():
     assert len(dataset) == 5 and dataset.note_lines() == [
         "warning: made up: left out, no token to train on in one of the answers: 1 pair (made up 0), 16.7% of the pairs"
     ]
+
+
+def test_the_expected_answers_are_the_chosen_and_the_good_ones():
+    """Where nothing of the prompt is cut: a model is asked it whole."""
+
+    def text(*parts: str) -> tuple:
+        return tuple([*part.encode()] for part in parts)
+
+    tokenizer = load_tokenizer("bytes", 256)
+    rows = [text("2+2=", "four\0", "five\0"), text("3+3 is what?", "six\0", "seven\0")]
+    assert Dataset([preferences(rows)], 99).pairs(tokenizer) == [("2+2=", "four"), ("3+3 is what?", "six")]
+    assert Dataset([preferences(rows)], 16, max_lost=1).pairs(tokenizer) == [("2+2=", "four")]
+    single = [row[:2] for row in rows]
+    assert Dataset([preferences(single, [False, True])], 99).pairs(tokenizer) == [("3+3 is what?", "six")]
 
 
 def test_the_summary_counts_pairs_and_labels():

@@ -47,6 +47,8 @@ TABLE = {
     ("long_samples", "drop"): ALL,
     ("ctx_len", 20): ALL,
     ("dataload", "get"): ALL,
+    ("task", "dpo"): REFUSED,
+    ("task", "kto"): REFUSED,
 }
 # Settings that this table cannot hold, and where they are held.
 ELSEWHERE = {
@@ -139,7 +141,9 @@ def test_a_setting_acts_on_the_data_or_is_refused(data, kind, name, value):
     expected = TABLE[name, value][kind]
     changed = DataConfig(data_file=path, **{**base, name: value, **more})
     if expected == "refused":
-        with pytest.raises(UserError, match=rf"--{name} .*(remove|give --sft_split|the splits)|with --{name}"):
+        with pytest.raises(
+            UserError, match=rf"--{name} .*(remove|give --sft_split|the splits|--task sft)|with --{name}"
+        ):
             load_dataset(changed, 65536)
         return
     assert (samples(changed) != samples(DataConfig(data_file=path, **base))) == (expected == "acts")

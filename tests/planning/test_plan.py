@@ -1,5 +1,6 @@
 """planning/plan.py: what is said before a run, against the run itself, and that nothing is written."""
 
+import json
 import os
 import re
 import subprocess
@@ -50,7 +51,7 @@ def tree(*folders: Path) -> dict:
 def untimed(monkeypatch):
     """No steps are taken; what they would have shown is made up."""
     held = Costs(whole=0.5, loss=0.25, answers=2.0, samples=0.125)
-    made = Timed(Times(0.001, 7, 0.02, 3.0), start=4.0, held=held, peak=1.0)
+    made = Timed(Times(0.001, 7, 0.02, 3.0), start=4.0, held=held, peak=1.0, reference=9.0, referred=11)
     monkeypatch.setattr(plan_module, "take_steps", lambda *_: made)
     return made
 
@@ -155,7 +156,20 @@ def test_the_time_of_a_run_adds_up(job, capsys, untimed):
     # Before and after all of it, and every 100 steps a part, without the answers, which would take too long.
     between = (steps_ - 1) // 100
     assert between > 2 and f"for {between + 2} measurements" in said
-    assert total == pytest.approx(start + train + 2 * (0.5 + 2.0 + 0.125) + between * 0.375, abs=2)
+    assert total == pytest.approx(start + train + 9 + 2 * (0.5 + 2.0 + 0.125) + between * 0.375, abs=2)
+
+
+def test_the_reference_of_a_preference_run_is_timed_and_nothing_is_kept(job, capsys):
+    rows = [{"prompt": f"{i} -> ", "completion": str(i)[::-1], "label": i % 3 > 0} for i in range(30, 60)]
+    data = job.folder / "labelled.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    folder = job.folder / "labels"
+    said = planned(job, capsys, proj_dir=folder, data_file=data, task="kto", eval_split=0.3)
+    (line,) = [line for line in said.splitlines() if line.startswith("reference ")]
+    units = re.search(r"(\d+) answers, \d+ good", said)[1]
+    assert f"the log-probabilities of {units} answers and of held-out ones" in line
+    assert "for the reference, " in said and not folder.exists()
+    assert "reference" not in planned(job, capsys, proj_dir=folder)
 
 
 def test_lines_are_broken_between_words_and_keep_their_column():

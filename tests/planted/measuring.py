@@ -4,13 +4,15 @@ from tests.planted.bug import Bug
 
 TRAINING = "src/rwkv_bone/training/"
 HELDOUT, SETS, WHEN = TRAINING + "heldout.py", TRAINING + "heldout_sets.py", TRAINING + "measuring.py"
+MODULE = TRAINING + "module.py"
 BEST, LINES, SAVING = TRAINING + "best.py", TRAINING + "measurements.py", TRAINING + "saving.py"
+MODULE = TRAINING + "module.py"
 NAMES = "src/rwkv_bone/config/heldout.py"
 TESTS = "tests/training/test_"
 
 BUGS = (
-    Bug(HELDOUT, "    module.eval()\n    yield\n", "    yield\n", f"{TESTS}heldout.py -k dropout"),
-    Bug(HELDOUT, "    yield\n    module.train()\n", "    yield\n", f"{TESTS}measurements.py -k dropout"),
+    Bug(MODULE, "    module.eval()\n    yield\n", "    yield\n", f"{TESTS}heldout.py -k dropout"),
+    Bug(MODULE, "    yield\n    module.train()\n", "    yield\n", f"{TESTS}measurements.py -k dropout"),
     Bug(HELDOUT, "broadcast(bool(step) and is_best", "broadcast(is_best", f"{TESTS}best.py -k lowest"),
     Bug(BEST, " or Best(step, loss) == best", "", f"{TESTS}best.py -k 'only_a_lower or beside'"),
     Bug(BEST, "loss < best.loss", "loss <= best.loss", f"{TESTS}best.py -k lowest"),

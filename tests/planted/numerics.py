@@ -107,20 +107,20 @@ BUGS = (
     ),
     Bug(
         f"{TRAINING}/module.py",
-        "return loss * (per_token + 0",
-        "return loss * (per_token * self.plan.accumulate + 0",
+        "return loss * (scale + 0",
+        "return loss * (scale * self.plan.accumulate + 0",
         "tests/training/test_module.py",
     ),
     Bug(
         f"{TRAINING}/module.py",
-        '"loss_scale": scale, ',
-        '"loss_scale": 1.0, ',
+        "loss_scale=scale",
+        "loss_scale=1.0",
         "tests/training/test_module.py",
     ),
     Bug(
         f"{TRAINING}/module.py",
-        "self.plan.world_size / self._trained",
-        "1 / self._trained",
+        "self.plan.world_size / self._units",
+        "1 / self._units",
         "tests/training/test_module.py",
     ),
     Bug(

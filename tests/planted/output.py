@@ -167,7 +167,12 @@ BUGS = (
         "(folder, folder.mkdir(parents=True) or folder)",
         f"{RUNS} -k leaves_no_folder",
     ),
-    Bug(f"{TRAINING}/prepare.py", "if path and not continued:", "if path:", f"{RESUME} -k without_its_file"),
+    Bug(
+        f"{TRAINING}/prepare.py",
+        "if not (continued or empty):  # a",
+        "if not empty:  # a",
+        f"{RESUME} -k without_its_file",
+    ),
     Bug(f"{TRAINING}/progress.py", "self._bar.disable, self._bar = True, None", "pass", f"{LOG} -k goes_away"),
     Bug(f"{TRAINING}/saving.py", ', "threads": torch.get_num_threads()}', "}", f"{RESUME} -k threads"),
     Bug(f"{TRAINING}/report.py", "drawn.unlink(missing_ok=True)", "pass", f"{RUNS} -k cannot_be_drawn"),

@@ -23,7 +23,7 @@ BUGS = (
     Bug(HELD, "(longest - 1)) * len", "longest) * len", "tests/planning/test_heldout_times.py -k longest"),
     Bug(HELD, "stop_id=None", "stop_id=tokenizer.eod", "tests/planning/test_heldout_times.py -k longest"),
     Bug(HELD, "2 * self.at_the_ends", "self.at_the_ends", "tests/planning/test_heldout_times.py -k both_ends"),
-    Bug(LINES, "self.start + self.steps * self.step + self", "self.steps * self.step + self", f"{PLAN} -k adds_up"),
+    Bug(LINES, "return self.start + self", "return self", f"{PLAN} -k adds_up"),
     Bug(LINES, "if (holder := run_lock.holder(folder)) is not None:", "if (holder := None):", f"{PLAN} -k would_find"),
     Bug(GUARD, "* (1 - ERROR)", "", f"{GUARDS} -k certain"),
     Bug(GUARD, "(plan.parts.weights if mapped else 0)", "0", f"{GUARDS} -k mapped"),

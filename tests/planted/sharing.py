@@ -5,8 +5,8 @@ from tests.planted.bug import Bug
 BUGS = (
     Bug(
         "src/rwkv_bone/training/module.py",
-        "per_token = self.plan.world_size / self._trained",
-        "per_token = 1 / self._trained",
+        "scale = self.plan.world_size / self._units",
+        "scale = 1 / self._units",
         "tests/training/test_packing.py -k two_processes",
     ),
     Bug(

@@ -115,3 +115,68 @@ def make(folder: Path, steps: int = 752, every: int = 75, state: str = "done", p
     }
     (folder / "preview.json").write_text(json.dumps(sealed(preview)), encoding="utf-8")
     return folder
+
+
+def preference_figures(step: int, total: int, beta: float = 0.1, learnt: float = 1.0) -> dict[str, Any]:
+    """What a run with --task dpo measures: the log-probability of rejected answers falls, of chosen ones a little."""
+    went = 1 - math.exp(-3 * step / total)
+    chosen, rejected = -1.2 - 0.15 * went, -1.25 - 1.6 * went * learnt
+    rewards = beta * 40 * (chosen + 1.2), beta * 40 * (rejected + 1.25)
+    return {
+        "reward_chosen": round(rewards[0], 6),
+        "reward_rejected": round(rewards[1], 6),
+        "reward_margin": round(rewards[0] - rewards[1], 6),
+        "reward_accuracy": round(0.5 + 0.48 * went * learnt, 6),
+        "logp_chosen": round(chosen, 6),
+        "logp_rejected": round(rejected, 6),
+        "nll": None,
+        "kl": None,
+    }
+
+
+def make_preference(
+    folder: Path, task: str = "dpo", steps: int = 240, every: int = 24, state: str = "done", **preference: Any
+) -> Path:
+    """As `make`, of a run with --task dpo, orpo, simpo or kto."""
+    make(folder, steps, every, state)
+    config = json.loads((folder / "config.json").read_text())
+    del config["crc32"]
+    config["data"] |= {"task": task, "data_file": ["pairs.jsonl"], "eval_data": ["heldout=pairs_heldout.jsonl"]}
+    config["preference"] = {"beta": "auto", "gamma": "auto", "label_smoothing": 0.0, "sft_weight": "auto"} | preference
+    config["preference"] |= {"desirable_weight": 1.0, "undesirable_weight": 1.0, "reference": "start"}
+    (folder / "config.json").write_text(json.dumps(sealed(config)), encoding="utf-8")
+
+    def figures(step: int, noise: float, learnt: float = 1.0) -> dict[str, Any]:
+        found = preference_figures(step, steps, learnt=learnt)
+        if task == "kto":
+            found |= {"reward_accuracy": None, "kl": round(0.02 * step / steps, 6)}
+        else:
+            found["reward_accuracy"] = round(min(max(found["reward_accuracy"] + noise, 0), 1) * 8) / 8
+        return found | ({"nll": round(-found["logp_chosen"], 6)} if task == "orpo" else {})
+
+    log = []
+    for step in range(1, steps + 1):
+        record = step_record(step)
+        noise = (record["grad_norm"] - 0.4) * 2
+        loss = math.log(2) * math.exp(-2.5 * step / steps) + abs(noise) / 4
+        log.append(record | {"loss": round(loss, 6), "units": 8} | figures(step, noise))
+    write_lines(folder / "train_log.jsonl", log)
+    records = [json.loads(line) for line in (folder / "measurements.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["crc32"]
+        record["sets"]["heldout"] |= {
+            "loss": round(math.log(2) * math.exp(-2 * record["step"] / steps), 6),
+            "preference": preference_figures(record["step"], steps, learnt=0.9)
+            | ({"reward_accuracy": None, "kl": 0.01} if task == "kto" else {})
+            | {"divergence": round(0.2 * record["step"] / steps, 6)},
+        }
+    write_lines(folder / "measurements.jsonl", records)
+    preview = json.loads((folder / "preview.json").read_text())
+    del preview["crc32"]
+    one = {"origin": "pairs.jsonl line 1", "tokens": 30, "trained": 14, "more": 0}
+    preview["samples"] = [
+        one | {"answer": "chosen", "pieces": [[False, PROMPT], [True, f"{EXPECTED}<end>"]]},
+        one | {"answer": "rejected", "pieces": [[False, PROMPT], [True, "two thousand five hundred seven<end>"]]},
+    ]
+    (folder / "preview.json").write_text(json.dumps(sealed(preview)), encoding="utf-8")
+    return folder

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rwkv_bone.training.curve import draw_loss, heldout_lines, smoothed
+from rwkv_bone.training.curve import draw_loss, heldout_lines, panels, smoothed
 
 
 def measurement(step: int, main: float, general: float | None = None, best: bool = False) -> dict:
@@ -47,3 +47,40 @@ def test_a_measurement_that_is_no_number_leaves_a_gap(tmp_path):
     broken = [*RUN, {**measurement(20, 0.0), "sets": {"mine": {"loss": None}}}]
     assert heldout_lines(broken)[0]["steps"] == (0, 5, 10, 15)
     draw_loss(tmp_path / "loss.png", [{"step": 1, "loss": 2.0}], broken)
+
+
+def compared(step: int, **figures: float | None) -> dict:
+    """A line of the log of a run that compares answers."""
+    return {"step": step, "loss": 0.5, "units": 4, "reward_margin": float(step), "reward_accuracy": None, **figures}
+
+
+def test_a_run_that_compares_answers_has_a_panel_for_each_thing_that_was_measured():
+    measured = [measurement(step, 0.6, 1.2 + step) for step in (0, 5)]
+    for one in measured:
+        one["sets"]["mine"]["preference"] = {"reward_margin": one["step"] / 4, "logp_chosen": None, "divergence": 0.25}
+    found = dict(panels([compared(step, kl=None) for step in (1, 2)], measured))
+    assert [name.split(" (")[0] for name in found] == [
+        "loss",
+        "reward",
+        "divergence from the start",
+        "loss of general text",
+    ]
+    # The loss of general text is of another kind than the task's.
+    loss, reward, divergence, general = found.values()
+    assert [line["label"] for line in loss] == ["each step", "moving average", "held-out: mine"]
+    assert [(line["label"], line["steps"], line["losses"]) for line in reward] == [
+        ("margin", [1, 2], smoothed([1.0, 2.0])),
+        ("_margin", [0, 5], [0.0, 1.25]),
+    ]
+    assert [(line["label"], line["losses"]) for line in divergence] == [("held-out", [0.25, 0.25])]
+    assert [line["losses"] for line in general] == [(1.2, 6.2)]
+
+
+def test_a_run_of_sft_has_its_loss_alone():
+    ((name, lines),) = panels([{"step": 1, "loss": 2.0}], RUN)
+    assert name == "loss (nats per trained token)" and len(lines) == 5
+
+
+def test_one_step_that_compared_answers_can_be_drawn(tmp_path):
+    draw_loss(tmp_path / "loss.png", [compared(1)], [])
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

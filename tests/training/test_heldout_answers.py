@@ -15,6 +15,7 @@ from rwkv_bone import load_model
 from rwkv_bone.config.checksum import sealed
 from rwkv_bone.config.flags import parse_train
 from rwkv_bone.data import load_dataset
+from rwkv_bone.inference.evaluate import heldout_loss
 from rwkv_bone.training import curve
 from rwkv_bone.training.fit import fit
 from rwkv_bone.training.measurements import RECORD, read_lines
@@ -187,11 +188,13 @@ def test_a_run_that_goes_on_compares_with_the_model_that_it_began_with(job, flag
     same(found[6]["preference"], figures)
     # What the file held is lost: the reference is computed again, with the first values of what is trained.
     (folder / "reference.safetensors").unlink()
+    (folder / "evaluation.json").unlink()  # what is measured first is then no start of the run
     capsys.readouterr()
     job.run(folder.name, **on, epoch_count=3)
     said = capsys.readouterr().out
     assert said.count("no divergence from the start (KL) of heldout: ") == 1
     loss, figures = independent(job, on, folder, "rwkv-2.pth")
+    assert main(folder)[6]["preference"]["divergence"] is None
     last = main(folder)[9]
     assert last["loss"] == pytest.approx(loss, rel=1e-4)
     same(last["preference"], figures | {"divergence": None})
@@ -242,3 +245,16 @@ def test_figures_that_are_none_make_a_line_as_good_as_missing(trained, tmp_path)
     del older["sets"]["heldout"]["preference"]
     path.write_text(json.dumps(sealed(older)) + "\n")
     assert read_lines(path, RECORD, 9) == [older]
+
+
+def test_the_general_text_and_prompts_may_be_rows_without_preferences(job, flags, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n} -> ", "response": str(n)}) + "\n" for n in range(70, 74)))
+    folder = job.run("general", **flags("orpo", eval_general=rows, sample_prompts=rows, epoch_steps=1))
+    last = lines(folder)[-1]
+    assert last["general"] == "general" and "preference" not in last["sets"]["general"]
+    model = load_model(job.flags["load_model"], adapter=folder / "rwkv-0.pth", dtype=torch.float32, op="torch")
+    data = load_dataset(parse_train(job.argv({"data_file": rows})).data, 256)
+    assert last["sets"]["general"]["loss"] == pytest.approx(heldout_loss(model, data, micro_bsz=4)[0], rel=1e-5)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [(one["prompt"], one["expected"]) for one in samples[:2]] == [("70 -> ", "70"), ("71 -> ", "71")]

@@ -102,6 +102,30 @@ def test_names_of_steps_and_of_every_set_are_told_apart_and_nulls_are_left_out()
     }
 
 
+def test_every_figure_of_compared_answers_is_sent_under_its_name():
+    sets = {"heldout": {"loss": 0.5, "exact_match": None, "preference": {"reward_margin": 0.25, "kl": None}}}
+    assert numbers_of({**MEASURED, "sets": sets}) == {"eval/heldout/loss": 0.5, "eval/heldout/reward_margin": 0.25}
+    record = line(4) | {"units": 8, "reward_accuracy": 0.75, "nll": None}
+    sent = numbers_of(record)
+    assert (sent["train/units"], sent["train/reward_accuracy"]) == (8, 0.75) and "train/nll" not in sent
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_a_csv_file_has_a_column_for_a_figure_whichever_line_has_it_first(tmp_path, monkeypatch):
+    """Of kto a step may have bad answers alone, so that good ones have no reward."""
+    plain = line
+    figures = {1: {"reward_rejected": 0.5}, 2: {"reward_chosen": 0.25}, 4: {"reward_chosen": 0.75}}
+    monkeypatch.setitem(globals(), "line", lambda step: plain(step) | figures.get(step, {}))
+    columns = []
+    for first, earlier in ((0, []), (3, [{**MEASURED, "step": 2}])):
+        play(tmp_path, "--report_to", "csv", first=first, steps=4, measured=(2,), earlier=earlier)
+        with open(tmp_path / "csv" / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        columns.append(list(rows[0]))
+        assert [row["train/reward_chosen"] for row in rows if row["train/loss"]] == ["", "0.25", "", "0.75"]
+    assert columns[0] == columns[1]
+
+
 def test_every_setting_is_a_hyper_parameter(tmp_path):
     found = hyper_parameters(config(tmp_path, "--bone_r", "8"))
     assert found["bone_r"] == 8 and found["data_file"] == "d e" and found["beta1"] == 0.9

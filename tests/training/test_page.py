@@ -30,6 +30,24 @@ def test_a_run_leaves_its_page_with_the_values_of_its_log(job):
     assert preview_of(folder)["environment"]["device"].startswith("CPU with ")
 
 
+def test_both_answers_of_a_pair_are_on_the_page_with_what_was_logged_of_them(job):
+    pairs = job.folder / "pairs.jsonl"
+    rows = [{"prompt": f"{n} -> ", "chosen": str(n + 1), "rejected": f"{n}!"} for n in range(4)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = job.run("pairs", data_file=pairs, task="dpo")
+    shown, log = Page.read(folder / "report.html"), log_of(folder)
+    samples = [(one["answer"], one["pieces"]) for one in preview_of(folder)["samples"]]
+    assert samples[:2] == [
+        ("chosen", [[False, "0 -> "], [True, "1<end>"]]),
+        ("rejected", [[False, "0 -> "], [True, "0!<end>"]]),
+    ]
+    assert [answer for answer, _ in samples] == ["chosen", "rejected"] * 3
+    # The first value of a moving average is the value itself.
+    assert shown.series("margin")["training"][1] == log[0]["reward_margin"] == 0
+    assert shown.series("logp")["chosen, training"][1] == pytest.approx(log[0]["logp_chosen"], rel=1e-5)
+    assert "DPO, Bone r" in shown.text and "mean of the pairs" in shown.text
+
+
 def test_without_held_out_data_it_is_renewed_about_every_tenth_of_the_run(job, monkeypatch):
     steps = []
     monkeypatch.setattr(page, "write", lambda folder: steps.append(len(log_of(folder)) if steps else 0))

@@ -5,6 +5,7 @@ import pytest
 
 from rwkv_bone.config import PreferenceConfig
 from rwkv_bone.config.preferences import decided
+from rwkv_bone.training.diagnosis import of_measurements as overfitting
 from rwkv_bone.training.preference_diagnosis import held_out, of_measurements, of_steps
 
 
@@ -178,6 +179,13 @@ def test_accuracy_that_falls_on_held_out_data_and_not_in_training_is_told():
     assert of_measurements(measured(400, reward_accuracy=[0.0, 0.7, 0.82, 0.7, 0.68, 0.8]), training, task="dpo") == []
     both = log(250, reward_accuracy=np.concatenate([np.linspace(0.6, 0.9, 100), np.linspace(0.9, 0.6, 150)]))
     assert of_measurements(held, both, task="dpo") == [], "training's falls, too"
+
+
+def test_a_held_out_loss_of_few_pairs_that_rises_a_little_is_no_overfitting():
+    training, none = log(250, loss=np.linspace(0.7, 0.3, 250)), {"reward_margin": [0.0] * 5}
+    rising = [0.6931, 0.60, 0.60, 0.62, 0.65]
+    assert overfitting(measured(40, loss=rising, **none), training) == []
+    assert [one.kind for one in overfitting(measured(400, loss=rising, **none), training)] == ["overfitting"]
 
 
 def test_a_margin_that_falls_on_held_out_data_and_not_in_training_is_told():

@@ -54,6 +54,12 @@ def half(run, whole, tmp_path):
     return train
 
 
+def labels(path):
+    rows = [{"prompt": p, "completion": (c, r)[n % 2], "label": n % 2 == 0} for n, (p, c, r) in enumerate(PAIRS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def numbers(folder):
     return [{name: value for name, value in line.items() if name not in TIMES} for line in log_of(folder)]
 
@@ -67,6 +73,10 @@ def assert_same_to_the_bit(folder, reference):
     ours, theirs = (checkpoints.read_state(path / "resume.pth") for path in (folder, reference))
     assert largest_difference(ours, theirs) == 0
     assert largest_difference(adapter_of(folder, "rwkv-1.pth"), adapter_of(reference, "rwkv-1.pth")) == 0
+
+
+def lose(path):
+    path.unlink()
 
 
 def damage(path):
@@ -84,10 +94,10 @@ def spoil(path):
     ("name", "harm", "said"),
     [
         ("new", None, "as"),
-        ("new", lambda path: path.unlink(), "is missing: it is computed anew, as of the start of the run"),
-        ("new", damage, "is damaged"),
+        ("new", lose, "is missing: it is computed anew, as of the start of the run"),
+        pytest.param("new", damage, "is damaged", marks=pytest.mark.slow),
         ("started", spoil, "of another model, or of other data: it is computed anew"),
-        ("base", lambda path: path.unlink(), "is missing: it is computed anew, as of the start of the run"),
+        ("base", lose, "is missing: it is computed anew, as of the start of the run"),
     ],
 )
 def test_a_run_that_was_killed_goes_on_with_the_reference_of_its_beginning(run, whole, half, name, harm, said, capsys):
@@ -102,6 +112,43 @@ def test_a_run_that_was_killed_goes_on_with_the_reference_of_its_beginning(run, 
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reference ")]
     assert said in lines[0] and str(folder / project.REFERENCE) in lines[0]
     assert len(lines) == (2 if harm else 1) and "log-probabilities of 7 pairs" in lines[-1]
+
+
+# fmt: off
+VARIANTS = {
+    "stage 2, labels": {"strategy": "deepspeed_stage_2", "task": "kto"},
+    "stage 3, recomputed": {"strategy": "deepspeed_stage_3", "grad_cp": 1},
+    "stage 2 with offload": {"strategy": "deepspeed_stage_2_offload"},
+    "stage 3 with offload, labels": {"strategy": "deepspeed_stage_3_offload", "task": "kto"},
+    "packed, accumulation": {"dataload": "pack", "ctx_len": 13, "micro_bsz": 1, "accumulate_grad_batches": 2},
+    "labels, chunks, accumulation": {"task": "kto", "chunk_ctx": 4, "micro_bsz": 1, "accumulate_grad_batches": 2},
+    "lora with dropout, labels": {"peft": "lora", "lora_r": 4, "lora_dropout": 0.5, "task": "kto"},
+    "pissa in bf16": {"peft": "pissa", "lora_r": 4, "precision": "bf16"},
+    "bat and parts of the base": {"bone_mode": "bat", "train_parts": "[ln, time, head]"},
+    "initial state": {"peft": "state"},
+    "every weight": {"peft": "none", "lr_init": 1e-3, "precision": "bf16"},
+    "every weight at stage 3": {"peft": "none", "lr_init": 1e-3, "strategy": "deepspeed_stage_3"},
+    "nf4": {"quant": "nf4"},
+    "without a reference": {"task": "orpo"},
+}
+# fmt: on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_of_whatever_is_trained_a_lost_reference_is_computed_again_to_the_bit(run, job, tmp_path, name):
+    flags = {"epoch_count": 3} | VARIANTS[name]
+    if flags.get("task") == "kto":
+        flags["data_file"] = labels(tmp_path / "labels.jsonl")
+    with dying_after(4), pytest.raises(Killed):
+        run(tmp_path / "half", **flags)
+    (tmp_path / "half" / project.REFERENCE).unlink(missing_ok=True)
+    run(tmp_path / "half", **flags)
+    run(tmp_path / "whole", **flags)
+    assert numbers(tmp_path / "half") == numbers(tmp_path / "whole")
+    for file in ("resume.pth", "rwkv-2.pth"):
+        ours, theirs = (checkpoints.read_state(tmp_path / part / file) for part in ("half", "whole"))
+        assert largest_difference(ours, theirs) == 0
 
 
 @pytest.mark.parametrize("harm", ["gone", "other values"])
@@ -140,14 +187,65 @@ def test_a_longer_run_computes_what_it_has_not_read_as_of_its_beginning(run, who
     assert table(short) == pytest.approx(table(reference), abs=1e-5)
 
 
+def test_a_setting_that_was_auto_or_is_now_is_that_of_the_beginning(run, tmp_path, capsys):
+    """And another one changes on purpose alone, with the reference as it was."""
+    whole = run(tmp_path / "whole", beta=0.5)
+    with dying_after(3), pytest.raises(Killed):
+        run(tmp_path / "half", beta=0.5)
+    with pytest.raises(UserError, match=r"--beta was 0.5 and is now 0.25.*--resume_with beta goes on"):
+        run(tmp_path / "half", beta=0.25)
+    shutil.copytree(tmp_path / "half", tmp_path / "other")
+    run(tmp_path / "half")
+    assert_same_to_the_bit(tmp_path / "half", whole)
+    capsys.readouterr()
+    run(tmp_path / "other", beta=0.25, resume_with="beta")
+    said = capsys.readouterr().out
+    assert "--beta 0.5 became 0.25, from step 3 on" in said and "as of the start" not in said
+    with dying_after(3), pytest.raises(Killed):
+        run(tmp_path / "automatic")
+    run(tmp_path / "automatic", beta=0.1)
+
+
+def test_other_data_on_purpose_is_compared_with_the_model_of_the_beginning(run, pairs, whole, half, tmp_path, capsys):
+    folder, _ = half("new")
+    other = tmp_path / "others.jsonl"
+    other.write_text("".join(reversed(pairs.read_text().splitlines(keepends=True))))
+    capsys.readouterr()
+    run(folder, data_file=other, resume_with="data_file")
+    assert "of another model, or of other data: it is computed anew, as of the start" in capsys.readouterr().out
+    assert table(folder).flip(0).numpy() == pytest.approx(table(whole["new"][0]).numpy(), abs=1e-4)
+
+
+def test_a_reference_that_was_computed_in_vain_is_found_again(run, whole, tmp_path, capsys):
+    """A run that was cut off before it saved anything begins anew; what it had computed is what it says it is."""
+    folder = tmp_path / "vain"
+    with dying_after(1), pytest.raises(Killed):
+        run(folder)
+    assert not (folder / "resume.pth").exists()
+    capsys.readouterr()
+    run(folder)
+    said = capsys.readouterr().out
+    assert "this one begins anew" in said and f"as {folder / project.REFERENCE} has them" in said
+    assert_same_to_the_bit(folder, whole["new"][0])
+    run(folder, overwrite=1)
+    assert "log-probabilities of 7 pairs in " in capsys.readouterr().out
+
+
+def test_the_reference_is_computed_without_dropout(run, tmp_path):
+    """While the steps have it: so the first one differs from the reference."""
+    flags = {"peft": "lora", "lora_r": 4}
+    started = {"peft_load": run(tmp_path / "earlier", **flags, random_seed=1) / "rwkv-1.pth"}
+    without, dropped = (run(tmp_path / f"{p}", **flags, **started, lora_dropout=p) for p in (0.0, 0.5))
+    assert torch.equal(table(without), table(dropped))
+    assert log_of(without)[0]["loss"] != log_of(dropped)[0]["loss"]
+
+
 def test_every_answers_log_probability_is_that_of_plain_pytorch(job, whole, tmp_path):
-    labels = tmp_path / "labels.jsonl"
-    rows = [{"prompt": p, "completion": (c, r)[n % 2], "label": n % 2 == 0} for n, (p, c, r) in enumerate(PAIRS)]
-    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    labelled = job.run("labelled", task="kto", data_file=labels)
+    answers = labels(tmp_path / "labels.jsonl")
+    labelled = job.run("labelled", task="kto", data_file=answers)
     model = random_model(vocab_size=256)
     model.load_state_dict(checkpoints.read_state(job.flags["load_model"]))
-    for folder, task, file in ((whole["new"][0], "dpo", job.folder / "pairs.jsonl"), (labelled, "kto", labels)):
+    for folder, task, file in ((whole["new"][0], "dpo", job.folder / "pairs.jsonl"), (labelled, "kto", answers)):
         data = parse_train(job.argv({"task": task, "data_file": file, "proj_dir": folder})).data
         dataset = load_dataset(data, 256)
         for unit in range(len(dataset)):

@@ -20,6 +20,8 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.training.fit import fit
 
 KINDS = {"peft": ("none", "bone", "lora", "pissa", "state")}
+TASKS = {"task": ("sft", "dpo", "orpo", "simpo", "kto")}
+COMPARED = {"data_file": ("answers",), "epoch_steps": 2}
 MASKED = {"loss_mask": ("response", "last", "none", "pad", "se")}
 # setting: (another value, the values of the settings that it depends on, settings that bring its effect to light)
 CASES = {
@@ -43,6 +45,13 @@ CASES = {
         {"loss_mask": "none", "epoch_steps": 3},
     ),
     "long_samples": ("drop", {"dataload": ("pack", "pad", "get")}, {"loss_mask": "none", "ctx_len": 12}),
+    "beta": (0.5, TASKS, COMPARED),
+    "gamma": (2.0, TASKS, COMPARED),
+    "label_smoothing": (0.25, TASKS, COMPARED),
+    "sft_weight": (0.5, TASKS, COMPARED),
+    "desirable_weight": (2.0, TASKS, COMPARED),
+    "undesirable_weight": (2.0, TASKS, COMPARED),
+    "l2wrap": (1.0, TASKS, COMPARED),
     "mask_id": ('{"mask0": "9", "mask1": "4"}', MASKED, {"mask_id": '{"mask0": "9", "mask1": ">"}'}),
 }
 
@@ -53,6 +62,8 @@ def outcome(job):
     plain = asdict(parse_train([word for word in job.argv({}) if word != "--typed"]))
     known: dict = {}
     files = {"rows": str(job.flags["data_file"]), "more": str(job.folder / "more.jsonl")}
+    rows = [{"prompt": f"{n} -> ", "chosen": f"{n + 1}", "rejected": f"{n}!"} for n in range(8)]
+    (job.folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (job.folder / "more.jsonl").write_text('{"prompt": "0 -> ", "response": "1"}\n' * 3)
 
     def run(changes):
@@ -63,6 +74,8 @@ def outcome(job):
 
     def written(changes, folder):
         settings = {name: dict(values) for name, values in plain.items()}
+        compares = changes.get("task", "sft") != "sft"
+        files["answers"] = str(job.folder / "answers.jsonl") if compares else files["rows"]
         for name, value in {**changes, "proj_dir": str(folder)}.items():
             value = files.get(value, value) if isinstance(value, str) else value
             value = tuple(files.get(word, word) for word in value) if name == "data_file" else value

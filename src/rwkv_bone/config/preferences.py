@@ -12,6 +12,7 @@ BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
 GAMMA = 1.0
 SFT_WEIGHT = {"orpo": 1.0}  # the others have none
 PAIRED = ("dpo", "orpo", "simpo")  # tasks whose rows have two answers
+AUTOMATIC = ("beta", "gamma", "sft_weight")  # settings that may be auto
 REFERRING = ("dpo", "kto")  # tasks that compare with the probabilities of a reference
 
 
@@ -20,3 +21,9 @@ def decided(preference: PreferenceConfig, task: str) -> PreferenceConfig:
     numbers = {"beta": BETA[task], "gamma": GAMMA, "sft_weight": SFT_WEIGHT.get(task, 0.0)}
     given = {name: value for name in numbers if (value := getattr(preference, name)) != AUTO}
     return replace(preference, **numbers | given)
+
+
+def continued(preference: PreferenceConfig, then: PreferenceConfig) -> PreferenceConfig:
+    """The settings of a run that goes on: where they are auto, those that it began with."""
+    kept = {name: getattr(then, name) for name in AUTOMATIC if getattr(preference, name) == AUTO}
+    return replace(preference, **kept)

@@ -184,9 +184,24 @@ class Dataset:
             prompts[mine] = documents.answers[first] - (self._start[mine, 0] - documents.starts[first])
         return prompts
 
+    @cached_property
+    def room(self) -> np.ndarray:
+        """int64 [n]: `positions`, and of KTO as many as `mismatched` takes in its place, if these are more."""
+        return self.positions if self.good is None else np.maximum(self.positions, self.mismatched_widths)
+
     def prompt_length(self, index: int) -> int:
         """How many ids, the same in every member of a unit, are before the answer. Only of preference data."""
         return int(self._prompt_lengths[index])
+
+    def prompt_cut(self, index: int) -> int:
+        """How many ids of the prompt, at its beginning, are cut off. Only of preference data."""
+        documents = self._parts[self._part[index]]
+        return int(self._start[index, 0] - documents.starts[self._document[index]])
+
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        """int64 [n, M]: ids of the answers. Only of preference data."""
+        return self._length - self._prompt_lengths[:, None]
 
     def mismatched(self, index: int) -> Sample:
         """KTO: the prompt of a sample with the answer of another prompt; cut at its beginning to fit --ctx_len."""

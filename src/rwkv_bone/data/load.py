@@ -82,12 +82,12 @@ def balance_line(found: Sequence[Documents]) -> str:
     The paper (Ethayarajh et al., arXiv 2402.01306, section 4.2) has the weight of the good answers times their number
     between 1 and 4/3 of the same for bad ones.
     """
-    labels = np.concatenate([np.asarray(documents.good) for documents in found])
+    labels = np.concatenate([np.asarray(documents.good, dtype=bool) for documents in found])
     good, bad = int(np.count_nonzero(labels)), int(np.count_nonzero(~labels))
     if not (good and bad):
         kind, remedy = ("good", "bad ones, or give --task sft") if good else ("bad", "good ones")
         number = counted(good + bad, "answer")
-        return f"{WARNING}--task kto learns from good and bad answers, and all {number} are {kind}: add {remedy}"
+        return f"{WARNING}--task kto learns from good and bad answers, and all are {kind} ({number}): add {remedy}"
     ratio = good / bad
     if 1 / NEARLY <= ratio <= NEARLY * 4 / 3:
         return ""

@@ -1,15 +1,15 @@
 """What a run would train on, before it runs: python -m rwkv_bone.data.preview --data_file data.jsonl
 
 It takes the command line of train.py and reads the flags about data and vocabulary. It prints a few samples with their
-trained tokens in green, the numbers of samples, tokens and trained tokens, a histogram of lengths, and what was cut or
-left out and why.
+trained tokens in green (those of rejected and bad answers in red), the numbers of samples, tokens and trained tokens, a
+histogram of lengths, and what was cut or left out and why.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,12 +18,14 @@ from rwkv_bone.config import DataConfig, field_flags, flags, setting
 from rwkv_bone.config.acts import PREVIEW, TRAIN
 from rwkv_bone.config.fields import check_values
 from rwkv_bone.config.saved import SECTIONS
+from rwkv_bone.console import counted
 from rwkv_bone.data import Dataset, Sample, load_dataset, load_tokenizer
 from rwkv_bone.data.packing import best_fit
 from rwkv_bone.data.tokenizer import Tokenizer, folder_text
 from rwkv_bone.errors import exit_status
 
-GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
+GREEN, RED, DIM, RESET = "\033[32m", "\033[31m", "\033[2m", "\033[0m"
+BRACKETS = {GREEN: ("[[", "]]"), RED: ("{{", "}}")}  # without colours
 LINE_BREAK = "\N{RETURN SYMBOL}"
 PROGRAM = "sh scripts/preview_data.sh"
 DESCRIPTION = (
@@ -39,6 +41,10 @@ EXAMPLES = (
         "counts only, with long samples left out",
         "sh scripts/preview_data.sh --load_model my-model.pth --data_file mine.jsonl --long_samples drop --samples 0",
     ),
+    (
+        "pairs of answers, chosen and rejected",
+        "sh scripts/preview_data.sh --load_model my-model.pth --data_file pairs.jsonl --task dpo",
+    ),
 )
 BAR = 40
 BINS = 12
@@ -51,7 +57,8 @@ class PreviewConfig:
     show_tokens: int = setting(400, "largest number of tokens to print of a sample; 0 = all", at_least=0)
     color: str = setting(
         "auto",
-        "mark trained tokens in green (always) or with [[ ]] (never); auto = green on a terminal",
+        "mark trained tokens in green, those of rejected and bad answers in red (always), or with [[ ]] and {{ }} "
+        "(never); auto = in colour on a terminal",
         ("auto", "always", "never"),
     )
 
@@ -91,24 +98,58 @@ def preview(argv: list[str], prog: str = PROGRAM) -> None:
     dataset = load_dataset(cfg, vocab_size, typed=typed, shows_text=True)
     chosen = np.unique(np.linspace(0, len(dataset) - 1, settings.samples).round().astype(int))
     for index in chosen:
-        print(f"{describe(dataset[index])}\n{show(dataset[index], tokenizer, colored, settings.show_tokens)}\n")
+        print("\n".join(sample_lines(dataset, int(index), tokenizer, colored, settings.show_tokens)), end="\n\n")
     for line in [*text, *dataset.summary_lines(), *statistics(dataset), *packing(dataset, cfg.micro_bsz or 1)]:
         print(line)
 
 
-def describe(sample: Sample) -> str:
-    return f"--- {sample.origin}: {len(sample.ids):,} tokens, {sample.trained.sum():,} of them trained"
+def sample_lines(dataset: Dataset, index: int, tokenizer: Tokenizer, colored: bool, limit: int) -> Iterator[str]:
+    """A sample, or a unit with its answers. limit: tokens shown of a text, of a prompt the last ones; 0 = all."""
+    first, *others = dataset.sequences(index)
+    if dataset.unit == "sample":
+        yield describe(first)
+        yield show(first, tokenizer, colored, limit)
+        return
+    before, good = dataset.prompt_length(index), dataset.good is None or bool(dataset.good[index])
+    kinds = ("chosen", "rejected") if others else ("good answer" if good else "bad answer",)
+    prompt = _slice(first, 0, before)
+    answers = [_slice(one, before, len(one.ids)) for one in (first, *others)]
+    yield describe(first, [f"prompt {counted(before, 'token')}", *map(_measured, kinds, answers)])
+    if cut := dataset.prompt_cut(index):
+        yield f"... {counted(cut, 'token')} of the prompt, at its beginning, cut off"
+    if hidden := max(before - limit, 0) if limit else 0:
+        yield f"... {counted(hidden, 'more token')}"
+    marks = [GREEN if good else RED, RED]
+    texts = [show(one, tokenizer, colored, limit, mark) for one, mark in zip(answers, marks, strict=False)]
+    yield show(_slice(prompt, hidden, before), tokenizer, colored) + texts[0]
+    for kind, text in zip(kinds[1:], texts[1:], strict=True):
+        yield f"{kind}: {text}"
 
 
-def show(sample: Sample, tokenizer: Tokenizer, colored: bool, limit: int = 0) -> str:
+def _slice(sample: Sample, begin: int, end: int) -> Sample:
+    return replace(sample, ids=sample.ids[begin:end], trained=sample.trained[begin:end])
+
+
+def _measured(kind: str, answer: Sample) -> str:
+    trained, length = int(answer.trained.sum()), len(answer.ids)
+    return f"{kind} {length:,}" + (f" ({trained:,} trained)" if trained != length else "")
+
+
+def describe(sample: Sample, lengths: Sequence[str] = ()) -> str:
+    """The line above a sample. lengths: of prompt and answers, where they are told apart."""
+    told = ", ".join(lengths) or f"{len(sample.ids):,} tokens, {sample.trained.sum():,} of them trained"
+    return f"--- {sample.origin}: {told}"
+
+
+def show(sample: Sample, tokenizer: Tokenizer, colored: bool, limit: int = 0, mark: str = GREEN) -> str:
     """The text of a sample: trained tokens marked, line breaks visible, the end-of-document id as <end>."""
     shown = len(sample.ids) if limit == 0 else min(limit, len(sample.ids))
     text = []
     for trained, run in marked(sample, tokenizer, limit):
         if colored:
-            text.append(f"{GREEN if trained else DIM}{run}{RESET}")
+            text.append(f"{mark if trained else DIM}{run}{RESET}")
         else:
-            text.append(f"[[{run}]]" if trained else run)
+            text.append(run.join(BRACKETS[mark]) if trained else run)
     rest = len(sample.ids) - shown
     if rest:
         text.append(f"\n... {rest:,} more tokens, {sample.trained[shown:].sum():,} of them trained")
@@ -140,17 +181,38 @@ def _runs(flags: np.ndarray) -> Iterator[tuple[bool, int, int]]:
 
 
 def statistics(dataset: Dataset) -> Iterator[str]:
-    """Share of trained tokens, and a histogram of the samples' lengths."""
-    lengths, trained = dataset.lengths, dataset.trained_counts
-    yield f"trained: {trained.sum() / lengths.sum():.1%} of the tokens, {trained.mean():.1f} a sample"
-    middle, most = np.percentile(lengths, [50, 95])
-    yield f"length in tokens: mean {lengths.mean():.1f}, median {middle:.0f}, 95% up to {most:.0f}"
+    """Share of trained tokens, lengths of answers, and a histogram of the samples' lengths: of pairs the longer."""
+    tokens, trained, lengths = dataset.lengths.sum(), dataset.trained_counts, dataset.widths + 1
+    a = "an" if dataset.unit == "answer" else "a"
+    yield f"trained: {trained.sum() / tokens:.1%} of the tokens, {trained.mean():.1f} {a} {dataset.unit}"
+    if dataset.unit != "sample":
+        yield answers(dataset)
+    of_pairs = " with the longer answer" if dataset.members == 2 else ""
+    yield f"length in tokens{of_pairs}: {_spread(lengths)}"
     step = _round_up(int(lengths.max()) / BINS)
     counts = np.bincount((lengths - 1) // step)
     width = len(f"{len(counts) * step:,}")
     for i in range(int(np.argmax(counts > 0)), len(counts)):
         bar = "#" * -(-int(counts[i]) * BAR // int(counts.max()))
         yield f"  {i * step + 1:>{width},} to {(i + 1) * step:>{width},} {bar:{BAR}} {counts[i]:,}"
+
+
+def answers(dataset: Dataset) -> str:
+    """How long the answers are that are compared: where one kind is longer, length is part of what is learnt."""
+    lengths = dataset.answer_lengths
+    if dataset.good is not None:
+        kinds = {"good": lengths[dataset.good, 0], "bad": lengths[~dataset.good, 0]}
+        longer = ""
+    else:
+        kinds = {"chosen": lengths[:, 0], "rejected": lengths[:, 1]}
+        longer = f"; the chosen one is the longer in {(lengths[:, 0] > lengths[:, 1]).mean():.1%} of the pairs"
+    told = [f"{kind} {_spread(some)}" for kind, some in kinds.items() if len(some)]
+    return f"answers in tokens: {'; '.join(told)}{longer}"
+
+
+def _spread(lengths: np.ndarray) -> str:
+    middle, most = np.percentile(lengths, [50, 95])
+    return f"mean {lengths.mean():.1f}, median {middle:.0f}, 95% up to {most:.0f}"
 
 
 def _round_up(width: float) -> int:
@@ -164,16 +226,17 @@ def _round_up(width: float) -> int:
 
 
 def packing(dataset: Dataset, micro_bsz: int) -> Iterator[str]:
-    """The share of unused tokens with --dataload pack, and with one sample a row."""
+    """The share of unused tokens with --dataload pack, and with one sample, or answer, a row."""
     if dataset.windows:
         return
-    predictions = dataset.lengths - 1
-    budget = micro_bsz * dataset.ctx_len
-    rows = int(best_fit(predictions, budget).max()) + 1
-    unused = 1 - predictions.sum() / (rows * budget)
-    alone = 1 - predictions.sum() / (len(dataset) * dataset.ctx_len)
+    predictions, sequences = dataset.positions.sum(), len(dataset) * dataset.members
+    budget = micro_bsz * dataset.members * dataset.ctx_len
+    rows = int(best_fit(dataset.room, budget).max()) + 1
+    unused = 1 - predictions / (rows * budget)
+    alone = 1 - predictions / (sequences * dataset.ctx_len)
     yield f"packed (--dataload pack): {rows:,} x {budget:,} tokens, {unused:.1%} of them unused"
-    yield f"one sample a row: {len(dataset):,} x {dataset.ctx_len:,} tokens, {alone:.1%} of them unused"
+    one = "sample" if dataset.unit == "sample" else "answer"
+    yield f"one {one} a row: {sequences:,} x {dataset.ctx_len:,} tokens, {alone:.1%} of them unused"
 
 
 def main(prog: str = PROGRAM) -> None:

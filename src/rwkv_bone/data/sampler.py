@@ -137,10 +137,7 @@ class BatchPlan:
         self._fill = max(self.budget // SIZES, 1)  # the length of a packed row is a multiple of it, or the budget
         self._per_window = accumulate * world_size  # micro-batches of an optimiser step
         self._width = min(dataset.ctx_len, len(dataset.tokens) - 1) if dataset.windows else 0  # T of a stream's windows
-        # The length of each sample, in a packed row or side by side in padded ones, and its room in a packed row.
-        self._lengths = self._room = dataset.positions if self.pack else dataset.widths
-        if dataset.good is not None:
-            self._room = np.maximum(self._lengths, dataset.mismatched_widths)
+        self._lengths = dataset.positions if self.pack else dataset.widths  # of each sample in a row
         self._fixed_steps = steps_per_epoch
         self._pass_steps: dict[int, int] = {}
         self._passes: dict[int, Pass] = {}
@@ -325,7 +322,7 @@ class BatchPlan:
         random = np.random.default_rng([self.seed, number])
         samples = random.permutation(np.repeat(np.arange(len(self.dataset)), self._counts(number)))
         if self.pack:
-            places = self._spread(best_fit(self._room[samples], self._row), samples, random)
+            places = self._spread(best_fit(self.dataset.room[samples], self._row), samples, random)
             # Each window deals out its rows over its micro-batches, as below its samples.
             window, row = np.divmod(places, self._joined * self._per_window)
             places = window * self._per_window + row % self._per_window

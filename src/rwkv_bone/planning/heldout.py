@@ -63,8 +63,8 @@ class TimeHeldOut(Callback):
         begin, heldout = self._now(module), self.heldout
         with evaluating(module):
             rate = self._rate(module, heldout.main.dataset)
-            parts = sum(_positions(one.part) for one in heldout.sets)
-            more = _positions(heldout.main.dataset) - _positions(heldout.main.part)
+            parts = sum(forward_positions(one.part) for one in heldout.sets)
+            more = forward_positions(heldout.main.dataset) - forward_positions(heldout.main.part)
             tokenizer, answers, samples = heldout.tokenizer, 0.0, 0.0
             if tokenizer:
                 encode = tokenizer.encode
@@ -115,5 +115,7 @@ class TimeHeldOut(Callback):
         return self._clock()
 
 
-def _positions(dataset: Dataset) -> int:
-    return int((dataset.lengths - 1).sum())
+def forward_positions(dataset: Dataset) -> int:
+    """Of a pass over a dataset without a gradient; of labelled answers it has prompts with other answers, too."""
+    others = 0 if dataset.good is None else int(dataset.mismatched_widths.sum())
+    return int(dataset.positions.sum()) + others

@@ -85,11 +85,11 @@ class WholeRun:
 
     @property
     def total(self) -> float:
-        return self.start + self.steps * self.step + self.measuring
+        return self.start + self.timed.reference + self.steps * self.step + self.measuring
 
 
-def time_taken(config: TrainConfig, run: WholeRun) -> Iterator[str]:
-    """Seconds of a step and of the whole run."""
+def time_taken(config: TrainConfig, run: WholeRun, unit: str = "sample") -> Iterator[str]:
+    """Seconds of a step and of the whole run. unit: what a sample is called."""
     timed, held = run.timed, run.timed.held
     yield (
         f"time      {seconds_text(run.step)} a step, {run.speed:,.0f} {run.speed_of}/s: the median of "
@@ -103,6 +103,12 @@ def time_taken(config: TrainConfig, run: WholeRun) -> Iterator[str]:
         if run.rhythm and run.rhythm.line:
             yield f"measured  {run.rhythm.line}"
         measuring = f", {clock(run.measuring)} for {counted(run.measurements + 2, 'measurement')}"
+    if timed.reference:
+        yield (
+            f"reference {seconds_text(timed.reference)}, once before the first step: the log-probabilities of "
+            f"{counted(timed.referred, unit)}{' and of held-out ones' if held else ''}, which are kept"
+        )
+        measuring = f", {clock(timed.reference)} for the reference{measuring}"
     train = f"{clock(run.steps * run.step)} for {counted(run.steps, 'step')}"
     yield f"time      {clock(run.total)} in all: {clock(run.start)} to start, {train}{measuring}"
     limit = 60 * config.run.max_minutes

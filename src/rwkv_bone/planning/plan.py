@@ -21,6 +21,7 @@ from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.planning import lines
 from rwkv_bone.planning.lines import WholeRun
 from rwkv_bone.planning.steps import take_steps
+from rwkv_bone.preferences.objective import Objective
 from rwkv_bone.training import batch_size, guard, project
 from rwkv_bone.training.heldout_sets import prepare_heldout
 from rwkv_bone.training.memory import count
@@ -67,7 +68,8 @@ def plan(config: TrainConfig, watch: Watch) -> Planned:
     running = run_of(reading, batches, device)
     choice = decide(config.model.grad_cp, arch, counted, running, there)
     memory = Plan(config, arch, counted, replace(running, recompute=choice.recompute), there)
-    module = TrainingModule(outline.model, batches, run.epoch_count, config.optim, config.model)
+    objective = None if data.task == "sft" else Objective(config.preference, data.task)
+    module = TrainingModule(outline.model, batches, run.epoch_count, config.optim, config.model, objective=objective)
 
     for line in header(config, outline, module, choice, device, threads, text):
         say(line)
@@ -83,9 +85,9 @@ def plan(config: TrainConfig, watch: Watch) -> Planned:
     whole = None
     # Processes of a CPU that look one after the other find different amounts free.
     if world.from_first("whether it fits", lambda: choice.fits):
-        timed = take_steps(config, reading, device, batches, choice.recompute, watch, heldout, say)
+        timed = take_steps(config, reading, device, batches, choice.recompute, objective, watch, heldout, say)
         whole = WholeRun.of(config, batches, timed)
-        for line in lines.time_taken(config, whole):
+        for line in lines.time_taken(config, whole, dataset.unit):
             say(line)
     else:
         for line in lines.too_large(memory, total):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, seed_everything
@@ -15,7 +16,9 @@ from rwkv_bone.config import TrainConfig
 from rwkv_bone.data import BatchPlan
 from rwkv_bone.models import Recompute
 from rwkv_bone.planning.heldout import Costs, TimeHeldOut
+from rwkv_bone.planning.reference import TimeReference
 from rwkv_bone.planning.timing import Enough, Times, TimeSteps, times
+from rwkv_bone.preferences.objective import Objective
 from rwkv_bone.quantization import describe
 from rwkv_bone.training import out_of_memory
 from rwkv_bone.training.compiling import CompileBlocks
@@ -39,6 +42,8 @@ class Timed:
     start: float  # from the start of the program to the first step
     held: Costs | None  # of held-out measurements; None: there are none
     peak: float  # most memory of this process so far, as the log of a run has it
+    reference: float = 0.0  # of the pass before the first step that gives what answers are compared with
+    referred: int = 0  # how many units of the training data it has
 
 
 def take_steps(
@@ -47,6 +52,7 @@ def take_steps(
     device: str,
     batches: BatchPlan,
     recompute: Recompute,
+    objective: Objective | None,
     watch: Watch,
     heldout: HeldOut | None,
     say: Callable[[str], None],
@@ -63,15 +69,17 @@ def take_steps(
     if model.quant != "none":
         say(f"quant     {describe(prepared.model, DTYPES[run.precision], device)}")
     plus = config.adapter.lora_plus
-    module = TrainingModule(
-        prepared.model, batches, run.epoch_count, config.optim, model, 0, plus, recompute, max_bad_steps=10**6
-    )
+    about: dict[str, Any] = {"objective": objective, "max_bad_steps": 10**6}
+    module = TrainingModule(prepared.model, batches, run.epoch_count, config.optim, model, 0, plus, recompute, **about)
     held = TimeHeldOut(heldout) if heldout else None
+    reference = None
+    if objective and objective.needs_reference:
+        reference = TimeReference(heldout, reading.data.micro_bsz, model.chunk_ctx)
     watcher = TimeSteps()
     callbacks: list[Callback] = [KeepHeap(), PlaceModel(prepared.dtype), Agree()]
     callbacks += [CompileBlocks(model.compile, say)] if model.compile != "0" else []
     callbacks += [SeedBatches(run.random_seed)] if config.adapter.lora_dropout else []
-    callbacks += [held] if held else []
+    callbacks += [one for one in (reference, held) if one]
     callbacks += [watcher]
     trainable = count_parameters(prepared.model, trained_only=True)
     trainer = make_trainer(reading, device, trainable, callbacks, watch.world)
@@ -79,7 +87,9 @@ def take_steps(
         run_steps(trainer, module, lambda error: out_of_memory.explained(error, where="while steps were timed"))
     return Timed(
         times(watcher.marks),
-        start=watcher.began - signals.BEGAN - (held.spent if held else 0.0),
+        start=watcher.began - signals.BEGAN - sum(one.spent for one in (reference, held) if one),
         held=held.costs if held else None,
         peak=peak_memory_mb(torch.device(device)) * 2**20,
+        reference=reference.seconds if reference else 0.0,
+        referred=reference.units if reference else 0,
     )

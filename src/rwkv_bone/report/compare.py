@@ -22,9 +22,9 @@ from rwkv_bone.config.fields import check_values
 from rwkv_bone.config.flags import parse_section
 from rwkv_bone.console import counted
 from rwkv_bone.errors import UserError, exit_status
-from rwkv_bone.report import charts, page, plane, sections
+from rwkv_bone.report import charts, page, plane, preferences, sections
 from rwkv_bone.report.html import Html, change, duration, join, loss, number, percent, table, tag
-from rwkv_bone.report.run import CONFIG, LOG, RUNNING, Run, changed, holds_run, read
+from rwkv_bone.report.run import CONFIG, DIVERGENCE, GAP, LOG, RUNNING, Run, changed, holds_run, read
 
 PROGRAM = "sh scripts/compare.sh"
 DESCRIPTION = "Make one page of several runs: their curves, results, and the settings that differ."
@@ -67,7 +67,7 @@ def compare(config: CompareConfig) -> list[str]:
         return [*(f"note: {problem}" for problem in runs[0].problems), f"output    {output}: open it in a browser"]
     labels = named(folders)
     page.save(output, of_runs(runs, labels, time.time()))
-    notes = [*differing_data(runs, labels), *problems(runs, labels)]
+    notes = [*preferences.differing(runs, labels), *differing_data(runs, labels), *problems(runs, labels)]
     return [*(f"note: {note}" for note in notes), f"output    {output}, {len(runs)} runs: open it in a browser"]
 
 
@@ -105,6 +105,7 @@ class Measure(NamedTuple):
     shown: Callable[[float], str]
     best: Callable[[Sequence[float]], float] | None = None  # min or max; None: none is better
     heldout: bool = False  # means nothing between runs whose held-out data differ
+    kind: Callable[[Run], object] = lambda run: None  # runs are judged only where this is the same
 
 
 def _exact(run: Run) -> float | None:
@@ -129,11 +130,23 @@ def _memory(run: Run) -> float | None:
     return None
 
 
+def _figure(name: str) -> Callable[[Run], float | None]:
+    return lambda run: ends[-1][1] if (ends := run.ends(name)) else None
+
+
+def _task(run: Run) -> object:
+    return run.task
+
+
 MEASURES = (
     Measure("steps", lambda run: run.last_step, lambda value: f"{value:,.0f}"),
     Measure("loss before", lambda run: first[1] if (first := run.first()) else None, loss, None, True),
-    Measure("best loss", lambda run: best[1] if (best := run.best()) else None, loss, min, True),
-    Measure("loss after", lambda run: last[1] if (last := run.last()) else None, loss, min, True),
+    Measure("best loss", lambda run: best[1] if (best := run.best()) else None, loss, min, True, _task),
+    Measure("loss after", lambda run: last[1] if (last := run.last()) else None, loss, min, True, _task),
+    Measure("accuracy", _figure("reward_accuracy"), percent, max, True, preferences.order),
+    Measure("margin", _figure("reward_margin"), loss, max, True, preferences.scale),
+    Measure("gap", _figure(GAP), loss, max, True),
+    Measure("divergence", _figure(DIVERGENCE), loss, min, True),
     Measure("exact answers", _exact, percent, max, True),
     Measure("forgetting", lambda run: run.forgotten(), change, min),
     Measure("time", _sum("seconds"), duration, min),
@@ -147,6 +160,7 @@ def of_runs(runs: Sequence[Run], labels: Sequence[str], now: float) -> str:
     """The page of several runs. now: seconds since 1970."""
     drawn = charts.charts_of(runs, labels)
     differing = differing_data(runs, labels)
+    tasks = preferences.differing(runs, labels)
     tables = join(
         *(
             sections.details(
@@ -160,8 +174,9 @@ def of_runs(runs: Sequence[Run], labels: Sequence[str], now: float) -> str:
             "numbers",
             "Results",
             results(runs, labels, comparable=not differing),
-            sections.lacking([*differing, *problems(runs, labels)]),
+            sections.lacking([*tasks, *differing, *problems(runs, labels)]),
         ),
+        sections.section("preferences", "Preferences", in_words(runs, labels, preferences.in_words)),
         sections.curves(drawn, tables),
         forgetting(runs, labels),
         settings(runs, labels),
@@ -197,7 +212,8 @@ def results(runs: Sequence[Run], labels: Sequence[str], comparable: bool) -> Htm
         if not known:
             continue
         # One that is alone, or equal to all others, is not the best of anything.
-        judged = measure.best and len(set(known)) > 1 and (comparable or not measure.heldout)
+        kinds = {measure.kind(run) for run, value in zip(runs, values, strict=True) if value is not None}
+        judged = measure.best and len(set(known)) > 1 and len(kinds) == 1 and (comparable or not measure.heldout)
         best = measure.best(known) if judged and measure.best else None
         columns.append([_cell(measure, value, best) for value in values])
         heads.append(measure.name)
@@ -244,18 +260,25 @@ def problems(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
 
 
 def forgetting(runs: Sequence[Run], labels: Sequence[str]) -> Html:
-    ways = [
-        sections.path_of(run, label, i % charts.COLORS) for i, (run, label) in enumerate(zip(runs, labels, strict=True))
+    """A drawing for each task, whose held-out losses are of one kind."""
+    tasks: dict[str, list[plane.Path]] = {}
+    for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        way = sections.path_of(run, label, i % charts.COLORS)
+        if way and len(way.points) > 1:
+            tasks.setdefault(run.task, []).append(way)
+    drawn = [plane.draw(ways) for ways in tasks.values()]
+    if len(drawn) > 1:
+        each = zip(tasks, drawn, strict=True)
+        drawn = [tag("div", *(tag("div", tag("h3", f"--task {task}"), one) for task, one in each), class_="pair")]
+    return sections.section("learnt", "Learnt and forgotten", *drawn, in_words(runs, labels, sections.in_words))
+
+
+def in_words(runs: Sequence[Run], labels: Sequence[str], words: Callable[[Run], str]) -> Html:
+    """What `words` says of each run, after its name."""
+    items = [
+        tag("li", tag("b", label), ": ", said) for run, label in zip(runs, labels, strict=True) if (said := words(run))
     ]
-    drawn = [way for way in ways if way and len(way.points) > 1]
-    words = [
-        tag("li", tag("b", label), ": ", said)
-        for run, label in zip(runs, labels, strict=True)
-        if (said := sections.in_words(run))
-    ]
-    return sections.section(
-        "learnt", "Learnt and forgotten", plane.draw(drawn) if drawn else "", tag("ul", *words) if words else ""
-    )
+    return tag("ul", *items) if items else Html("")
 
 
 def settings(runs: Sequence[Run], labels: Sequence[str]) -> Html:

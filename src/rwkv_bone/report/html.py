@@ -101,3 +101,12 @@ def duration(seconds: float) -> str:
 def shortened(words: str, most: int) -> str:
     """The beginning of a long text, and how much is left out."""
     return words if len(words) <= most else f"{words[:most]} ... {len(words) - most:,} more characters"
+
+
+def shown(value: Any) -> str:
+    """A setting's value as one types it."""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, list):
+        return shortened(" ".join(map(str, value)), 200) or NONE
+    return f"{value:g}" if isinstance(value, float) else shortened(str(value), 200) or NONE

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_bone import __version__
-from rwkv_bone.report import charts, sections
+from rwkv_bone.report import charts, preferences, sections
 from rwkv_bone.report.html import Html, embedded, join, tag
 from rwkv_bone.report.run import Run, read
 
@@ -42,6 +42,7 @@ def of_run(run: Run, now: float) -> str:
         sections.section("numbers", "Results", sections.numbers(run), sections.lacking(run.problems)),
         sections.following(run),
         sections.warnings(run),
+        sections.section("preferences", "Preferences", *preferences.content(run)),
         sections.curves(drawn, sections.curve_tables(run)),
         sections.forgetting(run),
         sections.samples(run),

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,27 @@ CONFIG, LOG, MEASUREMENTS, SAMPLES = "config.json", "train_log.jsonl", "measurem
 WARNINGS, EVALUATION, PREVIEW = "warnings.jsonl", "evaluation.json", "preview.json"
 NEEDED = ("step", "loss", "lr", "tokens", "trained_tokens", "grad_norm", "seconds")  # in every line of the log
 OPTIONAL = ("tokens_per_s", "peak_memory_mb", "peak_reserved_mb")
+# What a run with --task dpo, orpo, simpo or kto logs of its answers, and measures of held-out ones.
+REWARDS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
+FIGURES = (*REWARDS, "logp_chosen", "logp_rejected", "nll", "kl")
+DIVERGENCE = "divergence"  # measured alone
+GAP = "gap"  # logp_chosen - logp_rejected, which means the same in every task
+UNITS = "units"  # logged alone: pairs, or answers of kto, of a step
 RUNNING, DONE, INTERRUPTED, FAILED = "running", "done", "interrupted", "failed"  # states of a run, in preview.json
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The loss of one set at one step, in nats per trained token, and the share of exact answers if it was counted."""
+    """The loss of one set at one step, and the share of exact answers if it was counted.
+
+    The loss is in nats per trained token; of answers that are compared it is the mean loss of the task, and `figures`
+    has what of FIGURES and DIVERGENCE is a number.
+    """
 
     loss: float
     tokens: int
     exact: float | None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,47 @@ class Run:
         """A setting of config.json; `otherwise` if it is not there, or of another type."""
         found = next((values[name] for values in self.config.values() if name in values), otherwise)
         return found if type(found) is type(otherwise) else otherwise
+
+    @property
+    def task(self) -> str:
+        """What rows taught: sft, dpo, orpo, simpo or kto."""
+        return self.setting("task", "sft")
+
+    @property
+    def compares(self) -> bool:
+        """Whether answers were compared, so that there may be FIGURES."""
+        return self.task != "sft" or UNITS in self.columns
+
+    @property
+    def unit(self) -> str:
+        """What the loss is a mean of."""
+        return "answer" if self.task == "kto" else "pair"
+
+    @property
+    def sets(self) -> list[str]:
+        """Names of everything that was measured."""
+        return list(dict.fromkeys(name for one in self.measurements for name in one.sets))
+
+    def figures(self, name: str) -> list[tuple[int, float]]:
+        """(step, number) of one of FIGURES, DIVERGENCE or GAP in the main set's measurements that have it."""
+        found = [(one.step, one.sets[self.main].figures) for one in self.measurements if self.main in one.sets]
+        return [(step, figures[name]) for step, figures in found if name in figures]
+
+    def ends(self, name: str) -> list[tuple[int, float]]:
+        """The first and the newest of `figures`, of the whole main set where that was measured; one alone, or none."""
+        measured = self.figures(name)
+        whole = {when: (step, one.figures[name]) for when, (step, one) in self.whole.items() if name in one.figures}
+        first = whole.get("before") or (measured[0] if measured else None)
+        last = whole.get("after")
+        if not last or (measured and measured[-1][0] > last[0]):
+            last = measured[-1] if measured else None
+        return [point for point in dict.fromkeys((first, last)) if point is not None]
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of the log, or GAP, float64 [steps] with nan for null; of no length where the log has none."""
+        if name == GAP and "logp_chosen" in self.columns:
+            return self.columns["logp_chosen"] - self.columns["logp_rejected"]
+        return self.columns.get(name, np.zeros(0))
 
     @property
     def steps(self) -> np.ndarray:
@@ -166,8 +218,10 @@ def _read_log(run: Run) -> None:
     for row in _lines(run, LOG, _step, "there are no curves"):
         rows[int(row[0])] = row
     if rows:
-        table = np.array([rows[step] for step in sorted(rows)], dtype=np.float64)
-        run.columns = dict(zip(NEEDED + OPTIONAL, table.T, strict=True))
+        widest = max(map(len, rows.values()))
+        names = (*NEEDED, *OPTIONAL, UNITS, *FIGURES)[:widest]
+        padded = [row + (math.nan,) * (widest - len(row)) for _, row in sorted(rows.items())]
+        run.columns = dict(zip(names, np.array(padded, dtype=np.float64).T, strict=True))
         missing = run.last_step - len(rows)
         if missing > 0:
             run.problems.append(f"{LOG} lacks {counted(missing, 'step')} of {run.last_step:,}: so do the curves")
@@ -175,6 +229,8 @@ def _read_log(run: Run) -> None:
 
 def _step(record: dict) -> tuple[float, ...]:
     found = [record[name] for name in NEEDED] + [record.get(name) for name in OPTIONAL]
+    if UNITS in record:
+        found += [record[UNITS], *(record.get(name) for name in FIGURES)]
     numbers = [math.nan if value is None else value for value in found]
     # Of a hundred thousand steps every microsecond counts here.
     if not {*map(type, numbers)} <= {int, float} or type(record["step"]) is not int or record["step"] < 1:
@@ -215,7 +271,12 @@ def _measurement(record: dict) -> tuple[Measurement, str, str]:
 def _measured(values: dict) -> Measured:
     # A loss that is no finite number is written as null.
     exact = values.get("exact_match")
-    return Measured(_float(values["loss"]), int(_float(values["tokens"])), None if exact is None else _float(exact))
+    figures = values.get("preference") or {}
+    known = {name: _float(figures[name]) for name in (*FIGURES, DIVERGENCE) if figures.get(name) is not None}
+    if {"logp_chosen", "logp_rejected"} <= known.keys():
+        known[GAP] = known["logp_chosen"] - known["logp_rejected"]
+    tokens = int(_float(values["tokens"]))
+    return Measured(_float(values["loss"]), tokens, None if exact is None else _float(exact), known)
 
 
 def _answer(record: dict) -> Answer:

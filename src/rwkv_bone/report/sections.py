@@ -13,7 +13,7 @@ import numpy as np
 from rwkv_bone.config.fields import worded
 from rwkv_bone.config.saved import SECTIONS
 from rwkv_bone.console import counted
-from rwkv_bone.report import charts, plane
+from rwkv_bone.report import charts, plane, preferences
 from rwkv_bone.report.html import (
     NONE,
     Html,
@@ -24,10 +24,11 @@ from rwkv_bone.report.html import (
     number,
     percent,
     shortened,
+    shown,
     table,
     tag,
 )
-from rwkv_bone.report.run import DONE, FAILED, INTERRUPTED, RUNNING, Answer, Run
+from rwkv_bone.report.run import DONE, FAILED, INTERRUPTED, RUNNING, UNITS, Answer, Run
 from rwkv_bone.report.series import spread
 
 PROMPTS, MEASUREMENTS, CHARACTERS = 8, 40, 600  # most that are shown of samples: prompts, rows of a table, text
@@ -50,7 +51,7 @@ def section(name: str, title: str, *content: Any) -> Html:
 
 
 def what(run: Run) -> str:
-    """What was trained, in a few words: `Bone r 64 on rwkv7-tiny.pth`."""
+    """What was trained, in a few words: `Bone r 64 on rwkv7-tiny.pth`, with `DPO, ` before it."""
     kind = str(run.setting("peft"))
     if not kind:
         return "A run"
@@ -59,6 +60,7 @@ def what(run: Run) -> str:
     else:
         words = WORDS.get(kind, kind) + (f" r {run.setting('lora_r', 0)}" if kind in ("lora", "pissa") else "")
     base = str(run.setting("load_model"))
+    words = f"{preferences.TASKS.get(run.task, run.task)}, {words}" if run.compares else words
     return f"{words} on {Path(base).name}" if base else f"{words}, from scratch"
 
 
@@ -92,6 +94,7 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
         found.append(("best", loss(best[1]), f"held-out loss, step {best[0]:,}{part}"))
     if last:
         found.append(("after" if run.state == DONE else "newest", loss(last[1]), f"held-out loss, step {last[0]:,}"))
+    found += preferences.figures(run)
     exact = [(one.step, one.sets[run.main].exact) for one in run.measurements if run.main in one.sets]
     exact = [(step, share) for step, share in exact if share is not None]
     if exact:
@@ -111,6 +114,11 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
     if len(run.steps):
         seconds, tokens = np.nansum(run.columns["seconds"]), np.nansum(run.columns["tokens"])
         found.append(("time", duration(seconds), f"{number(tokens / seconds if seconds else None)} tokens per second"))
+        if run.compares:
+            units = np.nansum(run.column(UNITS))
+            found.append(
+                (f"{run.unit}s", f"{units:,.0f}", f"{number(units / seconds if seconds else None)} per second")
+            )
         found.append(("tokens", f"{tokens:,.0f}", f"{np.nansum(run.columns['trained_tokens']):,.0f} of them trained"))
         memory = run.columns["peak_reserved_mb"]
         memory = run.columns["peak_memory_mb"] if np.isnan(memory).all() else memory
@@ -156,7 +164,7 @@ def curves(drawn: Sequence[dict[str, Any]], tables: Html) -> Html:
             tag("figcaption", tag("h3", one["title"]), tag("span", one["unit"], class_="muted")),
             tag("div", id=f"chart-{one['id']}", class_="chart"),
             tag("p", one["note"], class_="muted note"),
-            class_="wide" if one["id"] == "loss" else None,
+            class_="wide" if one["id"].startswith("loss") else None,
         )
         for one in drawn
     ]
@@ -174,6 +182,9 @@ def curve_tables(run: Run, most: int = 20) -> Html:
     parts = []
     columns = {
         "loss": ("Training loss", "loss"),
+        **(
+            {name: (f"Training: {words}", "") for name, (words, _) in preferences.SHOWN.items()} if run.compares else {}
+        ),
         **{name: (title, unit) for name, (title, unit) in charts.OTHERS.items()},
     }
     for column, (title, _) in columns.items():
@@ -192,8 +203,9 @@ def details(title: str, *content: Any) -> Html:
 
 def measured(run: Run) -> Html:
     """Every set at every measurement, the best marked."""
-    names = list(dict.fromkeys(name for one in run.measurements for name in one.sets))
+    names = run.sets
     counts = [name for name in names if any(m.sets[name].exact is not None for m in run.measurements if name in m.sets)]
+    compared = {column: preferences.SHOWN[column] for column in preferences.SHOWN if run.figures(column)}
     best, total = run.best(), len(run.measurements)
     # The first, the best and the last are always among those shown.
     place = [i for i, one in enumerate(run.measurements) if best and one.step == best[0]]
@@ -203,10 +215,13 @@ def measured(run: Run) -> Html:
         row: list[Any] = [f"{one.step:,}" + (" (best)" if best and one.step == best[0] else "")]
         row += [loss(one.sets[name].loss) if name in one.sets else NONE for name in names]
         row += [percent(one.sets[name].exact) if name in one.sets else NONE for name in counts]
+        figures = one.sets[run.main].figures if run.main in one.sets else {}
+        row += [as_words(figures.get(column)) for column, (_, as_words) in compared.items()]
         rows.append(row)
     if not rows:
         return Html("")
     head = ["step", *(f"{name} loss" for name in names), *(f"{name} exact" for name in counts)]
+    head += [name for name, _ in compared.values()]
     caption = "Held-out measurements" + (f", {len(shown)} of {total:,}" if len(shown) < total else "")
     return table(head, rows, caption)
 
@@ -247,8 +262,7 @@ def in_words(run: Run) -> str:
 
 def _went(before: float, after: float) -> str:
     """`fell from 1.8203 to 0.0069 (-1.8134)`."""
-    how = "fell" if after < before else "rose" if after > before else "stayed"
-    return f"{how} from {loss(before)} to {loss(after)} ({change(after - before)})"
+    return f"{preferences.moved(before, after, loss)} ({change(after - before)})"
 
 
 def forgetting(run: Run) -> Html:
@@ -316,15 +330,25 @@ def said(words: str) -> Html:
 def trained(run: Run) -> Html:
     """A sample of the training data, what is trained of it marked."""
     parts = []
-    for one in [one for one in run.preview.get("samples", []) if isinstance(one, dict)][:SAMPLES]:
+    samples = [one for one in run.preview.get("samples", []) if isinstance(one, dict)]
+    worse = ("rejected", "bad")  # answers that become less probable
+    for one in samples[: SAMPLES * (2 if run.compares else 1)]:
         pieces = [piece for piece in one.get("pieces", []) if isinstance(piece, list) and len(piece) == 2][:PIECES]
-        marked = [tag("mark", words) if is_trained else tag("span", words) for is_trained, words in pieces]
+        look = "worse" if one.get("answer") in worse else None
+        marked = [tag("mark", words, class_=look) if is_trained else tag("span", words) for is_trained, words in pieces]
         more = f"... {one['more']:,} more tokens" if type(one.get("more")) is int and one["more"] > 0 else ""
         about = f"{one.get('origin', '')}: {one.get('tokens', 0):,} tokens, {one.get('trained', 0):,} of them trained"
+        about = f"{one['answer']}, {about}" if isinstance(one.get("answer"), str) else about
         parts += [tag("h3", about), tag("pre", *marked, tag("i", more), dir="auto")]
     if not parts:
         return Html("")
-    words = join(tag("mark", "Marked"), " is what is trained; the rest is read only. <end> is the end of a document.")
+    if any("answer" in one for one in samples):
+        better = join(tag("mark", "Marked so"), " is to become more probable, ", tag("mark", "so", class_="worse"))
+        words = join(better, " less probable; prompts are read only. <end> is the end of a document.")
+    else:
+        words = join(
+            tag("mark", "Marked"), " is what is trained; the rest is read only. <end> is the end of a document."
+        )
     lines = [str(line) for line in run.preview.get("data", [])]
     listed = tag("ul", *(tag("li", line) for line in lines)) if lines else ""
     return section("data", "What is trained", tag("p", words, class_="muted"), *parts, listed)
@@ -365,15 +389,6 @@ def known(run: Run) -> list[tuple[str, Any, Any, str]]:
         for default in (worded(spec, spec.default),)
         if spec.name in values
     ]
-
-
-def shown(value: Any) -> str:
-    """A setting's value as one types it."""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, list):
-        return shortened(" ".join(map(str, value)), 200) or NONE
-    return f"{value:g}" if isinstance(value, float) else shortened(str(value), 200) or NONE
 
 
 def environment(run: Run) -> Html:

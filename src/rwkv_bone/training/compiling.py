@@ -115,7 +115,7 @@ def _gradients(module: TrainingModule, batch: Batch, trained: list[Tensor]) -> l
     """[loss, the gradient of each trained tensor], on the CPU: two sets of them may not fit on the device."""
     with torch.random.fork_rng([batch.ids.device] if batch.ids.is_cuda else []):
         torch.manual_seed(0)
-        loss = module._loss(batch, 1.0)
+        loss = module._run(batch, l2wrap=module.config.l2wrap, loss_scale=1.0)
         found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
     return [loss.detach().cpu(), *(gradient.cpu() for gradient in found)]
 

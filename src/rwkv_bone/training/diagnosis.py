@@ -244,13 +244,17 @@ def of_measurements(measurements: Sequence[dict], records: Sequence[dict]) -> li
     The held-out loss is above its lowest, and rose in the last two measurements in a row; the rise is at least 1 % of
     the lowest and 2 % of what had been learnt. That data is the same each time, so that only the model makes a
     difference. And the loss of the steps since the lowest measurement is no higher than that of as many before it.
+    Of preference data, where each pair has one loss, about as large as its spread, the rise is also one standard error
+    of the mean of so many.
     """
     losses = main_losses(measurements)
     if len(losses) < 3:
         return []
     step, lowest = min(losses[:-1], key=lambda one: one[1])
     (_, older), (_, old), (last, now) = losses[-3:]
-    if not (older < old < now and now - lowest >= max(0.01 * lowest, 0.02 * (losses[0][1] - lowest))):
+    main = measurements[-1]["sets"][measurements[-1]["main"]]
+    error = lowest / math.sqrt(main["samples"]) if main.get("preference") else 0.0
+    if not (older < old < now and now - lowest >= max(0.01 * lowest, 0.02 * (losses[0][1] - lowest), error)):
         return []
     since = [r["loss"] for r in records if r["loss"] is not None and step < r["step"] <= last]
     before = [r["loss"] for r in records if r["loss"] is not None and r["step"] <= step][-len(since) :]

@@ -17,7 +17,7 @@ from rwkv_bone import cards, console, run_lock
 from rwkv_bone.cluster.join import join
 from rwkv_bone.cluster.watch import Watch
 from rwkv_bone.cluster.world import SAME_FILES
-from rwkv_bone.config import TrainConfig, rates
+from rwkv_bone.config import TrainConfig, preferences, rates
 from rwkv_bone.data.tokenizer import folder_text
 from rwkv_bone.errors import UserError
 from rwkv_bone.preferences.objective import Objective
@@ -90,6 +90,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     asked = config.optim
     if earlier:
         config = replace(config, optim=rates.continued(asked, earlier.config.optim))
+        config = replace(config, preference=preferences.continued(config.preference, earlier.config.preference))
     seed_everything(run.random_seed, verbose=False)
     with out_of_memory.told("while the base model was read"):
         prepared = prepare_model(config, torch.device(device), continued=earlier is not None)
@@ -105,12 +106,12 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     reading = batch_size.agreed(config, reading, world)
     plan = plan_batches(reading, dataset, batch_size.unit(config))
     output = prepared.output.with_data(dataset)
+    agree_on_files(world, config, model, output.metadata)
     objective = None if data.task == "sft" else Objective(config.preference, data.task)
     start = None
     if objective and objective.needs_reference:
-        start = reference_start(config, prepared, earlier.metadata.get("start", "") if earlier else None)
+        start = reference_start(config, prepared, earlier, main)
         output = replace(output, metadata=output.metadata | {"start": start.name})
-    agree_on_files(world, config, model, output.metadata)
     if earlier:
         earlier.check(output.metadata, config)
         if main:

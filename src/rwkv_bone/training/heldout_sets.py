@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -218,6 +219,18 @@ def _comparable(
     return found, list(samples)
 
 
+def _rows(data: DataConfig, path: str, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Prompts and answers of rows, which may have one answer whatever the task is: nothing is compared here."""
+    try:
+        return load_pairs(data, path, tokenizer, MOST_SAMPLES + 1)
+    except UserError:
+        if data.task == "sft":
+            raise
+        with contextlib.suppress(UserError):
+            return load_pairs(replace(data, task="sft"), path, tokenizer, MOST_SAMPLES + 1)
+        raise
+
+
 def _prompts(
     config: TrainConfig,
     main: HeldOutSet,
@@ -239,8 +252,7 @@ def _prompts(
         prompts = [Prompt(name, line) for line in lines]
     else:
         data = replace(config.data, eval_data=(), eval_field=())
-        pairs = load_pairs(replace(data, bad_rows="stop"), path, tokenizer, MOST_SAMPLES + 1)
-        prompts = [Prompt(name, *pair) for pair in pairs]
+        prompts = [Prompt(name, *pair) for pair in _rows(replace(data, bad_rows="stop"), path, tokenizer)]
     if not prompts:
         raise UserError(f"--sample_prompts {path} holds no prompt: expected a .txt file with one a line, or rows")
     if len(prompts) > MOST_SAMPLES:

@@ -186,9 +186,10 @@ class SendEverything(Callback):
 def numbers_of(record: dict) -> dict[str, float]:
     """The numbers of a line of the log (`train/loss`) or of a measurement (`eval/heldout/loss`)."""
     if "sets" in record:
-        found = {
-            f"eval/{name}/{what}": one[what] for name, one in record["sets"].items() for what in ("loss", "exact_match")
-        }
+        found: dict[str, float | None] = {}
+        for name, one in record["sets"].items():
+            numbers = {what: one[what] for what in ("loss", "exact_match")} | one.get("preference", {})
+            found |= {f"eval/{name}/{what}": value for what, value in numbers.items()}
     else:
         found = {f"train/{what}": value for what, value in record.items() if what != "step"}
     return {name: value for name, value in found.items() if value is not None}

@@ -31,6 +31,7 @@ from rwkv_bone.models import NOTHING, RWKV, Recompute
 from rwkv_bone.preferences.objective import SUMS, Objective, figures, summed
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.optimizer import make_optimizer, parameter_groups
+from rwkv_bone.training.prompts import shared_prompts
 from rwkv_bone.training.schedule import learning_rate
 
 # What ranks ask of one another at the end of a window: `TrainingModule.asks`, `TrainingModule.asked`.
@@ -186,10 +187,12 @@ class TrainingModule(LightningModule):
         self.bad_steps, self.max_bad_steps, self.report = list(bad_steps), max_bad_steps, report
         # What they were after the last step that was taken.
         self._good: tuple[Window | None, int] = None, len(self.bad_steps)
+        self.doing = "held-out data was measured"  # where it is not trained: see `evaluating`
         self.asks = dict.fromkeys(ASKS, 0)  # by this rank
         self.asked = dict.fromkeys(ASKS, 0)  # by any rank, as known at the end of the last window
         self.batches: MicroBatches | None = None
-        self._micro = self._trained = self._units = self._tokens = 0
+        self._micro = self._trained = self._tokens = 0
+        self._units = 0  # what the window's loss is a mean over: its units, or its trained tokens
         self._step = first_step
         # The numbers of the current window. Each rank has a row: the loss of each of its micro-batches, the sums of the
         # objective, then what it asks, input tokens and gradient norm.
@@ -237,21 +240,21 @@ class TrainingModule(LightningModule):
                 f"optimiser step {self._step + 1} has no trained token: every label of {self._rows()} is masked; "
                 "look at these rows, at --loss_mask and at --ctx_len (a response beyond it is cut off)"
             )
-        # Each trained token (or unit) of the window counts alike. DeepSpeed divides by world_size when it averages over
-        # ranks.
-        if self.objective:
-            assert batch.answers
-            self._units = batch.answers.window_units
-            scale = self.plan.world_size / self._units
-            loss = self._answers_loss(self.objective, batch)
-        else:
-            scale = self.plan.world_size / self._trained
-            loss = self._run(batch, l2wrap=self.config.l2wrap, loss_scale=scale)
+        self._units = batch.answers.window_units if self.objective and batch.answers else self._trained
+        # Each of them counts alike. DeepSpeed divides by world_size when it averages over ranks.
+        scale = self.plan.world_size / self._units
+        loss = self._loss(batch, scale)
         self._table[self.global_rank, self._micro] = loss.detach()
         self._tokens += batch.tokens
         # If the loss is not a finite number, this makes the scale and with it every gradient NaN, on every rank once
         # they are reduced. DeepSpeed then takes no step, and `finish_window` finds the reason.
         return loss * (scale + 0 * loss.detach())
+
+    def _loss(self, batch: Batch, scale: float) -> Tensor:
+        """Sum over the trained tokens or units of a micro-batch. scale: what it is multiplied by before backward."""
+        if self.objective:
+            return self._answers_loss(self.objective, batch)
+        return self._run(batch, l2wrap=self.config.l2wrap, loss_scale=scale)
 
     def _answers_loss(self, objective: Objective, batch: Batch) -> Tensor:
         """The sum of the losses of a micro-batch's units; what else is summed goes to the table."""
@@ -276,7 +279,7 @@ class TrainingModule(LightningModule):
         """
         assert first.answers and self.reference
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with evaluating(self):
+        with evaluating(self, "the estimate of KL was made"):
             for batch in first.answers.mismatched:
                 assert batch.answers
                 logp, _ = summed(self._run(batch, per_token=True), batch.answers)
@@ -301,6 +304,8 @@ class TrainingModule(LightningModule):
                 widest=batch.widest,
                 **options,
             )
+        if batch.answers and batch.answers.members == 2 and batch.cu_seqlens is not None:
+            return shared_prompts(self.model, batch, recompute=self.recompute)
         packed = {"cu_seqlens": batch.cu_seqlens, "label_rows": batch.label_rows}
         return self.model(batch.ids, labels=batch.labels, **packed, **options)
 
@@ -337,7 +342,7 @@ class TrainingModule(LightningModule):
         skipped = not all(map(math.isfinite, norms))
         assert skipped or not bad, "DeepSpeed took a step on a gradient that is not finite"
         epoch, _ = self.plan.locate(self._step)
-        loss = None if bad else sum(losses) / (self._units if self.objective else self._trained)
+        loss = None if bad else sum(losses) / self._units
         norm = None if skipped else norms[0]
         self.window = Window(self._step + 1, epoch, loss, self._rate, int(sum(tokens)), self._trained, norm)
         if self.objective:
@@ -395,8 +400,12 @@ class TrainingModule(LightningModule):
 
 
 @contextmanager
-def evaluating(module: TrainingModule) -> Iterator[None]:
-    """In this context no dropout acts, which is for training alone. An error leaves it there: see `place_of`."""
+def evaluating(module: TrainingModule, doing: str = "held-out data was measured") -> Iterator[None]:
+    """In this context no dropout acts, which is for training alone. An error leaves it there: see `place_of`.
+
+    doing: what is being done.
+    """
+    module.doing = doing
     module.eval()
     yield
     module.train()

@@ -117,7 +117,7 @@ def told(where: str) -> Iterator[None]:
 def place_of(module: TrainingModule) -> str:
     """What a training process is doing, for `explained`."""
     if not module.training:
-        return "while held-out data was measured"
+        return f"while {module.doing}"
     return f"in optimiser step {module._step + 1}" if module.batches else "while the model was put on its device"
 
 

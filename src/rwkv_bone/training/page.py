@@ -33,8 +33,9 @@ class RenewPage(Callback):
     """Write `report.html` before the first step, at each measurement, every tenth of the run, and at its end.
 
     It also writes `preview.json`: {state, total_steps, data, samples, environment, next}. `next` is a list of [what,
-    command]. data: settings with the model's tokenizer; lines: of `Dataset.summary_lines` and the like; go_on: what to
-    type to continue this run; environment: {what: value}. What fails here is reported and costs the run nothing.
+    command]; a sample of preference data has `answer`: chosen, rejected, good or bad. data: settings with the model's
+    tokenizer; lines: of `Dataset.summary_lines` and the like; go_on: what to type to continue this run; environment:
+    {what: value}. What fails here is reported and costs the run nothing.
     """
 
     def __init__(
@@ -112,9 +113,18 @@ class RenewPage(Callback):
                 "trained": int(sample.trained.sum()),
                 "pieces": [list(piece) for piece in marked(sample, tokenizer, TOKENS)],
                 "more": max(len(sample.ids) - TOKENS, 0),
+                **({"answer": answer} if answer else {}),
             }
-            for sample in (dataset[int(index)] for index in chosen)
+            for index in map(int, chosen)
+            for sample, answer in zip(dataset.sequences(index), _answers(dataset, index), strict=True)
         ]
+
+
+def _answers(dataset: Dataset, index: int) -> tuple[str, ...]:
+    """What each sequence of a sample is, where answers are compared; else nothing."""
+    if dataset.members == 2:
+        return "chosen", "rejected"
+    return ("" if dataset.good is None else "good" if dataset.good[index] else "bad",)
 
 
 def environment(**facts: str) -> dict[str, str]:

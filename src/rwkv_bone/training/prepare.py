@@ -22,6 +22,7 @@ from rwkv_bone.errors import UserError
 from rwkv_bone.models import RWKV, architecture_from_scratch, build, init_from_scratch, load_base_into
 from rwkv_bone.ops import regions, select_op
 from rwkv_bone.training.reference import Start
+from rwkv_bone.training.resume import Saved
 from rwkv_bone.training.saving import Output
 from rwkv_bone.training.schedule import check_schedule
 from rwkv_bone.training.strategy import DTYPES
@@ -137,16 +138,19 @@ def load_started(config: TrainConfig, model: RWKV, injection: Injection, base: s
             )
 
 
-def reference_start(config: TrainConfig, prepared: Prepared, recorded: str | None) -> Start:
+def reference_start(config: TrainConfig, prepared: Prepared, earlier: Saved | None, main: bool) -> Start:
     """The model that dpo and kto compare with. To be called before a continued run loads its saved values.
 
-    recorded: the name of that model, of a run that is continued.
+    main: this is the process that knows its values.
     """
     model, keys, path = prepared.model, prepared.output.keys, config.adapter.peft_load
     if config.preference.reference == "base":
         return Start("base", prepared.base_values)
-    if recorded is None:
+    if earlier is None:
         return Start(_start_name(config, prepared))
+    recorded = str(earlier.metadata.get("start"))
+    if not main:
+        return Start(recorded)
     try:
         if prepared.injection:
             load_started(config, model, prepared.injection, prepared.output.metadata["base"])

@@ -96,14 +96,18 @@ def tidy(folder: Path) -> None:
 def begin(folder: Path, config: TrainConfig, continued: bool) -> None:
     """Make the folder ready for the first step: clear it, or tidy it for a run that is `continued`; write config.json.
 
-    Only files with names of ours are removed.
+    Only files with names of ours are removed. A reference that a run computed which saved nothing else may serve again:
+    it says what it was made from.
     """
+    unfinished = UNFINISHED if continued else MADE_HERE + UNFINISHED
+    spared_files = set() if config.run.overwrite else {folder / REFERENCE}
     try:
         if not continued:
             (folder / BEGUN).touch() if config.run.save_state else (folder / BEGUN).unlink(missing_ok=True)
             sync_folder(folder)
-        for path in _matching(folder, UNFINISHED if continued else MADE_HERE + UNFINISHED):
-            path.unlink()
+        for path in _matching(folder, unfinished):
+            if path not in spared_files:
+                path.unlink()
     except OSError as error:
         raise not_writable(folder, error) from error
     # How this start treats the folder is nothing that a later start from config.json should repeat.

@@ -30,11 +30,13 @@ from rwkv_bone.config import TrainConfig
 from rwkv_bone.console import counted, with_bar
 from rwkv_bone.data import Batch, BatchPlan, Dataset
 from rwkv_bone.errors import UserError
+from rwkv_bone.models import NOTHING
 from rwkv_bone.preferences.objective import Objective, summed
 from rwkv_bone.training import project
 from rwkv_bone.training.context import chunked_loss
 from rwkv_bone.training.gather import full_shape, gathered
 from rwkv_bone.training.module import MicroBatches, TrainingModule, evaluating
+from rwkv_bone.training.prompts import shared_prompts
 
 if TYPE_CHECKING:
     from rwkv_bone.training.saving import Output
@@ -228,12 +230,14 @@ def log_probabilities(
     def run(batch: Batch) -> Tensor:
         assert batch.host and batch.answers
         where, how = batch.host if chunk else batch, {"widest": batch.widest} if chunk else {}
+        if batch.answers.members == 2 and not chunk:
+            return summed(shared_prompts(module, batch, recompute=NOTHING), batch.answers)[0]
         packed = {"label_rows": where.label_rows, "cu_seqlens": where.cu_seqlens}
         return summed(model(batch.ids, labels=batch.labels, per_token=True, **packed, **how), batch.answers)[0]
 
     batches = MicroBatches(plan, plan.total_steps(1), module.global_rank, 0, module.device.type == "cuda")
     try:
-        with evaluating(module):
+        with evaluating(module, "the reference was computed"):
             for batch in with_bar(batches, len(batches), doing):
                 batch = batch.to(module.device)
                 assert batch.answers

@@ -106,9 +106,8 @@ def _task(config: TrainConfig, objective: Objective, dataset: Dataset) -> Iterat
         only, never = ("good", "bad") if good else ("bad", "good")
         yield f"{WARNING}every answer is labelled {only}, so that nothing shows what is {never}: little can be learnt"
         return
-    yield f"          {counted(good, 'good answer')} and {counted(bad, 'bad one')}"
     if advised := objective.balance(good, bad):
-        yield f"          they do not count alike, as the paper of KTO advises: {advised} would do it"
+        yield f"          good and bad answers do not count alike, as the paper of KTO advises: {advised} would do it"
 
 
 def report_results(

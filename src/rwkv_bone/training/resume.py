@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from rwkv_bone import checkpoints
-from rwkv_bone.config import DataConfig, TrainConfig
+from rwkv_bone.config import DataConfig, PreferenceConfig, TrainConfig
 from rwkv_bone.config.changes import DATA, FREE, ON_PURPOSE
 from rwkv_bone.config.fields import worded
 from rwkv_bone.config.layers import shown
+from rwkv_bone.config.preferences import decided
 from rwkv_bone.config.saved import from_json, shaping
 from rwkv_bone.console import counted
 from rwkv_bone.data import BatchPlan
@@ -201,6 +202,8 @@ class Saved:
         changes, now = {}, _shaping(now)
         for section in fields(now):
             earlier, current = getattr(self.config, section.name), getattr(now, section.name)
+            if isinstance(earlier, PreferenceConfig) and now.data.task != "sft":
+                earlier = decided(earlier, now.data.task)  # what was auto may be given as its number
             for spec in fields(current):
                 old, new = getattr(earlier, spec.name), getattr(current, spec.name)
                 if spec.metadata["auto"] is not None and worded(spec, new) == "auto":
