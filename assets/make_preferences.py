@@ -40,12 +40,6 @@ def no_hyphen(words: list[str], draw: random.Random) -> list[str]:
     return [" " if word == "-" else word for word in words]
 
 
-def left_out(words: list[str], draw: random.Random) -> list[str]:
-    """The hundreds or thousands are missing: `four thousand seven` for `four thousand two hundred seven`."""
-    place = draw.choice([i for i, word in enumerate(words) if word in ("hundred", "thousand")])
-    return words[: max(0, place - 3)] + words[place + 1 :]
-
-
 def exchanged(words: list[str], draw: random.Random) -> list[str]:
     """Two digits are exchanged: `two thousand four` for `four thousand two`."""
     places = [i for i, word in enumerate(words) if word in DIGITS]
@@ -55,7 +49,8 @@ def exchanged(words: list[str], draw: random.Random) -> list[str]:
     return [*words[:first], words[second], *words[first + 1 : second], words[first], *words[second + 1 :]]
 
 
-MISTAKES: tuple[Callable[[list[str], random.Random], list[str]], ...] = (other_word, no_hyphen, left_out, exchanged)
+# None of them makes an answer much shorter or longer: a model would learn the length, and go on writing.
+MISTAKES: tuple[Callable[[list[str], random.Random], list[str]], ...] = (other_word, no_hyphen, exchanged)
 
 
 def subtly_wrong(answer: str, draw: random.Random) -> str:
@@ -120,7 +115,9 @@ def main() -> None:
     train, heldout = voice_pairs(HERE / "corpus_train.jsonl")
     write(folder / "voices_train.jsonl", train)
     write(folder / "voices_heldout.jsonl", heldout)
-    write(folder / "voices_prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    (folder / "voices_prompts.txt").write_text(
+        "".join(f"{prompt}\n" for prompt in PROMPTS), encoding="ascii", newline="\n"
+    )
 
 
 if __name__ == "__main__":
