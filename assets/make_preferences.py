@@ -58,10 +58,10 @@ def subtly_wrong(answer: str, draw: random.Random) -> str:
     words = re.split("([ -])", answer)
     for mistake in draw.sample(MISTAKES, len(MISTAKES)):
         try:
-            found = "".join(mistake(words, draw)).strip()
+            found = "".join(mistake(words, draw))
         except IndexError:  # nothing of that kind in it
             continue
-        if found and found != answer:
+        if found != answer:
             return found
     return "one"
 
