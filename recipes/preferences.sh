@@ -1,8 +1,8 @@
 #!/bin/sh
 # Tunes an RWKV-7 G1 chat model by preferences with DPO: sh recipes/preferences.sh [--flag value ...]
 #
-# Rows have two answers to one prompt, chosen and rejected: UltraFeedback, or yours. A part is held out. The reference is
-# the model itself, whose log-probabilities are computed once, before the first step; there is no second model in memory.
+# Rows have two answers to one prompt, chosen and rejected: UltraFeedback, or yours. A part is held out. The reference
+# is the model itself: its log-probabilities are computed once, before the first step; no second model is in memory.
 # Then the model, merged, answers a few prompts. docs/preferences.md explains tasks, settings and what to watch.
 #
 # cost [estimate]: a 2.9B and 20,000 pairs of 2 x 500 tokens, one pass and a third for the reference, at 3,000 tokens/s
@@ -24,13 +24,13 @@
 set -eu # With Windows line ends these two lines still run, thanks to their comments; the second reports the line ends.
 grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
-load_model=models/rwkv7-g1-2.9b.pth                # base checkpoint, an RWKV-7 G1; or a name of the Hub
-data_file=HuggingFaceH4/ultrafeedback_binarized    # rows of prompt, chosen and rejected; several files: one a line
-sft_split='train_prefs[:20000]'                    # rows that are used; empty: all
-eval_split=0.02                                    # share of the rows that is held out and measured before and after
-prompts=recipes/smoke/prompts.jsonl                # prompts that the model answers afterwards
-output=out/preferences                             # the run in train/, the merged model, the answers
-max_new=300                                        # tokens of an answer, at most
+load_model=models/rwkv7-g1-2.9b.pth             # base checkpoint, an RWKV-7 G1; or a name of the Hub
+data_file=HuggingFaceH4/ultrafeedback_binarized # rows of prompt, chosen and rejected; several files: one a line
+sft_split='train_prefs[:20000]'                 # rows that are used; of a file of yours: --sft_split=
+eval_split=0.02                                 # share of the rows that is held out and measured before and after
+prompts=recipes/smoke/prompts.jsonl             # prompts that the model answers afterwards
+output=out/preferences                          # the run in train/, the merged model, the answers
+max_new=300                                     # tokens of an answer, at most
 
 task=dpo     # dpo, orpo, simpo; kto takes single answers with a label, too
 beta=0.1     # weight of staying near the start: a larger one moves less
