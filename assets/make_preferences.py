@@ -1,4 +1,4 @@
-"""Write the preference sets: preferences_train.jsonl, preferences_heldout.jsonl, voices_train.jsonl, voices_heldout.jsonl.
+"""Write the preference sets: preferences_train.jsonl and voices_train.jsonl, each with its _heldout.jsonl, and prompts.
 
     python assets/make_preferences.py [FOLDER]
 
@@ -25,6 +25,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 PLAIN_SENTENCE = re.compile(r"[A-Z][A-Za-z ,;'-]{29,119}[.!?]")  # short, and without names of chapters or speakers
 FIRST_ADDRESS = "To the Congress of the United States: Once again "  # 1961: where the novel ends in the corpus
 HELDOUT_BEGINNINGS = 8  # every eighth
+PROMPTS = ("The ", "Our ", "Every ", "They ")  # pairs begin with two words
 
 
 def other_word(words: list[str], draw: random.Random) -> list[str]:
@@ -39,12 +40,6 @@ def no_hyphen(words: list[str], draw: random.Random) -> list[str]:
     return [" " if word == "-" else word for word in words]
 
 
-def left_out(words: list[str], draw: random.Random) -> list[str]:
-    """The hundreds or thousands are missing: `four thousand seven` for `four thousand two hundred seven`."""
-    place = draw.choice([i for i, word in enumerate(words) if word in ("hundred", "thousand")])
-    return words[: max(0, place - 3)] + words[place + 1 :]
-
-
 def exchanged(words: list[str], draw: random.Random) -> list[str]:
     """Two digits are exchanged: `two thousand four` for `four thousand two`."""
     places = [i for i, word in enumerate(words) if word in DIGITS]
@@ -54,7 +49,8 @@ def exchanged(words: list[str], draw: random.Random) -> list[str]:
     return [*words[:first], words[second], *words[first + 1 : second], words[first], *words[second + 1 :]]
 
 
-MISTAKES: tuple[Callable[[list[str], random.Random], list[str]], ...] = (other_word, no_hyphen, left_out, exchanged)
+# None of them makes an answer much shorter or longer: a model would learn the length, and go on writing.
+MISTAKES: tuple[Callable[[list[str], random.Random], list[str]], ...] = (other_word, no_hyphen, exchanged)
 
 
 def subtly_wrong(answer: str, draw: random.Random) -> str:
@@ -62,10 +58,10 @@ def subtly_wrong(answer: str, draw: random.Random) -> str:
     words = re.split("([ -])", answer)
     for mistake in draw.sample(MISTAKES, len(MISTAKES)):
         try:
-            found = "".join(mistake(words, draw)).strip()
+            found = "".join(mistake(words, draw))
         except IndexError:  # nothing of that kind in it
             continue
-        if found and found != answer:
+        if found != answer:
             return found
     return "one"
 
@@ -100,7 +96,7 @@ def voice_pairs(source: Path) -> tuple[list[dict[str, str]], list[dict[str, str]
     sides: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
     for number, beginning in enumerate(sorted(novel.keys() & addresses.keys())):
         side = sides[number % HELDOUT_BEGINNINGS == 0]
-        for chosen, rejected in zip(novel[beginning], addresses[beginning]):
+        for chosen, rejected in zip(novel[beginning], addresses[beginning], strict=False):  # the fewer decide
             side.append({"prompt": beginning, "chosen": chosen, "rejected": rejected})
     draw = random.Random(SEED)
     for side in sides:
@@ -119,6 +115,9 @@ def main() -> None:
     train, heldout = voice_pairs(HERE / "corpus_train.jsonl")
     write(folder / "voices_train.jsonl", train)
     write(folder / "voices_heldout.jsonl", heldout)
+    (folder / "voices_prompts.txt").write_text(
+        "".join(f"{prompt}\n" for prompt in PROMPTS), encoding="ascii", newline="\n"
+    )
 
 
 if __name__ == "__main__":

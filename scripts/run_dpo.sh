@@ -16,6 +16,9 @@ grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: s
 load_model=assets/rwkv7-tiny.pth      # base checkpoint; DPO begins with a model that can give both answers
 data_file=assets/voices_train.jsonl   # rows of prompt, chosen and rejected; several files: one a line
 eval_data=assets/voices_heldout.jsonl # pairs kept out of training, measured before and after
+sample_prompts=assets/voices_prompts.txt # beginnings that are completed at each measurement, to be read
+eval_samples=0                        # held-out prompts to answer, to count exact answers; here none is the right one
+eval_steps=27                         # optimiser steps between measurements
 proj_dir=out/dpo                      # results: adapters rwkv-N.pth, log, curves
 
 task=dpo  # dpo, orpo, simpo; kto takes rows of prompt, response and label

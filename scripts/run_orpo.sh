@@ -16,6 +16,7 @@ grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: s
 load_model=assets/rwkv7-tiny.pth           # base checkpoint; its sizes are read from the file
 data_file=assets/preferences_train.jsonl   # rows of prompt, chosen and rejected; several files: one a line
 eval_data=assets/preferences_heldout.jsonl # pairs kept out of training, measured before and after
+eval_steps=181                             # optimiser steps between measurements
 proj_dir=out/orpo                          # results: adapters rwkv-N.pth, log, curves
 
 task=orpo # dpo, orpo, simpo; kto takes rows of prompt, response and label
@@ -28,9 +29,9 @@ bone_r=32      # block size: trainable parameters grow with it
 ctx_len=128                 # tokens of an answer with its prompt; a longer prompt loses its beginning
 micro_bsz=6                 # a batch is micro_bsz pairs of ctx_len tokens, per device; lower it when memory runs out
 accumulate_grad_batches=1   # forward passes per optimiser step
-epoch_count=3               # times through the data
+epoch_count=4               # times through the data
 epoch_save=1                # epochs from one saved file to the next
-lr_init=auto                # learning rate after warm-up; auto: that of --task sft
+lr_init=3e-3                # learning rate after warm-up, of this tiny model; auto: half of that of --task sft
 lr_final=auto               # learning rate at the end; auto: a thirtieth of lr_init
 warmup_steps=10             # optimiser steps of warm-up
 accelerator=auto            # gpu, cpu, or auto: gpu if there is one

@@ -36,11 +36,12 @@ SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.sh"))
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.sh"))
 KINDS = ("bone", "bat", "lora", "pissa", "state")
 RUN_SCRIPTS = tuple(f"run_{kind}.sh" for kind in KINDS)
+TASK_SCRIPTS = ("run_dpo.sh", "run_orpo.sh")
 MERGE_SCRIPTS = tuple(f"merge_{kind}.sh" for kind in KINDS)
 TRAIN_SETTINGS = [spec for section in SECTIONS.values() for spec in fields(section)]
 # script -> the settings of its program; those that a user copies and edits
 SETTINGS = {
-    **dict.fromkeys(RUN_SCRIPTS, TRAIN_SETTINGS),
+    **dict.fromkeys((*RUN_SCRIPTS, *TASK_SCRIPTS), TRAIN_SETTINGS),
     **dict.fromkeys(MERGE_SCRIPTS, fields(MergeConfig)),
     "run_bone_hf.sh": fields(HfConfig),
     "chat.sh": fields(ChatConfig),
@@ -207,6 +208,15 @@ def test_run_scripts_need_no_edits_and_pass_a_valid_command_line(script, clone):
         relative = Path(path).relative_to(clone.root)
         assert str(relative) == settings(script)[name].split()[0]
         assert (REPOSITORY / relative).is_file()
+
+
+@pytest.mark.parametrize("script", TASK_SCRIPTS)
+def test_scripts_of_preference_tasks_need_no_edits_either(script, clone):
+    config = parse_train(arguments(clone.sh(script)))
+    assert config.data.task == script.removeprefix("run_").removesuffix(".sh")
+    assert config.run.proj_dir == f"{clone.root}/out/{config.data.task}"
+    for path in (config.model.load_model, *config.data.data_file, *config.data.eval_data, config.run.sample_prompts):
+        assert not path or (REPOSITORY / Path(path).relative_to(clone.root)).is_file()
 
 
 def test_the_plan_is_of_the_run_of_run_bone(clone):

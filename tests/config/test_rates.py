@@ -140,3 +140,25 @@ def test_auto_is_a_word_everywhere_and_its_number_is_none(capsys):
     with pytest.raises(UserError, match="--lr_schedule exp needs"):
         parse("--lr_schedule", "exp", "--lr_init", "0")
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("task", "share"), [("dpo", 0.1), ("kto", 0.1), ("simpo", 0.1), ("orpo", 0.5)])
+@pytest.mark.parametrize("words", [(), ("--peft", "lora"), ("--peft", "none"), ("--peft", "state")])
+def test_preference_tasks_take_a_share_of_the_rate_of_fine_tuning_and_say_so(task, share, words):
+    asked, adapter = settings(*words)
+    rate = auto_rate(adapter, 2560, task=task)
+    assert rate == pytest.approx(share * auto_rate(adapter, 2560), rel=0.05)  # two digits
+    low, high = usual_rates(adapter.peft, 2560, task=task)
+    assert low <= rate <= high
+    optim = decided(asked, adapter, 2560, task=task)
+    assert optim.lr_init == rate
+    (line,) = said(asked, optim, adapter, 2560, False, task)
+    assert line.endswith(f", times {share} for --task {task}")
+    assert "--task" not in next(said(asked, decided(asked, adapter, 2560), adapter, 2560, False))
+
+
+def test_published_rates_of_preference_tuning_are_usual_ones():
+    """A 7B model has a width of 4096."""
+    for task, rate in (("dpo", 5e-7), ("kto", 5e-7), ("simpo", 3e-7), ("orpo", 5e-6), ("orpo", 8e-6)):
+        low, high = usual_rates("none", 4096, task=task)
+        assert low <= rate <= high

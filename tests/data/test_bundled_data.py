@@ -1,6 +1,7 @@
 """The bundled data is what its scripts and its README say."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -62,3 +63,41 @@ def test_the_corpus_parts_do_not_overlap():
     train, held_out = rows("corpus_train.jsonl"), rows("corpus_heldout.jsonl")
     assert len(held_out) > 50
     assert not {row["text"] for row in train} & {row["text"] for row in held_out}
+
+
+def test_the_script_writes_the_preference_sets_again(tmp_path):
+    """Sets have another order in another process: what is written does not depend on it."""
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    subprocess.run([sys.executable, ASSETS / "make_preferences.py", tmp_path], check=True, env=environment)
+    written = sorted(path.name for path in tmp_path.iterdir())
+    names = ("preferences_heldout.jsonl", "preferences_train.jsonl")
+    assert written == [*names, "voices_heldout.jsonl", "voices_prompts.txt", "voices_train.jsonl"]
+    for name in written:
+        assert (tmp_path / name).read_bytes() == (ASSETS / name).read_bytes()
+
+
+@pytest.mark.parametrize("part", ["train", "heldout"])
+def test_of_two_numbers_the_chosen_is_right_and_the_rejected_wrong_and_as_long(part):
+    pairs = rows(f"preferences_{part}.jsonl")
+    assert [(row["prompt"], row["chosen"]) for row in pairs] == [
+        (row["prompt"], row["response"]) for row in rows(f"numbers_{part}.jsonl")
+    ]
+    for row in pairs:
+        number, other = int(row["prompt"].removesuffix(" in words: ")), row["rejected"]
+        assert in_digits(row["chosen"]) == number
+        assert in_digits(other) != number or other == row["chosen"].replace("-", " ") != row["chosen"]
+    chosen, rejected = (sum(len(row[name]) for row in pairs) for name in ("chosen", "rejected"))
+    assert abs(chosen - rejected) / chosen < 0.01
+
+
+def test_voices_are_the_novels_and_the_addresses_and_held_out_beginnings_are_new():
+    corpus = [row["text"] for row in rows("corpus_train.jsonl")]
+    border = next(i for i, text in enumerate(corpus) if text.startswith("To the Congress of the United States: Once"))
+    novel, addresses = " ".join(corpus[:border]), " ".join(corpus[border:])
+    train, held_out = rows("voices_train.jsonl"), rows("voices_heldout.jsonl")
+    assert (len(train), len(held_out)) == (393, 52)
+    for row in train + held_out:
+        assert row["prompt"] + row["chosen"] in novel and row["prompt"] + row["rejected"] in addresses
+    prompts = {row["prompt"] for row in train}
+    assert not prompts & {row["prompt"] for row in held_out}
+    assert not prompts & {f"{line.strip()} " for line in (ASSETS / "voices_prompts.txt").read_text().splitlines()}

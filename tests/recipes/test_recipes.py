@@ -15,6 +15,7 @@ import torch
 from rwkv_bone.adapters import AdapterSettings, inject, settings_of
 from rwkv_bone.config import ModelConfig
 from rwkv_bone.config.flags import SECTIONS, parse_train
+from rwkv_bone.config.preferences import PAIRED
 from rwkv_bone.hf.flags import HfConfig
 from rwkv_bone.models import EVERY_BLOCK, NOTHING, Recompute, architecture_from_scratch, build
 from rwkv_bone.training.memory import GB, Run, count, needs
@@ -86,7 +87,8 @@ def test_a_header_says_cost_memory_what_to_expect_and_where_that_comes_from(name
 def test_memory_in_a_header_is_what_the_plan_computes_for_a_card(gigabytes, size, flags):
     config, arch, counts = planned(size, flags)
     data, model = config.data, config.model
-    run = Run(data.ctx_len, data.micro_bsz, model.quant, AGAIN[model.grad_cp], chunk_ctx=model.chunk_ctx)
+    again, members = AGAIN[model.grad_cp], 2 if data.task in PAIRED else 1
+    run = Run(data.ctx_len, data.micro_bsz, model.quant, again, chunk_ctx=model.chunk_ctx, members=members)
     assert f"{needs(arch, counts, run).card / GB:.1f}" == gigabytes
 
 

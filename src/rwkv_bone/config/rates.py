@@ -42,22 +42,31 @@ RULES = {
     "state": Rule(0.1),
     "from scratch": Rule(2e-3, -0.67),
 }
+# What --task multiplies a rate by. Published, where fine-tuning has 2e-5 for every weight and 2e-4 for LoRA: DPO and
+# KTO 5e-7 and 5e-6 (Zephyr in the alignment-handbook; Ethayarajh et al., arXiv 2402.01306), in Tulu 3 a tenth of its
+# fine-tuning's (Lambert et al., arXiv 2411.15124); SimPO 3e-7 to 1e-6 (Meng et al., arXiv 2405.14734); ORPO 5e-6 to
+# 8e-6 for every weight (Hong et al., arXiv 2403.07691). docs/preferences.md has what was measured on the bundled sets.
+BY_TASK = {"sft": 1.0, "dpo": 0.1, "orpo": 0.5, "simpo": 0.1, "kto": 0.1}
+LOWER = 1 / 4  # rates of the tasks go as far below theirs as the published 5e-7 is below a tenth of 2e-5
 MOST = 0.01  # of weights: models narrower than WIDTH were not better above it
 FINAL, FINAL_OF_STATE = 1 / 30, 1 / 10  # of lr_init, at the end of a run
 
 
-def auto_rate(adapter: AdapterConfig, width: int, from_scratch: bool = False) -> float:
-    """What `--lr_init auto` is, on two digits, for a model this wide."""
+def auto_rate(adapter: AdapterConfig, width: int, from_scratch: bool = False, task: str = "sft") -> float:
+    """What `--lr_init auto` is, on two digits, for a model this wide. task: as --task."""
     rule = RULES["from scratch" if from_scratch else adapter.peft]
     rate = rule.rate * (width / WIDTH) ** rule.by_width * (_size(adapter) / SIZE) ** rule.by_size
     if adapter.peft in ("lora", "pissa"):
         rate /= adapter.lora_plus**0.5  # between the rate of lora_A and that of lora_B
-    return float(f"{rate if adapter.peft == 'state' else min(rate, MOST):.1e}")
+    rate = rate if adapter.peft == "state" else min(rate, MOST)
+    return float(f"{rate * BY_TASK[task]:.1e}")
 
 
-def decided(optim: OptimConfig, adapter: AdapterConfig, width: int, from_scratch: bool = False) -> OptimConfig:
-    """The settings with numbers for --lr_init auto and --lr_final auto, on a model this wide."""
-    first = auto_rate(adapter, width, from_scratch) if optim.lr_init == AUTO else optim.lr_init
+def decided(
+    optim: OptimConfig, adapter: AdapterConfig, width: int, from_scratch: bool = False, task: str = "sft"
+) -> OptimConfig:
+    """The settings with numbers for --lr_init auto and --lr_final auto, on a model this wide. task: as --task."""
+    first = auto_rate(adapter, width, from_scratch, task) if optim.lr_init == AUTO else optim.lr_init
     share = FINAL_OF_STATE if adapter.peft == "state" else FINAL
     last = float(f"{first * share:.1e}") if optim.lr_final == AUTO else optim.lr_final
     return replace(optim, lr_init=first, lr_final=last)
@@ -69,7 +78,9 @@ def continued(optim: OptimConfig, began: OptimConfig) -> OptimConfig:
     return replace(optim, lr_init=first, lr_final=began.lr_final if optim.lr_final == AUTO else optim.lr_final)
 
 
-def said(asked: OptimConfig, optim: OptimConfig, adapter: AdapterConfig, width: int, goes_on: bool) -> Iterator[str]:
+def said(
+    asked: OptimConfig, optim: OptimConfig, adapter: AdapterConfig, width: int, goes_on: bool, task: str = "sft"
+) -> Iterator[str]:
     """What became of --lr_init auto and --lr_final auto, and why, on a line; nothing where numbers were given.
 
     asked, optim: before and after `decided`, or, where the run goes on, `continued`.
@@ -85,6 +96,8 @@ def said(asked: OptimConfig, optim: OptimConfig, adapter: AdapterConfig, width: 
     elif "lr_init" in names:
         size = {"bone": f" and bone_r {adapter.bone_r}", "lora": f" and a scale x rank of {plain(_size(adapter))}"}
         why = f"for --peft {adapter.peft} on a model of width {width}{size.get(adapter.peft, '')}"
+        if BY_TASK[task] != 1:
+            why += f", times {plain(BY_TASK[task])} for --task {task}"
     else:
         why = f"a {'tenth' if adapter.peft == 'state' else 'thirtieth'} of lr_init"
     rises = optim.lr_schedule != "constant" and asked.lr_init == AUTO and optim.lr_final > optim.lr_init
@@ -102,23 +115,25 @@ def _size(adapter: AdapterConfig) -> float:
     return SIZE
 
 
-def usual_rates(peft: str, width: int, from_scratch: bool = False) -> tuple[float, float]:
+def usual_rates(peft: str, width: int, from_scratch: bool = False, task: str = "sft") -> tuple[float, float]:
     """The lowest and the highest learning rate that a run of this kind, on a model this wide, may be meant to have."""
-    if peft == "state":
-        return STATE
-    low, high = FROM_SCRATCH if from_scratch else BY_WIDTH[peft]
-    return low / width, high / width
+    low, high = STATE if peft == "state" else FROM_SCRATCH if from_scratch else BY_WIDTH[peft]
+    by_width = 1 if peft == "state" else width
+    by_task = 1.0 if task == "sft" else BY_TASK[task] * LOWER
+    return low * by_task / by_width, high * BY_TASK[task] / by_width
 
 
 def unusual_rate(config: TrainConfig, width: int) -> str:
     """A sentence on a rate outside `usual_rates`, or nothing: also nothing on one that `doubtful_rates` tells of."""
     rate, peft = config.optim.lr_init, config.adapter.peft
-    low, high = usual_rates(peft, width, not config.model.load_model)
+    task = config.data.task
+    low, high = usual_rates(peft, width, not config.model.load_model, task)
     if rate in (0, AUTO) or low <= rate <= high or rate > HIGHEST[peft]:
         return ""
     size = "large" if rate > high else "small"
+    kind = peft if task == "sft" else f"{peft} and --task {task}"
     return (
-        f"--lr_init {plain(rate)} is unusually {size} for --peft {peft} on a model of width {width}: what is known to "
+        f"--lr_init {plain(rate)} is unusually {size} for --peft {kind} on a model of width {width}: what is known to "
         f"work lies between {plain(float(f'{low:.1g}'))} and {plain(float(f'{high:.1g}'))}"
     )
 

@@ -73,7 +73,7 @@ def plan(config: TrainConfig, watch: Watch) -> Planned:
 
     for line in header(config, outline, module, choice, device, threads, text):
         say(line)
-    for line in rates.said(asked.optim, config.optim, config.adapter, arch.n_embd, False):
+    for line in rates.said(asked.optim, config.optim, config.adapter, arch.n_embd, False, config.data.task):
         say(f"rate      {line}")
     for line in lines.memory_parts(memory, total):
         say(line)

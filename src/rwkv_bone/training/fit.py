@@ -142,7 +142,7 @@ def _fit(config: TrainConfig, watch: Watch, folder: Path) -> Path:
     if module.steps_left:
         for line in header(config, prepared, module, choice, device, threads, text):
             report(line)
-        for line in rates.said(asked, config.optim, adapter, prepared.arch.n_embd, earlier is not None):
+        for line in rates.said(asked, config.optim, adapter, prepared.arch.n_embd, earlier is not None, data.task):
             report(f"rate      {line}")
         for line in guard.warnings(memory):
             report(f"          {line}")

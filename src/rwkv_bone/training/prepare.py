@@ -56,7 +56,7 @@ def prepare_model(config: TrainConfig, device: torch.device, continued: bool = F
         raise UserError(f"--quant {quant} with --peft none: only frozen weights are quantised, and none is; remove one")
     path = config.model.load_model
     arch, base, label, folder = _load_base(config)
-    optim = rates.decided(config.optim, config.adapter, arch.n_embd, not path)
+    optim = rates.decided(config.optim, config.adapter, arch.n_embd, not path, config.data.task)
     config = replace(config, optim=optim)
     op, kernel = "torch", ""
     if not empty:
