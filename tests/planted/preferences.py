@@ -78,6 +78,5 @@ BUGS = (
     Bug(SAMPLER, "good=None if self.good is None else function(self.good),", "good=self.good,", f"{CUT} -k device"),
     # The prompt that both answers share.
     Bug(PROMPTS, "rows.unsqueeze(1).expand(-1, 2, *rows.shape[1:]).flatten(0, 1)", "torch.cat([rows, rows])", SHARED),
-    Bug(PROMPTS, "before[one : one + 2].min()", "before[one]", SHARED),
     Bug(PROMPTS, "torch.cat([nothing, losses])[order]", "torch.cat([nothing, losses])", SHARED),
 )
