@@ -35,7 +35,9 @@ def merged_answers(folder: Path, prompts: list[str]) -> list[str]:
     model = folder / "merged.pth"
     shell("merge_bone.sh", "--proj_dir", folder, "--output", model)
     rows = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-    said = shell("chat.sh", "--load_model", model, "--prompts", "-", "--max_new", "60", "--temperature", "0", stdin=rows)
+    said = shell(
+        "chat.sh", "--load_model", model, "--prompts", "-", "--max_new", "60", "--temperature", "0", stdin=rows
+    )
     return [json.loads(line)["generated"] for line in said.splitlines()]
 
 
