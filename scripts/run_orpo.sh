@@ -2,8 +2,8 @@
 # Fine-tunes an RWKV-7 on answers and preferences at once, with ORPO: sh scripts/run_orpo.sh [--flag value ...]
 #
 # As it stands: the bundled tiny base learns to write numbers in words, from right answers beside subtly wrong ones, in
-# under three minutes on two CPU cores. Expected on held-out numbers: each pair right, and exact answers where
-# the base has none.
+# under three minutes on two CPU cores. Expected on held-out numbers: exact answers 0 of 100 before, at least 95 after;
+# right pairs 41 % before, 100 % after. General text is forgotten, as in scripts/run_bone.sh.
 # docs/preferences.md explains tasks, settings and figures.
 # Merge: sh scripts/merge_bone.sh --proj_dir out/orpo --output out/rwkv7-tiny-orpo.pth. Talk: sh scripts/chat.sh
 # --proj_dir out/orpo; type `2577 in words: `, with the space.
