@@ -1,10 +1,11 @@
 #!/bin/sh
 # Tunes an RWKV-7 by preferences with DPO: sh scripts/run_dpo.sh [--flag value ...]
 #
-# As it stands: the bundled tiny base, which has read Moby-Dick and speeches to the Congress, learns from pairs of
-# sentences to go on like the novel, in about a minute on two CPU cores. Expected on held-out pairs: HELDOUT.
-# Merge: sh scripts/merge_bone.sh --proj_dir out/dpo --output out/rwkv7-tiny-dpo.pth; talk: sh scripts/chat.sh
-# --proj_dir out/dpo, and type a beginning, `In the `, with the space. Each task and setting: docs/preferences.md.
+# As it stands: the bundled tiny base, which has read Moby-Dick and State of the Union addresses, learns from pairs of
+# sentences to go on like the novel, in about a minute on two CPU cores. Expected: of 52 held-out pairs 48 right, a
+# margin of 1.1; general text loses 0.10 nats per token. docs/preferences.md explains tasks, settings and figures.
+# Merge: sh scripts/merge_bone.sh --proj_dir out/dpo --output out/rwkv7-tiny-dpo.pth. Talk: sh scripts/chat.sh
+# --proj_dir out/dpo; type a beginning, `In the `, with the space.
 # For your own run copy this file, to any place, and edit the variables. Each is the flag of its name, so add others
 # that `python train.py --help` lists; or give flags, which override them: sh scripts/run_dpo.sh --beta 0.3.
 # Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
@@ -12,14 +13,13 @@
 set -eu # With Windows line ends these two lines still run, thanks to their comments; the second reports the line ends.
 grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
 
-
-load_model=assets/rwkv7-tiny.pth      # base checkpoint; DPO begins with a model that can give both answers
-data_file=assets/voices_train.jsonl   # rows of prompt, chosen and rejected; several files: one a line
-eval_data=assets/voices_heldout.jsonl # pairs kept out of training, measured before and after
+load_model=assets/rwkv7-tiny.pth         # base checkpoint; DPO begins with a model that can give both answers
+data_file=assets/voices_train.jsonl      # rows of prompt, chosen and rejected; several files: one a line
+eval_data=assets/voices_heldout.jsonl    # pairs kept out of training, measured before and after
 sample_prompts=assets/voices_prompts.txt # beginnings that are completed at each measurement, to be read
-eval_samples=0                        # held-out prompts to answer, to count exact answers; here none is the right one
-eval_steps=27                         # optimiser steps between measurements
-proj_dir=out/dpo                      # results: adapters rwkv-N.pth, log, curves
+eval_samples=0                           # held-out prompts to answer, to count exact answers; here none is right
+eval_steps=27                            # optimiser steps between measurements
+proj_dir=out/dpo                         # results: adapters rwkv-N.pth, log, curves
 
 task=dpo  # dpo, orpo, simpo; kto takes rows of prompt, response and label
 beta=auto # weight of staying near the start: auto is 0.1; a larger one moves less

@@ -2,16 +2,17 @@
 # Fine-tunes an RWKV-7 on answers and preferences at once, with ORPO: sh scripts/run_orpo.sh [--flag value ...]
 #
 # As it stands: the bundled tiny base learns to write numbers in words, from right answers beside subtly wrong ones, in
-# under three minutes on two CPU cores. Expected on held-out numbers: HELDOUT.
-# Merge: sh scripts/merge_bone.sh --proj_dir out/orpo --output out/rwkv7-tiny-orpo.pth; talk: sh scripts/chat.sh
-# --proj_dir out/orpo, and type `2577 in words: `, with the space. Each task and setting: docs/preferences.md.
+# under three minutes on two CPU cores. Expected on held-out numbers: exact answers 0 of 100 before, at least 95 after;
+# right pairs 41 % before, 100 % after. General text is forgotten, as in scripts/run_bone.sh.
+# docs/preferences.md explains tasks, settings and figures.
+# Merge: sh scripts/merge_bone.sh --proj_dir out/orpo --output out/rwkv7-tiny-orpo.pth. Talk: sh scripts/chat.sh
+# --proj_dir out/orpo; type `2577 in words: `, with the space.
 # For your own run copy this file, to any place, and edit the variables. Each is the flag of its name, so add others
 # that `python train.py --help` lists; or give flags, which override them: sh scripts/run_orpo.sh --beta 0.3.
 # Paths below are relative to the repository, wherever this file is; paths given as flags, to where you are.
 # shellcheck disable=SC2034 # the variables are read by lib.sh
 set -eu # With Windows line ends these two lines still run, thanks to their comments; the second reports the line ends.
 grep -q "$(printf '\r')" "$0" && printf '%s\n' "error: Windows line ends; fix: sed -i 's/\r\$//' '$0'" >&2 && exit 2 #
-
 
 load_model=assets/rwkv7-tiny.pth           # base checkpoint; its sizes are read from the file
 data_file=assets/preferences_train.jsonl   # rows of prompt, chosen and rejected; several files: one a line

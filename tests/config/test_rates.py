@@ -143,7 +143,9 @@ def test_auto_is_a_word_everywhere_and_its_number_is_none(capsys):
 
 
 @pytest.mark.parametrize(("task", "share"), [("dpo", 0.1), ("kto", 0.1), ("simpo", 0.1), ("orpo", 0.5)])
-@pytest.mark.parametrize("words", [(), ("--peft", "lora"), ("--peft", "none"), ("--peft", "state")])
+@pytest.mark.parametrize(
+    "words", [(), ("--bone_r", "256"), ("--peft", "lora"), ("--peft", "none"), ("--peft", "state")]
+)
 def test_preference_tasks_take_a_share_of_the_rate_of_fine_tuning_and_say_so(task, share, words):
     asked, adapter = settings(*words)
     rate = auto_rate(adapter, 2560, task=task)

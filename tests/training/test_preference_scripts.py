@@ -35,7 +35,9 @@ def merged_answers(folder: Path, prompts: list[str]) -> list[str]:
     model = folder / "merged.pth"
     shell("merge_bone.sh", "--proj_dir", folder, "--output", model)
     rows = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-    said = shell("chat.sh", "--load_model", model, "--prompts", "-", "--max_new", "60", "--temperature", "0", stdin=rows)
+    said = shell(
+        "chat.sh", "--load_model", model, "--prompts", "-", "--max_new", "60", "--temperature", "0", stdin=rows
+    )
     return [json.loads(line)["generated"] for line in said.splitlines()]
 
 
@@ -61,5 +63,5 @@ def test_orpo_teaches_the_base_a_task_and_which_answers_are_wrong(tmp_path):
     shell("run_orpo.sh", "--proj_dir", folder)
     first, last = measured(folder)
     assert last["heldout"]["preference"]["reward_accuracy"] >= 0.97
-    assert first["heldout"]["exact_match"] == 0 and last["heldout"]["exact_match"] >= 0.8
+    assert first["heldout"]["exact_match"] == 0 and last["heldout"]["exact_match"] >= 0.9
     assert merged_answers(folder, ["2577 in words: "]) == ["two thousand five hundred seventy-seven"]

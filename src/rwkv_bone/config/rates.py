@@ -47,7 +47,6 @@ RULES = {
 # fine-tuning's (Lambert et al., arXiv 2411.15124); SimPO 3e-7 to 1e-6 (Meng et al., arXiv 2405.14734); ORPO 5e-6 to
 # 8e-6 for every weight (Hong et al., arXiv 2403.07691). docs/preferences.md has what was measured on the bundled sets.
 BY_TASK = {"sft": 1.0, "dpo": 0.1, "orpo": 0.5, "simpo": 0.1, "kto": 0.1}
-LOWER = 1 / 4  # rates of the tasks go as far below theirs as the published 5e-7 is below a tenth of 2e-5
 MOST = 0.01  # of weights: models narrower than WIDTH were not better above it
 FINAL, FINAL_OF_STATE = 1 / 30, 1 / 10  # of lr_init, at the end of a run
 
@@ -118,9 +117,8 @@ def _size(adapter: AdapterConfig) -> float:
 def usual_rates(peft: str, width: int, from_scratch: bool = False, task: str = "sft") -> tuple[float, float]:
     """The lowest and the highest learning rate that a run of this kind, on a model this wide, may be meant to have."""
     low, high = STATE if peft == "state" else FROM_SCRATCH if from_scratch else BY_WIDTH[peft]
-    by_width = 1 if peft == "state" else width
-    by_task = 1.0 if task == "sft" else BY_TASK[task] * LOWER
-    return low * by_task / by_width, high * BY_TASK[task] / by_width
+    share = BY_TASK[task] / (1 if peft == "state" else width)
+    return low * share, high * share
 
 
 def unusual_rate(config: TrainConfig, width: int) -> str:
