@@ -302,6 +302,7 @@ OF_OTHERS |= {
     "gpus-per-node",
     "cpus-per-task",
     "apply_chat_template",
+    "dpo",
     "batch_size",
     "gen_kwargs",
     "include_path",

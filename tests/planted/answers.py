@@ -80,7 +80,6 @@ BUGS = (
     Bug(PART, 'if self.cfg.task != "sft" and not isinstance(self.source, Rows):', "if False:", ENCODE_TESTS),
     # What is said and expected.
     Bug(LOAD, "if answer.good]", "]", ENCODE_TESTS),
-    Bug(LOAD, '("undesirable", 0.75 * ratio) if ratio > 1', '("desirable", 0.75 * ratio) if ratio > 1', ENCODE_TESTS),
-    Bug(LOAD, 'else ("desirable", 1 / ratio)', 'else ("desirable", ratio)', ENCODE_TESTS),
+    Bug(LOAD, "if not (good and bad):", "if not good:", ENCODE_TESTS),
     Bug(LOAD, 'if cfg.task != "sft":  # a file', "if False:  # a file", ENCODE_TESTS),
 )

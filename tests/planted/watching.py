@@ -25,7 +25,7 @@ BUGS = (
     Bug(f"{TRAINING}/warn.py", "self._lines.add([*now, ", "self._lines.add([", WARN),
     Bug(f"{TRAINING}/warn.py", "if not trainer.is_global_zero or", "if", WARN),
     Bug(f"{TRAINING}/measurements.py", "if self.records or self.path.exists():", "if self.records:", WARN),
-    Bug("src/rwkv_bone/config/rates.py", "return low / width, high / width", "return low / 128, high / 128", WARN),
+    Bug("src/rwkv_bone/config/rates.py", '(1 if peft == "state" else width)', "128", WARN),
     # Other programs.
     Bug(f"{TRAINING}/loggers.py", "purge = place.first_step + 1 if place.first_step else 0", "purge = None", LOGGERS),
     Bug(f"{TRAINING}/loggers.py", 'if numbers and record["step"] > last(sender.sent):', "if numbers:", LOGGERS),
