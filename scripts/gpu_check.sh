@@ -224,6 +224,10 @@ part_stages() {
         done
         train grad_cp grad_cp $(short) --strategy deepspeed_stage_3 --grad_cp 1
         train nf4 nf4 $(short) --quant nf4
+        for task in dpo orpo; do
+            train "$task" "$task" $(short) --task "$task" --data_file "$repo/assets/preferences_train.jsonl" \
+                --eval_data "$repo/assets/preferences_heldout.jsonl"
+        done
     }
 }
 

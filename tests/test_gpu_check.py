@@ -83,7 +83,7 @@ def test_all_of_it_runs_at_toy_size_on_the_processor(check):
 
     runs = {row["name"]: row for row in check.rows("run")}
     stages = {f"stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload")}
-    assert set(runs) == {"default", *stages, "grad_cp", "nf4", "first_epoch", "second_epoch"}
+    assert set(runs) == {"default", *stages, "grad_cp", "nf4", "dpo", "orpo", "first_epoch", "second_epoch"}
     first = runs["stage_1"]["heldout"]
     assert all(runs[name]["heldout"] == pytest.approx(first, abs=2e-3) for name in (*stages, "grad_cp"))
     assert runs["second_epoch"]["steps"] == 2 * runs["first_epoch"]["steps"]

@@ -73,10 +73,14 @@ def test_simpo_smooths_and_wants_a_margin_of_means():
     assert shown["reward_margin"] == pytest.approx(sum(margins) / 2) and shown["nll"] is None and shown["kl"] is None
 
 
-def test_an_answer_that_is_as_good_as_the_other_is_not_above_it():
-    """As all are at the first step of dpo."""
+def test_pairs_whose_answers_are_equally_good_have_no_part_in_the_accuracy():
+    """As all are at the first step of dpo: neither 0 % nor 50 % of them are right."""
     *_, shown = found("dpo", {}, reference=[[-2.0, -3.0], [-0.25, -3.5]])
-    assert shown["reward_accuracy"] == 0 and shown["reward_margin"] == 0
+    assert shown["reward_accuracy"] is None and shown["reward_margin"] == 0
+    *_, shown = found("dpo", {}, reference=[[-2.0, -3.0], [-0.5, -3.5]])
+    assert shown["reward_accuracy"] == 1
+    *_, shown = found("dpo", {}, reference=[[-2.0, -3.0], [-0.125, -3.5]])
+    assert shown["reward_accuracy"] == 0
 
 
 def test_orpo_is_odds_and_by_default_the_chosen_answers_own_loss():

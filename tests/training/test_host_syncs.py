@@ -122,7 +122,7 @@ def test_a_step_reads_no_value_of_what_is_on_the_device(chunk, pack):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", [{}, {"chunk_ctx": 8}, {"targets": "head"}])
+@pytest.mark.parametrize("flags", [{}, {"chunk_ctx": 8}, {"targets": "head"}, {"task": "dpo"}, {"task": "kto"}])
 def test_on_a_gpu_no_line_of_ours_waits_for_it(job, monkeypatch, flags):
     """PyTorch itself warns of each operation that waits; the one fetch of a step does not count as such."""
     original = StopOnSignal.on_train_batch_start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,8 +44,9 @@ class TimeReference(Callback):
         few = units[np.arange(count) * len(units) // count]
 
         def take(some: np.ndarray) -> float:
-            start, how = self._now(module), {"micro_bsz": self._micro_bsz, "chunk": self._chunk}
-            log_probabilities(module, dataset, some, mismatched=mismatched, doing="timing the reference", **how)
+            start = self._now(module)
+            how: dict[str, Any] = {"micro_bsz": self._micro_bsz, "chunk": self._chunk, "mismatched": mismatched}
+            log_probabilities(module, dataset, some, doing="timing the reference", **how)
             return self._now(module) - start
 
         take(few[: -(-count // PASSES)])

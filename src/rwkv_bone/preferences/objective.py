@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # What is summed over the units of micro-batches and devices. Of labelled answers the good ones are the chosen ones.
 SUMS = (
-    *("chosen", "rejected", "pairs"),  # how many there are
+    *("chosen", "rejected"),  # how many there are
+    "pairs",  # whose rewards differ: before the first step all of dpo's are 0
     *("reward_chosen", "reward_rejected"),
     "above",  # pairs in which the chosen answer has the higher reward
     *("logp_chosen", "logp_rejected"),  # of whole answers, nats
@@ -126,9 +127,9 @@ def _paired_sums(logp: Tensor, tokens: Tensor, rewards: Tensor, mean: Tensor | N
     """SUMS of pairs. mean: log-probabilities per token, where the chosen answers' own loss is added."""
     pairs = torch.full((), len(logp), dtype=torch.float64, device=logp.device)
     none = torch.zeros_like(pairs)
-    above = (rewards[:, 0] > rewards[:, 1]).sum()
+    above, below = (rewards[:, 0] > rewards[:, 1]).sum(), (rewards[:, 0] < rewards[:, 1]).sum()
     nll = (none, none) if mean is None else (-mean[:, 0].sum(), pairs)
-    parts = (pairs, pairs, pairs, *rewards.sum(0), above, *logp.sum(0), *tokens.sum(0), *nll, none, none)
+    parts = (pairs, pairs, above + below, *rewards.sum(0), above, *logp.sum(0), *tokens.sum(0), *nll, none, none)
     return torch.stack([part.detach().double() for part in parts])
 
 

@@ -58,7 +58,7 @@ class MeasureAnswers:
             assert self.reference
             for name, dataset in datasets.items():
                 data = data_fingerprint(dataset)
-                self._references[name] = self.reference.table(trainer, module, name, dataset, data)
+                self._references[name] = self.reference.table(trainer, module, name, dataset, data, shared=False)
         if any(parameter.requires_grad for parameter in module.model.head.parameters()):
             self._silent = True
             self._report("held-out  no divergence from the start (KL): it is computed for a head that is not trained")
@@ -117,8 +117,6 @@ class MeasureAnswers:
             loss, sums = loss + outcome.loss, sums + outcome.sums
         moved = None if rows is None else self._moved(module, name, dataset, rows.all())
         preference = figures(sums.tolist()) | {"divergence": moved}
-        if preference["reward_chosen"] == preference["reward_rejected"] == 0:
-            preference["reward_accuracy"] = None  # before the first step: no answer is above the other
         return Loss(loss.item() / len(dataset), tokens, preference)
 
     def _run(self, module: TrainingModule, batch: Batch) -> Tensor:
