@@ -110,6 +110,9 @@ def _take_terminal(slave: int) -> None:
     import fcntl
     import termios
 
+    # A shell that starts tests in the background has them ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
 
