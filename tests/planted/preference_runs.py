@@ -36,7 +36,7 @@ BUGS = (
     Bug(REFERENCE, "exchange(parameters[key], before[key])", "pass", f"{KEPT} -k longer"),
     Bug(REFERENCE, "elif origins.get(name) != made_from:", "elif False:", f"{KEPT} -k one_by_one"),
     Bug(REFERENCE, "unknown = units[", "unknown = np.arange(len(dataset))[", f"{KEPT} -k longer"),
-    Bug(REFERENCE, "self._made_from | {", "{", f"{KEPT} -k on_purpose"),
+    Bug(REFERENCE, "self._made_from | {", "{", f"{KEPT} -k in_vain"),
     Bug(REFERENCE, "        if obstacle:\n", "        if False:\n", f"{KEPT} -k does_not_go_on"),
     Bug(
         f"{TRAINING}/prepare.py",

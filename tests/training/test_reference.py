@@ -222,7 +222,12 @@ def test_a_reference_that_was_computed_in_vain_is_found_again(run, whole, tmp_pa
     with dying_after(1), pytest.raises(Killed):
         run(folder)
     assert not (folder / "resume.pth").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(folder / project.REFERENCE, other)
     capsys.readouterr()
+    run(other, precision="bf16", epoch_count=1)
+    assert "log-probabilities of 7 pairs in " in capsys.readouterr().out  # those are of a model in fp32
     run(folder)
     said = capsys.readouterr().out
     assert "this one begins anew" in said and f"as {folder / project.REFERENCE} has them" in said
