@@ -1,6 +1,6 @@
 #!/bin/sh
-# Repeats the tables of docs/measured.md about adapters, quantised weights, packing and whole training steps on a CPU:
-# about 15 minutes on a quiet machine. Ratios come from one run each, side by side.
+# Repeats the tables of docs/measured.md about adapters, quantised weights, packing, preferences and whole training steps
+# on a CPU: about 20 minutes on a quiet machine. Ratios come from one run each, side by side.
 #
 #     sh benchmarks/all.sh [REVISION [RWKV-PEFT]]
 #
@@ -29,6 +29,7 @@ for size in bundled 0.1B; do
 done
 show peers.py --peer_folder "$peer" --rounds 5
 show peers.py --peer_folder "$peer" --rounds 3 --size 0.1B --precision bf16 --pairs "rwkv-peft bone" "rwkv7-hf miss"
+show preferences.py --vocabularies 256
 show adapters.py --tokens 2048 --repeat 5
 show quant.py --repeat 3
 show packing.py
