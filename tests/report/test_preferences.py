@@ -208,3 +208,8 @@ def test_runs_of_sft_alone_are_compared_as_ever(several, tmp_path):
     assert not {"accuracy", "margin", "gap", "divergence"} & table["sft"].keys() and "Preferences" not in shown.text
     assert shown.charts.keys() == {"loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_mb"}
     assert preferences.content(read(several / "sft")) == []
+
+
+def test_a_figure_that_did_not_change_stayed_where_it_was():
+    assert preferences.moved(1.0, 1.0, "{:.0%}".format) == "stayed at 100%"
+    assert preferences.moved(1.0, 0.5, "{:.0%}".format) == "fell from 100% to 50%"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -121,8 +122,16 @@ def test_a_step_reads_no_value_of_what_is_on_the_device(chunk, pack):
     assert seen == [(length, True, pack) for length in lengths]
 
 
+PAIRS = Path(__file__).resolve().parents[2] / "assets" / "preferences_heldout.jsonl"
+ANSWERS = {"data_file": PAIRS, "sft_split": "[:12]", "ctx_len": 64}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", [{}, {"chunk_ctx": 8}, {"targets": "head"}, {"task": "dpo"}, {"task": "kto"}])
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"chunk_ctx": 8}, {"targets": "head"}, {"task": "dpo"} | ANSWERS, {"task": "kto"} | ANSWERS],
+    ids=["plain", "chunks", "head", "dpo", "kto"],
+)
 def test_on_a_gpu_no_line_of_ours_waits_for_it(job, monkeypatch, flags):
     """PyTorch itself warns of each operation that waits; the one fetch of a step does not count as such."""
     original = StopOnSignal.on_train_batch_start
@@ -138,7 +147,7 @@ def test_on_a_gpu_no_line_of_ours_waits_for_it(job, monkeypatch, flags):
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            job.run("gpu-" + "-".join(flags), **flags)
+            job.run(f"gpu-{flags.get('task', '')}-" + "-".join(flags), **flags)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     ours = [f"{warning.filename}:{warning.lineno}" for warning in caught if "rwkv_bone" in warning.filename]

@@ -111,8 +111,10 @@ def objective(run: Run) -> Html:
 
 
 def moved(before: float, after: float, said: Callable[[float | None], str]) -> str:
-    """`rose from 50.0% to 97.0%`."""
-    how = "fell" if after < before else "rose" if after > before else "stayed"
+    """`rose from 50.0% to 97.0%`, `stayed at 97.0%`."""
+    if after == before:
+        return f"stayed at {said(after)}"
+    how = "fell" if after < before else "rose"
     return f"{how} from {said(before)} to {said(after)}"
 
 
