@@ -63,9 +63,10 @@ def compile_alone(major: int, cards: tuple[int, ...], cache: Path) -> list[str]:
 EVERY = len(HEADERS) * len(ELEMENTS) * len(HEAD_SIZES)
 
 
-# No line of the kernels depends on the card. So the older CUDA is tried on the oldest card, one between, and the newest;
+# No line of the kernels depends on the card. So the older CUDA is tried on the oldest, one between, and the newest;
 # the kernels of a usual run are compiled for all of them by both, below.
-EACH = [(major, card) for major in MAJORS for card in (CARDS if major == max(MAJORS) else (75, 90, 120))]
+FEWER = {12: (75, 90, 120), 13: CARDS}
+EACH = [pytest.param(*major.values, card, marks=major.marks) for major in MAJORS for card in FEWER[major.values[0]]]
 
 
 @pytest.mark.slow
