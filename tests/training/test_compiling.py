@@ -1,6 +1,7 @@
 """--compile: a run with compiled blocks is the run without them, and no run relies on blocks that compile wrong."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -47,6 +48,7 @@ WAYS = {
     "recomputed blocks": {"grad_cp": 1},
     "in chunks, at stage 2": {"chunk_ctx": 16, "strategy": "deepspeed_stage_2"},
     "on 8 bits": {"quant": "int8"},
+    "pairs that share long prompts": {"task": "dpo", "ctx_len": 64, "epoch_count": 2},
     "on 4 bits, with dropout": {"quant": "nf4", "peft": "lora", "lora_r": 4, "lora_dropout": 0.1},
 }
 
@@ -54,6 +56,10 @@ WAYS = {
 @pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow if way != "packed" else ()) for way in WAYS])
 def test_a_compiled_run_is_the_plain_run(job, plain, backend, way, capsys):
     flags = PACKED | WAYS[way]
+    if "task" in flags:
+        flags["data_file"] = job.folder / "pairs.jsonl"
+        rows = [{"prompt": "please " * 5 + f"{n}: ", "chosen": "a" * n, "rejected": "b" * (9 - n)} for n in range(1, 9)]
+        flags["data_file"].write_text("".join(json.dumps(row) + "\n" for row in rows))
     counters.clear()
     compiled = job.run(f"compiled-{way}", compile=1, **flags)
     assert "gradients are those of plain blocks to" in capsys.readouterr().out

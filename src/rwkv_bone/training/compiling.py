@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,7 +116,9 @@ def _gradients(module: TrainingModule, batch: Batch, trained: list[Tensor]) -> l
     """[loss, the gradient of each trained tensor], on the CPU: two sets of them may not fit on the device."""
     with torch.random.fork_rng([batch.ids.device] if batch.ids.is_cuda else []):
         torch.manual_seed(0)
-        loss = module._run(batch, l2wrap=module.config.l2wrap, loss_scale=1.0)
+        # With preferences the blocks are tried on the sum of the tokens' losses: a task's own loss may be flat.
+        how: dict[str, Any] = {"per_token": True} if module.objective else {"l2wrap": module.config.l2wrap}
+        loss = module._run(batch, **how).sum()
         found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
     return [loss.detach().cpu(), *(gradient.cpu() for gradient in found)]
 
