@@ -134,6 +134,7 @@ print(allocator.resident() - before)
 """
 
 
+@pytest.mark.slow
 @glibc
 def test_chunks_of_a_long_row_do_not_pile_up():
     """With a slack that fits the small model; what is resident after the step is what was never given back."""

@@ -347,6 +347,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_to_go_on_from(fold
     assert [*first, *measured(capsys.readouterr().out)[1:]] == expected
 
 
+@pytest.mark.slow
 def test_the_script_trains_under_deepspeed_with_the_same_losses(folder, capsys):
     from rwkv_bone.hf.finetune import finetune
 

@@ -109,6 +109,7 @@ def test_wrong_gradients_are_refused_by_name(job, backend):
         job.run("wrong-gradients", compile=1, **PACKED)
 
 
+@pytest.mark.slow
 def test_where_the_compiler_is_wrong_or_fails_auto_goes_on_without_it(job, plain, backend, monkeypatch, capsys):
     monkeypatch.setattr(compiling, "not_worth", lambda module, device: "")
     backend(scaled(1.5, forward=True))

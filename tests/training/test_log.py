@@ -106,6 +106,7 @@ def test_a_line_has_every_field_of_the_table_and_no_other(tmp_path):
         assert record["peak_reserved_mb"] is None and record["peak_memory_mb"] > 0
 
 
+@pytest.mark.slow
 def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it():
     """On Linux getrusage begins with what the starting process had resident."""
     child = (
