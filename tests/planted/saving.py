@@ -92,7 +92,7 @@ BUGS = (
     Bug(LOG, "record and 1 <= record", "record and 0 <= record", f"{SAVES} -k no_run_can"),
     Bug(LOG, "found.keys() - torn", "found.keys()", f"{SAVES} -k no_run_can"),
     # The memory of a run on a CPU.
-    Bug(LOG, '"VmHWM:"', '"VmMissing:"', "tests/training/test_log.py -k peak_is_of_this"),
+    Bug(LOG, '"VmHWM:"', '"VmMissing:"', "tests/training/test_log.py -m slow -k peak_is_of_this"),
     Bug(
         "src/rwkv_bone/allocator.py",
         "self._usual * (1 + GROWTH)",
