@@ -84,8 +84,8 @@ BUGS = (
     # What is said, and what a run takes.
     Bug(
         DATA + "preview.py",
-        "marks = [GREEN if good else RED, RED]",
-        "marks = [GREEN, GREEN]",
+        "marks = [GREEN if good else RED, *(RED for _ in others)]",
+        "marks = [GREEN, *(GREEN for _ in others)]",
         f"{PREVIEW} -k 'pairs or good'",
     ),
     Bug(TRAINING + "recompute.py", "members=dataset.members,", "", PAIR),

@@ -116,8 +116,8 @@ def sample_lines(dataset: Dataset, index: int, tokenizer: Tokenizer, colored: bo
         yield f"... {counted(cut, 'token')} of the prompt, at its beginning, cut off"
     if hidden := max(before - limit, 0) if limit else 0:
         yield f"... {counted(hidden, 'more token')}"
-    marks = [GREEN if good else RED, RED]
-    texts = [show(one, tokenizer, colored, limit, mark) for one, mark in zip(answers, marks, strict=False)]
+    marks = [GREEN if good else RED, *(RED for _ in others)]
+    texts = [show(one, tokenizer, colored, limit, mark) for one, mark in zip(answers, marks, strict=True)]
     yield show(_slice(prompt, hidden, before), tokenizer, colored) + texts[0]
     for kind, text in zip(kinds[1:], texts[1:], strict=True):
         yield f"{kind}: {text}"
