@@ -32,7 +32,6 @@ BUGS = (
     Bug(MEASURE, "        elif module.first_step:\n", "        elif False:\n", f"{RUNS} -k goes_on"),
     Bug(MEASURE, "data_fingerprint(dataset))\n        model", "\"\")\n        model", f"{RUNS} -k goes_on"),
     Bug(MEASURE, "            self._silent = True\n", "", f"{RUNS} -k head"),
-    Bug(MEASURE, "dataset, data, shared=False)", "dataset, data)", f"{RUNS} -k 'saved and dpo'"),
     Bug(HELDOUT, 'return name if dataset is self.dataset else f"{name}, part"', "return name", f"{RUNS} -k large"),
     Bug(SETS, 'data = replace(config.data, task="sft", ', "data = replace(config.data, ", f"{RUNS} -k general"),
     Bug(SETS, "        if data.task == \"sft\":\n            raise\n", "        raise\n", f"{RUNS} -k prompts"),

@@ -258,3 +258,17 @@ def test_the_general_text_and_prompts_may_be_rows_without_preferences(job, flags
     assert last["sets"]["general"]["loss"] == pytest.approx(heldout_loss(model, data, micro_bsz=4)[0], rel=1e-5)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [(one["prompt"], one["expected"]) for one in samples[:2]] == [("70 -> ", "70"), ("71 -> ", "71")]
+
+
+def test_before_the_first_step_held_out_rewards_are_0_also_where_pairs_share_long_prompts(job, tmp_path):
+    """The reference computes a prompt once for both answers, a measurement with each of them: to the same bits here, so
+    that nothing seems to be right before anything was learnt."""
+    rows = [{"prompt": "again " * 8 + f"{n}: ", "chosen": "a" * n, "rejected": "b" * n} for n in range(3, 15)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"task": "dpo", "data_file": path, "eval_data": path, "eval_general": "none", "eval_samples": 0}
+    folder = job.run(
+        tmp_path / "run", **data, ctx_len=96, dataload="pack", precision="bf16", epoch_steps=1, epoch_count=1
+    )
+    start = main(folder)[0]["preference"]
+    assert start["reward_chosen"] == start["reward_rejected"] == 0 and start["reward_accuracy"] is None

@@ -58,7 +58,7 @@ class MeasureAnswers:
             assert self.reference
             for name, dataset in datasets.items():
                 data = data_fingerprint(dataset)
-                self._references[name] = self.reference.table(trainer, module, name, dataset, data, shared=False)
+                self._references[name] = self.reference.table(trainer, module, name, dataset, data)
         if any(parameter.requires_grad for parameter in module.model.head.parameters()):
             self._silent = True
             self._report("held-out  no divergence from the start (KL): it is computed for a head that is not trained")

@@ -141,11 +141,9 @@ class Reference(Callback):
         dataset: Dataset,
         data: str,
         units: np.ndarray | None = None,
-        shared: bool = True,
     ) -> Tensor:
         """The log-probabilities by the model that is compared with, of these units (None: of all): from the file, under
-        this name, and what that lacks computed and added to it. data: the fingerprint of the dataset. shared: as
-        `log_probabilities` takes it; what is compared with them is computed alike, so that equal models differ by 0.
+        this name, and what that lacks computed and added to it. data: the fingerprint of the dataset.
 
         To be called on every rank. Returns float64 [n, M] (kto: M + 1) on the module's device, NaN where not asked for.
         """
@@ -162,7 +160,7 @@ class Reference(Callback):
             self.report(f"reference {_counted(dataset, name, len(units))} as {self.kept.path} has them")
             return table
         begin = time.perf_counter()
-        how: dict[str, Any] = {"mismatched": self.objective.needs_mismatched, "shared": shared}
+        how: dict[str, Any] = {"mismatched": self.objective.needs_mismatched}
         with self.model(trainer, module):
             rows = log_probabilities(module, dataset, unknown, micro_bsz=self.micro_bsz, chunk=self.chunk, **how)
         table[torch.from_numpy(unknown).to(module.device)] = rows
@@ -213,14 +211,12 @@ def log_probabilities(
     micro_bsz: int,
     chunk: int,
     mismatched: bool = False,
-    shared: bool = True,
     doing: str = "computing the reference",
 ) -> Tensor:
     """The summed log-probabilities of the answers of some units (None: all), by the module as it is, without dropout.
 
     To be called on every rank. Returns float64 [n, M] on the module's device, n of `units` in their order; mismatched:
-    with a further column, of each prompt with another prompt's answer; shared: prompts of pairs are computed once where
-    that is possible (`shared_prompts`). UserError, with the rows, where one is no finite
+    with a further column, of each prompt with another prompt's answer. UserError, with the rows, where one is no finite
     number.
     """
     part = dataset if units is None else dataset.subset(units)
@@ -234,7 +230,7 @@ def log_probabilities(
     def run(batch: Batch) -> Tensor:
         assert batch.host and batch.answers
         where, how = batch.host if chunk else batch, {"widest": batch.widest} if chunk else {}
-        if shared and batch.answers.members == 2 and not chunk:
+        if batch.answers.members == 2 and not chunk:
             return summed(shared_prompts(module, batch, recompute=NOTHING), batch.answers)[0]
         packed = {"label_rows": where.label_rows, "cu_seqlens": where.cu_seqlens}
         return summed(model(batch.ids, labels=batch.labels, per_token=True, **packed, **how), batch.answers)[0]
