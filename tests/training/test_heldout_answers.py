@@ -270,5 +270,5 @@ def test_before_the_first_step_held_out_rewards_are_0_also_where_pairs_share_lon
     folder = job.run(
         tmp_path / "run", **data, ctx_len=96, dataload="pack", precision="bf16", epoch_steps=1, epoch_count=1
     )
-    start = main(folder)[0]["preference"]
+    start = json.loads((folder / "evaluation.json").read_text())["before"]["preference"]  # of all twelve
     assert start["reward_chosen"] == start["reward_rejected"] == 0 and start["reward_accuracy"] is None
